@@ -1,0 +1,209 @@
+//! Frames: how a message lies on a byte stream.
+//!
+//! ```text
+//! offset  size  field
+//!      0     4  magic   "ICE\x01"
+//!      4     2  version, little-endian
+//!      6     2  reserved, zero
+//!      8     4  length of the body in bytes, little-endian
+//!     12     4  crc32c of the body, little-endian
+//!     16     n  body: one bincode value, and nothing after it
+//! ```
+//!
+//! The decoder is fed bytes as they come and trusts none of them: the length is checked against the limit of the
+//! channel before anything is allocated, and the first bad byte poisons the stream.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// The first bytes of every frame. No TCPStore command starts with `I`, so the two protocols can share a port.
+pub const MAGIC: [u8; 4] = *b"ICE\x01";
+/// The version of the messages of this crate; both ends of a channel must speak the same.
+pub const VERSION: u16 = 1;
+/// Bytes before the body.
+pub const HEADER_LEN: usize = 16;
+/// The largest body of any message, in bytes.
+pub const MAX_BODY: usize = 1 << 20;
+
+/// Why bytes are not a message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// The stream does not start with [`MAGIC`]: something else is talking.
+    #[error("the peer does not speak the ice protocol (first bytes {0:02x?})")]
+    Magic([u8; 4]),
+    /// The peer is of another version.
+    #[error("the peer speaks version {theirs} of the ice protocol, this side {VERSION}: use the same release everywhere")]
+    Version {
+        /// What the frame said.
+        theirs: u16,
+    },
+    /// The body would be larger than [`MAX_BODY`].
+    #[error("a message of {len} bytes is over the limit of {MAX_BODY}")]
+    TooLarge {
+        /// The length that the frame claimed.
+        len: usize,
+    },
+    /// The checksum of the body does not fit, or reserved bits are set.
+    #[error("a message was damaged on its way (checksum does not match)")]
+    Damaged,
+    /// The body is not exactly one value of the expected type.
+    #[error("a message could not be decoded: {0}")]
+    Body(String),
+}
+
+fn config() -> impl bincode::config::Config {
+    bincode::config::standard().with_little_endian().with_fixed_int_encoding().with_limit::<MAX_BODY>()
+}
+
+/// Encodes one message as a frame.
+///
+/// # Errors
+/// [`FrameError::TooLarge`] or [`FrameError::Body`] where the message does not fit into a frame.
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
+    let mut frame = vec![0; HEADER_LEN];
+    bincode::serde::encode_into_std_write(message, &mut frame, config())
+        .map_err(|error| FrameError::Body(error.to_string()))?;
+    let len = frame.len() - HEADER_LEN;
+    if len > MAX_BODY {
+        return Err(FrameError::TooLarge { len });
+    }
+    let crc = crc32c::crc32c(&frame[HEADER_LEN..]);
+    frame[0..4].copy_from_slice(&MAGIC);
+    frame[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    frame[8..12].copy_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
+    frame[12..16].copy_from_slice(&crc.to_le_bytes());
+    Ok(frame)
+}
+
+/// Cuts a byte stream into messages.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    buffer: Vec<u8>,
+    consumed: usize,
+}
+
+impl Decoder {
+    /// An empty decoder.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends bytes as they were read.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        self.buffer.drain(..self.consumed);
+        self.consumed = 0;
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next whole message, or `None` until more bytes are fed.
+    ///
+    /// # Errors
+    /// Any [`FrameError`]; the stream is of no use after one.
+    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+        let pending = &self.buffer[self.consumed..];
+        let Some(header) = pending.first_chunk::<HEADER_LEN>() else {
+            return match pending.iter().zip(MAGIC).all(|(a, b)| *a == b) {
+                true => Ok(None),
+                false => Err(bad_magic(pending)),
+            };
+        };
+        if header[0..4] != MAGIC {
+            return Err(bad_magic(header));
+        }
+        let version = u16::from_le_bytes([header[4], header[5]]);
+        if version != VERSION {
+            return Err(FrameError::Version { theirs: version });
+        }
+        if header[6..8] != [0, 0] {
+            return Err(FrameError::Damaged);
+        }
+        let len = u32::from_le_bytes([header[8], header[9], header[10], header[11]]) as usize;
+        if len > MAX_BODY {
+            return Err(FrameError::TooLarge { len });
+        }
+        let Some(body) = pending.get(HEADER_LEN..HEADER_LEN + len) else {
+            return Ok(None);
+        };
+        if crc32c::crc32c(body).to_le_bytes() != header[12..16] {
+            return Err(FrameError::Damaged);
+        }
+        let (message, read) = bincode::serde::decode_from_slice(body, config())
+            .map_err(|error| FrameError::Body(error.to_string()))?;
+        if read != len {
+            return Err(FrameError::Body(format!("{} bytes after the value", len - read)));
+        }
+        self.consumed += HEADER_LEN + len;
+        Ok(Some(message))
+    }
+}
+
+fn bad_magic(bytes: &[u8]) -> FrameError {
+    let mut first = [0; 4];
+    let n = bytes.len().min(4);
+    first[..n].copy_from_slice(&bytes[..n]);
+    FrameError::Magic(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::link::Up;
+
+    fn message() -> Up {
+        Up::Heartbeat { step: 7 }
+    }
+
+    #[test]
+    fn frames_survive_any_cut() {
+        let frame = encode(&message()).unwrap();
+        for cut in 0..frame.len() {
+            let mut decoder = Decoder::new();
+            decoder.feed(&frame[..cut]);
+            assert_eq!(decoder.next::<Up>().unwrap(), None);
+            decoder.feed(&frame[cut..]);
+            assert_eq!(decoder.next::<Up>().unwrap(), Some(message()));
+            assert_eq!(decoder.next::<Up>().unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_noticed() {
+        let frame = encode(&message()).unwrap();
+        for bit in 0..frame.len() * 8 {
+            let mut damaged = frame.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            let mut decoder = Decoder::new();
+            decoder.feed(&damaged);
+            assert!(!matches!(decoder.next::<Up>(), Ok(Some(_))), "bit {bit} was not noticed");
+        }
+    }
+
+    #[test]
+    fn a_huge_length_is_refused_before_the_body_arrives() {
+        let mut frame = encode(&message()).unwrap();
+        frame[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+        let mut decoder = Decoder::new();
+        decoder.feed(&frame[..HEADER_LEN]);
+        assert_eq!(decoder.next::<Up>(), Err(FrameError::TooLarge { len: u32::MAX as usize }));
+    }
+
+    #[test]
+    fn trailing_bytes_in_a_body_are_refused() {
+        #[derive(serde::Serialize)]
+        struct Long(Up, u8);
+        let mut decoder = Decoder::new();
+        decoder.feed(&encode(&Long(message(), 9)).unwrap());
+        assert!(matches!(decoder.next::<Up>(), Err(FrameError::Body(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut decoder = Decoder::new();
+            decoder.feed(&bytes);
+            let _ = decoder.next::<Up>();
+        }
+    }
+}

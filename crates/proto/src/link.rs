@@ -1,0 +1,74 @@
+//! The link: what a rank and its agent say to each other over the socket pair that the rank inherits.
+//!
+//! A program that does not know the link ignores the descriptor and is a plain worker. A rank whose link reads end of file
+//! has lost its agent and leaves.
+
+use serde::{Deserialize, Serialize};
+
+/// From a rank to its agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Up {
+    /// The first message: the rank knows the link.
+    Hello {
+        /// The rank's process id.
+        pid: u32,
+        /// The rank within the world, as the rank understood it.
+        rank: u32,
+    },
+    /// The rank is alive and has applied this many optimizer steps.
+    Heartbeat {
+        /// Applied steps since the start of the job.
+        step: u64,
+    },
+    /// Where the rank is in its work; rank 0 sends it for the console.
+    Progress(Progress),
+    /// A checkpoint is whole on disk.
+    CheckpointSaved {
+        /// Where.
+        path: String,
+        /// Applied steps that it holds.
+        step: u64,
+    },
+    /// The rank is about to fail and says why.
+    Error {
+        /// The error and its causes, one line each.
+        message: String,
+    },
+    /// The rank has finished its work and is about to exit with code 0.
+    Done,
+}
+
+/// How far a rank is in the task that it runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// What is running, for a person: `train`, `val`.
+    pub task: String,
+    /// The epoch, from 1, and how many there will be.
+    pub epoch: (u64, u64),
+    /// Iterations done in this epoch, and how many there will be.
+    pub iteration: (u64, u64),
+    /// Samples per second over all ranks, since the last report.
+    pub samples_per_second: f64,
+    /// The last loss, where there is one.
+    pub loss: Option<f64>,
+}
+
+/// From an agent to its rank.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Down {
+    /// The agents have declared the round over: drop the process group.
+    RoundBroken {
+        /// The round that ended.
+        round: u64,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// Save a checkpoint at the next step boundary.
+    Save,
+    /// Stop at the next step boundary and wait for [`Down::Resume`].
+    Pause,
+    /// Go on.
+    Resume,
+    /// End the run at the next step boundary, cleanly.
+    Stop,
+}

@@ -1,0 +1,118 @@
+//! What the agents of a job and its coordinator say to each other.
+//!
+//! The coordinator lives in the agent that holds the endpoint, on the same port as the store. An agent says [`Hello`]
+//! and then [`ToCoordinator::Join`] once per round; the coordinator answers with [`ToAgent::RoundStarted`] when the
+//! round is full. Any loss or failure ends the round for everybody with [`ToAgent::RoundBroken`]; agents stop their
+//! ranks and join again. A connection that ends is a lost agent.
+
+use serde::{Deserialize, Serialize};
+
+/// Who an agent is; its first message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Identifier of the job; agents of another job are refused.
+    pub run_id: String,
+    /// The node's place among the nodes, where the user gave one.
+    pub node_rank: Option<u32>,
+    /// Fewest and most nodes of a round. All agents must say the same.
+    pub nnodes: (u32, u32),
+    /// How many ranks this agent will start.
+    pub local_world_size: u32,
+    /// Failures after which the worker group is started again.
+    pub max_restarts: u32,
+    /// Host name, for messages.
+    pub host: String,
+    /// Process id of the agent, for messages.
+    pub pid: u32,
+}
+
+/// From an agent to the coordinator.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToCoordinator {
+    /// The first message of a connection.
+    Hello(Hello),
+    /// The agent has no rank running and wants to be in the next round.
+    Join,
+    /// A rank of this agent failed.
+    Failed {
+        /// The round that it failed in.
+        round: u64,
+        /// What failed, in one line.
+        reason: String,
+    },
+    /// All ranks of this agent ended with code 0.
+    Finished {
+        /// The round that they finished.
+        round: u64,
+    },
+    /// The agent was told to stop and leaves for good.
+    Leave {
+        /// Why, in one line.
+        reason: String,
+    },
+    /// Nothing to say.
+    KeepAlive,
+}
+
+/// One node of a round.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Rank of the node.
+    pub group_rank: u32,
+    /// Rank of its first process; the others follow.
+    pub first_rank: u32,
+    /// How many processes it has.
+    pub local_world_size: u32,
+    /// Its host name.
+    pub host: String,
+}
+
+/// What the members of a round have agreed on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Round {
+    /// Its number, from 0.
+    pub number: u64,
+    /// Failures of the worker group so far.
+    pub restart_count: u32,
+    /// The nodes in order of group rank.
+    pub members: Vec<Member>,
+    /// Which of the members the receiver is.
+    pub you: u32,
+    /// `<MMDDHHmm>_<random>`: constant over the rounds of a job.
+    pub run_stamp: String,
+}
+
+impl Round {
+    /// Processes in the job.
+    pub fn world_size(&self) -> u32 {
+        self.members.iter().map(|member| member.local_world_size).sum()
+    }
+}
+
+/// From the coordinator to an agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToAgent {
+    /// The agent cannot take part; the connection ends.
+    Refused {
+        /// Why and what to do.
+        reason: String,
+    },
+    /// The round is agreed: start the ranks.
+    RoundStarted(Round),
+    /// The round is over: stop the ranks and join the next one.
+    RoundBroken {
+        /// The round that ended.
+        round: u64,
+        /// Why, in one line.
+        reason: String,
+    },
+    /// The job is over: stop the ranks and leave.
+    Closed {
+        /// Whether all nodes finished.
+        success: bool,
+        /// Why, in one line.
+        reason: String,
+    },
+    /// Nothing to say.
+    KeepAlive,
+}
