@@ -105,7 +105,9 @@ pub struct RankEnv {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EnvError {
     /// The variable is not set, although others of the contract are.
-    #[error("{name} is not set, although RANK is: start the program through ice-launch, or set all of the contract")]
+    #[error(
+        "{name} is not set, although RANK is: start the program through ice-launch, or set all of the contract"
+    )]
     Missing {
         /// Its name.
         name: &'static str,
@@ -154,7 +156,10 @@ impl RankEnv {
             return Err(EnvError::Invalid {
                 name: RANK,
                 value: rank_env.rank.to_string(),
-                problem: format!("ranks go from 0 to WORLD_SIZE-1, and WORLD_SIZE is {}", rank_env.world_size),
+                problem: format!(
+                    "ranks go from 0 to WORLD_SIZE-1, and WORLD_SIZE is {}",
+                    rank_env.world_size
+                ),
             });
         }
         Ok(Some(rank_env))
@@ -164,7 +169,10 @@ impl RankEnv {
 struct Source<'a, F>(&'a F);
 
 impl<F: Fn(&str) -> Option<String>> Source<'_, F> {
-    fn optional<T: FromStr<Err: std::fmt::Display>>(&self, name: &'static str) -> Result<Option<T>, EnvError> {
+    fn optional<T: FromStr<Err: std::fmt::Display>>(
+        &self,
+        name: &'static str,
+    ) -> Result<Option<T>, EnvError> {
         let Some(value) = (self.0)(name) else { return Ok(None) };
         match value.parse() {
             Ok(parsed) => Ok(Some(parsed)),

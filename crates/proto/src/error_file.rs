@@ -96,7 +96,8 @@ mod tests {
         let path = folder.path().join("error.json");
         assert_eq!(read(&path).unwrap(), None);
 
-        let record = ErrorRecord { message: "data: no such file".into(), callstack: "a\nb".into(), timestamp: 17 };
+        let record =
+            ErrorRecord { message: "data: no such file".into(), callstack: "a\nb".into(), timestamp: 17 };
         write(&path, &record).unwrap();
         assert_eq!(read(&path).unwrap(), Some(record));
 

@@ -32,7 +32,9 @@ pub enum FrameError {
     #[error("the peer does not speak the ice protocol (first bytes {0:02x?})")]
     Magic([u8; 4]),
     /// The peer is of another version.
-    #[error("the peer speaks version {theirs} of the ice protocol, this side {VERSION}: use the same release everywhere")]
+    #[error(
+        "the peer speaks version {theirs} of the ice protocol, this side {VERSION}: use the same release everywhere"
+    )]
     Version {
         /// What the frame said.
         theirs: u16,
