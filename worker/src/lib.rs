@@ -1,1 +1,17 @@
-//! Placeholder.
+//! The runtime inside a rank: it reads the environment contract, binds the one device, joins the process group, and talks
+//! to the agent over the link.
+//!
+//! This crate knows nothing of what is trained. It meets the launcher only through the formats of `ice-proto`, so a rank
+//! runs under torchrun as well, without a link.
+
+mod device;
+mod error;
+mod group;
+mod link;
+mod rank;
+
+pub use error::Error;
+pub use ice_proto::backend::{DistBackend, RankDevice};
+pub use ice_proto::link::Progress;
+pub use link::Link;
+pub use rank::Worker;

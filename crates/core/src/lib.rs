@@ -1,1 +1,27 @@
-//! Placeholder.
+//! A hypergraph of tagged nodes, the tasks that run over it, and checkpoints that resume exactly.
+//!
+//! A [`HyperGraph`] holds nodes: datasets, modules, losses, metrics. Tags say which nodes take part in which task: one
+//! module tagged `*` is shared by a training set tagged `train` and a test set tagged `val`. A [`Task`] selects nodes by
+//! tags and runs them step by step; a node asks for the output of another by name, and what is asked for first runs first.
+//!
+//! This crate knows nothing of launchers, and of other ranks only what `ice-worker` offers.
+
+mod checkpoint;
+mod counters;
+pub mod data;
+mod error;
+mod graph;
+mod node;
+pub mod optim;
+mod run;
+mod task;
+
+pub use checkpoint::{Checkpoint, Manifest, ResumeFrom};
+pub use counters::Counters;
+pub use error::{Error, Result};
+pub use graph::{HyperGraph, Outputs, Tags};
+pub use node::{
+    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, SavedState, Share, Value,
+};
+pub use run::{Run, RunConfig};
+pub use task::{Call, Repeat, SaveCheckpoint, Task, TaskItem};

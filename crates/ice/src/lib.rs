@@ -1,1 +1,33 @@
-//! Placeholder.
+//! Data-parallel training programs that launch themselves.
+//!
+//! A program builds a [`HyperGraph`] and its tasks, and calls [`Launch::run`]. Started by hand it becomes the launcher and
+//! starts itself once per device; started by `ice-launch` (or by itself) it is a rank. Either way the options of the
+//! launcher are options of the program: `--devices cuda:0-3`, `--nnodes 2`, `--max-restarts 3`.
+//!
+//! `examples/mnist.rs` is the five-minute read.
+
+mod error;
+mod options;
+mod run;
+
+pub use error::{Error, main};
+pub use options::RunOptions;
+pub use run::Launch;
+
+pub use ice_core as core;
+pub use ice_core::{HyperGraph, Run};
+pub use tch;
+
+/// What a training program needs, in one import.
+pub mod prelude {
+    pub use clap::Parser;
+    pub use ice_core::data::{Dataset, Labelled, Mnist, Split};
+    pub use ice_core::optim::{AdamW, Optimizer, Sgd};
+    pub use ice_core::{
+        DatasetNode, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat, Run, SaveCheckpoint, Tags, Task,
+    };
+    pub use tch::nn::{self, Module as _};
+    pub use tch::{Kind, Reduction, Tensor};
+
+    pub use crate::{Launch, RunOptions};
+}

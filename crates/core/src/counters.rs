@@ -1,0 +1,56 @@
+use std::cell::Cell;
+
+use serde::{Deserialize, Serialize};
+
+/// What a run has done so far, over all its tasks. Saved in every checkpoint.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    train_steps: Cell<u64>,
+    train_epochs: Cell<u64>,
+    eval_steps: Cell<u64>,
+    eval_epochs: Cell<u64>,
+}
+
+impl Counters {
+    /// Optimizer steps applied.
+    pub fn train_steps(&self) -> u64 {
+        self.train_steps.get()
+    }
+
+    /// Training epochs completed.
+    pub fn train_epochs(&self) -> u64 {
+        self.train_epochs.get()
+    }
+
+    /// Iterations without training.
+    pub fn eval_steps(&self) -> u64 {
+        self.eval_steps.get()
+    }
+
+    /// Epochs without training.
+    pub fn eval_epochs(&self) -> u64 {
+        self.eval_epochs.get()
+    }
+
+    /// Epochs completed, of training or else of evaluation.
+    pub fn epochs(&self, train: bool) -> u64 {
+        if train { self.train_epochs() } else { self.eval_epochs() }
+    }
+
+    pub(crate) fn count_step(&self, train: bool) {
+        let counter = if train { &self.train_steps } else { &self.eval_steps };
+        counter.set(counter.get() + 1);
+    }
+
+    pub(crate) fn count_epoch(&self, train: bool) {
+        let counter = if train { &self.train_epochs } else { &self.eval_epochs };
+        counter.set(counter.get() + 1);
+    }
+
+    pub(crate) fn restore(&self, saved: &Self) {
+        self.train_steps.set(saved.train_steps());
+        self.train_epochs.set(saved.train_epochs());
+        self.eval_steps.set(saved.eval_steps());
+        self.eval_epochs.set(saved.eval_epochs());
+    }
+}

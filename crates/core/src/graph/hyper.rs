@@ -1,0 +1,155 @@
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use crate::graph::{ExecutableGraph, Tags};
+use crate::{Context, Error, Node, Result};
+
+/// A node in its place.
+pub(crate) struct Entry {
+    pub(crate) uid: String,
+    pub(crate) name: String,
+    pub(crate) tags: Tags,
+    pub(crate) node: Rc<RefCell<dyn Node>>,
+}
+
+/// The nodes of a program, by name and tags.
+///
+/// ```
+/// use ice_core::{HyperGraph, MetricNode};
+/// let mut graph = HyperGraph::new();
+/// graph.add("accuracy", MetricNode::average(|x| x.tensor("hits")), "val")?;
+/// assert_eq!(graph.uids().collect::<Vec<_>>(), ["val/accuracy"]);
+/// # Ok::<(), ice_core::Error>(())
+/// ```
+#[derive(Default)]
+pub struct HyperGraph {
+    entries: Vec<Rc<Entry>>,
+    set_up: RefCell<bool>,
+}
+
+impl HyperGraph {
+    /// A graph without nodes.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a node under a name. Several nodes may share a name if no task selects two of them.
+    ///
+    /// # Errors
+    /// A uid (tags and name) that is taken, an empty name, or a tag that is none.
+    pub fn add(&mut self, name: &str, node: impl Node + 'static, tags: impl Into<Tags>) -> Result<&mut Self> {
+        let tags = tags.into();
+        tags.check(name)?;
+        if name.is_empty() || name.contains(['/', '.']) {
+            return Err(Error::Graph(format!("`{name}` is not a name for a node: it is empty or has a `/` or a `.`")));
+        }
+        let uid = tags.uid(name);
+        if let Some(other) = self.entries.iter().find(|entry| entry.uid == uid) {
+            return Err(Error::Graph(format!(
+                "node `{name}` with the tags `{tags}` has the uid `{uid}`, which node `{}` with the tags `{}` has already",
+                other.name, other.tags
+            )));
+        }
+        self.entries.push(Rc::new(Entry { uid, name: name.into(), tags, node: Rc::new(RefCell::new(node)) }));
+        Ok(self)
+    }
+
+    /// The uids of all nodes, in the order that they were added in.
+    pub fn uids(&self) -> impl Iterator<Item = &str> {
+        self.entries.iter().map(|entry| entry.uid.as_str())
+    }
+
+    pub(crate) fn entries(&self) -> &[Rc<Entry>] {
+        &self.entries
+    }
+
+    /// The nodes that take part in a task with these tags. Where a node tagged `*` and another of its name are both
+    /// selected, the other one is taken.
+    pub(crate) fn select(&self, query: &Tags) -> Result<ExecutableGraph> {
+        let mut chosen: Vec<Rc<Entry>> = Vec::new();
+        for entry in self.entries.iter().filter(|entry| entry.tags.selected_by(query)) {
+            let Some(rival) = chosen.iter_mut().find(|other| other.name == entry.name) else {
+                chosen.push(Rc::clone(entry));
+                continue;
+            };
+            match (rival.tags.is_general(), entry.tags.is_general()) {
+                (true, false) => *rival = Rc::clone(entry),
+                (false, true) => {}
+                _ => {
+                    return Err(Error::Graph(format!(
+                        "the tags `{query}` select two nodes named `{}`: `{}` and `{}`",
+                        entry.name, rival.uid, entry.uid
+                    )));
+                }
+            }
+        }
+        if chosen.is_empty() {
+            return Err(Error::Graph(format!("the tags `{query}` select no node; there are {}", self.listing())));
+        }
+        Ok(ExecutableGraph::new(chosen))
+    }
+
+    /// Makes every node ready on the device of the rank, once.
+    pub(crate) fn set_up(&self, context: &Context) -> Result<()> {
+        if self.set_up.replace(true) {
+            return Ok(());
+        }
+        for entry in &self.entries {
+            entry.node.borrow_mut().set_up(context).map_err(|error| error.at(&entry.uid, "set-up"))?;
+        }
+        Ok(())
+    }
+
+    fn listing(&self) -> String {
+        match self.entries.is_empty() {
+            true => "no nodes at all".into(),
+            false => self.uids().map(|uid| format!("`{uid}`")).collect::<Vec<_>>().join(", "),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MetricNode;
+
+    fn node() -> impl Node {
+        MetricNode::average(|x| x.tensor("x"))
+    }
+
+    fn selected(graph: &HyperGraph, query: &str) -> Vec<String> {
+        graph.select(&query.into()).unwrap().entries().iter().map(|entry| entry.uid.clone()).collect()
+    }
+
+    #[test]
+    fn a_specific_node_stands_in_for_a_general_one() {
+        let mut graph = HyperGraph::new();
+        graph.add("net", node(), "*").unwrap().add("net", node(), "val").unwrap();
+        assert_eq!(selected(&graph, "train"), ["*/net"]);
+        assert_eq!(selected(&graph, "val"), ["val/net"]);
+    }
+
+    #[test]
+    fn two_specific_nodes_of_one_name_are_an_error_that_names_both() {
+        let mut graph = HyperGraph::new();
+        graph.add("net", node(), "train").unwrap().add("net", node(), "val").unwrap();
+        let message = graph.select(&"train,val".into()).err().unwrap().to_string();
+        assert!(message.contains("`train/net` and `val/net`"), "{message}");
+    }
+
+    #[test]
+    fn a_uid_is_taken_once() {
+        let mut graph = HyperGraph::new();
+        graph.add("net", node(), "a,b").unwrap();
+        let message = graph.add("net", node(), "b,a").err().unwrap().to_string();
+        assert!(message.contains("`a,b/net`"), "{message}");
+    }
+
+    #[test]
+    fn an_empty_selection_says_what_there_is() {
+        let mut graph = HyperGraph::new();
+        graph.add("net", node(), "train").unwrap();
+        let message = graph.select(&"val".into()).err().unwrap().to_string();
+        assert!(message.contains("`train/net`"), "{message}");
+    }
+}

@@ -1,0 +1,11 @@
+//! The graph: which nodes there are, which of them a task selects, and how they find each other's outputs.
+
+mod executable;
+mod hyper;
+mod outputs;
+mod tags;
+
+pub(crate) use executable::ExecutableGraph;
+pub use hyper::HyperGraph;
+pub use outputs::Outputs;
+pub use tags::Tags;

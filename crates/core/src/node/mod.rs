@@ -1,0 +1,206 @@
+//! What a graph is made of.
+
+mod dataset;
+mod loss;
+mod metric;
+mod module;
+mod value;
+
+use std::rc::Rc;
+
+use ice_worker::Worker;
+use serde_json::Value as Json;
+use tch::Tensor;
+
+pub use dataset::DatasetNode;
+pub use loss::LossNode;
+pub use metric::MetricNode;
+pub use module::ModuleNode;
+pub use value::Value;
+
+use crate::{Error, Outputs, Result};
+
+/// What a node is made ready with.
+#[derive(Clone)]
+pub struct Context {
+    /// The rank that the graph runs on.
+    pub worker: Rc<Worker>,
+    /// The seed of the run.
+    pub seed: u64,
+}
+
+/// How the samples of one iteration are spread over the ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Samples of this rank. 0 where fewer samples are left than there are ranks: the rank then computes on one that
+    /// counts for nothing, so that it takes part in the collectives.
+    pub here: u64,
+    /// Samples of all ranks.
+    pub total: u64,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { here: 1, total: 1 }
+    }
+}
+
+/// What a node measured in an epoch, over all ranks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Measure {
+    /// The value.
+    pub value: f64,
+}
+
+/// A node of a [`HyperGraph`](crate::HyperGraph). Only [`Node::set_up`] and [`Node::forward`] must be written.
+///
+/// In a training step the hooks run in this order, each on all nodes: `before_step`, `forward` (lazily), `take_loss`,
+/// `before_backward`, `update`, `iteration_end`.
+pub trait Node {
+    /// Makes the node ready on the device of the rank; called once, on every rank, in the same order.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being ready.
+    fn set_up(&mut self, context: &Context) -> Result<()>;
+
+    /// Makes the output of this iteration.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being made.
+    fn forward(&mut self, x: &Outputs) -> Result<Value>;
+
+    /// Iterations left in the epoch, for a node that has a size.
+    fn remaining(&self) -> Option<u64> {
+        None
+    }
+
+    /// An epoch begins.
+    fn epoch_start(&mut self) {}
+
+    /// An epoch ended: what was measured, over all ranks. Called on every rank, in the same order.
+    ///
+    /// # Errors
+    /// The failure of a collective.
+    fn epoch_end(&mut self, _worker: &Worker) -> Result<Option<Measure>> {
+        Ok(None)
+    }
+
+    /// A training step begins.
+    ///
+    /// # Errors
+    /// The failure of a collective.
+    fn before_step(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The loss that this node adds to the step, scaled so that the average of the ranks' gradients is the gradient of the
+    /// average over all samples.
+    fn take_loss(&mut self) -> Option<Tensor> {
+        None
+    }
+
+    /// The backward pass from `loss` (a scalar) begins.
+    ///
+    /// # Errors
+    /// The failure of a collective.
+    fn before_backward(&mut self, _loss: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    /// The gradients are there: apply them.
+    ///
+    /// # Errors
+    /// The failure of the update.
+    fn update(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The iteration is over and counts.
+    fn iteration_end(&mut self) {}
+
+    /// What a checkpoint must hold of this node.
+    fn state(&self) -> NodeState {
+        NodeState::default()
+    }
+
+    /// Takes over what a checkpoint holds.
+    ///
+    /// # Errors
+    /// [`Error::Resume`] names what is missing, unexpected or of another shape.
+    fn load_state(&mut self, _saved: &SavedState) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The state of a node: tensors by name, and whatever else fits into JSON.
+#[derive(Default)]
+pub struct NodeState {
+    /// Parameters and buffers, named as PyTorch would.
+    pub model: Vec<(String, Tensor)>,
+    /// State of the optimizer.
+    pub optimizer: Vec<(String, Tensor)>,
+    /// Positions and sums; null for none.
+    pub values: Json,
+}
+
+/// The state of a node as a checkpoint holds it, on the CPU.
+#[derive(Default)]
+pub struct SavedState {
+    /// As in [`NodeState`].
+    pub model: Vec<(String, Tensor)>,
+    /// As in [`NodeState`].
+    pub optimizer: Vec<(String, Tensor)>,
+    /// As in [`NodeState`].
+    pub values: Json,
+}
+
+/// Copies saved tensors into those of a node; both must have the same names and shapes.
+pub(crate) fn copy_tensors(saved: &[(String, Tensor)], own: &[(String, Tensor)], what: &str) -> Result<()> {
+    let missing: Vec<_> =
+        own.iter().filter(|(name, _)| !saved.iter().any(|(key, _)| key == name)).map(|(name, _)| name).collect();
+    let unexpected: Vec<_> =
+        saved.iter().filter(|(name, _)| !own.iter().any(|(key, _)| key == name)).map(|(name, _)| name).collect();
+    if !missing.is_empty() || !unexpected.is_empty() {
+        return Err(Error::Resume(format!(
+            "the {what} of the checkpoint do not fit: missing {missing:?}, unexpected {unexpected:?}"
+        )));
+    }
+    for (name, tensor) in own {
+        let (_, value) = saved
+            .iter()
+            .find(|(key, _)| key == name)
+            .ok_or_else(|| Error::Resume(format!("`{name}` is missing")))?;
+        if value.size() != tensor.size() || value.kind() != tensor.kind() {
+            return Err(Error::Resume(format!(
+                "`{name}` is {:?} of shape {:?} in the checkpoint and {:?} of shape {:?} here",
+                value.kind(),
+                value.size(),
+                tensor.kind(),
+                tensor.size()
+            )));
+        }
+        tch::no_grad(|| tensor.shallow_clone().f_copy_(value))?;
+    }
+    Ok(())
+}
+
+/// A weighted sum and its weight, summed over ranks exactly before the division.
+#[derive(Default, Clone, Copy, serde::Serialize, serde::Deserialize)]
+pub(crate) struct WeightedMean {
+    sum: f64,
+    weight: f64,
+}
+
+impl WeightedMean {
+    pub(crate) fn add(&mut self, sum: f64, weight: f64) {
+        self.sum += sum;
+        self.weight += weight;
+    }
+
+    /// The mean over all ranks; NaN where nothing was added anywhere.
+    pub(crate) fn synchronised(self, worker: &Worker) -> Result<f64> {
+        let both = Tensor::from_slice(&[self.sum, self.weight]).to_device(worker.device());
+        worker.all_reduce_sum(&both)?;
+        Ok(both.f_double_value(&[0])? / both.f_double_value(&[1])?)
+    }
+}

@@ -1,0 +1,68 @@
+use ice_c10d::optim::{SgdStep, fused_sgd};
+use tch::Tensor;
+
+use crate::Result;
+use crate::optim::Optimizer;
+
+/// Stochastic gradient descent with momentum, as `torch.optim.SGD(fused=True)`.
+#[derive(Debug)]
+pub struct Sgd {
+    options: SgdStep,
+    momentum_buffers: Vec<Tensor>,
+}
+
+impl Sgd {
+    /// Without momentum and weight decay.
+    pub fn new(learning_rate: f64) -> Self {
+        Self { options: SgdStep { lr: learning_rate, ..SgdStep::default() }, momentum_buffers: Vec::new() }
+    }
+
+    /// The part of the last step that the next one keeps.
+    #[must_use]
+    pub fn momentum(mut self, momentum: f64) -> Self {
+        self.options.momentum = momentum;
+        self
+    }
+
+    /// Nesterov's momentum; needs a momentum.
+    #[must_use]
+    pub fn nesterov(mut self, nesterov: bool) -> Self {
+        self.options.nesterov = nesterov;
+        self
+    }
+
+    /// L2 penalty.
+    #[must_use]
+    pub fn weight_decay(mut self, weight_decay: f64) -> Self {
+        self.options.weight_decay = weight_decay;
+        self
+    }
+}
+
+impl Optimizer for Sgd {
+    fn set_up(&mut self, parameters: &[Tensor]) {
+        // Zero buffers make the first step what PyTorch's is without dampening, so there is no first-step flag to save.
+        if self.options.momentum != 0.0 {
+            self.momentum_buffers = parameters.iter().map(|p| p.detach().zeros_like()).collect();
+        }
+    }
+
+    fn step(&mut self, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
+        Ok(fused_sgd(parameters, gradients, &self.momentum_buffers, &self.options)?)
+    }
+
+    fn state(&self) -> Vec<(&'static str, &[Tensor])> {
+        match self.momentum_buffers.is_empty() {
+            true => Vec::new(),
+            false => vec![("momentum_buffer", &self.momentum_buffers)],
+        }
+    }
+
+    fn learning_rate(&self) -> f64 {
+        self.options.lr
+    }
+
+    fn set_learning_rate(&mut self, learning_rate: f64) {
+        self.options.lr = learning_rate;
+    }
+}

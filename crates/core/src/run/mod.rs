@@ -1,0 +1,203 @@
+//! A run: a graph, its tasks, and the rank that they run on.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use ice_worker::Worker;
+
+use crate::checkpoint::{Checkpoint, Manifest, Writer};
+use crate::{Context, Counters, Error, HyperGraph, Measure, ResumeFrom, Result, TaskItem};
+
+/// After a collective failed, how long a request to stop may take to arrive that would explain it: the other ranks may have
+/// been asked first.
+const STOP_GRACE: Duration = Duration::from_secs(1);
+
+/// What a run needs to know beside its graph and tasks.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    /// All randomness of the run follows from it: initial parameters, the order of samples, dropout.
+    pub seed: u64,
+    /// Each run makes a folder of its own in it.
+    pub out_dir: PathBuf,
+    /// Saves a checkpoint whenever this many training steps are done.
+    pub save_every_steps: Option<u64>,
+    /// The checkpoint to go on from.
+    pub resume_from: Option<ResumeFrom>,
+}
+
+/// A run under way, as tasks and closures see it.
+pub struct Run<'a> {
+    graph: &'a HyperGraph,
+    tasks: &'a dyn TaskItem,
+    worker: Rc<Worker>,
+    config: RunConfig,
+    folder: PathBuf,
+    counters: Counters,
+    measures: RefCell<BTreeMap<String, f64>>,
+    writer: RefCell<Writer>,
+}
+
+impl<'a> Run<'a> {
+    /// Sets the graph up, resumes where that is asked for, and runs the tasks to their end. Collective: every rank calls
+    /// it with the same graph, tasks and configuration.
+    ///
+    /// # Errors
+    /// The first failure, named by node and phase.
+    pub fn execute(
+        graph: &'a HyperGraph,
+        tasks: &'a dyn TaskItem,
+        worker: Rc<Worker>,
+        config: RunConfig,
+    ) -> Result<()> {
+        let stamp = worker.run_stamp().unwrap_or("local");
+        let run = Self {
+            graph,
+            tasks,
+            folder: config.out_dir.join(format!("{}_{stamp}", worker.run_id())),
+            writer: RefCell::new(Writer::new(worker.link().clone())),
+            worker,
+            config,
+            counters: Counters::default(),
+            measures: RefCell::default(),
+        };
+        graph.set_up(&Context { worker: Rc::clone(&run.worker), seed: run.config.seed })?;
+        run.resume()?;
+        let outcome = match tasks.run(&run) {
+            Err(Error::Stopped) => Ok(()),
+            Err(_) if run.worker.link().wait_for_stop(STOP_GRACE) => Ok(()),
+            outcome => outcome,
+        };
+        let written = run.writer.borrow_mut().finish();
+        outcome.and(written)
+    }
+
+    /// The graph.
+    pub fn graph(&self) -> &HyperGraph {
+        self.graph
+    }
+
+    /// The rank.
+    pub fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
+    /// Whether this is rank 0, which prints for all.
+    pub fn is_main(&self) -> bool {
+        self.worker.is_main()
+    }
+
+    /// Steps and epochs so far.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// The folder of this run: `<out_dir>/<run id>_<MMDDHHmm>_<random>`.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What the node with this uid measured in the last epoch that it was in, over all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] where it has measured nothing; says what there is.
+    pub fn measure(&self, uid: &str) -> Result<f64> {
+        let measures = self.measures.borrow();
+        measures.get(uid).copied().ok_or_else(|| {
+            Error::Graph(format!("nothing was measured by `{uid}`; there are {:?}", measures.keys().collect::<Vec<_>>()))
+        })
+    }
+
+    /// Saves a checkpoint of the whole graph and of the progress of all tasks. Returns once the state is copied; a thread
+    /// writes it. Rank 0 writes for all.
+    ///
+    /// # Errors
+    /// The failure of this save's copy or of the write before it.
+    pub fn save_checkpoint(&self) -> Result<()> {
+        if !self.is_main() {
+            return Ok(());
+        }
+        let name = format!("E{}S{}", self.counters.train_epochs(), self.counters.train_steps());
+        let manifest = Manifest::new(
+            self.worker.run_id(),
+            self.worker.world_size(),
+            self.config.seed,
+            &self.counters,
+            self.tasks.state(),
+            self.measures.borrow().clone(),
+        );
+        let folder = self.folder.join("ckpts").join(name);
+        self.writer.borrow_mut().save(folder, manifest, self.graph)
+    }
+
+    pub(crate) fn save_if_due(&self) -> Result<()> {
+        match self.config.save_every_steps {
+            Some(every) if self.counters.train_steps().is_multiple_of(every) => self.save_checkpoint(),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn total_epochs(&self, train: bool) -> u64 {
+        self.tasks.epochs(train)
+    }
+
+    pub(crate) fn check_stop(&self) -> Result<()> {
+        if self.worker.link().stop_requested() { Err(Error::Stopped) } else { Ok(()) }
+    }
+
+    /// Makes the random numbers of a training step a function of the seed, the rank and the step, so that a resumed run
+    /// draws what an undisturbed one would have drawn.
+    pub(crate) fn seed_step(&self) {
+        let mut bytes = [0; 24];
+        bytes[..8].copy_from_slice(&self.config.seed.to_le_bytes());
+        bytes[8..16].copy_from_slice(&(self.worker.rank() as u64).to_le_bytes());
+        bytes[16..].copy_from_slice(&self.counters.train_steps().to_le_bytes());
+        let (low, high) = (crc32c::crc32c(&bytes), crc32c::crc32c_append(!0, &bytes));
+        tch::manual_seed((i64::from(high) << 31) ^ i64::from(low));
+    }
+
+    pub(crate) fn epoch_ended(&self, measures: &[(String, Measure)], heading: &str, took: Duration) {
+        self.measures.borrow_mut().extend(measures.iter().map(|(uid, measure)| (uid.clone(), measure.value)));
+        if self.is_main() {
+            let values: String = measures
+                .iter()
+                .map(|(uid, measure)| format!("  {} {:.4}", uid.rsplit('/').next().unwrap_or(uid), measure.value))
+                .collect();
+            println!("{heading}{values}  ({:.1} s)", took.as_secs_f64());
+        }
+    }
+
+    /// Goes on from a checkpoint: the one of this run where the group was restarted, else the one asked for.
+    fn resume(&self) -> Result<()> {
+        let from = || {
+            let own = (self.worker.restart_count() > 0)
+                .then(|| Checkpoint::newest_in(&self.folder.join("ckpts"), None))
+                .flatten();
+            match (own, &self.config.resume_from) {
+                (Some(own), _) => Ok(Some(own)),
+                (None, Some(from)) => Checkpoint::find(from, &self.config.out_dir, self.worker.run_id()).map(Some),
+                (None, None) => Ok(None),
+            }
+        };
+        let found = if self.is_main() { from()? } else { None };
+        let Some(checkpoint) = Checkpoint::shared(found, &self.worker)? else { return Ok(()) };
+        let manifest = checkpoint.manifest();
+        if manifest.seed != self.config.seed {
+            return Err(Error::Resume(format!(
+                "the checkpoint was made with --seed {} and this run has {}",
+                manifest.seed, self.config.seed
+            )));
+        }
+        self.tasks.load_state(&manifest.tasks, true)?;
+        checkpoint.load_into(self.graph)?;
+        self.tasks.load_state(&manifest.tasks, false)?;
+        self.counters.restore(&manifest.counters);
+        self.measures.borrow_mut().extend(manifest.measures.clone());
+        if self.is_main() {
+            println!("resuming from {}", checkpoint.path().display());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,216 @@
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+use ice_worker::Progress;
+use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+use crate::graph::{ExecutableGraph, Tags};
+use crate::task::parse;
+use crate::{Error, Result, Run, TaskItem};
+
+/// How often rank 0 reports progress.
+const REPORT_EVERY: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Length {
+    Epochs(u64),
+    Steps(u64),
+}
+
+/// Runs the nodes that its tags select, for some epochs or steps, with or without training.
+pub struct Task {
+    train: bool,
+    tags: Tags,
+    length: Length,
+    progress: Cell<Progressed>,
+}
+
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Progressed {
+    epochs: u64,
+    steps: u64,
+    /// Iterations of the epoch that is under way.
+    iteration: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    train: bool,
+    tags: String,
+    length: Length,
+    progress: Progressed,
+}
+
+impl Task {
+    /// Trains: forward, backward, update. One epoch unless said otherwise.
+    pub fn train(tags: impl Into<Tags>) -> Self {
+        Self::new(true, tags.into())
+    }
+
+    /// Runs forward only, without gradients. One epoch unless said otherwise.
+    pub fn eval(tags: impl Into<Tags>) -> Self {
+        Self::new(false, tags.into())
+    }
+
+    fn new(train: bool, tags: Tags) -> Self {
+        Self { train, tags, length: Length::Epochs(1), progress: Cell::default() }
+    }
+
+    /// Runs this many epochs. An epoch ends with the dataset that ends first.
+    #[must_use]
+    pub fn epochs(mut self, epochs: u64) -> Self {
+        self.length = Length::Epochs(epochs);
+        self
+    }
+
+    /// Runs this many steps, over as many epochs as that takes.
+    #[must_use]
+    pub fn steps(mut self, steps: u64) -> Self {
+        self.length = Length::Steps(steps);
+        self
+    }
+
+    fn epoch(&self, run: &Run, graph: &ExecutableGraph) -> Result<()> {
+        let mut report = Report::new(self, run, graph);
+        if self.progress.get().iteration == 0 {
+            graph.epoch_start();
+        }
+        while graph.remaining() != Some(0) && !self.is_finished() {
+            self.step(run, graph, &mut report)?;
+        }
+        if graph.remaining() == Some(0) {
+            let measures = graph.epoch_end(run.worker())?;
+            let mut progress = self.progress.get();
+            (progress.epochs, progress.iteration) = (progress.epochs + 1, 0);
+            self.progress.set(progress);
+            run.counters().count_epoch(self.train);
+            run.epoch_ended(&measures, &report.heading(), report.started.elapsed());
+        }
+        Ok(())
+    }
+
+    fn step(&self, run: &Run, graph: &ExecutableGraph, report: &mut Report) -> Result<()> {
+        run.check_stop()?;
+        let (samples, loss) = if self.train {
+            run.seed_step();
+            let (samples, loss) = graph.train_step(run.worker())?;
+            (samples, Some(loss))
+        } else {
+            (graph.eval_step(run.worker())?, None)
+        };
+        let mut progress = self.progress.get();
+        (progress.steps, progress.iteration) = (progress.steps + 1, progress.iteration + 1);
+        self.progress.set(progress);
+        run.counters().count_step(self.train);
+        run.worker().link().set_step(run.counters().train_steps());
+        report.step(samples, loss.as_ref());
+        if self.train { run.save_if_due() } else { Ok(()) }
+    }
+}
+
+impl TaskItem for Task {
+    fn run(&self, run: &Run) -> Result<()> {
+        let graph = run.graph().select(&self.tags)?;
+        if matches!(self.length, Length::Epochs(_)) && graph.remaining().is_none() {
+            return Err(Error::Graph(format!(
+                "no node with the tags `{}` has a size, so an epoch never ends: add a dataset or use steps",
+                self.tags
+            )));
+        }
+        while !self.is_finished() {
+            self.epoch(run, &graph)?;
+        }
+        Ok(())
+    }
+
+    fn is_finished(&self) -> bool {
+        match self.length {
+            Length::Epochs(epochs) => self.progress.get().epochs >= epochs,
+            Length::Steps(steps) => self.progress.get().steps >= steps,
+        }
+    }
+
+    fn reset(&self) {
+        self.progress.take();
+    }
+
+    fn state(&self) -> Json {
+        let progress = self.progress.get();
+        let state = State { train: self.train, tags: self.tags.to_string(), length: self.length, progress };
+        serde_json::to_value(state).unwrap_or(Json::Null)
+    }
+
+    fn load_state(&self, state: &Json, dry_run: bool) -> Result<()> {
+        let state: State = parse(state, &format!("the task `{}`", self.tags))?;
+        if (state.train, &state.tags, state.length) != (self.train, &self.tags.to_string(), self.length) {
+            return Err(Error::Resume(format!(
+                "the task `{}` ({:?}) was `{}` ({:?}) when the checkpoint was saved",
+                self.tags, self.length, state.tags, state.length
+            )));
+        }
+        if !dry_run {
+            self.progress.set(state.progress);
+        }
+        Ok(())
+    }
+
+    fn epochs(&self, train: bool) -> u64 {
+        match self.length {
+            Length::Epochs(epochs) if train == self.train => epochs,
+            _ => 0,
+        }
+    }
+}
+
+/// What rank 0 tells the agent about an epoch.
+struct Report<'a> {
+    task: &'a Task,
+    run: &'a Run<'a>,
+    iterations: u64,
+    started: Instant,
+    sent: Instant,
+    samples: u64,
+}
+
+impl<'a> Report<'a> {
+    fn new(task: &'a Task, run: &'a Run<'a>, graph: &ExecutableGraph) -> Self {
+        let progress = task.progress.get();
+        let left = match task.length {
+            Length::Steps(steps) => graph.remaining().unwrap_or(u64::MAX).min(steps - progress.steps),
+            Length::Epochs(_) => graph.remaining().unwrap_or(0),
+        };
+        let now = Instant::now();
+        Self { task, run, iterations: progress.iteration + left, started: now, sent: now, samples: 0 }
+    }
+
+    fn epoch(&self) -> (u64, u64) {
+        let epoch = self.run.counters().epochs(self.task.train) + 1;
+        (epoch, self.run.total_epochs(self.task.train).max(epoch))
+    }
+
+    fn heading(&self) -> String {
+        let done = self.run.counters().epochs(self.task.train);
+        format!("{} epoch {done}/{}", self.task.tags, self.run.total_epochs(self.task.train).max(done))
+    }
+
+    fn step(&mut self, samples: u64, loss: Option<&tch::Tensor>) {
+        self.samples += samples;
+        let iteration = self.task.progress.get().iteration;
+        let elapsed = self.sent.elapsed();
+        let last = iteration == self.iterations;
+        if !self.run.worker().is_main() || (elapsed < REPORT_EVERY && !last) {
+            return;
+        }
+        self.run.worker().progress(Progress {
+            task: self.task.tags.to_string(),
+            epoch: self.epoch(),
+            iteration: (iteration, self.iterations),
+            samples_per_second: self.samples as f64 / elapsed.as_secs_f64().max(1e-6),
+            loss: loss.map(|loss| loss.double_value(&[])),
+        });
+        (self.sent, self.samples) = (Instant::now(), 0);
+    }
+}

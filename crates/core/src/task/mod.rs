@@ -1,0 +1,49 @@
+//! What a run does, in order: tasks over parts of the graph, repetitions, checkpoints, and any closure.
+
+mod call;
+mod epochs;
+mod repeat;
+mod save;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value as Json;
+
+pub use call::Call;
+pub use epochs::Task;
+pub use repeat::Repeat;
+pub use save::SaveCheckpoint;
+
+use crate::{Error, Result, Run};
+
+/// A piece of a run. Its progress changes behind a shared reference, so that a checkpoint taken from inside a task can see
+/// the whole tree.
+pub trait TaskItem {
+    /// Does what is left to do.
+    ///
+    /// # Errors
+    /// The first failure; the run then ends.
+    fn run(&self, run: &Run) -> Result<()>;
+
+    /// Whether nothing is left to do.
+    fn is_finished(&self) -> bool;
+
+    /// Forgets all progress.
+    fn reset(&self);
+
+    /// The progress, for a checkpoint.
+    fn state(&self) -> Json;
+
+    /// Takes over saved progress; with `dry_run` only checks that it fits, so that nothing is half-loaded.
+    ///
+    /// # Errors
+    /// [`Error::Resume`] says what does not fit.
+    fn load_state(&self, state: &Json, dry_run: bool) -> Result<()>;
+
+    /// Epochs that this item runs in all, of training or else of evaluation.
+    fn epochs(&self, train: bool) -> u64;
+}
+
+fn parse<T: DeserializeOwned>(state: &Json, what: &str) -> Result<T> {
+    T::deserialize(state).map_err(|error| Error::Resume(format!("the saved progress of {what} does not fit: {error}")))
+}

@@ -1,0 +1,117 @@
+use std::cell::Cell;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+use crate::task::{Call, parse};
+use crate::{Error, Result, Run, TaskItem};
+
+/// A list of items, run in order and as often as said.
+///
+/// ```
+/// use ice_core::{Repeat, SaveCheckpoint, Task, TaskItem};
+/// let tasks = Repeat::new(3)
+///     .then(Task::train("train").epochs(1))
+///     .then(Task::eval("val").epochs(1))
+///     .then(SaveCheckpoint::new());
+/// assert_eq!(tasks.epochs(true), 3);
+/// ```
+pub struct Repeat {
+    times: u64,
+    done: Cell<u64>,
+    items: Vec<Box<dyn TaskItem>>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    times: u64,
+    done: u64,
+    items: Vec<Json>,
+}
+
+impl Repeat {
+    /// An empty list to be run `times` times.
+    pub fn new(times: u64) -> Self {
+        Self { times, done: Cell::new(0), items: Vec::new() }
+    }
+
+    /// An empty list to be run once.
+    pub fn once() -> Self {
+        Self::new(1)
+    }
+
+    /// Adds an item at the end.
+    #[must_use]
+    pub fn then(mut self, item: impl TaskItem + 'static) -> Self {
+        self.items.push(Box::new(item));
+        self
+    }
+
+    /// Adds a closure at the end.
+    #[must_use]
+    pub fn call(self, function: impl Fn(&Run) -> Result<()> + 'static) -> Self {
+        self.then(Call::new(function))
+    }
+}
+
+impl TaskItem for Repeat {
+    fn run(&self, run: &Run) -> Result<()> {
+        while !self.is_finished() {
+            for item in self.items.iter().filter(|item| !item.is_finished()) {
+                item.run(run)?;
+            }
+            self.done.set(self.done.get() + 1);
+            if !self.is_finished() {
+                self.items.iter().for_each(|item| item.reset());
+            }
+        }
+        Ok(())
+    }
+
+    fn is_finished(&self) -> bool {
+        self.done.get() >= self.times
+    }
+
+    fn reset(&self) {
+        self.done.set(0);
+        self.items.iter().for_each(|item| item.reset());
+    }
+
+    fn state(&self) -> Json {
+        let items = self.items.iter().map(|item| item.state()).collect::<Vec<_>>();
+        serde_json::json!({ "times": self.times, "done": self.done.get(), "items": items })
+    }
+
+    /// `times` may differ from what was saved, so that a run can be made longer; what was done is kept.
+    fn load_state(&self, state: &Json, dry_run: bool) -> Result<()> {
+        let state: State = parse(state, "a repetition")?;
+        if state.items.len() != self.items.len() {
+            return Err(Error::Resume(format!(
+                "a repetition has {} items and had {} when the checkpoint was saved",
+                self.items.len(),
+                state.items.len()
+            )));
+        }
+        if state.done > self.times {
+            return Err(Error::Resume(format!(
+                "{} repetitions were done when the checkpoint was saved, and only {} are asked for",
+                state.done, self.times
+            )));
+        }
+        for (item, saved) in self.items.iter().zip(&state.items) {
+            item.load_state(saved, dry_run)?;
+        }
+        if !dry_run {
+            self.done.set(state.done);
+            if state.done == state.times && !self.is_finished() {
+                self.items.iter().for_each(|item| item.reset());
+            }
+        }
+        Ok(())
+    }
+
+    fn epochs(&self, train: bool) -> u64 {
+        self.times * self.items.iter().map(|item| item.epochs(train)).sum::<u64>()
+    }
+}

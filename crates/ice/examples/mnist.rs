@@ -1,0 +1,105 @@
+//! A small convolutional network learns to read handwritten digits, on as many devices as there are.
+//!
+//!     cargo run --release --example mnist -- --devices cpu:0-1
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use ice::prelude::*;
+
+#[derive(Parser)]
+#[command(about = "Trains a convolutional network on MNIST")]
+struct Options {
+    /// Folder with the four MNIST files.
+    #[arg(long, value_name = "DIR", default_value = ".deps/mnist")]
+    data: PathBuf,
+    /// Times to go through the training images.
+    #[arg(long, default_value_t = 3)]
+    epochs: u64,
+    /// Images per rank and step.
+    #[arg(long, default_value_t = 64)]
+    batch_size: usize,
+    /// Learning rate of AdamW.
+    #[arg(long, default_value_t = 2e-3)]
+    lr: f64,
+    /// Share of activations that dropout zeroes.
+    #[arg(long, default_value_t = 0.25)]
+    dropout: f64,
+    /// End training after this many steps instead.
+    #[arg(long)]
+    steps: Option<u64>,
+    #[command(flatten)]
+    run: RunOptions,
+}
+
+struct Net {
+    conv1: nn::Conv2D,
+    conv2: nn::Conv2D,
+    fc1: nn::Linear,
+    fc2: nn::Linear,
+    dropout: f64,
+}
+
+impl Net {
+    fn new(path: &nn::Path, dropout: f64) -> Self {
+        Self {
+            conv1: nn::conv2d(path / "conv1", 1, 10, 5, Default::default()),
+            conv2: nn::conv2d(path / "conv2", 10, 20, 5, Default::default()),
+            fc1: nn::linear(path / "fc1", 320, 50, Default::default()),
+            fc2: nn::linear(path / "fc2", 50, 10, Default::default()),
+            dropout,
+        }
+    }
+
+    /// Images `[n, 1, 28, 28]` to log-probabilities `[n, 10]`.
+    fn forward(&self, images: &Tensor, train: bool) -> Tensor {
+        let x = images.apply(&self.conv1).max_pool2d_default(2).relu();
+        let x = x.apply(&self.conv2).feature_dropout(self.dropout, train).max_pool2d_default(2).relu();
+        let x = x.view([-1, 320]).apply(&self.fc1).relu().dropout(self.dropout, train);
+        x.apply(&self.fc2).log_softmax(-1, Kind::Float)
+    }
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    ice::main(|| train(&options))
+}
+
+fn train(options: &Options) -> Result<(), ice::Error> {
+    let mut graph = HyperGraph::new();
+
+    // Two datasets share the name `digits`; the tags say which one a task sees.
+    let learn = Mnist::open(&options.data, Split::Train)?;
+    let test = Mnist::open(&options.data, Split::Test)?;
+    graph.add("digits", DatasetNode::new(learn).shuffle(true).batch_size(options.batch_size), "train")?;
+    graph.add("digits", DatasetNode::new(test).batch_size(500), "val")?;
+
+    let dropout = options.dropout;
+    let net = ModuleNode::new(
+        move |path| Net::new(path, dropout),
+        |net, x| Ok(net.forward(&x.get::<Labelled>("digits")?.images, x.is_training())),
+    );
+    graph.add("net", net.optimizer(AdamW::new(options.lr)), "*")?;
+
+    let nll = LossNode::new(|x| Ok(x.tensor("net")?.nll_loss(&x.get::<Labelled>("digits")?.labels)));
+    graph.add("nll", nll, "*")?;
+
+    let accuracy = MetricNode::average(|x| {
+        let guesses = x.tensor("net")?.argmax(-1, false);
+        Ok(guesses.eq_tensor(&x.get::<Labelled>("digits")?.labels))
+    });
+    graph.add("accuracy", accuracy, "val")?;
+
+    let learn = match options.steps {
+        Some(steps) => Task::train("train").steps(steps),
+        None => Task::train("train").epochs(1),
+    };
+    let epoch = Repeat::new(options.epochs).then(learn).then(Task::eval("val")).then(SaveCheckpoint::new());
+    let tasks = Repeat::once().then(epoch).call(|run| {
+        if run.is_main() {
+            println!("val accuracy {:.4}", run.measure("val/accuracy")?);
+        }
+        Ok(())
+    });
+    graph.run(tasks, &options.run)
+}

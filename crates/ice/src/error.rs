@@ -1,0 +1,78 @@
+use std::process;
+
+use ice_proto::exit::ExitCode;
+use ice_worker::{Link, Worker};
+
+/// Why a training program ended before its work was done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The run failed on this rank, or could not be put together.
+    #[error(transparent)]
+    Run(#[from] ice_core::Error),
+    /// The launcher could not start.
+    #[error(transparent)]
+    Usage(#[from] ice_launch::UsageError),
+    /// The launcher failed.
+    #[error(transparent)]
+    Launch(#[from] ice_launch::Error),
+    /// The launched ranks failed; the launcher has said how.
+    #[error("the job ended with exit code {}", .0.code())]
+    Job(ExitCode),
+}
+
+impl From<ice_worker::Error> for Error {
+    fn from(error: ice_worker::Error) -> Self {
+        Self::Run(error.into())
+    }
+}
+
+impl Error {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Job(code) => *code,
+            Self::Usage(_) => ExitCode::Usage,
+            Self::Run(error) if error.is_usage() => ExitCode::Usage,
+            Self::Run(_) => ExitCode::Failure,
+            Self::Launch(error) => error.exit_code(),
+        }
+    }
+}
+
+/// Runs the body of a program's `main` and maps its error to a message and an exit code: 2 where an option or a file that it
+/// names is wrong, the ranks' own code where they failed.
+///
+/// In a rank, an error or a panic is also told to the agent and left in the error file.
+pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("ICE_LOG").unwrap_or_else(|_| "warn".into()),
+        )
+        .with_writer(std::io::stderr)
+        .without_time()
+        .init();
+    if Worker::is_rank() {
+        report_panics();
+    }
+    match body() {
+        Ok(()) => ExitCode::Success.into(),
+        Err(error) => {
+            if !matches!(error, Error::Job(_)) {
+                eprintln!("error: {error}");
+                if Worker::is_rank() {
+                    Worker::report_failure(&Link::default(), &error.to_string(), &format!("{error:?}"));
+                }
+            }
+            error.exit_code().into()
+        }
+    }
+}
+
+fn report_panics() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        default(panic);
+        let text = panic.payload_as_str().unwrap_or("a panic without a message");
+        let place = panic.location().map_or_else(String::new, ToString::to_string);
+        Worker::report_failure(&Link::default(), &format!("panic: {text}"), &place);
+    }));
+}

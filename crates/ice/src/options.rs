@@ -1,0 +1,41 @@
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+
+use clap::Args;
+use ice_core::{ResumeFrom, RunConfig};
+use ice_launch::LaunchArgs;
+
+/// The options of every training program, to be flattened into its own.
+#[derive(Args, Debug, Clone)]
+pub struct RunOptions {
+    /// Options of the launcher; of no effect where the program is started by one.
+    #[command(flatten)]
+    pub launch: LaunchArgs,
+
+    /// All randomness follows from it: initial parameters, order of samples, dropout.
+    #[arg(long, default_value_t = 0, help_heading = "Run")]
+    pub seed: u64,
+
+    /// Folder for checkpoints; each run makes one of its own in it.
+    #[arg(long, value_name = "DIR", default_value = "out", help_heading = "Run")]
+    pub out_dir: PathBuf,
+
+    /// Save a checkpoint every so many training steps, beside those at the end of an epoch.
+    #[arg(long, value_name = "STEPS", help_heading = "Run")]
+    pub save_every_steps: Option<NonZeroU64>,
+
+    /// Go on from a checkpoint: its folder, or `latest` for the newest of this run id below the output folder.
+    #[arg(long, value_name = "PATH|latest", help_heading = "Run")]
+    pub resume_from: Option<ResumeFrom>,
+}
+
+impl RunOptions {
+    pub(crate) fn config(&self) -> RunConfig {
+        RunConfig {
+            seed: self.seed,
+            out_dir: self.out_dir.clone(),
+            save_every_steps: self.save_every_steps.map(NonZeroU64::get),
+            resume_from: self.resume_from.clone(),
+        }
+    }
+}

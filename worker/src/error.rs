@@ -1,0 +1,39 @@
+use std::io;
+
+use ice_proto::env::EnvError;
+use tch::TchError;
+
+/// Why a rank cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A variable of the contract is missing or wrong.
+    #[error(transparent)]
+    Env(#[from] EnvError),
+    /// The device cannot be bound.
+    #[error("cannot bind {device}: {problem}")]
+    Device {
+        /// The device of the rank.
+        device: String,
+        /// Why, and what to do.
+        problem: String,
+    },
+    /// A collective or the store failed.
+    #[error("{doing}: {source}")]
+    Collective {
+        /// What was being done.
+        doing: String,
+        /// What c10d says.
+        source: ice_c10d::Error,
+    },
+    /// The link to the agent cannot be used.
+    #[error("cannot use the link to the agent (ICE_LINK_FD={fd}): {source}")]
+    Link {
+        /// The descriptor.
+        fd: i32,
+        /// Why.
+        source: io::Error,
+    },
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] TchError),
+}

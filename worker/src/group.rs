@@ -1,0 +1,68 @@
+//! The process group of a round.
+
+use std::env;
+use std::net::UdpSocket;
+use std::time::Duration;
+
+use ice_c10d::{GlooOptions, ProcessGroup, Store};
+use ice_proto::backend::DistBackend;
+use ice_proto::env::RankEnv;
+use tch::Device;
+
+use crate::Error;
+
+/// How long the store may take to answer. It was bound before any rank started, so only a broken network needs longer.
+const STORE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a collective may take; PyTorch's default for gloo.
+const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
+/// Joins the group of the round that the rank was started in.
+pub(crate) fn join(env: &RankEnv, device: Device) -> Result<ProcessGroup, Error> {
+    let (rank, world_size) = (env.rank as usize, env.world_size as usize);
+    let fail = |doing: &str| {
+        let doing = format!("{doing} at {}:{} as rank {rank} of {world_size}", env.master_addr, env.master_port);
+        move |source| Error::Collective { doing, source }
+    };
+    let store = Store::tcp(&env.master_addr, env.master_port, STORE_TIMEOUT)
+        .map_err(fail("cannot reach the store"))?
+        .with_prefix(&format!("ice/round_{}", env.round));
+    let default = if device.is_cuda() { DistBackend::Nccl } else { DistBackend::Gloo };
+    match (env.backend.unwrap_or(default), device) {
+        (DistBackend::Nccl, Device::Cuda(index)) => {
+            ProcessGroup::nccl(&store, rank, world_size, index, COLLECTIVE_TIMEOUT)
+                .map_err(fail("cannot form the nccl group over the store"))
+        }
+        (DistBackend::Nccl, _) => Err(Error::Device {
+            device: "cpu".into(),
+            problem: "the nccl backend needs CUDA devices: use --dist-backend gloo or --devices cuda".into(),
+        }),
+        (DistBackend::Gloo, _) => {
+            let options = GlooOptions {
+                timeout: COLLECTIVE_TIMEOUT,
+                interface: env::var("GLOO_SOCKET_IFNAME").ok(),
+                hostname: local_address(&env.master_addr, env.master_port),
+            };
+            ProcessGroup::gloo(&store, rank, world_size, &options)
+                .map_err(fail("cannot form the gloo group over the store"))
+        }
+    }
+}
+
+/// The address of this host on the way to the store: the one that the other ranks can reach it by. A host's own name often
+/// resolves to loopback, which they cannot.
+fn local_address(master_addr: &str, master_port: u16) -> Option<String> {
+    let any = if master_addr.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
+    let probe = UdpSocket::bind(any).ok()?;
+    probe.connect((master_addr, master_port)).ok()?;
+    Some(probe.local_addr().ok()?.ip().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_way_to_loopback_starts_at_loopback() {
+        assert_eq!(local_address("127.0.0.1", 29500).as_deref(), Some("127.0.0.1"));
+    }
+}

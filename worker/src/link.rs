@@ -1,0 +1,148 @@
+//! The rank's end of the link.
+
+use std::io::{self, Read, Write};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use ice_proto::frame::{self, Decoder};
+use ice_proto::link::{Down, Up};
+
+/// How often the rank says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// An agent that reads nothing for so long is given up on; a message is then dropped rather than the step held up.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The connection to the agent. Without an agent that knows the link, everything here does nothing.
+///
+/// When the agent is gone (end of file), the rank leaves: nobody would stop it any more.
+#[derive(Clone, Default)]
+pub struct Link {
+    inner: Option<Arc<Inner>>,
+}
+
+struct Inner {
+    stream: Mutex<UnixStream>,
+    step: AtomicU64,
+    leaving: AtomicBool,
+    stop: Mutex<bool>,
+    stopped: Condvar,
+}
+
+impl Link {
+    /// Takes over the inherited descriptor and says hello.
+    pub(crate) fn open(fd: RawFd, rank: u32) -> io::Result<Self> {
+        let stream = UnixStream::from(ice_c10d::inherit::descriptor(fd)?);
+        stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
+        let reader = stream.try_clone()?;
+        let inner = Arc::new(Inner {
+            stream: Mutex::new(stream),
+            step: AtomicU64::new(0),
+            leaving: AtomicBool::new(false),
+            stop: Mutex::new(false),
+            stopped: Condvar::new(),
+        });
+        let link = Self { inner: Some(Arc::clone(&inner)) };
+        link.send(&Up::Hello { pid: process::id(), rank });
+        let listening = Arc::clone(&inner);
+        thread::Builder::new().name("ice-link".into()).spawn(move || listening.listen(reader))?;
+        let beating = link.clone();
+        thread::Builder::new().name("ice-heartbeat".into()).spawn(move || beating.beat())?;
+        Ok(link)
+    }
+
+    /// Sends a message. An agent that is gone is noticed by the listener, so a failure to write is no error here.
+    pub fn send(&self, message: &Up) {
+        let Some(inner) = &self.inner else { return };
+        let frame = match frame::encode(message) {
+            Ok(frame) => frame,
+            Err(error) => return tracing::warn!(%error, "a message to the agent was dropped"),
+        };
+        let mut stream = inner.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = stream.write_all(&frame) {
+            tracing::debug!(%error, "the agent did not take a message");
+        }
+    }
+
+    /// Says that a checkpoint is whole on disk.
+    pub fn checkpoint_saved(&self, path: &Path, step: u64) {
+        self.send(&Up::CheckpointSaved { path: path.display().to_string(), step });
+    }
+
+    /// Notes the applied optimizer steps, for the next heartbeat.
+    pub fn set_step(&self, step: u64) {
+        if let Some(inner) = &self.inner {
+            inner.step.store(step, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the agent has asked the rank to end at the next step boundary.
+    pub fn stop_requested(&self) -> bool {
+        self.wait_for_stop(Duration::ZERO)
+    }
+
+    /// As [`Link::stop_requested`], giving a request that is under way this long to arrive.
+    pub fn wait_for_stop(&self, timeout: Duration) -> bool {
+        let Some(inner) = &self.inner else { return false };
+        let stop = inner.stop.lock().unwrap_or_else(PoisonError::into_inner);
+        let (stop, _) = inner
+            .stopped
+            .wait_timeout_while(stop, timeout, |stop| !*stop)
+            .unwrap_or_else(PoisonError::into_inner);
+        *stop
+    }
+
+    /// Says that the work is done; the agent may be gone from now on.
+    pub(crate) fn finish(&self) {
+        if let Some(inner) = &self.inner {
+            inner.leaving.store(true, Ordering::SeqCst);
+        }
+        self.send(&Up::Done);
+    }
+
+    fn beat(&self) {
+        let Some(inner) = &self.inner else { return };
+        while !inner.leaving.load(Ordering::SeqCst) {
+            self.send(&Up::Heartbeat { step: inner.step.load(Ordering::Relaxed) });
+            thread::sleep(HEARTBEAT);
+        }
+    }
+}
+
+impl Inner {
+    fn listen(&self, mut stream: UnixStream) {
+        let mut decoder = Decoder::new();
+        let mut buffer = [0; 4096];
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => decoder.feed(&buffer[..n]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => break,
+            }
+            loop {
+                match decoder.next::<Down>() {
+                    Ok(Some(Down::Stop)) => {
+                        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
+                        self.stopped.notify_all();
+                    }
+                    Ok(Some(other)) => tracing::debug!(?other, "not acted on"),
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::error!(%error, "the link to the agent is unusable");
+                        process::exit(1);
+                    }
+                }
+            }
+        }
+        if !self.leaving.load(Ordering::SeqCst) {
+            tracing::error!("the agent is gone: leaving");
+            process::exit(1);
+        }
+    }
+}
