@@ -1,0 +1,186 @@
+//! Ranks that fail: the report names them, the others are stopped, the exit code is the documented one, nothing is left.
+
+use std::fs;
+use std::path::Path;
+
+use ice_proto::exit::ExitCode;
+use rustix::process::Signal;
+use tempfile::{TempDir, tempdir};
+
+use crate::support::{Finished, Program, SOON, built, free_port, shell_script};
+
+/// Two ranks that run `body` with their process ids noted; logs go to a folder of the test.
+struct TwoRanks {
+    folder: TempDir,
+    outcome: Finished,
+}
+
+impl TwoRanks {
+    fn run(body: &str) -> Self {
+        Self::run_with(&[], body)
+    }
+
+    fn run_with(options: &[&str], body: &str) -> Self {
+        let folder = tempdir().unwrap();
+        let script = shell_script(
+            folder.path(),
+            "program",
+            &format!("echo $$ > {}/pid.$RANK.$TORCHELASTIC_RESTART_COUNT\n{body}", folder.path().display()),
+        );
+        let outcome = Program::ice_launch(["--devices", "cpu:0-1", "--log-dir"])
+            .arg(folder.path().join("logs"))
+            .args(options)
+            .arg(script)
+            .run(SOON);
+        Self { folder, outcome }
+    }
+
+    fn pid(&self, rank: u32) -> String {
+        read(self.folder.path(), &format!("pid.{rank}.0"))
+    }
+}
+
+fn read(folder: &Path, name: &str) -> String {
+    fs::read_to_string(folder.join(name)).unwrap_or_else(|error| panic!("{name}: {error}")).trim().to_owned()
+}
+
+/// What the other rank does: it stays until it is stopped.
+const STAY: &str = "exec sleep 600";
+
+#[test]
+fn a_rank_that_exits_3() {
+    let ranks = TwoRanks::run(&format!("[ $RANK = 0 ] && {STAY}\necho 'out of paper' >&2\nexit 3"));
+    ranks.outcome.expect_code(3).expect_in_stderr(&["rank 1", "node 0", &ranks.pid(1), "3", "out of paper"]);
+}
+
+#[test]
+fn a_rank_that_is_killed() {
+    let ranks = TwoRanks::run(&format!("[ $RANK = 1 ] && {STAY}\necho 'the last words' >&2\nkill -KILL $$"));
+    let code = ExitCode::Signal(9).code();
+    ranks.outcome.expect_code(code.into()).expect_in_stderr(&[
+        "rank 0",
+        "node 0",
+        &ranks.pid(0),
+        "SIGKILL",
+        "the last words",
+    ]);
+}
+
+#[test]
+fn a_rank_that_panics() {
+    let outcome =
+        Program::ice_launch(["--devices", "cpu:0-1"]).arg(built("rank")).args(["panic", "1"]).run(SOON);
+    outcome.expect_code(101).expect_in_stderr(&["rank 1", "node 0", "rank 1 was told to panic"]);
+}
+
+#[test]
+fn the_report_names_the_log_file() {
+    let ranks =
+        TwoRanks::run_with(&["--redirects", "3"], "[ $RANK = 0 ] || { echo 'into the file' >&2; exit 4; }");
+    ranks.outcome.expect_code(4).expect_in_stderr(&["rank 1", "into the file", "stderr.log"]);
+    let named = ranks.outcome.stderr.split_whitespace().find(|word| word.contains("stderr.log")).unwrap();
+    let named = named.trim_matches(|c: char| !c.is_alphanumeric() && c != '/');
+    assert_eq!(fs::read_to_string(named).unwrap(), "into the file\n", "{named}");
+}
+
+#[test]
+fn a_rank_that_ignores_sigterm_is_killed() {
+    let ranks = TwoRanks::run_with(
+        &["--shutdown-timeout", "1"],
+        "if [ $RANK = 0 ]; then trap '' TERM; while :; do sleep 600; done; fi\nexit 5",
+    );
+    ranks.outcome.expect_code(5);
+}
+
+#[test]
+fn what_a_rank_started_is_stopped_with_it() {
+    let ranks = TwoRanks::run(&format!("[ $RANK = 1 ] && exit 6\nsleep 600 &\n{STAY}"));
+    ranks.outcome.expect_code(6);
+}
+
+#[test]
+fn a_program_that_is_not_executable() {
+    let folder = tempdir().unwrap();
+    let program = folder.path().join("notes.txt");
+    fs::write(&program, "not a program\n").unwrap();
+    let outcome = Program::ice_launch(["--devices", "cpu:0-1"]).arg(&program).run(SOON);
+    // Known before anything is spawned.
+    outcome.expect_code(ExitCode::Usage.code().into()).expect_in_stderr(&["notes.txt", "not executable"]);
+}
+
+#[test]
+fn a_program_that_the_system_cannot_execute() {
+    let folder = tempdir().unwrap();
+    let program = shell_script(folder.path(), "garbage", "");
+    fs::write(&program, "\0\0\0 neither a script nor an ELF file").unwrap();
+    let outcome = Program::ice_launch(["--devices", "cpu:0-1"]).arg(&program).run(SOON);
+    outcome.expect_code(ExitCode::NotExecutable.code().into()).expect_in_stderr(&[
+        "garbage",
+        "rank 0",
+        "Exec format error",
+    ]);
+}
+
+#[test]
+fn a_failure_restarts_all_ranks_as_often_as_allowed() {
+    let body = "[ $RANK = 0 ] || exit 7\nexec sleep 600";
+    let ranks = TwoRanks::run_with(&["--max-restarts", "2"], body);
+    ranks.outcome.expect_code(7);
+    for attempt in 0..=2 {
+        for rank in 0..=1 {
+            read(ranks.folder.path(), &format!("pid.{rank}.{attempt}"));
+        }
+    }
+    assert!(!ranks.folder.path().join("pid.0.3").exists());
+}
+
+#[test]
+fn a_restart_that_helps_ends_well() {
+    let body = "[ $RANK = 0 ] || [ $TORCHELASTIC_RESTART_COUNT = 1 ] || exit 8\nexit 0";
+    TwoRanks::run_with(&["--max-restarts", "1"], body).outcome.expect_code(0);
+}
+
+#[test]
+fn sigterm_to_the_launcher_stops_the_ranks() {
+    let job = Program::ice_launch(["--devices", "cpu:0-1"]).arg(built("rank")).arg("wait").start();
+    job.wait_for_line(SOON, |line| line.contains("waiting"));
+    assert_eq!(job.others().len(), 2, "{:?}", job.others());
+    job.signal(Signal::TERM);
+    job.finish(SOON).expect_code(ExitCode::Signal(15).code().into());
+}
+
+#[test]
+fn the_ranks_do_not_outlive_a_killed_launcher() {
+    for program in [built("rank").to_owned(), "sh".into()] {
+        let arguments = match program.ends_with("rank") {
+            true => vec!["wait"],
+            false => vec!["-c", "echo waiting; exec sleep 600"],
+        };
+        let job = Program::ice_launch(["--devices", "cpu:0-1"]).arg(&program).args(arguments).start();
+        job.wait_for_line(SOON, |line| line.contains("waiting"));
+        job.signal(Signal::KILL);
+        // `finish` fails where a rank is left.
+        assert_eq!(job.finish(SOON).signal, Some(Signal::KILL.as_raw()), "{program:?}");
+    }
+}
+
+#[test]
+fn a_failure_on_one_node_ends_the_other() {
+    let folder = tempdir().unwrap();
+    let script = shell_script(
+        folder.path(),
+        "program",
+        "[ $RANK = 1 ] && { echo 'lost it' >&2; exit 9; }\nexec sleep 600",
+    );
+    let port = free_port().to_string();
+    let agent = |node: &str| {
+        Program::ice_launch(["--nnodes", "2", "--master-addr", "127.0.0.1", "--devices", "cpu:0"])
+            .args(["--master-port", &port, "--node-rank", node])
+            .arg(&script)
+            .start()
+    };
+    let (first, second) = (agent("0"), agent("1"));
+    let (first, second) = (first.finish(SOON), second.finish(SOON));
+    second.expect_code(9).expect_in_stderr(&["rank 1", "node 1", "lost it"]);
+    first.expect_code(9).expect_in_stderr(&["rank 1", "node 1"]);
+}

@@ -1,0 +1,14 @@
+//! End-to-end tests: the programs as a user starts them.
+//!
+//! Every process is started through [`support::Job`], which kills it and all that came of it when the test ends, and which
+//! finds what a finished job has left behind.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod arrows;
+mod failures;
+mod forms;
+mod python;
+mod support;
+mod training;
+mod usage;

@@ -1,0 +1,232 @@
+//! A started program with all that comes of it.
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::io::Read;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+
+use super::leftovers::{self, Leftover, MARK};
+use super::{built, root};
+
+/// How long after its end a job's other processes may still be seen.
+const AFTERMATH: Duration = Duration::from_secs(5);
+
+/// A program to start, with what differs from the tests' own environment.
+pub(crate) struct Program(Command);
+
+impl Program {
+    pub(crate) fn new(program: impl AsRef<OsStr>) -> Self {
+        let mut command = Command::new(program);
+        command.current_dir(root());
+        // Whatever launched the tests is not to be taken for the launcher of the ranks.
+        for (name, _) in ice_proto::env::ALL {
+            command.env_remove(name);
+        }
+        Self(command)
+    }
+
+    /// `ice-launch` with these arguments.
+    pub(crate) fn ice_launch<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Self {
+        Self::new(built("ice-launch")).args(arguments)
+    }
+
+    pub(crate) fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.0.arg(argument);
+        self
+    }
+
+    pub(crate) fn args<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
+        self.0.args(arguments);
+        self
+    }
+
+    pub(crate) fn start(mut self) -> Job {
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let mark = format!("{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
+        self.0.env(MARK, &mark).process_group(0);
+        self.0.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = self.0.spawn().unwrap_or_else(|error| panic!("cannot start {:?}: {error}", self.0));
+        let stdout = Stream::read(child.stdout.take().unwrap());
+        let stderr = Stream::read(child.stderr.take().unwrap());
+        Job { child, mark, command: format!("{:?}", self.0), stdout, stderr }
+    }
+
+    /// Starts it and waits for its end.
+    pub(crate) fn run(self, limit: Duration) -> Finished {
+        self.start().finish(limit)
+    }
+}
+
+/// A program that was started. Dropping it kills it and all that came of it.
+pub(crate) struct Job {
+    child: Child,
+    mark: String,
+    command: String,
+    stdout: Stream,
+    stderr: Stream,
+}
+
+/// What a job has left when it ended by itself.
+pub(crate) struct Finished {
+    pub(crate) command: String,
+    /// The exit code, or `None` where a signal ended it.
+    pub(crate) code: Option<i32>,
+    pub(crate) signal: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Job {
+    /// Waits for the end of the program, and then for the end of all that came of it.
+    pub(crate) fn finish(mut self, limit: Duration) -> Finished {
+        self.wait(limit);
+        let status = self.child.wait().unwrap();
+        let left = leftovers::wait_until_none(&self.mark, AFTERMATH);
+        assert!(left.is_empty(), "{} has left behind {left:#?}\n{}", self.command, self.transcript());
+        for stream in [&self.stdout, &self.stderr] {
+            assert!(
+                stream.wait_until(AFTERMATH, |_, open| !open),
+                "the output of {} stays open",
+                self.command
+            );
+        }
+        Finished {
+            command: self.command.clone(),
+            code: status.code(),
+            signal: status.signal(),
+            stdout: self.stdout.text(),
+            stderr: self.stderr.text(),
+        }
+    }
+
+    fn wait(&mut self, limit: Duration) {
+        let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).unwrap();
+        let ended = leftovers::wait_for_end(&pidfd, limit);
+        assert!(ended, "{} has not ended in {limit:?}\n{}", self.command, self.transcript());
+    }
+
+    /// Waits until a line that `wanted` accepts is on its standard output, and returns it.
+    pub(crate) fn wait_for_line(&self, limit: Duration, wanted: impl Fn(&str) -> bool) -> String {
+        let mut found = None;
+        let deadline = Instant::now() + limit;
+        self.stdout.wait_until(deadline.saturating_duration_since(Instant::now()), |text, open| {
+            let complete = text.rfind('\n').map_or("", |end| &text[..end]);
+            found = complete.lines().find(|line| wanted(line)).map(str::to_owned);
+            found.is_some() || !open
+        });
+        found.unwrap_or_else(|| {
+            panic!("{} has not printed what was expected\n{}", self.command, self.transcript())
+        })
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// The other living processes of the job.
+    pub(crate) fn others(&self) -> Vec<Leftover> {
+        leftovers::marked(&self.mark).into_iter().filter(|process| process.pid != self.pid()).collect()
+    }
+
+    fn transcript(&self) -> String {
+        format!("--- stdout\n{}\n--- stderr\n{}", self.stdout.text(), self.stderr.text())
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        let ended = matches!(self.child.try_wait(), Ok(Some(_)));
+        if !ended {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        leftovers::kill(&self.mark);
+    }
+}
+
+impl Finished {
+    /// Fails with everything that was printed unless the exit code is this one.
+    #[track_caller]
+    pub(crate) fn expect_code(&self, code: i32) -> &Self {
+        assert_eq!(self.code, Some(code), "exit code of {}", self.transcript());
+        self
+    }
+
+    /// Fails with everything that was printed unless standard error holds each of these.
+    #[track_caller]
+    pub(crate) fn expect_in_stderr(&self, parts: &[&str]) -> &Self {
+        for part in parts {
+            assert!(
+                self.stderr.contains(part),
+                "`{part}` is missing in the standard error of {}",
+                self.transcript()
+            );
+        }
+        self
+    }
+
+    pub(crate) fn last_line(&self) -> &str {
+        self.stdout.lines().next_back().unwrap_or_default()
+    }
+
+    pub(crate) fn transcript(&self) -> String {
+        let mut text = self.command.clone();
+        let _ = write!(text, "\n--- code {:?}, signal {:?}", self.code, self.signal);
+        let _ = write!(text, "\n--- stdout\n{}\n--- stderr\n{}", self.stdout, self.stderr);
+        text
+    }
+}
+
+/// An output of the program, read by a thread of its own.
+#[derive(Clone)]
+struct Stream(Arc<(Mutex<Text>, Condvar)>);
+
+struct Text {
+    bytes: Vec<u8>,
+    open: bool,
+}
+
+impl Stream {
+    fn read(mut pipe: impl Read + Send + 'static) -> Self {
+        let stream = Self(Arc::new((Mutex::new(Text { bytes: Vec::new(), open: true }), Condvar::new())));
+        let reader = stream.clone();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let n = pipe.read(&mut buffer).unwrap_or(0);
+                let (text, changed) = &*reader.0;
+                let mut text = text.lock().unwrap();
+                text.bytes.extend(&buffer[..n]);
+                text.open = n > 0;
+                changed.notify_all();
+                if n == 0 {
+                    return;
+                }
+            }
+        });
+        stream
+    }
+
+    /// Waits until `done` accepts the text so far (and whether more may come); `false` after the time limit.
+    fn wait_until(&self, limit: Duration, mut done: impl FnMut(&str, bool) -> bool) -> bool {
+        let (text, changed) = &*self.0;
+        let waiting = |text: &mut Text| !done(&String::from_utf8_lossy(&text.bytes), text.open);
+        let text = text.lock().unwrap();
+        !changed.wait_timeout_while(text, limit, waiting).unwrap().1.timed_out()
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.0.lock().unwrap().bytes).into_owned()
+    }
+}

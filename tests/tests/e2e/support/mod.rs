@@ -1,0 +1,61 @@
+//! What the tests share: built programs, started jobs, and where things lie.
+
+mod built;
+mod job;
+mod leftovers;
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub(crate) use built::{built, cargo, executables};
+pub(crate) use job::{Finished, Program};
+
+/// How long anything but training may take. It bounds a failure; no test waits for it to pass.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+/// How long a training run of the tests may take.
+pub(crate) const TRAINING: Duration = Duration::from_secs(600);
+
+/// The root of the checkout.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// The folder of the real MNIST.
+pub(crate) fn mnist_data() -> PathBuf {
+    let folder = root().join(".deps/mnist");
+    assert!(folder.join("train-images-idx3-ubyte").is_file(), "no MNIST in {folder:?}: run scripts/setup");
+    folder
+}
+
+/// The Python of the full torch, or `None` after saying why a test is skipped.
+pub(crate) fn peer(test: &str) -> Option<PathBuf> {
+    let python = root().join(".deps/peer/bin/python");
+    if python.is_file() {
+        return Some(python);
+    }
+    let wanted = std::env::var("ICE_TEST_PEER").is_ok_and(|value| value == "1");
+    assert!(!wanted, "ICE_TEST_PEER=1, and {python:?} is missing: run scripts/setup --peer");
+    println!("skipped {test}: no Python torch in .deps/peer (scripts/setup --peer installs one)");
+    None
+}
+
+/// A script of tests/python.
+pub(crate) fn python_script(name: &str) -> PathBuf {
+    root().join("tests/python").join(name)
+}
+
+/// A port of the loopback interface that nothing listens on now.
+pub(crate) fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// An executable shell script in the folder.
+pub(crate) fn shell_script(folder: &Path, name: &str, body: &str) -> PathBuf {
+    let path = folder.join(name);
+    fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
