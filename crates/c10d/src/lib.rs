@@ -1,1 +1,37 @@
-//! Placeholder.
+//! Safe bindings to libtorch's `torch.distributed` (c10d): the store that processes meet at, process groups and their collectives,
+//! the reducer of `DistributedDataParallel`, and fused optimizer steps.
+//!
+//! It knows nothing of launchers, rounds or training. It holds the project's calls into foreign code, so that the rest needs no
+//! `unsafe`; no C++ exception gets through, each becomes an [`Error`] with a [kind](ErrorKind).
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use ice_c10d::{GlooOptions, ProcessGroup, ReduceOp, Store};
+//!
+//! let store = Store::tcp("127.0.0.1", 29500, Duration::from_secs(60))?;
+//! let group = ProcessGroup::gloo(&store, 0, 2, &GlooOptions::default())?;
+//! let tensor = tch::Tensor::from_slice(&[1.0_f32, 2.0]);
+//! group.all_reduce(&tensor, ReduceOp::Sum)?.wait()?;
+//! # Ok::<(), ice_c10d::Error>(())
+//! ```
+
+mod error;
+mod ffi;
+mod group;
+pub mod inherit;
+pub mod nccl;
+pub mod optim;
+mod reducer;
+mod store;
+#[doc(hidden)]
+pub mod testing;
+mod work;
+
+pub use error::{Error, ErrorKind, Result};
+pub use group::{GlooOptions, ProcessGroup, ReduceOp};
+pub use reducer::{Reducer, ReducerOptions, run_backward};
+pub use store::Store;
+pub use work::Work;
+
+/// The version of the libtorch headers that this was compiled against; the build refuses any other than tch's.
+pub const TORCH_VERSION: &str = env!("ICE_TORCH_VERSION");

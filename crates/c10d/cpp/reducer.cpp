@@ -1,0 +1,63 @@
+// DistributedDataParallel's reducer: gradients averaged bucket by bucket while backward goes on.
+#include "shim_internal.h"
+
+#include <algorithm>
+
+#include <ATen/ops/ones_like.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/distributed/c10d/logger.hpp>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
+
+struct IceReducer {
+  std::unique_ptr<c10d::Reducer> reducer;
+  bool find_unused_parameters;
+};
+
+ICE_API int32_t ice_reducer_new(
+    IceTensors parameters, const IceStr* names, const IceGroup* group, IceReducerOptions options, IceReducer** out,
+    char** message) {
+  return ice::guarded(message, [&] {
+    std::vector<at::Tensor> list = ice::tensors(parameters);
+    std::unordered_map<size_t, std::string> names_by_index;
+    for (size_t i = 0; i < list.size(); ++i) {
+      names_by_index[i] = ice::text(names[i]);
+      if (!list[i].defined() || !list[i].requires_grad() || !list[i].is_leaf()) {
+        throw ice::Failure(
+            ICE_INVALID_ARGUMENT, "parameter " + names_by_index[i] + " is not a leaf that requires a gradient");
+      }
+    }
+    c10d::verify_params_across_processes(group->group, list, std::nullopt);
+    const std::vector<bool> dense(list.size(), false);
+    auto buckets = std::get<0>(c10d::compute_bucket_assignment_by_size(
+        list, {options.first_bucket_bytes, options.bucket_cap_bytes}, dense));
+    // Gradients become ready roughly in the reverse of the order in which the parameters were made.
+    std::reverse(buckets.begin(), buckets.end());
+    auto reducer = std::make_unique<c10d::Reducer>(
+        list, std::move(buckets), group->group, dense, static_cast<int64_t>(options.bucket_cap_bytes),
+        options.find_unused_parameters, options.gradient_as_bucket_view, std::move(names_by_index),
+        static_cast<int64_t>(options.first_bucket_bytes), false, false, std::vector<int64_t>{});
+    *out = new IceReducer{std::move(reducer), options.find_unused_parameters};
+  });
+}
+
+ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, char** message) {
+  return ice::guarded(message, [&] {
+    reducer->reducer->prepare_for_forward();
+    reducer->reducer->rebuild_buckets();
+  });
+}
+
+ICE_API int32_t ice_reducer_prepare_backward(const IceReducer* reducer, IceTensors outputs, char** message) {
+  return ice::guarded(message, [&] {
+    reducer->reducer->prepare_for_backward(
+        reducer->find_unused_parameters ? ice::tensors(outputs) : std::vector<at::Tensor>{});
+  });
+}
+
+ICE_API void ice_reducer_free(IceReducer* reducer) {
+  ice::release(reducer);
+}
+
+ICE_API int32_t ice_run_backward(void* tensor, char** message) {
+  return ice::guarded(message, [&] { ice::tensor(tensor).backward(); });
+}

@@ -1,0 +1,108 @@
+// The C face of c10d for src/ffi.rs. Every function that can fail returns a kind (0: success) and, on failure, sets *message to a
+// string that ice_string_free frees. No C++ exception leaves a function declared here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define ICE_API extern "C" __attribute__((visibility("default")))
+
+// The same numbers as ffi::kind in src/error.rs.
+enum IceKind : int32_t {
+  ICE_OK = 0,
+  ICE_NETWORK = 1,
+  ICE_STORE = 2,
+  ICE_TIMEOUT = 3,
+  ICE_BACKEND = 4,
+  ICE_TORCH = 5,
+  ICE_NO_GPU = 6,
+  ICE_UNAVAILABLE = 7,
+  ICE_INVALID_ARGUMENT = 8,
+  ICE_OTHER = 9,
+};
+
+struct IceStr {
+  const char* data;
+  size_t size;
+};
+
+// Borrowed tensors: each element is an at::Tensor*.
+struct IceTensors {
+  void* const* data;
+  size_t size;
+};
+
+struct IceStore;
+struct IceGroup;
+struct IceWork;
+struct IceReducer;
+
+struct IceAdamW {
+  double lr, beta1, beta2, weight_decay, eps;
+  bool maximize;
+};
+
+struct IceSgd {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize, is_first_step;
+};
+
+struct IceReducerOptions {
+  size_t bucket_cap_bytes, first_bucket_bytes;
+  bool find_unused_parameters, gradient_as_bucket_view;
+};
+
+ICE_API void ice_string_free(char* message);
+ICE_API void ice_bytes_free(uint8_t* data);
+
+ICE_API int32_t ice_store_tcp(IceStr host, uint16_t port, int64_t timeout_ms, IceStore** out, char** message);
+ICE_API int32_t ice_store_serve(IceStore** out, uint16_t* port, char** message);
+ICE_API int32_t ice_store_prefix(const IceStore* store, IceStr prefix, IceStore** out, char** message);
+ICE_API int32_t ice_store_reconnect(const IceStore* store, IceStore** out, char** message);
+ICE_API int32_t ice_store_set(const IceStore* store, IceStr key, const uint8_t* value, size_t size, char** message);
+ICE_API int32_t ice_store_get(const IceStore* store, IceStr key, uint8_t** value, size_t* size, char** message);
+ICE_API int32_t ice_store_add(const IceStore* store, IceStr key, int64_t amount, int64_t* sum, char** message);
+ICE_API int32_t ice_store_check(const IceStore* store, const IceStr* keys, size_t count, bool* all, char** message);
+ICE_API int32_t
+ice_store_wait(const IceStore* store, const IceStr* keys, size_t count, int64_t timeout_ms, char** message);
+ICE_API int32_t ice_store_delete(const IceStore* store, IceStr key, bool* deleted, char** message);
+ICE_API void ice_store_free(IceStore* store);
+
+// An interface or hostname with null data means none.
+ICE_API int32_t ice_group_gloo(
+    const IceStore* store, int32_t rank, int32_t size, int64_t timeout_ms, IceStr interface, IceStr hostname,
+    IceGroup** out, char** message);
+ICE_API int32_t ice_group_all_reduce(const IceGroup* group, void* tensor, uint8_t op, IceWork** out, char** message);
+ICE_API int32_t
+ice_group_broadcast(const IceGroup* group, void* tensor, int64_t root, IceWork** out, char** message);
+ICE_API int32_t
+ice_group_all_gather(const IceGroup* group, IceTensors outputs, void* input, IceWork** out, char** message);
+ICE_API int32_t ice_group_reduce_scatter(
+    const IceGroup* group, void* output, IceTensors inputs, uint8_t op, IceWork** out, char** message);
+ICE_API int32_t ice_group_barrier(const IceGroup* group, IceWork** out, char** message);
+ICE_API void ice_group_free(IceGroup* group);
+
+// A timeout of 0 means the group's.
+ICE_API int32_t ice_work_wait(const IceWork* work, int64_t timeout_ms, char** message);
+ICE_API bool ice_work_is_completed(const IceWork* work);
+ICE_API void ice_work_free(IceWork* work);
+
+ICE_API int32_t ice_reducer_new(
+    IceTensors parameters, const IceStr* names, const IceGroup* group, IceReducerOptions options, IceReducer** out,
+    char** message);
+ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, char** message);
+ICE_API int32_t ice_reducer_prepare_backward(const IceReducer* reducer, IceTensors outputs, char** message);
+ICE_API void ice_reducer_free(IceReducer* reducer);
+ICE_API int32_t ice_run_backward(void* tensor, char** message);
+
+ICE_API int32_t ice_fused_adamw(
+    IceTensors parameters, IceTensors gradients, IceTensors exp_avgs, IceTensors exp_avg_sqs, IceTensors steps,
+    IceAdamW options, char** message);
+ICE_API int32_t ice_fused_sgd(
+    IceTensors parameters, IceTensors gradients, IceTensors momentum_buffers, IceSgd options, char** message);
+
+// In libice_nccl.so, which src/nccl.rs opens.
+ICE_API int32_t ice_nccl_device_count(int32_t* count, char** message);
+ICE_API int32_t ice_group_nccl(
+    const IceStore* store, int32_t rank, int32_t size, int32_t device, int64_t timeout_ms, IceGroup** out,
+    char** message);

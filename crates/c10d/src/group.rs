@@ -1,0 +1,228 @@
+#![expect(unsafe_code, reason = "calls the C++ shim")]
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tch::Tensor;
+
+use crate::ffi::{self, Handle, IceGroup, IceStr, IceWork, Pointers, milliseconds, pointer};
+use crate::{Error, Result, Store, Work};
+
+/// How the ranks of a gloo group reach each other.
+#[derive(Debug, Clone)]
+pub struct GlooOptions {
+    /// How long forming the group and each collective may take.
+    pub timeout: Duration,
+    /// The network interface to listen on, such as `eth0`. Comes before `hostname`.
+    pub interface: Option<String>,
+    /// The own name or address that the other ranks connect to.
+    pub hostname: Option<String>,
+}
+
+impl Default for GlooOptions {
+    /// 30 minutes, and the address that this host's own name resolves to, or else loopback, as PyTorch does.
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(30 * 60), interface: None, hostname: None }
+    }
+}
+
+/// How a reduction combines the ranks' tensors, element by element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ReduceOp {
+    /// The sum.
+    Sum,
+    /// The mean; floating-point tensors only.
+    Average,
+    /// The smallest.
+    Min,
+    /// The largest.
+    Max,
+    /// The product.
+    Product,
+}
+
+impl ReduceOp {
+    /// The number in `c10d::ReduceOp::RedOpType`.
+    fn code(self) -> u8 {
+        match self {
+            Self::Sum => 0,
+            Self::Average => 1,
+            Self::Product => 2,
+            Self::Min => 3,
+            Self::Max => 4,
+        }
+    }
+}
+
+/// The processes that compute together. A clone is the same group; the last one to go leaves it.
+///
+/// All ranks must call the same collectives in the same order, on tensors of the same shape and type. A collective starts at once
+/// and returns a [`Work`] to wait for; its tensors must not be touched before. Dropping a group while one is under way blocks until
+/// that one ends, with its timeout at the latest.
+#[derive(Debug, Clone)]
+pub struct ProcessGroup {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    handle: Handle<IceGroup>,
+    /// c10d numbers collectives in the order of the calls, without a lock.
+    submit: Mutex<()>,
+    rank: usize,
+    world_size: usize,
+}
+
+impl ProcessGroup {
+    /// Forms a group over TCP for tensors in host memory. Waits for all ranks; the keys of `store` must be new to this group.
+    ///
+    /// # Errors
+    /// `Timeout` when a rank does not come, `Network` when the store or a rank cannot be reached, `InvalidArgument` when `rank` is
+    /// not below `world_size`.
+    pub fn gloo(store: &Store, rank: usize, world_size: usize, options: &GlooOptions) -> Result<Self> {
+        let (r, size) = ranks(rank, world_size)?;
+        let timeout = milliseconds(options.timeout);
+        let interface = IceStr::optional(options.interface.as_deref());
+        let hostname = IceStr::optional(options.hostname.as_deref());
+        let handle = Handle::make(|out, message| {
+            // SAFETY: the store is alive, the strings outlive the call, and the out-pointers are valid.
+            unsafe {
+                ffi::ice_group_gloo(store.pointer(), r, size, timeout, interface, hostname, out, message)
+            }
+        })?;
+        Ok(Self::from_handle(handle, rank, world_size))
+    }
+
+    /// Forms a group over NCCL for tensors on this process's CUDA device `device_index`. Loads the CUDA half of libtorch: see
+    /// [`nccl::load`](crate::nccl::load).
+    ///
+    /// # Errors
+    /// `Unavailable` in a build without NCCL, `NoGpu` without a GPU, `InvalidArgument` for a device or rank out of range.
+    pub fn nccl(
+        store: &Store,
+        rank: usize,
+        world_size: usize,
+        device_index: usize,
+        timeout: Duration,
+    ) -> Result<Self> {
+        let (r, size) = ranks(rank, world_size)?;
+        let device = i32::from(
+            i8::try_from(device_index)
+                .map_err(|_| Error::invalid(format!("there is no CUDA device {device_index}")))?,
+        );
+        let handle = crate::nccl::group(store, r, size, device, milliseconds(timeout))?;
+        Ok(Self::from_handle(handle, rank, world_size))
+    }
+
+    fn from_handle(handle: Handle<IceGroup>, rank: usize, world_size: usize) -> Self {
+        Self { shared: Arc::new(Shared { handle, submit: Mutex::new(()), rank, world_size }) }
+    }
+
+    /// This process's rank, below [`world_size`](Self::world_size).
+    pub fn rank(&self) -> usize {
+        self.shared.rank
+    }
+
+    /// The number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.shared.world_size
+    }
+
+    /// Replaces `tensor` on every rank by the reduction of all ranks' tensors.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an average of integers or a tensor on another kind of device.
+    pub fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work> {
+        self.submit(|group, out, message| {
+            // SAFETY: group and tensor are alive, and the out-pointers are valid; c10d keeps the tensor's storage alive.
+            unsafe { ffi::ice_group_all_reduce(group, pointer(tensor), op.code(), out, message) }
+        })
+    }
+
+    /// Replaces `tensor` on every rank by that of rank `root`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a root that is no rank or a tensor on another kind of device.
+    pub fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work> {
+        if root >= self.world_size() {
+            return Err(Error::invalid(format!(
+                "root {root} is not below the world size {}",
+                self.world_size()
+            )));
+        }
+        self.submit(|group, out, message| {
+            // SAFETY: as in all_reduce.
+            unsafe { ffi::ice_group_broadcast(group, pointer(tensor), root as i64, out, message) }
+        })
+    }
+
+    /// Copies the `input` of rank `i` into `outputs[i]` on every rank. All have the same shape and type.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number of outputs other than the world size, or shapes that differ.
+    pub fn all_gather(&self, outputs: &[Tensor], input: &Tensor) -> Result<Work> {
+        self.one_per_rank("outputs", outputs.len())?;
+        let outputs = Pointers::of(outputs);
+        self.submit(|group, out, message| {
+            // SAFETY: as in all_reduce; the list outlives the call.
+            unsafe { ffi::ice_group_all_gather(group, outputs.list(), pointer(input), out, message) }
+        })
+    }
+
+    /// Puts the reduction of all ranks' `inputs[i]` into `output` on rank `i`. All have the same shape and type.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number of inputs other than the world size, shapes that differ, or an operation that the backend
+    /// lacks.
+    pub fn reduce_scatter(&self, output: &Tensor, inputs: &[Tensor], op: ReduceOp) -> Result<Work> {
+        self.one_per_rank("inputs", inputs.len())?;
+        let inputs = Pointers::of(inputs);
+        self.submit(|group, out, message| {
+            // SAFETY: as in all_reduce; the list outlives the call.
+            unsafe {
+                ffi::ice_group_reduce_scatter(group, pointer(output), inputs.list(), op.code(), out, message)
+            }
+        })
+    }
+
+    /// Completes once every rank has called it.
+    ///
+    /// # Errors
+    /// Those of the backend when it cannot even start.
+    pub fn barrier(&self) -> Result<Work> {
+        self.submit(|group, out, message| {
+            // SAFETY: the group is alive, and the out-pointers are valid.
+            unsafe { ffi::ice_group_barrier(group, out, message) }
+        })
+    }
+
+    /// The group, for calls that submit collectives of their own.
+    pub(crate) fn lock(&self) -> (MutexGuard<'_, ()>, *const IceGroup) {
+        let guard = self.shared.submit.lock().unwrap_or_else(PoisonError::into_inner);
+        (guard, self.shared.handle.pointer())
+    }
+
+    fn submit(
+        &self,
+        call: impl FnOnce(*const IceGroup, *mut *mut IceWork, *mut *mut std::ffi::c_char) -> i32,
+    ) -> Result<Work> {
+        let (_guard, group) = self.lock();
+        Handle::make(|out, message| call(group, out, message)).map(Work::new)
+    }
+
+    fn one_per_rank(&self, what: &str, count: usize) -> Result<()> {
+        match count == self.world_size() {
+            true => Ok(()),
+            false => Err(Error::invalid(format!("{count} {what} for {} ranks", self.world_size()))),
+        }
+    }
+}
+
+fn ranks(rank: usize, world_size: usize) -> Result<(i32, i32)> {
+    let out_of_range = || Error::invalid(format!("rank {rank} is not below the world size {world_size}"));
+    let (r, size) = (i32::try_from(rank), i32::try_from(world_size));
+    match (r, size) {
+        (Ok(r), Ok(size)) if r < size => Ok((r, size)),
+        _ => Err(out_of_range()),
+    }
+}

@@ -1,0 +1,109 @@
+#![expect(unsafe_code, reason = "calls the C++ shim")]
+
+use tch::Tensor;
+
+use crate::error::check;
+use crate::ffi::{self, Handle, IceReducer, IceReducerOptions, IceStr, Pointers, pointer};
+use crate::{Error, ProcessGroup, Result};
+
+/// How gradients are grouped for communication. All ranks must choose the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReducerOptions {
+    /// The size of a bucket in bytes.
+    pub bucket_cap_bytes: usize,
+    /// The size in bytes of the bucket that is sent first; small, so that communication starts early.
+    pub first_bucket_bytes: usize,
+    /// Looks for parameters that the outputs do not depend on, in every step. Without it, a parameter without a gradient on one
+    /// rank alone makes gradients wrong.
+    pub find_unused_parameters: bool,
+    /// Lets gradients be views into the buckets, which saves a copy. They then must not be detached or replaced.
+    pub gradient_as_bucket_view: bool,
+}
+
+impl Default for ReducerOptions {
+    /// PyTorch's: 25 MiB, 1 MiB first, no search for unused parameters, no views.
+    fn default() -> Self {
+        Self {
+            bucket_cap_bytes: 25 << 20,
+            first_bucket_bytes: 1 << 20,
+            find_unused_parameters: false,
+            gradient_as_bucket_view: false,
+        }
+    }
+}
+
+/// Averages the gradients of all ranks while backward computes them: the heart of PyTorch's `DistributedDataParallel`.
+///
+/// In each step: [`prepare_forward`](Self::prepare_forward), the forward pass, [`prepare_backward`](Self::prepare_backward), then
+/// [`run_backward`]. A micro-batch whose gradients are only accumulated leaves out both preparations, before its last one.
+#[derive(Debug)]
+pub struct Reducer {
+    handle: Handle<IceReducer>,
+    group: ProcessGroup,
+}
+
+impl Reducer {
+    /// Checks that all ranks have the same parameters, by number, type and shape, and hooks into their gradients.
+    ///
+    /// `parameters` are named leaves that require gradients, in the order in which forward uses them (for a `VarStore`, that of
+    /// `trainable_variables()`). They are not made equal: broadcast them first.
+    ///
+    /// # Errors
+    /// `InvalidArgument` without parameters or for one that is no leaf; `Torch` when the ranks differ; those of the collectives.
+    pub fn new(
+        parameters: &[(String, Tensor)],
+        group: &ProcessGroup,
+        options: &ReducerOptions,
+    ) -> Result<Self> {
+        if parameters.is_empty() {
+            return Err(Error::invalid("a reducer needs at least one parameter"));
+        }
+        let names: Vec<_> = parameters.iter().map(|(name, _)| IceStr::new(name)).collect();
+        let tensors = Pointers::of(parameters.iter().map(|(_, tensor)| tensor));
+        let options = IceReducerOptions {
+            bucket_cap_bytes: options.bucket_cap_bytes,
+            first_bucket_bytes: options.first_bucket_bytes,
+            find_unused_parameters: options.find_unused_parameters,
+            gradient_as_bucket_view: options.gradient_as_bucket_view,
+        };
+        let (guard, pointer) = group.lock();
+        let handle = Handle::make(|out, message| {
+            // SAFETY: there are as many names as tensors, all outlive the call, the group is alive, the out-pointers are valid.
+            unsafe { ffi::ice_reducer_new(tensors.list(), names.as_ptr(), pointer, options, out, message) }
+        })?;
+        drop(guard);
+        Ok(Self { handle, group: group.clone() })
+    }
+
+    /// Starts a step. After the first step it regroups the gradients in the order in which they came, which is a collective.
+    ///
+    /// # Errors
+    /// Those of the collectives.
+    pub fn prepare_forward(&self) -> Result<()> {
+        let _guard = self.group.lock();
+        // SAFETY: the handle is alive.
+        check(|message| unsafe { ffi::ice_reducer_prepare_forward(self.handle.pointer(), message) })
+    }
+
+    /// Arms the reducer for the backward pass that follows. `outputs` are what backward starts from; they matter only with
+    /// `find_unused_parameters`.
+    ///
+    /// # Errors
+    /// `Torch` when the previous backward pass did not reach all parameters; the message tells which.
+    pub fn prepare_backward(&self, outputs: &[&Tensor]) -> Result<()> {
+        let outputs = Pointers::of(outputs.iter().copied());
+        check(|message| {
+            // SAFETY: the handle is alive and the outputs outlive the call.
+            unsafe { ffi::ice_reducer_prepare_backward(self.handle.pointer(), outputs.list(), message) }
+        })
+    }
+}
+
+/// Computes the gradients of a scalar, as `tensor.backward()`, and with a [`Reducer`] waits for their averages.
+///
+/// # Errors
+/// What backward throws: `Network` or `Timeout` when a peer is lost in the overlapped communication, else `Torch`.
+pub fn run_backward(tensor: &Tensor) -> Result<()> {
+    // SAFETY: the tensor is alive.
+    check(|message| unsafe { ffi::ice_run_backward(pointer(tensor), message) })
+}
