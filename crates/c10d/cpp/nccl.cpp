@@ -1,7 +1,10 @@
 // NCCL groups. A shared object of its own, so that a program for the CPU neither links nor loads the CUDA half of libtorch.
 #include "shim_internal.h"
 
+#include <cstdlib>
+
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 
 ICE_API int32_t ice_nccl_device_count(int32_t* count, char** message) {
@@ -17,6 +20,10 @@ ICE_API int32_t ice_group_nccl(
       throw ice::Failure(
           ICE_INVALID_ARGUMENT,
           "there is no CUDA device " + std::to_string(device) + ", only " + std::to_string(count));
+    }
+    if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) {
+      // The watchdog of NCCL has nothing but the log to speak through.
+      FLAGS_caffe2_log_level = c10::GLOG_WARNING;
     }
     c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
     auto options = c10d::ProcessGroupNCCL::Options::create();

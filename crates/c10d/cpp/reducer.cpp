@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include <ATen/ops/ones_like.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/distributed/c10d/logger.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
@@ -12,6 +11,34 @@ struct IceReducer {
   std::unique_ptr<c10d::Reducer> reducer;
   bool find_unused_parameters;
 };
+
+namespace {
+
+// c10d compares every rank with rank 0 and tells only those that differ; the others would wait for them in the next collective.
+void verify(const IceGroup* group, const std::vector<at::Tensor>& parameters) {
+  std::string difference;
+  try {
+    c10d::verify_params_across_processes(group->group, parameters, std::nullopt);
+  } catch (const c10::DistError&) {
+    throw;
+  } catch (const c10::Error& error) {
+    difference = error.what_without_backtrace();
+  }
+  std::vector<at::Tensor> same{
+      at::full({1}, difference.empty() ? 1 : 0, at::TensorOptions().dtype(at::kInt).device(group->device))};
+  c10d::AllreduceOptions options;
+  options.reduceOp = c10d::ReduceOp::MIN;
+  group->group->allreduce(same, options)->wait();
+  if (!difference.empty()) {
+    throw ice::Failure(ICE_INVALID_ARGUMENT, difference);
+  }
+  if (same[0].item<int>() == 0) {
+    throw ice::Failure(
+        ICE_INVALID_ARGUMENT, "another rank has other parameters than this one: its own error tells which");
+  }
+}
+
+} // namespace
 
 ICE_API int32_t ice_reducer_new(
     IceTensors parameters, const IceStr* names, const IceGroup* group, IceReducerOptions options, IceReducer** out,
@@ -26,7 +53,7 @@ ICE_API int32_t ice_reducer_new(
             ICE_INVALID_ARGUMENT, "parameter " + names_by_index[i] + " is not a leaf that requires a gradient");
       }
     }
-    c10d::verify_params_across_processes(group->group, list, std::nullopt);
+    verify(group, list);
     const std::vector<bool> dense(list.size(), false);
     auto buckets = std::get<0>(c10d::compute_bucket_assignment_by_size(
         list, {options.first_bucket_bytes, options.bucket_cap_bytes}, dense));

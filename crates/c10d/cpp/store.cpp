@@ -1,10 +1,11 @@
 // Clients of c10d's TCPStore, and a server for the tests.
 #include "shim_internal.h"
 
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 
+#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
@@ -19,10 +20,23 @@ std::vector<std::string> texts(const IceStr* keys, size_t count) {
   return all;
 }
 
+// c10d logs each failed attempt with a stack trace, on top of the error that it throws: the error is enough.
+void quieten() {
+  static const bool once = [] {
+    c10::initLogging();
+    if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) {
+      FLAGS_caffe2_log_level = c10::GLOG_FATAL;
+    }
+    return true;
+  }();
+  static_cast<void>(once);
+}
+
 } // namespace
 
 ICE_API int32_t ice_store_tcp(IceStr host, uint16_t port, int64_t timeout_ms, IceStore** out, char** message) {
   return ice::guarded(message, [&] {
+    quieten();
     c10d::TCPStoreOptions options;
     options.port = port;
     options.isServer = false;
@@ -34,6 +48,7 @@ ICE_API int32_t ice_store_tcp(IceStr host, uint16_t port, int64_t timeout_ms, Ic
 
 ICE_API int32_t ice_store_serve(IceStore** out, uint16_t* port, char** message) {
   return ice::guarded(message, [&] {
+    quieten();
     c10d::TCPStoreOptions options;
     options.port = 0;
     options.isServer = true;

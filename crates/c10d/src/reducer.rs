@@ -49,7 +49,7 @@ impl Reducer {
     /// `trainable_variables()`). They are not made equal: broadcast them first.
     ///
     /// # Errors
-    /// `InvalidArgument` without parameters or for one that is no leaf; `Torch` when the ranks differ; those of the collectives.
+    /// `InvalidArgument` without parameters, for one that is no leaf, or on every rank when the ranks differ; those of the collectives.
     pub fn new(
         parameters: &[(String, Tensor)],
         group: &ProcessGroup,

@@ -1,4 +1,5 @@
 //! Ranks as threads of one process, joined by a real gloo group over loopback.
+#![expect(clippy::unwrap_used, reason = "a failing rank fails the test")]
 
 use std::thread;
 use std::time::Duration;
@@ -6,10 +7,10 @@ use std::time::Duration;
 use ice_c10d::testing::serve_store;
 use ice_c10d::{GlooOptions, ProcessGroup, Store};
 
-pub const TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Runs `rank` on every rank of a new group and returns what each returned.
-pub fn ranks<T: Send>(world_size: usize, rank: impl Fn(&ProcessGroup) -> T + Sync) -> Vec<T> {
+pub(crate) fn ranks<T: Send>(world_size: usize, rank: impl Fn(&ProcessGroup) -> T + Sync) -> Vec<T> {
     let (_server, port) = serve_store().unwrap();
     let rank = &rank;
     let options =
