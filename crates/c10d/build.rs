@@ -50,7 +50,9 @@ fn libtorch() -> Result<PathBuf, String> {
     let named = PathBuf::from(named.ok_or("LIBTORCH is not set")?);
     let libtorch = fs::canonicalize(&named)
         .map_err(|error| format!("LIBTORCH names {}, which cannot be opened ({error})", named.display()))?;
-    let header = libtorch.join("include/torch/headeronly/version.h");
+    let header = named.join("include/torch/headeronly/version.h");
+    // Through the symbolic link: when it comes to point at another set, this header is a newer file.
+    println!("cargo:rerun-if-changed={}", header.display());
     let text = fs::read_to_string(&header).map_err(|error| {
         format!("{} holds no usable libtorch: {} ({error})", named.display(), header.display())
     })?;
