@@ -1,1 +1,15 @@
-//! Placeholder.
+//! Agreement between the nodes of a job, and the store that their ranks meet in.
+//!
+//! [`Host`] serves both on one port: the coordinator, a pure machine in [`machine`], and the key-value store, a pure machine in
+//! [`store`] that speaks c10d's TCPStore wire format. [`Session`] is an agent's connection to the coordinator. This
+//! crate knows nothing of ranks as processes, of devices or of libtorch.
+
+mod backend;
+mod error;
+mod host;
+pub mod machine;
+pub mod store;
+
+pub use backend::Session;
+pub use error::Error;
+pub use host::{Host, HostConfig};

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -34,7 +34,15 @@ struct Inner {
     stopped: Condvar,
 }
 
+/// The link of this process: a process is one rank, and its last words need the link wherever it fails.
+static OPEN: OnceLock<Link> = OnceLock::new();
+
 impl Link {
+    /// The link that this process has opened, or one that does nothing.
+    pub(crate) fn current() -> Self {
+        OPEN.get().cloned().unwrap_or_default()
+    }
+
     /// Takes over the inherited descriptor and says hello.
     pub(crate) fn open(fd: RawFd, rank: u32) -> io::Result<Self> {
         let stream = UnixStream::from(ice_c10d::inherit::descriptor(fd)?);
@@ -51,6 +59,7 @@ impl Link {
         link.send(&Up::Hello { pid: process::id(), rank });
         let listening = Arc::clone(&inner);
         thread::Builder::new().name("ice-link".into()).spawn(move || listening.listen(reader))?;
+        let _ = OPEN.set(link.clone());
         let beating = link.clone();
         thread::Builder::new().name("ice-heartbeat".into()).spawn(move || beating.beat())?;
         Ok(link)

@@ -155,15 +155,15 @@ impl Worker {
     ///
     /// # Errors
     /// [`Error::Collective`] when a rank is lost.
-    pub fn leave(self) -> Result<(), Error> {
+    pub fn leave(&self) -> Result<(), Error> {
         self.barrier()?;
         self.link.finish();
         Ok(())
     }
 
     /// Leaves word of a failure with the agent and in the error file. `message` is one line, `detail` may be many.
-    pub fn report_failure(link: &Link, message: &str, detail: &str) {
-        link.send(&Up::Error { message: message.into() });
+    pub fn report_failure(message: &str, detail: &str) {
+        Link::current().send(&Up::Error { message: message.into() });
         let Some(path) = env::var_os(TORCHELASTIC_ERROR_FILE).map(PathBuf::from) else { return };
         let timestamp =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();

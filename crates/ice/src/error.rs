@@ -1,7 +1,7 @@
 use std::process;
 
 use ice_proto::exit::ExitCode;
-use ice_worker::{Link, Worker};
+use ice_worker::Worker;
 
 /// Why a training program ended before its work was done.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +59,7 @@ pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
             if !matches!(error, Error::Job(_)) {
                 eprintln!("error: {error}");
                 if Worker::is_rank() {
-                    Worker::report_failure(&Link::default(), &error.to_string(), &format!("{error:?}"));
+                    Worker::report_failure(&error.to_string(), &format!("{error:?}"));
                 }
             }
             error.exit_code().into()
@@ -73,6 +73,6 @@ fn report_panics() {
         default(panic);
         let text = panic.payload_as_str().unwrap_or("a panic without a message");
         let place = panic.location().map_or_else(String::new, ToString::to_string);
-        Worker::report_failure(&Link::default(), &format!("panic: {text}"), &place);
+        Worker::report_failure(&format!("panic: {text}"), &place);
     }));
 }

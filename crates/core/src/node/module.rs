@@ -2,7 +2,7 @@ use std::collections::HashMap;
 
 use ice_c10d::{Reducer, ReducerOptions};
 use tch::nn::{Path, VarStore};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::node::copy_tensors;
 use crate::optim::Optimizer;
@@ -199,7 +199,7 @@ mod tests {
     use std::rc::Rc;
 
     use ice_worker::Worker;
-    use tch::{Device, nn};
+    use tch::{Device, Kind, nn};
 
     use super::*;
     use crate::optim::Sgd;

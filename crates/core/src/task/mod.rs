@@ -5,7 +5,6 @@ mod epochs;
 mod repeat;
 mod save;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 

@@ -1,0 +1,122 @@
+use std::io;
+use std::time::Duration;
+
+use ice_proto::frame::{self, Decoder};
+use ice_proto::rendezvous::{Hello, ToAgent, ToCoordinator};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::Error;
+use crate::host::{KEEP_ALIVE, SILENCE};
+
+/// Pause between two attempts to connect.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// An agent's connection to the coordinator.
+pub struct Session {
+    outgoing: mpsc::UnboundedSender<ToCoordinator>,
+    incoming: mpsc::Receiver<Result<ToAgent, Error>>,
+    endpoint: String,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Session {
+    /// Connects and says hello; tries again until the timeout, since node 0 may start later.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] where nobody answers in time.
+    pub async fn connect(host: &str, port: u16, hello: Hello, limit: Duration) -> Result<Self, Error> {
+        let endpoint = format!("{host}:{port}");
+        let deadline = Instant::now() + limit;
+        let stream = loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let attempt = match timeout(left, TcpStream::connect((host, port))).await {
+                Ok(attempt) => attempt,
+                Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut)),
+            };
+            match attempt {
+                Ok(stream) => break stream,
+                Err(source) if Instant::now() + RETRY >= deadline => {
+                    return Err(Error::Unreachable { endpoint, timeout: limit, source });
+                }
+                Err(_) => sleep(RETRY).await,
+            }
+        };
+        let _ = stream.set_nodelay(true);
+        let (reader, writer) = stream.into_split();
+        let (outgoing, to_send) = mpsc::unbounded_channel();
+        let (received, incoming) = mpsc::channel(64);
+        // A send to a session that is lost is reported by its receiver.
+        let _ = outgoing.send(ToCoordinator::Hello(hello));
+        let tasks =
+            [tokio::spawn(write(writer, to_send)), tokio::spawn(read(reader, received, endpoint.clone()))];
+        Ok(Self { outgoing, incoming, endpoint, tasks })
+    }
+
+    /// Sends a message. A lost connection shows in [`Session::recv`].
+    pub fn send(&self, message: ToCoordinator) {
+        let _ = self.outgoing.send(message);
+    }
+
+    /// Waits until what was sent is on its way, then ends the connection.
+    pub async fn finish(mut self) {
+        let (closed, _) = mpsc::unbounded_channel();
+        self.outgoing = closed;
+        let _ = timeout(Duration::from_secs(1), &mut self.tasks[0]).await;
+    }
+
+    /// The next message. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] or [`Error::Protocol`]; the session is of no use after one.
+    pub async fn recv(&mut self) -> Result<ToAgent, Error> {
+        self.incoming.recv().await.unwrap_or_else(|| Err(Error::Lost { endpoint: self.endpoint.clone() }))
+    }
+}
+
+async fn write(mut writer: OwnedWriteHalf, mut to_send: mpsc::UnboundedReceiver<ToCoordinator>) {
+    loop {
+        let message = match timeout(KEEP_ALIVE, to_send.recv()).await {
+            Ok(Some(message)) => message,
+            Ok(None) => break,
+            Err(_) => ToCoordinator::KeepAlive,
+        };
+        match frame::encode(&message) {
+            Ok(frame) if writer.write_all(&frame).await.is_ok() => {}
+            Ok(_) => return,
+            Err(error) => tracing::error!(%error, "a message to the coordinator was not sent"),
+        }
+    }
+    let _ = writer.shutdown().await;
+}
+
+async fn read(mut reader: OwnedReadHalf, received: mpsc::Sender<Result<ToAgent, Error>>, endpoint: String) {
+    let mut decoder = Decoder::new();
+    let mut buffer = vec![0; 4096];
+    while let Ok(Ok(read @ 1..)) = timeout(SILENCE, reader.read(&mut buffer)).await {
+        decoder.feed(&buffer[..read]);
+        loop {
+            let message = match decoder.next() {
+                Ok(Some(ToAgent::KeepAlive)) => continue,
+                Ok(Some(message)) => Ok(message),
+                Ok(None) => break,
+                Err(source) => Err(Error::Protocol { endpoint: endpoint.clone(), source }),
+            };
+            let last = message.is_err();
+            if received.send(message).await.is_err() || last {
+                return;
+            }
+        }
+    }
+    let _ = received.send(Err(Error::Lost { endpoint })).await;
+}

@@ -1,0 +1,265 @@
+//! One port, two protocols: the coordinator for agents and the store for ranks. The first byte of a connection tells.
+//!
+//! Nothing a stranger sends is held longer than needed: a connection that says nothing is closed, buffers are bounded, and
+//! the first bytes that make no sense end it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ice_proto::frame::{self, Decoder, FrameError};
+use ice_proto::rendezvous::{ToAgent, ToCoordinator};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::OwnedReadHalf;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::Error;
+use crate::machine::{Action, Coordinator, Event, Settings};
+use crate::store::codec::{self, Request};
+use crate::store::state::Store;
+
+/// How long a connection may be silent before its first byte.
+const FIRST_BYTE: Duration = Duration::from_secs(30);
+/// Messages that wait to be sent to one client; one that does not read is dropped at this many.
+const OUTGOING: usize = 4096;
+/// Agents are told this often that the coordinator lives, and must say so as often.
+pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// After so long a silence the other end is gone.
+pub(crate) const SILENCE: Duration = Duration::from_secs(15);
+const READ_CHUNK: usize = 64 << 10;
+
+/// What a host serves.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
+    /// Where to listen; port 0 takes a free one.
+    pub address: SocketAddr,
+    /// Identifier of the job.
+    pub run_id: String,
+    /// How long the nodes may take to come.
+    pub join_timeout: Duration,
+}
+
+/// The coordinator and the store of a job, served by a task of the current runtime until this is dropped.
+pub struct Host {
+    address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Host {
+    /// Listens, and serves from then on. Clients can connect once this returns.
+    ///
+    /// # Errors
+    /// [`Error::Bind`] where the address cannot be had.
+    pub async fn bind(config: HostConfig) -> Result<Self, Error> {
+        let fail = |source| Error::Bind { address: config.address, source };
+        let listener = TcpListener::bind(config.address).await.map_err(fail)?;
+        let address = listener.local_addr().map_err(fail)?;
+        let settings =
+            Settings { run_id: config.run_id, join_timeout: config.join_timeout, run_stamp: run_stamp() };
+        let task = tokio::spawn(serve(listener, settings));
+        Ok(Self { address, task })
+    }
+
+    /// The port that it listens on.
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+}
+
+/// `<MMDDHHmm>_<random>` in local time.
+fn run_stamp() -> String {
+    use std::hash::{BuildHasher, Hasher};
+    let random = std::hash::RandomState::new().build_hasher().finish() as u32;
+    format!("{}_{random:08x}", jiff::ZonedDateTime::now().strftime("%m%d%H%M"))
+}
+
+enum Input {
+    Opened(u64, mpsc::Sender<Vec<u8>>),
+    Agent(u64, ToCoordinator),
+    Store(u64, Request),
+    Closed(u64),
+}
+
+/// The task that owns both machines. Everything reaches it in one order.
+async fn serve(listener: TcpListener, settings: Settings) {
+    let start = Instant::now();
+    let (inputs, mut events) = mpsc::channel(1024);
+    let mut state = State {
+        coordinator: Coordinator::new(settings),
+        store: Store::new(),
+        clients: std::collections::BTreeMap::new(),
+    };
+    let mut next = 0;
+    loop {
+        let deadline = state.coordinator.deadline().map(|deadline| start + deadline);
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) => {
+                    next += 1;
+                    tokio::spawn(connection(next, stream, peer, inputs.clone()));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    // Out of descriptors: give others the time to end.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+            Some(input) = events.recv() => state.input(start.elapsed(), input),
+            () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                state.coordinate(start.elapsed(), Event::Tick);
+            }
+        }
+    }
+}
+
+struct State {
+    coordinator: Coordinator,
+    store: Store,
+    clients: std::collections::BTreeMap<u64, mpsc::Sender<Vec<u8>>>,
+}
+
+impl State {
+    fn input(&mut self, now: Duration, input: Input) {
+        match input {
+            Input::Opened(id, sender) => {
+                self.clients.insert(id, sender);
+            }
+            Input::Agent(id, message) => self.coordinate(now, Event::Message(id, message)),
+            Input::Store(id, request) => {
+                for (client, reply) in self.store.handle(id, request) {
+                    self.send(client, reply);
+                }
+            }
+            Input::Closed(id) => {
+                self.clients.remove(&id);
+                self.store.disconnect(id);
+                self.coordinate(now, Event::Lost(id));
+            }
+        }
+    }
+
+    fn coordinate(&mut self, now: Duration, event: Event) {
+        for action in self.coordinator.handle(now, event) {
+            match action {
+                Action::Send(peer, message) => match frame::encode(&message) {
+                    Ok(frame) => self.send(peer, frame),
+                    Err(error) => tracing::error!(%error, "a message to an agent was not sent"),
+                },
+                Action::Close(peer) => {
+                    self.clients.remove(&peer);
+                }
+                Action::ClearStore => self.store.clear(),
+            }
+        }
+    }
+
+    /// Dropping the sender ends the connection once its queue is through.
+    fn send(&mut self, client: u64, bytes: Vec<u8>) {
+        let Some(sender) = self.clients.get(&client) else { return };
+        if sender.try_send(bytes).is_err() {
+            tracing::warn!(client, "a client that does not read was dropped");
+            self.clients.remove(&client);
+        }
+    }
+}
+
+/// Moves the bytes of one connection.
+async fn connection(id: u64, stream: TcpStream, peer: SocketAddr, inputs: mpsc::Sender<Input>) {
+    let _ = stream.set_nodelay(true);
+    let mut first = [0];
+    match timeout(FIRST_BYTE, stream.peek(&mut first)).await {
+        Ok(Ok(1)) => {}
+        _ => return,
+    }
+    let is_agent = first[0] == frame::MAGIC[0];
+    let (reader, mut writer) = stream.into_split();
+    let (sender, mut outgoing) = mpsc::channel::<Vec<u8>>(OUTGOING);
+    if inputs.send(Input::Opened(id, sender)).await.is_err() {
+        return;
+    }
+    let write = async {
+        loop {
+            match timeout(KEEP_ALIVE, outgoing.recv()).await {
+                Ok(Some(bytes)) => writer.write_all(&bytes).await?,
+                Ok(None) => return writer.shutdown().await,
+                Err(_) if is_agent => {
+                    let frame = frame::encode(&ToAgent::KeepAlive).map_err(io::Error::other)?;
+                    writer.write_all(&frame).await?;
+                }
+                Err(_) => {}
+            }
+        }
+    };
+    let read = async {
+        match is_agent {
+            true => read_agent(id, reader, &inputs).await,
+            false => read_store(id, reader, &inputs).await,
+        }
+    };
+    tokio::select! {
+        result = write => if let Err(error) = result {
+            tracing::debug!(%peer, %error, "a connection broke");
+        },
+        result = read => if let Err(error) = result {
+            tracing::debug!(%peer, %error, "a connection was ended");
+        },
+    }
+    let _ = inputs.send(Input::Closed(id)).await;
+}
+
+async fn read_agent(id: u64, mut reader: OwnedReadHalf, inputs: &mpsc::Sender<Input>) -> io::Result<()> {
+    let mut decoder = Decoder::new();
+    let mut buffer = vec![0; 4096];
+    loop {
+        let read = timeout(SILENCE, reader.read(&mut buffer)).await.map_err(io::Error::other)??;
+        if read == 0 {
+            return Ok(());
+        }
+        decoder.feed(&buffer[..read]);
+        while let Some(message) = decoder.next::<ToCoordinator>().map_err(invalid)? {
+            if inputs.send(Input::Agent(id, message)).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+async fn read_store(id: u64, mut reader: OwnedReadHalf, inputs: &mpsc::Sender<Input>) -> io::Result<()> {
+    let mut pending: Vec<u8> = Vec::new();
+    let mut validated = false;
+    loop {
+        // Without this a stranger's half request would be waited for.
+        if !validated && pending.first().is_some_and(|command| *command != codec::VALIDATE) {
+            return Err(io::Error::other("the first request must validate"));
+        }
+        let mut taken = 0;
+        while let Some((request, read)) = codec::decode(&pending[taken..]).map_err(io::Error::other)? {
+            taken += read;
+            validated = true;
+            if inputs.send(Input::Store(id, request)).await.is_err() {
+                return Ok(());
+            }
+        }
+        pending.drain(..taken);
+        pending.reserve(READ_CHUNK);
+        if reader.read_buf(&mut pending).await? == 0 {
+            return Ok(());
+        }
+        if pending.is_empty() {
+            pending.shrink_to(READ_CHUNK);
+        }
+    }
+}
+
+fn invalid(error: FrameError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}

@@ -1,0 +1,66 @@
+//! Whom the coordinator lets in, and which place each node gets.
+
+use std::collections::BTreeMap;
+
+use ice_proto::rendezvous::Hello;
+
+use super::Peer;
+
+/// Checks a newcomer against the job and against the nodes that are there already.
+pub(super) fn check(run_id: &str, nodes: &BTreeMap<Peer, Hello>, newcomer: &Hello) -> Result<(), String> {
+    if newcomer.run_id != run_id {
+        return Err(format!(
+            "this endpoint serves the job `{run_id}`, not `{}`: use the same --run-id on all nodes, or another port",
+            newcomer.run_id
+        ));
+    }
+    if let Some(first) = nodes.values().next() {
+        for (option, theirs, ours) in [
+            ("--nnodes", range(newcomer.nnodes), range(first.nnodes)),
+            ("--max-restarts", newcomer.max_restarts.to_string(), first.max_restarts.to_string()),
+        ] {
+            if theirs != ours {
+                return Err(format!(
+                    "{option} is {theirs} on {} and {ours} on {}",
+                    newcomer.host, first.host
+                ));
+            }
+        }
+    }
+    let most = newcomer.nnodes.1;
+    if let Some(rank) = newcomer.node_rank {
+        if rank >= most {
+            return Err(format!(
+                "--node-rank {rank} with --nnodes {most}: node ranks go from 0 to {}",
+                most - 1
+            ));
+        }
+        if let Some(other) = nodes.values().find(|node| node.node_rank == Some(rank)) {
+            return Err(format!(
+                "--node-rank {rank} was given on {} (pid {}) and on {} (pid {})",
+                other.host, other.pid, newcomer.host, newcomer.pid
+            ));
+        }
+    }
+    if nodes.len() >= most as usize {
+        return Err(format!("the job has its {most} nodes already"));
+    }
+    Ok(())
+}
+
+fn range((fewest, most): (u32, u32)) -> String {
+    if fewest == most { most.to_string() } else { format!("{fewest}:{most}") }
+}
+
+/// The nodes in order of their rank: each where it asked to be, the others in the free places, in order of arrival.
+pub(super) fn places(nodes: &BTreeMap<Peer, Hello>) -> Vec<Peer> {
+    let mut places: BTreeMap<u32, Peer> =
+        nodes.iter().filter_map(|(peer, node)| Some((node.node_rank?, *peer))).collect();
+    let mut free = 0..;
+    for (peer, _) in nodes.iter().filter(|(_, node)| node.node_rank.is_none()) {
+        if let Some(place) = free.find(|place| !places.contains_key(place)) {
+            places.insert(place, *peer);
+        }
+    }
+    places.into_values().collect()
+}

@@ -1,0 +1,179 @@
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ice_proto::rendezvous::{Hello, Round, ToAgent, ToCoordinator};
+use proptest::prelude::*;
+
+use super::*;
+
+const NOW: Duration = Duration::from_secs(1);
+
+fn hello(node_rank: Option<u32>, nnodes: u32, local_world_size: u32) -> Hello {
+    Hello {
+        run_id: "job".into(),
+        node_rank,
+        nnodes: (nnodes, nnodes),
+        local_world_size,
+        max_restarts: 1,
+        host: format!("host{local_world_size}"),
+        pid: 7,
+    }
+}
+
+fn coordinator() -> Coordinator {
+    Coordinator::new(Settings {
+        run_id: "job".into(),
+        join_timeout: Duration::from_secs(600),
+        run_stamp: "stamp".into(),
+    })
+}
+
+fn say(machine: &mut Coordinator, peer: Peer, message: ToCoordinator) -> Vec<Action> {
+    machine.handle(NOW, Event::Message(peer, message))
+}
+
+fn enter(machine: &mut Coordinator, peer: Peer, hello: Hello) -> Vec<Action> {
+    let mut actions = say(machine, peer, ToCoordinator::Hello(hello));
+    actions.extend(say(machine, peer, ToCoordinator::Join));
+    actions
+}
+
+fn rounds(actions: &[Action]) -> BTreeMap<Peer, Round> {
+    let round = |action: &Action| match action {
+        Action::Send(peer, ToAgent::RoundStarted(round)) => Some((*peer, round.clone())),
+        _ => None,
+    };
+    actions.iter().filter_map(round).collect()
+}
+
+fn refusal(actions: &[Action]) -> String {
+    match &actions[0] {
+        Action::Send(_, ToAgent::Refused { reason }) => reason.clone(),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn a_job_runs_restarts_once_and_closes() {
+    let mut machine = coordinator();
+    assert_eq!(enter(&mut machine, 1, hello(Some(1), 2, 3)), []);
+    let actions = enter(&mut machine, 2, hello(Some(0), 2, 2));
+    assert_eq!(actions[0], Action::ClearStore);
+    let started = rounds(&actions);
+    assert_eq!((started[&2].you, started[&1].you), (0, 1));
+    assert_eq!(started[&1].members[1].first_rank, 2);
+
+    let failed = |round| ToCoordinator::Failed { round, reason: "rank 3 exited with code 1".into() };
+    let broken = say(&mut machine, 1, failed(0));
+    assert_eq!(broken.len(), 2);
+    assert!(broken.iter().all(|a| matches!(a, Action::Send(_, ToAgent::RoundBroken { round: 0, .. }))));
+    assert_eq!(say(&mut machine, 2, failed(0)), [], "an old round's failure counts once");
+    assert_eq!(say(&mut machine, 2, ToCoordinator::Join), []);
+    let started = rounds(&say(&mut machine, 1, ToCoordinator::Join));
+    assert_eq!((started[&1].number, started[&1].restart_count), (1, 1));
+
+    let closed = say(&mut machine, 1, failed(1));
+    let Action::Send(_, ToAgent::Closed { success: false, reason }) = &closed[0] else {
+        panic!("{closed:?}")
+    };
+    assert!(reason.contains("node 1 (host host3") && reason.contains("code 1"), "{reason}");
+    assert!(rounds(&enter(&mut machine, 3, hello(None, 2, 1))).is_empty(), "RV-5");
+}
+
+#[test]
+fn all_must_finish() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(None, 2, 1));
+    enter(&mut machine, 2, hello(None, 2, 1));
+    assert_eq!(say(&mut machine, 1, ToCoordinator::Finished { round: 0 }), []);
+    let actions = say(&mut machine, 2, ToCoordinator::Finished { round: 0 });
+    assert!(actions.iter().all(|a| matches!(a, Action::Send(_, ToAgent::Closed { success: true, .. }))));
+    assert_eq!(actions.len(), 2);
+}
+
+#[test]
+fn a_lost_node_ends_the_round_for_the_others() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(Some(0), 2, 1));
+    enter(&mut machine, 2, hello(Some(1), 2, 1));
+    let actions = machine.handle(NOW, Event::Lost(2));
+    let [Action::Send(1, ToAgent::Closed { success: false, reason })] = &actions[..] else {
+        panic!("{actions:?}")
+    };
+    assert!(reason.contains("lost node 1"), "{reason}");
+}
+
+#[test]
+fn newcomers_that_do_not_fit_are_refused_with_both_values() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(Some(0), 2, 1));
+    let twice = refusal(&enter(&mut machine, 2, hello(Some(0), 2, 3)));
+    assert!(twice.contains("host1") && twice.contains("host3"), "{twice}");
+    let nodes = refusal(&enter(&mut machine, 3, hello(Some(1), 4, 1)));
+    assert!(nodes.contains("--nnodes is 4") && nodes.contains("and 2"), "{nodes}");
+    let other = Hello { run_id: "other".into(), ..hello(Some(1), 2, 1) };
+    let other = refusal(&enter(&mut machine, 4, other));
+    assert!(other.contains("`job`") && other.contains("`other`"), "{other}");
+    let rank = refusal(&enter(&mut machine, 5, hello(Some(2), 2, 1)));
+    assert!(rank.contains("0 to 1"), "{rank}");
+    let stranger = refusal(&say(&mut machine, 6, ToCoordinator::Join));
+    assert!(stranger.contains("hello"), "{stranger}");
+}
+
+#[test]
+fn nodes_that_do_not_come_are_counted() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(None, 3, 1));
+    assert_eq!(machine.handle(Duration::from_secs(599), Event::Tick), []);
+    let actions = machine.handle(Duration::from_secs(600), Event::Tick);
+    let [Action::Send(1, ToAgent::Closed { success: false, reason })] = &actions[..] else {
+        panic!("{actions:?}")
+    };
+    assert!(reason.contains("1 of 3 nodes") && reason.contains("host1"), "{reason}");
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let peer = 1_u64..5;
+    let round = 0_u64..4;
+    prop_oneof![
+        (peer.clone(), proptest::option::of(0_u32..3), 1_u32..4).prop_map(|(peer, rank, local)| {
+            Event::Message(peer, ToCoordinator::Hello(hello(rank, 2, local)))
+        }),
+        peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
+        peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
+        (peer.clone(), round.clone()).prop_map(|(peer, round)| {
+            Event::Message(peer, ToCoordinator::Failed { round, reason: "r".into() })
+        }),
+        (peer.clone(), round)
+            .prop_map(|(peer, round)| Event::Message(peer, ToCoordinator::Finished { round })),
+        peer.prop_map(Event::Lost),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn invariants_hold_for_every_sequence(events in proptest::collection::vec(event(), 0..60)) {
+        let mut machine = coordinator();
+        for event in events {
+            let closed = machine.is_closed();
+            let actions = machine.handle(NOW, event);
+            let started = rounds(&actions);
+            if started.is_empty() {
+                continue;
+            }
+            prop_assert!(!closed, "RV-5");
+            prop_assert_eq!(started.len(), 2, "RV-3, RV-6");
+            let views: Vec<_> = started.values().map(|round| Round { you: 0, ..round.clone() }).collect();
+            prop_assert_eq!(&views[0], &views[1], "RV-2");
+            prop_assert!(views[0].restart_count <= 1, "RV-4");
+            let mut next = 0;
+            for (place, member) in views[0].members.iter().enumerate() {
+                prop_assert_eq!((member.group_rank as usize, member.first_rank), (place, next), "RV-1");
+                next += member.local_world_size;
+            }
+            let mut yous: Vec<_> = started.values().map(|round| round.you).collect();
+            yous.sort_unstable();
+            prop_assert_eq!(yous, vec![0, 1], "RV-1");
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! The key-value store that ranks meet in, in the wire format of c10d's TCPStore (torch 2.13,
+//! `torch/csrc/distributed/c10d/TCPStoreBackend.cpp`).
+//!
+//! [`codec`] turns bytes into requests, [`state`] answers them. Both are pure; [`Host`](crate::Host) moves the bytes.
+
+pub mod codec;
+pub mod state;

@@ -1,0 +1,106 @@
+//! Agents and raw store clients against a real host on a free port.
+
+use std::time::Duration;
+
+use ice_proto::rendezvous::{Hello, ToAgent, ToCoordinator};
+use ice_rendezvous::{Error, Host, HostConfig, Session};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+async fn host() -> Host {
+    let config =
+        HostConfig { address: ([127, 0, 0, 1], 0).into(), run_id: "job".into(), join_timeout: LIMIT };
+    Host::bind(config).await.unwrap()
+}
+
+fn hello(node_rank: u32) -> Hello {
+    Hello {
+        run_id: "job".into(),
+        node_rank: Some(node_rank),
+        nnodes: (2, 2),
+        local_world_size: 2,
+        max_restarts: 0,
+        host: "here".into(),
+        pid: 1,
+    }
+}
+
+async fn agent(host: &Host, node_rank: u32) -> Session {
+    let session = Session::connect("127.0.0.1", host.port(), hello(node_rank), LIMIT).await.unwrap();
+    session.send(ToCoordinator::Join);
+    session
+}
+
+async fn validated(host: &Host) -> TcpStream {
+    let mut client = TcpStream::connect(("127.0.0.1", host.port())).await.unwrap();
+    client.write_all(&[0, 0xCE, 0xF7, 0x85, 0x3C]).await.unwrap();
+    client
+}
+
+fn key(command: u8, key: &[u8]) -> Vec<u8> {
+    [&[command], &(key.len() as u64).to_le_bytes()[..], key].concat()
+}
+
+#[tokio::test]
+async fn two_agents_agree_and_finish_together() {
+    let host = host().await;
+    let (mut first, mut second) = (agent(&host, 0).await, agent(&host, 1).await);
+    for (session, you) in [(&mut first, 0), (&mut second, 1)] {
+        let ToAgent::RoundStarted(round) = session.recv().await.unwrap() else { panic!("no round") };
+        assert_eq!((round.you, round.world_size()), (you, 4));
+        session.send(ToCoordinator::Finished { round: 0 });
+    }
+    for session in [&mut first, &mut second] {
+        assert!(matches!(session.recv().await.unwrap(), ToAgent::Closed { success: true, .. }));
+    }
+}
+
+#[tokio::test]
+async fn a_lost_agent_and_a_lost_coordinator_are_noticed() {
+    let host = host().await;
+    let (mut first, mut second) = (agent(&host, 0).await, agent(&host, 1).await);
+    assert!(matches!(first.recv().await.unwrap(), ToAgent::RoundStarted(_)));
+    assert!(matches!(second.recv().await.unwrap(), ToAgent::RoundStarted(_)));
+    drop(second);
+    assert!(matches!(first.recv().await.unwrap(), ToAgent::Closed { success: false, .. }));
+}
+
+#[tokio::test]
+async fn a_store_client_waits_for_another() {
+    let host = host().await;
+    let (mut waiting, mut setting) = (validated(&host).await, validated(&host).await);
+    let wait = [&[6][..], &1_u64.to_le_bytes(), &key(0, b"k")[1..]].concat();
+    waiting.write_all(&wait).await.unwrap();
+    setting.write_all(&[key(1, b"k"), 2_u64.to_le_bytes().into(), b"hi".into()].concat()).await.unwrap();
+    assert_eq!(waiting.read_u8().await.unwrap(), 0);
+    waiting.write_all(&key(3, b"k")).await.unwrap();
+    let mut value = [0; 10];
+    waiting.read_exact(&mut value).await.unwrap();
+    assert_eq!(value, *b"\x02\0\0\0\0\0\0\0hi");
+}
+
+#[tokio::test]
+async fn strangers_are_shown_the_door() {
+    let host = host().await;
+    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0, 1, 2, 3, 4], &key(1, b"k"), b"ICE\x09................"]
+    {
+        let mut stranger = TcpStream::connect(("127.0.0.1", host.port())).await.unwrap();
+        stranger.write_all(bytes).await.unwrap();
+        let mut rest = Vec::new();
+        // An end of file or a reset, but no answer.
+        let _ = stranger.read_to_end(&mut rest).await;
+        assert!(rest.is_empty(), "{bytes:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_busy_port_is_named() {
+    let host = host().await;
+    let address = ([127, 0, 0, 1], host.port()).into();
+    let config = HostConfig { address, run_id: "job".into(), join_timeout: LIMIT };
+    let error = Host::bind(config).await.err().unwrap();
+    assert!(matches!(error, Error::Bind { .. }));
+    assert!(error.to_string().contains(&host.port().to_string()), "{error}");
+}
