@@ -104,8 +104,12 @@ fn a_program_that_is_not_executable() {
     let program = folder.path().join("notes.txt");
     fs::write(&program, "not a program\n").unwrap();
     let outcome = Program::ice_launch(["--devices", "cpu:0-1"]).arg(&program).run(SOON);
-    // Known before anything is spawned.
-    outcome.expect_code(ExitCode::Usage.code().into()).expect_in_stderr(&["notes.txt", "not executable"]);
+    outcome.expect_code(ExitCode::NotExecutable.code().into()).expect_in_stderr(&[
+        "notes.txt",
+        "rank",
+        "node 0",
+        "Permission denied",
+    ]);
 }
 
 #[test]
@@ -116,7 +120,8 @@ fn a_program_that_the_system_cannot_execute() {
     let outcome = Program::ice_launch(["--devices", "cpu:0-1"]).arg(&program).run(SOON);
     outcome.expect_code(ExitCode::NotExecutable.code().into()).expect_in_stderr(&[
         "garbage",
-        "rank 0",
+        "rank",
+        "node 0",
         "Exec format error",
     ]);
 }

@@ -58,7 +58,7 @@ fn broken_device_list() {
 
 #[test]
 fn no_nodes() {
-    check(&["--nnodes", "0", "--devices", "cpu"], &["--nnodes", "0"]);
+    check(&["--nnodes", "0", "--devices", "cpu"], &["--nnodes", "`0`", "at least 1"]);
 }
 
 #[test]
@@ -88,9 +88,14 @@ fn no_program() {
 
 #[test]
 fn missing_program() {
-    for program in ["./no/such/program", "no-such-program-anywhere"] {
+    for (program, why) in [
+        ("./no/such/program", "No such file"),
+        ("./no/such/script.py", "No such file"),
+        ("no-such-program-anywhere", "not in the PATH"),
+        ("./scripts", "is a folder"),
+    ] {
         let outcome = Program::ice_launch(["--devices", "cpu", program]).run(SOON);
-        outcome.expect_code(ExitCode::Usage.code().into()).expect_in_stderr(&[program, "not found"]);
+        outcome.expect_code(ExitCode::Usage.code().into()).expect_in_stderr(&[program, why]);
     }
 }
 
