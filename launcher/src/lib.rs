@@ -1,1 +1,27 @@
-//! Placeholder.
+//! `ice-launch`: the agent of a node. It starts a program once per device, agrees with the other agents who is which rank, watches
+//! the ranks, and stops everything cleanly. Never linked to libtorch.
+
+mod agent;
+pub mod cli;
+mod dispatcher;
+mod error;
+mod logs;
+mod report;
+mod supervise;
+
+pub use cli::{LaunchArgs, LaunchPlan, Program, UsageError};
+pub use error::Error;
+use ice_proto::exit::ExitCode;
+
+/// Carries out a plan: blocks until the job is over on this node. Whatever fails is reported on stderr.
+///
+/// # Errors
+/// [`Error`] where the agent itself cannot work; no process is left then either.
+pub fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
+    // The current thread carries the whole runtime: ranks die with the thread that spawned them.
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
+    let outcome = runtime.block_on(dispatcher::run(plan));
+    runtime.shutdown_background();
+    outcome
+}

@@ -1,1 +1,30 @@
-fn main() {}
+//! The command line of `ice-launch`.
+
+use std::process;
+
+use clap::Parser;
+use ice_launch::cli::Cli;
+use ice_launch::{LaunchPlan, Program};
+use ice_proto::exit::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> process::ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_env("ICE_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    let plan =
+        Program::find(&cli.program, cli.args).and_then(|program| LaunchPlan::new(&cli.launch, program));
+    let plan = match plan {
+        Ok(plan) => plan,
+        Err(error) => return fail(&error, ExitCode::Usage),
+    };
+    match ice_launch::run(plan) {
+        Ok(code) => code.into(),
+        Err(error) => fail(&error, error.exit_code()),
+    }
+}
+
+fn fail(error: &dyn std::error::Error, code: ExitCode) -> process::ExitCode {
+    eprintln!("ice-launch: error: {error}");
+    code.into()
+}

@@ -12,7 +12,7 @@ use ice_proto::rendezvous::{ToAgent, ToCoordinator};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -46,6 +46,7 @@ pub struct HostConfig {
 pub struct Host {
     address: SocketAddr,
     task: JoinHandle<()>,
+    agents: watch::Receiver<usize>,
 }
 
 impl Drop for Host {
@@ -65,8 +66,16 @@ impl Host {
         let address = listener.local_addr().map_err(fail)?;
         let settings =
             Settings { run_id: config.run_id, join_timeout: config.join_timeout, run_stamp: run_stamp() };
-        let task = tokio::spawn(serve(listener, settings));
-        Ok(Self { address, task })
+        let (count, agents) = watch::channel(0);
+        let task = tokio::spawn(serve(listener, settings, count));
+        Ok(Self { address, task, agents })
+    }
+
+    /// Waits until no agent is connected any more.
+    pub async fn deserted(&self) {
+        let mut agents = self.agents.clone();
+        // An error means that the task has ended, and with it all connections.
+        let _ = agents.wait_for(|count| *count == 0).await;
     }
 
     /// The port that it listens on.
@@ -83,20 +92,21 @@ fn run_stamp() -> String {
 }
 
 enum Input {
-    Opened(u64, mpsc::Sender<Vec<u8>>),
+    Opened { id: u64, is_agent: bool, sender: mpsc::Sender<Vec<u8>> },
     Agent(u64, ToCoordinator),
     Store(u64, Request),
-    Closed(u64),
+    Closed { id: u64, is_agent: bool },
 }
 
 /// The task that owns both machines. Everything reaches it in one order.
-async fn serve(listener: TcpListener, settings: Settings) {
+async fn serve(listener: TcpListener, settings: Settings, agents: watch::Sender<usize>) {
     let start = Instant::now();
     let (inputs, mut events) = mpsc::channel(1024);
     let mut state = State {
         coordinator: Coordinator::new(settings),
         store: Store::new(),
         clients: std::collections::BTreeMap::new(),
+        agents,
     };
     let mut next = 0;
     loop {
@@ -125,12 +135,14 @@ struct State {
     coordinator: Coordinator,
     store: Store,
     clients: std::collections::BTreeMap<u64, mpsc::Sender<Vec<u8>>>,
+    agents: watch::Sender<usize>,
 }
 
 impl State {
     fn input(&mut self, now: Duration, input: Input) {
         match input {
-            Input::Opened(id, sender) => {
+            Input::Opened { id, is_agent, sender } => {
+                self.agents.send_modify(|count| *count += usize::from(is_agent));
                 self.clients.insert(id, sender);
             }
             Input::Agent(id, message) => self.coordinate(now, Event::Message(id, message)),
@@ -139,7 +151,8 @@ impl State {
                     self.send(client, reply);
                 }
             }
-            Input::Closed(id) => {
+            Input::Closed { id, is_agent } => {
+                self.agents.send_modify(|count| *count -= usize::from(is_agent));
                 self.clients.remove(&id);
                 self.store.disconnect(id);
                 self.coordinate(now, Event::Lost(id));
@@ -183,7 +196,7 @@ async fn connection(id: u64, stream: TcpStream, peer: SocketAddr, inputs: mpsc::
     let is_agent = first[0] == frame::MAGIC[0];
     let (reader, mut writer) = stream.into_split();
     let (sender, mut outgoing) = mpsc::channel::<Vec<u8>>(OUTGOING);
-    if inputs.send(Input::Opened(id, sender)).await.is_err() {
+    if inputs.send(Input::Opened { id, is_agent, sender }).await.is_err() {
         return;
     }
     let write = async {
@@ -213,7 +226,7 @@ async fn connection(id: u64, stream: TcpStream, peer: SocketAddr, inputs: mpsc::
             tracing::debug!(%peer, %error, "a connection was ended");
         },
     }
-    let _ = inputs.send(Input::Closed(id)).await;
+    let _ = inputs.send(Input::Closed { id, is_agent }).await;
 }
 
 async fn read_agent(id: u64, mut reader: OwnedReadHalf, inputs: &mpsc::Sender<Input>) -> io::Result<()> {
@@ -225,7 +238,7 @@ async fn read_agent(id: u64, mut reader: OwnedReadHalf, inputs: &mpsc::Sender<In
             return Ok(());
         }
         decoder.feed(&buffer[..read]);
-        while let Some(message) = decoder.next::<ToCoordinator>().map_err(invalid)? {
+        while let Some(message) = decoder.next_message::<ToCoordinator>().map_err(invalid)? {
             if inputs.send(Input::Agent(id, message)).await.is_err() {
                 return Ok(());
             }

@@ -20,7 +20,8 @@ const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 pub(crate) fn join(env: &RankEnv, device: Device) -> Result<ProcessGroup, Error> {
     let (rank, world_size) = (env.rank as usize, env.world_size as usize);
     let fail = |doing: &str| {
-        let doing = format!("{doing} at {}:{} as rank {rank} of {world_size}", env.master_addr, env.master_port);
+        let doing =
+            format!("{doing} at {}:{} as rank {rank} of {world_size}", env.master_addr, env.master_port);
         move |source| Error::Collective { doing, source }
     };
     let store = Store::tcp(&env.master_addr, env.master_port, STORE_TIMEOUT)

@@ -135,7 +135,7 @@ impl Inner {
                 Err(_) => break,
             }
             loop {
-                match decoder.next::<Down>() {
+                match decoder.next_message::<Down>() {
                     Ok(Some(Down::Stop)) => {
                         *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
                         self.stopped.notify_all();

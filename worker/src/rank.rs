@@ -124,7 +124,10 @@ impl Worker {
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<(), Error> {
         let Some(group) = &self.group else { return Ok(()) };
-        group.all_reduce(tensor, ReduceOp::Sum).and_then(ice_c10d::Work::wait).map_err(collective("all-reduce"))
+        group
+            .all_reduce(tensor, ReduceOp::Sum)
+            .and_then(ice_c10d::Work::wait)
+            .map_err(collective("all-reduce"))
     }
 
     /// Overwrites the tensor on every rank with rank 0's.

@@ -101,7 +101,7 @@ impl Decoder {
     ///
     /// # Errors
     /// Any [`FrameError`]; the stream is of no use after one.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+    pub fn next_message<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let pending = &self.buffer[self.consumed..];
         let Some(header) = pending.first_chunk::<HEADER_LEN>() else {
             return match pending.iter().zip(MAGIC).all(|(a, b)| *a == b) {
@@ -163,10 +163,10 @@ mod tests {
         for cut in 0..frame.len() {
             let mut decoder = Decoder::new();
             decoder.feed(&frame[..cut]);
-            assert_eq!(decoder.next::<Up>().unwrap(), None);
+            assert_eq!(decoder.next_message::<Up>().unwrap(), None);
             decoder.feed(&frame[cut..]);
-            assert_eq!(decoder.next::<Up>().unwrap(), Some(message()));
-            assert_eq!(decoder.next::<Up>().unwrap(), None);
+            assert_eq!(decoder.next_message::<Up>().unwrap(), Some(message()));
+            assert_eq!(decoder.next_message::<Up>().unwrap(), None);
         }
     }
 
@@ -178,7 +178,7 @@ mod tests {
             damaged[bit / 8] ^= 1 << (bit % 8);
             let mut decoder = Decoder::new();
             decoder.feed(&damaged);
-            assert!(!matches!(decoder.next::<Up>(), Ok(Some(_))), "bit {bit} was not noticed");
+            assert!(!matches!(decoder.next_message::<Up>(), Ok(Some(_))), "bit {bit} was not noticed");
         }
     }
 
@@ -188,7 +188,7 @@ mod tests {
         frame[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
         let mut decoder = Decoder::new();
         decoder.feed(&frame[..HEADER_LEN]);
-        assert_eq!(decoder.next::<Up>(), Err(FrameError::TooLarge { len: u32::MAX as usize }));
+        assert_eq!(decoder.next_message::<Up>(), Err(FrameError::TooLarge { len: u32::MAX as usize }));
     }
 
     #[test]
@@ -197,7 +197,7 @@ mod tests {
         struct Long(Up, u8);
         let mut decoder = Decoder::new();
         decoder.feed(&encode(&Long(message(), 9)).unwrap());
-        assert!(matches!(decoder.next::<Up>(), Err(FrameError::Body(_))));
+        assert!(matches!(decoder.next_message::<Up>(), Err(FrameError::Body(_))));
     }
 
     proptest! {
@@ -205,7 +205,7 @@ mod tests {
         fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut decoder = Decoder::new();
             decoder.feed(&bytes);
-            let _ = decoder.next::<Up>();
+            let _ = decoder.next_message::<Up>();
         }
     }
 }

@@ -106,7 +106,7 @@ async fn read(mut reader: OwnedReadHalf, received: mpsc::Sender<Result<ToAgent, 
     while let Ok(Ok(read @ 1..)) = timeout(SILENCE, reader.read(&mut buffer)).await {
         decoder.feed(&buffer[..read]);
         loop {
-            let message = match decoder.next() {
+            let message = match decoder.next_message() {
                 Ok(Some(ToAgent::KeepAlive)) => continue,
                 Ok(Some(message)) => Ok(message),
                 Ok(None) => break,

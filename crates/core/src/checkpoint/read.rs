@@ -49,7 +49,8 @@ impl Checkpoint {
         let file = path.join(MANIFEST);
         let damaged = |problem: String| Error::Checkpoint { path: file.clone(), problem };
         let bytes = fs::read(&file).map_err(|error| damaged(error.to_string()))?;
-        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+        let manifest: Manifest =
+            serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
         if manifest.format_version != FORMAT_VERSION {
             return Err(damaged(format!(
                 "is of format {}, and this release reads {FORMAT_VERSION}",
@@ -81,7 +82,9 @@ impl Checkpoint {
         let (mut model, mut optimizer) = (self.tensors(MODEL)?, self.tensors(OPTIMIZER)?);
         let known: BTreeSet<_> = graph.uids().collect();
         if let Some(unknown) = self.manifest.nodes.keys().find(|uid| !known.contains(uid.as_str())) {
-            return Err(Error::Resume(format!("the checkpoint has a node `{unknown}` and the graph has none")));
+            return Err(Error::Resume(format!(
+                "the checkpoint has a node `{unknown}` and the graph has none"
+            )));
         }
         for entry in graph.entries() {
             let prefix = key_prefix(&entry.uid);
@@ -93,7 +96,9 @@ impl Checkpoint {
             entry.node.borrow_mut().load_state(&saved).map_err(|error| error.at(&entry.uid, "load"))?;
         }
         match model.iter().chain(&optimizer).next() {
-            Some((key, _)) => Err(Error::Resume(format!("the checkpoint has `{key}` and the graph has no such node"))),
+            Some((key, _)) => {
+                Err(Error::Resume(format!("the checkpoint has `{key}` and the graph has no such node")))
+            }
             None => Ok(()),
         }
     }

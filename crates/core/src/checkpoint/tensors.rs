@@ -77,7 +77,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Vec<(String, Tensor)>, String> {
             .find(|(_, known)| *known == view.dtype())
             .ok_or_else(|| format!("`{name}` is of {:?}, which cannot be loaded", view.dtype()))?;
         let shape: Vec<i64> = view.shape().iter().map(|&dimension| dimension as i64).collect();
-        let tensor = Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|error| error.to_string())?;
+        let tensor =
+            Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|error| error.to_string())?;
         tensors.push((name, tensor));
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
@@ -91,7 +92,8 @@ mod tests {
     #[test]
     fn every_kind_survives_the_file_to_the_bit() {
         for (kind, _) in KINDS {
-            let values = (Tensor::arange(12, (Kind::Float, Device::Cpu)) * 1.5).to_kind(kind).view([3, 4]).tr();
+            let values =
+                (Tensor::arange(12, (Kind::Float, Device::Cpu)) * 1.5).to_kind(kind).view([3, 4]).tr();
             let file = encode(&[("x".into(), HostTensor::copy(&values).unwrap())]).unwrap();
             let read = decode(&file).unwrap();
             assert_eq!((read[0].0.as_str(), read[0].1.kind()), ("x", kind));

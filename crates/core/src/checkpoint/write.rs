@@ -82,7 +82,8 @@ impl Snapshot {
         fs::create_dir(&beside).map_err(Error::io(&beside))?;
         for (name, tensors) in [(MODEL, &self.model), (OPTIMIZER, &self.optimizer)] {
             let path = beside.join(name);
-            let bytes = encode(tensors).map_err(|problem| Error::Checkpoint { path: path.clone(), problem })?;
+            let bytes =
+                encode(tensors).map_err(|problem| Error::Checkpoint { path: path.clone(), problem })?;
             self.manifest.files.insert(name.into(), FileInfo::of(&bytes));
             write_through(&path, &bytes)?;
         }

@@ -23,12 +23,17 @@ fn parse<const N: usize>(bytes: &[u8]) -> Result<Tensor, String> {
     if header[..4] != [0, 0, UNSIGNED_BYTE, N as u8] {
         return Err(format!("starts with {:02x?}: not an IDX file of bytes in {N} dimensions", &header[..4]));
     }
-    let size: Vec<i64> =
-        header[4..].chunks_exact(4).map(|d| i64::from(u32::from_be_bytes([d[0], d[1], d[2], d[3]]))).collect();
+    let size: Vec<i64> = header[4..]
+        .chunks_exact(4)
+        .map(|d| i64::from(u32::from_be_bytes([d[0], d[1], d[2], d[3]])))
+        .collect();
     let elements = size.iter().try_fold(1_i64, |product, &d| product.checked_mul(d));
     let body = &bytes[header_len..];
     if elements != Some(body.len() as i64) {
-        return Err(format!("has {} bytes of data for the shape {size:?}: it is cut off or damaged", body.len()));
+        return Err(format!(
+            "has {} bytes of data for the shape {size:?}: it is cut off or damaged",
+            body.len()
+        ));
     }
     Tensor::f_from_data_size(body, &size, Kind::Uint8).map_err(|error| error.to_string())
 }

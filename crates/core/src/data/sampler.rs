@@ -23,7 +23,8 @@ impl Sampler {
     /// The order of `samples` samples, of which an iteration takes `global_batch` over all ranks; shuffled where there is
     /// a seed.
     pub fn new(samples: u64, global_batch: u64, seed: Option<u64>, drop_last: bool) -> Self {
-        let mut sampler = Self { samples, global_batch, seed, drop_last, epoch: 0, cursor: 0, order: Vec::new() };
+        let mut sampler =
+            Self { samples, global_batch, seed, drop_last, epoch: 0, cursor: 0, order: Vec::new() };
         sampler.seek(0, 0);
         sampler
     }
@@ -78,7 +79,8 @@ impl Sampler {
             0 => self.cursor..self.cursor + 1,
             _ => start..start + here,
         };
-        let indices = range.filter_map(|at| self.order.get(at as usize)).map(|&index| i64::from(index)).collect();
+        let indices =
+            range.filter_map(|at| self.order.get(at as usize)).map(|&index| i64::from(index)).collect();
         (indices, Share { here, total })
     }
 }

@@ -40,8 +40,11 @@ impl ExecutableGraph {
     pub(crate) fn epoch_end(&self, worker: &Worker) -> Result<Vec<(String, Measure)>> {
         let mut measures = Vec::new();
         for entry in &self.entries {
-            let measure =
-                entry.node.borrow_mut().epoch_end(worker).map_err(|error| error.at(&entry.uid, "epoch end"))?;
+            let measure = entry
+                .node
+                .borrow_mut()
+                .epoch_end(worker)
+                .map_err(|error| error.at(&entry.uid, "epoch end"))?;
             measures.extend(measure.map(|measure| (entry.uid.clone(), measure)));
         }
         Ok(measures)
@@ -70,9 +73,15 @@ impl ExecutableGraph {
             .iter()
             .filter_map(|entry| entry.node.borrow_mut().take_loss())
             .reduce(|sum, loss| sum + loss)
-            .ok_or_else(|| Error::Graph("a training task selects no loss node: add one or use Task::eval".into()))?;
+            .ok_or_else(|| {
+                Error::Graph("a training task selects no loss node: add one or use Task::eval".into())
+            })?;
         for entry in &self.entries {
-            entry.node.borrow_mut().before_backward(&loss).map_err(|error| error.at(&entry.uid, "backward"))?;
+            entry
+                .node
+                .borrow_mut()
+                .before_backward(&loss)
+                .map_err(|error| error.at(&entry.uid, "backward"))?;
         }
         ice_c10d::run_backward(&loss)?;
         for entry in &self.entries {

@@ -41,7 +41,9 @@ impl HyperGraph {
         let tags = tags.into();
         tags.check(name)?;
         if name.is_empty() || name.contains(['/', '.']) {
-            return Err(Error::Graph(format!("`{name}` is not a name for a node: it is empty or has a `/` or a `.`")));
+            return Err(Error::Graph(format!(
+                "`{name}` is not a name for a node: it is empty or has a `/` or a `.`"
+            )));
         }
         let uid = tags.uid(name);
         if let Some(other) = self.entries.iter().find(|entry| entry.uid == uid) {
@@ -84,7 +86,10 @@ impl HyperGraph {
             }
         }
         if chosen.is_empty() {
-            return Err(Error::Graph(format!("the tags `{query}` select no node; there are {}", self.listing())));
+            return Err(Error::Graph(format!(
+                "the tags `{query}` select no node; there are {}",
+                self.listing()
+            )));
         }
         Ok(ExecutableGraph::new(chosen))
     }

@@ -36,7 +36,8 @@ impl<'a> Outputs<'a> {
         })?;
         self.run(index)?;
         let values = self.values.borrow();
-        let value = values[index].as_ref().ok_or_else(|| Error::Graph(format!("node `{name}` made no output")))?;
+        let value =
+            values[index].as_ref().ok_or_else(|| Error::Graph(format!("node `{name}` made no output")))?;
         value.downcast::<T>().map_err(|made| {
             Error::Graph(format!(
                 "node `{}` makes `{made}`, not `{}`",

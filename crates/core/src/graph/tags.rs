@@ -53,8 +53,12 @@ impl Tags {
     pub(crate) fn check(&self, name: &str) -> Result<()> {
         let bad = |tag: &&String| tag.is_empty() || tag.as_str() == "#" || tag.contains('/');
         match self.0.iter().find(bad) {
-            _ if self.0.is_empty() => Err(Error::Graph(format!("node `{name}` has no tags: use `*` for every task"))),
-            Some(tag) => Err(Error::Graph(format!("node `{name}`: `{tag}` is not a tag: it is empty or has a `/`"))),
+            _ if self.0.is_empty() => {
+                Err(Error::Graph(format!("node `{name}` has no tags: use `*` for every task")))
+            }
+            Some(tag) => {
+                Err(Error::Graph(format!("node `{name}`: `{tag}` is not a tag: it is empty or has a `/`")))
+            }
             None => Ok(()),
         }
     }

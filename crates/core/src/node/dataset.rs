@@ -65,7 +65,8 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
         }
         let global_batch = (self.batch_size * context.worker.world_size()) as u64;
         let samples = self.dataset.len() as u64;
-        let sampler = Sampler::new(samples, global_batch, self.shuffle.then_some(context.seed), self.drop_last);
+        let sampler =
+            Sampler::new(samples, global_batch, self.shuffle.then_some(context.seed), self.drop_last);
         if sampler.remaining() == 0 {
             return Err(Error::Usage(format!(
                 "{samples} samples do not fill one batch of {} on {} ranks",
@@ -111,8 +112,10 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
     }
 
     fn load_state(&mut self, saved: &SavedState) -> Result<()> {
-        let position = Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
-        let sampler = self.sampler.as_mut().ok_or_else(|| Error::Graph("the dataset was not set up".into()))?;
+        let position =
+            Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
+        let sampler =
+            self.sampler.as_mut().ok_or_else(|| Error::Graph("the dataset was not set up".into()))?;
         if position.samples != sampler.samples() {
             return Err(Error::Resume(format!(
                 "the dataset had {} samples when the checkpoint was saved and has {} now",

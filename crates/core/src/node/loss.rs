@@ -25,7 +25,14 @@ impl LossNode {
     /// A loss from the outputs of other nodes.
     pub fn new(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
         let function = Box::new(function);
-        Self { function, weight: 1.0, pending: None, running: None, samples: 0.0, restored: WeightedMean::default() }
+        Self {
+            function,
+            weight: 1.0,
+            pending: None,
+            running: None,
+            samples: 0.0,
+            restored: WeightedMean::default(),
+        }
     }
 
     /// The factor of this loss in the sum.

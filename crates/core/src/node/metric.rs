@@ -48,7 +48,8 @@ impl Node for MetricNode {
     }
 
     fn load_state(&mut self, saved: &SavedState) -> Result<()> {
-        self.mean = WeightedMean::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
+        self.mean =
+            WeightedMean::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
         Ok(())
     }
 }

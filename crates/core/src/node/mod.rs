@@ -156,10 +156,16 @@ pub struct SavedState {
 
 /// Copies saved tensors into those of a node; both must have the same names and shapes.
 pub(crate) fn copy_tensors(saved: &[(String, Tensor)], own: &[(String, Tensor)], what: &str) -> Result<()> {
-    let missing: Vec<_> =
-        own.iter().filter(|(name, _)| !saved.iter().any(|(key, _)| key == name)).map(|(name, _)| name).collect();
-    let unexpected: Vec<_> =
-        saved.iter().filter(|(name, _)| !own.iter().any(|(key, _)| key == name)).map(|(name, _)| name).collect();
+    let missing: Vec<_> = own
+        .iter()
+        .filter(|(name, _)| !saved.iter().any(|(key, _)| key == name))
+        .map(|(name, _)| name)
+        .collect();
+    let unexpected: Vec<_> = saved
+        .iter()
+        .filter(|(name, _)| !own.iter().any(|(key, _)| key == name))
+        .map(|(name, _)| name)
+        .collect();
     if !missing.is_empty() || !unexpected.is_empty() {
         return Err(Error::Resume(format!(
             "the {what} of the checkpoint do not fit: missing {missing:?}, unexpected {unexpected:?}"

@@ -1,8 +1,8 @@
 use std::collections::HashMap;
 
 use ice_c10d::{Reducer, ReducerOptions};
-use tch::nn::{Path, VarStore};
 use tch::Tensor;
+use tch::nn::{Path, VarStore};
 
 use crate::node::copy_tensors;
 use crate::optim::Optimizer;

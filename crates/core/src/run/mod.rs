@@ -9,7 +9,7 @@ use std::time::Duration;
 use ice_worker::Worker;
 
 use crate::checkpoint::{Checkpoint, Manifest, Writer};
-use crate::{Context, Counters, Error, HyperGraph, Measure, ResumeFrom, Result, TaskItem};
+use crate::{Context, Counters, Error, HyperGraph, Measure, Result, ResumeFrom, TaskItem};
 
 /// After a collective failed, how long a request to stop may take to arrive that would explain it: the other ranks may have
 /// been asked first.
@@ -106,7 +106,10 @@ impl<'a> Run<'a> {
     pub fn measure(&self, uid: &str) -> Result<f64> {
         let measures = self.measures.borrow();
         measures.get(uid).copied().ok_or_else(|| {
-            Error::Graph(format!("nothing was measured by `{uid}`; there are {:?}", measures.keys().collect::<Vec<_>>()))
+            Error::Graph(format!(
+                "nothing was measured by `{uid}`; there are {:?}",
+                measures.keys().collect::<Vec<_>>()
+            ))
         })
     }
 
@@ -163,7 +166,9 @@ impl<'a> Run<'a> {
         if self.is_main() {
             let values: String = measures
                 .iter()
-                .map(|(uid, measure)| format!("  {} {:.4}", uid.rsplit('/').next().unwrap_or(uid), measure.value))
+                .map(|(uid, measure)| {
+                    format!("  {} {:.4}", uid.rsplit('/').next().unwrap_or(uid), measure.value)
+                })
                 .collect();
             println!("{heading}{values}  ({:.1} s)", took.as_secs_f64());
         }
@@ -177,7 +182,9 @@ impl<'a> Run<'a> {
                 .flatten();
             match (own, &self.config.resume_from) {
                 (Some(own), _) => Ok(Some(own)),
-                (None, Some(from)) => Checkpoint::find(from, &self.config.out_dir, self.worker.run_id()).map(Some),
+                (None, Some(from)) => {
+                    Checkpoint::find(from, &self.config.out_dir, self.worker.run_id()).map(Some)
+                }
                 (None, None) => Ok(None),
             }
         };

@@ -44,5 +44,6 @@ pub trait TaskItem {
 }
 
 fn parse<T: DeserializeOwned>(state: &Json, what: &str) -> Result<T> {
-    T::deserialize(state).map_err(|error| Error::Resume(format!("the saved progress of {what} does not fit: {error}")))
+    T::deserialize(state)
+        .map_err(|error| Error::Resume(format!("the saved progress of {what} does not fit: {error}")))
 }

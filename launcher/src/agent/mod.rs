@@ -1,0 +1,15 @@
+//! The worker group of this node as a pure state machine: events in, actions out. It has no clock, no processes and no sockets;
+//! time comes in as an argument.
+//!
+//! Invariants, which the tests cite:
+//!
+//! - **AG-1** Every rank that was started is waited for before the agent joins again or exits.
+//! - **AG-2** Ranks start only when a round starts; the coordinator alone decides on restarts.
+//! - **AG-3** The agent exits once, and does nothing afterwards.
+//! - **AG-4** Ranks that were asked to end are killed once the shutdown timeout is over.
+
+mod machine;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use machine::{Action, Agent, Event, Exit};

@@ -1,0 +1,134 @@
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use ice_proto::exit::ExitCode;
+use ice_proto::rendezvous::{Member, Round, ToAgent, ToCoordinator};
+use proptest::prelude::*;
+
+use super::*;
+
+const TIMEOUT: Duration = Duration::from_secs(30);
+const NOW: Duration = Duration::from_secs(1);
+
+fn started(number: u64) -> Event {
+    let member = Member { group_rank: 0, first_rank: 0, local_world_size: 2, host: "h".into() };
+    let restart_count = number as u32;
+    let round = Round { number, restart_count, members: vec![member], you: 0, run_stamp: "s".into() };
+    Event::Coordinator(ToAgent::RoundStarted(round))
+}
+
+fn closed(success: bool) -> Event {
+    Event::Coordinator(ToAgent::Closed { success, reason: "r".into() })
+}
+
+fn exited(local_rank: u32, exit: Exit) -> Event {
+    Event::Exited { local_rank, exit }
+}
+
+fn agent() -> Agent {
+    Agent::new(2, TIMEOUT)
+}
+
+#[test]
+fn a_good_run_waits_for_the_others() {
+    let mut agent = agent();
+    assert!(matches!(agent.handle(NOW, started(0))[..], [Action::Spawn(_)]));
+    assert_eq!(agent.handle(NOW, exited(0, Exit::Code(0))), []);
+    let finished = Action::Send(ToCoordinator::Finished { round: 0 });
+    assert_eq!(agent.handle(NOW, exited(1, Exit::Code(0))), [finished]);
+    assert_eq!(agent.handle(NOW, closed(true)), [Action::Exit(ExitCode::Success)]);
+}
+
+#[test]
+fn a_failed_rank_stops_the_others_and_its_code_passes_through() {
+    let mut agent = agent();
+    agent.handle(NOW, started(0));
+    let actions = agent.handle(NOW, exited(1, Exit::Code(3)));
+    let [Action::Send(ToCoordinator::Failed { round: 0, reason }), Action::Terminate] = &actions[..] else {
+        panic!("{actions:?}")
+    };
+    assert!(reason.contains("local rank 1: exit code 3"), "{reason}");
+    assert_eq!(agent.handle(NOW, closed(false)), [], "AG-1");
+    let report = Action::Report { local_rank: 1, exit: Exit::Code(3) };
+    let actions = agent.handle(NOW, exited(0, Exit::Signal(15)));
+    assert_eq!(actions, [report, Action::Exit(ExitCode::Rank(3))]);
+    assert_eq!(agent.handle(NOW, started(1)), [], "AG-3");
+}
+
+#[test]
+fn a_restart_waits_for_the_last_rank() {
+    let mut agent = agent();
+    agent.handle(NOW, started(0));
+    agent.handle(NOW, exited(0, Exit::Signal(9)));
+    let broken = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into() });
+    assert_eq!(agent.handle(NOW, broken), [Action::Say("r".into())]);
+    let actions = agent.handle(NOW, exited(1, Exit::Signal(15)));
+    assert!(matches!(actions[..], [Action::Report { .. }, Action::Send(ToCoordinator::Join)]), "{actions:?}");
+    assert!(matches!(agent.handle(NOW, started(1))[..], [Action::Spawn(_)]));
+}
+
+#[test]
+fn ranks_that_do_not_end_are_killed() {
+    let mut agent = agent();
+    agent.handle(NOW, started(0));
+    agent.handle(NOW, Event::Signal(15));
+    assert_eq!(agent.deadline(), Some(NOW + TIMEOUT));
+    assert_eq!(agent.handle(NOW, Event::Tick), []);
+    assert_eq!(agent.handle(NOW + TIMEOUT, Event::Tick)[1], Action::Kill, "AG-4");
+    agent.handle(NOW, exited(0, Exit::Signal(9)));
+    let actions = agent.handle(NOW, exited(1, Exit::Signal(9)));
+    assert_eq!(actions, [Action::Exit(ExitCode::Signal(15))]);
+}
+
+#[test]
+fn a_second_signal_kills_at_once() {
+    let mut agent = agent();
+    agent.handle(NOW, started(0));
+    assert!(agent.handle(NOW, Event::Signal(2)).contains(&Action::Terminate));
+    assert!(agent.handle(NOW, Event::Signal(2)).contains(&Action::Kill));
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let exit = prop_oneof![Just(Exit::Code(0)), Just(Exit::Code(3)), Just(Exit::Signal(9))];
+    prop_oneof![
+        4 => (0_u32..2, exit).prop_map(|(rank, exit)| exited(rank, exit)),
+        2 => (0_u64..3).prop_map(started),
+        1 => (0_u64..3)
+            .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into() })),
+        1 => any::<bool>().prop_map(closed),
+        1 => Just(Event::Signal(15)),
+        1 => Just(Event::CoordinatorLost("l".into())),
+        1 => Just(Event::Tick),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn invariants_hold_for_every_sequence(events in proptest::collection::vec(event(), 0..80)) {
+        let mut agent = agent();
+        let mut alive = BTreeSet::new();
+        let mut done = false;
+        for event in events.into_iter().chain([Event::Signal(15), exited(0, Exit::Code(0)), exited(1, Exit::Code(0))]) {
+            let is_start = matches!(event, Event::Coordinator(ToAgent::RoundStarted(_)));
+            if let Event::Exited { local_rank, .. } = &event {
+                alive.remove(local_rank);
+            }
+            for action in agent.handle(NOW, event) {
+                prop_assert!(!done, "AG-3");
+                match action {
+                    Action::Spawn(_) => {
+                        prop_assert!(is_start && alive.is_empty(), "AG-1, AG-2");
+                        alive = BTreeSet::from([0, 1]);
+                    }
+                    Action::Send(ToCoordinator::Join) => prop_assert!(alive.is_empty(), "AG-1"),
+                    Action::Exit(_) => {
+                        prop_assert!(alive.is_empty(), "AG-1");
+                        done = true;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        prop_assert!(done, "a signal and the end of all ranks always end the agent");
+    }
+}

@@ -1,0 +1,70 @@
+//! `--redirects` and `--tee`: which streams of which ranks.
+
+use std::collections::BTreeMap;
+
+/// Standard streams of a rank.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Streams {
+    /// Standard output.
+    pub stdout: bool,
+    /// Standard error.
+    pub stderr: bool,
+}
+
+/// Streams by local rank.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PerRank {
+    all: Streams,
+    some: BTreeMap<u32, Streams>,
+}
+
+impl PerRank {
+    /// The streams of a rank. Where single ranks are named, the others have none.
+    pub fn of(&self, local_rank: u32) -> Streams {
+        self.some.get(&local_rank).copied().unwrap_or(self.all)
+    }
+
+    /// Whether no stream of any rank is named.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let value = |text: &str| match text {
+            "0" => Ok(Streams::default()),
+            "1" => Ok(Streams { stdout: true, stderr: false }),
+            "2" => Ok(Streams { stdout: false, stderr: true }),
+            "3" => Ok(Streams { stdout: true, stderr: true }),
+            _ => Err(format!("`{text}` is none of 0, 1, 2, 3, or a list such as 0:1,1:3")),
+        };
+        if !text.contains(':') {
+            return Ok(Self { all: value(text)?, some: BTreeMap::new() });
+        }
+        let mut some = BTreeMap::new();
+        for part in text.split(',') {
+            let (rank, streams) =
+                part.split_once(':').ok_or_else(|| format!("`{part}` is not rank:value"))?;
+            let rank = rank.parse().map_err(|_| format!("`{rank}` is not a local rank"))?;
+            some.insert(rank, value(streams)?);
+        }
+        Ok(Self { all: Streams::default(), some })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_value_or_one_per_rank() {
+        let all = PerRank::parse("3").unwrap();
+        assert_eq!(all.of(7), Streams { stdout: true, stderr: true });
+        let some = PerRank::parse("0:1,2:2").unwrap();
+        assert_eq!(some.of(0), Streams { stdout: true, stderr: false });
+        assert_eq!(some.of(1), Streams::default());
+        assert_eq!(some.of(2), Streams { stdout: false, stderr: true });
+        for wrong in ["4", "", "0:4", "x:1", "0:1,2"] {
+            assert!(PerRank::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}

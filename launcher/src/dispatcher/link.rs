@@ -1,0 +1,38 @@
+//! The agent's end of a rank's link.
+
+use ice_proto::frame::Decoder;
+use ice_proto::link::Up;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+
+use super::RankEvent;
+
+/// Passes on what a rank says. The link stays open until the rank closes it or the task is aborted; a rank that sees its end
+/// leaves.
+pub(super) async fn listen(
+    local_rank: u32,
+    mut stream: UnixStream,
+    events: mpsc::UnboundedSender<RankEvent>,
+) {
+    let mut decoder = Decoder::new();
+    let mut buffer = vec![0; 4096];
+    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+        decoder.feed(&buffer[..read]);
+        loop {
+            match decoder.next_message::<Up>() {
+                Ok(Some(message)) => {
+                    if events.send(RankEvent::Said(local_rank, message)).is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::warn!(local_rank, %error, "what the rank says cannot be understood: not listening any more");
+                    // Held open, since the rank would take its end for the agent's.
+                    return std::future::pending().await;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,43 @@
+use std::io;
+use std::path::PathBuf;
+
+use ice_proto::exit::ExitCode;
+
+/// Why the agent itself cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The event loop cannot be set up.
+    #[error("cannot set up the event loop: {0}")]
+    Runtime(io::Error),
+    /// The nodes cannot agree.
+    #[error(transparent)]
+    Rendezvous(#[from] ice_rendezvous::Error),
+    /// The endpoint's name has no address.
+    #[error("cannot resolve {host}: {source}: check --master-addr")]
+    Resolve {
+        /// The name.
+        host: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A log folder or file cannot be made.
+    #[error("cannot write logs to {}: {source}: choose another --log-dir", path.display())]
+    Logs {
+        /// The folder or file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// The exit code that this error ends the process with.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Rendezvous(ice_rendezvous::Error::Bind { .. })
+            | Self::Resolve { .. }
+            | Self::Logs { .. } => ExitCode::Usage,
+            _ => ExitCode::Failure,
+        }
+    }
+}

@@ -1,0 +1,83 @@
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use crate::{Error, LaunchPlan};
+
+/// How much of the end of a log file is read for the report.
+const TAIL: u64 = 8 << 10;
+
+/// `<log_dir>/<run_id>_<stamp>/`, with `attempt_<n>/<local rank>/` below.
+pub(crate) struct LogFolder {
+    path: PathBuf,
+    temporary: Option<TempDir>,
+}
+
+/// The files of a rank in an attempt.
+#[derive(Debug, Clone)]
+pub(crate) struct RankFiles {
+    pub(crate) stdout: PathBuf,
+    pub(crate) stderr: PathBuf,
+    pub(crate) error: PathBuf,
+}
+
+impl LogFolder {
+    pub(crate) fn make(plan: &LaunchPlan, run_stamp: &str) -> Result<Self, Error> {
+        let fail = |path: &Path| {
+            let path = path.to_owned();
+            move |source| Error::Logs { path, source }
+        };
+        let (root, temporary) = match &plan.log_dir {
+            Some(folder) => (folder.clone(), None),
+            None => {
+                let folder = tempfile::Builder::new()
+                    .prefix("ice-launch-")
+                    .tempdir()
+                    .map_err(fail(&std::env::temp_dir()))?;
+                (folder.path().to_owned(), Some(folder))
+            }
+        };
+        let path = root.join(format!("{}_{run_stamp}", plan.run_id));
+        fs::create_dir_all(&path).map_err(fail(&path))?;
+        Ok(Self { path, temporary })
+    }
+
+    /// Makes the folder of a rank.
+    pub(crate) fn rank(&self, attempt: u32, local_rank: u32) -> Result<RankFiles, Error> {
+        let folder = self.path.join(format!("attempt_{attempt}")).join(local_rank.to_string());
+        fs::create_dir_all(&folder).map_err(|source| Error::Logs { path: folder.clone(), source })?;
+        Ok(RankFiles {
+            stdout: folder.join("stdout.log"),
+            stderr: folder.join("stderr.log"),
+            error: folder.join("error.json"),
+        })
+    }
+
+    /// Keeps a temporary folder after the end.
+    pub(crate) fn keep(&mut self) {
+        if let Some(folder) = self.temporary.take() {
+            let _ = folder.keep();
+        }
+    }
+}
+
+/// The last lines of a file.
+pub(crate) fn last_lines(path: &Path, count: usize) -> io::Result<Vec<String>> {
+    let mut file = File::open(path)?;
+    let start = file.metadata()?.len().saturating_sub(TAIL);
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<_> = text.lines().skip(usize::from(start > 0)).map(ToOwned::to_owned).collect();
+    Ok(lines[lines.len().saturating_sub(count)..].to_vec())
+}
+
+impl RankFiles {
+    /// The last lines of the stderr file, where there is one.
+    pub(crate) fn stderr_tail(&self, count: usize) -> Vec<String> {
+        last_lines(&self.stderr, count).unwrap_or_default()
+    }
+}

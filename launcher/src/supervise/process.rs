@@ -1,0 +1,162 @@
+//! One rank as a process.
+
+#![expect(unsafe_code, reason = "code between fork and exec")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command};
+
+use ice_proto::env::ICE_LINK_FD;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, killpg, pthread_sigmask};
+use nix::unistd::{Pid, getpid, getppid, setsid};
+use tokio::io::unix::AsyncFd;
+
+use crate::agent::Exit;
+use crate::cli::Program;
+
+/// Where a stream of a rank goes.
+pub(crate) enum Stdio {
+    Inherit,
+    File(File),
+    Pipe(OwnedFd),
+}
+
+impl From<Stdio> for std::process::Stdio {
+    fn from(stdio: Stdio) -> Self {
+        match stdio {
+            Stdio::Inherit => Self::inherit(),
+            Stdio::File(file) => file.into(),
+            Stdio::Pipe(end) => end.into(),
+        }
+    }
+}
+
+/// A rank that was started. It leads a session and a process group of its own.
+pub(crate) struct Rank {
+    child: Child,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+/// Starts a rank. The calling thread must live as long as the agent: the kernel kills the rank when it ends.
+pub(crate) fn spawn(
+    program: &Program,
+    variables: Vec<(&'static str, String)>,
+    link: &UnixStream,
+    [stdout, stderr]: [Stdio; 2],
+) -> io::Result<Rank> {
+    let mut command = Command::new(&program.path);
+    command.args(&program.args).envs(variables).env(ICE_LINK_FD, link.as_raw_fd().to_string());
+    command.stdout(stdout).stderr(stderr);
+    let (link_fd, agent) = (link.as_raw_fd(), getpid());
+    let before_exec = move || {
+        setsid()?;
+        prctl::set_pdeathsig(Signal::SIGKILL)?;
+        // The agent may have died before the line above.
+        if getppid() != agent {
+            return Err(io::Error::other("the agent is gone"));
+        }
+        pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+        // SAFETY: the caller holds the descriptor open over the fork.
+        let link = unsafe { BorrowedFd::borrow_raw(link_fd) };
+        fcntl(link, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls only; it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(before_exec) };
+    let mut child = command.spawn()?;
+    let open = || {
+        let pid = rustix::process::Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+        AsyncFd::register(pidfd)
+    };
+    match open() {
+        Ok(pidfd) => Ok(Rank { child, pidfd }),
+        Err(error) => {
+            child.kill()?;
+            child.wait()?;
+            Err(error)
+        }
+    }
+}
+
+impl Rank {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The process group, for signals while the rank lives.
+    pub(crate) fn group(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// Waits for the end, then ends what is left of the group. The group is signalled before the rank is reaped: until then
+    /// its number cannot belong to anybody else.
+    pub(crate) async fn wait(mut self) -> Exit {
+        let gone = self.pidfd.readable().await.map(|_| ());
+        let _ = killpg(self.group(), Signal::SIGKILL);
+        match gone.and_then(|()| self.child.wait()) {
+            Ok(status) => match (status.code(), status.signal()) {
+                (Some(code), _) => Exit::Code(code),
+                (None, signal) => Exit::Signal(signal.unwrap_or(0)),
+            },
+            Err(_) => Exit::Code(1),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn shell(script: &str) -> io::Result<(Rank, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let program = Program { path: "/bin/sh".into(), args: vec!["-c".into(), script.into()] };
+        let rank = spawn(&program, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit])?;
+        Ok((rank, ours))
+    }
+
+    async fn end(script: &str) -> Exit {
+        let (rank, _link) = shell(script).unwrap();
+        tokio::time::timeout(Duration::from_secs(20), rank.wait()).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn codes_and_signals_are_told_apart() {
+        assert_eq!(end("exit 0").await, Exit::Code(0));
+        assert_eq!(end("exit 3").await, Exit::Code(3));
+        assert_eq!(end("kill -KILL $$").await, Exit::Signal(9));
+    }
+
+    #[tokio::test]
+    async fn a_child_left_behind_ends_with_its_rank() {
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let program =
+            Program { path: "/bin/sh".into(), args: vec!["-c".into(), "sleep 1000 & exit 0".into()] };
+        let rank = spawn(&program, Vec::new(), &theirs, [Stdio::Pipe(writer), Stdio::Inherit]).unwrap();
+        assert_eq!(rank.wait().await, Exit::Code(0));
+        // The pipe ends only when the sleeper, which holds it too, is gone.
+        let mut rest = Vec::new();
+        let read =
+            tokio::task::spawn_blocking(move || io::Read::read_to_end(&mut File::from(reader), &mut rest));
+        assert_eq!(tokio::time::timeout(Duration::from_secs(20), read).await.unwrap().unwrap().unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_executed_is_an_error() {
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let start = |path: &str| {
+            let program = Program { path: path.into(), args: Vec::new() };
+            spawn(&program, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit]).err().unwrap().kind()
+        };
+        assert_eq!(start("/etc/passwd"), io::ErrorKind::PermissionDenied);
+        assert_eq!(start("/nowhere/program"), io::ErrorKind::NotFound);
+    }
+}
