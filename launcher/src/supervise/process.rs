@@ -69,10 +69,11 @@ pub(crate) fn spawn(
     // SAFETY: the closure makes system calls only; it allocates nothing and takes no lock.
     unsafe { command.pre_exec(before_exec) };
     let mut child = command.spawn()?;
-    let open = || {
+    let open = || -> io::Result<AsyncFd<OwnedFd>> {
         let pid = rustix::process::Pid::from_child(&child);
         let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-        AsyncFd::register(pidfd)
+        // SAFETY: the pidfd is owned by the AsyncFd, which closes it when it is dropped and not before.
+        unsafe { AsyncFd::register(pidfd) }.map_err(Into::into)
     };
     match open() {
         Ok(pidfd) => Ok(Rank { child, pidfd }),
