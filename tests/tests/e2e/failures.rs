@@ -47,40 +47,57 @@ fn read(folder: &Path, name: &str) -> String {
 /// What the other rank does: it stays until it is stopped.
 const STAY: &str = "exec sleep 600";
 
+/// The report of the failure: how it ended, on which node, which rank, and what its stderr said last.
+#[track_caller]
+fn check_report(outcome: &Finished, rank: u32, ended: &str, pid: Option<&str>, last_words: &str) {
+    outcome.expect_in_stderr(&[&format!("ice-launch: rank {rank} failed: {ended}")]);
+    assert!(outcome.report("node").starts_with("0 ("), "{}", outcome.transcript());
+    assert!(
+        outcome.report("rank").starts_with(&format!("{rank} (local rank {rank})")),
+        "{}",
+        outcome.transcript()
+    );
+    if let Some(pid) = pid {
+        assert!(outcome.report("rank").ends_with(&format!("pid {pid}")), "{}", outcome.transcript());
+    }
+    let mut said = outcome.stderr.lines().skip_while(|line| !line.trim_start().starts_with("stderr "));
+    assert!(
+        said.any(|line| line.contains(last_words)),
+        "`{last_words}` is missing in {}",
+        outcome.transcript()
+    );
+}
+
 #[test]
 fn a_rank_that_exits_3() {
     let ranks = TwoRanks::run(&format!("[ $RANK = 0 ] && {STAY}\necho 'out of paper' >&2\nexit 3"));
-    ranks.outcome.expect_code(3).expect_in_stderr(&["rank 1", "node 0", &ranks.pid(1), "3", "out of paper"]);
+    check_report(ranks.outcome.expect_code(3), 1, "exit code 3", Some(&ranks.pid(1)), "out of paper");
+    assert_eq!(ranks.outcome.report("stopped"), "ranks 0");
 }
 
 #[test]
 fn a_rank_that_is_killed() {
     let ranks = TwoRanks::run(&format!("[ $RANK = 1 ] && {STAY}\necho 'the last words' >&2\nkill -KILL $$"));
     let code = ExitCode::Signal(9).code();
-    ranks.outcome.expect_code(code.into()).expect_in_stderr(&[
-        "rank 0",
-        "node 0",
-        &ranks.pid(0),
-        "SIGKILL",
-        "the last words",
-    ]);
+    let outcome = ranks.outcome.expect_code(code.into());
+    check_report(outcome, 0, "killed by SIGKILL", Some(&ranks.pid(0)), "the last words");
 }
 
 #[test]
 fn a_rank_that_panics() {
     let outcome =
         Program::ice_launch(["--devices", "cpu:0-1"]).arg(built("rank")).args(["panic", "1"]).run(SOON);
-    outcome.expect_code(101).expect_in_stderr(&["rank 1", "node 0", "rank 1 was told to panic"]);
+    check_report(outcome.expect_code(101), 1, "exit code 101", None, "rank 1 was told to panic");
 }
 
 #[test]
-fn the_report_names_the_log_file() {
-    let ranks =
-        TwoRanks::run_with(&["--redirects", "3"], "[ $RANK = 0 ] || { echo 'into the file' >&2; exit 4; }");
-    ranks.outcome.expect_code(4).expect_in_stderr(&["rank 1", "into the file", "stderr.log"]);
-    let named = ranks.outcome.stderr.split_whitespace().find(|word| word.contains("stderr.log")).unwrap();
-    let named = named.trim_matches(|c: char| !c.is_alphanumeric() && c != '/');
-    assert_eq!(fs::read_to_string(named).unwrap(), "into the file\n", "{named}");
+fn the_report_names_the_log_files() {
+    let fails = "[ $RANK = 0 ] || { echo 'into the file' >&2; exit 4; }";
+    let ranks = TwoRanks::run_with(&["--redirects", "3"], fails);
+    check_report(ranks.outcome.expect_code(4), 1, "exit code 4", Some(&ranks.pid(1)), "into the file");
+    let logs = Path::new(ranks.outcome.report("logs"));
+    assert!(logs.starts_with(ranks.folder.path().join("logs")), "{logs:?}");
+    assert_eq!(read(logs, "stderr.log"), "into the file");
 }
 
 #[test]

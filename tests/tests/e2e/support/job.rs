@@ -176,6 +176,15 @@ impl Finished {
         self
     }
 
+    /// What the report of a failure says under this heading.
+    #[track_caller]
+    pub(crate) fn report(&self, heading: &str) -> &str {
+        let lines = self.stderr.lines().skip_while(|line| !line.starts_with("ice-launch: rank "));
+        let mut values = lines.filter_map(|line| line.trim_start().strip_prefix(heading)?.strip_prefix(' '));
+        let value = values.next().map(str::trim_start);
+        value.unwrap_or_else(|| panic!("no `{heading}` in the report of {}", self.transcript()))
+    }
+
     pub(crate) fn last_line(&self) -> &str {
         self.stdout.lines().next_back().unwrap_or_default()
     }
