@@ -23,12 +23,16 @@ use crate::store::state::Store;
 
 /// How long a connection may be silent before its first byte.
 const FIRST_BYTE: Duration = Duration::from_secs(30);
+/// A rank may wait in the store for as long as it likes.
+const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// Messages that wait to be sent to one client; one that does not read is dropped at this many.
 const OUTGOING: usize = 4096;
 /// Agents are told this often that the coordinator lives, and must say so as often.
 pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// After so long a silence the other end is gone.
 pub(crate) const SILENCE: Duration = Duration::from_secs(15);
+/// Bytes of a request that is not whole yet; more than any client of torch sends.
+const MAX_REQUEST: usize = 64 << 20;
 const READ_CHUNK: usize = 64 << 10;
 
 /// What a host serves.
@@ -263,8 +267,13 @@ async fn read_store(id: u64, mut reader: OwnedReadHalf, inputs: &mpsc::Sender<In
             }
         }
         pending.drain(..taken);
+        if pending.len() > MAX_REQUEST {
+            return Err(io::Error::other("a request is too large"));
+        }
         pending.reserve(READ_CHUNK);
-        if reader.read_buf(&mut pending).await? == 0 {
+        let limit = if validated { FOREVER } else { FIRST_BYTE };
+        let read = timeout(limit, reader.read_buf(&mut pending)).await.map_err(io::Error::other)?;
+        if read? == 0 {
             return Ok(());
         }
         if pending.is_empty() {

@@ -1,5 +1,7 @@
 //! Agents and raw store clients against a real host on a free port.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, ToAgent, ToCoordinator};

@@ -6,6 +6,11 @@ use ice_proto::rendezvous::Hello;
 
 use super::Peer;
 
+/// Ranks that one node can have; more are a mistake, and sums over all nodes stay far from overflowing.
+const MOST_RANKS: u32 = 1 << 16;
+/// Nodes that a job can have.
+const MOST_NODES: u32 = 1 << 15;
+
 /// Checks a newcomer against the job and against the nodes that are there already.
 pub(super) fn check(run_id: &str, nodes: &BTreeMap<Peer, Hello>, newcomer: &Hello) -> Result<(), String> {
     if newcomer.run_id != run_id {
@@ -27,7 +32,18 @@ pub(super) fn check(run_id: &str, nodes: &BTreeMap<Peer, Hello>, newcomer: &Hell
             }
         }
     }
-    let most = newcomer.nnodes.1;
+    let (fewest, most) = newcomer.nnodes;
+    if fewest == 0
+        || fewest > most
+        || most > MOST_NODES
+        || !(1..=MOST_RANKS).contains(&newcomer.local_world_size)
+    {
+        return Err(format!(
+            "--nnodes {} with {} ranks per node makes no job",
+            range(newcomer.nnodes),
+            newcomer.local_world_size
+        ));
+    }
     if let Some(rank) = newcomer.node_rank {
         if rank >= most {
             return Err(format!(

@@ -218,11 +218,17 @@ impl Coordinator {
             .filter(|(peer, _)| joined.contains(peer))
             .map(|(_, n)| n.host.clone())
             .collect();
+        let missing: Vec<_> = (0..wanted)
+            .filter(|rank| self.nodes.values().all(|node| node.node_rank != Some(*rank)))
+            .map(|rank| rank.to_string())
+            .take(32)
+            .collect();
         let reason = format!(
-            "{} of {wanted} nodes came within {:?} (here: {})",
+            "{} of {wanted} nodes came within {:?} (here: {}; not seen: --node-rank {})",
             there.len(),
             self.settings.join_timeout,
-            there.join(", ")
+            there.join(", "),
+            missing.join(", ")
         );
         self.close(false, reason)
     }
@@ -243,8 +249,11 @@ impl Coordinator {
 
     fn describe(&self, peer: Peer) -> String {
         let Some(node) = self.nodes.get(&peer) else { return "an unknown node".into() };
-        let place = admission::places(&self.nodes).iter().position(|other| *other == peer);
-        let rank = place.map_or_else(|| "?".into(), |place| place.to_string());
+        let place = || admission::places(&self.nodes).iter().position(|other| *other == peer);
+        let rank = match node.node_rank {
+            Some(rank) => rank.to_string(),
+            None => place().map_or_else(|| "?".into(), |place| place.to_string()),
+        };
         format!("node {rank} (host {}, pid {})", node.host, node.pid)
     }
 }

@@ -116,6 +116,13 @@ fn newcomers_that_do_not_fit_are_refused_with_both_values() {
     assert!(other.contains("`job`") && other.contains("`other`"), "{other}");
     let rank = refusal(&enter(&mut machine, 5, hello(Some(2), 2, 1)));
     assert!(rank.contains("0 to 1"), "{rank}");
+    for nonsense in [
+        Hello { nnodes: (0, 0), node_rank: Some(0), ..hello(None, 2, 1) },
+        Hello { local_world_size: u32::MAX, ..hello(Some(1), 2, 1) },
+    ] {
+        let nonsense = refusal(&enter(&mut coordinator(), 7, nonsense));
+        assert!(nonsense.contains("makes no job"), "{nonsense}");
+    }
     let stranger = refusal(&say(&mut machine, 6, ToCoordinator::Join));
     assert!(stranger.contains("hello"), "{stranger}");
 }
@@ -123,13 +130,14 @@ fn newcomers_that_do_not_fit_are_refused_with_both_values() {
 #[test]
 fn nodes_that_do_not_come_are_counted() {
     let mut machine = coordinator();
-    enter(&mut machine, 1, hello(None, 3, 1));
+    enter(&mut machine, 1, hello(Some(1), 3, 1));
     assert_eq!(machine.handle(Duration::from_secs(599), Event::Tick), []);
     let actions = machine.handle(Duration::from_secs(600), Event::Tick);
     let [Action::Send(1, ToAgent::Closed { success: false, reason })] = &actions[..] else {
         panic!("{actions:?}")
     };
     assert!(reason.contains("1 of 3 nodes") && reason.contains("host1"), "{reason}");
+    assert!(reason.contains("--node-rank 0, 2"), "{reason}");
 }
 
 fn event() -> impl Strategy<Value = Event> {

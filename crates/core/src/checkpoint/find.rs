@@ -58,8 +58,8 @@ impl Checkpoint {
 /// The visible folders in a folder, in order of their names; none where it cannot be read.
 fn folders(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
-    let visible =
-        |path: &PathBuf| path.is_dir() && !path.file_name().is_some_and(|n| n.as_encoded_bytes()[0] == b'.');
+    let hidden = |path: &Path| path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+    let visible = |path: &PathBuf| path.is_dir() && !hidden(path);
     let mut folders: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(visible).collect();
     folders.sort();
     folders
