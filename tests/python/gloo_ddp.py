@@ -1,6 +1,7 @@
 """A program written for torchrun: forms the group, reduces, trains a few steps with DDP, and checks that all ranks agree."""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,9 @@ def main() -> None:
     assert all(torch.equal(mine, other) for other in every), "the ranks' parameters differ"
 
     group, local = os.environ["GROUP_RANK"], os.environ["LOCAL_RANK"]
-    print(f"rank {rank} of {world} on node {group} local {local} sum {total.item():g}", flush=True)
+    # In one piece, so that the lines of two ranks never mix.
+    sys.stdout.write(f"rank {rank} of {world} on node {group} local {local} sum {total.item():g}\n")
+    sys.stdout.flush()
     dist.destroy_process_group()
 
 

@@ -2,17 +2,21 @@
 //!
 //!     rank all-reduce      sums ones over the ranks; rank 0 prints `sum <n> at <unix nanoseconds>`
 //!     rank panic <rank>    that rank panics, the others wait for it in a barrier
-//!     rank wait            rank 0 prints `waiting`, and all stay in a barrier that one of them never enters
+//!     rank wait            rank 0 prints `waiting`, and all stay in a barrier that it never enters
 
 use std::env;
-use std::error::Error;
+use std::process::ExitCode;
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ice_worker::Worker;
 use tch::{Kind, Tensor};
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    ice::main(run)
+}
+
+fn run() -> Result<(), ice::Error> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let worker = Worker::join()?;
@@ -20,14 +24,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         ["all-reduce"] => {
             let ones = Tensor::ones([1], (Kind::Float, worker.device()));
             worker.all_reduce_sum(&ones)?;
-            let at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
+            let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_nanos());
             if worker.is_main() {
                 println!("sum {} at {at}", ones.double_value(&[0]));
             }
         }
         ["panic", rank] => {
-            let rank: usize = rank.parse()?;
-            assert!(worker.rank() != rank, "rank {rank} was told to panic");
+            assert!(worker.rank().to_string() != rank, "rank {rank} was told to panic");
             worker.barrier()?;
         }
         ["wait"] => {
@@ -39,8 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
             worker.barrier()?;
         }
-        _ => return Err(format!("unknown arguments {arguments:?}").into()),
+        _ => panic!("unknown arguments {arguments:?}"),
     }
-    worker.leave()?;
-    Ok(())
+    Ok(worker.leave()?)
 }

@@ -115,32 +115,28 @@ fn what_a_rank_started_is_stopped_with_it() {
     ranks.outcome.expect_code(6);
 }
 
+#[track_caller]
+fn check_not_started(program: &Path, why: &str) {
+    let outcome = Program::ice_launch(["--devices", "cpu:0-1"]).arg(program).run(SOON);
+    outcome.expect_code(ExitCode::NotExecutable.code().into());
+    outcome.expect_in_stderr(&["ice-launch: rank 0 failed: not started", program.to_str().unwrap(), why]);
+    assert!(outcome.report("node").starts_with("0 ("), "{}", outcome.transcript());
+}
+
 #[test]
 fn a_program_that_is_not_executable() {
     let folder = tempdir().unwrap();
     let program = folder.path().join("notes.txt");
     fs::write(&program, "not a program\n").unwrap();
-    let outcome = Program::ice_launch(["--devices", "cpu:0-1"]).arg(&program).run(SOON);
-    outcome.expect_code(ExitCode::NotExecutable.code().into()).expect_in_stderr(&[
-        "notes.txt",
-        "rank",
-        "node 0",
-        "Permission denied",
-    ]);
+    check_not_started(&program, "Permission denied");
 }
 
 #[test]
-fn a_program_that_the_system_cannot_execute() {
+fn a_program_whose_interpreter_is_missing() {
     let folder = tempdir().unwrap();
-    let program = shell_script(folder.path(), "garbage", "");
-    fs::write(&program, "\0\0\0 neither a script nor an ELF file").unwrap();
-    let outcome = Program::ice_launch(["--devices", "cpu:0-1"]).arg(&program).run(SOON);
-    outcome.expect_code(ExitCode::NotExecutable.code().into()).expect_in_stderr(&[
-        "garbage",
-        "rank",
-        "node 0",
-        "Exec format error",
-    ]);
+    let program = shell_script(folder.path(), "program", "");
+    fs::write(&program, "#!/no/such/interpreter\n").unwrap();
+    check_not_started(&program, "No such file");
 }
 
 #[test]
@@ -203,6 +199,12 @@ fn a_failure_on_one_node_ends_the_other() {
     };
     let (first, second) = (agent("0"), agent("1"));
     let (first, second) = (first.finish(SOON), second.finish(SOON));
-    second.expect_code(9).expect_in_stderr(&["rank 1", "node 1", "lost it"]);
-    first.expect_code(9).expect_in_stderr(&["rank 1", "node 1"]);
+    second.expect_code(9).expect_in_stderr(&["ice-launch: rank 1 failed: exit code 9", "    lost it"]);
+    assert!(second.report("node").starts_with("1 ("), "{}", second.transcript());
+    // The other node has no rank's code of its own to pass on, and says whom it was stopped for.
+    first.expect_code(ExitCode::Failure.code().into()).expect_in_stderr(&[
+        "the job is over",
+        "node 1",
+        "exit code 9",
+    ]);
 }

@@ -111,7 +111,7 @@ fn missing_data() {
     let looked_for = folder.path().join("train-images-idx3-ubyte");
     outcome
         .expect_code(ExitCode::Usage.code().into())
-        .expect_in_stderr(&[looked_for.to_str().unwrap(), "scripts/setup"]);
+        .expect_in_stderr(&[looked_for.to_str().unwrap(), "scripts/fetch-mnist"]);
     assert!(!outcome.stderr.contains("rank"), "known before anything is spawned: {}", outcome.transcript());
 }
 

@@ -8,7 +8,8 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 pub(crate) use built::{built, cargo, executables};
 pub(crate) use job::{Finished, Program};
@@ -50,6 +51,15 @@ pub(crate) fn python_script(name: &str) -> PathBuf {
 /// A port of the loopback interface that nothing listens on now.
 pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Waits for what nobody announces. Fails after the time limit, with the name of what was waited for.
+pub(crate) fn wait_until(limit: Duration, name: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + limit;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited {limit:?} for {name}");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// An executable shell script in the folder.
