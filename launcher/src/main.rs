@@ -12,8 +12,7 @@ fn main() -> process::ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_env("ICE_LOG").unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
-    let plan =
-        Program::find(&cli.program, cli.args).and_then(|program| LaunchPlan::new(&cli.launch, program));
+    let plan = Program::find(cli.command).and_then(|program| LaunchPlan::new(&cli.launch, program));
     let plan = match plan {
         Ok(plan) => plan,
         Err(error) => return fail(&error, ExitCode::Usage),

@@ -67,6 +67,9 @@ pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
     }
 }
 
+/// The exit code of a Rust program that panicked.
+const PANIC: i32 = 101;
+
 fn report_panics() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -74,5 +77,7 @@ fn report_panics() {
         let text = panic.payload_as_str().unwrap_or("a panic without a message");
         let place = panic.location().map_or_else(String::new, ToString::to_string);
         Worker::report_failure(&format!("panic: {text}"), &place);
+        // Unwinding would leave the process group first, and the others' errors about that would hide this one.
+        process::exit(PANIC);
     }));
 }

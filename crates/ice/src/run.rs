@@ -31,7 +31,12 @@ impl Launch for HyperGraph {
             };
         }
         let worker = Rc::new(Worker::join()?);
-        Run::execute(&self, &tasks, Rc::clone(&worker), options.config())?;
+        let outcome = Run::execute(&self, &tasks, Rc::clone(&worker), options.config());
+        if outcome.is_err() {
+            // Stay in the group until the process ends: the others' errors about a rank that left would hide this one.
+            std::mem::forget(Rc::clone(&worker));
+        }
+        outcome?;
         Ok(worker.leave()?)
     }
 }

@@ -147,6 +147,8 @@ impl Agent {
         }
         let mut actions = match event {
             Event::Coordinator(message) => self.coordinator(now, message),
+            // It is how a job that this agent leaves anyway ends.
+            Event::CoordinatorLost(_) if matches!(self.phase, Phase::Stopping(Then::Exit(_))) => Vec::new(),
             Event::CoordinatorLost(reason) => {
                 let mut actions = vec![Action::Say(reason)];
                 actions.extend(self.stop(now, Then::Exit(ExitCode::Failure)));

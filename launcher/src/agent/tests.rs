@@ -73,6 +73,11 @@ fn ranks_that_do_not_end_are_killed() {
     agent.handle(NOW, started(0));
     agent.handle(NOW, Event::Signal(15));
     assert_eq!(agent.deadline(), Some(NOW + TIMEOUT));
+    assert_eq!(
+        agent.handle(NOW, Event::CoordinatorLost("gone".into())),
+        [],
+        "the reason to end stays the signal"
+    );
     assert_eq!(agent.handle(NOW, Event::Tick), []);
     assert_eq!(agent.handle(NOW + TIMEOUT, Event::Tick)[1], Action::Kill, "AG-4");
     agent.handle(NOW, exited(0, Exit::Signal(9)));

@@ -1,3 +1,4 @@
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser};
@@ -13,12 +14,9 @@ pub struct Cli {
     /// How to launch.
     #[command(flatten)]
     pub launch: LaunchArgs,
-    /// The program; a `.py` file runs with the `python` of the PATH.
-    #[arg(required = true)]
-    pub program: PathBuf,
-    /// Its arguments.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub args: Vec<String>,
+    /// The program and its arguments; a `.py` file runs with the `python` of the PATH.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_names = ["PROGRAM", "ARGS"])]
+    pub command: Vec<OsString>,
 }
 
 /// The options of the launcher.

@@ -202,6 +202,7 @@ mod tests {
     fn the_programs_own_options_are_left_alone() {
         let cli =
             Cli::try_parse_from(["ice-launch", "--devices", "cpu", "prog", "--devices", "x", "-t"]).unwrap();
-        assert_eq!(cli.args, ["--devices", "x", "-t"]);
+        assert_eq!(cli.command, ["prog", "--devices", "x", "-t"]);
+        assert_eq!(cli.launch.devices, "cpu");
     }
 }

@@ -25,15 +25,17 @@ impl Program {
         Ok(Self { path, args: env::args_os().skip(1).collect() })
     }
 
-    /// Finds a program as a shell would; a `.py` file runs with the `python` of the PATH. Whether it can be executed is found
+    /// Finds the program of a command line as a shell would; a `.py` file runs with the `python` of the PATH. Whether it can be executed is found
     /// out when it is started.
     ///
     /// # Errors
     /// [`UsageError`] where there is no such file.
-    pub fn find(program: &Path, args: Vec<String>) -> Result<Self, UsageError> {
-        let args = args.into_iter().map(OsString::from);
+    pub fn find(command: Vec<OsString>) -> Result<Self, UsageError> {
+        let mut args = command.into_iter();
+        let program = args.next().map(PathBuf::from);
+        let program = program.ok_or_else(|| UsageError::new("program", "none was given".into()))?;
         if program.extension().is_some_and(|extension| extension == "py") {
-            exists(program)?;
+            exists(&program)?;
             let python = ["python", "python3"].iter().find_map(|name| in_path(Path::new(name)));
             let path = python.ok_or_else(|| {
                 UsageError::new("program", "a Python script, and no `python` in the PATH".into())
@@ -41,10 +43,10 @@ impl Program {
             return Ok(Self { path, args: [program.into()].into_iter().chain(args).collect() });
         }
         let path = if program.components().count() > 1 {
-            exists(program)?;
-            program.to_owned()
+            exists(&program)?;
+            program
         } else {
-            in_path(program).ok_or_else(|| {
+            in_path(&program).ok_or_else(|| {
                 let name = program.display();
                 UsageError::new(
                     "program",
