@@ -15,7 +15,7 @@ pub struct Cli {
     #[command(flatten)]
     pub launch: LaunchArgs,
     /// The program and its arguments; a `.py` file runs with the `python` of the PATH.
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_names = ["PROGRAM", "ARGS"])]
+    #[arg(required = true, trailing_var_arg = true, value_names = ["PROGRAM", "ARGS"])]
     pub command: Vec<OsString>,
 }
 

@@ -75,6 +75,8 @@ impl<'a> Group<'a> {
                 Ok(member) => member,
                 Err(error) => {
                     let code = match error.kind() {
+                        // A file that is there and not found lacks its interpreter.
+                        io::ErrorKind::NotFound if self.plan.program.path.exists() => ExitCode::NotExecutable,
                         io::ErrorKind::NotFound => ExitCode::NotFound,
                         io::ErrorKind::PermissionDenied => ExitCode::NotExecutable,
                         _ if error.raw_os_error() == Some(nix::libc::ENOEXEC) => ExitCode::NotExecutable,

@@ -63,7 +63,12 @@ impl Run {
         };
         let runs = entries(&self.out_dir);
         let all = runs.iter().flat_map(|run| entries(&run.join("ckpts")));
-        all.filter(|folder| folder.join("manifest.json").is_file()).collect()
+        // A name with a dot is one that is still being written.
+        let whole = |folder: &PathBuf| {
+            !folder.file_name().unwrap().to_string_lossy().starts_with('.')
+                && folder.join("manifest.json").is_file()
+        };
+        all.filter(whole).collect()
     }
 }
 
