@@ -76,6 +76,15 @@ impl Error {
         }
     }
 
+    /// Whether another rank may be the cause.
+    pub(crate) fn is_collective(&self) -> bool {
+        match self {
+            Self::C10d(_) | Self::Worker(ice_worker::Error::Collective { .. }) => true,
+            Self::Node { source, .. } => source.is_collective(),
+            _ => false,
+        }
+    }
+
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, source }

@@ -67,7 +67,7 @@ impl<'a> Run<'a> {
         run.resume()?;
         let outcome = match tasks.run(&run) {
             Err(Error::Stopped) => Ok(()),
-            Err(_) if run.worker.link().wait_for_stop(STOP_GRACE) => Ok(()),
+            Err(error) if error.is_collective() && run.worker.link().wait_for_stop(STOP_GRACE) => Ok(()),
             outcome => outcome,
         };
         let written = run.writer.borrow_mut().finish();
