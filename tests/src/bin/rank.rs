@@ -1,8 +1,10 @@
 //! A rank that forms the group and then does one thing, for tests and for the start-up benchmark.
 //!
-//!     rank all-reduce      sums ones over the ranks; rank 0 prints `sum <n> at <unix nanoseconds>`
-//!     rank panic <rank>    that rank panics, the others wait for it in a barrier
-//!     rank wait            rank 0 prints `waiting`, and all stay in a barrier that it never enters
+//! ```text
+//! rank all-reduce      sums ones over the ranks; rank 0 prints `sum <n> at <unix nanoseconds>`
+//! rank panic <rank>    that rank panics, the others wait for it in a barrier
+//! rank wait            rank 0 prints `waiting`, and all stay in a barrier that it never enters
+//! ```
 
 use std::env;
 use std::process::ExitCode;
