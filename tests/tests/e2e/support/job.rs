@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
+use tempfile::{TempDir, tempdir};
+
 use super::leftovers::{self, Leftover, MARK};
 use super::{built, root};
 
@@ -50,12 +52,14 @@ impl Program {
     pub(crate) fn start(mut self) -> Job {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let mark = format!("{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
-        self.0.env(MARK, &mark).process_group(0);
+        // A failed job keeps its logs; those of the tests go with the test.
+        let scratch = tempdir().unwrap();
+        self.0.env(MARK, &mark).env("TMPDIR", scratch.path()).process_group(0);
         self.0.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = self.0.spawn().unwrap_or_else(|error| panic!("cannot start {:?}: {error}", self.0));
         let stdout = Stream::read(child.stdout.take().unwrap());
         let stderr = Stream::read(child.stderr.take().unwrap());
-        Job { child, mark, command: format!("{:?}", self.0), stdout, stderr }
+        Job { child, mark, command: format!("{:?}", self.0), stdout, stderr, _scratch: scratch }
     }
 
     /// Starts it and waits for its end.
@@ -71,6 +75,7 @@ pub(crate) struct Job {
     command: String,
     stdout: Stream,
     stderr: Stream,
+    _scratch: TempDir,
 }
 
 /// What a job has left when it ended by itself.
