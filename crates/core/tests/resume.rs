@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::{Mutex, PoisonError};
 
 use ice_core::data::Dataset;
 use ice_core::optim::AdamW;
@@ -46,6 +47,9 @@ fn tasks(epochs: u64) -> Repeat {
     Repeat::new(epochs).then(Task::train("train")).then(SaveCheckpoint::new())
 }
 
+/// libtorch has one random number generator per process, and a rank is a process: runs in threads must take turns.
+static ONE_RUN_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 struct Options<'a> {
     out: &'a Path,
     samples: usize,
@@ -61,6 +65,7 @@ impl<'a> Options<'a> {
     }
 
     fn run(self) -> Result<()> {
+        let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let config = RunConfig {
             seed: self.seed,
             out_dir: self.out.to_owned(),
