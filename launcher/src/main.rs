@@ -1,5 +1,6 @@
 //! The command line of `ice-launch`.
 
+use std::io::{self, Write};
 use std::process;
 
 use clap::Parser;
@@ -11,7 +12,13 @@ use tracing_subscriber::EnvFilter;
 fn main() -> process::ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_env("ICE_LOG").unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .without_time()
+        // It would panic where stderr is closed.
+        .log_internal_errors(false)
+        .init();
     let plan = Program::find(cli.command).and_then(|program| LaunchPlan::new(&cli.launch, program));
     let plan = match plan {
         Ok(plan) => plan,
@@ -24,6 +31,7 @@ fn main() -> process::ExitCode {
 }
 
 fn fail(error: &dyn std::error::Error, code: ExitCode) -> process::ExitCode {
-    eprintln!("ice-launch: error: {error}");
+    // The exit code tells it too where stderr is closed.
+    let _ = writeln!(io::stderr(), "ice-launch: error: {error}");
     code.into()
 }

@@ -151,7 +151,7 @@ impl Agent {
             Event::CoordinatorLost(_) if matches!(self.phase, Phase::Stopping(Then::Exit(_))) => Vec::new(),
             Event::CoordinatorLost(reason) => {
                 let mut actions = vec![Action::Say(reason)];
-                actions.extend(self.stop(now, Then::Exit(ExitCode::Failure)));
+                actions.extend(self.stop(now, Then::Exit(self.failure_code())));
                 actions
             }
             Event::Exited { local_rank, exit } => self.exited(now, local_rank, exit),
@@ -185,7 +185,7 @@ impl Agent {
                 if matches!(phase, Phase::Stopping(Then::Exit(_))) {
                     return Vec::new();
                 }
-                let code = self.failure.as_ref().map_or(ExitCode::Failure, |(_, exit)| exit.code());
+                let code = self.failure_code();
                 let mut actions = Vec::new();
                 if self.failure.is_none() {
                     actions.push(Action::Say(format!("the job is over: {reason}")));
@@ -195,6 +195,11 @@ impl Agent {
             }
             _ => Vec::new(),
         }
+    }
+
+    /// The code of the rank that failed first here; a failure elsewhere has none to pass on.
+    fn failure_code(&self) -> ExitCode {
+        self.failure.as_ref().map_or(ExitCode::Failure, |(_, exit)| exit.code())
     }
 
     fn exited(&mut self, now: Duration, local_rank: u32, exit: Exit) -> Vec<Action> {

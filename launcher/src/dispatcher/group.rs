@@ -13,12 +13,12 @@ use ice_proto::link::Up;
 use ice_proto::rendezvous::Round;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::{RankEvent, hostname, link};
 use crate::agent::Exit;
-use crate::logs::{LogFolder, Pump, RankFiles, TAIL_LINES};
+use crate::logs::{Console, LogFolder, Pump, RankFiles, Sink, TAIL_LINES, Target};
 use crate::report::Failure;
 use crate::supervise::{Environment, Stdio, spawn};
 use crate::{Error, LaunchPlan};
@@ -26,6 +26,7 @@ use crate::{Error, LaunchPlan};
 pub(super) struct Group<'a> {
     plan: &'a LaunchPlan,
     master_port: u16,
+    console: Console,
     events: mpsc::UnboundedSender<RankEvent>,
     logs: Option<LogFolder>,
     round: Option<Round>,
@@ -37,18 +38,16 @@ struct Member {
     files: RankFiles,
     process: Option<(u32, Pid)>,
     alive: bool,
-    pumps: Vec<Pump>,
     /// The pump of stderr, where it goes through one.
-    stderr: Option<usize>,
-    link: Option<JoinHandle<()>>,
+    stderr: Option<Pump>,
+    /// What waits for its end, and what listens to it.
+    tasks: Vec<JoinHandle<()>>,
     message: Option<String>,
 }
 
 impl Drop for Member {
     fn drop(&mut self) {
-        if let Some(link) = &self.link {
-            link.abort();
-        }
+        self.tasks.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -56,9 +55,10 @@ impl<'a> Group<'a> {
     pub(super) fn new(
         plan: &'a LaunchPlan,
         master_port: u16,
+        console: Console,
         events: mpsc::UnboundedSender<RankEvent>,
     ) -> Self {
-        Self { plan, master_port, events, logs: None, round: None, ranks: BTreeMap::new() }
+        Self { plan, master_port, console, events, logs: None, round: None, ranks: BTreeMap::new() }
     }
 
     /// Starts all ranks. One that cannot be started counts as one that ended.
@@ -68,6 +68,12 @@ impl<'a> Group<'a> {
             None => LogFolder::make(self.plan, &round.run_stamp)?,
         };
         self.ranks.clear();
+        let environment = Environment { plan: self.plan, round: &round, master_port: self.master_port };
+        if (round.number, round.you) == (0, 0) && environment.limits_threads() {
+            self.console.say(
+                "ice-launch: OMP_NUM_THREADS is not set: 1 thread per rank; --omp-num-threads gives more\n",
+            );
+        }
         let mut members = BTreeMap::new();
         for local_rank in 0..u32::try_from(self.plan.devices.len()).unwrap_or(u32::MAX) {
             let files = logs.rank(round.restart_count, local_rank)?;
@@ -101,42 +107,42 @@ impl<'a> Group<'a> {
         let environment = Environment { plan: self.plan, round, master_port: self.master_port };
         let (redirects, tee) = (self.plan.redirects.of(local_rank), self.plan.tee.of(local_rank));
         let prefix = format!("[{}{}]:", self.plan.role, environment.first_rank() + local_rank);
-        let mut pumps = Vec::new();
+        let (lives, ended) = watch::channel(());
 
-        let mut stream =
-            |redirect: bool, tee: bool, to_stderr: bool, path: &Path| -> io::Result<(Stdio, bool)> {
+        let stream =
+            |redirect: bool, tee: bool, target: Target, path: &Path| -> io::Result<(Stdio, Option<Pump>)> {
                 let (file, prefix) = match (redirect, tee) {
                     (_, true) => (Some(File::create(path)?), prefix.clone()),
-                    (true, false) => return Ok((Stdio::File(File::create(path)?), false)),
+                    (true, false) => return Ok((Stdio::File(File::create(path)?), None)),
                     // The report needs the last lines of stderr, so that goes through the agent in any case.
-                    (false, false) if to_stderr => (None, String::new()),
-                    (false, false) => return Ok((Stdio::Inherit, false)),
+                    (false, false) if target == Target::Stderr => (None, String::new()),
+                    (false, false) => return Ok((Stdio::Inherit, None)),
                 };
                 let (reader, writer): (OwnedFd, OwnedFd) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
                 nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
-                pumps.push(Pump::start(reader, to_stderr, prefix, file)?);
-                Ok((Stdio::Pipe(writer), true))
+                let sink = Sink { console: self.console.clone(), target, prefix, file };
+                Ok((Stdio::Pipe(writer), Some(Pump::start(reader, sink, ended.clone())?)))
             };
-        let (stdout, _) = stream(redirects.stdout, tee.stdout, false, &files.stdout)?;
-        let (stderr, pumped) = stream(redirects.stderr, tee.stderr, true, &files.stderr)?;
-        let stderr_pump = pumped.then(|| pumps.len() - 1);
+        // The pump of stdout works by itself: nobody asks it for anything.
+        let (stdout, _) = stream(redirects.stdout, tee.stdout, Target::Stdout, &files.stdout)?;
+        let (stderr, stderr_pump) = stream(redirects.stderr, tee.stderr, Target::Stderr, &files.stderr)?;
 
         let variables = environment.of(local_rank, &files.error);
         let rank = spawn(&self.plan.program, variables, &theirs, [stdout, stderr])?;
         let process = Some((rank.pid(), rank.group()));
         let events = self.events.clone();
-        tokio::spawn(async move {
+        let wait = tokio::spawn(async move {
             let exit = rank.wait().await;
+            drop(lives);
             let _ = events.send(RankEvent::Exited(local_rank, exit));
         });
-        let link = Some(tokio::spawn(link::listen(local_rank, ours, self.events.clone())));
+        let listen = tokio::spawn(link::listen(local_rank, ours, self.events.clone()));
         Ok(Member {
             files: files.clone(),
             process,
             alive: true,
-            pumps,
             stderr: stderr_pump,
-            link,
+            tasks: vec![wait, listen],
             message: None,
         })
     }
@@ -149,12 +155,10 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// Reads what a rank that ended has left in its pipes.
-    pub(super) async fn drain(&mut self, local_rank: u32) {
-        let Some(member) = self.ranks.get_mut(&local_rank) else { return };
-        member.alive = false;
-        for pump in &mut member.pumps {
-            pump.finish().await;
+    /// Notes the end of a rank.
+    pub(super) fn exited(&mut self, local_rank: u32) {
+        if let Some(member) = self.ranks.get_mut(&local_rank) {
+            member.alive = false;
         }
     }
 
@@ -168,10 +172,10 @@ impl<'a> Group<'a> {
     }
 
     /// Tells the user how a rank failed.
-    pub(super) fn report(&mut self, local_rank: u32, exit: Exit) {
-        let (Some(member), Some(round)) = (self.ranks.get(&local_rank), &self.round) else { return };
-        let own = round.members.get(round.you as usize);
-        let first_rank = own.map_or(0, |own| own.first_rank);
+    pub(super) async fn report(&mut self, local_rank: u32, exit: Exit) {
+        let others = self.ranks.keys().copied().filter(|other| *other != local_rank).collect::<Vec<_>>();
+        let (Some(member), Some(round)) = (self.ranks.get_mut(&local_rank), &self.round) else { return };
+        let first_rank = round.members.get(round.you as usize).map_or(0, |own| own.first_rank);
         let in_file = error_file::read(&member.files.error).ok().flatten().map(|record| record.message);
         let failure = Failure {
             host: hostname(),
@@ -181,15 +185,15 @@ impl<'a> Group<'a> {
             pid: member.process.map(|(pid, _)| pid),
             exit,
             message: in_file.or_else(|| member.message.clone()),
-            stderr: match member.stderr {
-                Some(pump) => member.pumps[pump].tail.lines(),
+            stderr: match &mut member.stderr {
+                Some(pump) => pump.last_lines().await,
                 None => member.files.stderr_tail(TAIL_LINES),
             },
             log: member.files.error.parent().unwrap_or(Path::new("")).to_owned(),
             program: self.plan.program.path.clone(),
-            others: self.ranks.keys().filter(|other| **other != local_rank).map(|r| first_rank + r).collect(),
+            others: others.into_iter().map(|other| first_rank + other).collect(),
         };
-        eprint!("{failure}");
+        self.console.say(&failure.to_string());
         if let Some(logs) = &mut self.logs {
             logs.keep();
         }
@@ -207,14 +211,6 @@ impl<'a> Group<'a> {
 
 impl Member {
     fn not_started(files: RankFiles) -> Self {
-        Self {
-            files,
-            process: None,
-            alive: false,
-            pumps: Vec::new(),
-            stderr: None,
-            link: None,
-            message: None,
-        }
+        Self { files, process: None, alive: false, stderr: None, tasks: Vec::new(), message: None }
     }
 }

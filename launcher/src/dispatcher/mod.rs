@@ -15,6 +15,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::agent::{Action, Agent, Event, Exit};
+use crate::logs::Console;
 use crate::report::ProgressLines;
 use crate::supervise::Orphans;
 use crate::{Error, LaunchPlan};
@@ -54,8 +55,15 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         number = signals.next() => return Ok(Exit::Signal(number).code()),
     };
     session.send(ToCoordinator::Join);
-    let outcome = Dispatcher::new(&plan, port, session).run(&mut signals).await;
+    let (console, written) = Console::open().map_err(Error::Runtime)?;
+    let outcome = Dispatcher::new(&plan, port, session, console, &orphans).run(&mut signals).await;
+    // After an error ranks may still live; their supervision has ended with the dispatcher.
     orphans.end();
+    tokio::select! {
+        () = written.wait() => {}
+        // Nobody reads the console, and the user will not wait for it.
+        _ = signals.next() => {}
+    }
     if let Some(host) = host {
         let _ = tokio::time::timeout(GOODBYE, host.deserted()).await;
     }
@@ -103,6 +111,8 @@ impl Signals {
 struct Dispatcher<'a> {
     agent: Agent,
     group: Group<'a>,
+    console: Console,
+    orphans: &'a Orphans,
     session: Option<Session>,
     events: mpsc::UnboundedReceiver<RankEvent>,
     progress: ProgressLines,
@@ -110,12 +120,20 @@ struct Dispatcher<'a> {
 }
 
 impl<'a> Dispatcher<'a> {
-    fn new(plan: &'a LaunchPlan, port: u16, session: Session) -> Self {
+    fn new(
+        plan: &'a LaunchPlan,
+        port: u16,
+        session: Session,
+        console: Console,
+        orphans: &'a Orphans,
+    ) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         let local_world_size = u32::try_from(plan.devices.len()).unwrap_or(u32::MAX);
         Self {
             agent: Agent::new(local_world_size, plan.shutdown_timeout),
-            group: Group::new(plan, port, sender),
+            group: Group::new(plan, port, console.clone(), sender),
+            console,
+            orphans,
             session: Some(session),
             events,
             progress: ProgressLines::new(plan.monitor_interval),
@@ -137,11 +155,13 @@ impl<'a> Dispatcher<'a> {
                 },
                 Some(event) = self.events.recv() => match event {
                     RankEvent::Exited(local_rank, exit) => {
-                        self.group.drain(local_rank).await;
+                        self.group.exited(local_rank);
                         Event::Exited { local_rank, exit }
                     }
                     RankEvent::Said(_, Up::Progress(progress)) => {
-                        self.progress.show(&progress, Instant::now());
+                        if let Some(line) = self.progress.due(&progress, Instant::now()) {
+                            self.console.say_if_idle(&line);
+                        }
                         continue;
                     }
                     RankEvent::Said(local_rank, message) => {
@@ -152,7 +172,7 @@ impl<'a> Dispatcher<'a> {
                 () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)),
                     if deadline.is_some() => Event::Tick,
             };
-            if let Some(code) = self.handle(event)? {
+            if let Some(code) = self.handle(event).await? {
                 if let Some(session) = self.session {
                     session.finish().await;
                 }
@@ -162,7 +182,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Carries out what an event leads to; the exit code once the agent is done.
-    fn handle(&mut self, event: Event) -> Result<Option<ExitCode>, Error> {
+    async fn handle(&mut self, event: Event) -> Result<Option<ExitCode>, Error> {
         tracing::debug!(?event, "event");
         for action in self.agent.handle(self.start.elapsed(), event) {
             tracing::debug!(?action, "action");
@@ -172,11 +192,19 @@ impl<'a> Dispatcher<'a> {
                         session.send(message);
                     }
                 }
-                Action::Spawn(round) => self.group.spawn(round)?,
+                Action::Spawn(round) => {
+                    // What the last attempt left behind must not meet the next one.
+                    self.orphans.end();
+                    self.group.spawn(round)?;
+                }
                 Action::Terminate => self.group.signal(nix::sys::signal::Signal::SIGTERM),
                 Action::Kill => self.group.signal(nix::sys::signal::Signal::SIGKILL),
-                Action::Report { local_rank, exit } => self.group.report(local_rank, exit),
-                Action::Say(text) => eprintln!("ice-launch: {text}"),
+                Action::Report { local_rank, exit } => {
+                    // No rank lives any more, and what they left behind may hold the pipes open.
+                    self.orphans.end();
+                    self.group.report(local_rank, exit).await;
+                }
+                Action::Say(text) => self.console.say(&format!("ice-launch: {text}\n")),
                 Action::Exit(code) => {
                     self.group.finish(code == ExitCode::Success);
                     return Ok(Some(code));

@@ -30,7 +30,8 @@ impl LogFolder {
             move |source| Error::Logs { path, source }
         };
         let (root, temporary) = match &plan.log_dir {
-            Some(folder) => (folder.clone(), None),
+            // A rank may change its working directory before it writes its error file.
+            Some(folder) => (std::path::absolute(folder).map_err(fail(folder))?, None),
             None => {
                 let folder = tempfile::Builder::new()
                     .prefix("ice-launch-")

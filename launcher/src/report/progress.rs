@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use ice_proto::link::Progress;
 
-/// Prints where the job is, now and then and at the end of each epoch.
+/// Says where the job is, now and then and at the end of each epoch.
 pub(crate) struct ProgressLines {
     every: Duration,
     last: Option<Instant>,
@@ -13,13 +13,15 @@ impl ProgressLines {
         Self { every, last: None }
     }
 
-    pub(crate) fn show(&mut self, progress: &Progress, now: Instant) {
+    /// The line to print, where one is due.
+    pub(crate) fn due(&mut self, progress: &Progress, now: Instant) -> Option<String> {
         let (done, total) = progress.iteration;
         let due = self.last.is_none_or(|last| now.duration_since(last) >= self.every);
-        if due || done == total {
-            self.last = Some(now);
-            eprintln!("{}", line(progress));
+        if !due && done != total {
+            return None;
         }
+        self.last = Some(now);
+        Some(line(progress) + "\n")
     }
 }
 
@@ -36,6 +38,23 @@ fn line(progress: &Progress) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_come_now_and_then_and_at_the_end_of_an_epoch() {
+        let at = |done| Progress {
+            task: "train".into(),
+            epoch: (1, 1),
+            iteration: (done, 9),
+            samples_per_second: 1.0,
+            loss: None,
+        };
+        let mut lines = ProgressLines::new(Duration::from_secs(2));
+        let start = Instant::now();
+        let due: Vec<_> = [(1, 0), (2, 1), (3, 2), (4, 3), (9, 3)]
+            .map(|(done, second)| lines.due(&at(done), start + Duration::from_secs(second)).is_some())
+            .into();
+        assert_eq!(due, [true, false, true, false, true]);
+    }
 
     #[test]
     fn a_line_says_where_the_job_is() {

@@ -20,6 +20,12 @@ impl Environment<'_> {
         self.round.members.get(self.round.you as usize).map_or(0, |member| member.first_rank)
     }
 
+    /// Whether ranks get one thread because nobody said how many. Threads decide the order of floating-point sums, so their number
+    /// must not depend on how ranks lie over nodes.
+    pub(crate) fn limits_threads(&self) -> bool {
+        self.plan.omp_num_threads.is_none() && self.round.world_size() > 1 && unset(names::OMP_NUM_THREADS)
+    }
+
     /// The variables of a rank.
     pub(crate) fn of(&self, local_rank: u32, error_file: &Path) -> Vec<(&'static str, String)> {
         let (plan, round) = (self.plan, self.round);
@@ -48,17 +54,15 @@ impl Environment<'_> {
             (names::ICE_ROUND, round.number.to_string()),
             (names::ICE_RUN_STAMP, round.run_stamp.clone()),
         ];
-        let unset = |name: &str| std::env::var_os(name).is_none();
         if unset(names::TORCH_NCCL_ASYNC_ERROR_HANDLING) {
             variables.push((names::TORCH_NCCL_ASYNC_ERROR_HANDLING, "1".into()));
         }
-        // Threads decide the order of floating-point sums, so their number must not depend on how ranks lie over nodes.
-        let threads = match plan.omp_num_threads {
-            Some(threads) => Some(threads),
-            None if world_size > 1 && unset(names::OMP_NUM_THREADS) => Some(1),
-            None => None,
-        };
+        let threads = plan.omp_num_threads.or(self.limits_threads().then_some(1));
         variables.extend(threads.map(|threads| (names::OMP_NUM_THREADS, threads.to_string())));
         variables
     }
+}
+
+fn unset(name: &str) -> bool {
+    std::env::var_os(name).is_none()
 }

@@ -58,7 +58,7 @@ pub(crate) fn spawn(
         prctl::set_pdeathsig(Signal::SIGKILL)?;
         // The agent may have died before the line above.
         if getppid() != agent {
-            return Err(io::Error::other("the agent is gone"));
+            return Err(nix::Error::ESRCH.into());
         }
         pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
         // SAFETY: the caller holds the descriptor open over the fork.

@@ -1,0 +1,245 @@
+//! A started `ice-launch` with all that comes of it.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use tempfile::{TempDir, tempdir};
+
+/// Longer than anything here takes, also on a busy machine.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
+const MARK: &str = "ICE_LAUNCH_TEST";
+
+/// `ice-launch` with these options and `sh -c script` as its program.
+pub(crate) fn launch(options: &[&str], script: &str) -> Command {
+    let mut command = ice_launch();
+    command.args(options).args(["sh", "-c", script]);
+    command
+}
+
+pub(crate) fn ice_launch() -> Command {
+    let binary = env!("CARGO_BIN_EXE_ice-launch");
+    let mut command = Command::new(binary);
+    for (name, _) in ice_proto::env::ALL {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// A program that was started. Dropping it kills it and all that came of it.
+pub(crate) struct Job {
+    child: Child,
+    mark: String,
+    stdout: Receiver<String>,
+    stderr: Option<ChildStderr>,
+    reader: Option<JoinHandle<String>>,
+    seen: Vec<String>,
+}
+
+/// What a job has left when it ended by itself.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) code: Option<i32>,
+    pub(crate) signal: Option<i32>,
+    pub(crate) stdout: Vec<String>,
+    pub(crate) stderr: String,
+}
+
+impl Job {
+    pub(crate) fn start(command: Command) -> Self {
+        let mut job = Self::start_unread(command);
+        job.read_stderr();
+        job
+    }
+
+    /// Its standard error is not read before [`Job::read_stderr`].
+    pub(crate) fn start_unread(mut command: Command) -> Self {
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let mark = format!("{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
+        command.env(MARK, &mark).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (lines, stdout) = mpsc::channel();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| lines.send(line)));
+        let stderr = child.stderr.take();
+        Self { child, mark, stdout, stderr, reader: None, seen: Vec::new() }
+    }
+
+    pub(crate) fn read_stderr(&mut self) {
+        if let Some(mut stderr) = self.stderr.take() {
+            self.reader = Some(thread::spawn(move || {
+                let mut text = Vec::new();
+                let _ = stderr.read_to_end(&mut text);
+                String::from_utf8_lossy(&text).into_owned()
+            }));
+        }
+    }
+
+    /// Closes the reading end of its standard error.
+    pub(crate) fn close_stderr(&mut self) {
+        self.stderr = None;
+    }
+
+    /// Waits for a line that starts so, and returns the rest of it.
+    #[track_caller]
+    pub(crate) fn expect_line(&mut self, start: &str) -> String {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let line = self.stdout.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+            let line = line.unwrap_or_else(|error| panic!("no line `{start}`: {error}: {:?}", self.seen));
+            self.seen.push(line.clone());
+            if let Some(rest) = line.strip_prefix(start) {
+                return rest.to_owned();
+            }
+        }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Waits for the end of the launcher alone.
+    #[track_caller]
+    pub(crate) fn wait(&self) {
+        assert!(wait_for_end(Pid::from_child(&self.child), SOON), "it does not end: {:?}", self.seen);
+    }
+
+    /// Waits until not a byte more fits into its standard error.
+    #[track_caller]
+    pub(crate) fn wait_until_stderr_is_full(&self) {
+        let stderr = self.stderr.as_ref().unwrap();
+        // Opened anew, since the readiness to write is that of the other end.
+        let path = format!("/proc/self/fd/{}", stderr.as_raw_fd());
+        let writer = fs::OpenOptions::new().write(true).open(path).unwrap();
+        let deadline = Instant::now() + SOON;
+        while poll(&mut [PollFd::new(&writer, PollFlags::OUT)], Some(&Timespec::default())) != Ok(0) {
+            assert!(Instant::now() < deadline, "standard error does not fill");
+            thread::yield_now();
+        }
+    }
+
+    /// Waits for its end, and checks that nothing is left of it.
+    #[track_caller]
+    pub(crate) fn finish(mut self) -> Finished {
+        self.wait();
+        let status = self.child.wait().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while let Some(left) = marked(&self.mark).first() {
+            let command = fs::read(format!("/proc/{left}/cmdline")).unwrap_or_default();
+            let ended = wait_for_end(*left, deadline.saturating_duration_since(Instant::now()));
+            assert!(ended, "left behind: {left} {}", String::from_utf8_lossy(&command));
+        }
+        self.seen.extend(self.stdout.iter());
+        Finished {
+            code: status.code(),
+            signal: status.signal(),
+            stdout: std::mem::take(&mut self.seen),
+            stderr: self.reader.take().map(|reader| reader.join().unwrap()).unwrap_or_default(),
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        while let Some(left) = marked(&self.mark).first() {
+            let _ = kill_process(*left, Signal::KILL);
+            wait_for_end(*left, SOON);
+        }
+    }
+}
+
+impl Finished {
+    #[track_caller]
+    pub(crate) fn expect(&self, code: i32, stderr: &[&str]) -> &Self {
+        assert_eq!(self.code, Some(code), "{self:#?}");
+        for part in stderr {
+            assert!(self.stderr.contains(part), "`{part}` is missing: {self:#?}");
+        }
+        self
+    }
+}
+
+#[track_caller]
+pub(crate) fn run(command: Command) -> Finished {
+    Job::start(command).finish()
+}
+
+/// Whether a process lives; one that has ended and was not waited for does not.
+pub(crate) fn lives(pid: &str) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+}
+
+/// What ranks wait for: `read -r go < $GATE`.
+pub(crate) struct Gate(TempDir);
+
+impl Gate {
+    pub(crate) fn new(command: &mut Command) -> Self {
+        let gate = Self(tempdir().unwrap());
+        assert!(Command::new("mkfifo").arg(gate.path()).status().unwrap().success());
+        command.env("GATE", gate.path());
+        gate
+    }
+
+    /// Lets one rank pass; waits until it is there.
+    pub(crate) fn open(&self) {
+        fs::write(self.path(), "go\n").unwrap();
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("gate")
+    }
+}
+
+/// A port that was free a moment ago.
+pub(crate) fn free_port() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port().to_string()
+}
+
+/// Makes an executable script.
+pub(crate) fn executable(path: &std::path::Path, text: impl AsRef<OsStr>) {
+    use std::os::unix::fs::PermissionsExt;
+    fs::write(path, text.as_ref().as_encoded_bytes()).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// The living processes that inherited the mark.
+fn marked(mark: &str) -> Vec<Pid> {
+    let entry = format!("{MARK}={mark}");
+    let processes = fs::read_dir("/proc").unwrap().filter_map(|process| {
+        let process = process.ok()?;
+        let pid = Pid::from_raw(process.file_name().to_str()?.parse().ok()?)?;
+        let environment = fs::read(process.path().join("environ")).ok()?;
+        environment.split(|byte| *byte == 0).any(|variable| variable == entry.as_bytes()).then_some(pid)
+    });
+    processes.collect()
+}
+
+fn wait_for_end(pid: Pid, limit: Duration) -> bool {
+    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return true };
+    let deadline = Instant::now() + limit;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
+            Ok(ready) => return ready > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => panic!("poll of a pidfd: {error}"),
+        }
+    }
+}
