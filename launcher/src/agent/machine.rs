@@ -35,7 +35,7 @@ impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Code(code) => write!(f, "exit code {code}"),
-            Self::Signal(signal) => match nix_name(*signal) {
+            Self::Signal(signal) => match signal_name(*signal) {
                 Some(name) => write!(f, "killed by {name}"),
                 None => write!(f, "killed by signal {signal}"),
             },
@@ -45,7 +45,7 @@ impl fmt::Display for Exit {
 }
 
 /// Names of the signals that end programs, as on Linux.
-fn nix_name(signal: i32) -> Option<&'static str> {
+fn signal_name(signal: i32) -> Option<&'static str> {
     Some(match signal {
         1 => "SIGHUP",
         2 => "SIGINT",
@@ -227,7 +227,7 @@ impl Agent {
         }
         self.signalled = true;
         let exit = Exit::Signal(signal);
-        let name = nix_name(signal).map_or_else(|| signal.to_string(), ToOwned::to_owned);
+        let name = signal_name(signal).map_or_else(|| signal.to_string(), ToOwned::to_owned);
         let reason = format!("told to stop by {name}");
         let mut actions =
             vec![Action::Send(ToCoordinator::Leave { reason: reason.clone() }), Action::Say(reason)];

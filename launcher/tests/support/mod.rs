@@ -16,9 +16,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::{TempDir, tempdir};
 
+// The end-to-end tests of the workspace look for leftovers in the same way.
+#[path = "../../../tests/tests/e2e/support/leftovers.rs"]
+mod leftovers;
+
+use leftovers::MARK;
+
 /// Longer than anything here takes, also on a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
-const MARK: &str = "ICE_LAUNCH_TEST";
 
 /// `ice-launch` with these options and `sh -c script` as its program.
 pub(crate) fn launch(options: &[&str], script: &str) -> Command {
@@ -111,7 +116,8 @@ impl Job {
     /// Waits for the end of the launcher alone.
     #[track_caller]
     pub(crate) fn wait(&self) {
-        assert!(wait_for_end(Pid::from_child(&self.child), SOON), "it does not end: {:?}", self.seen);
+        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).unwrap();
+        assert!(leftovers::wait_for_end(&pidfd, SOON), "it does not end: {:?}", self.seen);
     }
 
     /// Waits until not a byte more fits into its standard error.
@@ -133,12 +139,8 @@ impl Job {
     pub(crate) fn finish(mut self) -> Finished {
         self.wait();
         let status = self.child.wait().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while let Some(left) = marked(&self.mark).first() {
-            let command = fs::read(format!("/proc/{left}/cmdline")).unwrap_or_default();
-            let ended = wait_for_end(*left, deadline.saturating_duration_since(Instant::now()));
-            assert!(ended, "left behind: {left} {}", String::from_utf8_lossy(&command));
-        }
+        let left = leftovers::wait_until_none(&self.mark, Duration::from_secs(5));
+        assert!(left.is_empty(), "left behind: {left:#?}");
         self.seen.extend(self.stdout.iter());
         Finished {
             code: status.code(),
@@ -155,10 +157,7 @@ impl Drop for Job {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
-        while let Some(left) = marked(&self.mark).first() {
-            let _ = kill_process(*left, Signal::KILL);
-            wait_for_end(*left, SOON);
-        }
+        leftovers::kill(&self.mark);
     }
 }
 
@@ -216,30 +215,4 @@ pub(crate) fn executable(path: &std::path::Path, text: impl AsRef<OsStr>) {
     use std::os::unix::fs::PermissionsExt;
     fs::write(path, text.as_ref().as_encoded_bytes()).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
-}
-
-/// The living processes that inherited the mark.
-fn marked(mark: &str) -> Vec<Pid> {
-    let entry = format!("{MARK}={mark}");
-    let processes = fs::read_dir("/proc").unwrap().filter_map(|process| {
-        let process = process.ok()?;
-        let pid = Pid::from_raw(process.file_name().to_str()?.parse().ok()?)?;
-        let environment = fs::read(process.path().join("environ")).ok()?;
-        environment.split(|byte| *byte == 0).any(|variable| variable == entry.as_bytes()).then_some(pid)
-    });
-    processes.collect()
-}
-
-fn wait_for_end(pid: Pid, limit: Duration) -> bool {
-    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return true };
-    let deadline = Instant::now() + limit;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {
-            Ok(ready) => return ready > 0,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => panic!("poll of a pidfd: {error}"),
-        }
-    }
 }

@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ice_proto::exit::ExitCode;
 use tempfile::{TempDir, tempdir};
 
-use crate::support::{Program, SOON, built, free_port, mnist_data, shell_script};
+use crate::support::{Finished, Program, SOON, built, free_port, mnist_data, shell_script};
 
 /// A program that leaves a trace when it is started.
 struct Tracer {
@@ -99,15 +99,20 @@ fn missing_program() {
     }
 }
 
+/// The example with its data in this folder, as the launcher of two ranks.
+fn mnist_from(folder: &Path) -> Finished {
+    Program::new(built("mnist"))
+        .args(["--devices", "cpu:0-1", "--data"])
+        .arg(folder)
+        .arg("--out-dir")
+        .arg(folder.join("out"))
+        .run(SOON)
+}
+
 #[test]
 fn missing_data() {
     let folder = tempdir().unwrap();
-    let outcome = Program::new(built("mnist"))
-        .args(["--devices", "cpu:0-1", "--data"])
-        .arg(folder.path())
-        .arg("--out-dir")
-        .arg(folder.path().join("out"))
-        .run(SOON);
+    let outcome = mnist_from(folder.path());
     let looked_for = folder.path().join("train-images-idx3-ubyte");
     outcome
         .expect_code(ExitCode::Usage.code().into())
@@ -123,12 +128,7 @@ fn damaged_data() {
         let bytes = fs::read(file.path()).unwrap();
         fs::write(folder.path().join(file.file_name()), &bytes[..bytes.len() / 2]).unwrap();
     }
-    let outcome = Program::new(built("mnist"))
-        .args(["--devices", "cpu:0-1", "--data"])
-        .arg(folder.path())
-        .arg("--out-dir")
-        .arg(folder.path().join("out"))
-        .run(SOON);
+    let outcome = mnist_from(folder.path());
     outcome.expect_code(ExitCode::Usage.code().into()).expect_in_stderr(&[folder
         .path()
         .join("train-images-idx3-ubyte")

@@ -15,7 +15,7 @@ impl Checkpoint {
         let found = match from {
             ResumeFrom::Path(path) if path.join(MANIFEST).exists() => return Self::open(path),
             ResumeFrom::Path(path) => {
-                [path.clone(), path.join("ckpts")].iter().find_map(|path| Self::newest_in(path, None))
+                [path.clone(), path.join("ckpts")].iter().find_map(|path| Self::newest_in(path))
             }
             ResumeFrom::Latest => {
                 let all = folders(out_dir).iter().flat_map(|run| folders(&run.join("ckpts"))).collect();
@@ -33,9 +33,9 @@ impl Checkpoint {
         })
     }
 
-    /// The newest valid checkpoint directly in a folder, of one job or of any.
-    pub(crate) fn newest_in(folder: &Path, run_id: Option<&str>) -> Option<Self> {
-        Self::newest_of(folders(folder), run_id)
+    /// The newest valid checkpoint directly in a folder, of any job.
+    pub(crate) fn newest_in(folder: &Path) -> Option<Self> {
+        Self::newest_of(folders(folder), None)
     }
 
     fn newest_of(candidates: Vec<PathBuf>, run_id: Option<&str>) -> Option<Self> {

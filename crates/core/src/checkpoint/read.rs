@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 use super::manifest::{FORMAT_VERSION, FileInfo};
 use super::tensors::decode;
 use super::{MANIFEST, MODEL, Manifest, OPTIMIZER, key_prefix};
-use crate::{Error, HyperGraph, Result, SavedState};
+use crate::{Error, HyperGraph, NodeState, Result};
 
 /// A checkpoint read into memory, whole and checked.
 pub struct Checkpoint {
@@ -88,7 +88,7 @@ impl Checkpoint {
         }
         for entry in graph.entries() {
             let prefix = key_prefix(&entry.uid);
-            let saved = SavedState {
+            let saved = NodeState {
                 model: take_with_prefix(&mut model, &prefix),
                 optimizer: take_with_prefix(&mut optimizer, &prefix),
                 values: self.manifest.nodes.get(&entry.uid).cloned().unwrap_or(Json::Null),

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::data::{Dataset, Sampler};
-use crate::{Context, Error, Node, NodeState, Outputs, Result, SavedState, Value};
+use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
 
 /// Feeds a [`Dataset`] to the graph, batch by batch, each rank its own share.
 ///
@@ -111,7 +111,7 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
         NodeState { values: serde_json::to_value(position).unwrap_or(Json::Null), ..NodeState::default() }
     }
 
-    fn load_state(&mut self, saved: &SavedState) -> Result<()> {
+    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
         let position =
             Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
         let sampler =

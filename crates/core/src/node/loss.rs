@@ -4,7 +4,7 @@ use serde_json::Value as Json;
 use tch::{Kind, Tensor};
 
 use crate::node::WeightedMean;
-use crate::{Context, Error, Measure, Node, NodeState, Outputs, Result, SavedState, Value};
+use crate::{Context, Error, Measure, Node, NodeState, Outputs, Result, Value};
 
 type Function = dyn Fn(&Outputs) -> Result<Tensor>;
 
@@ -93,7 +93,7 @@ impl Node for LossNode {
         NodeState { values: serde_json::to_value(self.mean()).unwrap_or(Json::Null), ..NodeState::default() }
     }
 
-    fn load_state(&mut self, saved: &SavedState) -> Result<()> {
+    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
         self.epoch_start();
         self.restored =
             WeightedMean::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;

@@ -127,12 +127,12 @@ pub trait Node {
     ///
     /// # Errors
     /// [`Error::Resume`] names what is missing, unexpected or of another shape.
-    fn load_state(&mut self, _saved: &SavedState) -> Result<()> {
+    fn load_state(&mut self, _saved: &NodeState) -> Result<()> {
         Ok(())
     }
 }
 
-/// The state of a node: tensors by name, and whatever else fits into JSON.
+/// The state of a node: tensors by name, and whatever else fits into JSON. As a checkpoint holds it, the tensors are on the CPU.
 #[derive(Default)]
 pub struct NodeState {
     /// Parameters and buffers, named as PyTorch would.
@@ -140,17 +140,6 @@ pub struct NodeState {
     /// State of the optimizer.
     pub optimizer: Vec<(String, Tensor)>,
     /// Positions and sums; null for none.
-    pub values: Json,
-}
-
-/// The state of a node as a checkpoint holds it, on the CPU.
-#[derive(Default)]
-pub struct SavedState {
-    /// As in [`NodeState`].
-    pub model: Vec<(String, Tensor)>,
-    /// As in [`NodeState`].
-    pub optimizer: Vec<(String, Tensor)>,
-    /// As in [`NodeState`].
     pub values: Json,
 }
 

@@ -6,7 +6,7 @@ use tch::nn::{Path, VarStore};
 
 use crate::node::copy_tensors;
 use crate::optim::Optimizer;
-use crate::{Context, Error, Node, NodeState, Outputs, Result, SavedState, Value};
+use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
 
 type Build<M> = dyn FnOnce(&Path) -> M;
 type Forward<M, T> = dyn Fn(&M, &Outputs) -> Result<T>;
@@ -151,7 +151,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         }
     }
 
-    fn load_state(&mut self, saved: &SavedState) -> Result<()> {
+    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
         let state = self.state();
         copy_tensors(&saved.model, &state.model, "parameters")?;
         copy_tensors(&saved.optimizer, &state.optimizer, "optimizer's tensors")
@@ -188,12 +188,6 @@ fn in_order(store: &VarStore) -> Vec<(String, Tensor)> {
         .collect()
 }
 
-/// The number of elements of all trainable parameters, for messages.
-#[cfg(test)]
-pub(crate) fn elements(tensors: &[(String, Tensor)]) -> i64 {
-    tensors.iter().map(|(_, tensor)| tensor.numel() as i64).sum()
-}
-
 #[cfg(test)]
 mod tests {
     use std::rc::Rc;
@@ -224,7 +218,10 @@ mod tests {
         let names: Vec<_> = node.ready().unwrap().trainable.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names.len(), 2);
         assert!(names.contains(&"layer.weight") && names.contains(&"layer.bias"), "{names:?}");
-        assert_eq!(elements(&node.ready().unwrap().trainable), 8);
+        assert_eq!(
+            node.ready().unwrap().trainable.iter().map(|(_, tensor)| tensor.numel()).sum::<usize>(),
+            8
+        );
     }
 
     #[test]
@@ -233,11 +230,8 @@ mod tests {
         step(&mut first);
         let copy = |tensors: Vec<(String, Tensor)>| tensors.into_iter().map(|(k, t)| (k, t.copy())).collect();
         let state = first.state();
-        let saved = SavedState {
-            model: copy(state.model),
-            optimizer: copy(state.optimizer),
-            ..SavedState::default()
-        };
+        let saved =
+            NodeState { model: copy(state.model), optimizer: copy(state.optimizer), ..NodeState::default() };
         second.load_state(&saved).unwrap();
         step(&mut first);
         step(&mut second);
@@ -249,7 +243,7 @@ mod tests {
     #[test]
     fn a_missing_key_is_named() {
         let mut node = node();
-        let mut saved = SavedState::default();
+        let mut saved = NodeState::default();
         saved.model.push(("layer.weight".into(), Tensor::zeros([2, 3], (Kind::Float, Device::Cpu))));
         let message = node.load_state(&saved).unwrap_err().to_string();
         assert!(message.contains("layer.bias"), "{message}");

@@ -178,7 +178,7 @@ impl<'a> Run<'a> {
     fn resume(&self) -> Result<()> {
         let from = || {
             let own = (self.worker.restart_count() > 0)
-                .then(|| Checkpoint::newest_in(&self.folder.join("ckpts"), None))
+                .then(|| Checkpoint::newest_in(&self.folder.join("ckpts")))
                 .flatten();
             match (own, &self.config.resume_from) {
                 (Some(own), _) => Ok(Some(own)),

@@ -2,6 +2,7 @@
 
 mod call;
 mod epochs;
+mod once;
 mod repeat;
 mod save;
 
