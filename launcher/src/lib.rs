@@ -3,6 +3,7 @@
 
 mod agent;
 pub mod cli;
+mod cluster;
 mod dispatcher;
 mod error;
 mod logs;
