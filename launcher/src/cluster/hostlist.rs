@@ -232,8 +232,11 @@ mod tests {
         assert!(expand(&format!("n[{}1]", "0".repeat(300))).is_err());
     }
 
+    /// Numbers with their widths, between what stands before and after them.
+    type Group = (String, Vec<(u64, usize)>, String);
+
     /// Names as Slurm prints them: numbers that follow one another, of the same width, as a range.
-    fn compress(groups: &[(String, Vec<(u64, usize)>, String)]) -> String {
+    fn compress(groups: &[Group]) -> String {
         let names = groups.iter().map(|(prefix, numbers, suffix)| {
             let mut ranges: Vec<(u64, u64, usize)> = Vec::new();
             for (number, width) in numbers {
