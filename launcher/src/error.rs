@@ -28,6 +28,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The file for events cannot be written.
+    #[error("cannot write events to {}: {source}: choose another --events", path.display())]
+    Events {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
 }
 
 impl Error {
@@ -36,7 +44,8 @@ impl Error {
         match self {
             Self::Rendezvous(ice_rendezvous::Error::Bind { .. })
             | Self::Resolve { .. }
-            | Self::Logs { .. } => ExitCode::Usage,
+            | Self::Logs { .. }
+            | Self::Events { .. } => ExitCode::Usage,
             _ => ExitCode::Failure,
         }
     }

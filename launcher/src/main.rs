@@ -4,13 +4,17 @@ use std::io::{self, Write};
 use std::process;
 
 use clap::Parser;
-use ice_launch::cli::Cli;
-use ice_launch::{LaunchPlan, Program};
+use ice_launch::cli::{self, Cli};
 use ice_proto::exit::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> process::ExitCode {
     let cli = Cli::parse();
+    if let Some(what) = cli.generate {
+        // Who reads it may have seen enough.
+        let _ = cli::generate(what, &mut io::stdout().lock());
+        return ExitCode::Success.into();
+    }
     let filter = EnvFilter::try_from_env("ICE_LOG").unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -19,8 +23,7 @@ fn main() -> process::ExitCode {
         // It would panic where stderr is closed.
         .log_internal_errors(false)
         .init();
-    let plan = Program::find(cli.command).and_then(|program| LaunchPlan::new(&cli.launch, program));
-    let plan = match plan {
+    let plan = match cli.plan() {
         Ok(plan) => plan,
         Err(error) => return fail(&error, ExitCode::Usage),
     };

@@ -5,6 +5,8 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ice_proto::frame::{self, Decoder, FrameError};
@@ -12,11 +14,12 @@ use ice_proto::rendezvous::{ToAgent, ToCoordinator};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::Error;
+use crate::alive::{self, KEEP_ALIVE};
 use crate::machine::{Action, Coordinator, Event, Settings};
 use crate::store::codec::{self, Request};
 use crate::store::state::Store;
@@ -27,10 +30,10 @@ const FIRST_BYTE: Duration = Duration::from_secs(30);
 const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// Messages that wait to be sent to one client; one that does not read is dropped at this many.
 const OUTGOING: usize = 4096;
-/// Agents are told this often that the coordinator lives, and must say so as often.
-pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(5);
-/// After so long a silence the other end is gone.
-pub(crate) const SILENCE: Duration = Duration::from_secs(15);
+/// Bytes that wait to be sent to one client, beside the message that is on its way.
+const OUTGOING_BYTES: usize = 64 << 20;
+/// Connections that have not yet said what they are; more are turned away.
+const STRANGERS: usize = 16 << 10;
 /// Bytes of a request that is not whole yet; more than any client of torch sends.
 const MAX_REQUEST: usize = 64 << 20;
 const READ_CHUNK: usize = 64 << 10;
@@ -95,8 +98,26 @@ fn run_stamp() -> String {
     format!("{}_{random:08x}", jiff::ZonedDateTime::now().strftime("%m%d%H%M"))
 }
 
+/// The way to a client. What waits there is bounded in messages and in bytes.
+struct Outgoing {
+    sender: mpsc::Sender<Vec<u8>>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Outgoing {
+    /// Whether there was room.
+    fn send(&self, bytes: Vec<u8>) -> bool {
+        let length = bytes.len();
+        if self.waiting.load(Ordering::Relaxed) > OUTGOING_BYTES {
+            return false;
+        }
+        self.waiting.fetch_add(length, Ordering::Relaxed);
+        self.sender.try_send(bytes).is_ok()
+    }
+}
+
 enum Input {
-    Opened { id: u64, is_agent: bool, sender: mpsc::Sender<Vec<u8>> },
+    Opened { id: u64, is_agent: bool, sender: Outgoing },
     Agent(u64, ToCoordinator),
     Store(u64, Request),
     Closed { id: u64, is_agent: bool },
@@ -113,13 +134,18 @@ async fn serve(listener: TcpListener, settings: Settings, agents: watch::Sender<
         agents,
     };
     let mut next = 0;
+    let strangers = Arc::new(Semaphore::new(STRANGERS));
     loop {
         let deadline = state.coordinator.deadline().map(|deadline| start + deadline);
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) => {
+                    let Ok(stranger) = Arc::clone(&strangers).try_acquire_owned() else {
+                        tracing::warn!(%peer, "too many connections that say nothing: one was turned away");
+                        continue;
+                    };
                     next += 1;
-                    tokio::spawn(connection(next, stream, peer, inputs.clone()));
+                    tokio::spawn(connection(next, stream, peer, inputs.clone(), stranger));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -138,7 +164,7 @@ async fn serve(listener: TcpListener, settings: Settings, agents: watch::Sender<
 struct State {
     coordinator: Coordinator,
     store: Store,
-    clients: std::collections::BTreeMap<u64, mpsc::Sender<Vec<u8>>>,
+    clients: std::collections::BTreeMap<u64, Outgoing>,
     agents: watch::Sender<usize>,
 }
 
@@ -182,7 +208,7 @@ impl State {
     /// Dropping the sender ends the connection once its queue is through.
     fn send(&mut self, client: u64, bytes: Vec<u8>) {
         let Some(sender) = self.clients.get(&client) else { return };
-        if sender.try_send(bytes).is_err() {
+        if !sender.send(bytes) {
             tracing::warn!(client, "a client that does not read was dropped");
             self.clients.remove(&client);
         }
@@ -190,23 +216,35 @@ impl State {
 }
 
 /// Moves the bytes of one connection.
-async fn connection(id: u64, stream: TcpStream, peer: SocketAddr, inputs: mpsc::Sender<Input>) {
+async fn connection(
+    id: u64,
+    stream: TcpStream,
+    peer: SocketAddr,
+    inputs: mpsc::Sender<Input>,
+    stranger: OwnedSemaphorePermit,
+) {
     let _ = stream.set_nodelay(true);
     let mut first = [0];
     match timeout(FIRST_BYTE, stream.peek(&mut first)).await {
         Ok(Ok(1)) => {}
         _ => return,
     }
+    drop(stranger);
     let is_agent = first[0] == frame::MAGIC[0];
     let (reader, mut writer) = stream.into_split();
     let (sender, mut outgoing) = mpsc::channel::<Vec<u8>>(OUTGOING);
+    let waiting = Arc::new(AtomicUsize::new(0));
+    let sender = Outgoing { sender, waiting: Arc::clone(&waiting) };
     if inputs.send(Input::Opened { id, is_agent, sender }).await.is_err() {
         return;
     }
     let write = async {
         loop {
             match timeout(KEEP_ALIVE, outgoing.recv()).await {
-                Ok(Some(bytes)) => writer.write_all(&bytes).await?,
+                Ok(Some(bytes)) => {
+                    waiting.fetch_sub(bytes.len(), Ordering::Relaxed);
+                    writer.write_all(&bytes).await?;
+                }
                 Ok(None) => return writer.shutdown().await,
                 Err(_) if is_agent => {
                     let frame = frame::encode(&ToAgent::KeepAlive).map_err(io::Error::other)?;
@@ -237,7 +275,7 @@ async fn read_agent(id: u64, mut reader: OwnedReadHalf, inputs: &mpsc::Sender<In
     let mut decoder = Decoder::new();
     let mut buffer = vec![0; 4096];
     loop {
-        let read = timeout(SILENCE, reader.read(&mut buffer)).await.map_err(io::Error::other)??;
+        let read = alive::read(&mut reader, &mut buffer).await?;
         if read == 0 {
             return Ok(());
         }

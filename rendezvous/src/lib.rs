@@ -4,6 +4,7 @@
 //! [`store`] that speaks c10d's TCPStore wire format. [`Session`] is an agent's connection to the coordinator. This
 //! crate knows nothing of ranks as processes, of devices or of libtorch.
 
+mod alive;
 mod backend;
 mod error;
 mod host;

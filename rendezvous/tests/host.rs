@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use ice_proto::rendezvous::{Hello, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{Hello, RestartPolicy, ToAgent, ToCoordinator};
 use ice_rendezvous::{Error, Host, HostConfig, Session};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -23,7 +23,7 @@ fn hello(node_rank: u32) -> Hello {
         node_rank: Some(node_rank),
         nnodes: (2, 2),
         local_world_size: 2,
-        max_restarts: 0,
+        restarts: RestartPolicy { max_restarts: 0, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         host: "here".into(),
         pid: 1,
     }

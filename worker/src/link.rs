@@ -29,6 +29,7 @@ pub struct Link {
 struct Inner {
     stream: Mutex<UnixStream>,
     step: AtomicU64,
+    activity: AtomicU64,
     leaving: AtomicBool,
     stop: Mutex<bool>,
     stopped: Condvar,
@@ -51,6 +52,7 @@ impl Link {
         let inner = Arc::new(Inner {
             stream: Mutex::new(stream),
             step: AtomicU64::new(0),
+            activity: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
             stop: Mutex::new(false),
             stopped: Condvar::new(),
@@ -83,10 +85,19 @@ impl Link {
         self.send(&Up::CheckpointSaved { path: path.display().to_string(), step });
     }
 
-    /// Notes the applied optimizer steps, for the next heartbeat.
-    pub fn set_step(&self, step: u64) {
+    /// Notes that something got done, and the optimizer steps applied so far. From now on the agent expects more of it, until
+    /// [`Link::rest`].
+    pub fn advance(&self, step: u64) {
         if let Some(inner) = &self.inner {
             inner.step.store(step, Ordering::Relaxed);
+            inner.activity.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Notes that no more is to be expected.
+    pub fn rest(&self) {
+        if let Some(inner) = &self.inner {
+            inner.activity.store(0, Ordering::Relaxed);
         }
     }
 
@@ -117,7 +128,9 @@ impl Link {
     fn beat(&self) {
         let Some(inner) = &self.inner else { return };
         while !inner.leaving.load(Ordering::SeqCst) {
-            self.send(&Up::Heartbeat { step: inner.step.load(Ordering::Relaxed) });
+            let (step, activity) =
+                (inner.step.load(Ordering::Relaxed), inner.activity.load(Ordering::Relaxed));
+            self.send(&Up::Heartbeat { step, activity });
             thread::sleep(HEARTBEAT);
         }
     }

@@ -154,7 +154,7 @@ mod tests {
     use crate::link::Up;
 
     fn message() -> Up {
-        Up::Heartbeat { step: 7 }
+        Up::Heartbeat { step: 7, activity: 9 }
     }
 
     #[test]

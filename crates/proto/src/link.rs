@@ -15,10 +15,13 @@ pub enum Up {
         /// The rank within the world, as the rank understood it.
         rank: u32,
     },
-    /// The rank is alive and has applied this many optimizer steps.
+    /// Sent every second: the rank is alive and has applied this many optimizer steps.
     Heartbeat {
         /// Applied steps since the start of the job.
         step: u64,
+        /// Grows with everything that the rank gets done; 0 where nothing is to be expected of it, as before the first
+        /// step and after the last one.
+        activity: u64,
     },
     /// Where the rank is in its work; rank 0 sends it for the console.
     Progress(Progress),

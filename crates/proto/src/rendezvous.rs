@@ -5,6 +5,8 @@
 //! round is full. Any loss or failure ends the round for everybody with [`ToAgent::RoundBroken`]; agents stop their
 //! ranks and join again. A connection that ends is a lost agent.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 /// Who an agent is; its first message.
@@ -18,12 +20,25 @@ pub struct Hello {
     pub nnodes: (u32, u32),
     /// How many ranks this agent will start.
     pub local_world_size: u32,
-    /// Failures after which the worker group is started again.
-    pub max_restarts: u32,
+    /// When the worker group is started again. All agents must say the same.
+    pub restarts: RestartPolicy,
     /// Host name, for messages.
     pub host: String,
     /// Process id of the agent, for messages.
     pub pid: u32,
+}
+
+/// When the worker group is started again after a failure. Nodes that come or go are no failures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestartPolicy {
+    /// How many failures are answered with a restart.
+    pub max_restarts: u32,
+    /// Only failures within this time count; all where `None`.
+    pub window: Option<Duration>,
+    /// Pause before the second restart in a row whose attempt failed soon after its start; doubled for each further one.
+    pub backoff: Duration,
+    /// The job ends after so many attempts in a row that failed soon after their start; 0 for never.
+    pub crash_loop: u32,
 }
 
 /// From an agent to the coordinator.
@@ -39,6 +54,10 @@ pub enum ToCoordinator {
         round: u64,
         /// What failed, in one line.
         reason: String,
+        /// How long the ranks of this node had been running.
+        uptime: Duration,
+        /// Why a restart cannot help, where that is known.
+        hopeless: Option<String>,
     },
     /// All ranks of this agent ended with code 0.
     Finished {
@@ -112,6 +131,8 @@ pub enum ToAgent {
         success: bool,
         /// Why, in one line.
         reason: String,
+        /// Why there is no restart, where there might have been one.
+        no_restart: Option<String>,
     },
     /// Nothing to say.
     KeepAlive,

@@ -1,73 +1,34 @@
-use std::collections::BTreeSet;
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use ice_proto::exit::ExitCode;
 use ice_proto::rendezvous::{Round, ToAgent, ToCoordinator};
 
-/// How a rank ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Exit {
-    Code(i32),
-    Signal(i32),
-    /// It was never started.
-    NotStarted {
-        code: ExitCode,
-        reason: String,
-    },
-}
+use super::exit::{Exit, signal_name};
 
-impl Exit {
-    fn is_success(&self) -> bool {
-        *self == Self::Code(0)
-    }
-
-    pub(crate) fn code(&self) -> ExitCode {
-        match self {
-            Self::Code(code) => u8::try_from(*code).map_or(ExitCode::Failure, ExitCode::Rank),
-            Self::Signal(signal) => u8::try_from(*signal).map_or(ExitCode::Failure, ExitCode::Signal),
-            Self::NotStarted { code, .. } => *code,
-        }
-    }
-}
-
-impl fmt::Display for Exit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Code(code) => write!(f, "exit code {code}"),
-            Self::Signal(signal) => match signal_name(*signal) {
-                Some(name) => write!(f, "killed by {name}"),
-                None => write!(f, "killed by signal {signal}"),
-            },
-            Self::NotStarted { reason, .. } => write!(f, "not started: {reason}"),
-        }
-    }
-}
-
-/// Names of the signals that end programs, as on Linux.
-fn signal_name(signal: i32) -> Option<&'static str> {
-    Some(match signal {
-        1 => "SIGHUP",
-        2 => "SIGINT",
-        3 => "SIGQUIT",
-        4 => "SIGILL",
-        6 => "SIGABRT",
-        7 => "SIGBUS",
-        8 => "SIGFPE",
-        9 => "SIGKILL",
-        11 => "SIGSEGV",
-        13 => "SIGPIPE",
-        15 => "SIGTERM",
-        _ => return None,
-    })
-}
+/// Longest time that ranks have to end by themselves before they are sent SIGTERM, which most cannot refuse.
+const PATIENCE: Duration = Duration::from_secs(5);
+const SIGTERM: i32 = 15;
 
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
     Coordinator(ToAgent),
     CoordinatorLost(String),
-    Exited { local_rank: u32, exit: Exit },
-    Signal(i32),
+    /// A rank ended. `failed_at` is when it failed by its own account.
+    Exited {
+        local_rank: u32,
+        exit: Exit,
+        failed_at: Option<Duration>,
+    },
+    /// The job stands still, and this rank is behind.
+    Hung {
+        local_rank: u32,
+        reason: String,
+    },
+    /// The user wants the job to end.
+    Stop(i32),
+    /// The user has a signal for the ranks.
+    Forward(i32),
     Tick,
 }
 
@@ -76,18 +37,39 @@ pub(crate) enum Action {
     Send(ToCoordinator),
     /// Start all ranks of this node.
     Spawn(Round),
-    /// Ask all ranks that live to end.
+    /// Ask all ranks that live to end: over the link those that know it, by this signal the others.
+    Ask(i32),
+    /// Send SIGTERM to those that have not had it.
     Terminate,
     /// End them now.
     Kill,
-    /// Tell the user how the rank that failed first ended.
-    Report {
-        local_rank: u32,
-        exit: Exit,
-    },
+    /// Pass a signal on to the ranks that handle it.
+    Forward(i32),
+    /// Tell the user how the ranks ended, the one that failed first at the front.
+    Report(Vec<End>),
     /// Tell the user a decision and its reason.
     Say(String),
     Exit(ExitCode),
+}
+
+/// How a rank of the attempt ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct End {
+    pub(crate) local_rank: u32,
+    pub(crate) exit: Exit,
+    /// Whether it had been asked to.
+    pub(crate) asked: bool,
+    /// When it failed, or ended.
+    pub(crate) at: Duration,
+}
+
+/// What does not change over the life of an agent.
+#[derive(Debug, Clone)]
+pub(crate) struct Rules {
+    pub(crate) local_world_size: u32,
+    pub(crate) shutdown_timeout: Duration,
+    /// Exit codes that no restart can help.
+    pub(crate) fatal_exit_codes: BTreeSet<u8>,
 }
 
 #[derive(Debug, Clone)]
@@ -109,36 +91,46 @@ enum Then {
     /// The coordinator has not said yet.
     Await,
     Rejoin,
-    Exit(ExitCode),
+    Exit(Option<ExitCode>),
 }
 
 /// The machine. See the module for its invariants.
 pub(crate) struct Agent {
-    local_world_size: u32,
-    shutdown_timeout: Duration,
+    rules: Rules,
     phase: Phase,
     alive: BTreeSet<u32>,
-    failure: Option<(u32, Exit)>,
+    started: Duration,
+    /// Whether a rank of this attempt failed.
+    failed: bool,
+    ends: Vec<End>,
     signalled: bool,
+    terminate_at: Option<Duration>,
     kill_at: Option<Duration>,
 }
 
 impl Agent {
-    pub(crate) fn new(local_world_size: u32, shutdown_timeout: Duration) -> Self {
+    pub(crate) fn new(rules: Rules) -> Self {
         Self {
-            local_world_size,
-            shutdown_timeout,
+            rules,
             phase: Phase::Joining,
             alive: BTreeSet::new(),
-            failure: None,
+            started: Duration::ZERO,
+            failed: false,
+            ends: Vec::new(),
             signalled: false,
+            terminate_at: None,
             kill_at: None,
         }
     }
 
     /// When time alone changes something.
     pub(crate) fn deadline(&self) -> Option<Duration> {
-        self.kill_at
+        self.terminate_at.into_iter().chain(self.kill_at).min()
+    }
+
+    /// Whether the ranks are to be watched for a standstill.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(self.phase, Phase::Running { .. })
     }
 
     pub(crate) fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
@@ -151,11 +143,16 @@ impl Agent {
             Event::CoordinatorLost(_) if matches!(self.phase, Phase::Stopping(Then::Exit(_))) => Vec::new(),
             Event::CoordinatorLost(reason) => {
                 let mut actions = vec![Action::Say(reason)];
-                actions.extend(self.stop(now, Then::Exit(self.failure_code())));
+                actions.extend(self.stop(now, Then::Exit(None), SIGTERM));
                 actions
             }
-            Event::Exited { local_rank, exit } => self.exited(now, local_rank, exit),
-            Event::Signal(signal) => self.signal(now, signal),
+            Event::Exited { local_rank, exit, failed_at } => self.exited(now, local_rank, exit, failed_at),
+            Event::Hung { local_rank, reason } => self.hung(now, local_rank, reason),
+            Event::Stop(signal) => self.signal(now, signal),
+            Event::Forward(signal) if self.alive.is_empty() => {
+                vec![Action::Say(format!("no rank runs that {} could be passed on to", name_of(signal)))]
+            }
+            Event::Forward(signal) => vec![Action::Forward(signal)],
             Event::Tick => self.tick(now),
         };
         actions.extend(self.settle());
@@ -165,8 +162,10 @@ impl Agent {
     fn coordinator(&mut self, now: Duration, message: ToAgent) -> Vec<Action> {
         match (message, &self.phase) {
             (ToAgent::RoundStarted(round), Phase::Joining) => {
-                self.alive = (0..self.local_world_size).collect();
-                self.failure = None;
+                self.alive = (0..self.rules.local_world_size).collect();
+                self.started = now;
+                self.failed = false;
+                self.ends.clear();
                 self.phase = Phase::Running { round: round.number };
                 vec![Action::Spawn(round)]
             }
@@ -175,50 +174,92 @@ impl Agent {
                 Phase::Running { .. } | Phase::Finished | Phase::Stopping(Then::Await),
             ) => {
                 let mut actions = vec![Action::Say(reason)];
-                actions.extend(self.stop(now, Then::Rejoin));
+                actions.extend(self.stop(now, Then::Rejoin, SIGTERM));
                 actions
             }
             (ToAgent::Closed { success: true, .. }, Phase::Finished) => {
-                self.stop(now, Then::Exit(ExitCode::Success))
+                self.stop(now, Then::Exit(Some(ExitCode::Success)), SIGTERM)
             }
-            (ToAgent::Closed { reason, .. } | ToAgent::Refused { reason }, phase) => {
-                if matches!(phase, Phase::Stopping(Then::Exit(_))) {
-                    return Vec::new();
-                }
-                let code = self.failure_code();
-                let mut actions = Vec::new();
-                if self.failure.is_none() {
-                    actions.push(Action::Say(format!("the job is over: {reason}")));
-                }
-                actions.extend(self.stop(now, Then::Exit(code)));
-                actions
-            }
+            (ToAgent::Closed { reason, no_restart, .. }, _) => self.over(now, &reason, no_restart),
+            (ToAgent::Refused { reason }, _) => self.over(now, &reason, None),
             _ => Vec::new(),
         }
     }
 
-    /// The code of the rank that failed first here; a failure elsewhere has none to pass on.
-    fn failure_code(&self) -> ExitCode {
-        self.failure.as_ref().map_or(ExitCode::Failure, |(_, exit)| exit.code())
+    fn over(&mut self, now: Duration, reason: &str, no_restart: Option<String>) -> Vec<Action> {
+        if matches!(self.phase, Phase::Stopping(Then::Exit(_))) {
+            return Vec::new();
+        }
+        // The report says what failed here.
+        let what = (!self.failed).then(|| format!("the job is over: {reason}"));
+        let why = no_restart.map(|why| format!("no restart: {why}"));
+        let said = [what, why].into_iter().flatten().collect::<Vec<_>>().join("; ");
+        let mut actions = Vec::new();
+        if !said.is_empty() {
+            actions.push(Action::Say(said));
+        }
+        actions.extend(self.stop(now, Then::Exit(None), SIGTERM));
+        actions
     }
 
-    fn exited(&mut self, now: Duration, local_rank: u32, exit: Exit) -> Vec<Action> {
+    fn exited(
+        &mut self,
+        now: Duration,
+        local_rank: u32,
+        exit: Exit,
+        failed_at: Option<Duration>,
+    ) -> Vec<Action> {
         if !self.alive.remove(&local_rank) {
             return Vec::new();
         }
+        let success = exit.is_success();
+        let asked = matches!(self.phase, Phase::Stopping(_));
+        // One that was asked to end is a cause only where it had failed before.
+        let at = failed_at.unwrap_or(if asked { Duration::MAX } else { now });
+        let what = format!("local rank {local_rank}: {exit}");
+        let hopeless = self.hopeless(&exit);
+        self.ends.push(End { local_rank, exit, asked, at });
         let Phase::Running { round } = self.phase else { return Vec::new() };
-        if exit.is_success() {
+        if success {
             if !self.alive.is_empty() {
                 return Vec::new();
             }
             self.phase = Phase::Finished;
             return vec![Action::Send(ToCoordinator::Finished { round })];
         }
-        let reason = format!("local rank {local_rank}: {exit}");
-        self.failure = Some((local_rank, exit));
-        let mut actions = vec![Action::Send(ToCoordinator::Failed { round, reason })];
-        actions.extend(self.stop(now, Then::Await));
+        self.fail(now, round, what, hopeless)
+    }
+
+    fn hung(&mut self, now: Duration, local_rank: u32, reason: String) -> Vec<Action> {
+        let Phase::Running { round } = self.phase else { return Vec::new() };
+        if !self.alive.contains(&local_rank) {
+            return Vec::new();
+        }
+        let what = format!("local rank {local_rank} hangs: {reason}");
+        // It has not ended, but that it is behind is the cause of all ends that follow.
+        self.ends.push(End { local_rank, exit: Exit::Hung(reason), asked: false, at: Duration::ZERO });
+        let mut actions = vec![Action::Say(what.clone())];
+        actions.extend(self.fail(now, round, what, None));
         actions
+    }
+
+    fn fail(&mut self, now: Duration, round: u64, reason: String, hopeless: Option<String>) -> Vec<Action> {
+        self.failed = true;
+        let uptime = now.saturating_sub(self.started);
+        let mut actions = vec![Action::Send(ToCoordinator::Failed { round, reason, uptime, hopeless })];
+        actions.extend(self.stop(now, Then::Await, SIGTERM));
+        actions
+    }
+
+    fn hopeless(&self, exit: &Exit) -> Option<String> {
+        match exit {
+            Exit::NotStarted { .. } => Some("the program cannot be started".into()),
+            Exit::Code(code) => u8::try_from(*code)
+                .ok()
+                .filter(|code| self.rules.fatal_exit_codes.contains(code))
+                .map(|code| format!("exit code {code} is final (--fatal-exit-codes)")),
+            _ => None,
+        }
     }
 
     fn signal(&mut self, now: Duration, signal: i32) -> Vec<Action> {
@@ -226,31 +267,37 @@ impl Agent {
             return vec![Action::Say("told to stop again: killing".into()), Action::Kill];
         }
         self.signalled = true;
-        let exit = Exit::Signal(signal);
-        let name = signal_name(signal).map_or_else(|| signal.to_string(), ToOwned::to_owned);
-        let reason = format!("told to stop by {name}");
+        let reason = format!("told to stop by {}", name_of(signal));
         let mut actions =
             vec![Action::Send(ToCoordinator::Leave { reason: reason.clone() }), Action::Say(reason)];
-        actions.extend(self.stop(now, Then::Exit(exit.code())));
+        actions.extend(self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), signal));
         actions
     }
 
     fn tick(&mut self, now: Duration) -> Vec<Action> {
-        if self.kill_at.is_none_or(|at| now < at) {
-            return Vec::new();
+        let due = |at: Option<Duration>| at.is_some_and(|at| now >= at);
+        if due(self.kill_at) {
+            (self.terminate_at, self.kill_at) = (None, None);
+            let what = "ranks did not end within the shutdown timeout: killing them";
+            return vec![Action::Say(what.into()), Action::Kill];
         }
-        self.kill_at = None;
-        vec![Action::Say("ranks did not end within the shutdown timeout: killing them".into()), Action::Kill]
+        if due(self.terminate_at) {
+            self.terminate_at = None;
+            return vec![Action::Terminate];
+        }
+        Vec::new()
     }
 
-    fn stop(&mut self, now: Duration, then: Then) -> Vec<Action> {
+    fn stop(&mut self, now: Duration, then: Then, signal: i32) -> Vec<Action> {
         let already = matches!(self.phase, Phase::Stopping(_));
         self.phase = Phase::Stopping(then);
         if self.alive.is_empty() || already {
             return Vec::new();
         }
-        self.kill_at = Some(now + self.shutdown_timeout);
-        vec![Action::Terminate]
+        let timeout = self.rules.shutdown_timeout;
+        self.terminate_at = Some(now + PATIENCE.min(timeout / 2));
+        self.kill_at = Some(now + timeout);
+        vec![Action::Ask(signal)]
     }
 
     /// Goes on once the last rank has ended.
@@ -258,15 +305,37 @@ impl Agent {
         if !self.alive.is_empty() {
             return Vec::new();
         }
-        self.kill_at = None;
-        let Phase::Stopping(then) = &self.phase else { return Vec::new() };
+        (self.terminate_at, self.kill_at) = (None, None);
+        let then = match &self.phase {
+            Phase::Stopping(then) if !matches!(then, Then::Await) => then.clone(),
+            _ => return Vec::new(),
+        };
+        let ends = self.ends();
+        let cause = if self.failed { ends.first().map(|end| end.exit.code()) } else { None };
         let (next, last) = match then {
-            Then::Await => return Vec::new(),
-            Then::Rejoin => (Phase::Joining, Action::Send(ToCoordinator::Join)),
-            Then::Exit(code) => (Phase::Done, Action::Exit(*code)),
+            Then::Exit(code) => {
+                // A failure elsewhere has no code to pass on.
+                let code = code.or(cause).unwrap_or(ExitCode::Failure);
+                (Phase::Done, Action::Exit(code))
+            }
+            Then::Await | Then::Rejoin => (Phase::Joining, Action::Send(ToCoordinator::Join)),
         };
         self.phase = next;
-        let report = self.failure.take().map(|(local_rank, exit)| Action::Report { local_rank, exit });
+        let report = self.failed.then_some(Action::Report(ends));
+        self.failed = false;
         report.into_iter().chain([last]).collect()
     }
+
+    /// How the ranks ended, each once, in order of their failures.
+    fn ends(&mut self) -> Vec<End> {
+        let mut ends = std::mem::take(&mut self.ends);
+        ends.sort_by_key(|end| (end.exit.is_success(), end.at));
+        let mut seen = BTreeMap::new();
+        ends.retain(|end| seen.insert(end.local_rank, ()).is_none());
+        ends
+    }
+}
+
+fn name_of(signal: i32) -> String {
+    signal_name(signal).map_or_else(|| format!("signal {signal}"), ToOwned::to_owned)
 }

@@ -7,9 +7,14 @@
 //! - **AG-2** Ranks start only when a round starts; the coordinator alone decides on restarts.
 //! - **AG-3** The agent exits once, and does nothing afterwards.
 //! - **AG-4** Ranks that were asked to end are killed once the shutdown timeout is over.
+//! - **AG-5** An attempt that failed is reported once, with each rank that ended in it once and the first failure at the front.
 
+mod exit;
+mod hangs;
 mod machine;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use machine::{Action, Agent, Event, Exit};
+pub(crate) use exit::Exit;
+pub(crate) use hangs::{Hang, HangWatch};
+pub(crate) use machine::{Action, Agent, End, Event, Rules};

@@ -18,15 +18,25 @@ fn started(number: u64) -> Event {
 }
 
 fn closed(success: bool) -> Event {
-    Event::Coordinator(ToAgent::Closed { success, reason: "r".into() })
+    Event::Coordinator(ToAgent::Closed { success, reason: "r".into(), no_restart: None })
 }
 
 fn exited(local_rank: u32, exit: Exit) -> Event {
-    Event::Exited { local_rank, exit }
+    Event::Exited { local_rank, exit, failed_at: None }
 }
 
 fn agent() -> Agent {
-    Agent::new(2, TIMEOUT)
+    let fatal_exit_codes = BTreeSet::from([64]);
+    Agent::new(Rules { local_world_size: 2, shutdown_timeout: TIMEOUT, fatal_exit_codes })
+}
+
+/// The ranks and ends of a report, in its order.
+fn reported(actions: &[Action]) -> Vec<(u32, Exit)> {
+    let report = actions.iter().find_map(|action| match action {
+        Action::Report(ends) => Some(ends.iter().map(|end| (end.local_rank, end.exit.clone())).collect()),
+        _ => None,
+    });
+    report.unwrap_or_else(|| panic!("no report in {actions:?}"))
 }
 
 #[test]
@@ -43,16 +53,62 @@ fn a_good_run_waits_for_the_others() {
 fn a_failed_rank_stops_the_others_and_its_code_passes_through() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
-    let actions = agent.handle(NOW, exited(1, Exit::Code(3)));
-    let [Action::Send(ToCoordinator::Failed { round: 0, reason }), Action::Terminate] = &actions[..] else {
+    let actions = agent.handle(NOW + Duration::from_secs(7), exited(1, Exit::Code(3)));
+    let [Action::Send(ToCoordinator::Failed { round: 0, reason, uptime, hopeless: None }), Action::Ask(15)] =
+        &actions[..]
+    else {
         panic!("{actions:?}")
     };
     assert!(reason.contains("local rank 1: exit code 3"), "{reason}");
+    assert_eq!(uptime.as_secs(), 7);
     assert_eq!(agent.handle(NOW, closed(false)), [], "AG-1");
-    let report = Action::Report { local_rank: 1, exit: Exit::Code(3) };
     let actions = agent.handle(NOW, exited(0, Exit::Signal(15)));
-    assert_eq!(actions, [report, Action::Exit(ExitCode::Rank(3))]);
+    assert_eq!(reported(&actions), [(1, Exit::Code(3)), (0, Exit::Signal(15))], "AG-5");
+    assert_eq!(actions[1], Action::Exit(ExitCode::Rank(3)));
     assert_eq!(agent.handle(NOW, started(1)), [], "AG-3");
+}
+
+#[test]
+fn the_cause_is_what_failed_first_not_what_ended_first() {
+    let mut agent = agent();
+    agent.handle(NOW, started(0));
+    agent.handle(NOW + Duration::from_secs(9), exited(1, Exit::Code(1)));
+    agent.handle(NOW, closed(false));
+    let earlier = Event::Exited { local_rank: 0, exit: Exit::Code(5), failed_at: Some(NOW * 2) };
+    let actions = agent.handle(NOW + Duration::from_secs(10), earlier);
+    assert_eq!(reported(&actions), [(0, Exit::Code(5)), (1, Exit::Code(1))]);
+    assert_eq!(actions[1], Action::Exit(ExitCode::Rank(5)));
+}
+
+#[test]
+fn why_there_is_no_restart_is_said() {
+    for exit in [Exit::Code(64), Exit::NotStarted { code: ExitCode::NotFound, reason: "r".into() }] {
+        let mut agent = agent();
+        agent.handle(NOW, started(0));
+        let actions = agent.handle(NOW, exited(1, exit));
+        let Action::Send(ToCoordinator::Failed { hopeless: Some(why), .. }) = &actions[0] else {
+            panic!("{actions:?}")
+        };
+        let no_restart = Some(why.clone());
+        let over = ToAgent::Closed { success: false, reason: "r".into(), no_restart };
+        let said = agent.handle(NOW, Event::Coordinator(over));
+        assert_eq!(said, [Action::Say(format!("no restart: {why}"))]);
+    }
+}
+
+#[test]
+fn a_hang_is_the_cause_of_what_follows() {
+    let mut agent = agent();
+    agent.handle(NOW, started(0));
+    let hang = Event::Hung { local_rank: 1, reason: "no step".into() };
+    let actions = agent.handle(NOW, hang.clone());
+    assert!(matches!(&actions[..], [Action::Say(_), Action::Send(_), Action::Ask(15)]), "{actions:?}");
+    assert_eq!(agent.handle(NOW, hang), [], "once");
+    agent.handle(NOW, closed(false));
+    agent.handle(NOW, exited(1, Exit::Signal(9)));
+    let actions = agent.handle(NOW, exited(0, Exit::Code(1)));
+    assert_eq!(reported(&actions), [(1, Exit::Hung("no step".into())), (0, Exit::Code(1))], "AG-5");
+    assert_eq!(actions[1], Action::Exit(ExitCode::Failure));
 }
 
 #[test]
@@ -68,29 +124,41 @@ fn a_restart_waits_for_the_last_rank() {
 }
 
 #[test]
-fn ranks_that_do_not_end_are_killed() {
+fn ranks_that_do_not_end_are_asked_then_told_then_killed() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
-    agent.handle(NOW, Event::Signal(15));
-    assert_eq!(agent.deadline(), Some(NOW + TIMEOUT));
+    let actions = agent.handle(NOW, Event::Stop(2));
+    assert!(actions.contains(&Action::Ask(2)), "{actions:?}");
+    let told_at = agent.deadline().unwrap();
+    assert!(told_at > NOW && told_at < NOW + TIMEOUT);
     assert_eq!(
         agent.handle(NOW, Event::CoordinatorLost("gone".into())),
         [],
         "the reason to end stays the signal"
     );
     assert_eq!(agent.handle(NOW, Event::Tick), []);
+    assert_eq!(agent.handle(told_at, Event::Tick), [Action::Terminate]);
+    assert_eq!(agent.deadline(), Some(NOW + TIMEOUT));
     assert_eq!(agent.handle(NOW + TIMEOUT, Event::Tick)[1], Action::Kill, "AG-4");
     agent.handle(NOW, exited(0, Exit::Signal(9)));
     let actions = agent.handle(NOW, exited(1, Exit::Signal(9)));
-    assert_eq!(actions, [Action::Exit(ExitCode::Signal(15))]);
+    assert_eq!(actions, [Action::Exit(ExitCode::Signal(2))]);
 }
 
 #[test]
 fn a_second_signal_kills_at_once() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
-    assert!(agent.handle(NOW, Event::Signal(2)).contains(&Action::Terminate));
-    assert!(agent.handle(NOW, Event::Signal(2)).contains(&Action::Kill));
+    assert!(agent.handle(NOW, Event::Stop(2)).contains(&Action::Ask(2)));
+    assert!(agent.handle(NOW, Event::Stop(2)).contains(&Action::Kill));
+}
+
+#[test]
+fn other_signals_are_passed_on_while_ranks_live() {
+    let mut agent = agent();
+    assert!(matches!(agent.handle(NOW, Event::Forward(10))[..], [Action::Say(_)]));
+    agent.handle(NOW, started(0));
+    assert_eq!(agent.handle(NOW, Event::Forward(10)), [Action::Forward(10)]);
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -101,7 +169,9 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (0_u64..3)
             .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into() })),
         1 => any::<bool>().prop_map(closed),
-        1 => Just(Event::Signal(15)),
+        1 => Just(Event::Stop(15)),
+        1 => (0_u32..2).prop_map(|local_rank| Event::Hung { local_rank, reason: "h".into() }),
+        1 => Just(Event::Forward(10)),
         1 => Just(Event::CoordinatorLost("l".into())),
         1 => Just(Event::Tick),
     ]
@@ -113,7 +183,7 @@ proptest! {
         let mut agent = agent();
         let mut alive = BTreeSet::new();
         let mut done = false;
-        for event in events.into_iter().chain([Event::Signal(15), exited(0, Exit::Code(0)), exited(1, Exit::Code(0))]) {
+        for event in events.into_iter().chain([Event::Stop(15), exited(0, Exit::Code(0)), exited(1, Exit::Code(0))]) {
             let is_start = matches!(event, Event::Coordinator(ToAgent::RoundStarted(_)));
             if let Event::Exited { local_rank, .. } = &event {
                 alive.remove(local_rank);
@@ -121,6 +191,11 @@ proptest! {
             for action in agent.handle(NOW, event) {
                 prop_assert!(!done, "AG-3");
                 match action {
+                    Action::Report(ends) => {
+                        let ranks: BTreeSet<_> = ends.iter().map(|end| end.local_rank).collect();
+                        prop_assert_eq!((ranks.len(), ends.len()), (2, 2), "AG-5");
+                        prop_assert!(!ends[0].exit.is_success(), "AG-5");
+                    }
                     Action::Spawn(_) => {
                         prop_assert!(is_start && alive.is_empty(), "AG-1, AG-2");
                         alive = BTreeSet::from([0, 1]);

@@ -77,6 +77,11 @@ pub(super) fn count_gpus() -> u32 {
     }
 }
 
+/// How many logical CPUs this process may use.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,11 +3,32 @@
 
 mod args;
 mod devices;
+mod fill;
+mod generate;
+mod lists;
 mod plan;
 mod program;
 mod streams;
 
-pub use args::{Cli, LaunchArgs};
+pub use args::{Cli, Generate, LaunchArgs, TorchrunArgs};
+pub(crate) use devices::cores;
+pub use generate::generate;
+pub(crate) use plan::{HangTimeout, HostRole, Rotation};
 pub use plan::{LaunchPlan, UsageError};
 pub use program::Program;
-pub use streams::{PerRank, Streams};
+pub(crate) use streams::PerRank;
+
+impl Cli {
+    /// What the command line asks for.
+    ///
+    /// # Errors
+    /// [`UsageError`] names the option.
+    pub fn plan(self) -> Result<LaunchPlan, UsageError> {
+        let (mut args, mut notes) = (self.launch, Vec::new());
+        self.torchrun.translate(&mut args, &mut notes)?;
+        let program = Program::find(self.command, self.torchrun.form()?)?;
+        let mut plan = LaunchPlan::new(&args, program)?;
+        plan.notes.splice(0..0, notes);
+        Ok(plan)
+    }
+}

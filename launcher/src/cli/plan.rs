@@ -3,11 +3,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ice_proto::backend::{DistBackend, RankDevice};
+use ice_proto::rendezvous::RestartPolicy;
+use nix::sys::signal::Signal;
 
-use super::{LaunchArgs, PerRank, Program, devices};
+use super::{LaunchArgs, PerRank, Program, devices, fill, lists};
 
 /// torchrun's port.
 const DEFAULT_PORT: u16 = 29500;
+/// How long nodes wait for each other; torchrun's default.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
+/// torchrun's default.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// An option that cannot be carried out: its name, its value, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -26,95 +32,201 @@ impl UsageError {
 /// What is to be launched, checked as far as that is possible before anything is started.
 #[derive(Debug, Clone)]
 pub struct LaunchPlan {
-    /// What is started.
-    pub program: Program,
+    pub(crate) program: Program,
     /// One device per rank of this node.
-    pub devices: Vec<RankDevice>,
-    /// Backend of the collectives.
-    pub backend: DistBackend,
-    /// Number of nodes.
-    pub nnodes: u32,
-    /// Rank of this node, where given.
-    pub node_rank: Option<u32>,
-    /// Host of node 0.
-    pub master_addr: String,
-    /// Port of node 0; 0 for a free one.
-    pub master_port: u16,
-    /// Identifier of the job.
-    pub run_id: String,
-    /// Name of the role.
-    pub role: String,
-    /// Restarts of the worker group.
-    pub max_restarts: u32,
-    /// Period of progress lines.
-    pub monitor_interval: Duration,
-    /// Time from SIGTERM to SIGKILL.
-    pub shutdown_timeout: Duration,
+    pub(crate) devices: Vec<RankDevice>,
+    pub(crate) backend: DistBackend,
+    pub(crate) role: String,
     /// Threads per rank, where given.
-    pub omp_num_threads: Option<u32>,
+    pub(crate) omp_num_threads: Option<u32>,
+    pub(crate) virtual_local_rank: bool,
+    pub(crate) nnodes: u32,
+    /// Rank of this node, where given.
+    pub(crate) node_rank: Option<u32>,
+    pub(crate) master_addr: String,
+    /// Port of the endpoint; 0 for a free one.
+    pub(crate) master_port: u16,
+    pub(crate) host: HostRole,
+    pub(crate) join_timeout: Duration,
+    pub(crate) run_id: String,
+    pub(crate) restarts: RestartPolicy,
+    /// Exit codes that end the job whatever restarts are left.
+    pub(crate) fatal_exit_codes: BTreeSet<u8>,
+    pub(crate) hang_timeout: HangTimeout,
+    /// How often ranks are looked at for hangs.
+    pub(crate) monitor_interval: Duration,
+    /// From the request to end to SIGKILL.
+    pub(crate) shutdown_timeout: Duration,
+    /// Signals that stop the job.
+    pub(crate) signals: Vec<Signal>,
+    pub(crate) logs: LogPlan,
+    /// File for the events, where given.
+    pub(crate) events: Option<PathBuf>,
+    pub(crate) progress_interval: Duration,
+    /// What the user should know before it starts, one line each.
+    pub(crate) notes: Vec<String>,
+}
+
+/// Where output goes.
+#[derive(Debug, Clone)]
+pub(crate) struct LogPlan {
     /// Streams that go to files.
-    pub redirects: PerRank,
+    pub(crate) redirects: PerRank,
     /// Streams that go to files and to the console.
-    pub tee: PerRank,
-    /// Folder for the logs, where given.
-    pub log_dir: Option<PathBuf>,
+    pub(crate) tee: PerRank,
+    pub(crate) folder: Option<PathBuf>,
+    /// The local ranks that reach the console; all where `None`.
+    pub(crate) console_ranks: Option<BTreeSet<u32>>,
+    /// Texts that select the lines of stdout and of stderr that are written once more.
+    pub(crate) filters: [Vec<String>; 2],
+    /// Template of what stands before a line.
+    pub(crate) prefix: String,
+    pub(crate) rotation: Option<Rotation>,
+}
+
+/// When a log file is set aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rotation {
+    /// In bytes.
+    pub(crate) size: u64,
+    /// Files kept beside the current one.
+    pub(crate) keep: u32,
+}
+
+/// Who hosts the coordinator and the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HostRole {
+    This,
+    Other,
+    /// This agent, if the endpoint's address is this machine's and nobody listens there.
+    Elect,
+}
+
+/// After how long without a step a job has failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HangTimeout {
+    /// The default for ranks that report their steps; none for others.
+    Default,
+    Never,
+    After(Duration),
 }
 
 impl LaunchPlan {
-    /// Checks the arguments.
+    /// Takes what is not given from the cluster that this process runs in, and checks all.
     ///
     /// # Errors
-    /// [`UsageError`] names the option.
+    /// [`UsageError`] names the option or the variable.
     pub fn new(args: &LaunchArgs, program: Program) -> Result<Self, UsageError> {
-        let devices = devices::parse(&args.devices, devices::count_gpus())
-            .map_err(|problem| UsageError::new("--devices", format!("`{}`: {problem}", args.devices)))?;
-        let nnodes = nnodes(&args.nnodes)?;
-        if nnodes > 1 && args.node_rank.is_none() {
-            let problem = format!(
-                "missing, and --nnodes is {nnodes}: give each node its own, from 0 to {}",
-                nnodes - 1
-            );
-            return Err(UsageError::new("--node-rank", problem));
-        }
-        if let Some(rank) = args.node_rank.filter(|rank| *rank >= nnodes) {
-            let problem = format!("{rank} with --nnodes {nnodes}: node ranks go from 0 to {}", nnodes - 1);
-            return Err(UsageError::new("--node-rank", problem));
-        }
-        if args.run_id.is_empty() || args.run_id.contains('/') {
-            return Err(UsageError::new(
-                "--run-id",
-                format!("`{}` is part of file names: no `/`", args.run_id),
-            ));
+        let (mut args, mut notes) = (args.clone(), Vec::new());
+        fill::fill(&mut args, &mut notes, &|name| std::env::var(name).ok())?;
+        Ok(Self { notes, ..Self::check(&args, program)? })
+    }
+
+    fn check(args: &LaunchArgs, program: Program) -> Result<Self, UsageError> {
+        let text = args.devices.as_deref().unwrap_or("auto");
+        let devices = devices::parse(text, devices::count_gpus())
+            .map_err(|problem| UsageError::new("--devices", format!("`{text}`: {problem}")))?;
+        let nnodes = nnodes(args.nnodes.as_deref().unwrap_or("1"))?;
+        let host = host(args, nnodes)?;
+        let run_id = args.run_id.clone().unwrap_or_else(|| "none".into());
+        if run_id.is_empty() || run_id.contains('/') {
+            return Err(UsageError::new("--run-id", format!("`{run_id}` is part of file names: no `/`")));
         }
         if args.omp_num_threads == Some(0) {
             return Err(UsageError::new("--omp-num-threads", "0: a rank needs a thread".into()));
         }
-        let streams =
-            |option, text: &str| PerRank::parse(text).map_err(|problem| UsageError::new(option, problem));
+        let named = |option| move |problem| UsageError::new(option, problem);
+        let seconds = |option, value| lists::seconds(value).map_err(named(option));
+        let shutdown_timeout = match args.shutdown_timeout {
+            Some(value) => seconds("--shutdown-timeout", value)?,
+            None => shutdown_timeout_of_torch()?,
+        };
+        let restarts = RestartPolicy {
+            max_restarts: args.max_restarts,
+            window: args.restart_window.map(|value| seconds("--restart-window", value)).transpose()?,
+            backoff: seconds("--restart-backoff", args.restart_backoff)?,
+            crash_loop: args.crash_loop_limit,
+        };
+        let codes = args.fatal_exit_codes.as_deref().unwrap_or_default();
         Ok(Self {
             program,
             backend: backend(&args.dist_backend, &devices)?,
             devices,
+            role: args.role.clone(),
+            omp_num_threads: args.omp_num_threads,
+            virtual_local_rank: args.virtual_local_rank,
             nnodes,
             node_rank: args.node_rank,
-            master_addr: args.master_addr.clone(),
+            master_addr: args.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),
             master_port: args.master_port.unwrap_or(if nnodes > 1 { DEFAULT_PORT } else { 0 }),
-            run_id: args.run_id.clone(),
-            role: args.role.clone(),
-            max_restarts: args.max_restarts,
+            host,
+            join_timeout: args.rendezvous.join_timeout.unwrap_or(JOIN_TIMEOUT),
+            run_id,
+            restarts,
+            fatal_exit_codes: lists::numbers(codes).map_err(named("--fatal-exit-codes"))?,
+            hang_timeout: match args.hang_timeout {
+                None => HangTimeout::Default,
+                Some(0.0) => HangTimeout::Never,
+                Some(value) => HangTimeout::After(seconds("--hang-timeout", value)?),
+            },
             monitor_interval: seconds("--monitor-interval", args.monitor_interval)?,
-            shutdown_timeout: seconds("--shutdown-timeout", args.shutdown_timeout)?,
-            omp_num_threads: args.omp_num_threads,
-            redirects: streams("--redirects", &args.redirects)?,
-            tee: streams("--tee", &args.tee)?,
-            log_dir: args.log_dir.clone(),
+            shutdown_timeout,
+            signals: lists::signals(&args.signals_to_handle).map_err(named("--signals-to-handle"))?,
+            logs: logs(args)?,
+            events: args.events.clone(),
+            progress_interval: seconds("--progress-interval", args.progress_interval)?,
+            notes: Vec::new(),
         })
     }
+}
 
-    /// Whether this agent hosts the coordinator and the store.
-    pub fn is_host(&self) -> bool {
-        self.node_rank.unwrap_or(0) == 0
+fn host(args: &LaunchArgs, nnodes: u32) -> Result<HostRole, UsageError> {
+    if let Some(rank) = args.node_rank.filter(|rank| *rank >= nnodes) {
+        let problem = format!("{rank} with --nnodes {nnodes}: node ranks go from 0 to {}", nnodes - 1);
+        return Err(UsageError::new("--node-rank", problem));
     }
+    Ok(match (args.rendezvous.is_host, args.node_rank) {
+        (Some(true), _) => HostRole::This,
+        (Some(false), _) => HostRole::Other,
+        (None, _) if nnodes == 1 => HostRole::This,
+        (None, None) if args.rendezvous.elect => HostRole::Elect,
+        (None, Some(0)) => HostRole::This,
+        (None, Some(_)) => HostRole::Other,
+        (None, None) => {
+            let problem = format!(
+                "missing, and --nnodes is {nnodes}: give each node its own, from 0 to {}, or use --rdzv-backend c10d",
+                nnodes - 1
+            );
+            return Err(UsageError::new("--node-rank", problem));
+        }
+    })
+}
+
+fn logs(args: &LaunchArgs) -> Result<LogPlan, UsageError> {
+    let streams =
+        |option, text: &str| PerRank::parse(text).map_err(|problem| UsageError::new(option, problem));
+    let ranks = lists::numbers(&args.local_ranks_filter)
+        .map_err(|problem| UsageError::new("--local-ranks-filter", problem))?;
+    let size = args.log_max_size.as_deref().map(lists::bytes).transpose();
+    let size = size.map_err(|problem| UsageError::new("--log-max-size", problem))?;
+    Ok(LogPlan {
+        redirects: streams("--redirects", &args.redirects)?,
+        tee: streams("--tee", &args.tee)?,
+        folder: args.log_dir.clone(),
+        console_ranks: (!ranks.is_empty()).then_some(ranks),
+        filters: [&args.duplicate_stdout_filters, &args.duplicate_stderr_filters]
+            .map(|text| lists::texts(text)),
+        prefix: args.log_prefix.clone(),
+        rotation: size.map(|size| Rotation { size, keep: args.log_keep }),
+    })
+}
+
+/// torchrun's variable for `--shutdown-timeout`.
+fn shutdown_timeout_of_torch() -> Result<Duration, UsageError> {
+    const NAME: &str = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT";
+    let Ok(text) = std::env::var(NAME) else { return Ok(SHUTDOWN_TIMEOUT) };
+    let seconds = text.trim().parse().map_err(|_| format!("`{text}` is not a number of seconds"));
+    seconds.and_then(lists::seconds).map_err(|problem| UsageError::new(NAME, problem))
 }
 
 fn nnodes(text: &str) -> Result<u32, UsageError> {
@@ -147,11 +259,6 @@ fn backend(text: &str, devices: &[RankDevice]) -> Result<DistBackend, UsageError
     }
 }
 
-fn seconds(option: &'static str, value: f64) -> Result<Duration, UsageError> {
-    Duration::try_from_secs_f64(value)
-        .map_err(|_| UsageError::new(option, format!("{value} is not a number of seconds")))
-}
-
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -161,22 +268,32 @@ mod tests {
 
     fn plan(args: &[&str]) -> Result<LaunchPlan, String> {
         let cli = Cli::try_parse_from(["ice-launch"].iter().chain(args).chain(&["sh"])).unwrap();
-        let program = Program { path: "/bin/sh".into(), args: Vec::new() };
-        LaunchPlan::new(&cli.launch, program).map_err(|error| error.to_string())
+        cli.plan().map_err(|error| error.to_string())
     }
 
     #[test]
     fn defaults() {
         let plan = plan(&["--devices", "cpu"]).unwrap();
-        assert_eq!((plan.nnodes, plan.master_port, plan.max_restarts), (1, 0, 0));
-        assert!(plan.is_host() && plan.redirects.is_empty());
+        assert_eq!((plan.nnodes, plan.master_port, plan.restarts.max_restarts), (1, 0, 0));
+        assert!(plan.host == HostRole::This && plan.logs.redirects.is_empty());
+        assert_eq!(plan.signals.len(), 4);
         assert_eq!(plan.backend, DistBackend::Gloo);
     }
 
     #[test]
     fn several_nodes_use_torchruns_port() {
         let plan = plan(&["--nnodes", "2:2", "--node_rank", "1", "--devices", "cpu:0-1"]).unwrap();
-        assert_eq!((plan.nnodes, plan.master_port, plan.is_host()), (2, 29500, false));
+        assert_eq!((plan.nnodes, plan.master_port, plan.host), (2, 29500, HostRole::Other));
+    }
+
+    #[test]
+    fn who_hosts() {
+        let host = |args: &[&str]| plan(&[&["--nnodes=2", "--devices=cpu"], args].concat()).unwrap().host;
+        assert_eq!(host(&["--node-rank=0"]), HostRole::This);
+        assert_eq!(host(&["--node-rank=1"]), HostRole::Other);
+        assert_eq!(host(&["--rdzv-backend=c10d"]), HostRole::Elect);
+        assert_eq!(host(&["--rdzv-backend=c10d", "--rdzv-conf=is_host=0"]), HostRole::Other);
+        assert_eq!(plan(&["--rdzv-backend=c10d", "--devices=cpu"]).unwrap().host, HostRole::This);
     }
 
     #[test]
@@ -192,6 +309,9 @@ mod tests {
             (&["--devices", "cpu", "--dist-backend", "mpi"], &["--dist-backend", "`mpi`"]),
             (&["--devices", "cpu", "--tee", "9"], &["--tee", "`9`"]),
             (&["--devices", "cpu", "--shutdown-timeout=-1"], &["--shutdown-timeout", "-1"]),
+            (&["--devices", "cpu", "--fatal-exit-codes=2,x"], &["--fatal-exit-codes", "`x`"]),
+            (&["--devices", "cpu", "--signals-to-handle=SIGKILL"], &["--signals-to-handle", "`SIGKILL`"]),
+            (&["--devices", "cpu", "--log-max-size=1X"], &["--log-max-size", "`1X`"]),
         ] {
             let error = plan(args).unwrap_err();
             assert!(named.iter().all(|part| error.contains(part)), "{args:?}: {error}");
@@ -203,6 +323,6 @@ mod tests {
         let cli =
             Cli::try_parse_from(["ice-launch", "--devices", "cpu", "prog", "--devices", "x", "-t"]).unwrap();
         assert_eq!(cli.command, ["prog", "--devices", "x", "-t"]);
-        assert_eq!(cli.launch.devices, "cpu");
+        assert_eq!(cli.launch.devices.as_deref(), Some("cpu"));
     }
 }

@@ -1,9 +1,14 @@
-use std::ffi::OsString;
+use std::borrow::Cow;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use super::UsageError;
+
+/// Stands for the local rank in an argument, as with torchrun.
+const LOCAL_RANK: &[u8] = b"${local_rank}";
 
 /// What is started as every rank.
 #[derive(Debug, Clone)]
@@ -12,6 +17,19 @@ pub struct Program {
     pub path: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
+}
+
+/// How a program is to be executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// A `.py` file with python, anything else by itself.
+    Guess,
+    /// By itself.
+    Executable,
+    /// A Python script.
+    Script,
+    /// A Python module.
+    Module,
 }
 
 impl Program {
@@ -25,37 +43,66 @@ impl Program {
         Ok(Self { path, args: env::args_os().skip(1).collect() })
     }
 
-    /// Finds the program of a command line as a shell would; a `.py` file runs with the `python` of the PATH. Whether it can be executed is found
-    /// out when it is started.
-    ///
-    /// # Errors
-    /// [`UsageError`] where there is no such file.
-    pub fn find(command: Vec<OsString>) -> Result<Self, UsageError> {
+    /// Finds the program of a command line as a shell would. Python is `PYTHON_EXEC`, or the `python` of the PATH. Whether the program can be
+    /// executed is found out when it is started.
+    pub(crate) fn find(command: Vec<OsString>, form: Form) -> Result<Self, UsageError> {
         let mut args = command.into_iter();
         let program = args.next().map(PathBuf::from);
         let program = program.ok_or_else(|| UsageError::new("program", "none was given".into()))?;
-        if program.extension().is_some_and(|extension| extension == "py") {
-            exists(&program)?;
-            let python = ["python", "python3"].iter().find_map(|name| in_path(Path::new(name)));
-            let path = python.ok_or_else(|| {
-                UsageError::new("program", "a Python script, and no `python` in the PATH".into())
-            })?;
-            return Ok(Self { path, args: [program.into()].into_iter().chain(args).collect() });
-        }
-        let path = if program.components().count() > 1 {
-            exists(&program)?;
-            program
-        } else {
-            in_path(&program).ok_or_else(|| {
-                let name = program.display();
-                UsageError::new(
-                    "program",
-                    format!("`{name}` is not in the PATH; for a file here write ./{name}"),
-                )
-            })?
+        let is_script = program.extension().is_some_and(|extension| extension == "py");
+        let python_args: Vec<OsString> = match form {
+            Form::Module => vec!["-u".into(), "-m".into(), program.into()],
+            Form::Script | Form::Guess if is_script || form == Form::Script => {
+                exists(&program)?;
+                vec!["-u".into(), program.into()]
+            }
+            _ => return Ok(Self { path: executable(program)?, args: args.collect() }),
         };
-        Ok(Self { path, args: args.collect() })
+        Ok(Self { path: python()?, args: python_args.into_iter().chain(args).collect() })
     }
+
+    /// The arguments as this rank gets them.
+    pub(crate) fn args_of(&self, local_rank: u32) -> impl Iterator<Item = Cow<'_, OsStr>> {
+        let number = local_rank.to_string();
+        self.args.iter().map(move |argument| substitute(argument, number.as_bytes()))
+    }
+}
+
+fn substitute<'a>(argument: &'a OsStr, number: &[u8]) -> Cow<'a, OsStr> {
+    let mut rest = argument.as_bytes();
+    let find = |text: &[u8]| text.windows(LOCAL_RANK.len()).position(|part| part == LOCAL_RANK);
+    if find(rest).is_none() {
+        return Cow::Borrowed(argument);
+    }
+    let mut whole = Vec::new();
+    while let Some(at) = find(rest) {
+        whole.extend_from_slice(&rest[..at]);
+        whole.extend_from_slice(number);
+        rest = &rest[at + LOCAL_RANK.len()..];
+    }
+    whole.extend_from_slice(rest);
+    Cow::Owned(OsString::from_vec(whole))
+}
+
+fn python() -> Result<PathBuf, UsageError> {
+    if let Some(python) = env::var_os("PYTHON_EXEC").filter(|python| !python.is_empty()) {
+        return executable(python.into());
+    }
+    ["python", "python3"].iter().find_map(|name| in_path(Path::new(name))).ok_or_else(|| {
+        let problem = "needs Python, and there is no `python` in the PATH: activate its environment, or set PYTHON_EXEC";
+        UsageError::new("program", problem.into())
+    })
+}
+
+fn executable(program: PathBuf) -> Result<PathBuf, UsageError> {
+    if program.components().count() > 1 {
+        exists(&program)?;
+        return Ok(program);
+    }
+    in_path(&program).ok_or_else(|| {
+        let name = program.display();
+        UsageError::new("program", format!("`{name}` is not in the PATH; for a file here write ./{name}"))
+    })
 }
 
 fn exists(file: &Path) -> Result<(), UsageError> {
@@ -73,4 +120,41 @@ fn in_path(name: &Path) -> Option<PathBuf> {
         fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
     };
     env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(name)).find(executable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_local_rank_is_put_into_arguments() {
+        for (argument, expected) in [
+            ("--gpu=${local_rank}", "--gpu=7"),
+            ("${local_rank}${local_rank}", "77"),
+            ("$local_rank", "$local_rank"),
+            ("", ""),
+        ] {
+            assert_eq!(substitute(OsStr::new(argument), b"7"), OsStr::new(expected));
+        }
+    }
+
+    #[test]
+    fn forms_are_told_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = folder.path().join("train.py");
+        fs::write(&script, "").unwrap();
+        let args = |form, program: &Path| {
+            let program = Program::find(vec![program.into(), "--lr".into()], form).unwrap();
+            (program.path, program.args)
+        };
+        let (path, found) = args(Form::Guess, &script);
+        assert!(path.file_name().unwrap().to_str().unwrap().starts_with("python"), "{path:?}");
+        assert_eq!(found, [OsStr::new("-u"), script.as_os_str(), OsStr::new("--lr")]);
+        let (_, found) = args(Form::Module, Path::new("a.module"));
+        assert_eq!(found, ["-u", "-m", "a.module", "--lr"]);
+        let (path, found) = args(Form::Executable, &script);
+        assert_eq!((path, found), (script.clone(), vec!["--lr".into()]));
+        let (path, _) = args(Form::Guess, Path::new("sh"));
+        assert!(path.ends_with("sh"));
+    }
 }

@@ -4,28 +4,28 @@ use std::collections::BTreeMap;
 
 /// Standard streams of a rank.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Streams {
+pub(crate) struct Streams {
     /// Standard output.
-    pub stdout: bool,
+    pub(crate) stdout: bool,
     /// Standard error.
-    pub stderr: bool,
+    pub(crate) stderr: bool,
 }
 
 /// Streams by local rank.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct PerRank {
+pub(crate) struct PerRank {
     all: Streams,
     some: BTreeMap<u32, Streams>,
 }
 
 impl PerRank {
     /// The streams of a rank. Where single ranks are named, the others have none.
-    pub fn of(&self, local_rank: u32) -> Streams {
+    pub(crate) fn of(&self, local_rank: u32) -> Streams {
         self.some.get(&local_rank).copied().unwrap_or(self.all)
     }
 
     /// Whether no stream of any rank is named.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 

@@ -1,6 +1,5 @@
 //! What the cluster that started this process says about its part in the job, so that a job script names no nodes, ranks or addresses.
 //! Pure: it reads nothing but the variables it is handed. A flag given wins; that is up to the command line.
-#![cfg_attr(not(test), expect(dead_code, reason = "wired by the command line"))]
 
 mod hostlist;
 mod kubernetes;
@@ -44,9 +43,9 @@ pub(crate) struct Cluster {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{variable}: `{value}`: {problem}")]
 pub(crate) struct ClusterError {
-    variable: &'static str,
-    value: String,
-    problem: String,
+    pub(crate) variable: &'static str,
+    pub(crate) value: String,
+    pub(crate) problem: String,
 }
 
 impl ClusterError {

@@ -1,4 +1,4 @@
-//! The ranks of this node in a round, with all that hangs on them.
+//! The ranks of this node in a round: starting them, signalling them, and reporting on them.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -6,20 +6,21 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::SystemTime;
 
-use ice_proto::error_file;
 use ice_proto::exit::ExitCode;
 use ice_proto::link::Up;
 use ice_proto::rendezvous::Round;
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::Signal;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 
-use super::{RankEvent, hostname, link};
-use crate::agent::Exit;
-use crate::logs::{Console, LogFolder, Pump, RankFiles, Sink, TAIL_LINES, Target};
-use crate::report::Failure;
+use super::member::Member;
+use super::{RankEvent, hostname};
+use crate::agent::{End, Exit};
+use crate::logs::{Console, Files, Filtered, LogFile, LogFolder, Names, Pump, RankFiles, Sink, Target};
+use crate::logs::{coloured, prefix};
+use crate::report::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, Summary};
 use crate::supervise::{Environment, Stdio, spawn};
 use crate::{Error, LaunchPlan};
 
@@ -27,28 +28,19 @@ pub(super) struct Group<'a> {
     plan: &'a LaunchPlan,
     master_port: u16,
     console: Console,
+    files: Files,
     events: mpsc::UnboundedSender<RankEvent>,
     logs: Option<LogFolder>,
     round: Option<Round>,
     ranks: BTreeMap<u32, Member>,
+    summary: Summary,
 }
 
-/// A rank of the round, living or not.
-struct Member {
-    files: RankFiles,
-    process: Option<(u32, Pid)>,
-    alive: bool,
-    /// The pump of stderr, where it goes through one.
-    stderr: Option<Pump>,
-    /// What waits for its end, and what listens to it.
-    tasks: Vec<JoinHandle<()>>,
-    message: Option<String>,
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        self.tasks.iter().for_each(JoinHandle::abort);
-    }
+/// One of the two output streams of a rank.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stream {
+    Stdout,
+    Stderr,
 }
 
 impl<'a> Group<'a> {
@@ -56,9 +48,12 @@ impl<'a> Group<'a> {
         plan: &'a LaunchPlan,
         master_port: u16,
         console: Console,
+        files: Files,
         events: mpsc::UnboundedSender<RankEvent>,
     ) -> Self {
-        Self { plan, master_port, console, events, logs: None, round: None, ranks: BTreeMap::new() }
+        let summary = Summary::new(&plan.run_id);
+        let (logs, round, ranks) = (None, None, BTreeMap::new());
+        Self { plan, master_port, console, files, events, logs, round, ranks, summary }
     }
 
     /// Starts all ranks. One that cannot be started counts as one that ended.
@@ -68,29 +63,28 @@ impl<'a> Group<'a> {
             None => LogFolder::make(self.plan, &round.run_stamp)?,
         };
         self.ranks.clear();
-        let environment = Environment { plan: self.plan, round: &round, master_port: self.master_port };
-        if (round.number, round.you) == (0, 0) && environment.limits_threads() {
-            self.console.say(
-                "ice-launch: OMP_NUM_THREADS is not set: 1 thread per rank; --omp-num-threads gives more\n",
-            );
-        }
+        let environment = Environment::new(self.plan, &round, self.master_port);
         let mut members = BTreeMap::new();
+        let mut ranks = Vec::new();
         for local_rank in 0..u32::try_from(self.plan.devices.len()).unwrap_or(u32::MAX) {
-            let files = logs.rank(round.restart_count, local_rank)?;
-            let member = match self.start(&round, local_rank, &files) {
+            ranks.push((local_rank, logs.rank(round.restart_count, local_rank)?));
+        }
+        let filtered = [(0, "stdout"), (1, "stderr")].map(|(at, stream)| {
+            let texts: &[String] = &self.plan.logs.filters[at];
+            if texts.is_empty() {
+                return Ok(None);
+            }
+            let path = logs.filtered(round.restart_count, stream);
+            self.files.append_to(&path, None).map(Some).map_err(|source| Error::Logs { path, source })
+        });
+        let [stdout, stderr] = filtered;
+        let filtered = [stdout?, stderr?];
+        for (local_rank, files) in ranks {
+            let member = match self.start(&round, &environment, local_rank, &files, &filtered) {
                 Ok(member) => member,
                 Err(error) => {
-                    let code = match error.kind() {
-                        // A file that is there and not found lacks its interpreter.
-                        io::ErrorKind::NotFound if self.plan.program.path.exists() => ExitCode::NotExecutable,
-                        io::ErrorKind::NotFound => ExitCode::NotFound,
-                        io::ErrorKind::PermissionDenied => ExitCode::NotExecutable,
-                        _ if error.raw_os_error() == Some(nix::libc::ENOEXEC) => ExitCode::NotExecutable,
-                        _ => ExitCode::Failure,
-                    };
-                    let reason = format!("cannot execute {}: {error}", self.plan.program.path.display());
-                    let _ =
-                        self.events.send(RankEvent::Exited(local_rank, Exit::NotStarted { code, reason }));
+                    let exit = self.not_started(&error);
+                    let _ = self.events.send(RankEvent::Exited(local_rank, exit));
                     Member::not_started(files)
                 }
             };
@@ -100,117 +94,230 @@ impl<'a> Group<'a> {
         Ok(())
     }
 
-    fn start(&self, round: &Round, local_rank: u32, files: &RankFiles) -> io::Result<Member> {
+    fn not_started(&self, error: &io::Error) -> Exit {
+        let path = &self.plan.program.path;
+        let code = match error.kind() {
+            // A file that is there and not found lacks its interpreter.
+            io::ErrorKind::NotFound if path.exists() => ExitCode::NotExecutable,
+            io::ErrorKind::NotFound => ExitCode::NotFound,
+            io::ErrorKind::PermissionDenied => ExitCode::NotExecutable,
+            _ if error.raw_os_error() == Some(nix::libc::ENOEXEC) => ExitCode::NotExecutable,
+            _ => ExitCode::Failure,
+        };
+        Exit::NotStarted { code, reason: format!("cannot execute {}: {error}", path.display()) }
+    }
+
+    fn start(
+        &self,
+        round: &Round,
+        environment: &Environment,
+        local_rank: u32,
+        files: &RankFiles,
+        filtered: &[Option<LogFile>; 2],
+    ) -> io::Result<Member> {
         let (ours, theirs) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        let ours = tokio::net::UnixStream::from_std(ours)?;
-        let environment = Environment { plan: self.plan, round, master_port: self.master_port };
-        let (redirects, tee) = (self.plan.redirects.of(local_rank), self.plan.tee.of(local_rank));
-        let prefix = format!("[{}{}]:", self.plan.role, environment.first_rank() + local_rank);
+        let host = hostname();
+        let names = Names {
+            role_name: &self.plan.role,
+            rank: environment.first_rank() + local_rank,
+            local_rank,
+            node_rank: round.you,
+            host: &host,
+            run_id: &self.plan.run_id,
+        };
+        let prefix = prefix(&self.plan.logs.prefix, &names);
         let (lives, ended) = watch::channel(());
-
-        let stream =
-            |redirect: bool, tee: bool, target: Target, path: &Path| -> io::Result<(Stdio, Option<Pump>)> {
-                let (file, prefix) = match (redirect, tee) {
-                    (_, true) => (Some(File::create(path)?), prefix.clone()),
-                    (true, false) => return Ok((Stdio::File(File::create(path)?), None)),
-                    // The report needs the last lines of stderr, so that goes through the agent in any case.
-                    (false, false) if target == Target::Stderr => (None, String::new()),
-                    (false, false) => return Ok((Stdio::Inherit, None)),
-                };
-                let (reader, writer): (OwnedFd, OwnedFd) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-                nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
-                let sink = Sink { console: self.console.clone(), target, prefix, file };
-                Ok((Stdio::Pipe(writer), Some(Pump::start(reader, sink, ended.clone())?)))
-            };
+        let [out_filter, err_filter] = filtered;
+        let stream = |stream, path: &Path, filter: &Option<LogFile>| {
+            self.stream(stream, local_rank, path, &prefix, filter.as_ref(), &ended)
+        };
         // The pump of stdout works by itself: nobody asks it for anything.
-        let (stdout, _) = stream(redirects.stdout, tee.stdout, Target::Stdout, &files.stdout)?;
-        let (stderr, stderr_pump) = stream(redirects.stderr, tee.stderr, Target::Stderr, &files.stderr)?;
-
+        let (stdout, _) = stream(Stream::Stdout, &files.stdout, out_filter)?;
+        let (stderr, stderr_pump) = stream(Stream::Stderr, &files.stderr, err_filter)?;
         let variables = environment.of(local_rank, &files.error);
-        let rank = spawn(&self.plan.program, variables, &theirs, [stdout, stderr])?;
-        let process = Some((rank.pid(), rank.group()));
-        let events = self.events.clone();
-        let wait = tokio::spawn(async move {
-            let exit = rank.wait().await;
-            drop(lives);
-            let _ = events.send(RankEvent::Exited(local_rank, exit));
+        let rank = spawn(&self.plan.program, local_rank, variables, &theirs, [stdout, stderr])?;
+        Member::started(local_rank, rank, ours, stderr_pump, lives, files.clone(), &self.events)
+    }
+
+    /// Where a stream of a rank goes, and what carries it there.
+    fn stream(
+        &self,
+        stream: Stream,
+        local_rank: u32,
+        path: &Path,
+        prefix: &str,
+        filter: Option<&LogFile>,
+        ended: &watch::Receiver<()>,
+    ) -> io::Result<(Stdio, Option<Pump>)> {
+        let logs = &self.plan.logs;
+        let pick = |streams: &crate::cli::PerRank| {
+            let streams = streams.of(local_rank);
+            if stream == Stream::Stdout { streams.stdout } else { streams.stderr }
+        };
+        let (redirected, teed) = (pick(&logs.redirects), pick(&logs.tee));
+        let shown = logs.console_ranks.as_ref().is_none_or(|ranks| ranks.contains(&local_rank));
+        let to_file = redirected || teed;
+        let to_console = shown && (teed || !redirected);
+        let filter = filter.filter(|_| to_file);
+        if to_file && !to_console && filter.is_none() && logs.rotation.is_none() {
+            return Ok((Stdio::File(File::create(path)?), None));
+        }
+        // The report needs the last lines of stderr, so that goes through the agent in any case.
+        if !to_file && stream == Stream::Stdout {
+            return Ok((if to_console { Stdio::Inherit } else { Stdio::Null }, None));
+        }
+        let target = match stream {
+            Stream::Stdout => Target::Stdout,
+            Stream::Stderr => Target::Stderr,
+        };
+        let shown_prefix = match (teed, target.is_coloured()) {
+            (false, _) => String::new(),
+            (true, false) => prefix.to_owned(),
+            (true, true) => coloured(prefix, local_rank),
+        };
+        let texts = &logs.filters[usize::from(stream == Stream::Stderr)];
+        let filtered = filter.map(|file| Filtered {
+            texts: texts.clone(),
+            prefix: prefix.to_owned(),
+            file: file.clone(),
         });
-        let listen = tokio::spawn(link::listen(local_rank, ours, self.events.clone()));
-        Ok(Member {
-            files: files.clone(),
-            process,
-            alive: true,
-            stderr: stderr_pump,
-            tasks: vec![wait, listen],
-            message: None,
-        })
+        let file = if to_file { Some(self.files.append_to(path, logs.rotation)?) } else { None };
+        let (reader, writer): (OwnedFd, OwnedFd) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let sink = Sink {
+            console: self.console.clone(),
+            target: to_console.then_some(target),
+            prefix: shown_prefix,
+            file,
+            filtered,
+            files: self.files.clone(),
+        };
+        Ok((Stdio::Pipe(writer), Some(Pump::start(reader, sink, ended.clone())?)))
+    }
+
+    /// Rank within the job.
+    pub(super) fn rank(&self, local_rank: u32) -> u32 {
+        let own = self.round.as_ref().and_then(|round| round.members.get(round.you as usize));
+        own.map_or(0, |own| own.first_rank) + local_rank
     }
 
     /// Notes what a rank said.
-    pub(super) fn said(&mut self, local_rank: u32, message: Up) {
-        match (self.ranks.get_mut(&local_rank), message) {
-            (Some(member), Up::Error { message }) => member.message = Some(message),
-            (_, message) => tracing::debug!(local_rank, ?message, "a rank says"),
+    pub(super) fn said(&mut self, local_rank: u32, message: &Up) {
+        if let Some(member) = self.ranks.get_mut(&local_rank) {
+            member.said(message);
         }
     }
 
-    /// Notes the end of a rank.
-    pub(super) fn exited(&mut self, local_rank: u32) {
-        if let Some(member) = self.ranks.get_mut(&local_rank) {
-            member.alive = false;
-        }
+    /// Notes the end of a rank; returns when it failed by its own account.
+    pub(super) fn exited(&mut self, local_rank: u32, exit: &Exit) -> Option<SystemTime> {
+        let member = self.ranks.get_mut(&local_rank)?;
+        member.exited();
+        if *exit == Exit::Code(0) { None } else { member.failed_at() }
+    }
+
+    /// The processes that live, by local rank.
+    pub(super) fn living(&self) -> BTreeMap<u32, u32> {
+        self.ranks.iter().filter_map(|(rank, member)| Some((*rank, member.living()?))).collect()
+    }
+
+    /// Processes and where their stacks are to be written.
+    pub(super) fn stack_files(&self) -> Vec<(u32, u32, std::path::PathBuf)> {
+        let file = |(rank, member): (&u32, &Member)| {
+            Some((self.rank(*rank), member.living()?, member.files.stacks.clone()))
+        };
+        self.ranks.iter().filter_map(file).collect()
+    }
+
+    pub(super) fn ask(&mut self, signal: Signal) {
+        self.ranks.values_mut().for_each(|member| member.ask(signal));
+    }
+
+    pub(super) fn terminate(&mut self) {
+        self.ranks.values_mut().for_each(Member::terminate);
     }
 
     /// Signals the process groups of all ranks that live.
     pub(super) fn signal(&self, signal: Signal) {
-        for member in self.ranks.values().filter(|member| member.alive) {
-            if let Some((_, group)) = member.process {
-                let _ = killpg(group, signal);
-            }
+        self.ranks.values().for_each(|member| member.signal(signal));
+    }
+
+    /// Passes a signal on; returns the ranks that do not handle it.
+    pub(super) fn forward(&self, signal: Signal) -> Vec<u32> {
+        let refuses = |(rank, member): (&u32, &Member)| (!member.forward(signal)).then(|| self.rank(*rank));
+        self.ranks.iter().filter_map(refuses).collect()
+    }
+
+    /// Tells the user how the ranks of an attempt ended.
+    pub(super) async fn report(&mut self, ends: Vec<End>) -> Option<Failure> {
+        let mut ends = ends.into_iter();
+        let first = ends.next()?;
+        let (round, node) = self.round.as_ref().map(|round| (round.number, round.you))?;
+        let attempt = self.round.as_ref().map_or(0, |round| round.restart_count);
+        let others = ends.map(|end| self.other(&end)).collect();
+        let rank = self.rank(first.local_rank);
+        let member = self.ranks.get_mut(&first.local_rank)?;
+        let record = member.record();
+        let mut logs = member.files.error.parent().unwrap_or(Path::new("")).to_owned();
+        if matches!(first.exit, Exit::Hung(_)) {
+            logs = member.files.stacks.clone();
+        }
+        let root_cause = RankFailure {
+            rank,
+            local_rank: first.local_rank,
+            pid: member.pid(),
+            exit: ExitRecord::from(&first.exit),
+            message: record.as_ref().map(|record| record.message.clone()),
+            callstack: record.map(|record| record.callstack).filter(|stack| !stack.is_empty()),
+            stderr: member.last_lines().await,
+            logs,
+        };
+        let program = self.plan.program.path.clone();
+        let failure = Failure { attempt, round, host: hostname(), node, program, root_cause, others };
+        self.console.say(&failure.to_string());
+        self.summary.add(failure.clone());
+        self.write_summary();
+        if let Some(logs) = &mut self.logs {
+            logs.keep();
+        }
+        Some(failure)
+    }
+
+    fn other(&self, end: &End) -> OtherRank {
+        let record = self.ranks.get(&end.local_rank).and_then(Member::record);
+        let how = match end.exit {
+            Exit::Code(0) if end.asked => OtherEnd::Stopped,
+            Exit::Code(0) => OtherEnd::Finished,
+            _ if end.asked && record.is_none() => OtherEnd::Stopped,
+            _ => OtherEnd::Failed,
+        };
+        OtherRank {
+            rank: self.rank(end.local_rank),
+            local_rank: end.local_rank,
+            end: how,
+            exit: ExitRecord::from(&end.exit),
+            message: record.map(|record| record.message),
         }
     }
 
-    /// Tells the user how a rank failed.
-    pub(super) async fn report(&mut self, local_rank: u32, exit: Exit) {
-        let others = self.ranks.keys().copied().filter(|other| *other != local_rank).collect::<Vec<_>>();
-        let (Some(member), Some(round)) = (self.ranks.get_mut(&local_rank), &self.round) else { return };
-        let first_rank = round.members.get(round.you as usize).map_or(0, |own| own.first_rank);
-        let in_file = error_file::read(&member.files.error).ok().flatten().map(|record| record.message);
-        let failure = Failure {
-            host: hostname(),
-            node: round.you,
-            rank: first_rank + local_rank,
-            local_rank,
-            pid: member.process.map(|(pid, _)| pid),
-            exit,
-            message: in_file.or_else(|| member.message.clone()),
-            stderr: match &mut member.stderr {
-                Some(pump) => pump.last_lines().await,
-                None => member.files.stderr_tail(TAIL_LINES),
-            },
-            log: member.files.error.parent().unwrap_or(Path::new("")).to_owned(),
-            program: self.plan.program.path.clone(),
-            others: others.into_iter().map(|other| first_rank + other).collect(),
-        };
-        self.console.say(&failure.to_string());
-        if let Some(logs) = &mut self.logs {
-            logs.keep();
+    fn write_summary(&self) {
+        let Some(logs) = &self.logs else { return };
+        if let Err(error) = self.summary.write(logs.path()) {
+            self.console.say(&format!("ice-launch: report.json was not written: {error}\n"));
         }
     }
 
     /// The job is over: a temporary folder goes unless somebody may want it.
-    pub(super) fn finish(&mut self, success: bool) {
+    pub(super) fn finish(&mut self, code: ExitCode) {
+        self.summary.end(code.code());
+        let plan = &self.plan.logs;
+        let wanted = code != ExitCode::Success || !plan.redirects.is_empty() || !plan.tee.is_empty();
+        if self.logs.as_ref().is_some_and(LogFolder::is_named) || self.summary.has_failures() {
+            self.write_summary();
+        }
         if let Some(logs) = &mut self.logs
-            && !(success && self.plan.redirects.is_empty() && self.plan.tee.is_empty())
+            && wanted
         {
             logs.keep();
         }
-    }
-}
-
-impl Member {
-    fn not_started(files: RankFiles) -> Self {
-        Self { files, process: None, alive: false, stderr: None, tasks: Vec::new(), message: None }
     }
 }

@@ -3,7 +3,7 @@
 use ice_proto::frame::Decoder;
 use ice_proto::link::Up;
 use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::mpsc;
 
 use super::RankEvent;
@@ -12,7 +12,7 @@ use super::RankEvent;
 /// leaves.
 pub(super) async fn listen(
     local_rank: u32,
-    mut stream: UnixStream,
+    mut stream: OwnedReadHalf,
     events: mpsc::UnboundedSender<RankEvent>,
 ) {
     let mut decoder = Decoder::new();

@@ -1,28 +1,32 @@
 //! The one event loop of the agent: signals, ends of ranks, links, the coordinator and timers become events of the pure agent
 //! machine, and its actions become system calls. Nothing is decided here.
 
+mod clock;
 mod group;
+mod inspect;
 mod link;
+mod member;
 
+use std::io;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime};
 
 use ice_proto::exit::ExitCode;
 use ice_proto::link::Up;
 use ice_proto::rendezvous::{Hello, ToAgent, ToCoordinator};
 use ice_rendezvous::{Host, HostConfig, Session};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use nix::sys::signal::{Signal, raise};
 use tokio::sync::mpsc;
 
-use crate::agent::{Action, Agent, Event, Exit};
-use crate::logs::Console;
-use crate::report::ProgressLines;
-use crate::supervise::Orphans;
+use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
+use crate::cli::HostRole;
+use crate::logs::{Console, Files};
+use crate::report::{Events, ExitRecord, Happened, ProgressLines};
+use crate::supervise::{Caught, Orphans, Signals, cpu_times};
 use crate::{Error, LaunchPlan};
+use clock::Clock;
 use group::Group;
 
-/// How long nodes wait for each other; torchrun's default.
-const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long the host waits for the other agents to leave after the end.
 const GOODBYE: Duration = Duration::from_secs(10);
 
@@ -30,39 +34,42 @@ const GOODBYE: Duration = Duration::from_secs(10);
 pub(crate) enum RankEvent {
     Exited(u32, Exit),
     Said(u32, Up),
+    /// The stacks of a job that hangs have been written; what there is.
+    Inspected(Hang, String),
 }
 
 /// Carries out a plan.
 pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
-    let mut signals = Signals::new().map_err(Error::Runtime)?;
+    let mut signals = Signals::new(&plan.signals).map_err(Error::Runtime)?;
     let orphans = Orphans::adopt();
-    let host = match plan.is_host() {
-        true => Some(bind(&plan).await?),
-        false => None,
+    let host = bind(&plan).await?;
+    let (console, said) = Console::open().map_err(Error::Runtime)?;
+    for note in &plan.notes {
+        console.say(&format!("ice-launch: {note}\n"));
+    }
+    let (files, written) = Files::open(&console).map_err(Error::Runtime)?;
+    let events = match &plan.events {
+        Some(path) => match files.append_to(path, None) {
+            Ok(file) => Some((files.clone(), file)),
+            Err(source) => return Err(Error::Events { path: path.clone(), source }),
+        },
+        None => None,
     };
     let port = host.as_ref().map_or(plan.master_port, Host::port);
-    let hello = Hello {
-        run_id: plan.run_id.clone(),
-        node_rank: plan.node_rank,
-        nnodes: (plan.nnodes, plan.nnodes),
-        local_world_size: u32::try_from(plan.devices.len()).unwrap_or(u32::MAX),
-        max_restarts: plan.max_restarts,
-        host: hostname(),
-        pid: std::process::id(),
-    };
     let session = tokio::select! {
-        session = Session::connect(&plan.master_addr, port, hello, JOIN_TIMEOUT) => session?,
-        number = signals.next() => return Ok(Exit::Signal(number).code()),
+        session = Session::connect(&plan.master_addr, port, hello(&plan), plan.join_timeout) => session?,
+        signal = signals.stop() => return Ok(Exit::Signal(signal).code()),
     };
     session.send(ToCoordinator::Join);
-    let (console, written) = Console::open().map_err(Error::Runtime)?;
-    let outcome = Dispatcher::new(&plan, port, session, console, &orphans).run(&mut signals).await;
+    let events = Events::new(&plan.run_id, events);
+    let outcome =
+        Dispatcher::new(&plan, port, session, console, files, events, &orphans).run(&mut signals).await;
     // After an error ranks may still live; their supervision has ended with the dispatcher.
     orphans.end();
     tokio::select! {
-        () = written.wait() => {}
+        () = async { written.wait().await; said.wait().await } => {}
         // Nobody reads the console, and the user will not wait for it.
-        _ = signals.next() => {}
+        _ = signals.stop() => {}
     }
     if let Some(host) = host {
         let _ = tokio::time::timeout(GOODBYE, host.deserted()).await;
@@ -70,53 +77,62 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     outcome
 }
 
-async fn bind(plan: &LaunchPlan) -> Result<Host, Error> {
+fn hello(plan: &LaunchPlan) -> Hello {
+    Hello {
+        run_id: plan.run_id.clone(),
+        node_rank: plan.node_rank,
+        nnodes: (plan.nnodes, plan.nnodes),
+        local_world_size: u32::try_from(plan.devices.len()).unwrap_or(u32::MAX),
+        restarts: plan.restarts,
+        host: hostname(),
+        pid: std::process::id(),
+    }
+}
+
+/// Hosts the coordinator and the store, where that is this agent's part.
+async fn bind(plan: &LaunchPlan) -> Result<Option<Host>, Error> {
+    if plan.host == HostRole::Other {
+        return Ok(None);
+    }
     let name = (plan.master_addr.as_str(), plan.master_port);
     let fail = |source| Error::Resolve { host: plan.master_addr.clone(), source };
-    let mut addresses = tokio::net::lookup_host(name).await.map_err(fail)?;
-    let none = || std::io::Error::new(std::io::ErrorKind::NotFound, "no address");
-    let address: SocketAddr = addresses.next().ok_or_else(none).map_err(fail)?;
-    Ok(Host::bind(HostConfig { address, run_id: plan.run_id.clone(), join_timeout: JOIN_TIMEOUT }).await?)
+    let addresses: Vec<SocketAddr> = tokio::net::lookup_host(name).await.map_err(fail)?.collect();
+    let address =
+        *addresses.first().ok_or_else(|| fail(io::Error::new(io::ErrorKind::NotFound, "no address")))?;
+    let config = HostConfig { address, run_id: plan.run_id.clone(), join_timeout: plan.join_timeout };
+    match Host::bind(config).await {
+        Ok(host) => Ok(Some(host)),
+        // The address is another machine's, or another agent on this one was first.
+        Err(ice_rendezvous::Error::Bind { source, .. })
+            if plan.host == HostRole::Elect
+                && matches!(source.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 pub(crate) fn hostname() -> String {
     nix::unistd::gethostname().map_or_else(|_| "?".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// The signals that stop the agent.
-struct Signals([(i32, Signal); 4]);
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        let listen = |kind: SignalKind| Ok::<_, std::io::Error>((kind.as_raw_value(), signal(kind)?));
-        Ok(Self([
-            listen(SignalKind::terminate())?,
-            listen(SignalKind::interrupt())?,
-            listen(SignalKind::hangup())?,
-            listen(SignalKind::quit())?,
-        ]))
-    }
-
-    async fn next(&mut self) -> i32 {
-        let [(a, term), (b, int), (c, hup), (d, quit)] = &mut self.0;
-        tokio::select! {
-            _ = term.recv() => *a,
-            _ = int.recv() => *b,
-            _ = hup.recv() => *c,
-            _ = quit.recv() => *d,
-        }
-    }
-}
-
 struct Dispatcher<'a> {
     agent: Agent,
     group: Group<'a>,
     console: Console,
+    log: Events,
     orphans: &'a Orphans,
     session: Option<Session>,
+    sender: mpsc::UnboundedSender<RankEvent>,
     events: mpsc::UnboundedReceiver<RankEvent>,
     progress: ProgressLines,
-    start: Instant,
+    hangs: HangWatch,
+    /// When CPU times are read next.
+    sample_at: Duration,
+    inspecting: bool,
+    clock: Clock,
+    plan: &'a LaunchPlan,
 }
 
 impl<'a> Dispatcher<'a> {
@@ -125,66 +141,162 @@ impl<'a> Dispatcher<'a> {
         port: u16,
         session: Session,
         console: Console,
+        files: Files,
+        log: Events,
         orphans: &'a Orphans,
     ) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
-        let local_world_size = u32::try_from(plan.devices.len()).unwrap_or(u32::MAX);
+        let rules = Rules {
+            local_world_size: u32::try_from(plan.devices.len()).unwrap_or(u32::MAX),
+            shutdown_timeout: plan.shutdown_timeout,
+            fatal_exit_codes: plan.fatal_exit_codes.clone(),
+        };
         Self {
-            agent: Agent::new(local_world_size, plan.shutdown_timeout),
-            group: Group::new(plan, port, console.clone(), sender),
+            agent: Agent::new(rules),
+            group: Group::new(plan, port, console.clone(), files, sender.clone()),
             console,
+            log,
             orphans,
             session: Some(session),
+            sender,
             events,
-            progress: ProgressLines::new(plan.monitor_interval),
-            start: Instant::now(),
+            progress: ProgressLines::new(plan.progress_interval),
+            hangs: HangWatch::new(plan.hang_timeout, plan.monitor_interval),
+            sample_at: Duration::ZERO,
+            inspecting: false,
+            clock: Clock::start(),
+            plan,
         }
     }
 
     async fn run(mut self, signals: &mut Signals) -> Result<ExitCode, Error> {
+        let program = self.plan.program.path.display().to_string();
+        let (ranks, host) = (self.plan.devices.len(), hostname());
+        self.log.add(&Happened::AgentStarted { pid: std::process::id(), host, ranks, program });
         loop {
-            let deadline = self.agent.deadline().map(|at| tokio::time::Instant::from_std(self.start + at));
+            let deadline = self.deadline();
+            let wake = self.clock.instant(deadline.unwrap_or_default());
             let event = tokio::select! {
-                number = signals.next() => Event::Signal(number),
-                message = receive(&mut self.session) => match message {
+                // What has come is heard before anything is held to be late.
+                biased;
+                caught = signals.next() => self.caught(caught),
+                Some(event) = self.events.recv() => self.rank_event(event),
+                message = receive(&mut self.session) => Some(match message {
                     Ok(message) => Event::Coordinator(message),
                     Err(error) => {
                         self.session = None;
                         Event::CoordinatorLost(error.to_string())
                     }
-                },
-                Some(event) = self.events.recv() => match event {
-                    RankEvent::Exited(local_rank, exit) => {
-                        self.group.exited(local_rank);
-                        Event::Exited { local_rank, exit }
-                    }
-                    RankEvent::Said(_, Up::Progress(progress)) => {
-                        if let Some(line) = self.progress.due(&progress, Instant::now()) {
-                            self.console.say_if_idle(&line);
-                        }
-                        continue;
-                    }
-                    RankEvent::Said(local_rank, message) => {
-                        self.group.said(local_rank, message);
-                        continue;
-                    }
-                },
-                () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)),
-                    if deadline.is_some() => Event::Tick,
+                }),
+                () = tokio::time::sleep_until(wake), if deadline.is_some() => {
+                    self.clock.woke(deadline.unwrap_or_default());
+                    self.look();
+                    Some(Event::Tick)
+                }
             };
+            let Some(event) = event else { continue };
             if let Some(code) = self.handle(event).await? {
                 if let Some(session) = self.session {
                     session.finish().await;
                 }
+                self.log.add(&Happened::AgentEnded { exit_code: code.code() });
                 return Ok(code);
             }
+        }
+    }
+
+    /// When time alone changes something.
+    fn deadline(&self) -> Option<Duration> {
+        let watching = self.agent.is_running() && !self.inspecting;
+        let hang = self.hangs.deadline().filter(|_| watching);
+        let sample = self.hangs.sampling().filter(|_| watching).map(|_| self.sample_at);
+        [self.agent.deadline(), hang, sample].into_iter().flatten().min()
+    }
+
+    fn caught(&mut self, caught: Caught) -> Option<Event> {
+        match caught {
+            Caught::Stop(signal) => {
+                self.log.add(&Happened::Signal { signal });
+                Some(Event::Stop(signal))
+            }
+            Caught::Forward(signal) => {
+                self.log.add(&Happened::Signal { signal });
+                Some(Event::Forward(signal))
+            }
+            Caught::Suspend => {
+                self.suspend();
+                None
+            }
+        }
+    }
+
+    /// Stops all ranks and then this process; goes on when it is continued.
+    fn suspend(&mut self) {
+        // They are in sessions of their own, which the terminal does not stop.
+        self.group.signal(Signal::SIGSTOP);
+        self.clock.pause(|| _ = raise(Signal::SIGSTOP));
+        self.group.signal(Signal::SIGCONT);
+    }
+
+    fn rank_event(&mut self, event: RankEvent) -> Option<Event> {
+        let now = self.clock.now();
+        match event {
+            RankEvent::Exited(local_rank, exit) => {
+                let rank = self.group.rank(local_rank);
+                self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
+                self.hangs.gone(local_rank);
+                let ago = |at: SystemTime| SystemTime::now().duration_since(at).unwrap_or_default();
+                let failed_at = self.group.exited(local_rank, &exit).map(|at| now.saturating_sub(ago(at)));
+                return Some(Event::Exited { local_rank, exit, failed_at });
+            }
+            RankEvent::Inspected(hang, found) => {
+                let reason = format!("{}; stacks of all ranks were written ({found})", hang.reason);
+                return Some(Event::Hung { local_rank: hang.local_rank, reason });
+            }
+            RankEvent::Said(_, Up::Progress(progress)) => {
+                if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std()) {
+                    self.console.say_if_idle(&line);
+                }
+            }
+            RankEvent::Said(local_rank, Up::Heartbeat { step, activity }) => {
+                self.hangs.heartbeat(now, local_rank, step, activity);
+            }
+            RankEvent::Said(local_rank, Up::CheckpointSaved { path, step }) => {
+                let rank = self.group.rank(local_rank);
+                self.log.add(&Happened::CheckpointSaved { rank, path, step });
+            }
+            RankEvent::Said(local_rank, message) => self.group.said(local_rank, &message),
+        }
+        None
+    }
+
+    /// Looks whether the ranks still do something.
+    fn look(&mut self) {
+        if !self.agent.is_running() || self.inspecting {
+            return;
+        }
+        let now = self.clock.now();
+        if let Some(period) = self.hangs.sampling().filter(|_| now >= self.sample_at) {
+            self.sample_at = now + period;
+            let living = self.group.living();
+            let times = cpu_times(living.values().copied());
+            for (local_rank, pid) in living {
+                self.hangs.cpu_time(now, local_rank, times.get(&pid).copied().unwrap_or_default());
+            }
+        }
+        if let Some(hang) = self.hangs.check(now) {
+            self.inspecting = true;
+            let rank = self.group.rank(hang.local_rank);
+            self.log.add(&Happened::Hang { rank, reason: hang.reason.clone() });
+            self.console.say(&format!("ice-launch: rank {rank}: {}: writing the stacks\n", hang.reason));
+            tokio::spawn(inspect::inspect(hang, self.group.stack_files(), self.sender.clone()));
         }
     }
 
     /// Carries out what an event leads to; the exit code once the agent is done.
     async fn handle(&mut self, event: Event) -> Result<Option<ExitCode>, Error> {
         tracing::debug!(?event, "event");
-        for action in self.agent.handle(self.start.elapsed(), event) {
+        for action in self.agent.handle(self.clock.now(), event) {
             tracing::debug!(?action, "action");
             match action {
                 Action::Send(message) => {
@@ -192,26 +304,77 @@ impl<'a> Dispatcher<'a> {
                         session.send(message);
                     }
                 }
-                Action::Spawn(round) => {
-                    // What the last attempt left behind must not meet the next one.
-                    self.orphans.end();
-                    self.group.spawn(round)?;
+                Action::Spawn(round) => self.spawn(round)?,
+                Action::Ask(signal) => {
+                    self.log.add(&Happened::Stopping { how: "asked" });
+                    self.group.ask(Signal::try_from(signal).unwrap_or(Signal::SIGTERM));
                 }
-                Action::Terminate => self.group.signal(nix::sys::signal::Signal::SIGTERM),
-                Action::Kill => self.group.signal(nix::sys::signal::Signal::SIGKILL),
-                Action::Report { local_rank, exit } => {
+                Action::Terminate => {
+                    self.log.add(&Happened::Stopping { how: "terminated" });
+                    self.group.terminate();
+                }
+                Action::Kill => {
+                    self.log.add(&Happened::Stopping { how: "killed" });
+                    self.group.signal(Signal::SIGKILL);
+                }
+                Action::Forward(signal) => self.forward(signal),
+                Action::Report(ends) => {
                     // No rank lives any more, and what they left behind may hold the pipes open.
                     self.orphans.end();
-                    self.group.report(local_rank, exit).await;
+                    if let Some(failure) = self.group.report(ends).await {
+                        let cause = failure.root_cause;
+                        let (rank, exit, message) = (cause.rank, cause.exit.exit, cause.message);
+                        self.log.add(&Happened::AttemptFailed {
+                            attempt: failure.attempt,
+                            rank,
+                            exit,
+                            message,
+                        });
+                    }
                 }
-                Action::Say(text) => self.console.say(&format!("ice-launch: {text}\n")),
+                Action::Say(text) => {
+                    self.console.say(&format!("ice-launch: {text}\n"));
+                    self.log.add(&Happened::Decision { text });
+                }
                 Action::Exit(code) => {
-                    self.group.finish(code == ExitCode::Success);
+                    self.group.finish(code);
                     return Ok(Some(code));
                 }
             }
         }
         Ok(None)
+    }
+
+    fn spawn(&mut self, round: ice_proto::rendezvous::Round) -> Result<(), Error> {
+        // What the last attempt left behind must not meet the next one.
+        self.orphans.end();
+        self.log.add(&Happened::RoundStarted {
+            round: round.number,
+            attempt: round.restart_count,
+            nodes: round.members.len(),
+            node: round.you,
+            world_size: round.world_size(),
+        });
+        self.group.spawn(round)?;
+        (self.inspecting, self.sample_at) = (false, self.clock.now());
+        self.hangs.start(u32::try_from(self.plan.devices.len()).unwrap_or(u32::MAX));
+        for (local_rank, pid) in self.group.living() {
+            let rank = self.group.rank(local_rank);
+            self.log.add(&Happened::RankStarted { rank, local_rank, pid });
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, signal: i32) {
+        let Ok(signal) = Signal::try_from(signal) else { return };
+        let refused = self.group.forward(signal);
+        if !refused.is_empty() {
+            let ranks: Vec<_> = refused.iter().map(ToString::to_string).collect();
+            self.console.say(&format!(
+                "ice-launch: {signal} was not passed on to rank {}: it has no handler and would end\n",
+                ranks.join(", ")
+            ));
+        }
     }
 }
 

@@ -1,15 +1,12 @@
-//! The agent's stdout and stderr, written by a thread of its own. A console that nobody reads holds up the ranks that write to it,
-//! never the event loop; one that is closed is of no consequence.
+//! The agent's stdout and stderr. A console that nobody reads holds up the ranks that write to it, never the event loop; one that is
+//! closed is of no consequence.
 
-use std::io::{self, Write};
-use std::sync::Arc;
+use std::io::{self, IsTerminal, Write};
 use std::thread;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use super::writer::{Writer, Written};
 
-/// Pieces of ranks' output that wait to be written.
-const WAITING: usize = 8;
 /// Pause before a console that was set to non-blocking is tried again.
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -20,64 +17,47 @@ pub(crate) enum Target {
     Stderr,
 }
 
-struct Piece {
-    target: Target,
-    bytes: Vec<u8>,
-    _permit: Option<OwnedSemaphorePermit>,
+impl Target {
+    /// Whether a person watches who likes colours.
+    pub(crate) fn is_coloured(self) -> bool {
+        let is_terminal = match self {
+            Self::Stdout => io::stdout().is_terminal(),
+            Self::Stderr => io::stderr().is_terminal(),
+        };
+        is_terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    }
 }
 
-/// A handle of the console. The thread ends with the last one.
+/// A handle of the console.
 #[derive(Clone)]
-pub(crate) struct Console {
-    pieces: mpsc::UnboundedSender<Piece>,
-    /// Bounds the ranks' part of the queue; what the agent itself says is little.
-    room: Arc<Semaphore>,
-}
-
-/// The end of the console: all is written.
-pub(crate) struct Written(oneshot::Receiver<()>);
+pub(crate) struct Console(Writer<Target>);
 
 impl Console {
-    /// Starts the thread.
+    /// Starts its thread.
     pub(crate) fn open() -> io::Result<(Self, Written)> {
         Self::with(write)
     }
 
-    fn with(write: impl Fn(Target, &[u8]) + Send + 'static) -> io::Result<(Self, Written)> {
-        let (pieces, mut queue) = mpsc::unbounded_channel::<Piece>();
-        let (done, written) = oneshot::channel();
-        thread::Builder::new().name("console".into()).spawn(move || {
-            while let Some(piece) = queue.blocking_recv() {
-                write(piece.target, &piece.bytes);
-            }
-            drop(done);
-        })?;
-        Ok((Self { pieces, room: Arc::new(Semaphore::new(WAITING)) }, Written(written)))
+    fn with(write: impl FnMut(Target, &[u8]) + Send + 'static) -> io::Result<(Self, Written)> {
+        let (writer, written) = Writer::start("console", write)?;
+        Ok((Self(writer), written))
     }
 
     /// Passes on what a rank wrote, once there is room.
     pub(crate) async fn pass(&self, target: Target, bytes: Vec<u8>) {
-        let permit = Arc::clone(&self.room).acquire_owned().await.ok();
-        let _ = self.pieces.send(Piece { target, bytes, _permit: permit });
+        self.0.pass(target, bytes).await;
     }
 
     /// Says something on stderr, after all that was passed on before.
     pub(crate) fn say(&self, text: &str) {
-        let _ = self.pieces.send(Piece { target: Target::Stderr, bytes: text.into(), _permit: None });
+        self.0.add(Target::Stderr, text.into());
     }
 
     /// Says what is soon out of date anyway, unless the console is behind.
     pub(crate) fn say_if_idle(&self, text: &str) {
-        if self.room.available_permits() == WAITING {
+        if self.0.is_idle() {
             self.say(text);
         }
-    }
-}
-
-impl Written {
-    /// Waits until the last handle is dropped and all is written.
-    pub(crate) async fn wait(self) {
-        let _ = self.0.await;
     }
 }
 
@@ -107,8 +87,9 @@ fn write_all(console: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::sync::{Mutex, mpsc as std_mpsc};
+    use std::sync::{Arc, Mutex, mpsc as std_mpsc};
 
+    use super::super::writer::WAITING;
     use super::*;
 
     /// What reached a console, piece by piece.

@@ -21,6 +21,7 @@ pub(crate) struct RankFiles {
     pub(crate) stdout: PathBuf,
     pub(crate) stderr: PathBuf,
     pub(crate) error: PathBuf,
+    pub(crate) stacks: PathBuf,
 }
 
 impl LogFolder {
@@ -29,7 +30,7 @@ impl LogFolder {
             let path = path.to_owned();
             move |source| Error::Logs { path, source }
         };
-        let (root, temporary) = match &plan.log_dir {
+        let (root, temporary) = match &plan.logs.folder {
             // A rank may change its working directory before it writes its error file.
             Some(folder) => (std::path::absolute(folder).map_err(fail(folder))?, None),
             None => {
@@ -53,7 +54,23 @@ impl LogFolder {
             stdout: folder.join("stdout.log"),
             stderr: folder.join("stderr.log"),
             error: folder.join("error.json"),
+            stacks: folder.join("stacks.txt"),
         })
+    }
+
+    /// The folder of the job.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file for lines that are written once more: `stdout` or `stderr` of all ranks of an attempt.
+    pub(crate) fn filtered(&self, attempt: u32, stream: &str) -> PathBuf {
+        self.path.join(format!("attempt_{attempt}/filtered_{stream}.log"))
+    }
+
+    /// Whether the user named the folder.
+    pub(crate) fn is_named(&self) -> bool {
+        self.temporary.is_none()
     }
 
     /// Keeps a temporary folder after the end.

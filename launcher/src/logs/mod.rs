@@ -1,9 +1,14 @@
 //! Where the output of ranks goes: torchrun's folders, and pipes to the console.
 
 mod console;
+mod files;
 mod folder;
+mod prefix;
 mod pump;
+mod writer;
 
 pub(crate) use console::{Console, Target};
+pub(crate) use files::{Files, LogFile};
 pub(crate) use folder::{LogFolder, RankFiles};
-pub(crate) use pump::{Pump, Sink, TAIL_LINES};
+pub(crate) use prefix::{Names, coloured, prefix};
+pub(crate) use pump::{Filtered, Pump, Sink, TAIL_LINES};

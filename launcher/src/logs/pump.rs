@@ -1,8 +1,7 @@
-//! Moves what a rank writes from a pipe to a file, to the console, or to both, and remembers the last lines.
+//! Moves what a rank writes from a pipe to files and to the console, and remembers the last lines.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -13,7 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::{Console, Target};
+use super::{Console, Files, LogFile, Target};
 
 /// Lines that are remembered.
 pub(crate) const TAIL_LINES: usize = 20;
@@ -34,13 +33,19 @@ impl Tail {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    fn push(&self, line: &[u8]) {
-        let line = &line[..line.len().min(TAIL_LINE)];
+    fn push_all(&self, bytes: &[u8]) {
+        let is_end = |byte: &u8| *byte == b'\n';
+        let body = bytes.strip_suffix(b"\n").unwrap_or(bytes);
+        // Only the last ones of many lines are looked at.
+        let last: Vec<&[u8]> = body.rsplitn(TAIL_LINES + 1, is_end).take(TAIL_LINES).collect();
         let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if lines.len() == TAIL_LINES {
-            lines.pop_front();
+        for line in last.into_iter().rev() {
+            if lines.len() == TAIL_LINES {
+                lines.pop_front();
+            }
+            let line = &line[..line.len().min(TAIL_LINE)];
+            lines.push_back(String::from_utf8_lossy(line).trim_end().to_owned());
         }
-        lines.push_back(String::from_utf8_lossy(line).trim_end().to_owned());
     }
 }
 
@@ -53,11 +58,23 @@ pub(crate) struct Pump {
 /// Where a stream goes.
 pub(crate) struct Sink {
     pub(crate) console: Console,
-    pub(crate) target: Target,
+    /// The console's stream that it goes to.
+    pub(crate) target: Option<Target>,
     /// Put before each line on the console.
     pub(crate) prefix: String,
     /// Gets the bytes as they are.
-    pub(crate) file: Option<File>,
+    pub(crate) file: Option<LogFile>,
+    /// Gets the lines that contain one of the texts, with the prefix.
+    pub(crate) filtered: Option<Filtered>,
+    pub(crate) files: Files,
+}
+
+/// Lines that are written once more.
+pub(crate) struct Filtered {
+    pub(crate) texts: Vec<String>,
+    /// Without colours.
+    pub(crate) prefix: String,
+    pub(crate) file: LogFile,
 }
 
 impl Pump {
@@ -111,11 +128,8 @@ struct Lines {
 
 impl Lines {
     async fn take(&mut self, bytes: &[u8]) {
-        if let Some(file) = &mut self.sink.file
-            && let Err(error) = file.write_all(bytes)
-        {
-            tracing::warn!(%error, "a log file cannot be written any more");
-            self.sink.file = None;
+        if let Some(file) = &self.sink.file {
+            self.sink.files.pass(file, bytes.to_vec()).await;
         }
         self.pending.extend_from_slice(bytes);
         // A carriage return ends a state of a progress bar.
@@ -138,32 +152,62 @@ impl Lines {
     }
 
     async fn show(&self, bytes: &[u8]) {
-        let prefix = self.sink.prefix.as_bytes();
         let mut out = Vec::with_capacity(bytes.len());
+        let mut selected = Vec::new();
+        self.tail.push_all(bytes);
         for line in bytes.split_inclusive(|byte| *byte == b'\n') {
-            self.tail.push(line);
-            out.extend_from_slice(prefix);
-            out.extend_from_slice(line);
-            if !prefix.is_empty() && !line.ends_with(b"\n") {
-                out.push(b'\n');
+            if let Some(filtered) = &self.sink.filtered
+                && filtered.texts.iter().any(|text| contains(line, text.as_bytes()))
+            {
+                with_prefix(&filtered.prefix, line, &mut selected);
+            }
+            if self.sink.target.is_some() {
+                with_prefix(&self.sink.prefix, line, &mut out);
             }
         }
-        self.sink.console.pass(self.sink.target, out).await;
+        if let Some(target) = self.sink.target {
+            self.sink.console.pass(target, out).await;
+        }
+        if let Some(filtered) = self.sink.filtered.as_ref().filter(|_| !selected.is_empty()) {
+            self.sink.files.pass(&filtered.file, selected).await;
+        }
+    }
+}
+
+fn contains(line: &[u8], text: &[u8]) -> bool {
+    line.windows(text.len()).any(|part| part == text)
+}
+
+/// A line with a prefix is ended, so that no two share one.
+fn with_prefix(prefix: &str, line: &[u8], out: &mut Vec<u8>) {
+    out.extend_from_slice(prefix.as_bytes());
+    out.extend_from_slice(line);
+    if !prefix.is_empty() && !line.ends_with(b"\n") {
+        out.push(b'\n');
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::Write;
+
     use super::super::console::tests::{Seen, noted};
     use super::*;
 
     const SOON: Duration = Duration::from_secs(20);
 
+    fn sink(console: Console, prefix: &str, file: Option<&std::path::Path>) -> Sink {
+        let (files, _) = Files::open(&console).unwrap();
+        let file = file.map(|path| files.append_to(path, None).unwrap());
+        Sink { console, target: Some(Target::Stdout), prefix: prefix.into(), file, filtered: None, files }
+    }
+
     /// Feeds a pump these pieces, one after the other, and returns all that reached the console.
     async fn passed_on(prefix: &str, pieces: &[&[u8]]) -> String {
         let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
         let (console, written, seen) = noted();
-        let sink = Sink { console, target: Target::Stdout, prefix: prefix.into(), file: None };
+        let sink = sink(console, prefix, None);
         let (_rank, ended) = watch::channel(());
         let _pump = Pump::start(reader, sink, ended).unwrap();
         let mut writer = File::from(writer);
@@ -195,9 +239,8 @@ mod tests {
         let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
-        let file = Some(File::create(&path).unwrap());
-        let (console, _written, _seen) = noted();
-        let sink = Sink { console, target: Target::Stderr, prefix: "[0]:".into(), file };
+        let (console, written, _seen) = noted();
+        let sink = sink(console, "[0]:", Some(&path));
         let (_rank, ended) = watch::channel(());
         let mut pump = Pump::start(reader, sink, ended).unwrap();
         let mut text: Vec<u8> = (0..50).flat_map(|i| format!("line {i}\n").into_bytes()).collect();
@@ -206,6 +249,7 @@ mod tests {
         writer.write_all(&text).unwrap();
         drop(writer);
         let lines = pump.last_lines().await;
+        timeout(SOON, written.wait()).await.unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), text);
         assert_eq!(lines.len(), TAIL_LINES);
         assert_eq!(lines[0], "line 31");
@@ -216,7 +260,7 @@ mod tests {
     async fn a_pipe_that_somebody_holds_open_is_not_read_for_ever() {
         let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
         let (console, written, seen) = noted();
-        let sink = Sink { console, target: Target::Stderr, prefix: String::new(), file: None };
+        let sink = sink(console, "", None);
         let (rank, ended) = watch::channel(());
         let _pump = Pump::start(reader, sink, ended).unwrap();
         let mut holder = File::from(writer);
@@ -224,5 +268,23 @@ mod tests {
         drop(rank);
         timeout(SOON, written.wait()).await.unwrap();
         assert_eq!(text(&seen), "last words");
+    }
+
+    #[tokio::test]
+    async fn lines_with_a_text_are_written_once_more() {
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("filtered_stdout.log");
+        let (console, written, seen) = noted();
+        let mut sink = Sink { target: None, ..sink(console, "coloured", None) };
+        let file = sink.files.append_to(&path, None).unwrap();
+        let texts = vec!["apple".into(), "orange".into()];
+        sink.filtered = Some(Filtered { texts, prefix: "[a0]:".into(), file });
+        let (_rank, ended) = watch::channel(());
+        let _pump = Pump::start(reader, sink, ended).unwrap();
+        File::from(writer).write_all(b"an apple\npear\n2 oranges\n").unwrap();
+        timeout(SOON, written.wait()).await.unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "[a0]:an apple\n[a0]:2 oranges\n");
+        assert_eq!(text(&seen), "");
     }
 }

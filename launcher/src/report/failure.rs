@@ -1,44 +1,110 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use serde::Serialize;
+
 use crate::agent::Exit;
 
-/// All that is known of the rank that failed first.
+/// An attempt that failed: all that is known of the rank that failed first, and how the others ended.
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Failure {
+    /// Restarts before this attempt.
+    pub(crate) attempt: u32,
+    pub(crate) round: u64,
     pub(crate) host: String,
+    /// Rank of the node.
     pub(crate) node: u32,
+    pub(crate) program: PathBuf,
+    pub(crate) root_cause: RankFailure,
+    pub(crate) others: Vec<OtherRank>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct RankFailure {
     pub(crate) rank: u32,
     pub(crate) local_rank: u32,
     pub(crate) pid: Option<u32>,
-    pub(crate) exit: Exit,
+    #[serde(flatten)]
+    pub(crate) exit: ExitRecord,
     /// What the rank itself said, from its error file or over the link.
     pub(crate) message: Option<String>,
+    /// Its traceback, or the chain of causes.
+    pub(crate) callstack: Option<String>,
+    /// Its last lines.
     pub(crate) stderr: Vec<String>,
-    pub(crate) log: PathBuf,
-    pub(crate) program: PathBuf,
-    pub(crate) others: Vec<u32>,
+    pub(crate) logs: PathBuf,
+}
+
+/// A rank that did not fail first.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct OtherRank {
+    pub(crate) rank: u32,
+    pub(crate) local_rank: u32,
+    pub(crate) end: OtherEnd,
+    #[serde(flatten)]
+    pub(crate) exit: ExitRecord,
+    pub(crate) message: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum OtherEnd {
+    /// Failed too, later.
+    Failed,
+    /// Ended because it was asked to.
+    Stopped,
+    /// Had finished its work.
+    Finished,
+}
+
+/// How a process ended, for programs: one of the two numbers, or neither where it never ran.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct ExitRecord {
+    pub(crate) exit_code: Option<i32>,
+    pub(crate) signal: Option<i32>,
+    /// The same in words.
+    pub(crate) exit: String,
+}
+
+impl From<&Exit> for ExitRecord {
+    fn from(exit: &Exit) -> Self {
+        let (exit_code, signal) = match exit {
+            Exit::Code(code) => (Some(*code), None),
+            Exit::Signal(signal) => (None, Some(*signal)),
+            Exit::NotStarted { .. } | Exit::Hung(_) => (None, None),
+        };
+        Self { exit_code, signal, exit: exit.to_string() }
+    }
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pid = self.pid.map_or_else(|| "none".into(), |pid| pid.to_string());
-        writeln!(f, "ice-launch: rank {} failed: {}", self.rank, self.exit)?;
+        let root = &self.root_cause;
+        let pid = root.pid.map_or_else(|| "none".into(), |pid| pid.to_string());
+        writeln!(f, "ice-launch: rank {} failed: {}", root.rank, root.exit.exit)?;
         writeln!(f, "  node     {} ({})", self.node, self.host)?;
-        writeln!(f, "  rank     {} (local rank {}), pid {pid}", self.rank, self.local_rank)?;
+        writeln!(f, "  rank     {} (local rank {}), pid {pid}", root.rank, root.local_rank)?;
         writeln!(f, "  program  {}", self.program.display())?;
-        if let Some(message) = &self.message {
+        if let Some(message) = &root.message {
             writeln!(f, "  error    {message}")?;
         }
-        if !self.stderr.is_empty() {
-            writeln!(f, "  stderr   (last {} lines)", self.stderr.len())?;
-            for line in &self.stderr {
+        if !root.stderr.is_empty() {
+            writeln!(f, "  stderr   (last {} lines)", root.stderr.len())?;
+            for line in &root.stderr {
                 writeln!(f, "    {line}")?;
             }
         }
-        writeln!(f, "  logs     {}", self.log.display())?;
-        if !self.others.is_empty() {
-            let others: Vec<_> = self.others.iter().map(ToString::to_string).collect();
-            writeln!(f, "  stopped  ranks {}", others.join(", "))?;
+        writeln!(f, "  logs     {}", root.logs.display())?;
+        let those = |end| self.others.iter().filter(move |other| other.end == end);
+        for other in those(OtherEnd::Failed) {
+            let message = other.message.as_deref().map(|text| format!(": {text}")).unwrap_or_default();
+            writeln!(f, "  later    rank {}: {}{message}", other.rank, other.exit.exit)?;
+        }
+        for (end, word) in [(OtherEnd::Stopped, "stopped"), (OtherEnd::Finished, "finished")] {
+            let ranks: Vec<_> = those(end).map(|other| other.rank.to_string()).collect();
+            if !ranks.is_empty() {
+                writeln!(f, "  {word:<8} ranks {}", ranks.join(", "))?;
+            }
         }
         Ok(())
     }

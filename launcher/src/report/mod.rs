@@ -1,7 +1,11 @@
-//! What a person sees: the report of a rank that failed, and progress.
+//! What a person sees, and what programs read: the report of ranks that failed, progress, and events.
 
+mod events;
 mod failure;
 mod progress;
+mod summary;
 
-pub(crate) use failure::Failure;
+pub(crate) use events::{Events, Happened};
+pub(crate) use failure::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure};
 pub(crate) use progress::ProgressLines;
+pub(crate) use summary::Summary;

@@ -5,25 +5,50 @@ use std::path::Path;
 use ice_proto::env as names;
 use ice_proto::rendezvous::Round;
 
+use super::gpus::{self, Placed};
 use crate::LaunchPlan;
+use crate::cli::cores;
+
+/// CUDA's own variable: the devices that a process sees, in its order.
+const CUDA_VISIBLE_DEVICES: &str = "CUDA_VISIBLE_DEVICES";
 
 /// What all ranks of this node have in common in a round.
 pub(crate) struct Environment<'a> {
-    pub(crate) plan: &'a LaunchPlan,
-    pub(crate) round: &'a Round,
-    pub(crate) master_port: u16,
+    plan: &'a LaunchPlan,
+    round: &'a Round,
+    master_port: u16,
+    placed: Vec<Placed>,
 }
 
-impl Environment<'_> {
+impl<'a> Environment<'a> {
+    pub(crate) fn new(plan: &'a LaunchPlan, round: &'a Round, master_port: u16) -> Self {
+        let visible = std::env::var(CUDA_VISIBLE_DEVICES).ok();
+        let placed = gpus::place(&plan.devices, visible.as_deref(), plan.virtual_local_rank);
+        Self { plan, round, master_port, placed }
+    }
+
     /// Rank of the first process of this node.
     pub(crate) fn first_rank(&self) -> u32 {
         self.round.members.get(self.round.you as usize).map_or(0, |member| member.first_rank)
     }
 
-    /// Whether ranks get one thread because nobody said how many. Threads decide the order of floating-point sums, so their number
-    /// must not depend on how ranks lie over nodes.
-    pub(crate) fn limits_threads(&self) -> bool {
-        self.plan.omp_num_threads.is_none() && self.round.world_size() > 1 && unset(names::OMP_NUM_THREADS)
+    /// Threads of each rank where nobody says how many: its share of this machine's cores, other nodes of the job on the same machine included.
+    /// A rank that has the machine to itself keeps its own default.
+    fn threads(&self) -> Option<u32> {
+        if self.plan.omp_num_threads.is_some() {
+            return self.plan.omp_num_threads;
+        }
+        if !unset(names::OMP_NUM_THREADS) {
+            return None;
+        }
+        let members = &self.round.members;
+        let host = members.get(self.round.you as usize).map(|own| &own.host);
+        let here: u32 = members
+            .iter()
+            .filter(|member| Some(&member.host) == host)
+            .map(|member| member.local_world_size)
+            .sum();
+        (here > 1).then(|| (u32::try_from(cores()).unwrap_or(u32::MAX) / here).max(1))
     }
 
     /// The variables of a rank.
@@ -31,9 +56,10 @@ impl Environment<'_> {
         let (plan, round) = (self.plan, self.round);
         let rank = (self.first_rank() + local_rank).to_string();
         let world_size = round.world_size();
-        let device = plan.devices.get(local_rank as usize).map(ToString::to_string).unwrap_or_default();
+        let placed = self.placed.get(local_rank as usize);
+        let seen_rank = if plan.virtual_local_rank { 0 } else { local_rank };
         let mut variables = vec![
-            (names::LOCAL_RANK, local_rank.to_string()),
+            (names::LOCAL_RANK, seen_rank.to_string()),
             (names::RANK, rank.clone()),
             (names::GROUP_RANK, round.you.to_string()),
             (names::ROLE_RANK, rank),
@@ -45,11 +71,11 @@ impl Environment<'_> {
             (names::MASTER_ADDR, plan.master_addr.clone()),
             (names::MASTER_PORT, self.master_port.to_string()),
             (names::TORCHELASTIC_RESTART_COUNT, round.restart_count.to_string()),
-            (names::TORCHELASTIC_MAX_RESTARTS, plan.max_restarts.to_string()),
+            (names::TORCHELASTIC_MAX_RESTARTS, plan.restarts.max_restarts.to_string()),
             (names::TORCHELASTIC_RUN_ID, plan.run_id.clone()),
             (names::TORCHELASTIC_USE_AGENT_STORE, "True".into()),
             (names::TORCHELASTIC_ERROR_FILE, error_file.display().to_string()),
-            (names::ICE_DEVICE, device),
+            (names::ICE_DEVICE, placed.map(|placed| placed.device.to_string()).unwrap_or_default()),
             (names::ICE_DIST_BACKEND, plan.backend.to_string()),
             (names::ICE_ROUND, round.number.to_string()),
             (names::ICE_RUN_STAMP, round.run_stamp.clone()),
@@ -57,8 +83,9 @@ impl Environment<'_> {
         if unset(names::TORCH_NCCL_ASYNC_ERROR_HANDLING) {
             variables.push((names::TORCH_NCCL_ASYNC_ERROR_HANDLING, "1".into()));
         }
-        let threads = plan.omp_num_threads.or(self.limits_threads().then_some(1));
-        variables.extend(threads.map(|threads| (names::OMP_NUM_THREADS, threads.to_string())));
+        variables.extend(self.threads().map(|threads| (names::OMP_NUM_THREADS, threads.to_string())));
+        let visible = placed.and_then(|placed| placed.visible.clone());
+        variables.extend(visible.map(|visible| (CUDA_VISIBLE_DEVICES, visible)));
         variables
     }
 }

@@ -22,6 +22,8 @@ use crate::cli::Program;
 /// Where a stream of a rank goes.
 pub(crate) enum Stdio {
     Inherit,
+    /// Nowhere.
+    Null,
     File(File),
     Pipe(OwnedFd),
 }
@@ -30,6 +32,7 @@ impl From<Stdio> for std::process::Stdio {
     fn from(stdio: Stdio) -> Self {
         match stdio {
             Stdio::Inherit => Self::inherit(),
+            Stdio::Null => Self::null(),
             Stdio::File(file) => file.into(),
             Stdio::Pipe(end) => end.into(),
         }
@@ -45,12 +48,13 @@ pub(crate) struct Rank {
 /// Starts a rank. The calling thread must live as long as the agent: the kernel kills the rank when it ends.
 pub(crate) fn spawn(
     program: &Program,
+    local_rank: u32,
     variables: Vec<(&'static str, String)>,
     link: &UnixStream,
     [stdout, stderr]: [Stdio; 2],
 ) -> io::Result<Rank> {
     let mut command = Command::new(&program.path);
-    command.args(&program.args).envs(variables).env(ICE_LINK_FD, link.as_raw_fd().to_string());
+    command.args(program.args_of(local_rank)).envs(variables).env(ICE_LINK_FD, link.as_raw_fd().to_string());
     command.stdout(stdout).stderr(stderr);
     let (link_fd, agent) = (link.as_raw_fd(), getpid());
     let before_exec = move || {
@@ -119,7 +123,7 @@ mod tests {
     fn shell(script: &str) -> io::Result<(Rank, UnixStream)> {
         let (ours, theirs) = UnixStream::pair()?;
         let program = Program { path: "/bin/sh".into(), args: vec!["-c".into(), script.into()] };
-        let rank = spawn(&program, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit])?;
+        let rank = spawn(&program, 0, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit])?;
         Ok((rank, ours))
     }
 
@@ -141,7 +145,7 @@ mod tests {
         let (_ours, theirs) = UnixStream::pair().unwrap();
         let program =
             Program { path: "/bin/sh".into(), args: vec!["-c".into(), "sleep 1000 & exit 0".into()] };
-        let rank = spawn(&program, Vec::new(), &theirs, [Stdio::Pipe(writer), Stdio::Inherit]).unwrap();
+        let rank = spawn(&program, 0, Vec::new(), &theirs, [Stdio::Pipe(writer), Stdio::Inherit]).unwrap();
         assert_eq!(rank.wait().await, Exit::Code(0));
         // The pipe ends only when the sleeper, which holds it too, is gone.
         let mut rest = Vec::new();
@@ -155,7 +159,7 @@ mod tests {
         let (_ours, theirs) = UnixStream::pair().unwrap();
         let start = |path: &str| {
             let program = Program { path: path.into(), args: Vec::new() };
-            spawn(&program, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit]).err().unwrap().kind()
+            spawn(&program, 0, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit]).err().unwrap().kind()
         };
         assert_eq!(start("/etc/passwd"), io::ErrorKind::PermissionDenied);
         assert_eq!(start("/nowhere/program"), io::ErrorKind::NotFound);

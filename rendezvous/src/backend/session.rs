@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use ice_proto::frame::{self, Decoder};
 use ice_proto::rendezvous::{Hello, ToAgent, ToCoordinator};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::Error;
-use crate::host::{KEEP_ALIVE, SILENCE};
+use crate::alive::{self, KEEP_ALIVE};
 
 /// Pause between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(100);
@@ -103,7 +103,7 @@ async fn write(mut writer: OwnedWriteHalf, mut to_send: mpsc::UnboundedReceiver<
 async fn read(mut reader: OwnedReadHalf, received: mpsc::Sender<Result<ToAgent, Error>>, endpoint: String) {
     let mut decoder = Decoder::new();
     let mut buffer = vec![0; 4096];
-    while let Ok(Ok(read @ 1..)) = timeout(SILENCE, reader.read(&mut buffer)).await {
+    while let Ok(read @ 1..) = alive::read(&mut reader, &mut buffer).await {
         decoder.feed(&buffer[..read]);
         loop {
             let message = match decoder.next_message() {

@@ -1,6 +1,7 @@
 //! Whom the coordinator lets in, and which place each node gets.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use ice_proto::rendezvous::Hello;
 
@@ -22,7 +23,22 @@ pub(super) fn check(run_id: &str, nodes: &BTreeMap<Peer, Hello>, newcomer: &Hell
     if let Some(first) = nodes.values().next() {
         for (option, theirs, ours) in [
             ("--nnodes", range(newcomer.nnodes), range(first.nnodes)),
-            ("--max-restarts", newcomer.max_restarts.to_string(), first.max_restarts.to_string()),
+            (
+                "--max-restarts",
+                newcomer.restarts.max_restarts.to_string(),
+                first.restarts.max_restarts.to_string(),
+            ),
+            ("--restart-window", seconds(newcomer.restarts.window), seconds(first.restarts.window)),
+            (
+                "--restart-backoff",
+                seconds(Some(newcomer.restarts.backoff)),
+                seconds(Some(first.restarts.backoff)),
+            ),
+            (
+                "--crash-loop-limit",
+                newcomer.restarts.crash_loop.to_string(),
+                first.restarts.crash_loop.to_string(),
+            ),
         ] {
             if theirs != ours {
                 return Err(format!(
@@ -62,6 +78,10 @@ pub(super) fn check(run_id: &str, nodes: &BTreeMap<Peer, Hello>, newcomer: &Hell
         return Err(format!("the job has its {most} nodes already"));
     }
     Ok(())
+}
+
+fn seconds(time: Option<Duration>) -> String {
+    time.map_or_else(|| "not given".into(), |time| format!("{} s", time.as_secs_f64()))
 }
 
 fn range((fewest, most): (u32, u32)) -> String {

@@ -4,6 +4,7 @@ use std::time::Duration;
 use ice_proto::rendezvous::{Hello, Member, Round, ToAgent, ToCoordinator};
 
 use super::admission;
+use super::restarts::{Failure, Restarts, Verdict};
 
 /// A connection of an agent, numbered in order of arrival.
 pub type Peer = u64;
@@ -42,12 +43,12 @@ pub enum Action {
 }
 
 enum Phase {
-    /// Nodes come, since then.
-    Joining { since: Duration, joined: BTreeSet<Peer> },
+    /// Nodes come, since then; the round does not start before its time.
+    Joining { since: Duration, not_before: Duration, joined: BTreeSet<Peer> },
     /// The round runs; these nodes have finished.
     Running { finished: BTreeSet<Peer> },
     /// The job is over.
-    Closed { success: bool, reason: String },
+    Closed { success: bool, reason: String, no_restart: Option<String> },
 }
 
 /// The machine. See the module for its invariants.
@@ -56,20 +57,21 @@ pub struct Coordinator {
     nodes: BTreeMap<Peer, Hello>,
     phase: Phase,
     round: u64,
-    restarts: u32,
+    restarts: Restarts,
 }
 
 impl Coordinator {
     /// A job that nobody has joined.
     pub fn new(settings: Settings) -> Self {
-        let phase = Phase::Joining { since: Duration::ZERO, joined: BTreeSet::new() };
-        Self { settings, nodes: BTreeMap::new(), phase, round: 0, restarts: 0 }
+        let phase = joining(Duration::ZERO, Duration::ZERO);
+        Self { settings, nodes: BTreeMap::new(), phase, round: 0, restarts: Restarts::default() }
     }
 
     /// When time alone changes something.
     pub fn deadline(&self) -> Option<Duration> {
-        match self.phase {
-            Phase::Joining { since, .. } => Some(since + self.settings.join_timeout),
+        match &self.phase {
+            Phase::Joining { not_before, joined, .. } if self.is_full(joined) => Some(*not_before),
+            Phase::Joining { since, .. } => Some(*since + self.settings.join_timeout),
             _ => None,
         }
     }
@@ -97,8 +99,10 @@ impl Coordinator {
         }
         match message {
             ToCoordinator::Hello(_) | ToCoordinator::KeepAlive => Vec::new(),
-            ToCoordinator::Join => self.join(peer),
-            ToCoordinator::Failed { round, reason } => self.failed(now, peer, round, reason),
+            ToCoordinator::Join => self.join(now, peer),
+            ToCoordinator::Failed { round, reason, uptime, hopeless } => {
+                self.failed(now, peer, round, Failure { reason, uptime, hopeless })
+            }
             ToCoordinator::Finished { round } => self.finished(peer, round),
             ToCoordinator::Leave { reason } => {
                 let who = self.describe(peer);
@@ -111,8 +115,7 @@ impl Coordinator {
     }
 
     fn hello(&mut self, peer: Peer, hello: Hello) -> Vec<Action> {
-        if let Phase::Closed { success, reason } = &self.phase {
-            let closed = ToAgent::Closed { success: *success, reason: reason.clone() };
+        if let Some(closed) = self.last_word() {
             return vec![Action::Send(peer, closed), Action::Close(peer)];
         }
         if self.nodes.contains_key(&peer) {
@@ -127,14 +130,28 @@ impl Coordinator {
         }
     }
 
-    fn join(&mut self, peer: Peer) -> Vec<Action> {
+    fn join(&mut self, now: Duration, peer: Peer) -> Vec<Action> {
         let Phase::Joining { joined, .. } = &mut self.phase else { return Vec::new() };
         joined.insert(peer);
-        let wanted = self.nodes.values().next().map_or(1, |node| node.nnodes.1);
-        if joined.len() < wanted as usize {
-            return Vec::new();
+        self.start_if_due(now)
+    }
+
+    /// Nodes that the job wants.
+    fn wanted(&self) -> u32 {
+        self.nodes.values().next().map_or(1, |node| node.nnodes.1)
+    }
+
+    fn is_full(&self, joined: &BTreeSet<Peer>) -> bool {
+        joined.len() >= self.wanted() as usize
+    }
+
+    fn start_if_due(&mut self, now: Duration) -> Vec<Action> {
+        match &self.phase {
+            Phase::Joining { not_before, joined, .. } if now >= *not_before && self.is_full(joined) => {
+                self.start_round()
+            }
+            _ => Vec::new(),
         }
-        self.start_round()
     }
 
     fn start_round(&mut self) -> Vec<Action> {
@@ -150,7 +167,7 @@ impl Coordinator {
         for (you, peer) in (0..).zip(places) {
             let round = Round {
                 number: self.round,
-                restart_count: self.restarts,
+                restart_count: self.restarts.count(),
                 members: members.clone(),
                 you,
                 run_stamp: self.settings.run_stamp.clone(),
@@ -161,20 +178,21 @@ impl Coordinator {
         actions
     }
 
-    fn failed(&mut self, now: Duration, peer: Peer, round: u64, reason: String) -> Vec<Action> {
+    fn failed(&mut self, now: Duration, peer: Peer, round: u64, failure: Failure) -> Vec<Action> {
         if !matches!(self.phase, Phase::Running { .. }) || round != self.round {
             return Vec::new();
         }
-        let reason = format!("{}: {reason}", self.describe(peer));
-        let allowed = self.nodes.get(&peer).map_or(0, |node| node.max_restarts);
-        if self.restarts >= allowed {
-            return self.close(false, reason);
+        let Some(policy) = self.nodes.get(&peer).map(|node| node.restarts) else { return Vec::new() };
+        let verdict = self.restarts.decide(&policy, now, &failure);
+        let reason = format!("{}: {}", self.describe(peer), failure.reason);
+        match verdict {
+            Verdict::GiveUp { why } => self.end(false, reason, why),
+            Verdict::Restart { after, note } => {
+                self.round += 1;
+                self.phase = joining(now, now + after);
+                self.broadcast(&ToAgent::RoundBroken { round, reason: format!("{reason}; {note}") })
+            }
         }
-        self.restarts += 1;
-        self.round += 1;
-        self.phase = Phase::Joining { since: now, joined: BTreeSet::new() };
-        let reason = format!("{reason}; restart {} of {allowed}", self.restarts);
-        self.broadcast(&ToAgent::RoundBroken { round, reason })
     }
 
     fn finished(&mut self, peer: Peer, round: u64) -> Vec<Action> {
@@ -207,11 +225,12 @@ impl Coordinator {
     }
 
     fn tick(&mut self, now: Duration) -> Vec<Action> {
-        let Phase::Joining { joined, .. } = &self.phase else { return Vec::new() };
+        let started = self.start_if_due(now);
+        let Phase::Joining { joined, .. } = &self.phase else { return started };
         if self.deadline().is_none_or(|deadline| now < deadline) {
             return Vec::new();
         }
-        let wanted = self.nodes.values().next().map_or(0, |node| node.nnodes.1);
+        let wanted = if self.nodes.is_empty() { 0 } else { self.wanted() };
         let there: Vec<_> = self
             .nodes
             .iter()
@@ -234,13 +253,22 @@ impl Coordinator {
     }
 
     fn close(&mut self, success: bool, reason: String) -> Vec<Action> {
+        self.end(success, reason, None)
+    }
+
+    fn end(&mut self, success: bool, reason: String, no_restart: Option<String>) -> Vec<Action> {
         if self.is_closed() {
             return Vec::new();
         }
-        let message = ToAgent::Closed { success, reason: reason.clone() };
-        let actions = self.broadcast(&message);
-        self.phase = Phase::Closed { success, reason };
-        actions
+        self.phase = Phase::Closed { success, reason, no_restart };
+        self.last_word().map(|closed| self.broadcast(&closed)).unwrap_or_default()
+    }
+
+    /// What agents are told once the job is over.
+    fn last_word(&self) -> Option<ToAgent> {
+        let Phase::Closed { success, reason, no_restart } = &self.phase else { return None };
+        let (reason, no_restart) = (reason.clone(), no_restart.clone());
+        Some(ToAgent::Closed { success: *success, reason, no_restart })
     }
 
     fn broadcast(&self, message: &ToAgent) -> Vec<Action> {
@@ -256,6 +284,10 @@ impl Coordinator {
         };
         format!("node {rank} (host {}, pid {})", node.host, node.pid)
     }
+}
+
+fn joining(now: Duration, not_before: Duration) -> Phase {
+    Phase::Joining { since: now, not_before, joined: BTreeSet::new() }
 }
 
 fn refuse(peer: Peer, reason: String) -> Vec<Action> {

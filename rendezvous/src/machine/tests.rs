@@ -1,12 +1,19 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ice_proto::rendezvous::{Hello, Round, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{Hello, RestartPolicy, Round, ToAgent, ToCoordinator};
 use proptest::prelude::*;
 
 use super::*;
 
 const NOW: Duration = Duration::from_secs(1);
+
+const POLICY: RestartPolicy =
+    RestartPolicy { max_restarts: 1, window: None, backoff: Duration::from_secs(5), crash_loop: 0 };
+
+fn failed(round: u64, reason: &str) -> ToCoordinator {
+    ToCoordinator::Failed { round, reason: reason.into(), uptime: Duration::ZERO, hopeless: None }
+}
 
 fn hello(node_rank: Option<u32>, nnodes: u32, local_world_size: u32) -> Hello {
     Hello {
@@ -14,7 +21,7 @@ fn hello(node_rank: Option<u32>, nnodes: u32, local_world_size: u32) -> Hello {
         node_rank,
         nnodes: (nnodes, nnodes),
         local_world_size,
-        max_restarts: 1,
+        restarts: POLICY,
         host: format!("host{local_world_size}"),
         pid: 7,
     }
@@ -63,7 +70,7 @@ fn a_job_runs_restarts_once_and_closes() {
     assert_eq!((started[&2].you, started[&1].you), (0, 1));
     assert_eq!(started[&1].members[1].first_rank, 2);
 
-    let failed = |round| ToCoordinator::Failed { round, reason: "rank 3 exited with code 1".into() };
+    let failed = |round| failed(round, "rank 3 exited with code 1");
     let broken = say(&mut machine, 1, failed(0));
     assert_eq!(broken.len(), 2);
     assert!(broken.iter().all(|a| matches!(a, Action::Send(_, ToAgent::RoundBroken { round: 0, .. }))));
@@ -73,11 +80,32 @@ fn a_job_runs_restarts_once_and_closes() {
     assert_eq!((started[&1].number, started[&1].restart_count), (1, 1));
 
     let closed = say(&mut machine, 1, failed(1));
-    let Action::Send(_, ToAgent::Closed { success: false, reason }) = &closed[0] else {
+    let Action::Send(_, ToAgent::Closed { success: false, reason, .. }) = &closed[0] else {
         panic!("{closed:?}")
     };
     assert!(reason.contains("node 1 (host host3") && reason.contains("code 1"), "{reason}");
     assert!(rounds(&enter(&mut machine, 3, hello(None, 2, 1))).is_empty(), "RV-5");
+}
+
+#[test]
+fn a_pause_before_a_restart_is_kept() {
+    let mut machine = coordinator();
+    let hello = Hello { restarts: RestartPolicy { max_restarts: 9, ..POLICY }, ..hello(None, 1, 1) };
+    enter(&mut machine, 1, hello);
+    say(&mut machine, 1, failed(0, "r"));
+    assert_eq!(
+        rounds(&say(&mut machine, 1, ToCoordinator::Join)).len(),
+        1,
+        "the first restart comes at once"
+    );
+    let broken = say(&mut machine, 1, failed(1, "r"));
+    let [Action::Send(1, ToAgent::RoundBroken { reason, .. })] = &broken[..] else { panic!("{broken:?}") };
+    assert!(reason.contains("restart 2 of 9, after a pause of 5 s"), "{reason}");
+    assert_eq!(say(&mut machine, 1, ToCoordinator::Join), []);
+    let due = machine.deadline().unwrap();
+    assert_eq!(due, NOW + Duration::from_secs(5));
+    assert_eq!(machine.handle(due - Duration::from_millis(1), Event::Tick), []);
+    assert_eq!(rounds(&machine.handle(due, Event::Tick)).len(), 1);
 }
 
 #[test]
@@ -97,7 +125,7 @@ fn a_lost_node_ends_the_round_for_the_others() {
     enter(&mut machine, 1, hello(Some(0), 2, 1));
     enter(&mut machine, 2, hello(Some(1), 2, 1));
     let actions = machine.handle(NOW, Event::Lost(2));
-    let [Action::Send(1, ToAgent::Closed { success: false, reason })] = &actions[..] else {
+    let [Action::Send(1, ToAgent::Closed { success: false, reason, .. })] = &actions[..] else {
         panic!("{actions:?}")
     };
     assert!(reason.contains("lost node 1"), "{reason}");
@@ -133,7 +161,7 @@ fn nodes_that_do_not_come_are_counted() {
     enter(&mut machine, 1, hello(Some(1), 3, 1));
     assert_eq!(machine.handle(Duration::from_secs(599), Event::Tick), []);
     let actions = machine.handle(Duration::from_secs(600), Event::Tick);
-    let [Action::Send(1, ToAgent::Closed { success: false, reason })] = &actions[..] else {
+    let [Action::Send(1, ToAgent::Closed { success: false, reason, .. })] = &actions[..] else {
         panic!("{actions:?}")
     };
     assert!(reason.contains("1 of 3 nodes") && reason.contains("host1"), "{reason}");
@@ -149,9 +177,7 @@ fn event() -> impl Strategy<Value = Event> {
         }),
         peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
         peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
-        (peer.clone(), round.clone()).prop_map(|(peer, round)| {
-            Event::Message(peer, ToCoordinator::Failed { round, reason: "r".into() })
-        }),
+        (peer.clone(), round.clone()).prop_map(|(peer, round)| { Event::Message(peer, failed(round, "r")) }),
         (peer.clone(), round)
             .prop_map(|(peer, round)| Event::Message(peer, ToCoordinator::Finished { round })),
         peer.prop_map(Event::Lost),

@@ -70,6 +70,7 @@ impl<'a> Run<'a> {
             Err(error) if error.is_collective() && run.worker.link().wait_for_stop(STOP_GRACE) => Ok(()),
             outcome => outcome,
         };
+        run.worker.link().rest();
         let written = run.writer.borrow_mut().finish();
         outcome.and(written)
     }

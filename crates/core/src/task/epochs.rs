@@ -105,7 +105,7 @@ impl Task {
         (progress.steps, progress.iteration) = (progress.steps + 1, progress.iteration + 1);
         self.progress.set(progress);
         run.counters().count_step(self.train);
-        run.worker().link().set_step(run.counters().train_steps());
+        run.worker().link().advance(run.counters().train_steps());
         report.step(samples, loss.as_ref());
         if self.train { run.save_if_due() } else { Ok(()) }
     }

@@ -1,0 +1,71 @@
+use std::fmt;
+
+use ice_proto::exit::ExitCode;
+
+/// How a rank ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Exit {
+    Code(i32),
+    Signal(i32),
+    /// It was never started.
+    NotStarted {
+        code: ExitCode,
+        reason: String,
+    },
+    /// It was ended because the job stood still.
+    Hung(String),
+}
+
+impl Exit {
+    pub(crate) fn is_success(&self) -> bool {
+        *self == Self::Code(0)
+    }
+
+    pub(crate) fn code(&self) -> ExitCode {
+        match self {
+            Self::Code(code) => u8::try_from(*code).map_or(ExitCode::Failure, ExitCode::Rank),
+            Self::Signal(signal) => u8::try_from(*signal).map_or(ExitCode::Failure, ExitCode::Signal),
+            Self::NotStarted { code, .. } => *code,
+            Self::Hung(_) => ExitCode::Failure,
+        }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(signal) => match signal_name(*signal) {
+                Some(name) => write!(f, "killed by {name}"),
+                None => write!(f, "killed by signal {signal}"),
+            },
+            Self::NotStarted { reason, .. } => write!(f, "not started: {reason}"),
+            Self::Hung(reason) => write!(f, "hung: {reason}"),
+        }
+    }
+}
+
+/// Names of the signals that end programs or are passed on, as on Linux.
+pub(crate) fn signal_name(signal: i32) -> Option<&'static str> {
+    Some(match signal {
+        1 => "SIGHUP",
+        2 => "SIGINT",
+        3 => "SIGQUIT",
+        4 => "SIGILL",
+        5 => "SIGTRAP",
+        6 => "SIGABRT",
+        7 => "SIGBUS",
+        8 => "SIGFPE",
+        9 => "SIGKILL",
+        10 => "SIGUSR1",
+        11 => "SIGSEGV",
+        12 => "SIGUSR2",
+        13 => "SIGPIPE",
+        14 => "SIGALRM",
+        15 => "SIGTERM",
+        24 => "SIGXCPU",
+        25 => "SIGXFSZ",
+        31 => "SIGSYS",
+        _ => return None,
+    })
+}

@@ -1,0 +1,231 @@
+//! Whether the ranks of this node stand still.
+//!
+//! Ranks that know the link say every second how much they have got done; of others only the CPU time that they use is known.
+//! Time comes in as an argument, as for the agent.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::cli::HangTimeout;
+
+/// For ranks that report their steps. Longer than the longest step, evaluation or write of a checkpoint that anyone
+/// waits for; as long as NCCL's own timeout.
+const DEFAULT: Duration = Duration::from_secs(600);
+/// A rank that uses less of a core than this does nothing but wait.
+const IDLE: f64 = 0.02;
+/// A rank whose heartbeat is this late is silent.
+const SILENT: Duration = Duration::from_secs(5);
+
+/// What is known of a rank.
+#[derive(Debug, Clone, Copy)]
+enum Pulse {
+    /// Nothing to go by yet.
+    None,
+    Steps {
+        step: u64,
+        activity: u64,
+        changed: Duration,
+        heard: Duration,
+    },
+    Cpu {
+        used: Duration,
+        sampled: Duration,
+        changed: Duration,
+    },
+}
+
+/// A job that stands still.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hang {
+    /// The rank that is behind, as far as can be seen from here.
+    pub(crate) local_rank: u32,
+    pub(crate) reason: String,
+}
+
+pub(crate) struct HangWatch {
+    timeout: HangTimeout,
+    ranks: BTreeMap<u32, Pulse>,
+    period: Duration,
+}
+
+impl HangWatch {
+    pub(crate) fn new(timeout: HangTimeout, monitor_interval: Duration) -> Self {
+        Self { timeout, ranks: BTreeMap::new(), period: monitor_interval }
+    }
+
+    /// An attempt begins.
+    pub(crate) fn start(&mut self, ranks: u32) {
+        self.ranks = (0..ranks).map(|rank| (rank, Pulse::None)).collect();
+    }
+
+    /// A rank has ended.
+    pub(crate) fn gone(&mut self, local_rank: u32) {
+        self.ranks.remove(&local_rank);
+    }
+
+    pub(crate) fn heartbeat(&mut self, now: Duration, local_rank: u32, step: u64, activity: u64) {
+        let Some(pulse) = self.ranks.get_mut(&local_rank) else { return };
+        let changed = match *pulse {
+            Pulse::Steps { activity: before, changed, .. } if before == activity => changed,
+            _ => now,
+        };
+        *pulse = Pulse::Steps { step, activity, changed, heard: now };
+    }
+
+    /// How often CPU times are wanted; never where nobody asked for it.
+    pub(crate) fn sampling(&self) -> Option<Duration> {
+        let HangTimeout::After(timeout) = self.timeout else { return None };
+        let plain = self.ranks.values().any(|pulse| !matches!(pulse, Pulse::Steps { .. }));
+        plain.then(|| {
+            (timeout / 10).clamp(Duration::from_millis(20), Duration::from_secs(10)).max(self.period)
+        })
+    }
+
+    /// The CPU time that a rank and all that came of it have used.
+    pub(crate) fn cpu_time(&mut self, now: Duration, local_rank: u32, used: Duration) {
+        match self.ranks.get_mut(&local_rank) {
+            Some(pulse @ Pulse::None) => *pulse = Pulse::Cpu { used, sampled: now, changed: now },
+            Some(Pulse::Cpu { used: before, sampled, changed }) => {
+                let passed = now.saturating_sub(*sampled).as_secs_f64();
+                // Less than before where a child has ended.
+                let spent = used.as_secs_f64() - before.as_secs_f64();
+                if spent < 0.0 || spent > IDLE * passed {
+                    *changed = now;
+                }
+                (*before, *sampled) = (used, now);
+            }
+            _ => {}
+        }
+    }
+
+    fn timeout_of(&self, pulse: &Pulse) -> Option<Duration> {
+        match (self.timeout, pulse) {
+            (HangTimeout::Never, _) | (_, Pulse::None) => None,
+            // Not at work: before the first step, or after the last one.
+            (_, Pulse::Steps { activity: 0, .. }) => None,
+            (HangTimeout::After(timeout), _) => Some(timeout),
+            (HangTimeout::Default, Pulse::Steps { .. }) => Some(DEFAULT),
+            (HangTimeout::Default, Pulse::Cpu { .. }) => None,
+        }
+    }
+
+    /// When the last rank that still did something will have stood still for too long.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        let due = |pulse: &Pulse| {
+            let timeout = self.timeout_of(pulse)?;
+            match pulse {
+                Pulse::None => None,
+                Pulse::Steps { changed, .. } | Pulse::Cpu { changed, .. } => Some(*changed + timeout),
+            }
+        };
+        self.ranks.values().filter_map(due).max()
+    }
+
+    /// Whether all ranks that are at work have stood still for too long.
+    pub(crate) fn check(&self, now: Duration) -> Option<Hang> {
+        if self.deadline().is_none_or(|at| now < at) {
+            return None;
+        }
+        let watched: Vec<_> =
+            self.ranks.iter().filter(|(_, pulse)| self.timeout_of(pulse).is_some()).collect();
+        let (behind, pulse) = watched.iter().min_by_key(|(_, pulse)| match pulse {
+            Pulse::Steps { step, activity, heard, .. } => (*step, *activity, *heard),
+            Pulse::Cpu { changed, .. } => (0, 0, *changed),
+            Pulse::None => (u64::MAX, u64::MAX, Duration::MAX),
+        })?;
+        let still = self.timeout_of(pulse)?.as_secs_f64();
+        let reason = match pulse {
+            Pulse::Steps { step, heard, .. } => {
+                let silent = match now.saturating_sub(*heard) {
+                    late if late > SILENT => format!(", silent for {:.0} s", late.as_secs_f64()),
+                    _ => String::new(),
+                };
+                let most = watched.iter().filter_map(|(_, pulse)| match pulse {
+                    Pulse::Steps { step, .. } => Some(*step),
+                    _ => None,
+                });
+                let most = most.max().unwrap_or(*step);
+                format!("no rank got anything done for {still} s; it is at step {step} of {most}{silent}")
+            }
+            _ => format!("no rank used the CPU for {still} s"),
+        };
+        Some(Hang { local_rank: **behind, reason })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn watch(timeout: HangTimeout) -> HangWatch {
+        let mut watch = HangWatch::new(timeout, Duration::from_millis(100));
+        watch.start(2);
+        watch
+    }
+
+    #[test]
+    fn the_group_hangs_when_its_last_rank_stands_still() {
+        let mut watch = watch(HangTimeout::After(s(10)));
+        for now in 1..30 {
+            watch.heartbeat(s(now), 0, now.min(5), now.min(5));
+            if now < 8 {
+                watch.heartbeat(s(now), 1, now.min(4), now.min(4));
+            }
+            let hang = watch.check(s(now));
+            assert_eq!(hang.is_some(), now >= 15, "{now}");
+            if let Some(hang) = hang {
+                assert_eq!(hang.local_rank, 1);
+                assert!(hang.reason.contains("10 s; it is at step 4 of 5, silent for"), "{}", hang.reason);
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_is_not_at_work_is_not_watched() {
+        let mut watch = watch(HangTimeout::Default);
+        watch.heartbeat(s(1), 0, 0, 0);
+        watch.heartbeat(s(1), 1, 0, 0);
+        assert_eq!(watch.deadline(), None, "before the first step");
+        watch.heartbeat(s(2), 0, 1, 1);
+        assert_eq!(watch.deadline(), Some(s(2) + DEFAULT));
+        watch.heartbeat(s(3), 0, 1, 0);
+        assert_eq!(watch.deadline(), None, "after the last one");
+        watch.heartbeat(s(4), 0, 1, 1);
+        watch.gone(0);
+        assert_eq!(watch.deadline(), None);
+    }
+
+    #[test]
+    fn a_rank_that_works_alone_keeps_the_others_waiting() {
+        let mut watch = watch(HangTimeout::After(s(10)));
+        for now in 1..100 {
+            watch.heartbeat(s(now), 0, 7, now);
+            watch.heartbeat(s(now), 1, 7, 7);
+            assert_eq!(watch.check(s(now)), None);
+        }
+    }
+
+    #[test]
+    fn of_a_plain_program_the_cpu_time_tells_if_that_was_asked_for() {
+        let mut plain = watch(HangTimeout::Default);
+        plain.cpu_time(s(1), 0, s(1));
+        assert_eq!((plain.sampling(), plain.deadline()), (None, None));
+
+        let mut plain = watch(HangTimeout::After(s(10)));
+        assert_eq!(plain.sampling(), Some(s(1)));
+        for now in 1..=12 {
+            // The first rank works for four seconds, the other one only polls.
+            plain.cpu_time(s(now), 0, s(now.min(4)));
+            plain.cpu_time(s(now), 1, Duration::from_millis(10 * now));
+            assert_eq!(plain.check(s(now)), None);
+        }
+        plain.cpu_time(s(14), 0, s(4));
+        let hang = plain.check(s(14)).unwrap();
+        assert_eq!((hang.local_rank, hang.reason.contains("used the CPU for 10 s")), (1, true));
+        assert_eq!(watch(HangTimeout::Never).check(s(9999)), None);
+    }
+}

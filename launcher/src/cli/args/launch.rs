@@ -1,0 +1,255 @@
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use clap::builder::FalseyValueParser;
+
+/// The options of the launcher. What is `None` is taken from the cluster, or else has the default that its help names.
+#[derive(Args, Debug, Clone, Default)]
+pub struct LaunchArgs {
+    /// Devices of this node, one rank each: auto, cpu, cuda, cuda:*, cuda:1,3, cuda:0-2,7, cpu:0-3 [default: auto]
+    #[arg(long, help_heading = "Ranks")]
+    pub devices: Option<String>,
+    /// Backend of the collectives: auto, gloo or nccl
+    #[arg(long, alias = "dist_backend", value_name = "NAME", default_value = "auto", help_heading = "Ranks")]
+    pub dist_backend: String,
+    /// Name of the role of the ranks
+    #[arg(long, env = "PET_ROLE", hide_env = true, default_value = "default", help_heading = "Ranks")]
+    pub role: String,
+    /// Threads of each rank [default: OMP_NUM_THREADS, else its share of the cores]
+    #[arg(long, alias = "omp_num_threads", value_name = "N", help_heading = "Ranks")]
+    pub omp_num_threads: Option<u32>,
+    /// Bind each rank to the CPUs near its device: node, socket, exclusive or core-complex
+    #[arg(long, alias = "numa_binding", value_name = "HOW", help_heading = "Ranks")]
+    pub numa_binding: Option<String>,
+    /// Each rank sees one GPU, as device 0, and has LOCAL_RANK 0
+    #[arg(
+        long,
+        alias = "virtual_local_rank",
+        env = "PET_VIRTUAL_LOCAL_RANK",
+        hide_env = true,
+        value_parser = FalseyValueParser::new(),
+        help_heading = "Ranks"
+    )]
+    pub virtual_local_rank: bool,
+
+    /// Number of nodes [default: 1]
+    #[arg(long, value_name = "N", env = "PET_NNODES", hide_env = true, help_heading = "Nodes")]
+    pub nnodes: Option<String>,
+    /// Rank of this node, from 0
+    #[arg(
+        long,
+        alias = "node_rank",
+        value_name = "RANK",
+        env = "PET_NODE_RANK",
+        hide_env = true,
+        help_heading = "Nodes"
+    )]
+    pub node_rank: Option<u32>,
+    /// Address of node 0 [default: 127.0.0.1]
+    #[arg(
+        long,
+        alias = "master_addr",
+        value_name = "HOST",
+        env = "PET_MASTER_ADDR",
+        hide_env = true,
+        help_heading = "Nodes"
+    )]
+    pub master_addr: Option<String>,
+    /// Port of node 0 [default: 29500 with several nodes, a free one with one]
+    #[arg(
+        long,
+        alias = "master_port",
+        value_name = "PORT",
+        env = "PET_MASTER_PORT",
+        hide_env = true,
+        help_heading = "Nodes"
+    )]
+    pub master_port: Option<u16>,
+    /// Identifier of the job, the same on all nodes [default: none]
+    #[arg(long, alias = "run_id", value_name = "ID", help_heading = "Nodes")]
+    pub run_id: Option<String>,
+    /// What `--rdzv-conf` and `--rdzv-backend` add.
+    #[arg(skip)]
+    pub(crate) rendezvous: RendezvousArgs,
+
+    /// How often all ranks are started again after a failure
+    #[arg(
+        long,
+        alias = "max_restarts",
+        value_name = "N",
+        env = "PET_MAX_RESTARTS",
+        hide_env = true,
+        default_value_t = 0,
+        help_heading = "Failures"
+    )]
+    pub max_restarts: u32,
+    /// Only failures within this many seconds count against --max-restarts [default: all of the job's]
+    #[arg(long, alias = "restart_window", value_name = "SECONDS", help_heading = "Failures")]
+    pub restart_window: Option<f64>,
+    /// Pause before the second restart in a row within 10 s of a start; doubled for each further one
+    #[arg(
+        long,
+        alias = "restart_backoff",
+        value_name = "SECONDS",
+        default_value_t = 1.0,
+        help_heading = "Failures"
+    )]
+    pub restart_backoff: f64,
+    /// Give up after so many attempts in a row that failed within 10 s of their start; 0 for never
+    #[arg(
+        long,
+        alias = "crash_loop_limit",
+        value_name = "N",
+        default_value_t = 5,
+        help_heading = "Failures"
+    )]
+    pub crash_loop_limit: u32,
+    /// Exit codes of a rank that no restart can help: 2,64-78
+    #[arg(long, alias = "fatal_exit_codes", value_name = "LIST", help_heading = "Failures")]
+    pub fatal_exit_codes: Option<String>,
+    /// A job without a step for so long has failed; 0 for never [default: 600 for ranks that report their steps, never for others]
+    #[arg(long, alias = "hang_timeout", value_name = "SECONDS", help_heading = "Failures")]
+    pub hang_timeout: Option<f64>,
+    /// How often ranks are looked at for --hang-timeout; failures are seen at once
+    #[arg(
+        long,
+        alias = "monitor_interval",
+        value_name = "SECONDS",
+        env = "PET_MONITOR_INTERVAL",
+        hide_env = true,
+        default_value_t = 0.1,
+        help_heading = "Failures"
+    )]
+    pub monitor_interval: f64,
+    /// Time that ranks have to end before they are killed [default: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30]
+    #[arg(
+        long,
+        alias = "shutdown_timeout",
+        value_name = "SECONDS",
+        env = "PET_SHUTDOWN_TIMEOUT",
+        hide_env = true,
+        help_heading = "Failures"
+    )]
+    pub shutdown_timeout: Option<f64>,
+    /// Signals that stop the job; they are passed on to the ranks
+    #[arg(
+        long,
+        alias = "signals_to_handle",
+        value_name = "LIST",
+        env = "PET_SIGNALS_TO_HANDLE",
+        hide_env = true,
+        default_value = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+        help_heading = "Failures"
+    )]
+    pub signals_to_handle: String,
+
+    /// Streams that go to files: 0 none, 1 stdout, 2 stderr, 3 both, or rank:value,…
+    #[arg(
+        short,
+        long,
+        value_name = "STREAMS",
+        env = "PET_REDIRECTS",
+        hide_env = true,
+        default_value = "0",
+        help_heading = "Output"
+    )]
+    pub redirects: String,
+    /// Streams that go to files and to the console, each line with its rank
+    #[arg(
+        short,
+        long,
+        value_name = "STREAMS",
+        env = "PET_TEE",
+        hide_env = true,
+        default_value = "0",
+        help_heading = "Output"
+    )]
+    pub tee: String,
+    /// Folder for the logs; a temporary one unless given
+    #[arg(
+        long,
+        alias = "log_dir",
+        value_name = "DIR",
+        env = "PET_LOG_DIR",
+        hide_env = true,
+        help_heading = "Output"
+    )]
+    pub log_dir: Option<PathBuf>,
+    /// Only these local ranks reach the console: 0,1,2
+    #[arg(
+        long,
+        alias = "local_ranks_filter",
+        value_name = "RANKS",
+        env = "PET_LOCAL_RANKS_FILTER",
+        hide_env = true,
+        default_value = "",
+        hide_default_value = true,
+        help_heading = "Output"
+    )]
+    pub local_ranks_filter: String,
+    /// Lines of logged stdout that contain one of these go to filtered_stdout.log too: apple,orange (`,,` is a comma)
+    #[arg(
+        long,
+        alias = "duplicate_stdout_filters",
+        value_name = "TEXTS",
+        env = "PET_DUPLICATE_STDOUT_FILTERS",
+        hide_env = true,
+        default_value = "",
+        hide_default_value = true,
+        help_heading = "Output"
+    )]
+    pub duplicate_stdout_filters: String,
+    /// The same for stderr and filtered_stderr.log
+    #[arg(
+        long,
+        alias = "duplicate_stderr_filters",
+        value_name = "TEXTS",
+        env = "PET_DUPLICATE_STDERR_FILTERS",
+        hide_env = true,
+        default_value = "",
+        hide_default_value = true,
+        help_heading = "Output"
+    )]
+    pub duplicate_stderr_filters: String,
+    /// Put before each line of --tee: ${role_name}, ${rank}, ${local_rank}, ${node_rank}, ${host}, ${run_id}
+    #[arg(
+        long,
+        alias = "log_prefix",
+        value_name = "TEMPLATE",
+        env = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
+        hide_env = true,
+        default_value = "[${role_name}${rank}]:",
+        help_heading = "Output"
+    )]
+    pub log_prefix: String,
+    /// A log file of this size is set aside and a new one begun: 100M, 2G [default: never]
+    #[arg(long, alias = "log_max_size", value_name = "SIZE", help_heading = "Output")]
+    pub log_max_size: Option<String>,
+    /// How many full log files are kept beside the current one
+    #[arg(long, alias = "log_keep", value_name = "N", default_value_t = 5, help_heading = "Output")]
+    pub log_keep: u32,
+    /// Append everything that happens to this file, one JSON object per line
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub events: Option<PathBuf>,
+    /// Period of progress lines of ranks that report it
+    #[arg(
+        long,
+        alias = "progress_interval",
+        value_name = "SECONDS",
+        default_value_t = 2.0,
+        help_heading = "Output"
+    )]
+    pub progress_interval: f64,
+}
+
+/// How the nodes meet, beyond the endpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct RendezvousArgs {
+    /// Whoever the endpoint's address belongs to hosts it.
+    pub(crate) elect: bool,
+    /// Whether this agent does, where that was said.
+    pub(crate) is_host: Option<bool>,
+    /// How long nodes may take to come.
+    pub(crate) join_timeout: Option<Duration>,
+}

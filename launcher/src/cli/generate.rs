@@ -1,0 +1,26 @@
+//! The man page and the completions, from the definition of the command line.
+
+use std::io::{self, Write};
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+
+use super::Cli;
+use super::args::Generate;
+
+/// Writes what was asked for.
+///
+/// # Errors
+/// The error of the writer.
+pub fn generate(what: Generate, out: &mut dyn Write) -> io::Result<()> {
+    let mut command = Cli::command();
+    let shell = match what {
+        Generate::Man => return clap_mangen::Man::new(command).render(out),
+        Generate::Bash => Shell::Bash,
+        Generate::Zsh => Shell::Zsh,
+        Generate::Fish => Shell::Fish,
+    };
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut command, "ice-launch", &mut text);
+    out.write_all(&text)
+}

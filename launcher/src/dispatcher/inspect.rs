@@ -1,0 +1,34 @@
+use std::path::PathBuf;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::RankEvent;
+use crate::agent::Hang;
+use crate::supervise::write_stacks;
+
+/// Debuggers at work at the same time.
+const AT_ONCE: usize = 4;
+
+/// Writes the stacks of all ranks, given as rank, process and file, and says so.
+pub(super) async fn inspect(
+    hang: Hang,
+    ranks: Vec<(u32, u32, PathBuf)>,
+    events: mpsc::UnboundedSender<RankEvent>,
+) {
+    let mut work = JoinSet::new();
+    let mut found = Vec::new();
+    for (rank, pid, path) in ranks {
+        if work.len() >= AT_ONCE {
+            found.extend(work.join_next().await);
+        }
+        work.spawn(async move {
+            write_stacks(pid, &path).await.unwrap_or_else(|error| format!("none of rank {rank}: {error}"))
+        });
+    }
+    found.extend(work.join_all().await.into_iter().map(Ok));
+    let mut found: Vec<String> = found.into_iter().flatten().collect();
+    found.sort();
+    found.dedup();
+    let _ = events.send(RankEvent::Inspected(hang, found.join("; ")));
+}

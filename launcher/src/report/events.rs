@@ -1,0 +1,77 @@
+//! `--events`: everything that happened, one JSON object per line. `docs/events.md` is its documentation.
+
+use serde::Serialize;
+
+use super::failure::ExitRecord;
+use crate::logs::{Files, LogFile};
+
+/// Grows when a field changes its meaning or goes; new events and fields may come at any time.
+const VERSION: u32 = 1;
+
+/// What happened.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum Happened {
+    /// The agent is there.
+    AgentStarted { pid: u32, host: String, ranks: usize, program: String },
+    /// The nodes have agreed.
+    RoundStarted { round: u64, attempt: u32, nodes: usize, node: u32, world_size: u32 },
+    /// A process was started.
+    RankStarted { rank: u32, local_rank: u32, pid: u32 },
+    /// A process ended.
+    RankEnded {
+        rank: u32,
+        local_rank: u32,
+        #[serde(flatten)]
+        exit: ExitRecord,
+    },
+    /// A rank wrote a checkpoint.
+    CheckpointSaved { rank: u32, path: String, step: u64 },
+    /// The agent was sent a signal.
+    Signal { signal: i32 },
+    /// The job stands still.
+    Hang { rank: u32, reason: String },
+    /// The attempt failed on this node.
+    AttemptFailed { attempt: u32, rank: u32, exit: String, message: Option<String> },
+    /// The agent decided something, and why.
+    Decision { text: String },
+    /// Ranks are being asked to end, or are killed.
+    Stopping { how: &'static str },
+    /// The agent ends.
+    AgentEnded { exit_code: u8 },
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    version: u32,
+    /// RFC 3339, UTC.
+    time: String,
+    run_id: &'a str,
+    #[serde(flatten)]
+    happened: &'a Happened,
+}
+
+/// Where events go.
+pub(crate) struct Events {
+    run_id: String,
+    out: Option<(Files, LogFile)>,
+}
+
+impl Events {
+    pub(crate) fn new(run_id: &str, out: Option<(Files, LogFile)>) -> Self {
+        Self { run_id: run_id.to_owned(), out }
+    }
+
+    pub(crate) fn add(&self, happened: &Happened) {
+        let Some((files, file)) = &self.out else { return };
+        let time = jiff::Timestamp::now().to_string();
+        let line = Line { version: VERSION, time, run_id: &self.run_id, happened };
+        match serde_json::to_vec(&line) {
+            Ok(mut bytes) => {
+                bytes.push(b'\n');
+                files.add(file, bytes);
+            }
+            Err(error) => tracing::warn!(%error, "an event was not written"),
+        }
+    }
+}

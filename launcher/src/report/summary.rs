@@ -1,0 +1,50 @@
+//! `report.json`: how the job went on this node, for programs.
+
+use std::path::Path;
+use std::{fs, io};
+
+use serde::Serialize;
+
+use super::Failure;
+
+/// Grows when a field changes its meaning or goes.
+const VERSION: u32 = 1;
+
+/// What `report.json` holds.
+#[derive(Debug, Serialize)]
+pub(crate) struct Summary {
+    version: u32,
+    run_id: String,
+    /// `running`, `succeeded` or `failed`.
+    outcome: &'static str,
+    exit_code: Option<u8>,
+    /// The attempts that failed on this node, in order.
+    failures: Vec<Failure>,
+}
+
+impl Summary {
+    pub(crate) fn new(run_id: &str) -> Self {
+        let (run_id, failures) = (run_id.to_owned(), Vec::new());
+        Self { version: VERSION, run_id, outcome: "running", exit_code: None, failures }
+    }
+
+    pub(crate) fn add(&mut self, failure: Failure) {
+        self.failures.push(failure);
+    }
+
+    pub(crate) fn has_failures(&self) -> bool {
+        !self.failures.is_empty()
+    }
+
+    pub(crate) fn end(&mut self, code: u8) {
+        self.outcome = if code == 0 { "succeeded" } else { "failed" };
+        self.exit_code = Some(code);
+    }
+
+    /// Writes it whole into a folder: beside, then renamed.
+    pub(crate) fn write(&self, folder: &Path) -> io::Result<()> {
+        let beside = folder.join("report.json.partial");
+        fs::write(&beside, serde_json::to_vec_pretty(self)?)?;
+        fs::rename(&beside, folder.join("report.json"))
+    }
+}

@@ -1,0 +1,82 @@
+//! Which GPU each rank sees under which index.
+
+use ice_proto::backend::RankDevice;
+
+/// What a rank is told about its device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Placed {
+    /// As the rank is to name it.
+    pub(crate) device: RankDevice,
+    /// CUDA_VISIBLE_DEVICES, where it is not the agent's own.
+    pub(crate) visible: Option<String>,
+}
+
+/// Places the ranks of a node. `visible` is the agent's own CUDA_VISIBLE_DEVICES, whose entries `devices` counts.
+///
+/// A program written for torchrun uses `cuda:<local rank>`. Where that is not the device that the user named, the ranks see only the named ones,
+/// in the order of the ranks. With a virtual local rank each sees its own alone.
+pub(super) fn place(devices: &[RankDevice], visible: Option<&str>, virtual_local_rank: bool) -> Vec<Placed> {
+    let entries: Option<Vec<&str>> = visible.map(|list| list.split(',').map(str::trim).collect());
+    let name = |index: u32| match &entries {
+        Some(entries) => entries.get(index as usize).map_or_else(|| index.to_string(), |id| (*id).to_owned()),
+        None => index.to_string(),
+    };
+    let mut distinct: Vec<u32> = Vec::new();
+    for device in devices {
+        if let RankDevice::Cuda(index) = device
+            && !distinct.contains(index)
+        {
+            distinct.push(*index);
+        }
+    }
+    let in_order = distinct.iter().zip(0..).all(|(index, place)| *index == place);
+    let all = || distinct.iter().map(|index| name(*index)).collect::<Vec<_>>().join(",");
+    let place = |device: &RankDevice| match *device {
+        RankDevice::Cpu => Placed { device: RankDevice::Cpu, visible: None },
+        RankDevice::Cuda(index) if virtual_local_rank => {
+            Placed { device: RankDevice::Cuda(0), visible: Some(name(index)) }
+        }
+        RankDevice::Cuda(index) if in_order => Placed { device: RankDevice::Cuda(index), visible: None },
+        RankDevice::Cuda(index) => {
+            let seen_as =
+                distinct.iter().zip(0..).find(|(other, _)| **other == index).map_or(0, |(_, at)| at);
+            Placed { device: RankDevice::Cuda(seen_as), visible: Some(all()) }
+        }
+    };
+    devices.iter().map(place).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Device and visible devices of each rank.
+    fn placed(gpus: &[u32], visible: Option<&str>, virtual_local_rank: bool) -> String {
+        let devices: Vec<_> = gpus.iter().map(|index| RankDevice::Cuda(*index)).collect();
+        let placed = place(&devices, visible, virtual_local_rank);
+        let text =
+            |placed: &Placed| format!("{} [{}]", placed.device, placed.visible.as_deref().unwrap_or(""));
+        placed.iter().map(text).collect::<Vec<_>>().join("; ")
+    }
+
+    #[test]
+    fn ranks_in_order_keep_the_agents_view() {
+        assert_eq!(placed(&[0, 1], None, false), "cuda:0 []; cuda:1 []");
+        assert_eq!(placed(&[0, 1], Some("5,7"), false), "cuda:0 []; cuda:1 []");
+    }
+
+    #[test]
+    fn other_ranks_see_theirs_as_the_first_ones() {
+        assert_eq!(placed(&[2, 3], None, false), "cuda:0 [2,3]; cuda:1 [2,3]");
+        assert_eq!(placed(&[1, 0], Some("5,7"), false), "cuda:0 [7,5]; cuda:1 [7,5]");
+        assert_eq!(placed(&[1, 1], Some("GPU-a, GPU-b"), false), "cuda:0 [GPU-b]; cuda:0 [GPU-b]");
+    }
+
+    #[test]
+    fn with_a_virtual_local_rank_each_sees_one() {
+        assert_eq!(placed(&[0, 1], Some("5,7"), true), "cuda:0 [5]; cuda:0 [7]");
+        assert_eq!(placed(&[0, 1], None, true), "cuda:0 [0]; cuda:0 [1]");
+        let cpu = place(&[RankDevice::Cpu], Some("5"), true);
+        assert_eq!(cpu, [Placed { device: RankDevice::Cpu, visible: None }]);
+    }
+}

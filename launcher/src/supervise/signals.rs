@@ -1,0 +1,63 @@
+//! The signals that the agent gets.
+
+use std::future::poll_fn;
+use std::io;
+use std::task::Poll;
+
+use nix::sys::signal::Signal;
+use tokio::signal::unix::{self, SignalKind};
+
+use super::proc::ignores;
+
+/// What a signal to the agent means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Caught {
+    /// Stop the job.
+    Stop(i32),
+    /// Pass it on to the ranks.
+    Forward(i32),
+    /// The terminal wants the job to pause.
+    Suspend,
+}
+
+pub(crate) struct Signals(Vec<(Caught, unix::Signal)>);
+
+impl Signals {
+    /// Listens; these stop the job. One that was ignored when the agent was started, as SIGHUP is under nohup, stays so.
+    pub(crate) fn new(stop: &[Signal]) -> io::Result<Self> {
+        let ignorable = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT];
+        let stop: Vec<Signal> = stop
+            .iter()
+            .copied()
+            .filter(|signal| !(ignorable.contains(signal) && ignores(*signal as i32)))
+            .collect();
+        let forward = [Signal::SIGUSR1, Signal::SIGUSR2].into_iter().filter(|signal| !stop.contains(signal));
+        let meanings = stop
+            .iter()
+            .map(|signal| (*signal, Caught::Stop(*signal as i32)))
+            .chain(forward.map(|signal| (signal, Caught::Forward(signal as i32))))
+            .chain([(Signal::SIGTSTP, Caught::Suspend)]);
+        let listen = |(signal, meaning)| Ok((meaning, unix::signal(SignalKind::from_raw(signal as i32))?));
+        Ok(Self(meanings.map(listen).collect::<io::Result<_>>()?))
+    }
+
+    /// The next signal. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> Caught {
+        poll_fn(|context| {
+            let caught = self.0.iter_mut().find_map(|(meaning, signal)| {
+                matches!(signal.poll_recv(context), Poll::Ready(Some(()))).then_some(*meaning)
+            });
+            caught.map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
+    }
+
+    /// The next signal that stops the job.
+    pub(crate) async fn stop(&mut self) -> i32 {
+        loop {
+            if let Caught::Stop(signal) = self.next().await {
+                return signal;
+            }
+        }
+    }
+}
