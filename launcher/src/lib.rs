@@ -6,6 +6,7 @@ pub mod cli;
 mod dispatcher;
 mod error;
 mod logs;
+mod placement;
 mod report;
 mod supervise;
 
