@@ -34,7 +34,7 @@ mod tests {
     #[test]
     fn gpus_stand_in_the_order_of_the_bus() {
         let proc = tempfile::tempdir().unwrap();
-        for address in ["0000:C8:00.0", "10000:01:00.0", "0000:17:00.0", "0001:01:00.0"] {
+        for address in ["0000:C8:00.0", "10000:01:00.0", "0000:17:00.0", "2000:01:00.0"] {
             let folder = proc.path().join("driver/nvidia/gpus").join(address);
             fs::create_dir_all(&folder).unwrap();
             let information = format!(
@@ -43,7 +43,7 @@ mod tests {
             fs::write(folder.join("information"), information).unwrap();
         }
         fs::create_dir(proc.path().join("driver/nvidia/gpus/unreadable")).unwrap();
-        let expected = ["0000:17:00.0", "0000:c8:00.0", "0001:01:00.0", "10000:01:00.0"];
+        let expected = ["0000:17:00.0", "0000:c8:00.0", "2000:01:00.0", "10000:01:00.0"];
         assert_eq!(gpu_addresses(proc.path()), expected);
     }
 
