@@ -7,6 +7,7 @@ mod cluster;
 mod dispatcher;
 mod error;
 mod logs;
+mod placement;
 mod report;
 mod supervise;
 
