@@ -6,6 +6,8 @@ use ice_proto::backend::{DistBackend, RankDevice};
 use ice_proto::rendezvous::RestartPolicy;
 use nix::sys::signal::Signal;
 
+use crate::placement::{self, NumaBinding};
+
 use super::{LaunchArgs, PerRank, Program, devices, fill, lists};
 
 /// torchrun's port.
@@ -40,6 +42,8 @@ pub struct LaunchPlan {
     /// Threads per rank, where given.
     pub(crate) omp_num_threads: Option<u32>,
     pub(crate) virtual_local_rank: bool,
+    /// The CPUs of each rank, where they are to be bound.
+    pub(crate) cpus: Option<Vec<BTreeSet<u32>>>,
     pub(crate) nnodes: u32,
     /// Rank of this node, where given.
     pub(crate) node_rank: Option<u32>,
@@ -147,6 +151,11 @@ impl LaunchPlan {
             backoff: seconds("--restart-backoff", args.restart_backoff)?,
             crash_loop: args.crash_loop_limit,
         };
+        let cpus = args.numa_binding.as_deref().map(|text| {
+            let binding = text.parse::<NumaBinding>()?;
+            placement::bind_ranks(binding, &devices)
+        });
+        let cpus = cpus.transpose().map_err(named("--numa-binding"))?;
         let codes = args.fatal_exit_codes.as_deref().unwrap_or_default();
         Ok(Self {
             program,
@@ -155,6 +164,7 @@ impl LaunchPlan {
             role: args.role.clone(),
             omp_num_threads: args.omp_num_threads,
             virtual_local_rank: args.virtual_local_rank,
+            cpus,
             nnodes,
             node_rank: args.node_rank,
             master_addr: args.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),

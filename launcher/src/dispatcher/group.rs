@@ -135,7 +135,8 @@ impl<'a> Group<'a> {
         let (stdout, _) = stream(Stream::Stdout, &files.stdout, out_filter)?;
         let (stderr, stderr_pump) = stream(Stream::Stderr, &files.stderr, err_filter)?;
         let variables = environment.of(local_rank, &files.error);
-        let rank = spawn(&self.plan.program, local_rank, variables, &theirs, [stdout, stderr])?;
+        let cpus = self.plan.cpus.as_ref().and_then(|cpus| cpus.get(local_rank as usize));
+        let rank = spawn(&self.plan.program, local_rank, cpus, variables, &theirs, [stdout, stderr])?;
         Member::started(local_rank, rank, ours, stderr_pump, lives, files.clone(), &self.events)
     }
 

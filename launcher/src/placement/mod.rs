@@ -1,6 +1,12 @@
 //! Which CPUs the ranks of a node run on. Everything is read from sysfs below a path that comes in as an argument, so that tests can
 //! make machines up.
-#![cfg_attr(not(test), expect(dead_code, unused_imports, reason = "wired by the supervisor"))]
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use ice_proto::backend::RankDevice;
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
 
 mod binding;
 mod cpulist;
@@ -10,12 +16,45 @@ mod gpus;
 mod tests;
 mod topology;
 
-pub(crate) use binding::{NumaBinding, bind};
-pub(crate) use error::PlacementError;
-pub(crate) use gpus::gpu_addresses;
+pub(crate) use binding::NumaBinding;
+use binding::bind;
+use gpus::gpu_addresses;
 
-/// Threads per rank where nobody says: cores this process may use divided by ranks of the node, at least 1.
+/// Threads per rank where nobody says: cores that this process may use divided by the ranks that share them, at least 1.
 pub(crate) fn threads_per_rank(allowed: usize, ranks: u32) -> u32 {
     let allowed = u32::try_from(allowed).unwrap_or(u32::MAX);
     (allowed / ranks.max(1)).max(1)
+}
+
+/// The logical CPUs that this process may use.
+pub(crate) fn allowed_cpus() -> BTreeSet<u32> {
+    let Ok(set) = sched_getaffinity(Pid::from_raw(0)) else { return BTreeSet::new() };
+    let is_in = |cpu: &u32| set.is_set(*cpu as usize).unwrap_or(false);
+    (0..u32::try_from(CpuSet::count()).unwrap_or(0)).filter(is_in).collect()
+}
+
+/// The CPUs of each rank of this node, whose devices these are.
+pub(crate) fn bind_ranks(binding: NumaBinding, devices: &[RankDevice]) -> Result<Vec<BTreeSet<u32>>, String> {
+    let addresses = gpu_addresses(Path::new("/proc"));
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let gpus = devices.iter().map(|device| match device {
+        RankDevice::Cpu => Ok(None),
+        RankDevice::Cuda(index) => address(*index, visible.as_deref(), &addresses).map(Some),
+    });
+    let gpus = gpus.collect::<Result<Vec<_>, String>>()?;
+    bind(binding, &gpus, Path::new("/sys"), &allowed_cpus()).map_err(|error| error.to_string())
+}
+
+/// The PCI address of the GPU that CUDA shows under this index.
+fn address(index: u32, visible: Option<&str>, addresses: &[String]) -> Result<String, String> {
+    let entry = visible.map(|list| list.split(',').nth(index as usize).unwrap_or_default().trim());
+    let physical = match entry {
+        None => Some(index as usize),
+        Some(entry) => entry.parse().ok(),
+    };
+    let address = physical.and_then(|physical| addresses.get(physical)).cloned();
+    address.ok_or_else(|| {
+        let named = entry.map(|entry| format!(", `{entry}` in CUDA_VISIBLE_DEVICES,")).unwrap_or_default();
+        format!("where cuda:{index}{named} is plugged in is not known: name GPUs by their numbers, or leave it out")
+    })
 }

@@ -4,7 +4,8 @@ use std::fs;
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::{NumaBinding, PlacementError, bind, cpulist, gpu_addresses, threads_per_rank};
+use super::error::PlacementError;
+use super::{NumaBinding, bind, cpulist, gpu_addresses, threads_per_rank};
 
 /// A made-up machine: its sysfs, and the affinity mask of the agent.
 struct Machine {

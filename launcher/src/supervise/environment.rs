@@ -8,6 +8,7 @@ use ice_proto::rendezvous::Round;
 use super::gpus::{self, Placed};
 use crate::LaunchPlan;
 use crate::cli::cores;
+use crate::placement::threads_per_rank;
 
 /// CUDA's own variable: the devices that a process sees, in its order.
 const CUDA_VISIBLE_DEVICES: &str = "CUDA_VISIBLE_DEVICES";
@@ -48,7 +49,7 @@ impl<'a> Environment<'a> {
             .filter(|member| Some(&member.host) == host)
             .map(|member| member.local_world_size)
             .sum();
-        (here > 1).then(|| (u32::try_from(cores()).unwrap_or(u32::MAX) / here).max(1))
+        (here > 1).then(|| threads_per_rank(cores(), here))
     }
 
     /// The variables of a rank.

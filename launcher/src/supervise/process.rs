@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "code between fork and exec")]
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -11,6 +12,7 @@ use std::process::{Child, Command};
 
 use ice_proto::env::ICE_LINK_FD;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, killpg, pthread_sigmask};
 use nix::unistd::{Pid, getpid, getppid, setsid};
@@ -49,6 +51,7 @@ pub(crate) struct Rank {
 pub(crate) fn spawn(
     program: &Program,
     local_rank: u32,
+    cpus: Option<&BTreeSet<u32>>,
     variables: Vec<(&'static str, String)>,
     link: &UnixStream,
     [stdout, stderr]: [Stdio; 2],
@@ -56,6 +59,7 @@ pub(crate) fn spawn(
     let mut command = Command::new(&program.path);
     command.args(program.args_of(local_rank)).envs(variables).env(ICE_LINK_FD, link.as_raw_fd().to_string());
     command.stdout(stdout).stderr(stderr);
+    let cpus = cpus.map(cpu_set).transpose()?;
     let (link_fd, agent) = (link.as_raw_fd(), getpid());
     let before_exec = move || {
         setsid()?;
@@ -63,6 +67,9 @@ pub(crate) fn spawn(
         // The agent may have died before the line above.
         if getppid() != agent {
             return Err(nix::Error::ESRCH.into());
+        }
+        if let Some(cpus) = &cpus {
+            sched_setaffinity(Pid::from_raw(0), cpus)?;
         }
         pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
         // SAFETY: the caller holds the descriptor open over the fork.
@@ -87,6 +94,14 @@ pub(crate) fn spawn(
             Err(error)
         }
     }
+}
+
+fn cpu_set(cpus: &BTreeSet<u32>) -> nix::Result<CpuSet> {
+    let mut set = CpuSet::new();
+    for cpu in cpus {
+        set.set(*cpu as usize)?;
+    }
+    Ok(set)
 }
 
 impl Rank {
@@ -123,7 +138,7 @@ mod tests {
     fn shell(script: &str) -> io::Result<(Rank, UnixStream)> {
         let (ours, theirs) = UnixStream::pair()?;
         let program = Program { path: "/bin/sh".into(), args: vec!["-c".into(), script.into()] };
-        let rank = spawn(&program, 0, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit])?;
+        let rank = spawn(&program, 0, None, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit])?;
         Ok((rank, ours))
     }
 
@@ -145,7 +160,8 @@ mod tests {
         let (_ours, theirs) = UnixStream::pair().unwrap();
         let program =
             Program { path: "/bin/sh".into(), args: vec!["-c".into(), "sleep 1000 & exit 0".into()] };
-        let rank = spawn(&program, 0, Vec::new(), &theirs, [Stdio::Pipe(writer), Stdio::Inherit]).unwrap();
+        let rank =
+            spawn(&program, 0, None, Vec::new(), &theirs, [Stdio::Pipe(writer), Stdio::Inherit]).unwrap();
         assert_eq!(rank.wait().await, Exit::Code(0));
         // The pipe ends only when the sleeper, which holds it too, is gone.
         let mut rest = Vec::new();
@@ -159,7 +175,10 @@ mod tests {
         let (_ours, theirs) = UnixStream::pair().unwrap();
         let start = |path: &str| {
             let program = Program { path: path.into(), args: Vec::new() };
-            spawn(&program, 0, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit]).err().unwrap().kind()
+            spawn(&program, 0, None, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit])
+                .err()
+                .unwrap()
+                .kind()
         };
         assert_eq!(start("/etc/passwd"), io::ErrorKind::PermissionDenied);
         assert_eq!(start("/nowhere/program"), io::ErrorKind::NotFound);
