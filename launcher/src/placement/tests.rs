@@ -237,6 +237,34 @@ fn the_addresses_of_the_driver_lead_to_sysfs() {
     machine.check(NumaBinding::Node, &gpus, &["4-7,20-23", "12-15,28-31"]);
 }
 
+/// Two sockets of one node of 32 cores each, eight GPUs: the example of docs/placement.md.
+#[test]
+fn the_example_of_the_guide() {
+    let mut machine = Machine::new();
+    for node in 0..2 {
+        let first = node * 32;
+        machine.node(node, &format!("{first}-{},{}-{}", first + 31, first + 64, first + 95));
+        for core in first..first + 32 {
+            for cpu in [core, core + 64] {
+                machine.cpu(cpu, node, &format!("{core},{}", core + 64));
+            }
+        }
+    }
+    let gpus: Vec<_> = (0..8).map(|gpu| machine.gpu(&format!("0000:{gpu}7:00.0"), gpu / 4)).collect();
+    let exclusive: Vec<String> = (0..8)
+        .map(|rank| rank * 8)
+        .map(|core| format!("{core}-{},{}-{}", core + 7, core + 64, core + 71))
+        .collect();
+    let exclusive: Vec<&str> = exclusive.iter().map(String::as_str).collect();
+    machine.check(NumaBinding::Exclusive, &gpus, &exclusive);
+    let nodes = [["0-31,64-95"; 4], ["32-63,96-127"; 4]].concat();
+    machine.check(NumaBinding::Node, &gpus, &nodes);
+    machine.check(NumaBinding::Socket, &gpus, &nodes);
+    let some = [&gpus[..1], &gpus[4..7]].concat();
+    let bound = machine.bind(NumaBinding::Exclusive, &some).unwrap();
+    assert_eq!(bound.iter().map(BTreeSet::len).collect::<Vec<_>>(), [64, 22, 22, 20]);
+}
+
 #[test]
 fn threads_are_shared_out() {
     for (allowed, ranks, threads) in [(64, 8, 8), (10, 4, 2), (2, 4, 1), (0, 1, 1), (8, 0, 8)] {
