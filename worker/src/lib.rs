@@ -13,5 +13,5 @@ mod rank;
 pub use error::Error;
 pub use ice_proto::backend::{DistBackend, RankDevice};
 pub use ice_proto::link::Progress;
-pub use link::Link;
+pub use link::{Hold, Link, Stop};
 pub use rank::Worker;

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -17,6 +17,9 @@ use ice_proto::link::{Down, Up};
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// An agent that reads nothing for so long is given up on; a message is then dropped rather than the step held up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a rank may take to find out by itself that its round is over.
+const BROKEN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The connection to the agent. Without an agent that knows the link, everything here does nothing.
 ///
@@ -31,8 +34,41 @@ struct Inner {
     step: AtomicU64,
     activity: AtomicU64,
     leaving: AtomicBool,
-    stop: Mutex<bool>,
-    stopped: Condvar,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// What the agent wants, and what the rank is about.
+#[derive(Default)]
+struct State {
+    stop: Option<Stop>,
+    /// Whether the rank's work has seen it.
+    noticed: bool,
+    /// Writes under way that are not to be cut off.
+    holds: usize,
+}
+
+/// Why a rank is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The job is to end at the next step boundary.
+    Requested,
+    /// The round is over: another rank is gone, and no collective will succeed any more.
+    Broken,
+}
+
+/// Keeps the process alive, after its round is over, until this is dropped.
+pub struct Hold {
+    inner: Option<Arc<Inner>>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(inner) = &self.inner {
+            inner.state().holds -= 1;
+            inner.changed.notify_all();
+        }
+    }
 }
 
 /// The link of this process: a process is one rank, and its last words need the link wherever it fails.
@@ -54,8 +90,8 @@ impl Link {
             step: AtomicU64::new(0),
             activity: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
-            stop: Mutex::new(false),
-            stopped: Condvar::new(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
         });
         let link = Self { inner: Some(Arc::clone(&inner)) };
         link.send(&Up::Hello { pid: process::id(), rank });
@@ -94,6 +130,15 @@ impl Link {
         }
     }
 
+    /// Notes that something got done within a step: where a job stands still, the rank that got less done is behind.
+    pub fn tick(&self) {
+        if let Some(inner) = &self.inner {
+            // A rank that is not at work stays so.
+            let more = |activity: u64| (activity > 0).then_some(activity + 1);
+            let _ = inner.activity.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        }
+    }
+
     /// Notes that no more is to be expected.
     pub fn rest(&self) {
         if let Some(inner) = &self.inner {
@@ -101,20 +146,28 @@ impl Link {
         }
     }
 
-    /// Whether the agent has asked the rank to end at the next step boundary.
-    pub fn stop_requested(&self) -> bool {
+    /// Whether the rank is to end.
+    pub fn stop(&self) -> Option<Stop> {
         self.wait_for_stop(Duration::ZERO)
     }
 
-    /// As [`Link::stop_requested`], giving a request that is under way this long to arrive.
-    pub fn wait_for_stop(&self, timeout: Duration) -> bool {
-        let Some(inner) = &self.inner else { return false };
-        let stop = inner.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        let (stop, _) = inner
-            .stopped
-            .wait_timeout_while(stop, timeout, |stop| !*stop)
+    /// As [`Link::stop`], giving a request that is under way this long to arrive.
+    pub fn wait_for_stop(&self, timeout: Duration) -> Option<Stop> {
+        let inner = self.inner.as_ref()?;
+        let (mut state, _) = inner
+            .changed
+            .wait_timeout_while(inner.state(), timeout, |state| state.stop.is_none())
             .unwrap_or_else(PoisonError::into_inner);
-        *stop
+        state.noticed |= state.stop.is_some();
+        state.stop
+    }
+
+    /// To be held while something is written that is of no use half done.
+    pub fn hold(&self) -> Hold {
+        if let Some(inner) = &self.inner {
+            inner.state().holds += 1;
+        }
+        Hold { inner: self.inner.clone() }
     }
 
     /// Says that the work is done; the agent may be gone from now on.
@@ -137,7 +190,11 @@ impl Link {
 }
 
 impl Inner {
-    fn listen(&self, mut stream: UnixStream) {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn listen(self: &Arc<Self>, mut stream: UnixStream) {
         let mut decoder = Decoder::new();
         let mut buffer = [0; 4096];
         loop {
@@ -149,9 +206,10 @@ impl Inner {
             }
             loop {
                 match decoder.next_message::<Down>() {
-                    Ok(Some(Down::Stop)) => {
-                        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
-                        self.stopped.notify_all();
+                    Ok(Some(Down::Stop)) => self.told(Stop::Requested),
+                    Ok(Some(Down::RoundBroken { reason, .. })) => {
+                        tracing::debug!(reason, "the round is over");
+                        self.told(Stop::Broken);
                     }
                     Ok(Some(other)) => tracing::debug!(?other, "not acted on"),
                     Ok(None) => break,
@@ -166,5 +224,35 @@ impl Inner {
             tracing::error!("the agent is gone: leaving");
             process::exit(1);
         }
+    }
+
+    fn told(self: &Arc<Self>, stop: Stop) {
+        let first_broken = {
+            let mut state = self.state();
+            let before = state.stop.replace(stop);
+            stop == Stop::Broken && before != Some(Stop::Broken)
+        };
+        self.changed.notify_all();
+        let inner = Arc::clone(self);
+        if first_broken
+            && let Err(error) = thread::Builder::new().name("ice-stop".into()).spawn(move || inner.enforce())
+        {
+            tracing::warn!(%error, "the agent will have to end this rank");
+        }
+    }
+
+    /// Ends a rank that waits in a collective for one that is gone, and would never learn of it; but not while it writes.
+    fn enforce(&self) {
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.state(), BROKEN_PATIENCE, |state| !state.noticed)
+            .unwrap_or_else(PoisonError::into_inner);
+        if state.noticed {
+            return;
+        }
+        let state =
+            self.changed.wait_while(state, |state| state.holds > 0).unwrap_or_else(PoisonError::into_inner);
+        drop(state);
+        process::exit(1);
     }
 }

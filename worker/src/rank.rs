@@ -124,6 +124,7 @@ impl Worker {
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<(), Error> {
         let Some(group) = &self.group else { return Ok(()) };
+        self.link.tick();
         group
             .all_reduce(tensor, ReduceOp::Sum)
             .and_then(ice_c10d::Work::wait)
@@ -136,6 +137,7 @@ impl Worker {
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn broadcast(&self, tensor: &Tensor) -> Result<(), Error> {
         let Some(group) = &self.group else { return Ok(()) };
+        self.link.tick();
         group.broadcast(tensor, 0).and_then(ice_c10d::Work::wait).map_err(collective("broadcast"))
     }
 
@@ -145,6 +147,7 @@ impl Worker {
     /// [`Error::Collective`] when a rank is lost.
     pub fn barrier(&self) -> Result<(), Error> {
         let Some(group) = &self.group else { return Ok(()) };
+        self.link.tick();
         group.barrier().and_then(ice_c10d::Work::wait).map_err(collective("barrier"))
     }
 
@@ -153,13 +156,15 @@ impl Worker {
         self.link.send(&Up::Progress(progress));
     }
 
-    /// Leaves the job after its work is done: waits for the other ranks, so that none sees a broken connection, and says
-    /// so to the agent.
+    /// Leaves the job: waits for the other ranks, so that none sees a broken connection, and says so to the agent. A rank
+    /// that was told to stop waits for nobody, since the others may have come further.
     ///
     /// # Errors
     /// [`Error::Collective`] when a rank is lost.
     pub fn leave(&self) -> Result<(), Error> {
-        self.barrier()?;
+        if self.link.stop().is_none() {
+            self.barrier()?;
+        }
         self.link.finish();
         Ok(())
     }

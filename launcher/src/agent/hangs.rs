@@ -11,10 +11,12 @@ use crate::cli::HangTimeout;
 /// For ranks that report their steps. Longer than the longest step, evaluation or write of a checkpoint that anyone
 /// waits for; as long as NCCL's own timeout.
 const DEFAULT: Duration = Duration::from_secs(600);
+/// Heartbeats come every second, and are not to be taken for a standstill.
+const SHORTEST: Duration = Duration::from_secs(3);
 /// A rank that uses less of a core than this does nothing but wait.
 const IDLE: f64 = 0.02;
 /// A rank whose heartbeat is this late is silent.
-const SILENT: Duration = Duration::from_secs(5);
+const SILENT: Duration = Duration::from_millis(2500);
 
 /// What is known of a rank.
 #[derive(Debug, Clone, Copy)]
@@ -103,10 +105,16 @@ impl HangWatch {
             (HangTimeout::Never, _) | (_, Pulse::None) => None,
             // Not at work: before the first step, or after the last one.
             (_, Pulse::Steps { activity: 0, .. }) => None,
-            (HangTimeout::After(timeout), _) => Some(timeout),
+            (HangTimeout::After(timeout), Pulse::Steps { .. }) => Some(timeout.max(SHORTEST)),
+            (HangTimeout::After(timeout), Pulse::Cpu { .. }) => Some(timeout),
             (HangTimeout::Default, Pulse::Steps { .. }) => Some(DEFAULT),
             (HangTimeout::Default, Pulse::Cpu { .. }) => None,
         }
+    }
+
+    /// A rank that has not begun may be what the others wait for; one that rests has done its part.
+    fn may_be_behind(&self, pulse: &Pulse) -> bool {
+        matches!(pulse, Pulse::Steps { step: 0, activity: 0, .. }) || self.timeout_of(pulse).is_some()
     }
 
     /// When the last rank that still did something will have stood still for too long.
@@ -126,14 +134,13 @@ impl HangWatch {
         if self.deadline().is_none_or(|at| now < at) {
             return None;
         }
-        let watched: Vec<_> =
-            self.ranks.iter().filter(|(_, pulse)| self.timeout_of(pulse).is_some()).collect();
+        let watched: Vec<_> = self.ranks.iter().filter(|(_, pulse)| self.may_be_behind(pulse)).collect();
         let (behind, pulse) = watched.iter().min_by_key(|(_, pulse)| match pulse {
             Pulse::Steps { step, activity, heard, .. } => (*step, *activity, *heard),
             Pulse::Cpu { changed, .. } => (0, 0, *changed),
             Pulse::None => (u64::MAX, u64::MAX, Duration::MAX),
         })?;
-        let still = self.timeout_of(pulse)?.as_secs_f64();
+        let still = self.ranks.values().find_map(|pulse| self.timeout_of(pulse))?.as_secs_f64();
         let reason = match pulse {
             Pulse::Steps { step, heard, .. } => {
                 let silent = match now.saturating_sub(*heard) {
@@ -197,6 +204,16 @@ mod tests {
         watch.heartbeat(s(4), 0, 1, 1);
         watch.gone(0);
         assert_eq!(watch.deadline(), None);
+    }
+
+    #[test]
+    fn a_rank_that_never_began_is_behind() {
+        let mut watch = watch(HangTimeout::After(s(10)));
+        watch.heartbeat(s(1), 0, 7, 9);
+        watch.heartbeat(s(1), 1, 0, 0);
+        assert_eq!(watch.check(s(11)).unwrap().local_rank, 1);
+        watch.heartbeat(s(1), 1, 7, 0);
+        assert_eq!(watch.check(s(11)).unwrap().local_rank, 0, "one that rests is not");
     }
 
     #[test]

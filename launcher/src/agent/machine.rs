@@ -6,8 +6,6 @@ use ice_proto::rendezvous::{Round, ToAgent, ToCoordinator};
 
 use super::exit::{Exit, signal_name};
 
-/// Longest time that ranks have to end by themselves before they are sent SIGTERM, which most cannot refuse.
-const PATIENCE: Duration = Duration::from_secs(5);
 const SIGTERM: i32 = 15;
 
 #[derive(Debug, Clone)]
@@ -37,8 +35,8 @@ pub(crate) enum Action {
     Send(ToCoordinator),
     /// Start all ranks of this node.
     Spawn(Round),
-    /// Ask all ranks that live to end: over the link those that know it, by this signal the others.
-    Ask(i32),
+    /// Ask all ranks that live to end: over the link those that know it, by a signal the others.
+    Ask(Ask),
     /// Send SIGTERM to those that have not had it.
     Terminate,
     /// End them now.
@@ -50,6 +48,24 @@ pub(crate) enum Action {
     /// Tell the user a decision and its reason.
     Say(String),
     Exit(ExitCode),
+}
+
+/// Why ranks are asked to end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Ask {
+    /// The user wants it, by this signal.
+    Stop(i32),
+    /// The round is over.
+    Broken(String),
+}
+
+impl Ask {
+    pub(crate) fn signal(&self) -> i32 {
+        match self {
+            Self::Stop(signal) => *signal,
+            Self::Broken(_) => SIGTERM,
+        }
+    }
 }
 
 /// How a rank of the attempt ended.
@@ -142,8 +158,8 @@ impl Agent {
             // It is how a job that this agent leaves anyway ends.
             Event::CoordinatorLost(_) if matches!(self.phase, Phase::Stopping(Then::Exit(_))) => Vec::new(),
             Event::CoordinatorLost(reason) => {
-                let mut actions = vec![Action::Say(reason)];
-                actions.extend(self.stop(now, Then::Exit(None), SIGTERM));
+                let mut actions = vec![Action::Say(reason.clone())];
+                actions.extend(self.stop(now, Then::Exit(None), Ask::Broken(reason)));
                 actions
             }
             Event::Exited { local_rank, exit, failed_at } => self.exited(now, local_rank, exit, failed_at),
@@ -173,12 +189,12 @@ impl Agent {
                 ToAgent::RoundBroken { reason, .. },
                 Phase::Running { .. } | Phase::Finished | Phase::Stopping(Then::Await),
             ) => {
-                let mut actions = vec![Action::Say(reason)];
-                actions.extend(self.stop(now, Then::Rejoin, SIGTERM));
+                let mut actions = vec![Action::Say(reason.clone())];
+                actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));
                 actions
             }
             (ToAgent::Closed { success: true, .. }, Phase::Finished) => {
-                self.stop(now, Then::Exit(Some(ExitCode::Success)), SIGTERM)
+                self.stop(now, Then::Exit(Some(ExitCode::Success)), Ask::Broken("all is done".into()))
             }
             (ToAgent::Closed { reason, no_restart, .. }, _) => self.over(now, &reason, no_restart),
             (ToAgent::Refused { reason }, _) => self.over(now, &reason, None),
@@ -198,7 +214,7 @@ impl Agent {
         if !said.is_empty() {
             actions.push(Action::Say(said));
         }
-        actions.extend(self.stop(now, Then::Exit(None), SIGTERM));
+        actions.extend(self.stop(now, Then::Exit(None), Ask::Broken(reason.to_owned())));
         actions
     }
 
@@ -240,14 +256,17 @@ impl Agent {
         self.ends.push(End { local_rank, exit: Exit::Hung(reason), asked: false, at: Duration::ZERO });
         let mut actions = vec![Action::Say(what.clone())];
         actions.extend(self.fail(now, round, what, None));
+        // One that is stopped, or that waits for ever, is not asked in vain.
+        actions.push(Action::Terminate);
         actions
     }
 
     fn fail(&mut self, now: Duration, round: u64, reason: String, hopeless: Option<String>) -> Vec<Action> {
         self.failed = true;
         let uptime = now.saturating_sub(self.started);
+        let ask = Ask::Broken(reason.clone());
         let mut actions = vec![Action::Send(ToCoordinator::Failed { round, reason, uptime, hopeless })];
-        actions.extend(self.stop(now, Then::Await, SIGTERM));
+        actions.extend(self.stop(now, Then::Await, ask));
         actions
     }
 
@@ -270,7 +289,7 @@ impl Agent {
         let reason = format!("told to stop by {}", name_of(signal));
         let mut actions =
             vec![Action::Send(ToCoordinator::Leave { reason: reason.clone() }), Action::Say(reason)];
-        actions.extend(self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), signal));
+        actions.extend(self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), Ask::Stop(signal)));
         actions
     }
 
@@ -288,16 +307,16 @@ impl Agent {
         Vec::new()
     }
 
-    fn stop(&mut self, now: Duration, then: Then, signal: i32) -> Vec<Action> {
+    fn stop(&mut self, now: Duration, then: Then, ask: Ask) -> Vec<Action> {
         let already = matches!(self.phase, Phase::Stopping(_));
         self.phase = Phase::Stopping(then);
         if self.alive.is_empty() || already {
             return Vec::new();
         }
         let timeout = self.rules.shutdown_timeout;
-        self.terminate_at = Some(now + PATIENCE.min(timeout / 2));
+        self.terminate_at = Some(now + timeout * 2 / 3);
         self.kill_at = Some(now + timeout);
-        vec![Action::Ask(signal)]
+        vec![Action::Ask(ask)]
     }
 
     /// Goes on once the last rank has ended.

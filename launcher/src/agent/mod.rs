@@ -17,4 +17,4 @@ mod tests;
 
 pub(crate) use exit::Exit;
 pub(crate) use hangs::{Hang, HangWatch};
-pub(crate) use machine::{Action, Agent, End, Event, Rules};
+pub(crate) use machine::{Action, Agent, Ask, End, Event, Rules};

@@ -54,8 +54,10 @@ fn a_failed_rank_stops_the_others_and_its_code_passes_through() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW + Duration::from_secs(7), exited(1, Exit::Code(3)));
-    let [Action::Send(ToCoordinator::Failed { round: 0, reason, uptime, hopeless: None }), Action::Ask(15)] =
-        &actions[..]
+    let [
+        Action::Send(ToCoordinator::Failed { round: 0, reason, uptime, hopeless: None }),
+        Action::Ask(Ask::Broken(_)),
+    ] = &actions[..]
     else {
         panic!("{actions:?}")
     };
@@ -102,7 +104,10 @@ fn a_hang_is_the_cause_of_what_follows() {
     agent.handle(NOW, started(0));
     let hang = Event::Hung { local_rank: 1, reason: "no step".into() };
     let actions = agent.handle(NOW, hang.clone());
-    assert!(matches!(&actions[..], [Action::Say(_), Action::Send(_), Action::Ask(15)]), "{actions:?}");
+    assert!(
+        matches!(&actions[..], [Action::Say(_), Action::Send(_), Action::Ask(Ask::Broken(_))]),
+        "{actions:?}"
+    );
     assert_eq!(agent.handle(NOW, hang), [], "once");
     agent.handle(NOW, closed(false));
     agent.handle(NOW, exited(1, Exit::Signal(9)));
@@ -128,7 +133,7 @@ fn ranks_that_do_not_end_are_asked_then_told_then_killed() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW, Event::Stop(2));
-    assert!(actions.contains(&Action::Ask(2)), "{actions:?}");
+    assert!(actions.contains(&Action::Ask(Ask::Stop(2))), "{actions:?}");
     let told_at = agent.deadline().unwrap();
     assert!(told_at > NOW && told_at < NOW + TIMEOUT);
     assert_eq!(
@@ -149,7 +154,7 @@ fn ranks_that_do_not_end_are_asked_then_told_then_killed() {
 fn a_second_signal_kills_at_once() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
-    assert!(agent.handle(NOW, Event::Stop(2)).contains(&Action::Ask(2)));
+    assert!(agent.handle(NOW, Event::Stop(2)).contains(&Action::Ask(Ask::Stop(2))));
     assert!(agent.handle(NOW, Event::Stop(2)).contains(&Action::Kill));
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use ice_proto::exit::ExitCode;
-use ice_proto::link::Up;
+use ice_proto::link::{Down, Up};
 use ice_proto::rendezvous::Round;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::member::Member;
 use super::{RankEvent, hostname};
-use crate::agent::{End, Exit};
+use crate::agent::{Ask, End, Exit};
 use crate::logs::{Console, Files, Filtered, LogFile, LogFolder, Names, Pump, RankFiles, Sink, Target};
 use crate::logs::{coloured, prefix};
 use crate::report::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, Summary};
@@ -229,8 +229,16 @@ impl<'a> Group<'a> {
         self.ranks.iter().filter_map(file).collect()
     }
 
-    pub(super) fn ask(&mut self, signal: Signal) {
-        self.ranks.values_mut().for_each(|member| member.ask(signal));
+    pub(super) fn ask(&mut self, ask: &Ask) {
+        let message = match ask {
+            Ask::Stop(_) => Down::Stop,
+            Ask::Broken(reason) => {
+                let round = self.round.as_ref().map_or(0, |round| round.number);
+                Down::RoundBroken { round, reason: reason.clone() }
+            }
+        };
+        let signal = Signal::try_from(ask.signal()).unwrap_or(Signal::SIGTERM);
+        self.ranks.values_mut().for_each(|member| member.ask(&message, signal));
     }
 
     pub(super) fn terminate(&mut self) {

@@ -102,8 +102,8 @@ impl Member {
     }
 
     /// Asks it to end: over the link where it knows it, else by a signal to its process group.
-    pub(super) fn ask(&mut self, signal: Signal) {
-        if self.knows_link && self.send(&Down::Stop) {
+    pub(super) fn ask(&mut self, message: &Down, signal: Signal) {
+        if self.knows_link && self.send(message) {
             return;
         }
         self.terminated = signal == Signal::SIGTERM;

@@ -305,9 +305,9 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
                 Action::Spawn(round) => self.spawn(round)?,
-                Action::Ask(signal) => {
+                Action::Ask(ask) => {
                     self.log.add(&Happened::Stopping { how: "asked" });
-                    self.group.ask(Signal::try_from(signal).unwrap_or(Signal::SIGTERM));
+                    self.group.ask(&ask);
                 }
                 Action::Terminate => {
                     self.log.add(&Happened::Stopping { how: "terminated" });

@@ -35,9 +35,9 @@ pub(crate) fn launch(options: &[&str], script: &str) -> Command {
 pub(crate) fn ice_launch() -> Command {
     let binary = env!("CARGO_BIN_EXE_ice-launch");
     let mut command = Command::new(binary);
-    for (name, _) in ice_proto::env::ALL {
-        command.env_remove(name);
-    }
+    let ours = ice_proto::env::ALL.iter().map(|(name, _)| (*name).to_owned());
+    let clusters = std::env::vars().map(|(name, _)| name).filter(|name| name.starts_with("SLURM_"));
+    ours.chain(clusters).for_each(|name| _ = command.env_remove(name));
     command
 }
 
@@ -188,9 +188,14 @@ pub(crate) struct Gate(TempDir);
 
 impl Gate {
     pub(crate) fn new(command: &mut Command) -> Self {
+        Self::named("GATE", command)
+    }
+
+    /// One that a variable of this name leads to.
+    pub(crate) fn named(variable: &str, command: &mut Command) -> Self {
         let gate = Self(tempdir().unwrap());
         assert!(Command::new("mkfifo").arg(gate.path()).status().unwrap().success());
-        command.env("GATE", gate.path());
+        command.env(variable, gate.path());
         gate
     }
 

@@ -1,9 +1,11 @@
 //! A rank that forms the group and then does one thing, for tests and for the start-up benchmark.
 //!
 //! ```text
-//! rank all-reduce      sums ones over the ranks; rank 0 prints `sum <n> at <unix nanoseconds>`
-//! rank panic <rank>    that rank panics, the others wait for it in a barrier
-//! rank wait            rank 0 prints `waiting`, and all stay in a barrier that it never enters
+//! rank all-reduce           sums ones over the ranks; rank 0 prints `sum <n> at <unix nanoseconds>`
+//! rank panic <rank>         that rank panics, the others wait for it in a barrier
+//! rank wait                 rank 0 prints `waiting`, and all stay in a barrier that it never enters
+//! rank step                 steps until it is told to stop; prints `step 3` after that step
+//! rank stall <rank> <step>  steps, and that rank stays in that step of the first attempt; the second ends after it
 //! ```
 
 use std::env;
@@ -38,13 +40,47 @@ fn run() -> Result<(), ice::Error> {
         ["wait"] => {
             if worker.is_main() {
                 println!("waiting");
-                loop {
-                    thread::park();
-                }
+                stay();
             }
             worker.barrier()?;
+        }
+        ["step"] => step(&worker, None)?,
+        ["stall", rank, step_number] => {
+            let stalls = worker.rank().to_string() == rank && worker.restart_count() == 0;
+            step(&worker, step_number.parse().ok().map(|number| (number, stalls)))?;
         }
         _ => panic!("unknown arguments {arguments:?}"),
     }
     Ok(worker.leave()?)
+}
+
+/// Steps until told to stop, or until a step, in which it may stay.
+fn step(worker: &Worker, last: Option<(u64, bool)>) -> Result<(), ice::Error> {
+    for number in 1.. {
+        if worker.link().stop().is_some() {
+            break;
+        }
+        match last {
+            Some((last, true)) if number == last => stay(),
+            Some((last, false)) if number == last && worker.restart_count() > 0 => break,
+            Some((last, true)) if number > last => break,
+            _ => {}
+        }
+        let outcome = worker.all_reduce_sum(&Tensor::ones([1], (Kind::Float, worker.device())));
+        if outcome.is_err() && worker.link().stop().is_some() {
+            break;
+        }
+        outcome?;
+        worker.link().advance(number);
+        if number == 3 {
+            println!("step {number}");
+        }
+    }
+    Ok(())
+}
+
+fn stay() -> ! {
+    loop {
+        thread::park();
+    }
 }

@@ -153,7 +153,8 @@ fn interrupted_and_resumed_gives_the_same_bits() {
     job.signal(Signal::TERM);
     let interrupted = job.finish(TRAINING);
     interrupted.expect_code(ExitCode::Signal(15).code().into());
-    assert_eq!(halved.checkpoints().len(), 1, "stopped in the second epoch: {}", interrupted.transcript());
+    let ended = |folder: &PathBuf| folder.ends_with("E2S300");
+    assert!(!halved.checkpoints().iter().any(ended), "not stopped: {}", interrupted.transcript());
 
     let resumed = halved.clone().args(["--resume-from", "latest"]).under_ice_launch(&launch).run(TRAINING);
     resumed.expect_code(0);

@@ -9,6 +9,7 @@ mod arrows;
 mod failures;
 mod forms;
 mod python;
+mod stopping;
 mod support;
 mod training;
 mod usage;

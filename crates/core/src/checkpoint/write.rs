@@ -33,8 +33,9 @@ impl Writer {
         let snapshot = Snapshot::take(manifest, graph)
             .map_err(|problem| Error::Checkpoint { path: folder.clone(), problem })?;
         self.finish()?;
-        let link = self.link.clone();
+        let (link, hold) = (self.link.clone(), self.link.hold());
         let write = move || {
+            let _hold = hold;
             let step = snapshot.manifest.counters.train_steps();
             snapshot.write(&folder)?;
             link.checkpoint_saved(&folder, step);

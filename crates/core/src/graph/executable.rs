@@ -83,6 +83,8 @@ impl ExecutableGraph {
                 .before_backward(&loss)
                 .map_err(|error| error.at(&entry.uid, "backward"))?;
         }
+        // From here on this rank waits for the others; one that did not come so far is behind.
+        worker.link().tick();
         ice_c10d::run_backward(&loss)?;
         for entry in &self.entries {
             entry.node.borrow_mut().update().map_err(|error| error.at(&entry.uid, "update"))?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use ice_worker::Worker;
+use ice_worker::{Stop, Worker};
 
 use crate::checkpoint::{Checkpoint, Manifest, Writer};
 use crate::{Context, Counters, Error, HyperGraph, Measure, Result, ResumeFrom, TaskItem};
@@ -66,8 +66,11 @@ impl<'a> Run<'a> {
         graph.set_up(&Context { worker: Rc::clone(&run.worker), seed: run.config.seed })?;
         run.resume()?;
         let outcome = match tasks.run(&run) {
-            Err(Error::Stopped) => Ok(()),
-            Err(error) if error.is_collective() && run.worker.link().wait_for_stop(STOP_GRACE) => Ok(()),
+            Err(Error::Stopped) => run.save_before_stop(),
+            // The ranks do not see a request to stop at the same step.
+            Err(error) if error.is_collective() && run.worker.link().wait_for_stop(STOP_GRACE).is_some() => {
+                Ok(())
+            }
             outcome => outcome,
         };
         run.worker.link().rest();
@@ -148,7 +151,13 @@ impl<'a> Run<'a> {
     }
 
     pub(crate) fn check_stop(&self) -> Result<()> {
-        if self.worker.link().stop_requested() { Err(Error::Stopped) } else { Ok(()) }
+        if self.worker.link().stop().is_some() { Err(Error::Stopped) } else { Ok(()) }
+    }
+
+    /// At a step boundary: what was done since the last checkpoint is not to be lost, unless another rank was.
+    fn save_before_stop(&self) -> Result<()> {
+        let due = self.worker.link().stop() == Some(Stop::Requested) && self.counters.train_steps() > 0;
+        if due { self.save_checkpoint() } else { Ok(()) }
     }
 
     /// Makes the random numbers of a training step a function of the seed, the rank and the step, so that a resumed run

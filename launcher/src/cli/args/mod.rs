@@ -21,18 +21,23 @@ executed or found · 128+n ended by signal n · else the failed rank's own";
 #[derive(Parser, Debug)]
 #[command(name = "ice-launch", version, after_help = AFTER_HELP, infer_long_args = true, max_term_width = 120)]
 pub struct Cli {
+    /// The program and its arguments; a `.py` file runs with the `python` of the PATH. ${local_rank} in an argument becomes the rank's
+    #[arg(
+        required_unless_present = "generate",
+        trailing_var_arg = true,
+        value_names = ["PROGRAM", "ARGS"],
+        help_heading = "Program"
+    )]
+    pub command: Vec<OsString>,
     /// How to launch.
     #[command(flatten)]
     pub launch: LaunchArgs,
     /// torchrun's ways to say it.
     #[command(flatten)]
     pub torchrun: TorchrunArgs,
-    /// Print the man page or a shell's completions, and leave
-    #[arg(long, value_name = "WHAT", exclusive = true, help_heading = "Help")]
+    /// Print this, made from the definition of the options, and leave: man, bash, zsh or fish
+    #[arg(long, value_name = "WHAT", exclusive = true, hide_possible_values = true, help_heading = "Help")]
     pub generate: Option<Generate>,
-    /// The program and its arguments; a `.py` file runs with the `python` of the PATH. `${local_rank}` in an argument is the rank's
-    #[arg(required_unless_present = "generate", trailing_var_arg = true, value_names = ["PROGRAM", "ARGS"])]
-    pub command: Vec<OsString>,
 }
 
 /// What is made from the definition of the command line.

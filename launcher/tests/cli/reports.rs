@@ -1,0 +1,103 @@
+//! What programs can read about a job.
+
+use std::fs;
+
+use serde_json::Value;
+use tempfile::tempdir;
+
+use crate::TWO;
+use crate::support::{Gate, Job, launch};
+
+#[test]
+fn events_and_report_tell_the_whole_story() {
+    let folder = tempdir().unwrap();
+    let (events, logs) = (folder.path().join("events.jsonl"), folder.path().join("logs"));
+    let options =
+        ["--events", events.to_str().unwrap(), "--log-dir", logs.to_str().unwrap(), "--max-restarts", "1"];
+    let error = r#"{"message": {"message": "ValueError: no such colour", "extraInfo": {"py_callstack": "at line 7"}}}"#;
+    let script = format!(
+        "[ $TORCHELASTIC_RESTART_COUNT = 0 ] || exit 0
+         [ $RANK = 1 ] || {{ echo ready; exec sleep 600; }}
+         read -r go < $GATE; echo '{error}' > $TORCHELASTIC_ERROR_FILE; echo sorry >&2; exit 4"
+    );
+    let mut command = launch(&[&TWO[..], &options].concat(), &script);
+    let gate = Gate::new(&mut command);
+    let mut job = Job::start(command);
+    job.expect_line("ready");
+    gate.open();
+    job.finish().expect(0, &[]);
+
+    let text = fs::read_to_string(&events).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let names: Vec<_> = lines.iter().map(|line| line["event"].as_str().unwrap()).collect();
+    let first = ["agent_started", "round_started", "rank_started", "rank_started", "rank_ended", "stopping"];
+    assert_eq!(names[..6], first, "{text}");
+    assert_eq!(names.last(), Some(&"agent_ended"));
+    for name in ["decision", "attempt_failed"] {
+        assert!(names.contains(&name), "{name} is missing: {text}");
+    }
+    for line in &lines {
+        assert_eq!((line["version"].as_u64(), line["run_id"].as_str()), (Some(1), Some("none")), "{line}");
+        assert!(line["time"].as_str().unwrap().ends_with('Z'), "{line}");
+    }
+    let failed = &lines[names.iter().position(|name| *name == "attempt_failed").unwrap()];
+    assert_eq!((&failed["rank"], &failed["attempt"]), (&Value::from(1), &Value::from(0)));
+
+    let run = fs::read_dir(&logs).unwrap().next().unwrap().unwrap().path();
+    let report: Value = serde_json::from_slice(&fs::read(run.join("report.json")).unwrap()).unwrap();
+    assert_eq!((&report["outcome"], &report["exit_code"]), (&Value::from("succeeded"), &Value::from(0)));
+    let cause = &report["failures"][0]["root_cause"];
+    assert_eq!((&cause["rank"], &cause["exit_code"]), (&Value::from(1), &Value::from(4)), "{report}");
+    assert_eq!(cause["message"], "ValueError: no such colour");
+    assert_eq!(
+        (&cause["callstack"], &cause["stderr"][0]),
+        (&Value::from("at line 7"), &Value::from("sorry"))
+    );
+    let other = &report["failures"][0]["others"][0];
+    assert_eq!((&other["rank"], &other["end"]), (&Value::from(0), &Value::from("stopped")), "{report}");
+}
+
+#[test]
+fn every_event_is_documented() {
+    let source = include_str!("../../src/report/events.rs");
+    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/events.md")).unwrap();
+    let body = source.split("enum Happened {").nth(1).unwrap().split("\n}\n").next().unwrap();
+    let variants = body.lines().filter(|line| line.starts_with("    ") && !line.starts_with("     "));
+    let mut found = 0;
+    for variant in variants
+        .filter_map(|line| line.trim().split([' ', '{']).next())
+        .filter(|word| word.starts_with(|letter: char| letter.is_ascii_uppercase()))
+    {
+        let snake: String = variant
+            .chars()
+            .enumerate()
+            .map(|(at, letter)| match letter.is_ascii_uppercase() && at > 0 {
+                true => format!("_{}", letter.to_ascii_lowercase()),
+                false => letter.to_ascii_lowercase().to_string(),
+            })
+            .collect();
+        assert!(page.contains(&format!("`{snake}`")), "docs/events.md does not name `{snake}`");
+        found += 1;
+    }
+    assert!(found > 8, "{found}");
+}
+
+#[test]
+fn the_failure_that_came_first_is_the_cause() {
+    // Rank 0 writes its error first and ends last.
+    let script = "
+        error() { echo \"{\\\"message\\\": {\\\"message\\\": \\\"$1\\\", \\\"extraInfo\\\": {}}}\" > $TORCHELASTIC_ERROR_FILE; }
+        if [ $RANK = 0 ]; then trap '' TERM; error 'the cause'; echo told; read -r go < $LAST; exit 5; fi
+        read -r go < $FIRST; error 'a victim'; echo gone; exit 6";
+    let mut command = launch(&TWO, script);
+    let (first, last) = (Gate::named("FIRST", &mut command), Gate::named("LAST", &mut command));
+    let mut job = Job::start(command);
+    job.expect_line("told");
+    first.open();
+    job.expect_line("gone");
+    last.open();
+    job.finish().expect(
+        5,
+        &["rank 0 failed: exit code 5", "error    the cause", "later    rank 1: exit code 6: a victim"],
+    );
+}
