@@ -30,6 +30,9 @@ use group::Group;
 /// How long the host waits for the other agents to leave after the end.
 const GOODBYE: Duration = Duration::from_secs(10);
 
+/// Resolution of the times of files.
+const TICK: Duration = Duration::from_millis(10);
+
 /// What ranks do.
 pub(crate) enum RankEvent {
     Exited(u32, Exit),
@@ -245,8 +248,7 @@ impl<'a> Dispatcher<'a> {
                 let rank = self.group.rank(local_rank);
                 self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
                 self.hangs.gone(local_rank);
-                let ago = |at: SystemTime| SystemTime::now().duration_since(at).unwrap_or_default();
-                let failed_at = self.group.exited(local_rank, &exit).map(|at| now.saturating_sub(ago(at)));
+                let failed_at = self.group.exited(local_rank, &exit).map(|at| on_clock(now, at));
                 return Some(Event::Exited { local_rank, exit, failed_at });
             }
             RankEvent::Inspected(hang, found) => {
@@ -375,6 +377,15 @@ impl<'a> Dispatcher<'a> {
                 ranks.join(", ")
             ));
         }
+    }
+}
+
+/// The time of a file on the agent's clock. Files are stamped with one that is behind by up to a tick; a victim's is not to look
+/// older than its cause.
+fn on_clock(now: Duration, at: SystemTime) -> Duration {
+    match SystemTime::now().duration_since(at + TICK) {
+        Ok(ago) => now.saturating_sub(ago),
+        Err(ahead) => now + ahead.duration(),
     }
 }
 

@@ -6,6 +6,7 @@ use tempfile::tempdir;
 
 use crate::TWO;
 use crate::support::{launch, run};
+
 #[test]
 fn ranks_find_the_contract_in_their_environment() {
     let folder = tempdir().unwrap();

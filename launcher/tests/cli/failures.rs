@@ -8,6 +8,7 @@ use tempfile::tempdir;
 
 use crate::support::{Gate, Job, executable, ice_launch, launch, lives, run};
 use crate::{STAY, TWO};
+
 #[test]
 fn a_failed_rank_is_reported_and_its_code_passes_through() {
     let script = format!("echo \"$RANK pid $$\"; [ $RANK = 1 ] || {STAY}; echo 'out of paper' >&2; exit 3");

@@ -4,6 +4,7 @@ use rustix::process::Signal;
 
 use crate::STAY;
 use crate::support::{Job, free_port, launch};
+
 fn node<'a>(rank: &'a str, port: &'a str) -> Vec<&'a str> {
     vec!["--devices", "cpu", "--nnodes", "2", "--node-rank", rank, "--master-port", port]
 }

@@ -6,6 +6,7 @@ use tempfile::tempdir;
 
 use crate::TWO;
 use crate::support::{Gate, Job, launch, run};
+
 #[test]
 fn tee_writes_files_and_lines_with_their_rank() {
     let folder = tempdir().unwrap();
@@ -94,4 +95,71 @@ fn a_console_that_nobody_reads_holds_up_the_output_alone() {
     job.expect_line("stopped");
     job.read_stderr();
     job.finish().expect(5, &["rank 1 failed: exit code 5"]);
+}
+
+#[test]
+fn only_some_ranks_reach_the_console() {
+    let folder = tempdir().unwrap();
+    let logs = ["--log-dir", folder.path().to_str().unwrap()];
+    let script = "echo out of $RANK; echo err of $RANK >&2";
+    let outcome = run(launch(&[&TWO[..], &["--local-ranks-filter", "1"]].concat(), script));
+    assert_eq!(outcome.expect(0, &[]).stdout, ["out of 1"]);
+    assert_eq!(outcome.stderr, "err of 1\n");
+    let outcome =
+        run(launch(&[&TWO[..], &logs, &["--tee", "3", "--local-ranks-filter", "0"]].concat(), script));
+    assert_eq!(outcome.expect(0, &[]).stdout, ["[default0]:out of 0"]);
+    let run = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+    assert_eq!(fs::read_to_string(run.join("attempt_0/1/stdout.log")).unwrap(), "out of 1\n");
+}
+
+#[test]
+fn a_rank_that_is_not_shown_still_says_why_it_failed() {
+    let script = "[ $RANK = 1 ] || exec sleep 600; echo 'the reason' >&2; exit 6";
+    let outcome = run(launch(&[&TWO[..], &["--local-ranks-filter", "0"]].concat(), script));
+    outcome.expect(6, &["    the reason"]);
+}
+
+#[test]
+fn lines_with_a_text_are_written_once_more() {
+    let folder = tempdir().unwrap();
+    let options = [
+        "-r",
+        "3",
+        "--duplicate-stdout-filters",
+        "loss,a,,b",
+        "--duplicate-stderr-filters",
+        "warn",
+        "--log-dir",
+        folder.path().to_str().unwrap(),
+    ];
+    let script = "echo loss 1; echo other; echo a,b; echo warn >&2; echo loss >&2";
+    run(launch(&[&["--devices", "cpu"][..], &options].concat(), script)).expect(0, &[]);
+    let run = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+    let read = |name| fs::read_to_string(run.join("attempt_0").join(name)).unwrap();
+    assert_eq!(read("filtered_stdout.log"), "[default0]:loss 1\n[default0]:a,b\n");
+    assert_eq!(read("filtered_stderr.log"), "[default0]:warn\n");
+    assert_eq!(read("0/stdout.log"), "loss 1\nother\na,b\n");
+}
+
+#[test]
+fn the_prefix_is_a_template() {
+    let options = ["--tee", "1", "--log-prefix", "${run_id}/${local_rank} ", "--run-id", "digits"];
+    let outcome = run(launch(&[&["--devices", "cpu"][..], &options].concat(), "echo one; echo two"));
+    assert_eq!(outcome.expect(0, &[]).stdout, ["digits/0 one", "digits/0 two"]);
+}
+
+#[test]
+fn log_files_are_set_aside_when_they_are_full() {
+    let folder = tempdir().unwrap();
+    let logs = folder.path().to_str().unwrap();
+    let options = ["-r", "1", "--log-max-size", "1K", "--log-keep", "2", "--log-dir", logs];
+    let script = "seq -f 'line %04g' 0 399";
+    run(launch(&[&["--devices", "cpu"][..], &options].concat(), script)).expect(0, &[]);
+    let run = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+    let read = |name: &str| fs::read_to_string(run.join("attempt_0/0").join(name)).unwrap_or_default();
+    let text = read("stdout.log.2") + &read("stdout.log.1") + &read("stdout.log");
+    let first = 400 - text.lines().count();
+    let expected: String = (first..400).map(|number| format!("line {number:04}\n")).collect();
+    assert_eq!(text, expected);
+    assert!(read("stdout.log.1").len() <= 1024 && first > 100 && read("stdout.log.3").is_empty());
 }

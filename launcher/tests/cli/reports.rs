@@ -82,6 +82,17 @@ fn every_event_is_documented() {
     assert!(found > 8, "{found}");
 }
 
+/// Times of files go on in steps; waits for the next one but one.
+fn wait_for_later_file_times() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    for _ in 0..2 {
+        let before = file.as_file().metadata().unwrap().modified().unwrap();
+        while file.as_file().metadata().unwrap().modified().unwrap() <= before {
+            fs::write(file.path(), "touched").unwrap();
+        }
+    }
+}
+
 #[test]
 fn the_failure_that_came_first_is_the_cause() {
     // Rank 0 writes its error first and ends last.
@@ -93,6 +104,7 @@ fn the_failure_that_came_first_is_the_cause() {
     let (first, last) = (Gate::named("FIRST", &mut command), Gate::named("LAST", &mut command));
     let mut job = Job::start(command);
     job.expect_line("told");
+    wait_for_later_file_times();
     first.open();
     job.expect_line("gone");
     last.open();

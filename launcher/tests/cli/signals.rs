@@ -2,8 +2,9 @@
 
 use rustix::process::Signal;
 
-use crate::support::{Job, launch};
+use crate::support::{Gate, Job, launch, wait_for_state};
 use crate::{STAY, TWO};
+
 #[test]
 fn ranks_do_not_outlive_a_killed_launcher() {
     let mut job = Job::start(launch(&TWO, &format!("echo ready; {STAY}")));
@@ -42,4 +43,73 @@ fn ranks_that_do_not_end_are_killed_after_the_shutdown_timeout() {
     job.expect_line("ready");
     job.signal(Signal::TERM);
     job.finish().expect(143, &["shutdown timeout"]);
+}
+
+#[test]
+fn the_signal_itself_reaches_the_ranks() {
+    let script = "trap 'echo interrupted; exit 0' INT; echo ready; while :; do sleep 600 & wait $!; done";
+    let mut job = Job::start(launch(&["--devices", "cpu"], script));
+    job.expect_line("ready");
+    job.signal(Signal::INT);
+    job.expect_line("interrupted");
+    job.finish().expect(130, &["told to stop by SIGINT"]);
+}
+
+#[test]
+fn signals_to_handle_are_those_that_stop() {
+    let script = "trap 'echo got usr1; exit 0' USR1; echo ready; while :; do sleep 600 & wait $!; done";
+    let options = ["--devices", "cpu", "--signals-to-handle", "SIGTERM,usr1"];
+    let mut job = Job::start(launch(&options, script));
+    job.expect_line("ready");
+    job.signal(Signal::USR1);
+    job.expect_line("got usr1");
+    job.finish().expect(138, &["told to stop by SIGUSR1"]);
+}
+
+#[test]
+fn user_signals_are_passed_on_to_ranks_that_handle_them() {
+    let script = "
+        [ $RANK = 0 ] && { echo ready; read -r go < $GATE; exit 0; }
+        trap 'echo saved; exit 0' USR2; echo ready; while :; do sleep 600 & wait $!; done";
+    let mut command = launch(&TWO, script);
+    let gate = Gate::new(&mut command);
+    let mut job = Job::start(command);
+    job.expect_line("ready");
+    job.expect_line("ready");
+    job.signal(Signal::USR2);
+    job.expect_line("saved");
+    gate.open();
+    job.finish().expect(0, &["SIGUSR2 was not passed on to rank 0"]);
+}
+
+#[test]
+fn a_job_in_the_background_keeps_ignoring_what_it_was_started_to_ignore() {
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$@\"", "sh"]);
+    let script = "echo ready; read -r go < $GATE; echo went on";
+    let inner = launch(&["--devices", "cpu"], script);
+    command.arg(inner.get_program()).args(inner.get_args());
+    let gate = Gate::new(&mut command);
+    let mut job = Job::start(command);
+    job.expect_line("ready");
+    job.signal(Signal::HUP);
+    gate.open();
+    job.expect_line("went on");
+    job.finish().expect(0, &[]);
+}
+
+#[test]
+fn a_job_that_is_suspended_goes_on() {
+    let script = "echo \"rank $$\"; read -r go < $GATE; echo went on";
+    let mut command = launch(&["--devices", "cpu"], script);
+    let gate = Gate::new(&mut command);
+    let mut job = Job::start(command);
+    let rank = job.expect_line("rank ");
+    job.signal(Signal::TSTP);
+    wait_for_state(&rank, 'T');
+    wait_for_state(&job.pid().to_string(), 'T');
+    job.signal(Signal::CONT);
+    wait_for_state(&rank, 'S');
+    gate.open();
+    job.finish().expect(0, &[]);
 }

@@ -3,6 +3,7 @@
 use std::net::TcpListener;
 
 use crate::support::{ice_launch, launch, run};
+
 #[test]
 fn usage_errors_end_with_2_before_anything_is_started() {
     for (options, words) in [

@@ -109,6 +109,10 @@ impl Job {
         }
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
@@ -181,6 +185,20 @@ pub(crate) fn run(command: Command) -> Finished {
 pub(crate) fn lives(pid: &str) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+}
+
+/// Waits until a process is in a state, as `/proc` names them.
+#[track_caller]
+pub(crate) fn wait_for_state(pid: &str, state: char) {
+    let deadline = Instant::now() + SOON;
+    let seen = || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit(") ").next().and_then(|rest| rest.chars().next())
+    };
+    while seen() != Some(state) {
+        assert!(Instant::now() < deadline, "process {pid} is {:?}, not {state}", seen());
+        thread::yield_now();
+    }
 }
 
 /// What ranks wait for: `read -r go < $GATE`.
