@@ -3,7 +3,7 @@
 use rustix::process::Signal;
 
 use crate::STAY;
-use crate::support::{Job, free_port, launch};
+use crate::support::{Job, free_port, launch, run};
 
 fn node<'a>(rank: &'a str, port: &'a str) -> Vec<&'a str> {
     vec!["--devices", "cpu", "--nnodes", "2", "--node-rank", rank, "--master-port", port]
@@ -41,4 +41,43 @@ fn a_lost_agent_ends_the_other_with_a_reason() {
         assert_eq!(lost.signal, Some(Signal::KILL.as_raw()), "{lost:#?}");
         other.expect(1, &[reason]);
     }
+}
+
+#[test]
+fn whoever_has_the_address_of_the_endpoint_hosts_it() {
+    let endpoint = format!("127.0.0.1:{}", free_port());
+    let options =
+        ["--devices", "cpu", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", &endpoint];
+    let script = "echo \"rank $RANK of $WORLD_SIZE\"";
+    let jobs = [(); 2].map(|()| Job::start(launch(&options, script)));
+    let mut lines: Vec<_> =
+        jobs.into_iter().flat_map(|job| job.finish().expect(0, &[]).stdout.clone()).collect();
+    lines.sort();
+    assert_eq!(lines, ["rank 0 of 2", "rank 1 of 2"]);
+}
+
+#[test]
+fn a_failure_on_one_node_restarts_both() {
+    let port = free_port();
+    let script = "
+        echo \"$RANK attempt $TORCHELASTIC_RESTART_COUNT\"
+        [ $TORCHELASTIC_RESTART_COUNT = 0 ] || exit 0
+        [ $RANK = 1 ] || exec sleep 600; exit 9";
+    let options = |rank| [&node(rank, &port)[..], &["--max-restarts", "1"]].concat();
+    let [first, second] = ["0", "1"].map(|rank| Job::start(launch(&options(rank), script)));
+    let (first, second) = (first.finish(), second.finish());
+    assert_eq!(
+        first.expect(0, &["node 1", "exit code 9; restart 1 of 1"]).stdout,
+        ["0 attempt 0", "0 attempt 1"]
+    );
+    assert_eq!(second.expect(0, &["rank 1 failed", "restart 1 of 1"]).stdout, ["1 attempt 0", "1 attempt 1"]);
+}
+
+#[test]
+fn nodes_that_do_not_come_end_the_job() {
+    let port = free_port();
+    let options = [&node("0", &port)[..], &["--rdzv-conf", "join_timeout=0.2"]].concat();
+    run(launch(&options, "echo started")).expect(1, &["1 of 2 nodes came", "not seen: --node-rank 1"]);
+    let options = [&node("1", &port)[..], &["--rdzv-conf", "join_timeout=0.2"]].concat();
+    run(launch(&options, "echo started")).expect(1, &["no coordinator at 127.0.0.1:"]);
 }
