@@ -7,6 +7,8 @@ use ice_proto::rendezvous::{Round, ToAgent, ToCoordinator};
 use super::exit::{Exit, signal_name};
 
 const SIGTERM: i32 = 15;
+/// A signal that comes so soon after the first is no second wish: schedulers signal a process, its group and what it was started by.
+const ECHO: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
@@ -119,7 +121,8 @@ pub(crate) struct Agent {
     /// Whether a rank of this attempt failed.
     failed: bool,
     ends: Vec<End>,
-    signalled: bool,
+    /// When the user first wanted the job to end.
+    signalled: Option<Duration>,
     terminate_at: Option<Duration>,
     kill_at: Option<Duration>,
 }
@@ -133,7 +136,7 @@ impl Agent {
             started: Duration::ZERO,
             failed: false,
             ends: Vec::new(),
-            signalled: false,
+            signalled: None,
             terminate_at: None,
             kill_at: None,
         }
@@ -282,10 +285,13 @@ impl Agent {
     }
 
     fn signal(&mut self, now: Duration, signal: i32) -> Vec<Action> {
-        if self.signalled {
+        if let Some(first) = self.signalled {
+            if now.saturating_sub(first) < ECHO {
+                return Vec::new();
+            }
             return vec![Action::Say("told to stop again: killing".into()), Action::Kill];
         }
-        self.signalled = true;
+        self.signalled = Some(now);
         let reason = format!("told to stop by {}", name_of(signal));
         let mut actions =
             vec![Action::Send(ToCoordinator::Leave { reason: reason.clone() }), Action::Say(reason)];

@@ -60,7 +60,7 @@ impl<'a> Group<'a> {
     pub(super) fn spawn(&mut self, round: Round) -> Result<(), Error> {
         let logs = match self.logs.take() {
             Some(logs) => logs,
-            None => LogFolder::make(self.plan, &round.run_stamp)?,
+            None => LogFolder::make(self.plan, &round)?,
         };
         self.ranks.clear();
         let environment = Environment::new(self.plan, &round, self.master_port);

@@ -30,6 +30,8 @@ use group::Group;
 /// How long the host waits for the other agents to leave after the end.
 const GOODBYE: Duration = Duration::from_secs(10);
 
+/// How long what is left to write is waited for once the user wants the end.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Resolution of the times of files.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -69,10 +71,16 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         Dispatcher::new(&plan, port, session, console, files, events, &orphans).run(&mut signals).await;
     // After an error ranks may still live; their supervision has ended with the dispatcher.
     orphans.end();
+    let mut all_written = std::pin::pin!(async {
+        written.wait().await;
+        said.wait().await;
+    });
     tokio::select! {
-        () = async { written.wait().await; said.wait().await } => {}
-        // Nobody reads the console, and the user will not wait for it.
-        _ = signals.stop() => {}
+        () = &mut all_written => {}
+        // The user will not wait for a console that nobody reads.
+        _ = signals.stop() => {
+            let _ = tokio::time::timeout(LAST_WORDS, all_written).await;
+        }
     }
     if let Some(host) = host {
         let _ = tokio::time::timeout(GOODBYE, host.deserted()).await;

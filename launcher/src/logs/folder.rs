@@ -2,6 +2,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use ice_proto::rendezvous::Round;
 use tempfile::TempDir;
 
 use crate::{Error, LaunchPlan};
@@ -9,7 +10,7 @@ use crate::{Error, LaunchPlan};
 /// How much of the end of a log file is read for the report.
 const TAIL: u64 = 8 << 10;
 
-/// `<log_dir>/<run_id>_<stamp>/`, with `attempt_<n>/<local rank>/` below.
+/// `<log_dir>/<run_id>_<stamp>/`, with `_node<n>` at its end where there are several nodes, and `attempt_<n>/<local rank>/` below.
 pub(crate) struct LogFolder {
     path: PathBuf,
     temporary: Option<TempDir>,
@@ -25,7 +26,7 @@ pub(crate) struct RankFiles {
 }
 
 impl LogFolder {
-    pub(crate) fn make(plan: &LaunchPlan, run_stamp: &str) -> Result<Self, Error> {
+    pub(crate) fn make(plan: &LaunchPlan, round: &Round) -> Result<Self, Error> {
         let fail = |path: &Path| {
             let path = path.to_owned();
             move |source| Error::Logs { path, source }
@@ -41,7 +42,9 @@ impl LogFolder {
                 (folder.path().to_owned(), Some(folder))
             }
         };
-        let path = root.join(format!("{}_{run_stamp}", plan.run_id));
+        // Several nodes may share the folder, and their local ranks the numbers.
+        let node = if round.members.len() > 1 { format!("_node{}", round.you) } else { String::new() };
+        let path = root.join(format!("{}_{}{node}", plan.run_id, round.run_stamp));
         fs::create_dir_all(&path).map_err(fail(&path))?;
         Ok(Self { path, temporary })
     }

@@ -74,6 +74,21 @@ fn a_failure_on_one_node_restarts_both() {
 }
 
 #[test]
+fn nodes_that_share_a_folder_keep_their_logs_apart() {
+    let (port, folder) = (free_port(), tempfile::tempdir().unwrap());
+    let logs = ["-r", "3", "--log-dir", folder.path().to_str().unwrap()];
+    let script = "echo rank $RANK";
+    let jobs = ["0", "1"].map(|rank| Job::start(launch(&[&node(rank, &port)[..], &logs].concat(), script)));
+    jobs.into_iter().for_each(|job| _ = job.finish().expect(0, &[]));
+    for entry in std::fs::read_dir(folder.path()).unwrap() {
+        let folder = entry.unwrap().path();
+        let node = folder.to_str().unwrap().rsplit("_node").next().unwrap().to_owned();
+        let log = std::fs::read_to_string(folder.join("attempt_0/0/stdout.log")).unwrap();
+        assert_eq!(log, format!("rank {node}\n"));
+    }
+}
+
+#[test]
 fn nodes_that_do_not_come_end_the_job() {
     let port = free_port();
     let options = [&node("0", &port)[..], &["--rdzv-conf", "join_timeout=0.2"]].concat();

@@ -32,7 +32,7 @@ fn a_second_signal_kills_ranks_that_do_not_end() {
     job.expect_line("ready");
     job.signal(Signal::TERM);
     job.expect_line("asked");
-    job.signal(Signal::TERM);
+    job.signal_until_it_ends(Signal::TERM);
     job.finish().expect(143, &["killing"]);
 }
 

@@ -117,6 +117,17 @@ impl Job {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
+    /// Signals it again and again: one signal that comes soon after another counts as the same.
+    #[track_caller]
+    pub(crate) fn signal_until_it_ends(&self, signal: Signal) {
+        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).unwrap();
+        let deadline = Instant::now() + SOON;
+        while !leftovers::wait_for_end(&pidfd, Duration::from_millis(20)) {
+            assert!(Instant::now() < deadline, "it does not end: {:?}", self.seen);
+            self.signal(signal);
+        }
+    }
+
     /// Waits for the end of the launcher alone.
     #[track_caller]
     pub(crate) fn wait(&self) {
