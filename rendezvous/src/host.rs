@@ -47,6 +47,8 @@ pub struct HostConfig {
     pub run_id: String,
     /// How long the nodes may take to come.
     pub join_timeout: Duration,
+    /// How long more nodes are waited for once there are enough.
+    pub last_call: Duration,
 }
 
 /// The coordinator and the store of a job, served by a task of the current runtime until this is dropped.
@@ -71,8 +73,8 @@ impl Host {
         let fail = |source| Error::Bind { address: config.address, source };
         let listener = TcpListener::bind(config.address).await.map_err(fail)?;
         let address = listener.local_addr().map_err(fail)?;
-        let settings =
-            Settings { run_id: config.run_id, join_timeout: config.join_timeout, run_stamp: run_stamp() };
+        let HostConfig { run_id, join_timeout, last_call, .. } = config;
+        let settings = Settings { run_id, join_timeout, last_call, run_stamp: run_stamp() };
         let (count, agents) = watch::channel(0);
         let task = tokio::spawn(serve(listener, settings, count));
         Ok(Self { address, task, agents })

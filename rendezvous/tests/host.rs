@@ -12,8 +12,12 @@ use tokio::net::TcpStream;
 const LIMIT: Duration = Duration::from_secs(20);
 
 async fn host() -> Host {
-    let config =
-        HostConfig { address: ([127, 0, 0, 1], 0).into(), run_id: "job".into(), join_timeout: LIMIT };
+    let config = HostConfig {
+        address: ([127, 0, 0, 1], 0).into(),
+        run_id: "job".into(),
+        join_timeout: LIMIT,
+        last_call: LIMIT,
+    };
     Host::bind(config).await.unwrap()
 }
 
@@ -101,7 +105,7 @@ async fn strangers_are_shown_the_door() {
 async fn a_busy_port_is_named() {
     let host = host().await;
     let address = ([127, 0, 0, 1], host.port()).into();
-    let config = HostConfig { address, run_id: "job".into(), join_timeout: LIMIT };
+    let config = HostConfig { address, run_id: "job".into(), join_timeout: LIMIT, last_call: LIMIT };
     let error = Host::bind(config).await.err().unwrap();
     assert!(matches!(error, Error::Bind { .. }));
     assert!(error.to_string().contains(&host.port().to_string()), "{error}");

@@ -1,9 +1,9 @@
 //! What the agents of a job and its coordinator say to each other.
 //!
 //! The coordinator lives in the agent that holds the endpoint, on the same port as the store. An agent says [`Hello`]
-//! and then [`ToCoordinator::Join`] once per round; the coordinator answers with [`ToAgent::RoundStarted`] when the
-//! round is full. Any loss or failure ends the round for everybody with [`ToAgent::RoundBroken`]; agents stop their
-//! ranks and join again. A connection that ends is a lost agent.
+//! and then [`ToCoordinator::Join`] once per round; the coordinator answers with [`ToAgent::RoundStarted`] when there are
+//! enough nodes, or with [`ToAgent::Waiting`]. Any loss, failure or arrival ends the round for everybody with
+//! [`ToAgent::RoundBroken`]; agents stop their ranks and join again. A connection that ends is a lost agent.
 
 use std::time::Duration;
 
@@ -114,6 +114,11 @@ pub enum ToAgent {
     /// The agent cannot take part; the connection ends.
     Refused {
         /// Why and what to do.
+        reason: String,
+    },
+    /// There is no place for the agent now; it stays connected and gets one when there is.
+    Waiting {
+        /// Why, in one line.
         reason: String,
     },
     /// The round is agreed: start the ranks.

@@ -6,21 +6,28 @@ use std::time::Duration;
 use ice_proto::rendezvous::Hello;
 
 use super::Peer;
+use super::coordinator::Node;
 
 /// Ranks that one node can have; more are a mistake, and sums over all nodes stay far from overflowing.
 const MOST_RANKS: u32 = 1 << 16;
 /// Nodes that a job can have.
 const MOST_NODES: u32 = 1 << 15;
 
-/// Checks a newcomer against the job and against the nodes that are there already.
-pub(super) fn check(run_id: &str, nodes: &BTreeMap<Peer, Hello>, newcomer: &Hello) -> Result<(), String> {
+/// Checks a newcomer against the job and against the nodes that are there already. Once the job has begun, one that asks for the place of
+/// another waits for it: it may be that node, come back before it was missed.
+pub(super) fn check(
+    run_id: &str,
+    nodes: &BTreeMap<Peer, Node>,
+    newcomer: &Hello,
+    begun: bool,
+) -> Result<(), String> {
     if newcomer.run_id != run_id {
         return Err(format!(
             "this endpoint serves the job `{run_id}`, not `{}`: use the same --run-id on all nodes, or another port",
             newcomer.run_id
         ));
     }
-    if let Some(first) = nodes.values().next() {
+    if let Some(first) = nodes.values().next().map(|node| &node.hello) {
         for (option, theirs, ours) in [
             ("--nnodes", range(newcomer.nnodes), range(first.nnodes)),
             (
@@ -67,15 +74,16 @@ pub(super) fn check(run_id: &str, nodes: &BTreeMap<Peer, Hello>, newcomer: &Hell
                 most - 1
             ));
         }
-        if let Some(other) = nodes.values().find(|node| node.node_rank == Some(rank)) {
+        let mut others = nodes.values().map(|node| &node.hello).filter(|_| !begun);
+        if let Some(other) = others.find(|node| node.node_rank == Some(rank)) {
             return Err(format!(
                 "--node-rank {rank} was given on {} (pid {}) and on {} (pid {})",
                 other.host, other.pid, newcomer.host, newcomer.pid
             ));
         }
     }
-    if nodes.len() >= most as usize {
-        return Err(format!("the job has its {most} nodes already"));
+    if nodes.len() >= MOST_NODES as usize {
+        return Err(format!("{} nodes are here already, which is the most", nodes.len()));
     }
     Ok(())
 }
@@ -86,17 +94,4 @@ fn seconds(time: Option<Duration>) -> String {
 
 fn range((fewest, most): (u32, u32)) -> String {
     if fewest == most { most.to_string() } else { format!("{fewest}:{most}") }
-}
-
-/// The nodes in order of their rank: each where it asked to be, the others in the free places, in order of arrival.
-pub(super) fn places(nodes: &BTreeMap<Peer, Hello>) -> Vec<Peer> {
-    let mut places: BTreeMap<u32, Peer> =
-        nodes.iter().filter_map(|(peer, node)| Some((node.node_rank?, *peer))).collect();
-    let mut free = 0..;
-    for (peer, _) in nodes.iter().filter(|(_, node)| node.node_rank.is_none()) {
-        if let Some(place) = free.find(|place| !places.contains_key(place)) {
-            places.insert(place, *peer);
-        }
-    }
-    places.into_values().collect()
 }

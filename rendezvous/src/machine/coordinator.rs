@@ -3,8 +3,8 @@ use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, Member, Round, ToAgent, ToCoordinator};
 
-use super::admission;
 use super::restarts::{Failure, Restarts, Verdict};
+use super::{admission, places};
 
 /// A connection of an agent, numbered in order of arrival.
 pub type Peer = u64;
@@ -16,6 +16,8 @@ pub struct Settings {
     pub run_id: String,
     /// How long the nodes may take to come.
     pub join_timeout: Duration,
+    /// How long more nodes are waited for once there are enough.
+    pub last_call: Duration,
     /// `<MMDDHHmm>_<random>`.
     pub run_stamp: String,
 }
@@ -42,19 +44,43 @@ pub enum Action {
     ClearStore,
 }
 
+/// An agent that said hello.
+#[derive(Debug, Clone)]
+pub(super) struct Node {
+    pub(super) hello: Hello,
+    /// Its rank in the last round that it was in.
+    pub(super) place: Option<u32>,
+}
+
 enum Phase {
-    /// Nodes come, since then; the round does not start before its time.
-    Joining { since: Duration, not_before: Duration, joined: BTreeSet<Peer> },
-    /// The round runs; these nodes have finished.
-    Running { finished: BTreeSet<Peer> },
+    /// Nodes come.
+    Joining(Joining),
+    /// The round runs.
+    Running { members: BTreeSet<Peer>, finished: BTreeSet<Peer> },
     /// The job is over.
     Closed { success: bool, reason: String, no_restart: Option<String> },
+}
+
+#[derive(Default)]
+struct Joining {
+    since: Duration,
+    /// The round does not start before.
+    not_before: Duration,
+    joined: BTreeSet<Peer>,
+    /// Since when there have been enough nodes.
+    enough_since: Option<Duration>,
+}
+
+#[derive(PartialEq, Eq)]
+enum Gone {
+    Lost,
+    Left(String),
 }
 
 /// The machine. See the module for its invariants.
 pub struct Coordinator {
     settings: Settings,
-    nodes: BTreeMap<Peer, Hello>,
+    nodes: BTreeMap<Peer, Node>,
     phase: Phase,
     round: u64,
     restarts: Restarts,
@@ -63,16 +89,30 @@ pub struct Coordinator {
 impl Coordinator {
     /// A job that nobody has joined.
     pub fn new(settings: Settings) -> Self {
-        let phase = joining(Duration::ZERO, Duration::ZERO);
+        let phase = Phase::Joining(Joining::default());
         Self { settings, nodes: BTreeMap::new(), phase, round: 0, restarts: Restarts::default() }
     }
 
     /// When time alone changes something.
     pub fn deadline(&self) -> Option<Duration> {
-        match &self.phase {
-            Phase::Joining { not_before, joined, .. } if self.is_full(joined) => Some(*not_before),
-            Phase::Joining { since, .. } => Some(*since + self.settings.join_timeout),
-            _ => None,
+        let Phase::Joining(joining) = &self.phase else { return None };
+        Some(self.due(joining).unwrap_or(joining.since + self.settings.join_timeout))
+    }
+
+    /// When the round may start with those that have joined; `None` while somebody must come first.
+    fn due(&self, joining: &Joining) -> Option<Duration> {
+        let (fewest, most) = self.nnodes();
+        let members = places::choose(&self.nodes, &joining.joined, most as usize).len();
+        let enough_since = joining.enough_since.filter(|_| members >= fewest as usize)?;
+        // Members of the last round are in this one: those that still stop their ranks are waited for.
+        let is_back = |(peer, node): (&Peer, &Node)| node.place.is_none() || joining.joined.contains(peer);
+        if !self.nodes.iter().all(is_back) {
+            return None;
+        }
+        let nobody_else = self.round > 0 && members == self.nodes.len();
+        match members == most as usize || nobody_else {
+            true => Some(joining.not_before),
+            false => Some((enough_since + self.settings.last_call).max(joining.not_before)),
         }
     }
 
@@ -85,7 +125,7 @@ impl Coordinator {
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         match event {
             Event::Message(peer, message) => self.message(now, peer, message),
-            Event::Lost(peer) => self.lost(peer),
+            Event::Lost(peer) => self.gone(now, peer, Gone::Lost),
             Event::Tick => self.tick(now),
         }
     }
@@ -105,10 +145,8 @@ impl Coordinator {
             }
             ToCoordinator::Finished { round } => self.finished(peer, round),
             ToCoordinator::Leave { reason } => {
-                let who = self.describe(peer);
-                self.nodes.remove(&peer);
                 let mut actions = vec![Action::Close(peer)];
-                actions.extend(self.close(false, format!("{who} left: {reason}")));
+                actions.extend(self.gone(now, peer, Gone::Left(reason)));
                 actions
             }
         }
@@ -121,127 +159,180 @@ impl Coordinator {
         if self.nodes.contains_key(&peer) {
             return refuse(peer, "an agent says hello once".into());
         }
-        match admission::check(&self.settings.run_id, &self.nodes, &hello) {
+        let begun = self.round > 0 || matches!(self.phase, Phase::Running { .. });
+        match admission::check(&self.settings.run_id, &self.nodes, &hello, begun) {
             Ok(()) => {
-                self.nodes.insert(peer, hello);
+                self.nodes.insert(peer, Node { hello, place: None });
                 Vec::new()
             }
             Err(reason) => refuse(peer, reason),
         }
     }
 
+    /// Fewest and most nodes of a round; all agents say the same.
+    fn nnodes(&self) -> (u32, u32) {
+        self.nodes.values().next().map_or((1, 1), |node| node.hello.nnodes)
+    }
+
     fn join(&mut self, now: Duration, peer: Peer) -> Vec<Action> {
-        let Phase::Joining { joined, .. } = &mut self.phase else { return Vec::new() };
-        joined.insert(peer);
-        self.start_if_due(now)
-    }
-
-    /// Nodes that the job wants.
-    fn wanted(&self) -> u32 {
-        self.nodes.values().next().map_or(1, |node| node.nnodes.1)
-    }
-
-    fn is_full(&self, joined: &BTreeSet<Peer>) -> bool {
-        joined.len() >= self.wanted() as usize
+        let (_, most) = self.nnodes();
+        match &mut self.phase {
+            Phase::Joining(joining) => {
+                joining.joined.insert(peer);
+                self.start_if_due(now)
+            }
+            Phase::Running { members, .. } if members.contains(&peer) => Vec::new(),
+            Phase::Running { members, finished } => {
+                // Once a node has finished, the others soon will.
+                if members.len() < most as usize && finished.is_empty() {
+                    let reason = format!("{} has come", self.describe(peer));
+                    let mut actions = self.next_round(now, Duration::ZERO, &reason);
+                    actions.extend(self.join(now, peer));
+                    return actions;
+                }
+                let nodes = members.len();
+                let reason =
+                    format!("the job has its {nodes} nodes; this one takes the place of one that goes");
+                vec![Action::Send(peer, ToAgent::Waiting { reason })]
+            }
+            Phase::Closed { .. } => Vec::new(),
+        }
     }
 
     fn start_if_due(&mut self, now: Duration) -> Vec<Action> {
-        match &self.phase {
-            Phase::Joining { not_before, joined, .. } if now >= *not_before && self.is_full(joined) => {
-                self.start_round()
-            }
-            _ => Vec::new(),
+        let (fewest, most) = self.nnodes();
+        let Phase::Joining(joining) = &mut self.phase else { return Vec::new() };
+        let members = places::choose(&self.nodes, &joining.joined, most as usize);
+        match members.len() >= fewest as usize {
+            true => _ = joining.enough_since.get_or_insert(now),
+            false => joining.enough_since = None,
         }
+        let Phase::Joining(joining) = &self.phase else { return Vec::new() };
+        if self.due(joining).is_some_and(|due| now >= due) { self.start_round(&members) } else { Vec::new() }
     }
 
-    fn start_round(&mut self) -> Vec<Action> {
-        let places = admission::places(&self.nodes);
+    fn start_round(&mut self, members: &[Peer]) -> Vec<Action> {
+        let places = places::arrange(&self.nodes, members);
         let mut first_rank = 0;
-        let mut members = Vec::new();
+        let mut views = Vec::new();
         for (group_rank, node) in (0..).zip(places.iter().filter_map(|peer| self.nodes.get(peer))) {
-            let local_world_size = node.local_world_size;
-            members.push(Member { group_rank, first_rank, local_world_size, host: node.host.clone() });
+            let local_world_size = node.hello.local_world_size;
+            let host = node.hello.host.clone();
+            views.push(Member { group_rank, first_rank, local_world_size, host });
             first_rank += local_world_size;
         }
         let mut actions = vec![Action::ClearStore];
-        for (you, peer) in (0..).zip(places) {
+        for (you, peer) in (0..).zip(&places) {
             let round = Round {
                 number: self.round,
                 restart_count: self.restarts.count(),
-                members: members.clone(),
+                members: views.clone(),
                 you,
                 run_stamp: self.settings.run_stamp.clone(),
             };
-            actions.push(Action::Send(peer, ToAgent::RoundStarted(round)));
+            actions.push(Action::Send(*peer, ToAgent::RoundStarted(round)));
         }
-        self.phase = Phase::Running { finished: BTreeSet::new() };
+        for (peer, node) in &mut self.nodes {
+            node.place = (0..).zip(&places).find(|(_, member)| *member == peer).map(|(place, _)| place);
+            if node.place.is_none() {
+                let reason = "there are enough nodes without this one; it takes the place of one that goes";
+                actions.push(Action::Send(*peer, ToAgent::Waiting { reason: reason.into() }));
+            }
+        }
+        self.phase = Phase::Running { members: places.into_iter().collect(), finished: BTreeSet::new() };
         actions
     }
 
     fn failed(&mut self, now: Duration, peer: Peer, round: u64, failure: Failure) -> Vec<Action> {
-        if !matches!(self.phase, Phase::Running { .. }) || round != self.round {
+        if !self.is_member(peer) || round != self.round {
             return Vec::new();
         }
-        let Some(policy) = self.nodes.get(&peer).map(|node| node.restarts) else { return Vec::new() };
+        let Some(policy) = self.nodes.get(&peer).map(|node| node.hello.restarts) else { return Vec::new() };
         let verdict = self.restarts.decide(&policy, now, &failure);
         let reason = format!("{}: {}", self.describe(peer), failure.reason);
         match verdict {
             Verdict::GiveUp { why } => self.end(false, reason, why),
-            Verdict::Restart { after, note } => {
-                self.round += 1;
-                self.phase = joining(now, now + after);
-                self.broadcast(&ToAgent::RoundBroken { round, reason: format!("{reason}; {note}") })
-            }
+            Verdict::Restart { after, note } => self.next_round(now, after, &format!("{reason}; {note}")),
         }
+    }
+
+    fn is_member(&self, peer: Peer) -> bool {
+        matches!(&self.phase, Phase::Running { members, .. } if members.contains(&peer))
+    }
+
+    /// Ends the round for its members. Those that wait for a place are in already.
+    fn next_round(&mut self, now: Duration, pause: Duration, reason: &str) -> Vec<Action> {
+        let Phase::Running { members, .. } = &self.phase else { return Vec::new() };
+        let members = members.clone();
+        let message = ToAgent::RoundBroken { round: self.round, reason: reason.to_owned() };
+        self.round += 1;
+        let joined = self.nodes.keys().copied().filter(|peer| !members.contains(peer)).collect();
+        self.phase =
+            Phase::Joining(Joining { since: now, not_before: now + pause, joined, enough_since: None });
+        let there = members.into_iter().filter(|peer| self.nodes.contains_key(peer));
+        let mut actions: Vec<_> = there.map(|peer| Action::Send(peer, message.clone())).collect();
+        actions.extend(self.start_if_due(now));
+        actions
     }
 
     fn finished(&mut self, peer: Peer, round: u64) -> Vec<Action> {
-        if round != self.round {
+        if round != self.round || !self.is_member(peer) {
             return Vec::new();
         }
-        let Phase::Running { finished } = &mut self.phase else { return Vec::new() };
+        let Phase::Running { members, finished } = &mut self.phase else { return Vec::new() };
         finished.insert(peer);
-        if finished.len() < self.nodes.len() {
-            return Vec::new();
-        }
-        self.close(true, "all ranks finished".into())
+        let all = members.is_subset(finished);
+        if all { self.end(true, "all ranks finished".into(), None) } else { Vec::new() }
     }
 
-    fn lost(&mut self, peer: Peer) -> Vec<Action> {
-        if !self.nodes.contains_key(&peer) {
-            return Vec::new();
-        }
+    /// A node is lost or leaves. An elastic job goes on with the others, or waits for more. One of a fixed size waits for a lost node
+    /// to come back where restarts are allowed.
+    fn gone(&mut self, now: Duration, peer: Peer, how: Gone) -> Vec<Action> {
         let who = self.describe(peer);
-        self.nodes.remove(&peer);
+        let Some(node) = self.nodes.remove(&peer) else { return Vec::new() };
+        let (fewest, most) = node.hello.nnodes;
+        let goes_on = fewest < most || (how == Gone::Lost && node.hello.restarts.max_restarts > 0);
+        let reason = match how {
+            Gone::Lost => format!("lost {who}: its agent is gone"),
+            Gone::Left(reason) => format!("{who} left: {reason}"),
+        };
         match &mut self.phase {
-            // A node that goes while others are still awaited may come back.
-            Phase::Joining { joined, .. } if self.round == 0 => {
-                joined.remove(&peer);
+            Phase::Closed { .. } => Vec::new(),
+            // One that had finished is not missed, nor one that only waited.
+            Phase::Running { members, finished } if !members.contains(&peer) || finished.contains(&peer) => {
                 Vec::new()
             }
-            Phase::Closed { .. } => Vec::new(),
-            _ => self.close(false, format!("lost {who}: its agent is gone")),
+            Phase::Joining(joining) if self.round == 0 || node.place.is_none() || goes_on => {
+                joining.joined.remove(&peer);
+                self.start_if_due(now)
+            }
+            // What the others have finished cannot be done again.
+            Phase::Running { finished, .. } if goes_on && finished.is_empty() => {
+                let left = self.nodes.len();
+                let note = match left >= fewest as usize {
+                    true => format!("{reason}; going on with {left} nodes"),
+                    false => format!("{reason}; waiting for another node, since {fewest} are needed"),
+                };
+                self.next_round(now, Duration::ZERO, &note)
+            }
+            _ => self.end(false, reason, None),
         }
     }
 
     fn tick(&mut self, now: Duration) -> Vec<Action> {
         let started = self.start_if_due(now);
-        let Phase::Joining { joined, .. } = &self.phase else { return started };
-        if self.deadline().is_none_or(|deadline| now < deadline) {
-            return Vec::new();
+        let Phase::Joining(joining) = &self.phase else { return started };
+        if self.due(joining).is_some() || now < joining.since + self.settings.join_timeout {
+            return started;
         }
-        let wanted = if self.nodes.is_empty() { 0 } else { self.wanted() };
-        let there: Vec<_> = self
-            .nodes
-            .iter()
-            .filter(|(peer, _)| joined.contains(peer))
-            .map(|(_, n)| n.host.clone())
-            .collect();
-        let missing: Vec<_> = (0..wanted)
-            .filter(|rank| self.nodes.values().all(|node| node.node_rank != Some(*rank)))
-            .map(|rank| rank.to_string())
-            .take(32)
-            .collect();
+        let (fewest, most) = if self.nodes.is_empty() { (0, 0) } else { self.nnodes() };
+        let wanted = if fewest == most { most.to_string() } else { format!("at least {fewest}") };
+        let joined = |(peer, _): &(&Peer, &Node)| joining.joined.contains(peer);
+        let there: Vec<_> =
+            self.nodes.iter().filter(joined).map(|(_, node)| node.hello.host.clone()).collect();
+        let is_seen = |rank: u32| self.nodes.values().any(|node| node.hello.node_rank == Some(rank));
+        let missing: Vec<_> =
+            (0..most).filter(|rank| !is_seen(*rank)).map(|rank| rank.to_string()).take(32).collect();
         let reason = format!(
             "{} of {wanted} nodes came within {:?} (here: {}; not seen: --node-rank {})",
             there.len(),
@@ -249,11 +340,7 @@ impl Coordinator {
             there.join(", "),
             missing.join(", ")
         );
-        self.close(false, reason)
-    }
-
-    fn close(&mut self, success: bool, reason: String) -> Vec<Action> {
-        self.end(success, reason, None)
+        self.end(false, reason, None)
     }
 
     fn end(&mut self, success: bool, reason: String, no_restart: Option<String>) -> Vec<Action> {
@@ -261,7 +348,8 @@ impl Coordinator {
             return Vec::new();
         }
         self.phase = Phase::Closed { success, reason, no_restart };
-        self.last_word().map(|closed| self.broadcast(&closed)).unwrap_or_default()
+        let Some(closed) = self.last_word() else { return Vec::new() };
+        self.nodes.keys().map(|peer| Action::Send(*peer, closed.clone())).collect()
     }
 
     /// What agents are told once the job is over.
@@ -271,23 +359,14 @@ impl Coordinator {
         Some(ToAgent::Closed { success: *success, reason, no_restart })
     }
 
-    fn broadcast(&self, message: &ToAgent) -> Vec<Action> {
-        self.nodes.keys().map(|peer| Action::Send(*peer, message.clone())).collect()
-    }
-
     fn describe(&self, peer: Peer) -> String {
         let Some(node) = self.nodes.get(&peer) else { return "an unknown node".into() };
-        let place = || admission::places(&self.nodes).iter().position(|other| *other == peer);
-        let rank = match node.node_rank {
-            Some(rank) => rank.to_string(),
-            None => place().map_or_else(|| "?".into(), |place| place.to_string()),
-        };
-        format!("node {rank} (host {}, pid {})", node.host, node.pid)
+        let hello = &node.hello;
+        match node.place.or(hello.node_rank) {
+            Some(rank) => format!("node {rank} (host {}, pid {})", hello.host, hello.pid),
+            None => format!("a node (host {}, pid {})", hello.host, hello.pid),
+        }
     }
-}
-
-fn joining(now: Duration, not_before: Duration) -> Phase {
-    Phase::Joining { since: now, not_before, joined: BTreeSet::new() }
 }
 
 fn refuse(peer: Peer, reason: String) -> Vec<Action> {

@@ -4,14 +4,20 @@
 //!
 //! - **RV-1** The ranks of a round are 0..world size, each once, and node ranks 0..nodes.
 //! - **RV-2** All members of a round are told the same view of it.
-//! - **RV-3** A round starts only when it has all its nodes.
+//! - **RV-3** A round starts only with MIN to MAX nodes.
 //! - **RV-4** There are never more restarts than the policy allows, and each decision about one says why.
 //! - **RV-5** After the job is closed no round starts.
-//! - **RV-6** When all nodes have joined, each is told that the round started or that the job is closed.
+//! - **RV-6** When all nodes have joined, each is told that the round started, that it has to wait, or that the job is closed.
+//! - **RV-7** At most one round is live: a member hears that it is broken, or is gone, before the next one starts.
+//! - **RV-8** A member that stays is in the next round, whoever else has come.
+//! - **RV-9** When nothing changes any more, everybody who wants in is in, or waits because there are MAX nodes, within the last call.
 
 mod admission;
 mod coordinator;
+mod places;
 mod restarts;
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;
 

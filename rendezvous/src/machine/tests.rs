@@ -31,6 +31,7 @@ fn coordinator() -> Coordinator {
     Coordinator::new(Settings {
         run_id: "job".into(),
         join_timeout: Duration::from_secs(600),
+        last_call: Duration::from_secs(30),
         run_stamp: "stamp".into(),
     })
 }
@@ -119,16 +120,132 @@ fn all_must_finish() {
     assert_eq!(actions.len(), 2);
 }
 
+/// A node of an elastic job.
+fn elastic(nnodes: (u32, u32)) -> Hello {
+    Hello { nnodes, restarts: RestartPolicy { max_restarts: 0, ..POLICY }, ..hello(None, 2, 1) }
+}
+
+/// The only reason in these actions.
+fn broken(actions: &[Action]) -> String {
+    let reasons = actions.iter().filter_map(|action| match action {
+        Action::Send(_, ToAgent::RoundBroken { reason, .. }) => Some(reason.clone()),
+        _ => None,
+    });
+    reasons.reduce(|first, second| if first == second { first } else { panic!("{first}, {second}") }).unwrap()
+}
+
 #[test]
-fn a_lost_node_ends_the_round_for_the_others() {
+fn a_lost_node_ends_a_job_of_a_fixed_size_unless_it_may_restart() {
+    for (max_restarts, closes) in [(0, true), (1, false)] {
+        let mut machine = coordinator();
+        let restarts = RestartPolicy { max_restarts, ..POLICY };
+        for (peer, rank) in [(1, 0), (2, 1)] {
+            enter(&mut machine, peer, Hello { restarts, ..hello(Some(rank), 2, 1) });
+        }
+        let actions = machine.handle(NOW, Event::Lost(2));
+        if closes {
+            let [Action::Send(1, ToAgent::Closed { success: false, reason, .. })] = &actions[..] else {
+                panic!("{actions:?}")
+            };
+            assert!(reason.contains("lost node 1"), "{reason}");
+            continue;
+        }
+        assert!(broken(&actions).contains("lost node 1"), "{actions:?}");
+        assert!(rounds(&say(&mut machine, 1, ToCoordinator::Join)).is_empty(), "RV-3");
+        let started = rounds(&enter(&mut machine, 3, Hello { restarts, ..hello(Some(1), 2, 1) }));
+        assert_eq!((started[&3].you, started[&3].restart_count), (1, 0), "a loss is no failure");
+    }
+}
+
+#[test]
+fn an_elastic_job_starts_after_the_last_call() {
     let mut machine = coordinator();
-    enter(&mut machine, 1, hello(Some(0), 2, 1));
-    enter(&mut machine, 2, hello(Some(1), 2, 1));
+    assert_eq!(enter(&mut machine, 1, elastic((2, 4))), []);
+    assert_eq!(enter(&mut machine, 2, elastic((2, 4))), []);
+    let due = machine.deadline().unwrap();
+    assert_eq!(due, NOW + Duration::from_secs(30));
+    assert_eq!(rounds(&machine.handle(due, Event::Tick)).len(), 2);
+}
+
+#[test]
+fn an_elastic_job_grows_and_shrinks_and_keeps_its_ranks() {
+    let mut machine = coordinator();
+    for peer in 1..=3 {
+        enter(&mut machine, peer, elastic((2, 3)));
+    }
+    // The one in the middle goes, and the last one takes its place.
     let actions = machine.handle(NOW, Event::Lost(2));
-    let [Action::Send(1, ToAgent::Closed { success: false, reason, .. })] = &actions[..] else {
-        panic!("{actions:?}")
-    };
-    assert!(reason.contains("lost node 1"), "{reason}");
+    assert!(broken(&actions).contains("lost node 1") && broken(&actions).contains("with 2 nodes"));
+    assert_eq!(say(&mut machine, 1, ToCoordinator::Join), [], "RV-8");
+    let started = rounds(&say(&mut machine, 3, ToCoordinator::Join));
+    assert_eq!((started[&1].you, started[&3].you), (0, 1), "at once: nobody else is there");
+    // Another one comes.
+    let actions = enter(&mut machine, 4, elastic((2, 3)));
+    assert!(broken(&actions).contains("has come"), "{actions:?}");
+    say(&mut machine, 3, ToCoordinator::Join);
+    let started = rounds(&say(&mut machine, 1, ToCoordinator::Join));
+    assert_eq!((started[&1].you, started[&3].you, started[&4].you), (0, 1, 2));
+    assert_eq!(started[&1].restart_count, 0);
+    // One too many waits, and takes the place of one that goes.
+    let waiting = enter(&mut machine, 5, elastic((2, 3)));
+    assert!(matches!(&waiting[..], [Action::Send(5, ToAgent::Waiting { .. })]), "{waiting:?}");
+    machine.handle(NOW, Event::Lost(1));
+    say(&mut machine, 3, ToCoordinator::Join);
+    let started = rounds(&say(&mut machine, 4, ToCoordinator::Join));
+    assert_eq!((started[&5].you, started[&3].you, started[&4].you), (0, 1, 2));
+}
+
+#[test]
+fn a_spare_does_not_push_out_a_member_that_still_stops() {
+    let mut machine = coordinator();
+    let restarts = RestartPolicy { max_restarts: 9, ..POLICY };
+    for peer in 1..=3 {
+        enter(&mut machine, peer, Hello { restarts, ..hello(None, 2, 1) });
+    }
+    say(&mut machine, 1, failed(0, "r"));
+    assert_eq!(say(&mut machine, 1, ToCoordinator::Join), [], "RV-8");
+    let started = rounds(&say(&mut machine, 2, ToCoordinator::Join));
+    assert_eq!(started.keys().copied().collect::<Vec<_>>(), [1, 2]);
+}
+
+#[test]
+fn a_node_that_comes_back_before_it_is_missed_waits_for_its_place() {
+    let mut machine = coordinator();
+    let restarts = RestartPolicy { max_restarts: 1, ..POLICY };
+    for (peer, rank) in [(1, 0), (2, 1)] {
+        enter(&mut machine, peer, Hello { restarts, ..hello(Some(rank), 2, 1) });
+    }
+    let waiting = enter(&mut machine, 3, Hello { restarts, ..hello(Some(1), 2, 1) });
+    assert!(matches!(&waiting[..], [Action::Send(3, ToAgent::Waiting { .. })]), "{waiting:?}");
+    machine.handle(NOW, Event::Lost(2));
+    assert_eq!(rounds(&say(&mut machine, 1, ToCoordinator::Join))[&3].you, 1);
+}
+
+#[test]
+fn a_node_that_leaves_ends_a_job_of_a_fixed_size() {
+    let leave = || ToCoordinator::Leave { reason: "told to stop".into() };
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(None, 2, 1));
+    enter(&mut machine, 2, hello(None, 2, 1));
+    let actions = say(&mut machine, 2, leave());
+    assert!(
+        matches!(&actions[..], [Action::Close(2), Action::Send(1, ToAgent::Closed { .. })]),
+        "{actions:?}"
+    );
+    let mut machine = coordinator();
+    (1..=3).for_each(|peer| _ = enter(&mut machine, peer, elastic((1, 3))));
+    assert!(broken(&say(&mut machine, 2, leave())).contains("left: told to stop"));
+}
+
+#[test]
+fn a_node_that_has_finished_is_not_missed() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(None, 2, 1));
+    enter(&mut machine, 2, hello(None, 2, 1));
+    say(&mut machine, 1, ToCoordinator::Finished { round: 0 });
+    assert_eq!(machine.handle(NOW, Event::Lost(1)), []);
+    let actions = say(&mut machine, 2, ToCoordinator::Finished { round: 0 });
+    assert!(matches!(&actions[..], [Action::Send(2, ToAgent::Closed { success: true, .. })]), "{actions:?}");
 }
 
 #[test]
