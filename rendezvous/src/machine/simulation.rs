@@ -105,8 +105,9 @@ struct World {
     restarts: RestartPolicy,
     /// The members of the live round, as the host sees them.
     live: BTreeSet<Peer>,
-    closed: Option<bool>,
     faults_until: u64,
+    /// How long ranks take that do not fail.
+    work: u64,
 }
 
 impl World {
@@ -154,9 +155,11 @@ impl World {
             nnodes,
             restarts,
             live: BTreeSet::new(),
-            closed: None,
             faults_until: 300_000,
+            work: 0,
         };
+        // Most jobs are still running when the faults are over.
+        world.work = if world.random.chance(30) { 60_000 } else { 500_000 };
         for agent in 0..world.agents.len() {
             let at =
                 if world.random.chance(80) { world.random.below(5000) } else { world.random.below(200_000) };
@@ -281,10 +284,7 @@ impl World {
             match &message {
                 ToAgent::RoundStarted(round) => _ = started.insert(peer, round.clone()),
                 ToAgent::RoundBroken { .. } => _ = self.live.remove(&peer),
-                ToAgent::Closed { success, .. } => {
-                    self.live.remove(&peer);
-                    self.closed = Some(*success);
-                }
+                ToAgent::Closed { .. } => _ = self.live.remove(&peer),
                 ToAgent::Waiting { .. } | ToAgent::Refused { .. } | ToAgent::KeepAlive => {}
             }
             if let Some(agent) = self.open.get(&peer).copied() {
@@ -332,7 +332,7 @@ impl World {
                 let epoch = self.agents[agent].epoch;
                 let quiet = self.now >= self.faults_until;
                 let well = quiet || !self.random.chance(15);
-                let takes = if well { 60_000 } else { self.random.below(60_000) };
+                let takes = if well { self.work } else { self.random.below(60_000) };
                 let takes = takes + self.random.below(20_000);
                 self.plan(self.now + takes, Happening::RanksEnd { agent, epoch, well });
             }
