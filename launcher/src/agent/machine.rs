@@ -196,6 +196,11 @@ impl Agent {
                 actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));
                 actions
             }
+            (ToAgent::Waiting { reason }, Phase::Joining) => vec![Action::Say(reason)],
+            (ToAgent::Closed { success: true, .. }, Phase::Joining) => {
+                self.phase = Phase::Stopping(Then::Exit(Some(ExitCode::Success)));
+                Vec::new()
+            }
             (ToAgent::Closed { success: true, .. }, Phase::Finished) => {
                 self.stop(now, Then::Exit(Some(ExitCode::Success)), Ask::Broken("all is done".into()))
             }

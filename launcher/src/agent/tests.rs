@@ -50,6 +50,14 @@ fn a_good_run_waits_for_the_others() {
 }
 
 #[test]
+fn a_spare_that_was_not_needed_ends_well() {
+    let mut agent = agent();
+    let waiting = Event::Coordinator(ToAgent::Waiting { reason: "enough".into() });
+    assert_eq!(agent.handle(NOW, waiting), [Action::Say("enough".into())]);
+    assert_eq!(agent.handle(NOW, closed(true)), [Action::Exit(ExitCode::Success)]);
+}
+
+#[test]
 fn a_failed_rank_stops_the_others_and_its_code_passes_through() {
     let mut agent = agent();
     agent.handle(NOW, started(0));

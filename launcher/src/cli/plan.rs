@@ -15,6 +15,8 @@ const DEFAULT_PORT: u16 = 29500;
 /// How long nodes wait for each other; torchrun's default.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
 /// torchrun's default.
+const LAST_CALL: Duration = Duration::from_secs(30);
+/// torchrun's default.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// An option that cannot be carried out: its name, its value, and what to do.
@@ -44,7 +46,8 @@ pub struct LaunchPlan {
     pub(crate) virtual_local_rank: bool,
     /// The CPUs of each rank, where they are to be bound.
     pub(crate) cpus: Option<Vec<BTreeSet<u32>>>,
-    pub(crate) nnodes: u32,
+    /// Fewest and most nodes.
+    pub(crate) nnodes: (u32, u32),
     /// Rank of this node, where given.
     pub(crate) node_rank: Option<u32>,
     pub(crate) master_addr: String,
@@ -52,6 +55,8 @@ pub struct LaunchPlan {
     pub(crate) master_port: u16,
     pub(crate) host: HostRole,
     pub(crate) join_timeout: Duration,
+    /// How long more nodes are waited for once there are enough.
+    pub(crate) last_call: Duration,
     pub(crate) run_id: String,
     pub(crate) restarts: RestartPolicy,
     /// Exit codes that end the job whatever restarts are left.
@@ -131,7 +136,7 @@ impl LaunchPlan {
         let devices = devices::parse(text, devices::count_gpus())
             .map_err(|problem| UsageError::new("--devices", format!("`{text}`: {problem}")))?;
         let nnodes = nnodes(args.nnodes.as_deref().unwrap_or("1"))?;
-        let host = host(args, nnodes)?;
+        let host = host(args, nnodes.1)?;
         let run_id = args.run_id.clone().unwrap_or_else(|| "none".into());
         if run_id.is_empty() || run_id.contains('/') {
             return Err(UsageError::new("--run-id", format!("`{run_id}` is part of file names: no `/`")));
@@ -168,9 +173,10 @@ impl LaunchPlan {
             nnodes,
             node_rank: args.node_rank,
             master_addr: args.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),
-            master_port: args.master_port.unwrap_or(if nnodes > 1 { DEFAULT_PORT } else { 0 }),
+            master_port: args.master_port.unwrap_or(if nnodes.1 > 1 { DEFAULT_PORT } else { 0 }),
             host,
             join_timeout: args.rendezvous.join_timeout.unwrap_or(JOIN_TIMEOUT),
+            last_call: args.rendezvous.last_call.unwrap_or(LAST_CALL),
             run_id,
             restarts,
             fatal_exit_codes: lists::numbers(codes).map_err(named("--fatal-exit-codes"))?,
@@ -239,18 +245,18 @@ fn shutdown_timeout_of_torch() -> Result<Duration, UsageError> {
     seconds.and_then(lists::seconds).map_err(|problem| UsageError::new(NAME, problem))
 }
 
-fn nnodes(text: &str) -> Result<u32, UsageError> {
+fn nnodes(text: &str) -> Result<(u32, u32), UsageError> {
     let wrong = |problem: &str| UsageError::new("--nnodes", format!("`{text}`: {problem}"));
-    let number = |text: &str| text.parse::<u32>().map_err(|_| wrong("expected N, or MIN:MAX with MIN = MAX"));
+    let number = |text: &str| text.parse::<u32>().map_err(|_| wrong("expected N or MIN:MAX"));
     let (fewest, most) = text.split_once(':').unwrap_or((text, text));
     let (fewest, most) = (number(fewest)?, number(most)?);
     if fewest == 0 {
         return Err(wrong("a job needs at least 1 node"));
     }
-    if fewest != most {
-        return Err(wrong("static endpoints need a fixed number of nodes: give N"));
+    if fewest > most {
+        return Err(wrong("MIN is more than MAX"));
     }
-    Ok(most)
+    Ok((fewest, most))
 }
 
 fn backend(text: &str, devices: &[RankDevice]) -> Result<DistBackend, UsageError> {
@@ -284,7 +290,7 @@ mod tests {
     #[test]
     fn defaults() {
         let plan = plan(&["--devices", "cpu"]).unwrap();
-        assert_eq!((plan.nnodes, plan.master_port, plan.restarts.max_restarts), (1, 0, 0));
+        assert_eq!((plan.nnodes, plan.master_port, plan.restarts.max_restarts), ((1, 1), 0, 0));
         assert!(plan.host == HostRole::This && plan.logs.redirects.is_empty());
         assert_eq!(plan.signals.len(), 4);
         assert_eq!(plan.backend, DistBackend::Gloo);
@@ -293,7 +299,7 @@ mod tests {
     #[test]
     fn several_nodes_use_torchruns_port() {
         let plan = plan(&["--nnodes", "2:2", "--node_rank", "1", "--devices", "cpu:0-1"]).unwrap();
-        assert_eq!((plan.nnodes, plan.master_port, plan.host), (2, 29500, HostRole::Other));
+        assert_eq!((plan.nnodes, plan.master_port, plan.host), ((2, 2), 29500, HostRole::Other));
     }
 
     #[test]
@@ -311,7 +317,7 @@ mod tests {
         for (args, named) in [
             (&["--nnodes", "0"][..], &["--nnodes", "`0`", "at least 1"][..]),
             (&["--nnodes", "x"], &["--nnodes", "`x`"]),
-            (&["--nnodes", "1:3"], &["`1:3`", "fixed number"]),
+            (&["--nnodes", "3:1"], &["`3:1`", "more than MAX"]),
             (&["--nnodes", "2"], &["--node-rank", "0 to 1"]),
             (&["--nnodes", "2", "--node-rank", "2"], &["--node-rank", "2", "0 to 1"]),
             (&["--devices", "cpu:a"], &["--devices", "`cpu:a`", "`a`"]),

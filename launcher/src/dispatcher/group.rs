@@ -58,23 +58,24 @@ impl<'a> Group<'a> {
 
     /// Starts all ranks. One that cannot be started counts as one that ended.
     pub(super) fn spawn(&mut self, round: Round) -> Result<(), Error> {
-        let logs = match self.logs.take() {
+        let mut logs = match self.logs.take() {
             Some(logs) => logs,
             None => LogFolder::make(self.plan, &round)?,
         };
+        logs.begin(&round);
         self.ranks.clear();
         let environment = Environment::new(self.plan, &round, self.master_port);
         let mut members = BTreeMap::new();
         let mut ranks = Vec::new();
         for local_rank in 0..u32::try_from(self.plan.devices.len()).unwrap_or(u32::MAX) {
-            ranks.push((local_rank, logs.rank(round.restart_count, local_rank)?));
+            ranks.push((local_rank, logs.rank(local_rank)?));
         }
         let filtered = [(0, "stdout"), (1, "stderr")].map(|(at, stream)| {
             let texts: &[String] = &self.plan.logs.filters[at];
             if texts.is_empty() {
                 return Ok(None);
             }
-            let path = logs.filtered(round.restart_count, stream);
+            let path = logs.filtered(stream);
             self.files.append_to(&path, None).map(Some).map_err(|source| Error::Logs { path, source })
         });
         let [stdout, stderr] = filtered;

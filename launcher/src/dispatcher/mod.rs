@@ -92,7 +92,7 @@ fn hello(plan: &LaunchPlan) -> Hello {
     Hello {
         run_id: plan.run_id.clone(),
         node_rank: plan.node_rank,
-        nnodes: (plan.nnodes, plan.nnodes),
+        nnodes: plan.nnodes,
         local_world_size: u32::try_from(plan.devices.len()).unwrap_or(u32::MAX),
         restarts: plan.restarts,
         host: hostname(),
@@ -110,7 +110,8 @@ async fn bind(plan: &LaunchPlan) -> Result<Option<Host>, Error> {
     let addresses: Vec<SocketAddr> = tokio::net::lookup_host(name).await.map_err(fail)?.collect();
     let address =
         *addresses.first().ok_or_else(|| fail(io::Error::new(io::ErrorKind::NotFound, "no address")))?;
-    let config = HostConfig { address, run_id: plan.run_id.clone(), join_timeout: plan.join_timeout };
+    let (join_timeout, last_call) = (plan.join_timeout, plan.last_call);
+    let config = HostConfig { address, run_id: plan.run_id.clone(), join_timeout, last_call };
     match Host::bind(config).await {
         Ok(host) => Ok(Some(host)),
         // The address is another machine's, or another agent on this one was first.

@@ -14,6 +14,8 @@ const TAIL: u64 = 8 << 10;
 pub(crate) struct LogFolder {
     path: PathBuf,
     temporary: Option<TempDir>,
+    /// Restarts before the attempt that is under way, and the name of its folder.
+    attempt: Option<(u32, String)>,
 }
 
 /// The files of a rank in an attempt.
@@ -46,12 +48,24 @@ impl LogFolder {
         let node = if round.members.len() > 1 { format!("_node{}", round.you) } else { String::new() };
         let path = root.join(format!("{}_{}{node}", plan.run_id, round.run_stamp));
         fs::create_dir_all(&path).map_err(fail(&path))?;
-        Ok(Self { path, temporary })
+        Ok(Self { path, temporary, attempt: None })
+    }
+
+    /// Begins an attempt. A round that follows a change of the nodes is one, too, though no restart is counted.
+    pub(crate) fn begin(&mut self, round: &Round) {
+        let restarts = round.restart_count;
+        let again = self.attempt.as_ref().is_some_and(|(last, _)| *last == restarts);
+        let suffix = if again { format!("_round_{}", round.number) } else { String::new() };
+        self.attempt = Some((restarts, format!("attempt_{restarts}{suffix}")));
+    }
+
+    fn attempt(&self) -> PathBuf {
+        self.path.join(self.attempt.as_ref().map_or("attempt_0", |(_, name)| name))
     }
 
     /// Makes the folder of a rank.
-    pub(crate) fn rank(&self, attempt: u32, local_rank: u32) -> Result<RankFiles, Error> {
-        let folder = self.path.join(format!("attempt_{attempt}")).join(local_rank.to_string());
+    pub(crate) fn rank(&self, local_rank: u32) -> Result<RankFiles, Error> {
+        let folder = self.attempt().join(local_rank.to_string());
         fs::create_dir_all(&folder).map_err(|source| Error::Logs { path: folder.clone(), source })?;
         Ok(RankFiles {
             stdout: folder.join("stdout.log"),
@@ -67,8 +81,8 @@ impl LogFolder {
     }
 
     /// The file for lines that are written once more: `stdout` or `stderr` of all ranks of an attempt.
-    pub(crate) fn filtered(&self, attempt: u32, stream: &str) -> PathBuf {
-        self.path.join(format!("attempt_{attempt}/filtered_{stream}.log"))
+    pub(crate) fn filtered(&self, stream: &str) -> PathBuf {
+        self.attempt().join(format!("filtered_{stream}.log"))
     }
 
     /// Whether the user named the folder.

@@ -3,7 +3,7 @@
 use rustix::process::Signal;
 
 use crate::STAY;
-use crate::support::{Job, free_port, launch, run};
+use crate::support::{Gate, Job, free_port, launch, run, wait_for_text};
 
 fn node<'a>(rank: &'a str, port: &'a str) -> Vec<&'a str> {
     vec!["--devices", "cpu", "--nnodes", "2", "--node-rank", rank, "--master-port", port]
@@ -95,4 +95,52 @@ fn nodes_that_do_not_come_end_the_job() {
     run(launch(&options, "echo started")).expect(1, &["1 of 2 nodes came", "not seen: --node-rank 1"]);
     let options = [&node("1", &port)[..], &["--rdzv-conf", "join_timeout=0.2"]].concat();
     run(launch(&options, "echo started")).expect(1, &["no coordinator at 127.0.0.1:"]);
+}
+
+#[test]
+fn an_elastic_job_shrinks_and_grows() {
+    let (endpoint, folder) = (format!("127.0.0.1:{}", free_port()), tempfile::tempdir().unwrap());
+    let options =
+        ["--devices", "cpu", "--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", &endpoint];
+    let more =
+        ["--rdzv-conf", "last_call_timeout=0.05", "-t", "1", "--log-dir", folder.path().to_str().unwrap()];
+    let options = [&options[..], &more].concat();
+    let script = "
+        echo \"$RANK of $WORLD_SIZE, restart $TORCHELASTIC_RESTART_COUNT\"
+        [ $RANK = 0 ] && gate=$FIRST || gate=$SECOND; read -r go < $gate";
+    let mut command = launch(&options, script);
+    let gates = ["FIRST", "SECOND"].map(|name| (name, Gate::named(name, &mut command)));
+    let events = folder.path().join("events");
+    let another = || {
+        let mut command = launch(&[&options[..], &["--events", events.to_str().unwrap()]].concat(), script);
+        gates.iter().for_each(|(name, gate)| gate.lead(name, &mut command));
+        Job::start(command)
+    };
+
+    let mut host = Job::start(command);
+    host.expect_line("[default0]:0 of 1, restart 0");
+    let mut lost = another();
+    lost.expect_line("[default1]:1 of 2, restart 0");
+    host.expect_line("[default0]:0 of 2, restart 0");
+    lost.signal(Signal::KILL);
+    assert_eq!(lost.finish().signal, Some(Signal::KILL.as_raw()));
+    host.expect_line("[default0]:0 of 1, restart 0");
+    let mut late = another();
+    late.expect_line("[default1]:1 of 2, restart 0");
+    host.expect_line("[default0]:0 of 2, restart 0");
+    // One too many is not needed, and ends well with the others.
+    let spare = another();
+    wait_for_text(&events, "takes the place of one that goes");
+    gates.iter().for_each(|(_, gate)| gate.open());
+    late.finish().expect(0, &[]);
+    host.finish().expect(0, &["has come", "lost node 1", "going on with 1 nodes"]);
+    assert!(spare.finish().expect(0, &[]).stdout.is_empty());
+
+    let rounds = |text: &str| {
+        let mut runs = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
+        let of_host = runs.find(|run| run.is_dir() && !run.to_str().unwrap().contains("_node1")).unwrap();
+        std::fs::read_to_string(of_host.join(text).join("0/stdout.log")).unwrap()
+    };
+    assert_eq!(rounds("attempt_0"), "0 of 1, restart 0\n");
+    assert_eq!(rounds("attempt_0_round_3"), "0 of 2, restart 0\n");
 }

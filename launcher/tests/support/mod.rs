@@ -212,6 +212,16 @@ pub(crate) fn wait_for_state(pid: &str, state: char) {
     }
 }
 
+/// Waits until a file holds a text.
+#[track_caller]
+pub(crate) fn wait_for_text(path: &std::path::Path, text: &str) {
+    let deadline = Instant::now() + SOON;
+    while !fs::read_to_string(path).unwrap_or_default().contains(text) {
+        assert!(Instant::now() < deadline, "no `{text}` in {path:?}");
+        thread::yield_now();
+    }
+}
+
 /// What ranks wait for: `read -r go < $GATE`.
 pub(crate) struct Gate(TempDir);
 
@@ -224,8 +234,13 @@ impl Gate {
     pub(crate) fn named(variable: &str, command: &mut Command) -> Self {
         let gate = Self(tempdir().unwrap());
         assert!(Command::new("mkfifo").arg(gate.path()).status().unwrap().success());
-        command.env(variable, gate.path());
+        gate.lead(variable, command);
         gate
+    }
+
+    /// Makes the variable of another program lead to it.
+    pub(crate) fn lead(&self, variable: &str, command: &mut Command) {
+        command.env(variable, self.path());
     }
 
     /// Lets one rank pass; waits until it is there.

@@ -33,8 +33,8 @@ pub struct LaunchArgs {
     )]
     pub virtual_local_rank: bool,
 
-    /// Number of nodes [default: 1]
-    #[arg(long, value_name = "N", env = "PET_NNODES", hide_env = true, help_heading = "Nodes")]
+    /// Number of nodes, or the fewest and the most of a job that may grow and shrink [default: 1]
+    #[arg(long, value_name = "N|MIN:MAX", env = "PET_NNODES", hide_env = true, help_heading = "Nodes")]
     pub nnodes: Option<String>,
     /// Rank of this node, from 0
     #[arg(
@@ -252,4 +252,6 @@ pub(crate) struct RendezvousArgs {
     pub(crate) is_host: Option<bool>,
     /// How long nodes may take to come.
     pub(crate) join_timeout: Option<Duration>,
+    /// How long more nodes are waited for once there are enough.
+    pub(crate) last_call: Option<Duration>,
 }

@@ -1,11 +1,9 @@
-use std::time::Duration;
-
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
 use super::LaunchArgs;
 use crate::cli::program::Form;
-use crate::cli::{UsageError, devices};
+use crate::cli::{UsageError, devices, lists};
 
 /// torchrun's port for `--rdzv-backend c10d`.
 const C10D_PORT: u16 = 29400;
@@ -32,7 +30,7 @@ pub struct TorchrunArgs {
     /// --run-id
     #[arg(long, alias = "rdzv_id", value_name = "ID", env = "PET_RDZV_ID", hide_env = true)]
     pub rdzv_id: Option<String>,
-    /// join_timeout=SECONDS, is_host=BOOL; other keys are of no effect here
+    /// join_timeout=SECONDS, last_call_timeout=SECONDS, is_host=BOOL; other keys are of no effect here
     #[arg(long, alias = "rdzv_conf", value_name = "KEY=VALUE,…", env = "PET_RDZV_CONF", hide_env = true)]
     pub rdzv_conf: Option<String>,
     /// One node on a free port, whatever else is said about nodes
@@ -196,10 +194,15 @@ impl TorchrunArgs {
             let wrong = |problem: &str| UsageError::new("--rdzv-conf", format!("`{pair}`: {problem}"));
             let (key, value) = pair.split_once('=').ok_or_else(|| wrong("expected KEY=VALUE"))?;
             match key.trim() {
-                "join_timeout" | "timeout" => {
-                    let seconds =
-                        value.trim().parse().ok().and_then(|value| Duration::try_from_secs_f64(value).ok());
-                    args.rendezvous.join_timeout = Some(seconds.ok_or_else(|| wrong("expected seconds"))?);
+                key @ ("join_timeout" | "timeout" | "last_call_timeout") => {
+                    let seconds = value.trim().parse().map_err(|_| wrong("expected seconds"))?;
+                    let seconds = lists::seconds(seconds).map_err(|problem| wrong(&problem))?;
+                    let rendezvous = &mut args.rendezvous;
+                    let timeout = match key {
+                        "last_call_timeout" => &mut rendezvous.last_call,
+                        _ => &mut rendezvous.join_timeout,
+                    };
+                    *timeout = Some(seconds);
                 }
                 "is_host" => match value.trim().to_ascii_lowercase().as_str() {
                     "1" | "true" | "t" | "yes" | "y" => args.rendezvous.is_host = Some(true),
@@ -236,6 +239,8 @@ fn split_endpoint(endpoint: &str) -> Option<(&str, Option<u16>)> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use clap::Parser;
 
     use super::*;
@@ -274,15 +279,19 @@ mod tests {
             "--rdzv_backend=c10d",
             "--rdzv_endpoint=node0:1234",
             "--rdzv_id=77",
-            "--rdzv_conf=join_timeout=20,is_host=true",
+            "--rdzv_conf=join_timeout=20,is_host=true,last_call_timeout=3",
         ])
         .unwrap();
         assert_eq!(notes, [""; 0]);
         assert_eq!(args.devices.as_deref(), Some("cpu:0-2"));
         assert_eq!((args.master_addr.as_deref(), args.master_port), (Some("node0"), Some(1234)));
         assert_eq!(args.run_id.as_deref(), Some("77"));
-        let conf =
-            RendezvousArgs { elect: true, is_host: Some(true), join_timeout: Some(Duration::from_secs(20)) };
+        let conf = RendezvousArgs {
+            elect: true,
+            is_host: Some(true),
+            join_timeout: Some(Duration::from_secs(20)),
+            last_call: Some(Duration::from_secs(3)),
+        };
         assert_eq!(args.rendezvous, conf);
         let (args, _) =
             translated(&["--standalone", "--rdzv-endpoint", "a:1", "--nproc-per-node", "cpu"]).unwrap();
@@ -296,11 +305,10 @@ mod tests {
             "--logs-specs=mine",
             "--local-addr=h",
             "--event-log-handler=console",
-            "--rdzv-conf=last_call_timeout=3",
+            "--rdzv-conf=read_timeout=3",
         ])
         .unwrap();
-        for part in
-            ["--start-method fork", "--logs-specs mine", "--local-addr h", "--events", "last_call_timeout"]
+        for part in ["--start-method fork", "--logs-specs mine", "--local-addr h", "--events", "read_timeout"]
         {
             assert!(notes.iter().any(|note| note.contains(part)), "{part}: {notes:?}");
         }
