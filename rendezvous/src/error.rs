@@ -35,6 +35,14 @@ pub enum Error {
         /// What is wrong with its bytes.
         source: FrameError,
     },
+    /// The endpoint and this agent do not trust each other.
+    #[error("{endpoint}: {problem}")]
+    Token {
+        /// Host and port.
+        endpoint: String,
+        /// Why, and what to do.
+        problem: String,
+    },
     /// The connection to the coordinator ended.
     #[error("lost the coordinator at {endpoint}: the agent of node 0 is gone or cannot be reached")]
     Lost {

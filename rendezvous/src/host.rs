@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::Error;
 use crate::alive::{self, KEEP_ALIVE};
+use crate::auth::{self, AuthError, Token};
 use crate::machine::{Action, Coordinator, Event, Settings};
 use crate::store::codec::{self, Request};
 use crate::store::state::Store;
@@ -49,6 +50,8 @@ pub struct HostConfig {
     pub join_timeout: Duration,
     /// How long more nodes are waited for once there are enough.
     pub last_call: Duration,
+    /// What agents must know.
+    pub token: Option<Token>,
 }
 
 /// The coordinator and the store of a job, served by a task of the current runtime until this is dropped.
@@ -73,10 +76,10 @@ impl Host {
         let fail = |source| Error::Bind { address: config.address, source };
         let listener = TcpListener::bind(config.address).await.map_err(fail)?;
         let address = listener.local_addr().map_err(fail)?;
-        let HostConfig { run_id, join_timeout, last_call, .. } = config;
+        let HostConfig { run_id, join_timeout, last_call, token, .. } = config;
         let settings = Settings { run_id, join_timeout, last_call, run_stamp: run_stamp() };
         let (count, agents) = watch::channel(0);
-        let task = tokio::spawn(serve(listener, settings, count));
+        let task = tokio::spawn(serve(listener, settings, token, count));
         Ok(Self { address, task, agents })
     }
 
@@ -126,7 +129,12 @@ enum Input {
 }
 
 /// The task that owns both machines. Everything reaches it in one order.
-async fn serve(listener: TcpListener, settings: Settings, agents: watch::Sender<usize>) {
+async fn serve(
+    listener: TcpListener,
+    settings: Settings,
+    token: Option<Token>,
+    agents: watch::Sender<usize>,
+) {
     let start = Instant::now();
     let (inputs, mut events) = mpsc::channel(1024);
     let mut state = State {
@@ -147,7 +155,7 @@ async fn serve(listener: TcpListener, settings: Settings, agents: watch::Sender<
                         continue;
                     };
                     next += 1;
-                    tokio::spawn(connection(next, stream, peer, inputs.clone(), stranger));
+                    tokio::spawn(connection(next, stream, peer, inputs.clone(), stranger, token.clone()));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -220,10 +228,11 @@ impl State {
 /// Moves the bytes of one connection.
 async fn connection(
     id: u64,
-    stream: TcpStream,
+    mut stream: TcpStream,
     peer: SocketAddr,
     inputs: mpsc::Sender<Input>,
     stranger: OwnedSemaphorePermit,
+    token: Option<Token>,
 ) {
     let _ = stream.set_nodelay(true);
     let mut first = [0];
@@ -231,8 +240,16 @@ async fn connection(
         Ok(Ok(1)) => {}
         _ => return,
     }
-    drop(stranger);
     let is_agent = first[0] == frame::MAGIC[0];
+    let decoder = match is_agent {
+        true => match auth::admit(&mut stream, token.as_ref()).await {
+            Ok(decoder) => decoder,
+            Err(error @ AuthError::Io(_)) => return tracing::debug!(%peer, %error, "a stranger went"),
+            Err(_) => return tracing::warn!(%peer, "an agent without the job's token was turned away"),
+        },
+        false => Decoder::new(),
+    };
+    drop(stranger);
     let (reader, mut writer) = stream.into_split();
     let (sender, mut outgoing) = mpsc::channel::<Vec<u8>>(OUTGOING);
     let waiting = Arc::new(AtomicUsize::new(0));
@@ -258,7 +275,7 @@ async fn connection(
     };
     let read = async {
         match is_agent {
-            true => read_agent(id, reader, &inputs).await,
+            true => read_agent(id, reader, decoder, &inputs).await,
             false => read_store(id, reader, &inputs).await,
         }
     };
@@ -273,20 +290,24 @@ async fn connection(
     let _ = inputs.send(Input::Closed { id, is_agent }).await;
 }
 
-async fn read_agent(id: u64, mut reader: OwnedReadHalf, inputs: &mpsc::Sender<Input>) -> io::Result<()> {
-    let mut decoder = Decoder::new();
+async fn read_agent(
+    id: u64,
+    mut reader: OwnedReadHalf,
+    mut decoder: Decoder,
+    inputs: &mpsc::Sender<Input>,
+) -> io::Result<()> {
     let mut buffer = vec![0; 4096];
     loop {
-        let read = alive::read(&mut reader, &mut buffer).await?;
-        if read == 0 {
-            return Ok(());
-        }
-        decoder.feed(&buffer[..read]);
         while let Some(message) = decoder.next_message::<ToCoordinator>().map_err(invalid)? {
             if inputs.send(Input::Agent(id, message)).await.is_err() {
                 return Ok(());
             }
         }
+        let read = alive::read(&mut reader, &mut buffer).await?;
+        if read == 0 {
+            return Ok(());
+        }
+        decoder.feed(&buffer[..read]);
     }
 }
 

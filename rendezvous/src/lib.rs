@@ -5,12 +5,14 @@
 //! crate knows nothing of ranks as processes, of devices or of libtorch.
 
 mod alive;
+mod auth;
 mod backend;
 mod error;
 mod host;
 pub mod machine;
 pub mod store;
 
+pub use auth::Token;
 pub use backend::Session;
 pub use error::Error;
 pub use host::{Host, HostConfig};

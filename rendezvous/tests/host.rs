@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, RestartPolicy, ToAgent, ToCoordinator};
-use ice_rendezvous::{Error, Host, HostConfig, Session};
+use ice_rendezvous::{Error, Host, HostConfig, Session, Token};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -17,6 +17,7 @@ async fn host() -> Host {
         run_id: "job".into(),
         join_timeout: LIMIT,
         last_call: LIMIT,
+        token: None,
     };
     Host::bind(config).await.unwrap()
 }
@@ -33,8 +34,30 @@ fn hello(node_rank: u32) -> Hello {
     }
 }
 
+#[tokio::test]
+async fn strangers_do_not_get_in_without_the_token() {
+    let token = |text: &str| Token::new(&format!("{text}, which is long enough")).unwrap();
+    let address = ([127, 0, 0, 1], 0).into();
+    let (join_timeout, last_call) = (LIMIT, LIMIT);
+    let config =
+        HostConfig { address, run_id: "job".into(), join_timeout, last_call, token: Some(token("a secret")) };
+    let host = Host::bind(config).await.unwrap();
+    let connect = async |token: Option<Token>| {
+        Session::connect("127.0.0.1", host.port(), hello(0), token.as_ref(), LIMIT).await
+    };
+    for (stranger, said) in [(None, "--rdzv-token-file"), (Some(token("a guess")), "does not know")] {
+        let Err(error @ Error::Token { .. }) = connect(stranger).await else { panic!("let in") };
+        assert!(error.to_string().contains(said), "{error}");
+    }
+    let mut first = connect(Some(token("a secret"))).await.unwrap();
+    first.send(ToCoordinator::Join);
+    let second = Session::connect("127.0.0.1", host.port(), hello(1), Some(&token("a secret")), LIMIT).await;
+    second.unwrap().send(ToCoordinator::Join);
+    assert!(matches!(first.recv().await.unwrap(), ToAgent::RoundStarted(_)));
+}
+
 async fn agent(host: &Host, node_rank: u32) -> Session {
-    let session = Session::connect("127.0.0.1", host.port(), hello(node_rank), LIMIT).await.unwrap();
+    let session = Session::connect("127.0.0.1", host.port(), hello(node_rank), None, LIMIT).await.unwrap();
     session.send(ToCoordinator::Join);
     session
 }
@@ -105,7 +128,8 @@ async fn strangers_are_shown_the_door() {
 async fn a_busy_port_is_named() {
     let host = host().await;
     let address = ([127, 0, 0, 1], host.port()).into();
-    let config = HostConfig { address, run_id: "job".into(), join_timeout: LIMIT, last_call: LIMIT };
+    let config =
+        HostConfig { address, run_id: "job".into(), join_timeout: LIMIT, last_call: LIMIT, token: None };
     let error = Host::bind(config).await.err().unwrap();
     assert!(matches!(error, Error::Bind { .. }));
     assert!(error.to_string().contains(&host.port().to_string()), "{error}");

@@ -64,6 +64,9 @@ variables! {
     ICE_RUN_STAMP,
 }
 
+/// The agents' own: the secret that they share. It is not passed on to ranks.
+pub const ICE_RDZV_TOKEN: &str = "ICE_RDZV_TOKEN";
+
 /// What a rank learns from its environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RankEnv {

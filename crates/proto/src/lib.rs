@@ -4,6 +4,7 @@
 //! This crate knows formats only. It opens no socket, spawns nothing and reads no clock. It is the only crate that names
 //! bincode, so the encoding of the messages can be replaced here.
 
+pub mod auth;
 pub mod backend;
 pub mod env;
 pub mod error_file;

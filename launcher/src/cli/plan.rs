@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ice_proto::backend::{DistBackend, RankDevice};
 use ice_proto::rendezvous::RestartPolicy;
+use ice_rendezvous::Token;
 use nix::sys::signal::Signal;
 
 use crate::placement::{self, NumaBinding};
@@ -58,6 +59,8 @@ pub struct LaunchPlan {
     /// How long more nodes are waited for once there are enough.
     pub(crate) last_call: Duration,
     pub(crate) run_id: String,
+    /// What all agents of the job know.
+    pub(crate) token: Option<Token>,
     pub(crate) restarts: RestartPolicy,
     /// Exit codes that end the job whatever restarts are left.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
@@ -178,6 +181,7 @@ impl LaunchPlan {
             join_timeout: args.rendezvous.join_timeout.unwrap_or(JOIN_TIMEOUT),
             last_call: args.rendezvous.last_call.unwrap_or(LAST_CALL),
             run_id,
+            token: token(args)?,
             restarts,
             fatal_exit_codes: lists::numbers(codes).map_err(named("--fatal-exit-codes"))?,
             hang_timeout: match args.hang_timeout {
@@ -235,6 +239,21 @@ fn logs(args: &LaunchArgs) -> Result<LogPlan, UsageError> {
         prefix: args.log_prefix.clone(),
         rotation: size.map(|size| Rotation { size, keep: args.log_keep }),
     })
+}
+
+fn token(args: &LaunchArgs) -> Result<Option<Token>, UsageError> {
+    const VARIABLE: &str = ice_proto::env::ICE_RDZV_TOKEN;
+    if let Some(path) = &args.rdzv_token_file {
+        let wrong = |problem: String| {
+            UsageError::new("--rdzv-token-file", format!("`{}`: {problem}", path.display()))
+        };
+        let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
+        return Token::new(&text).map(Some).map_err(wrong);
+    }
+    match std::env::var(VARIABLE) {
+        Ok(text) => Token::new(&text).map(Some).map_err(|problem| UsageError::new(VARIABLE, problem)),
+        Err(_) => Ok(None),
+    }
 }
 
 /// torchrun's variable for `--shutdown-timeout`.

@@ -8,7 +8,7 @@ mod link;
 mod member;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
 use ice_proto::exit::ExitCode;
@@ -52,6 +52,12 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     for note in &plan.notes {
         console.say(&format!("ice-launch: {note}\n"));
     }
+    if host.is_some() && plan.nnodes.1 > 1 && plan.token.is_none() && !is_loopback(&plan.master_addr) {
+        console.say(&format!(
+            "ice-launch: whoever reaches {} can join this job: give all its agents one --rdzv-token-file\n",
+            plan.master_addr
+        ));
+    }
     let (files, written) = Files::open(&console).map_err(Error::Runtime)?;
     let events = match &plan.events {
         Some(path) => match files.append_to(path, None) {
@@ -61,8 +67,10 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         None => None,
     };
     let port = host.as_ref().map_or(plan.master_port, Host::port);
+    let token = plan.token.as_ref();
+    let connect = Session::connect(&plan.master_addr, port, hello(&plan), token, plan.join_timeout);
     let session = tokio::select! {
-        session = Session::connect(&plan.master_addr, port, hello(&plan), plan.join_timeout) => session?,
+        session = connect => session?,
         signal = signals.stop() => return Ok(Exit::Signal(signal).code()),
     };
     session.send(ToCoordinator::Join);
@@ -111,7 +119,8 @@ async fn bind(plan: &LaunchPlan) -> Result<Option<Host>, Error> {
     let address =
         *addresses.first().ok_or_else(|| fail(io::Error::new(io::ErrorKind::NotFound, "no address")))?;
     let (join_timeout, last_call) = (plan.join_timeout, plan.last_call);
-    let config = HostConfig { address, run_id: plan.run_id.clone(), join_timeout, last_call };
+    let token = plan.token.clone();
+    let config = HostConfig { address, run_id: plan.run_id.clone(), join_timeout, last_call, token };
     match Host::bind(config).await {
         Ok(host) => Ok(Some(host)),
         // The address is another machine's, or another agent on this one was first.
@@ -123,6 +132,10 @@ async fn bind(plan: &LaunchPlan) -> Result<Option<Host>, Error> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+fn is_loopback(host: &str) -> bool {
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 pub(crate) fn hostname() -> String {

@@ -144,3 +144,26 @@ fn an_elastic_job_shrinks_and_grows() {
     assert_eq!(rounds("attempt_0"), "0 of 1, restart 0\n");
     assert_eq!(rounds("attempt_0_round_3"), "0 of 2, restart 0\n");
 }
+
+#[test]
+fn an_agent_without_the_token_does_not_get_in() {
+    let (port, folder) = (free_port(), tempfile::tempdir().unwrap());
+    let secret = folder.path().join("secret");
+    std::fs::write(&secret, "correct horse battery staple\n").unwrap();
+    let with_secret = |rank| {
+        let file = ["--rdzv-token-file", secret.to_str().unwrap()];
+        [&node(rank, &port)[..], &file].concat()
+    };
+    let script = "echo rank $RANK; [ -z \"$ICE_RDZV_TOKEN\" ]";
+    let host = Job::start(launch(&with_secret("0"), script));
+    run(launch(&node("1", &port), script)).expect(1, &["asks for a token", "--rdzv-token-file"]);
+    let mut wrong = launch(&node("1", &port), script);
+    wrong.env("ICE_RDZV_TOKEN", "incorrect horse battery staple");
+    run(wrong).expect(1, &["does not know this agent's token"]);
+    let mut second = launch(&node("1", &port), script);
+    second.env("ICE_RDZV_TOKEN", "correct horse battery staple");
+    assert_eq!(run(second).expect(0, &[]).stdout, ["rank 1"]);
+    host.finish().expect(0, &["an agent without the job's token was turned away"]);
+    let options = ["--devices", "cpu", "--rdzv-token-file", "/nowhere/secret"];
+    run(launch(&options, script)).expect(2, &["--rdzv-token-file", "`/nowhere/secret`"]);
+}

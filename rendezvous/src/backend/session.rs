@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::Error;
 use crate::alive::{self, KEEP_ALIVE};
+use crate::auth::{self, AuthError, Token};
 
 /// Pause between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(100);
@@ -34,32 +35,44 @@ impl Session {
     /// Connects and says hello; tries again until the timeout, since node 0 may start later.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] where nobody answers in time.
-    pub async fn connect(host: &str, port: u16, hello: Hello, limit: Duration) -> Result<Self, Error> {
+    /// [`Error::Unreachable`] where nobody answers in time, [`Error::Token`] where the tokens differ.
+    pub async fn connect(
+        host: &str,
+        port: u16,
+        hello: Hello,
+        token: Option<&Token>,
+        limit: Duration,
+    ) -> Result<Self, Error> {
         let endpoint = format!("{host}:{port}");
         let deadline = Instant::now() + limit;
-        let stream = loop {
+        let (stream, decoder) = loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let attempt = match timeout(left, TcpStream::connect((host, port))).await {
+            let attempt = match timeout(left, open(host, port, token)).await {
                 Ok(attempt) => attempt,
-                Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut)),
+                Err(_) => Err(AuthError::Io(io::ErrorKind::TimedOut.into())),
+            };
+            let attempt = match attempt {
+                Err(AuthError::Io(error)) => Err(error),
+                Err(error) => return Err(Error::Token { endpoint, problem: error.to_string() }),
+                Ok(opened) => Ok(opened),
             };
             match attempt {
-                Ok(stream) => break stream,
+                Ok(opened) => break opened,
                 Err(source) if Instant::now() + RETRY >= deadline => {
                     return Err(Error::Unreachable { endpoint, timeout: limit, source });
                 }
                 Err(_) => sleep(RETRY).await,
             }
         };
-        let _ = stream.set_nodelay(true);
         let (reader, writer) = stream.into_split();
         let (outgoing, to_send) = mpsc::unbounded_channel();
         let (received, incoming) = mpsc::channel(64);
         // A send to a session that is lost is reported by its receiver.
         let _ = outgoing.send(ToCoordinator::Hello(hello));
-        let tasks =
-            [tokio::spawn(write(writer, to_send)), tokio::spawn(read(reader, received, endpoint.clone()))];
+        let tasks = [
+            tokio::spawn(write(writer, to_send)),
+            tokio::spawn(read(reader, decoder, received, endpoint.clone())),
+        ];
         Ok(Self { outgoing, incoming, endpoint, tasks })
     }
 
@@ -100,11 +113,21 @@ async fn write(mut writer: OwnedWriteHalf, mut to_send: mpsc::UnboundedReceiver<
     let _ = writer.shutdown().await;
 }
 
-async fn read(mut reader: OwnedReadHalf, received: mpsc::Sender<Result<ToAgent, Error>>, endpoint: String) {
-    let mut decoder = Decoder::new();
+async fn open(host: &str, port: u16, token: Option<&Token>) -> Result<(TcpStream, Decoder), AuthError> {
+    let mut stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    let decoder = auth::greet(&mut stream, token).await?;
+    Ok((stream, decoder))
+}
+
+async fn read(
+    mut reader: OwnedReadHalf,
+    mut decoder: Decoder,
+    received: mpsc::Sender<Result<ToAgent, Error>>,
+    endpoint: String,
+) {
     let mut buffer = vec![0; 4096];
-    while let Ok(read @ 1..) = alive::read(&mut reader, &mut buffer).await {
-        decoder.feed(&buffer[..read]);
+    loop {
         loop {
             let message = match decoder.next_message() {
                 Ok(Some(ToAgent::KeepAlive)) => continue,
@@ -116,6 +139,10 @@ async fn read(mut reader: OwnedReadHalf, received: mpsc::Sender<Result<ToAgent, 
             if received.send(message).await.is_err() || last {
                 return;
             }
+        }
+        match alive::read(&mut reader, &mut buffer).await {
+            Ok(read @ 1..) => decoder.feed(&buffer[..read]),
+            _ => break,
         }
     }
     let _ = received.send(Err(Error::Lost { endpoint })).await;

@@ -69,6 +69,9 @@ pub struct LaunchArgs {
     /// Identifier of the job, the same on all nodes [default: none]
     #[arg(long, alias = "run_id", value_name = "ID", help_heading = "Nodes")]
     pub run_id: Option<String>,
+    /// File with a secret that all agents of the job share; ICE_RDZV_TOKEN may hold the secret itself
+    #[arg(long, alias = "rdzv_token_file", value_name = "FILE", help_heading = "Nodes")]
+    pub rdzv_token_file: Option<PathBuf>,
     /// What `--rdzv-conf` and `--rdzv-backend` add.
     #[arg(skip)]
     pub(crate) rendezvous: RendezvousArgs,
