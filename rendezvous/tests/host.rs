@@ -52,7 +52,8 @@ async fn strangers_do_not_get_in_without_the_token() {
     let mut first = connect(Some(token("a secret"))).await.unwrap();
     first.send(ToCoordinator::Join);
     let second = Session::connect("127.0.0.1", host.port(), hello(1), Some(&token("a secret")), LIMIT).await;
-    second.unwrap().send(ToCoordinator::Join);
+    let second = second.unwrap();
+    second.send(ToCoordinator::Join);
     assert!(matches!(first.recv().await.unwrap(), ToAgent::RoundStarted(_)));
 }
 
