@@ -11,5 +11,6 @@ mod forms;
 mod python;
 mod stopping;
 mod support;
+mod torchrun;
 mod training;
 mod usage;

@@ -1,0 +1,181 @@
+//! Beside torchrun: the same command line means the same.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+use tempfile::tempdir;
+
+use crate::support::{Program, SOON, peer, python_script, root};
+
+/// What one rank was given.
+struct Given {
+    environment: BTreeMap<String, String>,
+    rest: Value,
+}
+
+/// Runs the script that writes down what it is given, and returns that by rank.
+fn given(launcher: Program, python: &Path, options: &[&str], command: &[&str], folder: &Path) -> Vec<Given> {
+    fs::create_dir(folder).unwrap();
+    let bin = python.parent().unwrap().to_str().unwrap().to_owned();
+    let path = format!("{bin}:{}", std::env::var("PATH").unwrap());
+    let modules = root().join("tests/python");
+    let program = launcher
+        .args(options)
+        .args(command)
+        .args([folder.to_str().unwrap(), "--lr", "0.1", "${local_rank}"])
+        .env("PATH", path)
+        .env("PYTHONPATH", modules)
+        .env("OMP_NUM_THREADS", "1");
+    program.run(SOON * 2).expect_code(0);
+    let read = |rank: usize| {
+        let text = fs::read(folder.join(format!("{rank}.json"))).unwrap();
+        let mut rest: Value = serde_json::from_slice(&text).unwrap();
+        let environment = serde_json::from_value(rest["environment"].take()).unwrap();
+        rest["arguments"].as_array_mut().unwrap().remove(0);
+        Given { environment, rest }
+    };
+    (0..2).map(read).collect()
+}
+
+/// Variables that both set, to values that need not be the same.
+const OWN: [(&str, &str); 9] = [
+    ("PYTHONPATH", "the Python of the tests puts itself in, and torchrun is one"),
+    ("MASTER_ADDR", "the host's name there"),
+    ("MASTER_PORT", "a free port"),
+    ("TORCHELASTIC_ERROR_FILE", "below a temporary folder"),
+    ("TORCHELASTIC_RUN_ID", "made up with --standalone"),
+    ("TORCHELASTIC_USE_AGENT_STORE", "not for every backend there"),
+    ("TMPDIR", "of the test"),
+    ("ICE_TEST_MARK", "of the test"),
+    ("TORCHELASTIC_SIGNALS_TO_HANDLE", "how torchrun tells its own code"),
+];
+
+fn check(test: &str, options: &[&str], command: &[&str]) {
+    let Some(python) = peer(test) else { return };
+    let folder = tempdir().unwrap();
+    let torchrun = Program::new(python.with_file_name("torchrun"));
+    let theirs = given(torchrun, &python, options, command, &folder.path().join("theirs"));
+    let launch = Program::ice_launch([] as [&str; 0]);
+    let ours = given(launch, &python, options, command, &folder.path().join("ours"));
+    for (theirs, ours) in theirs.iter().zip(&ours) {
+        assert_eq!(theirs.rest, ours.rest, "arguments");
+        for (name, value) in &theirs.environment {
+            let inherited = std::env::var(name).is_ok_and(|inherited| inherited == *value);
+            let own = OWN.iter().any(|(own, _)| own == name);
+            match ours.environment.get(name) {
+                Some(ours) => assert!(ours == value || own, "{name} is {value} there and {ours} here"),
+                // What torchrun's own code leaves for itself.
+                None if name == "TORCHELASTIC_SIGNALS_TO_HANDLE" => {}
+                None => panic!("{name}={value} is missing here (inherited: {inherited})"),
+            }
+        }
+        for name in ours.environment.keys() {
+            let known = theirs.environment.contains_key(name) || name.starts_with("ICE_");
+            assert!(known, "{name} is set here alone");
+        }
+    }
+}
+
+#[test]
+fn a_worker_finds_the_same_in_its_environment() {
+    let script = python_script("print_environment.py");
+    let script = script.to_str().unwrap();
+    let test = "torchrun::a_worker_finds_the_same_in_its_environment";
+    check(test, &["--standalone", "--nproc-per-node", "2"], &[script]);
+    let named = ["--nnodes=1", "--nproc_per_node=2", "--max_restarts=2", "--role=trainer", "--rdzv_id=job7"];
+    check(test, &named, &[script]);
+}
+
+#[test]
+fn other_ways_to_start_are_the_same() {
+    let test = "torchrun::other_ways_to_start_are_the_same";
+    check(test, &["--nproc-per-node=2", "-m"], &["print_environment"]);
+    let script = python_script("print_environment.py");
+    let script = script.to_str().unwrap();
+    check(test, &["--nproc-per-node=2", "--no-python"], &["python", "-u", script]);
+}
+
+#[test]
+fn every_option_of_torchrun_is_taken_and_described() {
+    let Some(python) = peer("torchrun::every_option_of_torchrun_is_taken_and_described") else { return };
+    let listed = Command::new(python).arg(python_script("torchrun_flags.py")).output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    assert!(listed.lines().count() > 25, "{listed}");
+    let page = fs::read_to_string(root().join("docs/torchrun.md")).unwrap();
+    // Values that mean something where an arbitrary one would not.
+    let value = |name: &str, default: &str| match name {
+        "--numa-binding" => "node".to_owned(),
+        "--rdzv-backend" => "c10d".into(),
+        "--rdzv-conf" => "is_host=1".into(),
+        "--master-port" => "0".into(),
+        "--log-dir" => std::env::temp_dir().display().to_string(),
+        "--shutdown-timeout" => "30".into(),
+        _ if ["None", "", "[]"].contains(&default) => "0".into(),
+        _ => default.to_owned(),
+    };
+    for line in listed.lines() {
+        let [spellings, variable, takes, default] = line.split('\t').collect::<Vec<_>>()[..] else {
+            panic!("{line}")
+        };
+        let name = spellings
+            .split(' ')
+            .find(|spelling| spelling.starts_with("--") && !spelling.contains('_'))
+            .unwrap();
+        assert!(page.contains(&format!("`{name}`")), "docs/torchrun.md does not name {name}");
+        for spelling in spellings.split(' ') {
+            let mut program = Program::ice_launch([spelling]);
+            if takes == "value" {
+                program = program.arg(value(name, default));
+            }
+            let command = match name {
+                "--module" => vec!["this"],
+                "--run-path" => vec!["/dev/null"],
+                _ => vec!["true"],
+            };
+            program.args(command).run(SOON).expect_code(0);
+        }
+        if !variable.is_empty() && takes == "value" {
+            Program::ice_launch(["true"]).env(variable, value(name, default)).run(SOON).expect_code(0);
+        }
+    }
+}
+
+#[test]
+fn a_job_whose_rank_is_killed_recovers() {
+    let Some(python) = peer("torchrun::a_job_whose_rank_is_killed_recovers") else { return };
+    for _ in 0..2 {
+        let folder = tempdir().unwrap();
+        let outcome = Program::ice_launch(["--nproc-per-node", "4", "--max-restarts", "3"])
+            .arg(&python)
+            .arg(python_script("ddp_crash.py"))
+            .arg(folder.path().join("checkpoint"))
+            .run(SOON * 2);
+        outcome.expect_code(0).expect_in_stderr(&["rank 2 failed: killed by SIGKILL", "restart 1 of 3"]);
+        assert!(
+            outcome.stdout.contains("done after 60 steps, of which 40 were not"),
+            "{}",
+            outcome.transcript()
+        );
+    }
+}
+
+#[test]
+fn a_recorded_exception_is_the_root_cause() {
+    let Some(python) = peer("torchrun::a_recorded_exception_is_the_root_cause") else { return };
+    let folder = tempdir().unwrap();
+    let outcome = Program::ice_launch(["--devices", "cpu:0-1", "--log-dir", folder.path().to_str().unwrap()])
+        .arg(&python)
+        .arg(python_script("record_failure.py"))
+        .run(SOON * 2);
+    outcome
+        .expect_code(1)
+        .expect_in_stderr(&["rank 1 failed: exit code 1", "error    ValueError: no such colour"]);
+    let run = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+    let report: Value = serde_json::from_slice(&fs::read(run.join("report.json")).unwrap()).unwrap();
+    let cause = &report["failures"][0]["root_cause"];
+    assert_eq!((cause["rank"].as_u64(), cause["exit_code"].as_i64()), (Some(1), Some(1)), "{report}");
+    assert!(cause["callstack"].as_str().unwrap().contains("Traceback"), "{report}");
+}
