@@ -19,6 +19,8 @@ pub(super) trait Once {
 
 impl<T: Once> TaskItem for T {
     fn run(&self, run: &Run) -> Result<()> {
+        // It may take as long as it likes; the next step is awaited again.
+        run.worker().link().rest();
         self.perform(run)
     }
 
