@@ -106,6 +106,16 @@ impl Round {
     pub fn world_size(&self) -> u32 {
         self.members.iter().map(|member| member.local_world_size).sum()
     }
+
+    /// The receiver's own entry.
+    pub fn own(&self) -> Option<&Member> {
+        self.members.get(self.you as usize)
+    }
+
+    /// Rank of the receiver's first process.
+    pub fn first_rank(&self) -> u32 {
+        self.own().map_or(0, |own| own.first_rank)
+    }
 }
 
 /// From the coordinator to an agent.

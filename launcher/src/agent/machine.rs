@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ice_proto::exit::ExitCode;
@@ -118,8 +118,7 @@ pub(crate) struct Agent {
     phase: Phase,
     alive: BTreeSet<u32>,
     started: Duration,
-    /// Whether a rank of this attempt failed.
-    failed: bool,
+    /// How ranks of this attempt have ended.
     ends: Vec<End>,
     /// When the user first wanted the job to end.
     signalled: Option<Duration>,
@@ -134,7 +133,6 @@ impl Agent {
             phase: Phase::Joining,
             alive: BTreeSet::new(),
             started: Duration::ZERO,
-            failed: false,
             ends: Vec::new(),
             signalled: None,
             terminate_at: None,
@@ -183,7 +181,6 @@ impl Agent {
             (ToAgent::RoundStarted(round), Phase::Joining) => {
                 self.alive = (0..self.rules.local_world_size).collect();
                 self.started = now;
-                self.failed = false;
                 self.ends.clear();
                 self.phase = Phase::Running { round: round.number };
                 vec![Action::Spawn(round)]
@@ -215,7 +212,7 @@ impl Agent {
             return Vec::new();
         }
         // The report says what failed here.
-        let what = (!self.failed).then(|| format!("the job is over: {reason}"));
+        let what = (!self.failed()).then(|| format!("the job is over: {reason}"));
         let why = no_restart.map(|why| format!("no restart: {why}"));
         let said = [what, why].into_iter().flatten().collect::<Vec<_>>().join("; ");
         let mut actions = Vec::new();
@@ -270,7 +267,6 @@ impl Agent {
     }
 
     fn fail(&mut self, now: Duration, round: u64, reason: String, hopeless: Option<String>) -> Vec<Action> {
-        self.failed = true;
         let uptime = now.saturating_sub(self.started);
         let ask = Ask::Broken(reason.clone());
         let mut actions = vec![Action::Send(ToCoordinator::Failed { round, reason, uptime, hopeless })];
@@ -340,8 +336,9 @@ impl Agent {
             Phase::Stopping(then) if !matches!(then, Then::Await) => then.clone(),
             _ => return Vec::new(),
         };
+        let failed = self.failed();
         let ends = self.ends();
-        let cause = if self.failed { ends.first().map(|end| end.exit.code()) } else { None };
+        let cause = if failed { ends.first().map(|end| end.exit.code()) } else { None };
         let (next, last) = match then {
             Then::Exit(code) => {
                 // A failure elsewhere has no code to pass on.
@@ -351,17 +348,21 @@ impl Agent {
             Then::Await | Then::Rejoin => (Phase::Joining, Action::Send(ToCoordinator::Join)),
         };
         self.phase = next;
-        let report = self.failed.then_some(Action::Report(ends));
-        self.failed = false;
+        let report = failed.then_some(Action::Report(ends));
         report.into_iter().chain([last]).collect()
+    }
+
+    /// Whether a rank of this attempt failed.
+    fn failed(&self) -> bool {
+        self.ends.iter().any(|end| !end.asked && !end.exit.is_success())
     }
 
     /// How the ranks ended, each once, in order of their failures.
     fn ends(&mut self) -> Vec<End> {
         let mut ends = std::mem::take(&mut self.ends);
         ends.sort_by_key(|end| (end.exit.is_success(), end.at));
-        let mut seen = BTreeMap::new();
-        ends.retain(|end| seen.insert(end.local_rank, ()).is_none());
+        let mut seen = BTreeSet::new();
+        ends.retain(|end| seen.insert(end.local_rank));
         ends
     }
 }

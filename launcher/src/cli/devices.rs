@@ -5,9 +5,11 @@
 //! indices := "*" | range { "," range } range   := number [ "-" number ]
 //! ```
 
-use std::{env, fs};
+use std::fs;
 
 use ice_proto::backend::RankDevice;
+
+use crate::placement::visible_devices;
 
 /// More ranks on one node than anyone has devices: a typing error.
 const MOST: u32 = 4096;
@@ -67,19 +69,14 @@ fn expand(list: &str) -> Result<Vec<u32>, String> {
 pub(super) fn count_gpus() -> u32 {
     let installed = fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, |entries| entries.count());
     let installed = u32::try_from(installed).unwrap_or(u32::MAX);
-    match env::var("CUDA_VISIBLE_DEVICES") {
-        Ok(list) => {
+    match visible_devices() {
+        Some(list) => {
             let visible =
                 list.split(',').map(str::trim).take_while(|id| !id.is_empty() && *id != "-1").count();
             installed.min(u32::try_from(visible).unwrap_or(u32::MAX))
         }
-        Err(_) => installed,
+        None => installed,
     }
-}
-
-/// How many logical CPUs this process may use.
-pub(crate) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 #[cfg(test)]

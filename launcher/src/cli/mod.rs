@@ -11,7 +11,6 @@ mod program;
 mod streams;
 
 pub use args::{Cli, Generate, LaunchArgs, TorchrunArgs};
-pub(crate) use devices::cores;
 pub use generate::generate;
 pub(crate) use plan::{HangTimeout, HostRole, Rotation};
 pub use plan::{LaunchPlan, UsageError};

@@ -134,6 +134,11 @@ impl LaunchPlan {
         Ok(Self { notes, ..Self::check(&args, program)? })
     }
 
+    /// How many ranks this node has.
+    pub(crate) fn local_world_size(&self) -> u32 {
+        u32::try_from(self.devices.len()).unwrap_or(u32::MAX)
+    }
+
     fn check(args: &LaunchArgs, program: Program) -> Result<Self, UsageError> {
         let text = args.devices.as_deref().unwrap_or("auto");
         let devices = devices::parse(text, devices::count_gpus())

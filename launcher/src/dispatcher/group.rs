@@ -67,7 +67,7 @@ impl<'a> Group<'a> {
         let environment = Environment::new(self.plan, &round, self.master_port);
         let mut members = BTreeMap::new();
         let mut ranks = Vec::new();
-        for local_rank in 0..u32::try_from(self.plan.devices.len()).unwrap_or(u32::MAX) {
+        for local_rank in 0..self.plan.local_world_size() {
             ranks.push((local_rank, logs.rank(local_rank)?));
         }
         let filtered = [(0, "stdout"), (1, "stderr")].map(|(at, stream)| {
@@ -117,13 +117,12 @@ impl<'a> Group<'a> {
         filtered: &[Option<LogFile>; 2],
     ) -> io::Result<Member> {
         let (ours, theirs) = UnixStream::pair()?;
-        let host = hostname();
         let names = Names {
             role_name: &self.plan.role,
-            rank: environment.first_rank() + local_rank,
+            rank: round.first_rank() + local_rank,
             local_rank,
             node_rank: round.you,
-            host: &host,
+            host: round.own().map_or("?", |own| &own.host),
             run_id: &self.plan.run_id,
         };
         let prefix = prefix(&self.plan.logs.prefix, &names);
@@ -199,8 +198,7 @@ impl<'a> Group<'a> {
 
     /// Rank within the job.
     pub(super) fn rank(&self, local_rank: u32) -> u32 {
-        let own = self.round.as_ref().and_then(|round| round.members.get(round.you as usize));
-        own.map_or(0, |own| own.first_rank) + local_rank
+        self.round.as_ref().map_or(0, Round::first_rank) + local_rank
     }
 
     /// Notes what a rank said.
@@ -261,8 +259,8 @@ impl<'a> Group<'a> {
     pub(super) async fn report(&mut self, ends: Vec<End>) -> Option<Failure> {
         let mut ends = ends.into_iter();
         let first = ends.next()?;
-        let (round, node) = self.round.as_ref().map(|round| (round.number, round.you))?;
-        let attempt = self.round.as_ref().map_or(0, |round| round.restart_count);
+        let (round, node, attempt) =
+            self.round.as_ref().map(|round| (round.number, round.you, round.restart_count))?;
         let others = ends.map(|end| self.other(&end)).collect();
         let rank = self.rank(first.local_rank);
         let member = self.ranks.get_mut(&first.local_rank)?;
@@ -312,7 +310,7 @@ impl<'a> Group<'a> {
     fn write_summary(&self) {
         let Some(logs) = &self.logs else { return };
         if let Err(error) = self.summary.write(logs.path()) {
-            self.console.say(&format!("ice-launch: report.json was not written: {error}\n"));
+            self.console.note(&format!("report.json was not written: {error}"));
         }
     }
 

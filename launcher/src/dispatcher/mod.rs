@@ -50,11 +50,11 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     let host = bind(&plan).await?;
     let (console, said) = Console::open().map_err(Error::Runtime)?;
     for note in &plan.notes {
-        console.say(&format!("ice-launch: {note}\n"));
+        console.note(note);
     }
     if host.is_some() && plan.nnodes.1 > 1 && plan.token.is_none() && !is_loopback(&plan.master_addr) {
-        console.say(&format!(
-            "ice-launch: whoever reaches {} can join this job: give all its agents one --rdzv-token-file\n",
+        console.note(&format!(
+            "whoever reaches {} can join this job: give all its agents one --rdzv-token-file",
             plan.master_addr
         ));
     }
@@ -101,7 +101,7 @@ fn hello(plan: &LaunchPlan) -> Hello {
         run_id: plan.run_id.clone(),
         node_rank: plan.node_rank,
         nnodes: plan.nnodes,
-        local_world_size: u32::try_from(plan.devices.len()).unwrap_or(u32::MAX),
+        local_world_size: plan.local_world_size(),
         restarts: plan.restarts,
         host: hostname(),
         pid: std::process::id(),
@@ -172,7 +172,7 @@ impl<'a> Dispatcher<'a> {
     ) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         let rules = Rules {
-            local_world_size: u32::try_from(plan.devices.len()).unwrap_or(u32::MAX),
+            local_world_size: plan.local_world_size(),
             shutdown_timeout: plan.shutdown_timeout,
             fatal_exit_codes: plan.fatal_exit_codes.clone(),
         };
@@ -312,7 +312,7 @@ impl<'a> Dispatcher<'a> {
             self.inspecting = true;
             let rank = self.group.rank(hang.local_rank);
             self.log.add(&Happened::Hang { rank, reason: hang.reason.clone() });
-            self.console.say(&format!("ice-launch: rank {rank}: {}: writing the stacks\n", hang.reason));
+            self.console.note(&format!("rank {rank}: {}: writing the stacks", hang.reason));
             tokio::spawn(inspect::inspect(hang, self.group.stack_files(), self.sender.clone()));
         }
     }
@@ -357,7 +357,7 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
                 Action::Say(text) => {
-                    self.console.say(&format!("ice-launch: {text}\n"));
+                    self.console.note(&text);
                     self.log.add(&Happened::Decision { text });
                 }
                 Action::Exit(code) => {
@@ -381,7 +381,7 @@ impl<'a> Dispatcher<'a> {
         });
         self.group.spawn(round)?;
         (self.inspecting, self.sample_at) = (false, self.clock.now());
-        self.hangs.start(u32::try_from(self.plan.devices.len()).unwrap_or(u32::MAX));
+        self.hangs.start(self.plan.local_world_size());
         for (local_rank, pid) in self.group.living() {
             let rank = self.group.rank(local_rank);
             self.log.add(&Happened::RankStarted { rank, local_rank, pid });
@@ -394,8 +394,8 @@ impl<'a> Dispatcher<'a> {
         let refused = self.group.forward(signal);
         if !refused.is_empty() {
             let ranks: Vec<_> = refused.iter().map(ToString::to_string).collect();
-            self.console.say(&format!(
-                "ice-launch: {signal} was not passed on to rank {}: it has no handler and would end\n",
+            self.console.note(&format!(
+                "{signal} was not passed on to rank {}: it has no handler and would end",
                 ranks.join(", ")
             ));
         }

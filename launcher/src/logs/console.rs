@@ -53,6 +53,11 @@ impl Console {
         self.0.add(Target::Stderr, text.into());
     }
 
+    /// Says a line of the launcher's own.
+    pub(crate) fn note(&self, text: &str) {
+        self.say(&format!("ice-launch: {text}\n"));
+    }
+
     /// Says what is soon out of date anyway, unless the console is behind.
     pub(crate) fn say_if_idle(&self, text: &str) {
         if self.0.is_idle() {

@@ -63,7 +63,7 @@ impl Open {
             // The job goes on without it.
             self.file = None;
             let path = self.path.display();
-            self.console.say(&format!("ice-launch: {path} cannot be written any more: {error}\n"));
+            self.console.note(&format!("{path} cannot be written any more: {error}"));
         }
     }
 

@@ -15,10 +15,17 @@ mod gpus;
 #[cfg(test)]
 mod tests;
 mod topology;
+mod visible;
 
 pub(crate) use binding::NumaBinding;
 use binding::bind;
 use gpus::gpu_addresses;
+pub(crate) use visible::{CUDA_VISIBLE_DEVICES, Placed, place, visible_devices};
+
+/// How many logical CPUs this process may use, a quota of its cgroup included.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
 
 /// Threads per rank where nobody says: cores that this process may use divided by the ranks that share them, at least 1.
 pub(crate) fn threads_per_rank(allowed: usize, ranks: u32) -> u32 {
@@ -36,7 +43,7 @@ pub(crate) fn allowed_cpus() -> BTreeSet<u32> {
 /// The CPUs of each rank of this node, whose devices these are.
 pub(crate) fn bind_ranks(binding: NumaBinding, devices: &[RankDevice]) -> Result<Vec<BTreeSet<u32>>, String> {
     let addresses = gpu_addresses(Path::new("/proc"));
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let visible = visible_devices();
     let gpus = devices.iter().map(|device| match device {
         RankDevice::Cpu => Ok(None),
         RankDevice::Cuda(index) => address(*index, visible.as_deref(), &addresses).map(Some),
@@ -47,7 +54,7 @@ pub(crate) fn bind_ranks(binding: NumaBinding, devices: &[RankDevice]) -> Result
 
 /// The PCI address of the GPU that CUDA shows under this index.
 fn address(index: u32, visible: Option<&str>, addresses: &[String]) -> Result<String, String> {
-    let entry = visible.map(|list| list.split(',').nth(index as usize).unwrap_or_default().trim());
+    let entry = visible.map(|list| visible::entry(list, index).unwrap_or_default());
     let physical = match entry {
         None => Some(index as usize),
         Some(entry) => entry.parse().ok(),

@@ -5,13 +5,8 @@ use std::path::Path;
 use ice_proto::env as names;
 use ice_proto::rendezvous::Round;
 
-use super::gpus::{self, Placed};
 use crate::LaunchPlan;
-use crate::cli::cores;
-use crate::placement::threads_per_rank;
-
-/// CUDA's own variable: the devices that a process sees, in its order.
-const CUDA_VISIBLE_DEVICES: &str = "CUDA_VISIBLE_DEVICES";
+use crate::placement::{CUDA_VISIBLE_DEVICES, Placed, cores, place, threads_per_rank, visible_devices};
 
 /// What all ranks of this node have in common in a round.
 pub(crate) struct Environment<'a> {
@@ -19,43 +14,20 @@ pub(crate) struct Environment<'a> {
     round: &'a Round,
     master_port: u16,
     placed: Vec<Placed>,
+    /// OMP_NUM_THREADS, where it is not the agent's own.
+    threads: Option<u32>,
 }
 
 impl<'a> Environment<'a> {
     pub(crate) fn new(plan: &'a LaunchPlan, round: &'a Round, master_port: u16) -> Self {
-        let visible = std::env::var(CUDA_VISIBLE_DEVICES).ok();
-        let placed = gpus::place(&plan.devices, visible.as_deref(), plan.virtual_local_rank);
-        Self { plan, round, master_port, placed }
-    }
-
-    /// Rank of the first process of this node.
-    pub(crate) fn first_rank(&self) -> u32 {
-        self.round.members.get(self.round.you as usize).map_or(0, |member| member.first_rank)
-    }
-
-    /// Threads of each rank where nobody says how many: its share of this machine's cores, other nodes of the job on the same machine included.
-    /// A rank that has the machine to itself keeps its own default.
-    fn threads(&self) -> Option<u32> {
-        if self.plan.omp_num_threads.is_some() {
-            return self.plan.omp_num_threads;
-        }
-        if !unset(names::OMP_NUM_THREADS) {
-            return None;
-        }
-        let members = &self.round.members;
-        let host = members.get(self.round.you as usize).map(|own| &own.host);
-        let here: u32 = members
-            .iter()
-            .filter(|member| Some(&member.host) == host)
-            .map(|member| member.local_world_size)
-            .sum();
-        (here > 1).then(|| threads_per_rank(cores(), here))
+        let placed = place(&plan.devices, visible_devices().as_deref(), plan.virtual_local_rank);
+        Self { plan, round, master_port, placed, threads: threads(plan, round) }
     }
 
     /// The variables of a rank.
     pub(crate) fn of(&self, local_rank: u32, error_file: &Path) -> Vec<(&'static str, String)> {
         let (plan, round) = (self.plan, self.round);
-        let rank = (self.first_rank() + local_rank).to_string();
+        let rank = (round.first_rank() + local_rank).to_string();
         let world_size = round.world_size();
         let placed = self.placed.get(local_rank as usize);
         let seen_rank = if plan.virtual_local_rank { 0 } else { local_rank };
@@ -65,7 +37,7 @@ impl<'a> Environment<'a> {
             (names::GROUP_RANK, round.you.to_string()),
             (names::ROLE_RANK, rank),
             (names::ROLE_NAME, plan.role.clone()),
-            (names::LOCAL_WORLD_SIZE, plan.devices.len().to_string()),
+            (names::LOCAL_WORLD_SIZE, plan.local_world_size().to_string()),
             (names::WORLD_SIZE, world_size.to_string()),
             (names::GROUP_WORLD_SIZE, round.members.len().to_string()),
             (names::ROLE_WORLD_SIZE, world_size.to_string()),
@@ -84,11 +56,30 @@ impl<'a> Environment<'a> {
         if unset(names::TORCH_NCCL_ASYNC_ERROR_HANDLING) {
             variables.push((names::TORCH_NCCL_ASYNC_ERROR_HANDLING, "1".into()));
         }
-        variables.extend(self.threads().map(|threads| (names::OMP_NUM_THREADS, threads.to_string())));
+        variables.extend(self.threads.map(|threads| (names::OMP_NUM_THREADS, threads.to_string())));
         let visible = placed.and_then(|placed| placed.visible.clone());
         variables.extend(visible.map(|visible| (CUDA_VISIBLE_DEVICES, visible)));
         variables
     }
+}
+
+/// Threads of each rank where nobody says how many: its share of this machine's cores, other nodes of the job on the same machine included.
+/// A rank that has the machine to itself keeps its own default.
+fn threads(plan: &LaunchPlan, round: &Round) -> Option<u32> {
+    if plan.omp_num_threads.is_some() {
+        return plan.omp_num_threads;
+    }
+    if !unset(names::OMP_NUM_THREADS) {
+        return None;
+    }
+    let host = round.own().map(|own| &own.host);
+    let here: u32 = round
+        .members
+        .iter()
+        .filter(|member| Some(&member.host) == host)
+        .map(|member| member.local_world_size)
+        .sum();
+    (here > 1).then(|| threads_per_rank(cores(), here))
 }
 
 fn unset(name: &str) -> bool {

@@ -1,7 +1,6 @@
 //! Processes: how a rank is started, watched and ended, so that nothing is left behind.
 
 mod environment;
-mod gpus;
 mod orphans;
 mod proc;
 mod process;

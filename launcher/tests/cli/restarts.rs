@@ -13,8 +13,7 @@ fn attempts(options: &[&str], script: &str, code: i32, said: &[&str]) -> usize {
 
 #[test]
 fn restarts_are_counted_and_each_is_explained() {
-    let said =
-        ["restart 1 of 2;".trim_end_matches(';'), "restart 2 of 2", "no restart: all 2 restarts are used up"];
+    let said = ["restart 1 of 2", "restart 2 of 2", "no restart: all 2 restarts are used up"];
     assert_eq!(attempts(&["--max-restarts", "2", "--restart-backoff", "0"], "exit 3", 3, &said), 3);
     assert_eq!(attempts(&[], "exit 3", 3, &["rank 0 failed: exit code 3"]), 1);
 }

@@ -6,24 +6,25 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod fault;
+#[path = "../../../rendezvous/src/machine/random.rs"]
+#[expect(dead_code, reason = "the simulation uses the rest")]
 mod random;
 #[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "other tests use the rest")]
 mod support;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
 use fault::Fault;
 use random::Random;
-use support::{Finished, Gate, Job, SOON, launch, wait_for_state};
+use support::{Finished, Gate, Job, launch, wait_for_state, wait_for_text};
 
 const FAULTS: u64 = 200;
 /// Jobs at the same time.
@@ -135,7 +136,7 @@ impl Case {
             (0..self.ranks).map(|rank| Gate::named(&format!("GO{rank}"), &mut command)).collect();
         let mut job = Job::start(command);
         let pids: Vec<String> =
-            (0..self.ranks).map(|rank| wait_for_file(&up.join(rank.to_string()))).collect();
+            (0..self.ranks).map(|rank| wait_for_text(&up.join(rank.to_string()), "\n")).collect();
         self.strike(&mut job, &pids, &gates, &up);
         let finished = job.finish();
         self.check(&finished, &folder, &logs);
@@ -149,7 +150,7 @@ impl Case {
         match self.fault {
             Fault::Exit(_) | Fault::Abort | Fault::Sleepers | Fault::Deaf => gates[victim].open(),
             Fault::KillRank => kill(&pids[victim], Signal::KILL),
-            Fault::KillGrandchild => kill(&wait_for_file(&up.join("grandchild")), Signal::KILL),
+            Fault::KillGrandchild => kill(&wait_for_text(&up.join("grandchild"), "\n"), Signal::KILL),
             Fault::KillLauncher => job.signal(Signal::KILL),
             Fault::Stop(signal) => job.signal(signal),
             Fault::StopHard => job.signal_until_it_ends(Signal::TERM),
@@ -226,17 +227,6 @@ fn wrapped(script: &str, inner: &Command) -> Command {
     let mut command = Command::new("sh");
     command.args(["-c", script, "sh"]).arg(inner.get_program()).args(inner.get_args());
     command
-}
-
-fn wait_for_file(path: &PathBuf) -> String {
-    let deadline = Instant::now() + SOON;
-    loop {
-        match fs::read_to_string(path) {
-            Ok(text) if text.ends_with('\n') => return text,
-            _ => assert!(Instant::now() < deadline, "{path:?} does not come"),
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// Children of this process that have ended and that nobody waited for.

@@ -192,33 +192,38 @@ pub(crate) fn run(command: Command) -> Finished {
     Job::start(command).finish()
 }
 
-/// Whether a process lives; one that has ended and was not waited for does not.
-pub(crate) fn lives(pid: &str) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+/// The state of a process, as `/proc` names them; `None` where there is no such process.
+fn state(pid: &str) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(") ").next()?.chars().next()
 }
 
-/// Waits until a process is in a state, as `/proc` names them.
+/// Whether a process lives; one that has ended and was not waited for does not.
+pub(crate) fn lives(pid: &str) -> bool {
+    state(pid).is_some_and(|state| state != 'Z')
+}
+
+/// Waits until a process is in a state.
 #[track_caller]
-pub(crate) fn wait_for_state(pid: &str, state: char) {
+pub(crate) fn wait_for_state(pid: &str, wanted: char) {
     let deadline = Instant::now() + SOON;
-    let seen = || {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit(") ").next().and_then(|rest| rest.chars().next())
-    };
-    while seen() != Some(state) {
-        assert!(Instant::now() < deadline, "process {pid} is {:?}, not {state}", seen());
+    while state(pid) != Some(wanted) {
+        assert!(Instant::now() < deadline, "process {pid} is {:?}, not {wanted}", state(pid));
         thread::yield_now();
     }
 }
 
-/// Waits until a file holds a text.
+/// Waits until a file holds a text, and returns all that it holds.
 #[track_caller]
-pub(crate) fn wait_for_text(path: &std::path::Path, text: &str) {
+pub(crate) fn wait_for_text(path: &std::path::Path, text: &str) -> String {
     let deadline = Instant::now() + SOON;
-    while !fs::read_to_string(path).unwrap_or_default().contains(text) {
-        assert!(Instant::now() < deadline, "no `{text}` in {path:?}");
-        thread::yield_now();
+    loop {
+        let held = fs::read_to_string(path).unwrap_or_default();
+        if held.contains(text) {
+            return held;
+        }
+        assert!(Instant::now() < deadline, "no `{text}` in {path:?}: {held}");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -47,21 +47,14 @@ impl Session {
         let deadline = Instant::now() + limit;
         let (stream, decoder) = loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let attempt = match timeout(left, open(host, port, token)).await {
-                Ok(attempt) => attempt,
-                Err(_) => Err(AuthError::Io(io::ErrorKind::TimedOut.into())),
-            };
-            let attempt = match attempt {
-                Err(AuthError::Io(error)) => Err(error),
-                Err(error) => return Err(Error::Token { endpoint, problem: error.to_string() }),
-                Ok(opened) => Ok(opened),
-            };
-            match attempt {
+            let late = || Err(AuthError::Io(io::ErrorKind::TimedOut.into()));
+            match timeout(left, open(host, port, token)).await.unwrap_or_else(|_| late()) {
                 Ok(opened) => break opened,
-                Err(source) if Instant::now() + RETRY >= deadline => {
+                Err(AuthError::Io(source)) if Instant::now() + RETRY >= deadline => {
                     return Err(Error::Unreachable { endpoint, timeout: limit, source });
                 }
-                Err(_) => sleep(RETRY).await,
+                Err(AuthError::Io(_)) => sleep(RETRY).await,
+                Err(error) => return Err(Error::Token { endpoint, problem: error.to_string() }),
             }
         };
         let (reader, writer) = stream.into_split();

@@ -101,15 +101,15 @@ impl Coordinator {
 
     /// When the round may start with those that have joined; `None` while somebody must come first.
     fn due(&self, joining: &Joining) -> Option<Duration> {
-        let (fewest, most) = self.nnodes();
-        let members = places::choose(&self.nodes, &joining.joined, most as usize).len();
-        let enough_since = joining.enough_since.filter(|_| members >= fewest as usize)?;
+        let enough_since = joining.enough_since?;
+        let members = self.members(joining)?.len();
         // Members of the last round are in this one: those that still stop their ranks are waited for.
         let is_back = |(peer, node): (&Peer, &Node)| node.place.is_none() || joining.joined.contains(peer);
         if !self.nodes.iter().all(is_back) {
             return None;
         }
         let nobody_else = self.round > 0 && members == self.nodes.len();
+        let (_, most) = self.nnodes();
         match members == most as usize || nobody_else {
             true => Some(joining.not_before),
             false => Some((enough_since + self.settings.last_call).max(joining.not_before)),
@@ -200,15 +200,24 @@ impl Coordinator {
     }
 
     fn start_if_due(&mut self, now: Duration) -> Vec<Action> {
-        let (fewest, most) = self.nnodes();
-        let Phase::Joining(joining) = &mut self.phase else { return Vec::new() };
-        let members = places::choose(&self.nodes, &joining.joined, most as usize);
-        match members.len() >= fewest as usize {
-            true => _ = joining.enough_since.get_or_insert(now),
-            false => joining.enough_since = None,
-        }
         let Phase::Joining(joining) = &self.phase else { return Vec::new() };
-        if self.due(joining).is_some_and(|due| now >= due) { self.start_round(&members) } else { Vec::new() }
+        let members = self.members(joining);
+        let Phase::Joining(joining) = &mut self.phase else { return Vec::new() };
+        joining.enough_since = members.is_some().then(|| joining.enough_since.unwrap_or(now));
+        let Phase::Joining(joining) = &self.phase else { return Vec::new() };
+        let is_due = self.due(joining).is_some_and(|due| now >= due);
+        members.filter(|_| is_due).map(|members| self.start_round(&members)).unwrap_or_default()
+    }
+
+    /// Who would be in the round; `None` while they are too few.
+    fn members(&self, joining: &Joining) -> Option<Vec<Peer>> {
+        let (fewest, most) = self.nnodes();
+        // Said first, since thousands may come one by one.
+        if joining.joined.len() < fewest as usize {
+            return None;
+        }
+        let members = places::choose(&self.nodes, &joining.joined, most as usize);
+        (members.len() >= fewest as usize).then_some(members)
     }
 
     fn start_round(&mut self, members: &[Peer]) -> Vec<Action> {

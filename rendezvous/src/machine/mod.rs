@@ -15,6 +15,9 @@
 mod admission;
 mod coordinator;
 mod places;
+#[cfg(test)]
+#[expect(dead_code, reason = "the storm uses the rest")]
+mod random;
 mod restarts;
 #[cfg(test)]
 mod simulation;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use ice_proto::rendezvous::RestartPolicy;
 
 /// An attempt that fails within this time has failed right at its start.
-pub(super) const QUICK: Duration = Duration::from_secs(10);
+const QUICK: Duration = Duration::from_secs(10);
 /// Longest pause before a restart.
 const LONGEST: Duration = Duration::from_secs(300);
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, RestartPolicy, Round, ToAgent, ToCoordinator};
 
+use super::random::Random;
 use super::{Action, Coordinator, Event, Peer, Settings};
 
 const RUNS: u64 = 2000;
@@ -18,27 +19,6 @@ const SILENCE: u64 = 15_000;
 /// Longest that ranks take to end.
 const STOP: u64 = 31_000;
 const LATENCY: u64 = 300;
-
-/// splitmix64, <https://prng.di.unimi.it/splitmix64.c>.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-}
 
 /// What an agent is doing.
 #[derive(Debug, Clone, PartialEq)]
@@ -112,7 +92,7 @@ struct World {
 
 impl World {
     fn new(seed: u64) -> Self {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         // Mostly few nodes, now and then hundreds.
         let count = if random.chance(2) { 100 + random.below(200) } else { 1 + random.below(8) };
         let most = 1 + random.below(count + 2);

@@ -4,6 +4,7 @@ use clap::builder::FalseyValueParser;
 use super::LaunchArgs;
 use crate::cli::program::Form;
 use crate::cli::{UsageError, devices, lists};
+use crate::placement;
 
 /// torchrun's port for `--rdzv-backend c10d`.
 const C10D_PORT: u16 = 29400;
@@ -111,7 +112,7 @@ impl TorchrunArgs {
         let gpus = devices::count_gpus();
         let wrong = |problem: String| UsageError::new("--nproc-per-node", format!("`{text}`: {problem}"));
         let cpus = |count: u32| format!("cpu:0-{}", count - 1);
-        let cores = || u32::try_from(devices::cores()).unwrap_or(1);
+        let cores = || u32::try_from(placement::cores()).unwrap_or(1);
         let named = match text.as_str() {
             "auto" if gpus > 0 => "cuda:*".into(),
             "auto" | "cpu" => cpus(cores()),

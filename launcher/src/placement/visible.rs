@@ -2,6 +2,19 @@
 
 use ice_proto::backend::RankDevice;
 
+/// CUDA's own variable: the devices that a process sees, in its order.
+pub(crate) const CUDA_VISIBLE_DEVICES: &str = "CUDA_VISIBLE_DEVICES";
+
+/// The agent's own list, where it has one.
+pub(crate) fn visible_devices() -> Option<String> {
+    std::env::var(CUDA_VISIBLE_DEVICES).ok()
+}
+
+/// The entry that CUDA shows under an index.
+pub(super) fn entry(visible: &str, index: u32) -> Option<&str> {
+    visible.split(',').nth(index as usize).map(str::trim)
+}
+
 /// What a rank is told about its device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Placed {
@@ -15,11 +28,9 @@ pub(crate) struct Placed {
 ///
 /// A program written for torchrun uses `cuda:<local rank>`. Where that is not the device that the user named, the ranks see only the named ones,
 /// in the order of the ranks. With a virtual local rank each sees its own alone.
-pub(super) fn place(devices: &[RankDevice], visible: Option<&str>, virtual_local_rank: bool) -> Vec<Placed> {
-    let entries: Option<Vec<&str>> = visible.map(|list| list.split(',').map(str::trim).collect());
-    let name = |index: u32| match &entries {
-        Some(entries) => entries.get(index as usize).map_or_else(|| index.to_string(), |id| (*id).to_owned()),
-        None => index.to_string(),
+pub(crate) fn place(devices: &[RankDevice], visible: Option<&str>, virtual_local_rank: bool) -> Vec<Placed> {
+    let name = |index: u32| {
+        visible.and_then(|list| entry(list, index)).map_or_else(|| index.to_string(), ToOwned::to_owned)
     };
     let mut distinct: Vec<u32> = Vec::new();
     for device in devices {

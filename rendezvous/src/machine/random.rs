@@ -1,4 +1,6 @@
-/// splitmix64, <https://prng.di.unimi.it/splitmix64.c>: what a storm does follows from its seed alone.
+//! Random numbers for tests that print a seed and can be replayed. The launcher's storm of faults uses this file, too.
+
+/// splitmix64, <https://prng.di.unimi.it/splitmix64.c>.
 pub(crate) struct Random(u64);
 
 impl Random {
@@ -14,9 +16,13 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// From 0 up to, and without, the bound.
+    /// From 0 up to, and without, the bound; 0 where that is 0.
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
+        self.next() % bound.max(1)
+    }
+
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
     }
 
     pub(crate) fn pick<T: Clone>(&mut self, from: &[T]) -> T {
