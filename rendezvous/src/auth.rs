@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hmac::{Hmac, Mac};
 use ice_proto::auth::{Answer, Challenge, Greeting, Nonce, Proof};
-use ice_proto::frame::{self, Decoder};
+use ice_proto::frame::{self, Decoder, FrameError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::Sha256;
@@ -82,6 +82,8 @@ pub(crate) enum AuthError {
     )]
     WrongToken,
     #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
     Io(#[from] io::Error),
 }
 
@@ -119,7 +121,7 @@ pub(crate) async fn admit<S: AsyncRead + AsyncWrite + Unpin>(
     send(stream, &Challenge { nonce, proof }).await?;
     let answer: Answer = match receive(stream, &mut decoder).await {
         // An agent that sees that the tokens differ leaves.
-        Err(error) if token.is_some() && error.kind() == io::ErrorKind::UnexpectedEof => {
+        Err(AuthError::Io(error)) if token.is_some() && error.kind() == io::ErrorKind::UnexpectedEof => {
             return Err(AuthError::WrongToken);
         }
         answer => answer?,
@@ -137,33 +139,35 @@ fn nonce() -> io::Result<Nonce> {
     Ok(nonce)
 }
 
-async fn send(stream: &mut (impl AsyncWrite + Unpin), message: &impl Serialize) -> io::Result<()> {
-    let frame = frame::encode(message).map_err(io::Error::other)?;
-    timeout(PATIENCE, stream.write_all(&frame)).await?
+async fn send(stream: &mut (impl AsyncWrite + Unpin), message: &impl Serialize) -> Result<(), AuthError> {
+    let frame = frame::encode(message)?;
+    Ok(timed(stream.write_all(&frame)).await?)
+}
+
+async fn timed<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    timeout(PATIENCE, work).await?
 }
 
 async fn receive<T: DeserializeOwned>(
     stream: &mut (impl AsyncRead + Unpin),
     decoder: &mut Decoder,
-) -> io::Result<T> {
+) -> Result<T, AuthError> {
     let mut buffer = [0; MOST];
     let mut left = MOST;
     let whole = async {
         loop {
-            if let Some(message) =
-                decoder.next_message().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?
-            {
+            if let Some(message) = decoder.next_message()? {
                 return Ok(message);
             }
             let read = stream.read(&mut buffer[..left]).await?;
             if read == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
             left -= read;
             decoder.feed(&buffer[..read]);
         }
     };
-    timeout(PATIENCE, whole).await?
+    timeout(PATIENCE, whole).await.map_err(io::Error::from)?
 }
 
 #[cfg(test)]

@@ -244,7 +244,9 @@ async fn connection(
     let decoder = match is_agent {
         true => match auth::admit(&mut stream, token.as_ref()).await {
             Ok(decoder) => decoder,
-            Err(error @ AuthError::Io(_)) => return tracing::debug!(%peer, %error, "a stranger went"),
+            Err(error @ (AuthError::Io(_) | AuthError::Frame(_))) => {
+                return tracing::debug!(%peer, %error, "a stranger went");
+            }
             Err(_) => return tracing::warn!(%peer, "an agent without the job's token was turned away"),
         },
         false => Decoder::new(),

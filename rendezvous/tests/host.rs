@@ -57,6 +57,23 @@ async fn strangers_do_not_get_in_without_the_token() {
     assert!(matches!(first.recv().await.unwrap(), ToAgent::RoundStarted(_)));
 }
 
+#[tokio::test]
+async fn what_is_no_coordinator_is_not_asked_again() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let web_server = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+        // A second attempt would hang here.
+        stream
+    });
+    let connecting = Session::connect("127.0.0.1", port, hello(1), None, Duration::from_secs(3600));
+    let Err(error) = tokio::time::timeout(LIMIT, connecting).await.unwrap() else { panic!("connected") };
+    assert!(matches!(error, Error::Protocol { .. }), "{error}");
+    assert!(error.to_string().contains("does not speak the ice protocol"), "{error}");
+    web_server.await.unwrap();
+}
+
 async fn agent(host: &Host, node_rank: u32) -> Session {
     let session = Session::connect("127.0.0.1", host.port(), hello(node_rank), None, LIMIT).await.unwrap();
     session.send(ToCoordinator::Join);

@@ -48,6 +48,8 @@ variables! {
     TORCHELASTIC_USE_AGENT_STORE,
     /// File that a failing rank writes its last words to.
     TORCHELASTIC_ERROR_FILE,
+    /// Names of the signals that stop the job, separated by commas.
+    TORCHELASTIC_SIGNALS_TO_HANDLE,
     /// Threads per rank of OpenMP and of libtorch's operators.
     OMP_NUM_THREADS,
     /// Makes c10d's NCCL watchdog end a process whose collective failed.

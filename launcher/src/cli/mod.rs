@@ -25,6 +25,7 @@ impl Cli {
     pub fn plan(self) -> Result<LaunchPlan, UsageError> {
         let (mut args, mut notes) = (self.launch, Vec::new());
         self.torchrun.translate(&mut args, &mut notes)?;
+        notes.extend(args::ignored_variables(&|name| std::env::var(name).ok()));
         let program = Program::find(self.command, self.torchrun.form()?)?;
         let mut plan = LaunchPlan::new(&args, program)?;
         plan.notes.splice(0..0, notes);

@@ -27,7 +27,7 @@ pub(crate) struct Placed {
 /// Places the ranks of a node. `visible` is the agent's own CUDA_VISIBLE_DEVICES, whose entries `devices` counts.
 ///
 /// A program written for torchrun uses `cuda:<local rank>`. Where that is not the device that the user named, the ranks see only the named ones,
-/// in the order of the ranks. With a virtual local rank each sees its own alone.
+/// in the order of the ranks. With a virtual local rank each sees its own alone, and one on the CPU that of its place, as under torchrun.
 pub(crate) fn place(devices: &[RankDevice], visible: Option<&str>, virtual_local_rank: bool) -> Vec<Placed> {
     let name = |index: u32| {
         visible.and_then(|list| entry(list, index)).map_or_else(|| index.to_string(), ToOwned::to_owned)
@@ -42,7 +42,14 @@ pub(crate) fn place(devices: &[RankDevice], visible: Option<&str>, virtual_local
     }
     let in_order = distinct.iter().zip(0..).all(|(index, place)| *index == place);
     let all = || distinct.iter().map(|index| name(*index)).collect::<Vec<_>>().join(",");
-    let place = |device: &RankDevice| match *device {
+    let place = |(device, local_rank): (&RankDevice, u32)| match *device {
+        RankDevice::Cpu if virtual_local_rank => Placed {
+            device: RankDevice::Cpu,
+            visible: visible.map_or_else(
+                || Some(local_rank.to_string()),
+                |list| entry(list, local_rank).map(ToOwned::to_owned),
+            ),
+        },
         RankDevice::Cpu => Placed { device: RankDevice::Cpu, visible: None },
         RankDevice::Cuda(index) if virtual_local_rank => {
             Placed { device: RankDevice::Cuda(0), visible: Some(name(index)) }
@@ -54,7 +61,7 @@ pub(crate) fn place(devices: &[RankDevice], visible: Option<&str>, virtual_local
             Placed { device: RankDevice::Cuda(seen_as), visible: Some(all()) }
         }
     };
-    devices.iter().map(place).collect()
+    devices.iter().zip(0..).map(place).collect()
 }
 
 #[cfg(test)]
@@ -87,7 +94,17 @@ mod tests {
     fn with_a_virtual_local_rank_each_sees_one() {
         assert_eq!(placed(&[0, 1], Some("5,7"), true), "cuda:0 [5]; cuda:0 [7]");
         assert_eq!(placed(&[0, 1], None, true), "cuda:0 [0]; cuda:0 [1]");
-        let cpu = place(&[RankDevice::Cpu], Some("5"), true);
-        assert_eq!(cpu, [Placed { device: RankDevice::Cpu, visible: None }]);
+    }
+
+    #[test]
+    fn on_the_cpu_it_is_torchruns() {
+        let seen = |visible| {
+            let placed = place(&[RankDevice::Cpu; 2], visible, true);
+            placed.into_iter().map(|placed| placed.visible).collect::<Vec<_>>()
+        };
+        assert_eq!(seen(None), [Some("0".to_owned()), Some("1".into())]);
+        assert_eq!(seen(Some("5, 7")), [Some("5".to_owned()), Some("7".into())]);
+        // torchrun refuses to start where the list is too short; ranks on the CPU do not need it.
+        assert_eq!(seen(Some("5")), [Some("5".to_owned()), None]);
     }
 }

@@ -48,6 +48,7 @@ impl<'a> Environment<'a> {
             (names::TORCHELASTIC_RUN_ID, plan.run_id.clone()),
             (names::TORCHELASTIC_USE_AGENT_STORE, "True".into()),
             (names::TORCHELASTIC_ERROR_FILE, error_file.display().to_string()),
+            (names::TORCHELASTIC_SIGNALS_TO_HANDLE, signals(plan)),
             (names::ICE_DEVICE, placed.map(|placed| placed.device.to_string()).unwrap_or_default()),
             (names::ICE_DIST_BACKEND, plan.backend.to_string()),
             (names::ICE_ROUND, round.number.to_string()),
@@ -80,6 +81,10 @@ fn threads(plan: &LaunchPlan, round: &Round) -> Option<u32> {
         .map(|member| member.local_world_size)
         .sum();
     (here > 1).then(|| threads_per_rank(cores(), here))
+}
+
+fn signals(plan: &LaunchPlan) -> String {
+    plan.signals.iter().map(|signal| signal.as_str()).collect::<Vec<_>>().join(",")
 }
 
 fn unset(name: &str) -> bool {

@@ -35,7 +35,8 @@ impl Session {
     /// Connects and says hello; tries again until the timeout, since node 0 may start later.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] where nobody answers in time, [`Error::Token`] where the tokens differ.
+    /// [`Error::Unreachable`] where nobody answers in time, [`Error::Protocol`] where something else does, [`Error::Token`] where
+    /// the tokens differ.
     pub async fn connect(
         host: &str,
         port: u16,
@@ -54,6 +55,7 @@ impl Session {
                     return Err(Error::Unreachable { endpoint, timeout: limit, source });
                 }
                 Err(AuthError::Io(_)) => sleep(RETRY).await,
+                Err(AuthError::Frame(source)) => return Err(Error::Protocol { endpoint, source }),
                 Err(error) => return Err(Error::Token { endpoint, problem: error.to_string() }),
             }
         };

@@ -41,7 +41,7 @@ fn given(launcher: Program, python: &Path, options: &[&str], command: &[&str], f
 }
 
 /// Variables that both set, to values that need not be the same.
-const OWN: [(&str, &str); 9] = [
+const OWN: [(&str, &str); 8] = [
     ("PYTHONPATH", "the Python of the tests puts itself in, and torchrun is one"),
     ("MASTER_ADDR", "the host's name there"),
     ("MASTER_PORT", "a free port"),
@@ -50,7 +50,6 @@ const OWN: [(&str, &str); 9] = [
     ("TORCHELASTIC_USE_AGENT_STORE", "not for every backend there"),
     ("TMPDIR", "of the test"),
     ("ICE_TEST_MARK", "of the test"),
-    ("TORCHELASTIC_SIGNALS_TO_HANDLE", "how torchrun tells its own code"),
 ];
 
 fn check(test: &str, options: &[&str], command: &[&str]) {
@@ -67,8 +66,6 @@ fn check(test: &str, options: &[&str], command: &[&str]) {
             let own = OWN.iter().any(|(own, _)| own == name);
             match ours.environment.get(name) {
                 Some(ours) => assert!(ours == value || own, "{name} is {value} there and {ours} here"),
-                // What torchrun's own code leaves for itself.
-                None if name == "TORCHELASTIC_SIGNALS_TO_HANDLE" => {}
                 None => panic!("{name}={value} is missing here (inherited: {inherited})"),
             }
         }
@@ -87,6 +84,9 @@ fn a_worker_finds_the_same_in_its_environment() {
     check(test, &["--standalone", "--nproc-per-node", "2"], &[script]);
     let named = ["--nnodes=1", "--nproc_per_node=2", "--max_restarts=2", "--role=trainer", "--rdzv_id=job7"];
     check(test, &named, &[script]);
+    let signals = ["--standalone", "--nproc-per-node=2", "--signals-to-handle=SIGTERM,SIGUSR1"];
+    check(test, &signals, &[script]);
+    check(test, &["--standalone", "--nproc-per-node=2", "--virtual-local-rank"], &[script]);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use clap::{Parser, ValueEnum};
 
 pub use launch::LaunchArgs;
 pub use torchrun::TorchrunArgs;
+pub(crate) use torchrun::ignored_variables;
 
 const AFTER_HELP: &str = "\
 Every option has torchrun's second spelling with underscores, and most have a variable: PET_NNODES for --nnodes. Under Slurm, \

@@ -66,6 +66,23 @@ pub struct TorchrunArgs {
     pub local_addr: Option<String>,
 }
 
+/// torchrun's variables that have no meaning here, with what to use instead.
+const IGNORED: [(&str, &str); 4] = [
+    ("TORCHELASTIC_HEALTH_CHECK_PORT", "there is no health check port; --events FILE says what happens"),
+    ("TORCHELASTIC_ENABLE_FILE_TIMER", HANG_TIMEOUT),
+    ("TORCHELASTIC_TIMER_FILE", HANG_TIMEOUT),
+    ("TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT", HANG_TIMEOUT),
+];
+const HANG_TIMEOUT: &str = "--hang-timeout finds ranks that stand still";
+
+/// A line for each of torchrun's variables that is set and not carried out.
+pub(crate) fn ignored_variables(lookup: &dyn Fn(&str) -> Option<String>) -> Vec<String> {
+    let note = |(name, instead): &(&str, &str)| {
+        lookup(name).map(|value| format!("{name}={value} has no effect: {instead}"))
+    };
+    IGNORED.iter().filter_map(note).collect()
+}
+
 impl TorchrunArgs {
     /// How the program is executed.
     pub(crate) fn form(&self) -> Result<Form, UsageError> {
@@ -315,6 +332,13 @@ mod tests {
         }
         let (_, notes) = translated(&["--start-method=spawn", "--event-log-handler=null"]).unwrap();
         assert_eq!(notes, [""; 0]);
+    }
+
+    #[test]
+    fn variables_without_effect_are_named() {
+        let notes = ignored_variables(&|name| name.ends_with("_TIMER_FILE").then(|| "/tmp/t".into()));
+        assert_eq!(notes.len(), 1);
+        assert!(notes[0].contains("TORCHELASTIC_TIMER_FILE=/tmp/t") && notes[0].contains("--hang-timeout"));
     }
 
     #[test]
