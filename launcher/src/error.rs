@@ -2,6 +2,7 @@ use std::io;
 use std::path::PathBuf;
 
 use ice_proto::exit::ExitCode;
+use ice_rendezvous::Error as Rendezvous;
 
 /// Why the agent itself cannot work.
 #[derive(Debug, thiserror::Error)]
@@ -12,14 +13,6 @@ pub enum Error {
     /// The nodes cannot agree.
     #[error(transparent)]
     Rendezvous(#[from] ice_rendezvous::Error),
-    /// The endpoint's name has no address.
-    #[error("cannot resolve {host}: {source}: check --master-addr")]
-    Resolve {
-        /// The name.
-        host: String,
-        /// Why.
-        source: io::Error,
-    },
     /// A log folder or file cannot be made.
     #[error("cannot write logs to {}: {source}: choose another --log-dir", path.display())]
     Logs {
@@ -42,8 +35,7 @@ impl Error {
     /// The exit code that this error ends the process with.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Rendezvous(ice_rendezvous::Error::Bind { .. })
-            | Self::Resolve { .. }
+            Self::Rendezvous(Rendezvous::Bind { .. } | Rendezvous::Resolve { .. })
             | Self::Logs { .. }
             | Self::Events { .. } => ExitCode::Usage,
             _ => ExitCode::Failure,

@@ -1,22 +1,21 @@
 //! How each end of an agent's connection knows that the other lives.
 
 use std::io;
-use std::time::Duration;
 
+use ice_proto::rendezvous::KeepAlive;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::timeout;
 
-/// Each end says something this often.
-pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(5);
-/// An end that says nothing for so many periods is gone.
-const PERIODS: u32 = 3;
-
 /// Reads what comes, or fails after a silence.
 ///
-/// The periods are waited for one by one: a process that was stopped for minutes and goes on finds one of them over, not all.
-pub(crate) async fn read(reader: &mut (impl AsyncRead + Unpin), buffer: &mut [u8]) -> io::Result<usize> {
-    for _ in 0..PERIODS {
-        if let Ok(read) = timeout(KEEP_ALIVE, reader.read(buffer)).await {
+/// The intervals are waited for one by one: a process that was stopped for minutes and goes on finds one of them over, not all.
+pub(crate) async fn read(
+    keep_alive: KeepAlive,
+    reader: &mut (impl AsyncRead + Unpin),
+    buffer: &mut [u8],
+) -> io::Result<usize> {
+    for _ in 0..keep_alive.attempts {
+        if let Ok(read) = timeout(keep_alive.interval, reader.read(buffer)).await {
             return read;
         }
     }
@@ -25,6 +24,8 @@ pub(crate) async fn read(reader: &mut (impl AsyncRead + Unpin), buffer: &mut [u8
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use tokio::io::AsyncWriteExt;
     use tokio::time::{Instant, advance};
 
@@ -33,15 +34,19 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_silence_ends_it() {
         let (mut ours, _theirs) = tokio::io::duplex(8);
-        let start = Instant::now();
-        assert_eq!(read(&mut ours, &mut [0; 8]).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
-        assert_eq!(start.elapsed(), KEEP_ALIVE * PERIODS);
+        let (start, keep_alive) = (Instant::now(), KeepAlive::default());
+        assert_eq!(
+            read(keep_alive, &mut ours, &mut [0; 8]).await.unwrap_err().kind(),
+            io::ErrorKind::TimedOut
+        );
+        assert_eq!(start.elapsed(), keep_alive.interval * keep_alive.attempts);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_process_that_was_stopped_hears_what_comes_next() {
         let (mut ours, mut theirs) = tokio::io::duplex(8);
-        let reading = tokio::spawn(async move { read(&mut ours, &mut [0; 8]).await.unwrap() });
+        let reading =
+            tokio::spawn(async move { read(KeepAlive::default(), &mut ours, &mut [0; 8]).await.unwrap() });
         tokio::task::yield_now().await;
         advance(Duration::from_secs(3600)).await;
         tokio::task::yield_now().await;

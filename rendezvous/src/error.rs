@@ -7,6 +7,14 @@ use ice_proto::frame::FrameError;
 /// Why the nodes cannot agree.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The endpoint's name has no address.
+    #[error("cannot resolve {host}: {source}: check --master-addr or --rdzv-endpoint")]
+    Resolve {
+        /// The name.
+        host: String,
+        /// Why.
+        source: io::Error,
+    },
     /// The port is taken, or the address is not of this host.
     #[error("cannot listen on {address}: {source}: choose another --master-port, or end what holds it")]
     Bind {
@@ -15,6 +23,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The thread that serves the endpoint could not be started.
+    #[error("cannot serve the endpoint: {0}")]
+    Host(io::Error),
     /// Nobody answers at the endpoint.
     #[error(
         "no coordinator at {endpoint} within {timeout:?} ({source}): is the agent of node 0 running, and can this host reach it?"

@@ -1,9 +1,10 @@
 //! Agreement between the nodes of a job, and the store that their ranks meet in.
 //!
 //! [`Host`] serves both on one port: the coordinator, a pure machine in [`machine`], and the key-value store, a pure machine in
-//! [`store`] that speaks c10d's TCPStore wire format. [`Session`] is an agent's connection to the coordinator. This
-//! crate knows nothing of ranks as processes, of devices or of libtorch.
+//! [`store`] that speaks c10d's TCPStore wire format. [`Session`] is an agent's connection to the coordinator, and
+//! [`Meeting`] its way there. This crate knows nothing of ranks as processes, of devices or of libtorch.
 
+pub mod address;
 mod alive;
 mod auth;
 mod backend;
@@ -13,6 +14,6 @@ pub mod machine;
 pub mod store;
 
 pub use auth::Token;
-pub use backend::Session;
+pub use backend::{Endpoint, Meeting, MeetingConfig, Role, Session};
 pub use error::Error;
 pub use host::{Host, HostConfig};

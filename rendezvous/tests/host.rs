@@ -4,22 +4,27 @@
 
 use std::time::Duration;
 
-use ice_proto::rendezvous::{Hello, RestartPolicy, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, ToAgent, ToCoordinator};
 use ice_rendezvous::{Error, Host, HostConfig, Session, Token};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-async fn host() -> Host {
-    let config = HostConfig {
-        address: ([127, 0, 0, 1], 0).into(),
+fn config(port: u16, token: Option<Token>) -> HostConfig {
+    HostConfig {
+        addresses: vec![[127, 0, 0, 1].into()],
+        port,
         run_id: "job".into(),
         join_timeout: LIMIT,
         last_call: LIMIT,
-        token: None,
-    };
-    Host::bind(config).await.unwrap()
+        keep_alive: KeepAlive::default(),
+        token,
+    }
+}
+
+async fn host() -> Host {
+    Host::bind(config(0, None)).await.unwrap()
 }
 
 fn hello(node_rank: u32) -> Hello {
@@ -30,6 +35,9 @@ fn hello(node_rank: u32) -> Hello {
         local_world_size: 2,
         restarts: RestartPolicy { max_restarts: 0, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         host: "here".into(),
+        keep_alive: KeepAlive::default(),
+        place: None,
+        addresses: Vec::new(),
         pid: 1,
     }
 }
@@ -37,13 +45,9 @@ fn hello(node_rank: u32) -> Hello {
 #[tokio::test]
 async fn strangers_do_not_get_in_without_the_token() {
     let token = |text: &str| Token::new(&format!("{text}, which is long enough")).unwrap();
-    let address = ([127, 0, 0, 1], 0).into();
-    let (join_timeout, last_call) = (LIMIT, LIMIT);
-    let config =
-        HostConfig { address, run_id: "job".into(), join_timeout, last_call, token: Some(token("a secret")) };
-    let host = Host::bind(config).await.unwrap();
+    let host = Host::bind(config(0, Some(token("a secret")))).await.unwrap();
     let connect = async |token: Option<Token>| {
-        Session::connect("127.0.0.1", host.port(), hello(0), token.as_ref(), LIMIT).await
+        Session::connect(("127.0.0.1", host.port()), None, hello(0), token.as_ref(), LIMIT).await
     };
     for (stranger, said) in [(None, "--rdzv-token-file"), (Some(token("a guess")), "does not know")] {
         let Err(error @ Error::Token { .. }) = connect(stranger).await else { panic!("let in") };
@@ -51,7 +55,8 @@ async fn strangers_do_not_get_in_without_the_token() {
     }
     let mut first = connect(Some(token("a secret"))).await.unwrap();
     first.send(ToCoordinator::Join);
-    let second = Session::connect("127.0.0.1", host.port(), hello(1), Some(&token("a secret")), LIMIT).await;
+    let second =
+        Session::connect(("127.0.0.1", host.port()), None, hello(1), Some(&token("a secret")), LIMIT).await;
     let second = second.unwrap();
     second.send(ToCoordinator::Join);
     assert!(matches!(first.recv().await.unwrap(), ToAgent::RoundStarted(_)));
@@ -67,7 +72,7 @@ async fn what_is_no_coordinator_is_not_asked_again() {
         // A second attempt would hang here.
         stream
     });
-    let connecting = Session::connect("127.0.0.1", port, hello(1), None, Duration::from_secs(3600));
+    let connecting = Session::connect(("127.0.0.1", port), None, hello(1), None, Duration::from_secs(3600));
     let Err(error) = tokio::time::timeout(LIMIT, connecting).await.unwrap() else { panic!("connected") };
     assert!(matches!(error, Error::Protocol { .. }), "{error}");
     assert!(error.to_string().contains("does not speak the ice protocol"), "{error}");
@@ -75,7 +80,8 @@ async fn what_is_no_coordinator_is_not_asked_again() {
 }
 
 async fn agent(host: &Host, node_rank: u32) -> Session {
-    let session = Session::connect("127.0.0.1", host.port(), hello(node_rank), None, LIMIT).await.unwrap();
+    let session =
+        Session::connect(("127.0.0.1", host.port()), None, hello(node_rank), None, LIMIT).await.unwrap();
     session.send(ToCoordinator::Join);
     session
 }
@@ -145,10 +151,7 @@ async fn strangers_are_shown_the_door() {
 #[tokio::test]
 async fn a_busy_port_is_named() {
     let host = host().await;
-    let address = ([127, 0, 0, 1], host.port()).into();
-    let config =
-        HostConfig { address, run_id: "job".into(), join_timeout: LIMIT, last_call: LIMIT, token: None };
-    let error = Host::bind(config).await.err().unwrap();
+    let error = Host::bind(config(host.port(), None)).await.err().unwrap();
     assert!(matches!(error, Error::Bind { .. }));
     assert!(error.to_string().contains(&host.port().to_string()), "{error}");
 }

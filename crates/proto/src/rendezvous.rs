@@ -5,6 +5,7 @@
 //! enough nodes, or with [`ToAgent::Waiting`]. Any loss, failure or arrival ends the round for everybody with
 //! [`ToAgent::RoundBroken`]; agents stop their ranks and join again. A connection that ends is a lost agent.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -22,10 +23,32 @@ pub struct Hello {
     pub local_world_size: u32,
     /// When the worker group is started again. All agents must say the same.
     pub restarts: RestartPolicy,
+    /// How each end knows that the other lives. All agents must say the same.
+    pub keep_alive: KeepAlive,
+    /// The node's rank in the last round that the agent was in, under another coordinator too.
+    pub place: Option<u32>,
+    /// Addresses that the agent's ranks may come from.
+    pub addresses: Vec<IpAddr>,
     /// Host name, for messages.
     pub host: String,
     /// Process id of the agent, for messages.
     pub pid: u32,
+}
+
+/// How each end of a connection knows that the other lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeepAlive {
+    /// Each end says something this often.
+    pub interval: Duration,
+    /// An end that says nothing for so many intervals is gone.
+    pub attempts: u32,
+}
+
+impl Default for KeepAlive {
+    /// torchrun's.
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(5), attempts: 3 }
+    }
 }
 
 /// When the worker group is started again after a failure. Nodes that come or go are no failures.

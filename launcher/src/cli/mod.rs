@@ -12,7 +12,7 @@ mod streams;
 
 pub use args::{Cli, Generate, LaunchArgs, TorchrunArgs};
 pub use generate::generate;
-pub(crate) use plan::{HangTimeout, HostRole, Rotation};
+pub(crate) use plan::{HangTimeout, Rotation};
 pub use plan::{LaunchPlan, UsageError};
 pub use program::Program;
 pub(crate) use streams::PerRank;

@@ -3,8 +3,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ice_proto::backend::{DistBackend, RankDevice};
-use ice_proto::rendezvous::RestartPolicy;
-use ice_rendezvous::Token;
+use ice_proto::rendezvous::{KeepAlive, RestartPolicy};
+use ice_rendezvous::{Endpoint, MeetingConfig, Role, Token, address};
 use nix::sys::signal::Signal;
 
 use crate::placement::{self, NumaBinding};
@@ -17,6 +17,8 @@ const DEFAULT_PORT: u16 = 29500;
 const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
 /// torchrun's default.
 const LAST_CALL: Duration = Duration::from_secs(30);
+/// How long the host waits for the others; torchrun's close timeout is 30 s.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// torchrun's default.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -51,16 +53,11 @@ pub struct LaunchPlan {
     pub(crate) nnodes: (u32, u32),
     /// Rank of this node, where given.
     pub(crate) node_rank: Option<u32>,
-    pub(crate) master_addr: String,
-    /// Port of the endpoint; 0 for a free one.
-    pub(crate) master_port: u16,
-    pub(crate) host: HostRole,
-    pub(crate) join_timeout: Duration,
-    /// How long more nodes are waited for once there are enough.
-    pub(crate) last_call: Duration,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) meeting: MeetingConfig,
+    /// How long the host waits for the other agents to leave after the end.
+    pub(crate) close_timeout: Duration,
     pub(crate) run_id: String,
-    /// What all agents of the job know.
-    pub(crate) token: Option<Token>,
     pub(crate) restarts: RestartPolicy,
     /// Exit codes that end the job whatever restarts are left.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
@@ -105,15 +102,6 @@ pub(crate) struct Rotation {
     pub(crate) keep: u32,
 }
 
-/// Who hosts the coordinator and the store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum HostRole {
-    This,
-    Other,
-    /// This agent, if the endpoint's address is this machine's and nobody listens there.
-    Elect,
-}
-
 /// After how long without a step a job has failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HangTimeout {
@@ -144,7 +132,7 @@ impl LaunchPlan {
         let devices = devices::parse(text, devices::count_gpus())
             .map_err(|problem| UsageError::new("--devices", format!("`{text}`: {problem}")))?;
         let nnodes = nnodes(args.nnodes.as_deref().unwrap_or("1"))?;
-        let host = host(args, nnodes.1)?;
+        let role = role(args, nnodes.1)?;
         let run_id = args.run_id.clone().unwrap_or_else(|| "none".into());
         if run_id.is_empty() || run_id.contains('/') {
             return Err(UsageError::new("--run-id", format!("`{run_id}` is part of file names: no `/`")));
@@ -180,13 +168,14 @@ impl LaunchPlan {
             cpus,
             nnodes,
             node_rank: args.node_rank,
-            master_addr: args.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),
-            master_port: args.master_port.unwrap_or(if nnodes.1 > 1 { DEFAULT_PORT } else { 0 }),
-            host,
-            join_timeout: args.rendezvous.join_timeout.unwrap_or(JOIN_TIMEOUT),
-            last_call: args.rendezvous.last_call.unwrap_or(LAST_CALL),
+            endpoint: Endpoint {
+                host: args.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),
+                port: args.master_port.unwrap_or(if nnodes.1 > 1 { DEFAULT_PORT } else { 0 }),
+                role,
+            },
+            meeting: meeting(args, &run_id, nnodes.1)?,
+            close_timeout: args.rendezvous.close_timeout.unwrap_or(CLOSE_TIMEOUT),
             run_id,
-            token: token(args)?,
             restarts,
             fatal_exit_codes: lists::numbers(codes).map_err(named("--fatal-exit-codes"))?,
             hang_timeout: match args.hang_timeout {
@@ -205,18 +194,34 @@ impl LaunchPlan {
     }
 }
 
-fn host(args: &LaunchArgs, nnodes: u32) -> Result<HostRole, UsageError> {
+fn meeting(args: &LaunchArgs, run_id: &str, nnodes: u32) -> Result<MeetingConfig, UsageError> {
+    let local = args.rendezvous.local_addr.as_deref().map(address::local).transpose();
+    let mut keep_alive = KeepAlive::default();
+    keep_alive.interval = args.rendezvous.keep_alive_interval.unwrap_or(keep_alive.interval);
+    keep_alive.attempts = args.rendezvous.keep_alive_attempts.unwrap_or(keep_alive.attempts);
+    Ok(MeetingConfig {
+        run_id: run_id.to_owned(),
+        shared: nnodes > 1,
+        local: local.map_err(|problem| UsageError::new("--local-addr", problem))?,
+        join_timeout: args.rendezvous.join_timeout.unwrap_or(JOIN_TIMEOUT),
+        last_call: args.rendezvous.last_call.unwrap_or(LAST_CALL),
+        keep_alive,
+        token: token(args)?,
+    })
+}
+
+fn role(args: &LaunchArgs, nnodes: u32) -> Result<Role, UsageError> {
     if let Some(rank) = args.node_rank.filter(|rank| *rank >= nnodes) {
         let problem = format!("{rank} with --nnodes {nnodes}: node ranks go from 0 to {}", nnodes - 1);
         return Err(UsageError::new("--node-rank", problem));
     }
     Ok(match (args.rendezvous.is_host, args.node_rank) {
-        (Some(true), _) => HostRole::This,
-        (Some(false), _) => HostRole::Other,
-        (None, _) if nnodes == 1 => HostRole::This,
-        (None, None) if args.rendezvous.elect => HostRole::Elect,
-        (None, Some(0)) => HostRole::This,
-        (None, Some(_)) => HostRole::Other,
+        (Some(true), _) => Role::This,
+        (Some(false), _) => Role::Other,
+        (None, _) if nnodes == 1 => Role::This,
+        (None, None) if args.rendezvous.elect => Role::Elect,
+        (None, Some(0)) => Role::This,
+        (None, Some(_)) => Role::Other,
         (None, None) => {
             let problem = format!(
                 "missing, and --nnodes is {nnodes}: give each node its own, from 0 to {}, or use --rdzv-backend c10d",
@@ -314,8 +319,8 @@ mod tests {
     #[test]
     fn defaults() {
         let plan = plan(&["--devices", "cpu"]).unwrap();
-        assert_eq!((plan.nnodes, plan.master_port, plan.restarts.max_restarts), ((1, 1), 0, 0));
-        assert!(plan.host == HostRole::This && plan.logs.redirects.is_empty());
+        assert_eq!((plan.nnodes, plan.endpoint.port, plan.restarts.max_restarts), ((1, 1), 0, 0));
+        assert!(plan.endpoint.role == Role::This && plan.logs.redirects.is_empty());
         assert_eq!(plan.signals.len(), 4);
         assert_eq!(plan.backend, DistBackend::Gloo);
     }
@@ -323,17 +328,18 @@ mod tests {
     #[test]
     fn several_nodes_use_torchruns_port() {
         let plan = plan(&["--nnodes", "2:2", "--node_rank", "1", "--devices", "cpu:0-1"]).unwrap();
-        assert_eq!((plan.nnodes, plan.master_port, plan.host), ((2, 2), 29500, HostRole::Other));
+        assert_eq!((plan.nnodes, plan.endpoint.port, plan.endpoint.role), ((2, 2), 29500, Role::Other));
     }
 
     #[test]
     fn who_hosts() {
-        let host = |args: &[&str]| plan(&[&["--nnodes=2", "--devices=cpu"], args].concat()).unwrap().host;
-        assert_eq!(host(&["--node-rank=0"]), HostRole::This);
-        assert_eq!(host(&["--node-rank=1"]), HostRole::Other);
-        assert_eq!(host(&["--rdzv-backend=c10d"]), HostRole::Elect);
-        assert_eq!(host(&["--rdzv-backend=c10d", "--rdzv-conf=is_host=0"]), HostRole::Other);
-        assert_eq!(plan(&["--rdzv-backend=c10d", "--devices=cpu"]).unwrap().host, HostRole::This);
+        let host =
+            |args: &[&str]| plan(&[&["--nnodes=2", "--devices=cpu"], args].concat()).unwrap().endpoint.role;
+        assert_eq!(host(&["--node-rank=0"]), Role::This);
+        assert_eq!(host(&["--node-rank=1"]), Role::Other);
+        assert_eq!(host(&["--rdzv-backend=c10d"]), Role::Elect);
+        assert_eq!(host(&["--rdzv-backend=c10d", "--rdzv-conf=is_host=0"]), Role::Other);
+        assert_eq!(plan(&["--rdzv-backend=c10d", "--devices=cpu"]).unwrap().endpoint.role, Role::This);
     }
 
     #[test]

@@ -26,7 +26,6 @@ use crate::{Error, LaunchPlan};
 
 pub(super) struct Group<'a> {
     plan: &'a LaunchPlan,
-    master_port: u16,
     console: Console,
     files: Files,
     events: mpsc::UnboundedSender<RankEvent>,
@@ -46,25 +45,24 @@ enum Stream {
 impl<'a> Group<'a> {
     pub(super) fn new(
         plan: &'a LaunchPlan,
-        master_port: u16,
         console: Console,
         files: Files,
         events: mpsc::UnboundedSender<RankEvent>,
     ) -> Self {
         let summary = Summary::new(&plan.run_id);
         let (logs, round, ranks) = (None, None, BTreeMap::new());
-        Self { plan, master_port, console, files, events, logs, round, ranks, summary }
+        Self { plan, console, files, events, logs, round, ranks, summary }
     }
 
     /// Starts all ranks. One that cannot be started counts as one that ended.
-    pub(super) fn spawn(&mut self, round: Round) -> Result<(), Error> {
+    pub(super) fn spawn(&mut self, round: Round, store: (&str, u16)) -> Result<(), Error> {
         let mut logs = match self.logs.take() {
             Some(logs) => logs,
             None => LogFolder::make(self.plan, &round)?,
         };
         logs.begin(&round);
         self.ranks.clear();
-        let environment = Environment::new(self.plan, &round, self.master_port);
+        let environment = Environment::new(self.plan, &round, store);
         let mut members = BTreeMap::new();
         let mut ranks = Vec::new();
         for local_rank in 0..self.plan.local_world_size() {

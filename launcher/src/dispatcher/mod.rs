@@ -7,28 +7,23 @@ mod inspect;
 mod link;
 mod member;
 
-use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use ice_proto::exit::ExitCode;
 use ice_proto::link::Up;
 use ice_proto::rendezvous::{Hello, ToAgent, ToCoordinator};
-use ice_rendezvous::{Host, HostConfig, Session};
+use ice_rendezvous::{Meeting, Session, address};
 use nix::sys::signal::{Signal, raise};
 use tokio::sync::mpsc;
 
 use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
-use crate::cli::HostRole;
 use crate::logs::{Console, Files};
 use crate::report::{Events, ExitRecord, Happened, ProgressLines};
-use crate::supervise::{Caught, Orphans, Signals, cpu_times};
+use crate::supervise::{Caught, Orphans, Signals, cpu_times, raise_open_files};
 use crate::{Error, LaunchPlan};
 use clock::Clock;
 use group::Group;
-
-/// How long the host waits for the other agents to leave after the end.
-const GOODBYE: Duration = Duration::from_secs(10);
 
 /// How long what is left to write is waited for once the user wants the end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -47,15 +42,20 @@ pub(crate) enum RankEvent {
 pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     let mut signals = Signals::new(&plan.signals).map_err(Error::Runtime)?;
     let orphans = Orphans::adopt();
-    let host = bind(&plan).await?;
+    raise_open_files();
+    let meeting = Meeting::open(plan.meeting.clone(), plan.endpoint.clone()).await?;
     let (console, said) = Console::open().map_err(Error::Runtime)?;
-    for note in &plan.notes {
+    for note in plan.notes.iter().chain(meeting.notes()) {
         console.note(note);
     }
-    if host.is_some() && plan.nnodes.1 > 1 && plan.token.is_none() && !is_loopback(&plan.master_addr) {
+    if meeting.is_host()
+        && plan.meeting.shared
+        && plan.meeting.token.is_none()
+        && !is_loopback(&plan.endpoint.host)
+    {
         console.note(&format!(
             "whoever reaches {} can join this job: give all its agents one --rdzv-token-file",
-            plan.master_addr
+            plan.endpoint.host
         ));
     }
     let (files, written) = Files::open(&console).map_err(Error::Runtime)?;
@@ -66,17 +66,14 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         },
         None => None,
     };
-    let port = host.as_ref().map_or(plan.master_port, Host::port);
-    let token = plan.token.as_ref();
-    let connect = Session::connect(&plan.master_addr, port, hello(&plan), token, plan.join_timeout);
     let session = tokio::select! {
-        session = connect => session?,
+        session = meeting.meet(hello(&plan)) => session?,
         signal = signals.stop() => return Ok(Exit::Signal(signal).code()),
     };
     session.send(ToCoordinator::Join);
     let events = Events::new(&plan.run_id, events);
     let outcome =
-        Dispatcher::new(&plan, port, session, console, files, events, &orphans).run(&mut signals).await;
+        Dispatcher::new(&plan, &meeting, session, console, files, events, &orphans).run(&mut signals).await;
     // After an error ranks may still live; their supervision has ended with the dispatcher.
     orphans.end();
     let mut all_written = std::pin::pin!(async {
@@ -90,9 +87,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
             let _ = tokio::time::timeout(LAST_WORDS, all_written).await;
         }
     }
-    if let Some(host) = host {
-        let _ = tokio::time::timeout(GOODBYE, host.deserted()).await;
-    }
+    let _ = tokio::time::timeout(plan.close_timeout, meeting.deserted()).await;
     outcome
 }
 
@@ -103,34 +98,11 @@ fn hello(plan: &LaunchPlan) -> Hello {
         nnodes: plan.nnodes,
         local_world_size: plan.local_world_size(),
         restarts: plan.restarts,
+        keep_alive: plan.meeting.keep_alive,
+        place: None,
+        addresses: address::own(),
         host: hostname(),
         pid: std::process::id(),
-    }
-}
-
-/// Hosts the coordinator and the store, where that is this agent's part.
-async fn bind(plan: &LaunchPlan) -> Result<Option<Host>, Error> {
-    if plan.host == HostRole::Other {
-        return Ok(None);
-    }
-    let name = (plan.master_addr.as_str(), plan.master_port);
-    let fail = |source| Error::Resolve { host: plan.master_addr.clone(), source };
-    let addresses: Vec<SocketAddr> = tokio::net::lookup_host(name).await.map_err(fail)?.collect();
-    let address =
-        *addresses.first().ok_or_else(|| fail(io::Error::new(io::ErrorKind::NotFound, "no address")))?;
-    let (join_timeout, last_call) = (plan.join_timeout, plan.last_call);
-    let token = plan.token.clone();
-    let config = HostConfig { address, run_id: plan.run_id.clone(), join_timeout, last_call, token };
-    match Host::bind(config).await {
-        Ok(host) => Ok(Some(host)),
-        // The address is another machine's, or another agent on this one was first.
-        Err(ice_rendezvous::Error::Bind { source, .. })
-            if plan.host == HostRole::Elect
-                && matches!(source.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse) =>
-        {
-            Ok(None)
-        }
-        Err(error) => Err(error.into()),
     }
 }
 
@@ -158,12 +130,13 @@ struct Dispatcher<'a> {
     inspecting: bool,
     clock: Clock,
     plan: &'a LaunchPlan,
+    meeting: &'a Meeting,
 }
 
 impl<'a> Dispatcher<'a> {
     fn new(
         plan: &'a LaunchPlan,
-        port: u16,
+        meeting: &'a Meeting,
         session: Session,
         console: Console,
         files: Files,
@@ -178,7 +151,7 @@ impl<'a> Dispatcher<'a> {
         };
         Self {
             agent: Agent::new(rules),
-            group: Group::new(plan, port, console.clone(), files, sender.clone()),
+            group: Group::new(plan, console.clone(), files, sender.clone()),
             console,
             log,
             orphans,
@@ -191,6 +164,7 @@ impl<'a> Dispatcher<'a> {
             inspecting: false,
             clock: Clock::start(),
             plan,
+            meeting,
         }
     }
 
@@ -379,7 +353,7 @@ impl<'a> Dispatcher<'a> {
             node: round.you,
             world_size: round.world_size(),
         });
-        self.group.spawn(round)?;
+        self.group.spawn(round, self.meeting.address())?;
         (self.inspecting, self.sample_at) = (false, self.clock.now());
         self.hangs.start(self.plan.local_world_size());
         for (local_rank, pid) in self.group.living() {

@@ -12,16 +12,16 @@ use crate::placement::{CUDA_VISIBLE_DEVICES, Placed, cores, place, threads_per_r
 pub(crate) struct Environment<'a> {
     plan: &'a LaunchPlan,
     round: &'a Round,
-    master_port: u16,
+    store: (&'a str, u16),
     placed: Vec<Placed>,
     /// OMP_NUM_THREADS, where it is not the agent's own.
     threads: Option<u32>,
 }
 
 impl<'a> Environment<'a> {
-    pub(crate) fn new(plan: &'a LaunchPlan, round: &'a Round, master_port: u16) -> Self {
+    pub(crate) fn new(plan: &'a LaunchPlan, round: &'a Round, store: (&'a str, u16)) -> Self {
         let placed = place(&plan.devices, visible_devices().as_deref(), plan.virtual_local_rank);
-        Self { plan, round, master_port, placed, threads: threads(plan, round) }
+        Self { plan, round, store, placed, threads: threads(plan, round) }
     }
 
     /// The variables of a rank.
@@ -41,8 +41,8 @@ impl<'a> Environment<'a> {
             (names::WORLD_SIZE, world_size.to_string()),
             (names::GROUP_WORLD_SIZE, round.members.len().to_string()),
             (names::ROLE_WORLD_SIZE, world_size.to_string()),
-            (names::MASTER_ADDR, plan.master_addr.clone()),
-            (names::MASTER_PORT, self.master_port.to_string()),
+            (names::MASTER_ADDR, self.store.0.to_owned()),
+            (names::MASTER_PORT, self.store.1.to_string()),
             (names::TORCHELASTIC_RESTART_COUNT, round.restart_count.to_string()),
             (names::TORCHELASTIC_MAX_RESTARTS, plan.restarts.max_restarts.to_string()),
             (names::TORCHELASTIC_RUN_ID, plan.run_id.clone()),

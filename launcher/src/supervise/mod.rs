@@ -1,6 +1,7 @@
 //! Processes: how a rank is started, watched and ended, so that nothing is left behind.
 
 mod environment;
+mod limits;
 mod orphans;
 mod proc;
 mod process;
@@ -8,6 +9,7 @@ mod signals;
 mod stacks;
 
 pub(crate) use environment::Environment;
+pub(crate) use limits::raise_open_files;
 pub(crate) use orphans::Orphans;
 pub(crate) use proc::{cpu_times, handles};
 pub(crate) use process::{Rank, Stdio, spawn};

@@ -18,6 +18,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, killpg, pthread_sigmask};
 use nix::unistd::{Pid, getpid, getppid, setsid};
 use tokio::io::unix::AsyncFd;
 
+use super::limits;
 use crate::agent::Exit;
 use crate::cli::Program;
 
@@ -61,6 +62,7 @@ pub(crate) fn spawn(
     command.env_remove(ICE_RDZV_TOKEN).stdout(stdout).stderr(stderr);
     let cpus = cpus.map(cpu_set).transpose()?;
     let (link_fd, agent) = (link.as_raw_fd(), getpid());
+    let open_files = limits::inherited_open_files();
     let before_exec = move || {
         setsid()?;
         prctl::set_pdeathsig(Signal::SIGKILL)?;
@@ -70,6 +72,9 @@ pub(crate) fn spawn(
         }
         if let Some(cpus) = &cpus {
             sched_setaffinity(Pid::from_raw(0), cpus)?;
+        }
+        if let Some(inherited) = open_files {
+            limits::set_open_files(inherited)?;
         }
         pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
         // SAFETY: the caller holds the descriptor open over the fork.

@@ -53,6 +53,24 @@ fn ranks_find_the_contract_in_their_environment() {
 }
 
 #[test]
+fn ranks_have_the_limits_of_the_agent() {
+    let mut command = std::process::Command::new("sh");
+    command.args([
+        "-c",
+        "ulimit -Sn 1000; exec \"$0\" \"$@\"",
+        env!("CARGO_BIN_EXE_ice-launch"),
+        "--devices=cpu",
+    ]);
+    command.args(["sh", "-c", "ulimit -n; grep 'open files' /proc/$PPID/limits"]);
+    let outcome = run(command);
+    let [rank, agent] = &outcome.stdout[..] else { panic!("{outcome:?}") };
+    assert_eq!(rank, "1000");
+    // The agent itself has what it may have.
+    let limits: Vec<_> = agent.split_whitespace().skip(3).take(2).collect();
+    assert_eq!(limits[0], limits[1], "{agent}");
+}
+
+#[test]
 fn every_variable_of_the_contract_is_set() {
     let outcome = run(launch(&TWO, "[ $RANK = 0 ] || exit 0; env"));
     for (name, _) in ice_proto::env::ALL {

@@ -1,8 +1,9 @@
 use std::io;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use ice_proto::frame::{self, Decoder};
-use ice_proto::rendezvous::{Hello, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{Hello, KeepAlive, ToAgent, ToCoordinator};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -11,7 +12,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::Error;
-use crate::alive::{self, KEEP_ALIVE};
+use crate::address;
+use crate::alive;
 use crate::auth::{self, AuthError, Token};
 
 /// Pause between two attempts to connect.
@@ -32,14 +34,15 @@ impl Drop for Session {
 }
 
 impl Session {
-    /// Connects and says hello; tries again until the timeout, since node 0 may start later.
+    /// Connects and says hello, from one of this host's addresses where that is given; tries again until the timeout, since node 0 may
+    /// start later.
     ///
     /// # Errors
     /// [`Error::Unreachable`] where nobody answers in time, [`Error::Protocol`] where something else does, [`Error::Token`] where
     /// the tokens differ.
     pub async fn connect(
-        host: &str,
-        port: u16,
+        (host, port): (&str, u16),
+        from: Option<IpAddr>,
         hello: Hello,
         token: Option<&Token>,
         limit: Duration,
@@ -49,7 +52,7 @@ impl Session {
         let (stream, decoder) = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let late = || Err(AuthError::Io(io::ErrorKind::TimedOut.into()));
-            match timeout(left, open(host, port, token)).await.unwrap_or_else(|_| late()) {
+            match timeout(left, open((host, port), from, token)).await.unwrap_or_else(|_| late()) {
                 Ok(opened) => break opened,
                 Err(AuthError::Io(source)) if Instant::now() + RETRY >= deadline => {
                     return Err(Error::Unreachable { endpoint, timeout: limit, source });
@@ -60,13 +63,14 @@ impl Session {
             }
         };
         let (reader, writer) = stream.into_split();
+        let keep_alive = hello.keep_alive;
         let (outgoing, to_send) = mpsc::unbounded_channel();
         let (received, incoming) = mpsc::channel(64);
         // A send to a session that is lost is reported by its receiver.
         let _ = outgoing.send(ToCoordinator::Hello(hello));
         let tasks = [
-            tokio::spawn(write(writer, to_send)),
-            tokio::spawn(read(reader, decoder, received, endpoint.clone())),
+            tokio::spawn(write(writer, to_send, keep_alive)),
+            tokio::spawn(read(reader, decoder, received, endpoint.clone(), keep_alive)),
         ];
         Ok(Self { outgoing, incoming, endpoint, tasks })
     }
@@ -92,9 +96,13 @@ impl Session {
     }
 }
 
-async fn write(mut writer: OwnedWriteHalf, mut to_send: mpsc::UnboundedReceiver<ToCoordinator>) {
+async fn write(
+    mut writer: OwnedWriteHalf,
+    mut to_send: mpsc::UnboundedReceiver<ToCoordinator>,
+    keep_alive: KeepAlive,
+) {
     loop {
-        let message = match timeout(KEEP_ALIVE, to_send.recv()).await {
+        let message = match timeout(keep_alive.interval, to_send.recv()).await {
             Ok(Some(message)) => message,
             Ok(None) => break,
             Err(_) => ToCoordinator::KeepAlive,
@@ -108,8 +116,12 @@ async fn write(mut writer: OwnedWriteHalf, mut to_send: mpsc::UnboundedReceiver<
     let _ = writer.shutdown().await;
 }
 
-async fn open(host: &str, port: u16, token: Option<&Token>) -> Result<(TcpStream, Decoder), AuthError> {
-    let mut stream = TcpStream::connect((host, port)).await?;
+async fn open(
+    (host, port): (&str, u16),
+    from: Option<IpAddr>,
+    token: Option<&Token>,
+) -> Result<(TcpStream, Decoder), AuthError> {
+    let mut stream = address::connect(host, port, from).await?;
     stream.set_nodelay(true)?;
     let decoder = auth::greet(&mut stream, token).await?;
     Ok((stream, decoder))
@@ -120,6 +132,7 @@ async fn read(
     mut decoder: Decoder,
     received: mpsc::Sender<Result<ToAgent, Error>>,
     endpoint: String,
+    keep_alive: KeepAlive,
 ) {
     let mut buffer = vec![0; 4096];
     loop {
@@ -135,7 +148,7 @@ async fn read(
                 return;
             }
         }
-        match alive::read(&mut reader, &mut buffer).await {
+        match alive::read(keep_alive, &mut reader, &mut buffer).await {
             Ok(read @ 1..) => decoder.feed(&buffer[..read]),
             _ => break,
         }

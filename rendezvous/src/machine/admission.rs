@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ice_proto::rendezvous::Hello;
+use ice_proto::rendezvous::{Hello, KeepAlive};
 
 use super::Peer;
 use super::coordinator::Node;
@@ -35,6 +35,7 @@ pub(super) fn check(
                 newcomer.restarts.max_restarts.to_string(),
                 first.restarts.max_restarts.to_string(),
             ),
+            ("--rdzv-conf keep_alive", alive(newcomer.keep_alive), alive(first.keep_alive)),
             ("--restart-window", seconds(newcomer.restarts.window), seconds(first.restarts.window)),
             (
                 "--restart-backoff",
@@ -90,6 +91,10 @@ pub(super) fn check(
 
 fn seconds(time: Option<Duration>) -> String {
     time.map_or_else(|| "not given".into(), |time| format!("{} s", time.as_secs_f64()))
+}
+
+fn alive(keep_alive: KeepAlive) -> String {
+    format!("{} times {} s", keep_alive.attempts, keep_alive.interval.as_secs_f64())
 }
 
 fn range((fewest, most): (u32, u32)) -> String {

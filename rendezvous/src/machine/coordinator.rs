@@ -162,7 +162,9 @@ impl Coordinator {
         let begun = self.round > 0 || matches!(self.phase, Phase::Running { .. });
         match admission::check(&self.settings.run_id, &self.nodes, &hello, begun) {
             Ok(()) => {
-                self.nodes.insert(peer, Node { hello, place: None });
+                // Under another coordinator it had a place, too.
+                let place = hello.place.filter(|_| !begun);
+                self.nodes.insert(peer, Node { hello, place });
                 Vec::new()
             }
             Err(reason) => refuse(peer, reason),

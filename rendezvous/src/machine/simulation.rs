@@ -7,7 +7,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::Duration;
 
-use ice_proto::rendezvous::{Hello, RestartPolicy, Round, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, Round, ToAgent, ToCoordinator};
 
 use super::random::Random;
 use super::{Action, Coordinator, Event, Peer, Settings};
@@ -224,6 +224,9 @@ impl World {
             local_world_size: 1 + (agent as u32 % 3),
             restarts: self.restarts,
             host: format!("host{agent}"),
+            keep_alive: KeepAlive::default(),
+            place: None,
+            addresses: Vec::new(),
             pid: peer as u32,
         };
         self.say(agent, ToCoordinator::Hello(hello));

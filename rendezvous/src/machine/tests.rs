@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ice_proto::rendezvous::{Hello, RestartPolicy, Round, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, Round, ToAgent, ToCoordinator};
 use proptest::prelude::*;
 
 use super::*;
@@ -23,6 +23,9 @@ fn hello(node_rank: Option<u32>, nnodes: u32, local_world_size: u32) -> Hello {
         local_world_size,
         restarts: POLICY,
         host: format!("host{local_world_size}"),
+        keep_alive: KeepAlive::default(),
+        place: None,
+        addresses: Vec::new(),
         pid: 7,
     }
 }

@@ -13,54 +13,54 @@ pub const MAX_VALUE: u64 = 8 << 20;
 /// Most keys in one request.
 pub const MAX_KEYS: u64 = 128 << 10;
 
-/// What a client asks for.
+/// What a client asks for. It borrows from the bytes that it was read from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Request {
+pub enum Request<'a> {
     /// The client is one of TCPStore; the first request of a connection.
     Validate,
     /// Stores a value.
-    Set(Vec<u8>, Vec<u8>),
+    Set(&'a [u8], &'a [u8]),
     /// Stores `desired` if the value is `expected`.
     CompareSet {
         /// The key.
-        key: Vec<u8>,
+        key: &'a [u8],
         /// What must be there; empty also stands for nothing.
-        expected: Vec<u8>,
+        expected: &'a [u8],
         /// What shall be there.
-        desired: Vec<u8>,
+        desired: &'a [u8],
     },
     /// Reads a value that is there.
-    Get(Vec<u8>),
+    Get(&'a [u8]),
     /// Adds to a decimal number.
-    Add(Vec<u8>, i64),
+    Add(&'a [u8], i64),
     /// Whether all keys are there.
-    Check(Vec<Vec<u8>>),
+    Check(Vec<&'a [u8]>),
     /// Answers once all keys are there.
-    Wait(Vec<Vec<u8>>),
+    Wait(Vec<&'a [u8]>),
     /// How many keys there are.
     NumKeys,
     /// Removes a key.
-    Delete(Vec<u8>),
+    Delete(&'a [u8]),
     /// Appends to a value.
-    Append(Vec<u8>, Vec<u8>),
+    Append(&'a [u8], &'a [u8]),
     /// Reads several values.
-    MultiGet(Vec<Vec<u8>>),
+    MultiGet(Vec<&'a [u8]>),
     /// Stores several values.
-    MultiSet(Vec<(Vec<u8>, Vec<u8>)>),
+    MultiSet(Vec<(&'a [u8], &'a [u8])>),
     /// Ends this client's wait.
     CancelWait,
     /// Answers with the number.
     Ping(u32),
     /// Appends to a queue.
-    QueuePush(Vec<u8>, Vec<u8>),
+    QueuePush(&'a [u8], &'a [u8]),
     /// Takes from the front of a queue.
-    QueuePop(Vec<u8>),
+    QueuePop(&'a [u8]),
     /// How long a queue is.
-    QueueLen(Vec<u8>),
+    QueueLen(&'a [u8]),
     /// All keys.
     ListKeys,
     /// Answers once so many clients have asked.
-    Barrier(Vec<u8>, i64),
+    Barrier(&'a [u8], i64),
 }
 
 /// Why bytes are no request.
@@ -88,101 +88,180 @@ pub enum CodecError {
 ///
 /// # Errors
 /// [`CodecError`]; the connection is of no use after one.
-pub fn decode(bytes: &[u8]) -> Result<Option<(Request, usize)>, CodecError> {
-    let mut reader = Reader { bytes, at: 0 };
-    match reader.request() {
-        Ok(request) => Ok(Some((request, reader.at))),
-        Err(Stop::Incomplete) => Ok(None),
-        Err(Stop::Invalid(error)) => Err(error),
+pub fn decode(bytes: &[u8]) -> Result<Option<(Request<'_>, usize)>, CodecError> {
+    let mut scan = Scan::default();
+    if !scan.advance(bytes)? {
+        return Ok(None);
+    }
+    Ok(Reader { bytes, at: 0 }.request()?.map(|request| (request, scan.at)))
+}
+
+#[derive(Clone, Copy)]
+enum Field {
+    /// So many bytes.
+    Fixed(usize),
+    Key,
+    Value,
+}
+
+/// What comes after a command: once, or a number and so many times.
+enum Layout {
+    Once(&'static [Field]),
+    List(&'static [Field]),
+}
+
+fn layout(command: u8) -> Result<Layout, CodecError> {
+    use Field::{Fixed, Key, Value};
+    use Layout::{List, Once};
+    Ok(match command {
+        VALIDATE | 13 => Once(&[Fixed(4)]),
+        1 | 9 | 14 => Once(&[Key, Value]),
+        2 => Once(&[Key, Value, Value]),
+        3 | 8 | 15 | 16 => Once(&[Key]),
+        4 | 18 => Once(&[Key, Fixed(8)]),
+        5 | 6 | 10 => List(&[Key]),
+        7 | 12 | 17 => Once(&[]),
+        11 => List(&[Key, Value]),
+        other => return Err(CodecError::Command(other)),
+    })
+}
+
+/// How much of a request has been seen, and that it is within the limits. A request that comes in pieces is looked at once, however many
+/// they are.
+#[derive(Debug, Default)]
+pub struct Scan {
+    /// Bytes that belong to it.
+    at: usize,
+    /// Fields that are complete, of all items.
+    fields: u64,
+    /// Items of a list, once that is known.
+    items: Option<u64>,
+}
+
+impl Scan {
+    /// Goes on with the same bytes and those that have come since; whether the request is whole.
+    ///
+    /// # Errors
+    /// [`CodecError`]; the connection is of no use after one.
+    pub fn advance(&mut self, bytes: &[u8]) -> Result<bool, CodecError> {
+        let Some(command) = bytes.first() else { return Ok(false) };
+        self.at = self.at.max(1);
+        let (fields, items) = match layout(*command)? {
+            Layout::Once(fields) => (fields, 1),
+            Layout::List(fields) => {
+                if self.items.is_none() {
+                    self.items = self.length(bytes, "a number of keys", MAX_KEYS)?;
+                    self.at += if self.items.is_some() { 8 } else { 0 };
+                }
+                let Some(items) = self.items else { return Ok(false) };
+                (fields, items)
+            }
+        };
+        let count = fields.len() as u64;
+        while self.fields < count * items {
+            let size = match fields[(self.fields % count) as usize] {
+                Field::Fixed(size) => Some(size),
+                Field::Key => self.string(bytes, "a key", MAX_KEY)?,
+                Field::Value => self.string(bytes, "a value", MAX_VALUE)?,
+            };
+            match size {
+                Some(size) if bytes.len() - self.at >= size => self.at += size,
+                _ => return Ok(false),
+            }
+            self.fields += 1;
+        }
+        Ok(true)
+    }
+
+    /// Bytes of a string with its length, where that is there.
+    fn string(&self, bytes: &[u8], what: &'static str, limit: u64) -> Result<Option<usize>, CodecError> {
+        Ok(self.length(bytes, what, limit)?.map(|length| 8 + length as usize))
+    }
+
+    fn length(&self, bytes: &[u8], what: &'static str, limit: u64) -> Result<Option<u64>, CodecError> {
+        let given =
+            bytes.get(self.at..).and_then(|rest| rest.first_chunk()).map(|field| u64::from_le_bytes(*field));
+        match given {
+            Some(given) if given > limit => Err(CodecError::TooLarge { what, given, limit }),
+            given => Ok(given),
+        }
+    }
+
+    /// The request of the same bytes, once it is whole, and how many they are.
+    ///
+    /// # Errors
+    /// [`CodecError`]; the connection is of no use after one.
+    pub fn request<'a>(&self, bytes: &'a [u8]) -> Result<Option<(Request<'a>, usize)>, CodecError> {
+        Ok(Reader { bytes, at: 0 }.request()?.map(|request| (request, self.at)))
     }
 }
 
-enum Stop {
-    Incomplete,
-    Invalid(CodecError),
-}
-
+/// Reads what a [`Scan`] has found to be whole.
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl Reader<'_> {
-    fn request(&mut self) -> Result<Request, Stop> {
+impl<'a> Reader<'a> {
+    fn request(&mut self) -> Result<Option<Request<'a>>, CodecError> {
+        if let [VALIDATE, magic @ ..] = self.bytes {
+            let magic = magic.first_chunk().map(|magic| u32::from_le_bytes(*magic));
+            return match magic {
+                Some(magic) if magic != VALIDATION_MAGIC => Err(CodecError::Magic(magic)),
+                magic => Ok(magic.map(|_| Request::Validate)),
+            };
+        }
+        Ok(self.fields())
+    }
+
+    fn fields(&mut self) -> Option<Request<'a>> {
         let [command] = self.take()?;
-        Ok(match command {
-            VALIDATE => match u32::from_le_bytes(self.take()?) {
-                VALIDATION_MAGIC => Request::Validate,
-                other => return Err(Stop::Invalid(CodecError::Magic(other))),
-            },
-            1 => Request::Set(self.key()?, self.value()?),
-            2 => Request::CompareSet { key: self.key()?, expected: self.value()?, desired: self.value()? },
-            3 => Request::Get(self.key()?),
-            4 => Request::Add(self.key()?, self.integer()?),
-            5 => Request::Check(self.keys()?),
-            6 => Request::Wait(self.keys()?),
+        Some(match command {
+            1 => Request::Set(self.string()?, self.string()?),
+            2 => {
+                Request::CompareSet { key: self.string()?, expected: self.string()?, desired: self.string()? }
+            }
+            3 => Request::Get(self.string()?),
+            4 => Request::Add(self.string()?, self.integer()?),
+            5 => Request::Check(self.list(Self::string)?),
+            6 => Request::Wait(self.list(Self::string)?),
             7 => Request::NumKeys,
-            8 => Request::Delete(self.key()?),
-            9 => Request::Append(self.key()?, self.value()?),
-            10 => Request::MultiGet(self.keys()?),
-            11 => Request::MultiSet(self.list(|reader| Ok((reader.key()?, reader.value()?)))?),
+            8 => Request::Delete(self.string()?),
+            9 => Request::Append(self.string()?, self.string()?),
+            10 => Request::MultiGet(self.list(Self::string)?),
+            11 => Request::MultiSet(self.list(|reader| Some((reader.string()?, reader.string()?)))?),
             12 => Request::CancelWait,
             13 => Request::Ping(u32::from_le_bytes(self.take()?)),
-            14 => Request::QueuePush(self.key()?, self.value()?),
-            15 => Request::QueuePop(self.key()?),
-            16 => Request::QueueLen(self.key()?),
+            14 => Request::QueuePush(self.string()?, self.string()?),
+            15 => Request::QueuePop(self.string()?),
+            16 => Request::QueueLen(self.string()?),
             17 => Request::ListKeys,
-            18 => Request::Barrier(self.key()?, self.integer()?),
-            other => return Err(Stop::Invalid(CodecError::Command(other))),
+            18 => Request::Barrier(self.string()?, self.integer()?),
+            _ => return None,
         })
     }
 
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], Stop> {
-        let bytes =
-            self.bytes.get(self.at..).and_then(|rest| rest.first_chunk::<N>()).ok_or(Stop::Incomplete)?;
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let bytes = self.bytes.get(self.at..)?.first_chunk::<N>()?;
         self.at += N;
-        Ok(*bytes)
+        Some(*bytes)
     }
 
-    fn integer(&mut self) -> Result<i64, Stop> {
-        Ok(i64::from_le_bytes(self.take()?))
+    fn integer(&mut self) -> Option<i64> {
+        Some(i64::from_le_bytes(self.take()?))
     }
 
-    fn length(&mut self, what: &'static str, limit: u64) -> Result<usize, Stop> {
-        let given = u64::from_le_bytes(self.take()?);
-        if given > limit {
-            return Err(Stop::Invalid(CodecError::TooLarge { what, given, limit }));
-        }
-        usize::try_from(given).map_err(|_| Stop::Invalid(CodecError::TooLarge { what, given, limit }))
-    }
-
-    fn string(&mut self, what: &'static str, limit: u64) -> Result<Vec<u8>, Stop> {
-        let len = self.length(what, limit)?;
-        let bytes = self.bytes.get(self.at..self.at + len).ok_or(Stop::Incomplete)?;
+    fn string(&mut self) -> Option<&'a [u8]> {
+        let len = u64::from_le_bytes(self.take()?) as usize;
+        let bytes = self.bytes.get(self.at..)?.get(..len)?;
         self.at += len;
-        Ok(bytes.to_vec())
-    }
-
-    fn key(&mut self) -> Result<Vec<u8>, Stop> {
-        self.string("a key", MAX_KEY)
-    }
-
-    fn value(&mut self) -> Result<Vec<u8>, Stop> {
-        self.string("a value", MAX_VALUE)
-    }
-
-    fn keys(&mut self) -> Result<Vec<Vec<u8>>, Stop> {
-        self.list(Self::key)
+        Some(bytes)
     }
 
     /// Grows with the bytes that are there, not with the count that is claimed.
-    fn list<T>(&mut self, item: impl Fn(&mut Self) -> Result<T, Stop>) -> Result<Vec<T>, Stop> {
-        let count = self.length("a number of keys", MAX_KEYS)?;
-        let mut list = Vec::new();
-        for _ in 0..count {
-            list.push(item(self)?);
-        }
-        Ok(list)
+    fn list<T>(&mut self, item: impl Fn(&mut Self) -> Option<T>) -> Option<Vec<T>> {
+        let count = u64::from_le_bytes(self.take()?);
+        (0..count).map(|_| item(self)).collect()
     }
 }
 
@@ -204,8 +283,15 @@ mod tests {
         for cut in 0..bytes.len() {
             assert_eq!(decode(&bytes[..cut]), Ok(None), "{cut}");
         }
-        let expected = Request::MultiSet(vec![(b"a".into(), b"1".into()), (b"b".into(), vec![])]);
-        assert_eq!(decode(&[bytes.clone(), vec![7]].concat()), Ok(Some((expected, bytes.len()))));
+        let expected = Request::MultiSet(vec![(b"a", b"1"), (b"b", b"")]);
+        assert_eq!(decode(&[bytes.clone(), vec![7]].concat()), Ok(Some((expected.clone(), bytes.len()))));
+        // In pieces, each of them looked at once.
+        let mut scan = Scan::default();
+        for cut in 0..bytes.len() {
+            assert_eq!(scan.advance(&bytes[..cut]), Ok(false), "{cut}");
+        }
+        assert_eq!(scan.advance(&bytes), Ok(true));
+        assert_eq!(scan.request(&bytes), Ok(Some((expected, bytes.len()))));
     }
 
     #[test]

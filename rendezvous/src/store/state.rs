@@ -1,42 +1,72 @@
 //! What the store holds, and its answers.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::store::codec::Request;
 
 /// A client's connection.
 pub type Connection = u64;
 
-/// Bytes to be sent to a client.
-pub type Reply = (Connection, Vec<u8>);
+/// Most bytes that a store holds unless it is told otherwise: keys, values and waits together.
+pub const MAX_HELD: usize = 1 << 30;
 
-const READY: u8 = 0;
+/// What tells a client that its wait is over.
+pub const READY: u8 = 0;
 const NOT_READY: u8 = 1;
 const WAIT_CANCELLED: u8 = 1;
 
-/// The keys, their values, and who waits for what.
+/// What an entry takes beside its key and its value, roughly.
+const ENTRY: usize = 64;
+
+/// The store would hold more than it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the store is full: it holds {held} bytes of at most {limit}")]
+pub struct Full {
+    held: usize,
+    limit: usize,
+}
+
+/// What is to be sent.
 #[derive(Debug, Default)]
+pub struct Replies {
+    /// To the client that asked.
+    pub own: Vec<u8>,
+    /// To each of these [`READY`].
+    pub woken: Vec<Connection>,
+}
+
+/// The keys, their values, and who waits for what.
+#[derive(Debug)]
 pub struct Store {
-    values: BTreeMap<Vec<u8>, Vec<u8>>,
-    queues: BTreeMap<Vec<u8>, VecDeque<Vec<u8>>>,
+    values: HashMap<Vec<u8>, Vec<u8>>,
+    queues: HashMap<Vec<u8>, VecDeque<Vec<u8>>>,
     /// Keys that a client still waits for.
-    waiting: BTreeMap<Connection, BTreeSet<Vec<u8>>>,
+    waiting: HashMap<Connection, BTreeSet<Vec<u8>>>,
     /// The same by key.
-    waiters: BTreeMap<Vec<u8>, BTreeSet<Connection>>,
+    waiters: HashMap<Vec<u8>, BTreeSet<Connection>>,
     barriers: BTreeMap<Vec<u8>, Vec<Connection>>,
+    /// Bytes of all that.
+    held: usize,
+    limit: usize,
 }
 
 impl Store {
-    /// An empty store.
-    pub fn new() -> Self {
-        Self::default()
+    /// An empty store that holds at most so many bytes.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            values: HashMap::new(),
+            queues: HashMap::new(),
+            waiting: HashMap::new(),
+            waiters: HashMap::new(),
+            barriers: BTreeMap::new(),
+            held: 0,
+            limit,
+        }
     }
 
-    /// Forgets all keys. Clients that wait go on waiting.
+    /// Forgets everything, waits included.
     pub fn clear(&mut self) {
-        self.values.clear();
-        self.queues.clear();
-        self.barriers.clear();
+        *self = Self::new(self.limit);
     }
 
     /// Forgets a client.
@@ -48,73 +78,95 @@ impl Store {
         });
     }
 
-    /// Carries out a request and returns what is to be sent, to this client and to others.
-    pub fn handle(&mut self, client: Connection, request: Request) -> Vec<Reply> {
+    /// Carries out a request; what is to be sent is added to `replies`.
+    ///
+    /// # Errors
+    /// [`Full`], and nothing is changed.
+    pub fn handle(
+        &mut self,
+        client: Connection,
+        request: Request<'_>,
+        replies: &mut Replies,
+    ) -> Result<(), Full> {
         match request {
-            Request::Validate => Vec::new(),
-            Request::Set(key, value) => self.set(key, value),
+            Request::Validate => {}
+            Request::Set(key, value) => self.set(key, value.to_vec(), replies)?,
             Request::CompareSet { key, expected, desired } => {
-                self.compare_set(client, key, &expected, desired)
+                self.compare_set(key, expected, desired, replies)?;
             }
-            Request::Get(key) => vec![(client, string(self.value(&key)))],
+            Request::Get(key) => string(self.value(key), &mut replies.own),
             Request::Add(key, amount) => {
                 let before =
-                    std::str::from_utf8(self.value(&key)).ok().and_then(|text| text.parse::<i64>().ok());
+                    std::str::from_utf8(self.value(key)).ok().and_then(|text| text.parse::<i64>().ok());
                 let sum = before.unwrap_or(0).wrapping_add(amount);
-                let mut replies = vec![(client, sum.to_le_bytes().to_vec())];
-                replies.extend(self.set(key, sum.to_string().into_bytes()));
-                replies
+                self.set(key, sum.to_string().into_bytes(), replies)?;
+                replies.own.extend(sum.to_le_bytes());
             }
             Request::Check(keys) => {
                 let ready = keys.iter().all(|key| self.has(key));
-                vec![(client, vec![if ready { READY } else { NOT_READY }])]
+                replies.own.push(if ready { READY } else { NOT_READY });
             }
-            Request::Wait(keys) => self.wait(client, keys),
-            Request::NumKeys => vec![(client, integer(self.values.len()))],
+            Request::Wait(keys) => self.wait(client, &keys, replies)?,
+            Request::NumKeys => integer(self.values.len(), &mut replies.own),
             Request::Delete(key) => {
-                let removed = self.values.remove(&key).is_some() | self.queues.remove(&key).is_some();
-                vec![(client, integer(usize::from(removed)))]
+                let removed = self.remove(key);
+                integer(usize::from(removed), &mut replies.own);
             }
             Request::Append(key, more) => {
-                let value = [self.value(&key), &more].concat();
-                self.set(key, value)
+                self.room_for(more.len())?;
+                match self.values.get_mut(key) {
+                    Some(value) => {
+                        value.extend(more);
+                        self.held += more.len();
+                    }
+                    None => self.set(key, more.to_vec(), replies)?,
+                }
             }
             Request::MultiGet(keys) => {
-                vec![(client, keys.iter().flat_map(|key| string(self.value(key))).collect())]
+                keys.iter().for_each(|key| string(self.value(key), &mut replies.own));
             }
             Request::MultiSet(pairs) => {
-                pairs.into_iter().flat_map(|(key, value)| self.set(key, value)).collect()
+                let size = pairs.iter().map(|(key, value)| key.len() + value.len() + ENTRY).sum();
+                self.room_for(size)?;
+                for (key, value) in pairs {
+                    self.set(key, value.to_vec(), replies)?;
+                }
             }
             Request::CancelWait => {
                 self.stop_waiting(client);
-                vec![(client, vec![WAIT_CANCELLED])]
+                replies.own.push(WAIT_CANCELLED);
             }
-            Request::Ping(number) => vec![(client, number.to_le_bytes().to_vec())],
+            Request::Ping(number) => replies.own.extend(number.to_le_bytes()),
             Request::QueuePush(key, value) => {
-                self.queues.entry(key.clone()).or_default().push_back(value);
+                self.room_for(key.len() + value.len() + ENTRY)?;
+                self.held += key.len() + value.len() + ENTRY;
+                self.queues.entry(key.to_vec()).or_default().push_back(value.to_vec());
                 // One element serves one client.
-                let first = self.waiters.get(&key).and_then(|clients| clients.first().copied());
-                first.map(|waiter| self.arrived(waiter, &key)).unwrap_or_default()
+                let first = self.waiters.get(key).and_then(|clients| clients.first().copied());
+                first.into_iter().for_each(|waiter| self.arrived(waiter, key, replies));
             }
-            Request::QueuePop(key) => vec![(client, self.queue_pop(&key))],
+            Request::QueuePop(key) => self.queue_pop(key, &mut replies.own),
             Request::QueueLen(key) => {
-                vec![(client, integer(self.queues.get(&key).map_or(0, VecDeque::len)))]
+                integer(self.queues.get(key).map_or(0, VecDeque::len), &mut replies.own);
             }
             Request::ListKeys => {
-                let mut reply = integer(self.values.len());
-                reply.extend(self.values.keys().flat_map(|key| string(key)));
-                vec![(client, reply)]
+                integer(self.values.len(), &mut replies.own);
+                self.values.keys().for_each(|key| string(key, &mut replies.own));
             }
             Request::Barrier(key, size) => {
-                let clients = self.barriers.entry(key.clone()).or_default();
+                let clients = self.barriers.entry(key.to_vec()).or_default();
                 clients.push(client);
-                if (clients.len() as i64) < size {
-                    return Vec::new();
+                if clients.len() as i64 >= size {
+                    replies.woken.extend(self.barriers.remove(key).unwrap_or_default());
                 }
-                let clients = self.barriers.remove(&key).unwrap_or_default();
-                clients.into_iter().map(|client| (client, vec![READY])).collect()
             }
         }
+        Ok(())
+    }
+
+    fn room_for(&self, more: usize) -> Result<(), Full> {
+        let Self { held, limit, .. } = *self;
+        if held + more > limit { Err(Full { held, limit }) } else { Ok(()) }
     }
 
     fn value(&self, key: &[u8]) -> &[u8] {
@@ -125,68 +177,89 @@ impl Store {
         self.values.contains_key(key) || self.queues.get(key).is_some_and(|queue| !queue.is_empty())
     }
 
-    fn set(&mut self, key: Vec<u8>, value: Vec<u8>) -> Vec<Reply> {
-        let waiters: Vec<_> = self.waiters.get(&key).into_iter().flatten().copied().collect();
-        let replies = waiters.into_iter().flat_map(|waiter| self.arrived(waiter, &key)).collect();
-        self.values.insert(key, value);
-        replies
+    fn set(&mut self, key: &[u8], value: Vec<u8>, replies: &mut Replies) -> Result<(), Full> {
+        self.room_for(key.len() + value.len() + ENTRY)?;
+        self.held += value.len();
+        match self.values.get_mut(key) {
+            Some(place) => self.held -= std::mem::replace(place, value).len(),
+            None => {
+                self.held += key.len() + ENTRY;
+                self.values.insert(key.to_vec(), value);
+            }
+        }
+        if let Some(waiters) = self.waiters.get(key) {
+            for waiter in waiters.clone() {
+                self.arrived(waiter, key, replies);
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, key: &[u8]) -> bool {
+        let value = self.values.remove(key);
+        let queue = self.queues.remove(key);
+        let removed = value.is_some() || queue.is_some();
+        for value in value.into_iter().chain(queue.into_iter().flatten()) {
+            self.held -= key.len() + value.len() + ENTRY;
+        }
+        removed
     }
 
     fn compare_set(
         &mut self,
-        client: Connection,
-        key: Vec<u8>,
+        key: &[u8],
         expected: &[u8],
-        desired: Vec<u8>,
-    ) -> Vec<Reply> {
-        let stored = match self.values.get(&key) {
-            Some(value) => value == expected,
-            None => expected.is_empty(),
-        };
-        if !stored {
-            let now = self.values.get(&key).map_or(expected, Vec::as_slice);
-            return vec![(client, string(now))];
+        desired: &[u8],
+        replies: &mut Replies,
+    ) -> Result<(), Full> {
+        let stored = self.values.get(key);
+        if !stored.map_or(expected.is_empty(), |value| value == expected) {
+            string(stored.map_or(expected, Vec::as_slice), &mut replies.own);
+            return Ok(());
         }
-        let mut replies = vec![(client, string(&desired))];
-        replies.extend(self.set(key, desired));
-        replies
+        self.set(key, desired.to_vec(), replies)?;
+        string(desired, &mut replies.own);
+        Ok(())
     }
 
-    fn queue_pop(&mut self, key: &[u8]) -> Vec<u8> {
-        let Some(queue) = self.queues.get_mut(key) else { return integer(0) };
-        let mut reply = integer(queue.len());
+    fn queue_pop(&mut self, key: &[u8], reply: &mut Vec<u8>) {
+        let Some(queue) = self.queues.get_mut(key) else { return integer(0, reply) };
+        integer(queue.len(), reply);
         if let Some(value) = queue.pop_front() {
-            reply.extend(string(&value));
+            self.held -= key.len() + value.len() + ENTRY;
+            string(&value, reply);
         }
         if queue.is_empty() {
             self.queues.remove(key);
         }
-        reply
     }
 
-    fn wait(&mut self, client: Connection, keys: Vec<Vec<u8>>) -> Vec<Reply> {
+    fn wait(&mut self, client: Connection, keys: &[&[u8]], replies: &mut Replies) -> Result<(), Full> {
         self.stop_waiting(client);
-        let missing: BTreeSet<_> = keys.into_iter().filter(|key| !self.has(key)).collect();
+        let missing: BTreeSet<_> = keys.iter().filter(|key| !self.has(key)).map(|key| key.to_vec()).collect();
         if missing.is_empty() {
-            return vec![(client, vec![READY])];
+            replies.own.push(READY);
+            return Ok(());
         }
+        let size = missing.iter().map(|key| waiting_size(key)).sum();
+        self.room_for(size)?;
+        self.held += size;
         for key in &missing {
             self.waiters.entry(key.clone()).or_default().insert(client);
         }
         self.waiting.insert(client, missing);
-        Vec::new()
+        Ok(())
     }
 
     /// A key that a client waits for is there.
-    fn arrived(&mut self, client: Connection, key: &[u8]) -> Vec<Reply> {
+    fn arrived(&mut self, client: Connection, key: &[u8], replies: &mut Replies) {
         self.forget_waiter(client, key);
-        let Some(missing) = self.waiting.get_mut(&client) else { return Vec::new() };
+        let Some(missing) = self.waiting.get_mut(&client) else { return };
         missing.remove(key);
-        if !missing.is_empty() {
-            return Vec::new();
+        if missing.is_empty() {
+            self.waiting.remove(&client);
+            replies.woken.push(client);
         }
-        self.waiting.remove(&client);
-        vec![(client, vec![READY])]
     }
 
     fn stop_waiting(&mut self, client: Connection) {
@@ -197,7 +270,9 @@ impl Store {
 
     fn forget_waiter(&mut self, client: Connection, key: &[u8]) {
         if let Some(clients) = self.waiters.get_mut(key) {
-            clients.remove(&client);
+            if clients.remove(&client) {
+                self.held -= waiting_size(key);
+            }
             if clients.is_empty() {
                 self.waiters.remove(key);
             }
@@ -205,87 +280,109 @@ impl Store {
     }
 }
 
-fn string(bytes: &[u8]) -> Vec<u8> {
-    [&(bytes.len() as u64).to_le_bytes(), bytes].concat()
+/// A key that is waited for is there once by client and once by key.
+fn waiting_size(key: &[u8]) -> usize {
+    2 * (key.len() + ENTRY)
 }
 
-fn integer(number: usize) -> Vec<u8> {
-    (number as i64).to_le_bytes().to_vec()
+fn string(bytes: &[u8], reply: &mut Vec<u8>) {
+    integer(bytes.len(), reply);
+    reply.extend(bytes);
+}
+
+fn integer(number: usize, reply: &mut Vec<u8>) {
+    reply.extend((number as i64).to_le_bytes());
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn set(store: &mut Store, key: &str, value: &str) -> Vec<Reply> {
-        store.handle(9, Request::Set(key.into(), value.into()))
+    /// What goes to whom.
+    type Sent = Vec<(Connection, Vec<u8>)>;
+
+    fn handle(store: &mut Store, client: Connection, request: Request<'_>) -> Sent {
+        let mut replies = Replies::default();
+        store.handle(client, request, &mut replies).unwrap();
+        let own = (!replies.own.is_empty()).then_some((client, replies.own));
+        own.into_iter().chain(replies.woken.into_iter().map(|woken| (woken, vec![READY]))).collect()
     }
 
-    fn keys(keys: &[&str]) -> Vec<Vec<u8>> {
-        keys.iter().map(|key| key.as_bytes().to_vec()).collect()
+    fn set(store: &mut Store, key: &str, value: &str) -> Sent {
+        handle(store, 9, Request::Set(key.as_bytes(), value.as_bytes()))
+    }
+
+    fn text(bytes: &[u8]) -> Vec<u8> {
+        let mut reply = Vec::new();
+        string(bytes, &mut reply);
+        reply
+    }
+
+    fn number(number: usize) -> Vec<u8> {
+        (number as i64).to_le_bytes().to_vec()
     }
 
     #[test]
     fn a_wait_is_answered_once_when_the_last_key_comes() {
-        let mut store = Store::new();
-        assert_eq!(store.handle(1, Request::Wait(keys(&["a", "b"]))), []);
+        let mut store = Store::new(MAX_HELD);
+        assert_eq!(handle(&mut store, 1, Request::Wait(vec![b"a", b"b"])), []);
         assert_eq!(set(&mut store, "a", "1"), []);
         assert_eq!(set(&mut store, "b", "2"), [(1, vec![READY])]);
         assert_eq!(set(&mut store, "b", "3"), []);
-        assert_eq!(store.handle(1, Request::Wait(keys(&["b"]))), [(1, vec![READY])]);
+        assert_eq!(handle(&mut store, 1, Request::Wait(vec![b"b"])), [(1, vec![READY])]);
     }
 
     #[test]
     fn a_cancelled_or_lost_wait_is_not_answered() {
-        let mut store = Store::new();
-        store.handle(1, Request::Wait(keys(&["a"])));
-        store.handle(2, Request::Wait(keys(&["a"])));
-        assert_eq!(store.handle(1, Request::CancelWait), [(1, vec![WAIT_CANCELLED])]);
+        let mut store = Store::new(MAX_HELD);
+        handle(&mut store, 1, Request::Wait(vec![b"a"]));
+        handle(&mut store, 2, Request::Wait(vec![b"a"]));
+        assert_eq!(handle(&mut store, 1, Request::CancelWait), [(1, vec![WAIT_CANCELLED])]);
         store.disconnect(2);
         assert_eq!(set(&mut store, "a", "1"), []);
     }
 
     #[test]
     fn add_counts_in_decimal_text() {
-        let mut store = Store::new();
-        assert_eq!(store.handle(1, Request::Add(b"n".into(), 5)), [(1, 5_i64.to_le_bytes().to_vec())]);
-        assert_eq!(store.handle(1, Request::Add(b"n".into(), -7)), [(1, (-2_i64).to_le_bytes().to_vec())]);
-        assert_eq!(store.handle(1, Request::Get(b"n".into())), [(1, string(b"-2"))]);
+        let mut store = Store::new(MAX_HELD);
+        assert_eq!(handle(&mut store, 1, Request::Add(b"n", 5)), [(1, 5_i64.to_le_bytes().to_vec())]);
+        assert_eq!(handle(&mut store, 1, Request::Add(b"n", -7)), [(1, (-2_i64).to_le_bytes().to_vec())]);
+        assert_eq!(handle(&mut store, 1, Request::Get(b"n")), [(1, text(b"-2"))]);
     }
 
     #[test]
     fn compare_set_follows_torch() {
-        let mut store = Store::new();
+        let mut store = Store::new(MAX_HELD);
         let mut compare = |expected: &str, desired: &str| {
-            let (expected, desired) = (expected.into(), desired.into());
-            store.handle(1, Request::CompareSet { key: b"k".into(), expected, desired })
+            let (expected, desired) = (expected.as_bytes(), desired.as_bytes());
+            handle(&mut store, 1, Request::CompareSet { key: b"k", expected, desired })
         };
-        assert_eq!(compare("x", "y"), [(1, string(b"x"))]);
-        assert_eq!(compare("", "y"), [(1, string(b"y"))]);
-        assert_eq!(compare("x", "z"), [(1, string(b"y"))]);
-        assert_eq!(compare("y", "z"), [(1, string(b"z"))]);
+        assert_eq!(compare("x", "y"), [(1, text(b"x"))]);
+        assert_eq!(compare("", "y"), [(1, text(b"y"))]);
+        assert_eq!(compare("x", "z"), [(1, text(b"y"))]);
+        assert_eq!(compare("y", "z"), [(1, text(b"z"))]);
     }
 
     #[test]
     fn a_queue_wakes_one_waiter_per_element() {
-        let mut store = Store::new();
-        store.handle(1, Request::Wait(keys(&["q"])));
-        store.handle(2, Request::Wait(keys(&["q"])));
-        let push = |store: &mut Store| store.handle(9, Request::QueuePush(b"q".into(), b"v".into()));
+        let mut store = Store::new(MAX_HELD);
+        handle(&mut store, 1, Request::Wait(vec![b"q"]));
+        handle(&mut store, 2, Request::Wait(vec![b"q"]));
+        let push = |store: &mut Store| handle(store, 9, Request::QueuePush(b"q", b"v"));
         assert_eq!(push(&mut store), [(1, vec![READY])]);
-        let popped = [integer(1), string(b"v")].concat();
-        assert_eq!(store.handle(1, Request::QueuePop(b"q".into())), [(1, popped)]);
+        let popped = [number(1), text(b"v")].concat();
+        assert_eq!(handle(&mut store, 1, Request::QueuePop(b"q")), [(1, popped)]);
         assert_eq!(push(&mut store), [(2, vec![READY])]);
-        assert_eq!(store.handle(3, Request::Check(keys(&["q"]))), [(3, vec![READY])]);
+        assert_eq!(handle(&mut store, 3, Request::Check(vec![b"q"])), [(3, vec![READY])]);
     }
 
     #[test]
     fn a_barrier_lets_all_through_at_once_and_again() {
-        let mut store = Store::new();
+        let mut store = Store::new(MAX_HELD);
         for _ in 0..2 {
-            assert_eq!(store.handle(1, Request::Barrier(b"b".into(), 2)), []);
+            assert_eq!(handle(&mut store, 1, Request::Barrier(b"b", 2)), []);
             assert_eq!(
-                store.handle(2, Request::Barrier(b"b".into(), 2)),
+                handle(&mut store, 2, Request::Barrier(b"b", 2)),
                 [(1, vec![READY]), (2, vec![READY])]
             );
         }
@@ -293,10 +390,53 @@ mod tests {
 
     #[test]
     fn a_cleared_store_has_no_keys() {
-        let mut store = Store::new();
+        let mut store = Store::new(MAX_HELD);
         set(&mut store, "a", "1");
         store.clear();
-        assert_eq!(store.handle(1, Request::NumKeys), [(1, integer(0))]);
-        assert_eq!(store.handle(1, Request::Check(keys(&["a"]))), [(1, vec![NOT_READY])]);
+        assert_eq!(handle(&mut store, 1, Request::NumKeys), [(1, number(0))]);
+        assert_eq!(handle(&mut store, 1, Request::Check(vec![b"a"])), [(1, vec![NOT_READY])]);
+    }
+
+    #[test]
+    fn what_is_held_is_counted_and_given_back() {
+        let mut store = Store::new(MAX_HELD);
+        set(&mut store, "a", "1");
+        set(&mut store, "a", "12345");
+        handle(&mut store, 1, Request::Append(b"a", b"6"));
+        handle(&mut store, 1, Request::CompareSet { key: b"b", expected: b"", desired: b"x" });
+        handle(&mut store, 1, Request::Add(b"n", 10));
+        handle(&mut store, 1, Request::QueuePush(b"q", b"v"));
+        handle(&mut store, 1, Request::QueuePush(b"q", b"vv"));
+        handle(&mut store, 2, Request::Wait(vec![b"x", b"y", b"y"]));
+        handle(&mut store, 3, Request::Wait(vec![b"x"]));
+        assert_eq!(store.held, 3 * ENTRY + 3 + 9 + 2 * (ENTRY + 1) + 3 + 3 * 2 * (ENTRY + 1));
+        handle(&mut store, 1, Request::QueuePop(b"q"));
+        for key in [b"a", b"b", b"n", b"q"] {
+            handle(&mut store, 1, Request::Delete(key));
+        }
+        set(&mut store, "x", "");
+        handle(&mut store, 1, Request::Delete(b"x"));
+        store.disconnect(2);
+        assert_eq!(store.held, 0);
+    }
+
+    #[test]
+    fn a_full_store_says_so_and_keeps_what_it_has() {
+        let mut store = Store::new(128 << 10);
+        let value = vec![0; 1 << 10];
+        let mut replies = Replies::default();
+        let mut full = None;
+        for number in 0..200_u8 {
+            if let Err(error) = store.handle(1, Request::Set(&[number], &value), &mut replies) {
+                full = Some((number, error));
+                break;
+            }
+        }
+        let (number, error) = full.unwrap();
+        assert_eq!(number, 120);
+        assert!(error.to_string().contains("full"), "{error}");
+        assert!(store.handle(1, Request::QueuePush(b"q", &value), &mut replies).is_err());
+        assert!(store.handle(1, Request::MultiSet(vec![(b"k", &value)]), &mut replies).is_err());
+        assert_eq!(handle(&mut store, 1, Request::NumKeys), [(1, 120_i64.to_le_bytes().to_vec())]);
     }
 }

@@ -257,4 +257,10 @@ pub(crate) struct RendezvousArgs {
     pub(crate) join_timeout: Option<Duration>,
     /// How long more nodes are waited for once there are enough.
     pub(crate) last_call: Option<Duration>,
+    /// How long the host waits for the others after the end.
+    pub(crate) close_timeout: Option<Duration>,
+    pub(crate) keep_alive_interval: Option<Duration>,
+    pub(crate) keep_alive_attempts: Option<u32>,
+    /// Address or interface of this node.
+    pub(crate) local_addr: Option<String>,
 }

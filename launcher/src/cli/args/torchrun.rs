@@ -31,7 +31,7 @@ pub struct TorchrunArgs {
     /// --run-id
     #[arg(long, alias = "rdzv_id", value_name = "ID", env = "PET_RDZV_ID", hide_env = true)]
     pub rdzv_id: Option<String>,
-    /// join_timeout=SECONDS, last_call_timeout=SECONDS, is_host=BOOL; other keys are of no effect here
+    /// join_timeout, last_call_timeout, close_timeout, keep_alive_interval (seconds), keep_alive_max_attempt, is_host
     #[arg(long, alias = "rdzv_conf", value_name = "KEY=VALUE,…", env = "PET_RDZV_CONF", hide_env = true)]
     pub rdzv_conf: Option<String>,
     /// One node on a free port, whatever else is said about nodes
@@ -61,7 +61,7 @@ pub struct TorchrunArgs {
     /// Of no effect: it names a Python class
     #[arg(long, alias = "logs_specs", value_name = "NAME")]
     pub logs_specs: Option<String>,
-    /// Of no effect: no node connects to this one, but to the endpoint
+    /// Address, host name or interface of this node that agents listen on and connect from
     #[arg(long, alias = "local_addr", value_name = "HOST", env = "PET_LOCAL_ADDR", hide_env = true)]
     pub local_addr: Option<String>,
 }
@@ -103,6 +103,7 @@ impl TorchrunArgs {
     pub(crate) fn translate(&self, args: &mut LaunchArgs, notes: &mut Vec<String>) -> Result<(), UsageError> {
         self.ranks(args, notes)?;
         self.nodes(args)?;
+        args.rendezvous.local_addr.clone_from(&self.local_addr);
         self.conf(args, notes)?;
         let mut ignored = |option: &str, value: &Option<String>, usual: &[&str], instead: &str| {
             if let Some(value) = value.as_deref().filter(|value| !usual.contains(value)) {
@@ -119,8 +120,6 @@ impl TorchrunArgs {
         ignored("--event-log-handler", &self.event_log_handler, &["null"], events);
         let logs = "it names a Python class; --log-dir, --redirects and --tee say where output goes";
         ignored("--logs-specs", &self.logs_specs, &[], logs);
-        let address = "agents connect to the endpoint alone, nobody connects to this node's agent";
-        ignored("--local-addr", &self.local_addr, &[], address);
         Ok(())
     }
 
@@ -212,16 +211,29 @@ impl TorchrunArgs {
             let wrong = |problem: &str| UsageError::new("--rdzv-conf", format!("`{pair}`: {problem}"));
             let (key, value) = pair.split_once('=').ok_or_else(|| wrong("expected KEY=VALUE"))?;
             match key.trim() {
-                key @ ("join_timeout" | "timeout" | "last_call_timeout") => {
+                key @ ("join_timeout"
+                | "timeout"
+                | "last_call_timeout"
+                | "close_timeout"
+                | "keep_alive_interval") => {
                     let seconds = value.trim().parse().map_err(|_| wrong("expected seconds"))?;
                     let seconds = lists::seconds(seconds).map_err(|problem| wrong(&problem))?;
                     let rendezvous = &mut args.rendezvous;
                     let timeout = match key {
                         "last_call_timeout" => &mut rendezvous.last_call,
+                        "close_timeout" => &mut rendezvous.close_timeout,
+                        "keep_alive_interval" if seconds.is_zero() => {
+                            return Err(wrong("must be more than 0"));
+                        }
+                        "keep_alive_interval" => &mut rendezvous.keep_alive_interval,
                         _ => &mut rendezvous.join_timeout,
                     };
                     *timeout = Some(seconds);
                 }
+                "keep_alive_max_attempt" => match value.trim().parse() {
+                    Ok(attempts @ 1..) => args.rendezvous.keep_alive_attempts = Some(attempts),
+                    _ => return Err(wrong("expected a number from 1")),
+                },
                 "is_host" => match value.trim().to_ascii_lowercase().as_str() {
                     "1" | "true" | "t" | "yes" | "y" => args.rendezvous.is_host = Some(true),
                     "0" | "false" | "f" | "no" | "n" => args.rendezvous.is_host = Some(false),
@@ -309,6 +321,7 @@ mod tests {
             is_host: Some(true),
             join_timeout: Some(Duration::from_secs(20)),
             last_call: Some(Duration::from_secs(3)),
+            ..RendezvousArgs::default()
         };
         assert_eq!(args.rendezvous, conf);
         let (args, _) =
@@ -321,13 +334,11 @@ mod tests {
         let (_, notes) = translated(&[
             "--start-method=fork",
             "--logs-specs=mine",
-            "--local-addr=h",
             "--event-log-handler=console",
             "--rdzv-conf=read_timeout=3",
         ])
         .unwrap();
-        for part in ["--start-method fork", "--logs-specs mine", "--local-addr h", "--events", "read_timeout"]
-        {
+        for part in ["--start-method fork", "--logs-specs mine", "--events", "read_timeout"] {
             assert!(notes.iter().any(|note| note.contains(part)), "{part}: {notes:?}");
         }
         let (_, notes) = translated(&["--start-method=spawn", "--event-log-handler=null"]).unwrap();

@@ -1,0 +1,196 @@
+//! Connections of agents, and the task that owns the coordinator. Everything reaches it in one order.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use ice_proto::frame::{self, Decoder, FrameError};
+use ice_proto::rendezvous::{ToAgent, ToCoordinator};
+use tokio::io::{AsyncRead, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::{Shared, locked};
+use crate::alive;
+use crate::auth::{self, AuthError};
+use crate::machine::{Action, Coordinator, Event, Peer, Settings};
+
+/// Messages that wait to be sent to one agent; one that does not read is dropped at this many.
+const OUTGOING: usize = 4096;
+/// Bytes that wait to be sent to one agent, beside the message that is on its way.
+const OUTGOING_BYTES: usize = 64 << 20;
+
+/// The way to an agent. What waits there is bounded in messages and in bytes.
+pub(super) struct Outgoing {
+    sender: mpsc::Sender<Vec<u8>>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Outgoing {
+    /// Whether there was room.
+    fn send(&self, bytes: Vec<u8>) -> bool {
+        let length = bytes.len();
+        if self.waiting.load(Ordering::Relaxed) > OUTGOING_BYTES {
+            return false;
+        }
+        self.waiting.fetch_add(length, Ordering::Relaxed);
+        self.sender.try_send(bytes).is_ok()
+    }
+}
+
+pub(super) enum Input {
+    Opened(Peer, Outgoing),
+    Said(Peer, ToCoordinator),
+    Closed(Peer),
+}
+
+/// Starts the task that owns the coordinator.
+pub(super) fn start(settings: Settings, shared: Arc<Shared>) -> mpsc::Sender<Input> {
+    let (inputs, mut events) = mpsc::channel(1024);
+    let mut desk = Desk { coordinator: Coordinator::new(settings), agents: BTreeMap::new(), shared };
+    tokio::spawn(async move {
+        let start = Instant::now();
+        loop {
+            let deadline = desk.coordinator.deadline().map(|deadline| start + deadline);
+            tokio::select! {
+                input = events.recv() => match input {
+                    Some(input) => desk.input(start.elapsed(), input),
+                    None => return,
+                },
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                    desk.coordinate(start.elapsed(), Event::Tick);
+                }
+            }
+        }
+    });
+    inputs
+}
+
+struct Desk {
+    coordinator: Coordinator,
+    agents: BTreeMap<Peer, Outgoing>,
+    shared: Arc<Shared>,
+}
+
+impl Desk {
+    fn input(&mut self, now: Duration, input: Input) {
+        match input {
+            Input::Opened(peer, outgoing) => {
+                self.shared.count.send_modify(|count| *count += 1);
+                self.agents.insert(peer, outgoing);
+            }
+            Input::Said(peer, message) => self.coordinate(now, Event::Message(peer, message)),
+            Input::Closed(peer) => {
+                self.shared.count.send_modify(|count| *count -= 1);
+                self.agents.remove(&peer);
+                self.coordinate(now, Event::Lost(peer));
+            }
+        }
+    }
+
+    fn coordinate(&mut self, now: Duration, event: Event) {
+        for action in self.coordinator.handle(now, event) {
+            match action {
+                Action::Send(peer, message) => match frame::encode(&message) {
+                    Ok(frame) => self.send(peer, frame),
+                    Err(error) => tracing::error!(%error, "a message to an agent was not sent"),
+                },
+                Action::Close(peer) => {
+                    self.agents.remove(&peer);
+                }
+                Action::ClearStore => locked(&self.shared.clients).clear(),
+            }
+        }
+    }
+
+    /// Dropping the sender ends the connection once its queue is through.
+    fn send(&mut self, peer: Peer, bytes: Vec<u8>) {
+        let Some(outgoing) = self.agents.get(&peer) else { return };
+        if !outgoing.send(bytes) {
+            tracing::warn!(peer, "an agent that does not read was dropped");
+            self.agents.remove(&peer);
+        }
+    }
+}
+
+/// Serves an agent until it goes. `known` is called once it has shown that it is one.
+pub(super) async fn serve(
+    shared: &Shared,
+    id: Peer,
+    mut stream: TcpStream,
+    peer: SocketAddr,
+    coordinator: mpsc::Sender<Input>,
+    known: impl FnOnce(),
+) -> io::Result<()> {
+    let decoder = match auth::admit(&mut stream, shared.token.as_ref()).await {
+        Ok(decoder) => decoder,
+        Err(error @ (AuthError::Io(_) | AuthError::Frame(_))) => return Err(io::Error::other(error)),
+        Err(error) => {
+            tracing::warn!(%peer, "an agent without the job's token was turned away");
+            return Err(io::Error::other(error));
+        }
+    };
+    known();
+    shared.welcome([peer.ip()]);
+    let (reader, mut writer) = stream.into_split();
+    let (sender, mut outgoing) = mpsc::channel::<Vec<u8>>(OUTGOING);
+    let waiting = Arc::new(AtomicUsize::new(0));
+    let to_agent = Outgoing { sender, waiting: Arc::clone(&waiting) };
+    if coordinator.send(Input::Opened(id, to_agent)).await.is_err() {
+        return Ok(());
+    }
+    let write = async {
+        loop {
+            match timeout(shared.keep_alive.interval, outgoing.recv()).await {
+                Ok(Some(bytes)) => {
+                    waiting.fetch_sub(bytes.len(), Ordering::Relaxed);
+                    writer.write_all(&bytes).await?;
+                }
+                Ok(None) => return writer.shutdown().await,
+                Err(_) => {
+                    let frame = frame::encode(&ToAgent::KeepAlive).map_err(io::Error::other)?;
+                    writer.write_all(&frame).await?;
+                }
+            }
+        }
+    };
+    let result = tokio::select! {
+        result = write => result,
+        result = read(id, reader, decoder, shared, &coordinator) => result,
+    };
+    let _ = coordinator.send(Input::Closed(id)).await;
+    result
+}
+
+async fn read(
+    id: Peer,
+    mut reader: impl AsyncRead + Unpin,
+    mut decoder: Decoder,
+    shared: &Shared,
+    coordinator: &mpsc::Sender<Input>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; 4096];
+    loop {
+        while let Some(message) = decoder.next_message::<ToCoordinator>().map_err(invalid)? {
+            if let ToCoordinator::Hello(hello) = &message {
+                shared.welcome(hello.addresses.iter().copied());
+            }
+            if coordinator.send(Input::Said(id, message)).await.is_err() {
+                return Ok(());
+            }
+        }
+        let read = alive::read(shared.keep_alive, &mut reader, &mut buffer).await?;
+        if read == 0 {
+            return Ok(());
+        }
+        decoder.feed(&buffer[..read]);
+    }
+}
+
+fn invalid(error: FrameError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}

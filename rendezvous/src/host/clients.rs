@@ -1,0 +1,233 @@
+//! Connections of ranks to the store.
+//!
+//! Bytes that come are handled where they lie, and answers are written at once: a connection that does nothing holds no buffer. A
+//! client is not read from while it does not read.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use super::{Shared, locked};
+use crate::store::codec::Scan;
+use crate::store::state::{Connection, MAX_HELD, READY, Replies, Store};
+
+/// Bytes that are read at a time.
+const CHUNK: usize = 64 << 10;
+/// Requests wait while so much of the answers has not been written.
+const UNWRITTEN: usize = 256 << 10;
+/// Bytes of a request that is not whole yet; more than any client of torch sends.
+const MAX_REQUEST: usize = 64 << 20;
+/// Bytes of all requests that are not whole and of all answers that are not written.
+const MAX_BUFFERED: usize = 512 << 20;
+
+/// What others have for a client.
+#[derive(Default)]
+struct Bell {
+    rings: Notify,
+    /// How often it was told [`READY`] since it last looked.
+    ready: AtomicU32,
+    closed: AtomicBool,
+}
+
+/// The store, who is connected to it, and room to work in.
+pub(super) struct Clients {
+    store: Store,
+    bells: HashMap<Connection, Arc<Bell>>,
+    /// Bytes that connections hold for themselves.
+    buffered: usize,
+    chunk: Box<[u8]>,
+    replies: Replies,
+}
+
+impl Clients {
+    pub(super) fn new() -> Self {
+        Self {
+            store: Store::new(MAX_HELD),
+            bells: HashMap::new(),
+            buffered: 0,
+            chunk: vec![0; CHUNK].into(),
+            replies: Replies::default(),
+        }
+    }
+
+    /// Empties the store for a new round. Whoever is connected belongs to ranks that have ended, and what they have sent and nobody has
+    /// read yet must not get into the new round.
+    pub(super) fn clear(&mut self) {
+        self.store.clear();
+        for bell in self.bells.values() {
+            bell.closed.store(true, Ordering::Relaxed);
+            bell.rings.notify_one();
+        }
+    }
+
+    /// Moves what can be moved without waiting.
+    fn turn(&mut self, stream: &TcpStream, client: &mut Client) -> io::Result<()> {
+        let before = client.held();
+        let result = self.step(stream, client);
+        self.buffered = self.buffered + client.held() - before;
+        if self.buffered > MAX_BUFFERED && client.held() > before {
+            return Err(io::Error::other("all connections together hold too much"));
+        }
+        result
+    }
+
+    fn step(&mut self, stream: &TcpStream, client: &mut Client) -> io::Result<()> {
+        if client.bell.closed.load(Ordering::Relaxed) {
+            return Err(io::Error::other("its round is over"));
+        }
+        let Self { store, bells, chunk, replies, .. } = self;
+        replies.own.clear();
+        // First, since a client that gives up its wait reads this before the answer to that.
+        let ready = client.bell.ready.swap(0, Ordering::Relaxed);
+        replies.own.extend((0..ready).map(|_| READY));
+        if client.unwritten.is_empty() {
+            let read = match stream.try_read(chunk) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                Err(error) => return Err(error),
+            };
+            client.take_in(&chunk[..read], store, replies)?;
+        }
+        for woken in replies.woken.drain(..) {
+            if let Some(bell) = bells.get(&woken) {
+                bell.ready.fetch_add(1, Ordering::Relaxed);
+                bell.rings.notify_one();
+            }
+        }
+        client.write(stream, &replies.own)
+    }
+}
+
+struct Client {
+    id: Connection,
+    bell: Arc<Bell>,
+    /// Requests that have not been handled; mostly none.
+    pending: Vec<u8>,
+    /// The first of them, as far as it is there.
+    scan: Scan,
+    /// Answers that the client has not taken yet; mostly none.
+    unwritten: Vec<u8>,
+}
+
+impl Client {
+    fn held(&self) -> usize {
+        self.pending.capacity() + self.unwritten.capacity()
+    }
+
+    /// Handles all that is whole, and keeps the rest.
+    fn take_in(&mut self, read: &[u8], store: &mut Store, replies: &mut Replies) -> io::Result<()> {
+        if self.pending.is_empty() {
+            let taken = self.requests(read, store, replies)?;
+            self.pending.extend_from_slice(&read[taken..]);
+            return Ok(());
+        }
+        let mut pending = std::mem::take(&mut self.pending);
+        pending.extend_from_slice(read);
+        let taken = self.requests(&pending, store, replies)?;
+        if taken < pending.len() {
+            pending.drain(..taken);
+            self.pending = pending;
+        }
+        if self.pending.len() > MAX_REQUEST {
+            return Err(io::Error::other("a request is too large"));
+        }
+        Ok(())
+    }
+
+    /// How many bytes were handled.
+    fn requests(&mut self, bytes: &[u8], store: &mut Store, replies: &mut Replies) -> io::Result<usize> {
+        let mut taken = 0;
+        while replies.own.len() < UNWRITTEN {
+            let rest = &bytes[taken..];
+            if !self.scan.advance(rest).map_err(io::Error::other)? {
+                break;
+            }
+            let Some((request, length)) = self.scan.request(rest).map_err(io::Error::other)? else { break };
+            if let Err(full) = store.handle(self.id, request, replies) {
+                tracing::error!(%full, "a client of the store was ended");
+                return Err(io::Error::other(full));
+            }
+            // In its place among the answers.
+            if let Some(own) = replies.woken.iter().position(|woken| *woken == self.id) {
+                replies.woken.swap_remove(own);
+                replies.own.push(READY);
+            }
+            taken += length;
+            self.scan = Scan::default();
+        }
+        Ok(taken)
+    }
+
+    fn write(&mut self, stream: &TcpStream, replies: &[u8]) -> io::Result<()> {
+        if self.unwritten.is_empty() {
+            let written = written(stream, replies)?;
+            self.unwritten.extend_from_slice(&replies[written..]);
+            return Ok(());
+        }
+        self.unwritten.extend_from_slice(replies);
+        let written = written(stream, &self.unwritten)?;
+        if written == self.unwritten.len() {
+            self.unwritten = Vec::new();
+        } else {
+            self.unwritten.drain(..written);
+        }
+        Ok(())
+    }
+}
+
+/// How many bytes the kernel takes now.
+fn written(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    if bytes.is_empty() {
+        return Ok(0);
+    }
+    match stream.try_write(bytes) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        written => written,
+    }
+}
+
+/// Serves a rank, which has validated, until it goes.
+pub(super) async fn serve(shared: &Shared, id: Connection, stream: TcpStream) -> io::Result<()> {
+    let bell = Arc::new(Bell::default());
+    locked(&shared.clients).bells.insert(id, Arc::clone(&bell));
+    let mut client = Client { id, bell, pending: Vec::new(), scan: Scan::default(), unwritten: Vec::new() };
+    let result = talk(shared, &stream, &mut client).await;
+    let mut clients = locked(&shared.clients);
+    clients.bells.remove(&id);
+    clients.store.disconnect(id);
+    clients.buffered -= client.held();
+    result
+}
+
+async fn talk(shared: &Shared, stream: &TcpStream, client: &mut Client) -> io::Result<()> {
+    loop {
+        locked(&shared.clients).turn(stream, client)?;
+        let bell = Arc::clone(&client.bell);
+        if !client.unwritten.is_empty() {
+            tokio::select! {
+                () = bell.rings.notified() => {}
+                writable = stream.writable() => writable?,
+            }
+        } else if client.pending.is_empty() || !client.is_held_back() {
+            tokio::select! {
+                () = bell.rings.notified() => {}
+                readable = stream.readable() => readable?,
+            }
+        } else {
+            // What was held back until the answers were written.
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+impl Client {
+    /// Whether a request is whole and was not handled.
+    fn is_held_back(&mut self) -> bool {
+        self.scan.advance(&self.pending).unwrap_or(true)
+    }
+}

@@ -1,0 +1,133 @@
+//! Who comes: connections are strangers until they have shown what they are.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ice_proto::frame;
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
+
+use super::agents::{self, Input};
+use super::{Shared, clients, locked};
+use crate::store::codec::{VALIDATE, VALIDATION_MAGIC};
+
+/// How long a stranger has to show what it is.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Strangers at a time; beyond them the one that has been silent for longest goes.
+const STRANGERS: usize = 1024;
+
+/// Connections that have not shown what they are, by arrival.
+#[derive(Clone, Default)]
+struct Strangers(Arc<Mutex<BTreeMap<u64, AbortHandle>>>);
+
+impl Strangers {
+    fn add(&self, id: u64, task: AbortHandle) {
+        let mut strangers = locked(&self.0);
+        // It may have been quick.
+        if !task.is_finished() {
+            strangers.insert(id, task);
+        }
+        drop(strangers);
+        if locked(&self.0).len() > STRANGERS {
+            self.send_away();
+        }
+    }
+
+    /// Ends the one that has been here for longest.
+    fn send_away(&self) {
+        if let Some((_, task)) = locked(&self.0).pop_first() {
+            task.abort();
+        }
+    }
+
+    fn remove(&self, id: u64) {
+        locked(&self.0).remove(&id);
+    }
+}
+
+pub(super) struct Door {
+    shared: Arc<Shared>,
+    coordinator: mpsc::Sender<Input>,
+    strangers: Strangers,
+    next: AtomicU64,
+}
+
+impl Door {
+    pub(super) fn new(shared: Arc<Shared>, coordinator: mpsc::Sender<Input>) -> Self {
+        Self { shared, coordinator, strangers: Strangers::default(), next: AtomicU64::new(0) }
+    }
+
+    /// Lets in who comes, for ever.
+    pub(super) async fn serve(self: Arc<Self>, listener: TcpListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, peer)) => self.open(stream, peer),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    // Out of descriptors: those that say nothing make room, others get the time to end.
+                    self.strangers.send_away();
+                    sleep(Duration::from_millis(10)).await;
+                }
+            }
+        }
+    }
+
+    fn open(&self, mut stream: TcpStream, peer: SocketAddr) {
+        let _ = stream.set_nodelay(true);
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (shared, coordinator) = (Arc::clone(&self.shared), self.coordinator.clone());
+        let strangers = self.strangers.clone();
+        let task = tokio::spawn(async move {
+            let result = match timeout(PATIENCE, meet(&mut stream, peer, &shared)).await {
+                Err(_) => Err(io::ErrorKind::TimedOut.into()),
+                Ok(Err(error)) => Err(error),
+                Ok(Ok(Kind::Rank)) => {
+                    strangers.remove(id);
+                    clients::serve(&shared, id, stream).await
+                }
+                // Boxed, since it is large, and most connections are ranks'.
+                Ok(Ok(Kind::Agent)) => {
+                    let known = || strangers.remove(id);
+                    Box::pin(agents::serve(&shared, id, stream, peer, coordinator, known)).await
+                }
+            };
+            strangers.remove(id);
+            if let Err(error) = result {
+                tracing::debug!(%peer, %error, "a connection was ended");
+            }
+        });
+        self.strangers.add(id, task.abort_handle());
+    }
+}
+
+enum Kind {
+    Agent,
+    /// It has validated.
+    Rank,
+}
+
+/// Finds out what a stranger is.
+async fn meet(stream: &mut TcpStream, peer: SocketAddr, shared: &Shared) -> io::Result<Kind> {
+    let mut first = [0; 5];
+    stream.peek(&mut first[..1]).await?;
+    match first[0] {
+        byte if byte == frame::MAGIC[0] => return Ok(Kind::Agent),
+        VALIDATE => stream.read_exact(&mut first).await?,
+        _ => return Err(io::Error::other("neither an agent nor a rank")),
+    };
+    if first[1..] != VALIDATION_MAGIC.to_le_bytes() {
+        return Err(io::Error::other("neither an agent nor a rank"));
+    }
+    if !shared.is_guest(peer.ip()) {
+        tracing::warn!(%peer, "a client of the store was turned away: no agent with the token runs there");
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    Ok(Kind::Rank)
+}

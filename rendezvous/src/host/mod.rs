@@ -1,0 +1,189 @@
+//! One port, two protocols: the coordinator for agents and the store for ranks. The first byte of a connection tells.
+//!
+//! Nothing a stranger sends is held longer than needed: a connection that says nothing is closed, buffers are bounded, and
+//! the first bytes that make no sense end it.
+
+mod agents;
+mod clients;
+mod door;
+
+use std::collections::HashSet;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use ice_proto::rendezvous::KeepAlive;
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::{oneshot, watch};
+
+use crate::Error;
+use crate::auth::Token;
+use crate::machine::Settings;
+use clients::Clients;
+use door::Door;
+
+/// Connections that the kernel keeps until they are accepted.
+const BACKLOG: u32 = 4096;
+
+/// What a host serves.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
+    /// Where to listen, all on one port.
+    pub addresses: Vec<IpAddr>,
+    /// The port; 0 takes a free one.
+    pub port: u16,
+    /// Identifier of the job.
+    pub run_id: String,
+    /// How long the nodes may take to come.
+    pub join_timeout: Duration,
+    /// How long more nodes are waited for once there are enough.
+    pub last_call: Duration,
+    /// How a silent agent is told from a lost one.
+    pub keep_alive: KeepAlive,
+    /// What agents must know.
+    pub token: Option<Token>,
+}
+
+/// The coordinator and the store of a job, served by a thread of their own until this is dropped.
+pub struct Host {
+    port: u16,
+    agents: watch::Receiver<usize>,
+    /// Dropped before the thread is waited for.
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic there was printed there.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Host {
+    /// Listens, and serves from then on. Clients can connect once this returns.
+    ///
+    /// # Errors
+    /// [`Error::Bind`] where the address cannot be had.
+    pub async fn bind(config: HostConfig) -> Result<Self, Error> {
+        let HostConfig { addresses, port, run_id, join_timeout, last_call, keep_alive, token } = config;
+        let (port, listeners) = listen_on(&addresses, port)?;
+        let fail = Error::Host;
+        let settings = Settings { run_id, join_timeout, last_call, run_stamp: run_stamp() };
+        let (count, agents) = watch::channel(0);
+        let (stop, stopped) = oneshot::channel();
+        let shared = Arc::new(Shared {
+            clients: Mutex::new(Clients::new()),
+            guests: token.as_ref().map(|_| Mutex::default()),
+            token,
+            keep_alive,
+            count,
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
+        let serve = move || {
+            runtime.block_on(async move {
+                let coordinator = agents::start(settings, Arc::clone(&shared));
+                let door = Arc::new(Door::new(shared, coordinator));
+                for listener in listeners {
+                    match TcpListener::from_std(listener) {
+                        Ok(listener) => drop(tokio::spawn(Arc::clone(&door).serve(listener))),
+                        Err(error) => tracing::error!(%error, "an address is not served"),
+                    }
+                }
+                let _ = stopped.await;
+            });
+        };
+        let thread = thread::Builder::new().name("rendezvous".into()).spawn(serve).map_err(fail)?;
+        Ok(Self { port, agents, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Waits until no agent is connected any more.
+    pub async fn deserted(&self) {
+        let mut agents = self.agents.clone();
+        // An error means that the thread has ended, and with it all connections.
+        let _ = agents.wait_for(|count| *count == 0).await;
+    }
+
+    /// The port that it listens on.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+/// What all connections of a host have in common.
+struct Shared {
+    clients: Mutex<Clients>,
+    /// Where agents that know the token have come from: from there alone the store can be reached. `None` where there is no token.
+    guests: Option<Mutex<HashSet<IpAddr>>>,
+    token: Option<Token>,
+    keep_alive: KeepAlive,
+    /// Agents that are connected.
+    count: watch::Sender<usize>,
+}
+
+impl Shared {
+    /// Whether ranks may come from an address. They cannot show that they know the token; that an agent of the job runs on their host
+    /// is all that is known of them.
+    fn is_guest(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        self.guests.as_ref().is_none_or(|guests| address.is_loopback() || locked(guests).contains(&address))
+    }
+
+    fn welcome(&self, addresses: impl IntoIterator<Item = IpAddr>) {
+        if let Some(guests) = &self.guests {
+            locked(guests).extend(addresses.into_iter().map(|address| address.to_canonical()));
+        }
+    }
+}
+
+/// The lock is held for one step of one thread; what a panic left behind is a whole step or nothing.
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Listens on all addresses, and says on which port. An address that several names led to, or that went away, is no error while others
+/// can be had.
+fn listen_on(addresses: &[IpAddr], port: u16) -> Result<(u16, Vec<std::net::TcpListener>), Error> {
+    let mut listeners = Vec::new();
+    let mut common = port;
+    let mut failure = None;
+    for address in addresses {
+        let address = SocketAddr::new(*address, common);
+        let listening = listen(address).and_then(|listener| {
+            common = listener.local_addr()?.port();
+            listener.into_std()
+        });
+        match listening {
+            Ok(listener) => listeners.push(listener),
+            // Where one part of the endpoint is taken, all of it is.
+            Err(source) if source.kind() == io::ErrorKind::AddrInUse => {
+                return Err(Error::Bind { address, source });
+            }
+            Err(source) => failure = Some(Error::Bind { address, source }),
+        }
+    }
+    match (listeners.is_empty(), failure) {
+        (false, _) => Ok((common, listeners)),
+        (true, Some(error)) => Err(error),
+        (true, None) => Err(Error::Host(io::Error::new(io::ErrorKind::NotFound, "no address to listen on"))),
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// `<MMDDHHmm>_<random>` in local time.
+fn run_stamp() -> String {
+    use std::hash::{BuildHasher, Hasher};
+    let random = std::hash::RandomState::new().build_hasher().finish() as u32;
+    format!("{}_{random:08x}", jiff::ZonedDateTime::now().strftime("%m%d%H%M"))
+}
