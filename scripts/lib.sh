@@ -38,6 +38,15 @@ step() {
     return "$status"
 }
 
+# need TOOL PACKAGE: in CI what is missing is installed
+need() {
+    command -v "$1" >/dev/null && return
+    if [ -n "${CI:-}" ] && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$2" >/dev/null && command -v "$1" >/dev/null && return
+    fi
+    die "$1 is not installed" "apt-get install $2"
+}
+
 # help FILE: the comment block at the head of a script is its help text
 help() { sed -n '2,/^$/{/^#/{s/^# \{0,1\}//;p}}' "$1"; }
 

@@ -166,7 +166,7 @@ async fn connect_to(address: SocketAddr, from: Option<IpAddr>) -> io::Result<Tcp
 }
 
 /// The address that this host uses towards another; nothing is sent.
-fn source_of(address: SocketAddr) -> Option<IpAddr> {
+pub(crate) fn source_of(address: SocketAddr) -> Option<IpAddr> {
     let any: IpAddr =
         if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0)).ok()?;

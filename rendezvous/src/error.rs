@@ -54,6 +54,20 @@ pub enum Error {
         /// Why, and what to do.
         problem: String,
     },
+    /// etcd does not answer.
+    #[error("etcd at {endpoints} does not answer ({problem}): does it run, and can this host reach it?")]
+    Etcd {
+        /// Its members.
+        endpoints: String,
+        /// The last failure.
+        problem: String,
+    },
+    /// Trying again cannot help.
+    #[error("{problem}")]
+    Refused {
+        /// Who refuses, and why.
+        problem: String,
+    },
     /// The connection to the coordinator ended.
     #[error("lost the coordinator at {endpoint}: the agent of node 0 is gone or cannot be reached")]
     Lost {

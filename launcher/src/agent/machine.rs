@@ -14,6 +14,10 @@ const ECHO: Duration = Duration::from_millis(250);
 pub(crate) enum Event {
     Coordinator(ToAgent),
     CoordinatorLost(String),
+    /// The coordinator was found again, or another one was.
+    Met,
+    /// None was found.
+    NotMet(String),
     /// A rank ended. `failed_at` is when it failed by its own account.
     Exited {
         local_rank: u32,
@@ -35,6 +39,8 @@ pub(crate) enum Event {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
     Send(ToCoordinator),
+    /// Look for the coordinator again.
+    Meet,
     /// Start all ranks of this node.
     Spawn(Round),
     /// Ask all ranks that live to end: over the link those that know it, by a signal the others.
@@ -88,6 +94,8 @@ pub(crate) struct Rules {
     pub(crate) shutdown_timeout: Duration,
     /// Exit codes that no restart can help.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
+    /// Whether another agent becomes the coordinator when it is lost.
+    pub(crate) coordinator_moves: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -116,6 +124,8 @@ enum Then {
 pub(crate) struct Agent {
     rules: Rules,
     phase: Phase,
+    /// Whether there is a coordinator to talk to.
+    met: bool,
     alive: BTreeSet<u32>,
     started: Duration,
     /// How ranks of this attempt have ended.
@@ -131,6 +141,7 @@ impl Agent {
         Self {
             rules,
             phase: Phase::Joining,
+            met: true,
             alive: BTreeSet::new(),
             started: Duration::ZERO,
             ends: Vec::new(),
@@ -157,11 +168,23 @@ impl Agent {
         let mut actions = match event {
             Event::Coordinator(message) => self.coordinator(now, message),
             // It is how a job that this agent leaves anyway ends.
-            Event::CoordinatorLost(_) if matches!(self.phase, Phase::Stopping(Then::Exit(_))) => Vec::new(),
-            Event::CoordinatorLost(reason) => {
+            Event::CoordinatorLost(_) | Event::NotMet(_)
+                if matches!(self.phase, Phase::Stopping(Then::Exit(_))) =>
+            {
+                Vec::new()
+            }
+            Event::CoordinatorLost(reason) if self.rules.coordinator_moves => self.lost(now, &reason),
+            Event::CoordinatorLost(reason) | Event::NotMet(reason) => {
                 let mut actions = vec![Action::Say(reason.clone())];
                 actions.extend(self.stop(now, Then::Exit(None), Ask::Broken(reason)));
                 actions
+            }
+            Event::Met => {
+                self.met = true;
+                match self.phase {
+                    Phase::Joining => vec![Action::Send(ToCoordinator::Join)],
+                    _ => Vec::new(),
+                }
             }
             Event::Exited { local_rank, exit, failed_at } => self.exited(now, local_rank, exit, failed_at),
             Event::Hung { local_rank, reason } => self.hung(now, local_rank, reason),
@@ -205,6 +228,17 @@ impl Agent {
             (ToAgent::Refused { reason }, _) => self.over(now, &reason, None),
             _ => Vec::new(),
         }
+    }
+
+    /// The round is over, since nobody knows what becomes of it; the next one is another coordinator's.
+    fn lost(&mut self, now: Duration, reason: &str) -> Vec<Action> {
+        self.met = false;
+        let reason = format!("{reason}; looking for another");
+        let mut actions = vec![Action::Say(reason.clone()), Action::Meet];
+        if !matches!(self.phase, Phase::Joining) {
+            actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));
+        }
+        actions
     }
 
     fn over(&mut self, now: Duration, reason: &str, no_restart: Option<String>) -> Vec<Action> {
@@ -343,13 +377,15 @@ impl Agent {
             Then::Exit(code) => {
                 // A failure elsewhere has no code to pass on.
                 let code = code.or(cause).unwrap_or(ExitCode::Failure);
-                (Phase::Done, Action::Exit(code))
+                (Phase::Done, Some(Action::Exit(code)))
             }
-            Then::Await | Then::Rejoin => (Phase::Joining, Action::Send(ToCoordinator::Join)),
+            Then::Await | Then::Rejoin => {
+                (Phase::Joining, self.met.then_some(Action::Send(ToCoordinator::Join)))
+            }
         };
         self.phase = next;
         let report = failed.then_some(Action::Report(ends));
-        report.into_iter().chain([last]).collect()
+        report.into_iter().chain(last).collect()
     }
 
     /// Whether a rank of this attempt failed.

@@ -25,9 +25,14 @@ fn exited(local_rank: u32, exit: Exit) -> Event {
     Event::Exited { local_rank, exit, failed_at: None }
 }
 
+fn rules() -> Rules {
+    let (local_world_size, shutdown_timeout) = (2, TIMEOUT);
+    Rules { local_world_size, shutdown_timeout, fatal_exit_codes: BTreeSet::new(), coordinator_moves: false }
+}
+
 fn agent() -> Agent {
     let fatal_exit_codes = BTreeSet::from([64]);
-    Agent::new(Rules { local_world_size: 2, shutdown_timeout: TIMEOUT, fatal_exit_codes })
+    Agent::new(Rules { fatal_exit_codes, ..rules() })
 }
 
 /// The ranks and ends of a report, in its order.
@@ -178,6 +183,32 @@ fn other_signals_are_passed_on_while_ranks_live() {
     assert_eq!(agent.handle(NOW, Event::Forward(10)), [Action::Forward(10)]);
 }
 
+#[test]
+fn another_coordinator_is_looked_for_and_joined_once_the_ranks_have_ended() {
+    let mut agent = Agent::new(Rules { coordinator_moves: true, ..rules() });
+    agent.handle(NOW, started(0));
+    let actions = agent.handle(NOW, Event::CoordinatorLost("lost".into()));
+    assert!(
+        matches!(&actions[..], [Action::Say(_), Action::Meet, Action::Ask(Ask::Broken(_))]),
+        "{actions:?}"
+    );
+    agent.handle(NOW, exited(0, Exit::Signal(15)));
+    assert_eq!(agent.handle(NOW, exited(1, Exit::Signal(15))), [], "AG-6");
+    assert_eq!(agent.handle(NOW, Event::Met), [Action::Send(ToCoordinator::Join)]);
+    assert!(matches!(agent.handle(NOW, started(1))[..], [Action::Spawn(_)]));
+    // The other way around, and without ranks.
+    agent.handle(NOW, Event::CoordinatorLost("lost".into()));
+    assert_eq!(agent.handle(NOW, Event::Met), []);
+    agent.handle(NOW, exited(0, Exit::Signal(15)));
+    assert_eq!(agent.handle(NOW, exited(1, Exit::Signal(15))), [Action::Send(ToCoordinator::Join)]);
+    assert!(matches!(
+        agent.handle(NOW, Event::CoordinatorLost("l".into()))[..],
+        [Action::Say(_), Action::Meet]
+    ));
+    let actions = agent.handle(NOW, Event::NotMet("nobody".into()));
+    assert_eq!(actions, [Action::Say("nobody".into()), Action::Exit(ExitCode::Failure)]);
+}
+
 fn event() -> impl Strategy<Value = Event> {
     let exit = prop_oneof![Just(Exit::Code(0)), Just(Exit::Code(3)), Just(Exit::Signal(9))];
     prop_oneof![
@@ -190,18 +221,27 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (0_u32..2).prop_map(|local_rank| Event::Hung { local_rank, reason: "h".into() }),
         1 => Just(Event::Forward(10)),
         1 => Just(Event::CoordinatorLost("l".into())),
+        1 => Just(Event::Met),
         1 => Just(Event::Tick),
     ]
 }
 
 proptest! {
     #[test]
-    fn invariants_hold_for_every_sequence(events in proptest::collection::vec(event(), 0..80)) {
-        let mut agent = agent();
+    fn invariants_hold_for_every_sequence(
+        events in proptest::collection::vec(event(), 0..80), coordinator_moves in any::<bool>(),
+    ) {
+        let mut agent = Agent::new(Rules { coordinator_moves, ..rules() });
+        let mut met = true;
         let mut alive = BTreeSet::new();
         let mut done = false;
         for event in events.into_iter().chain([Event::Stop(15), exited(0, Exit::Code(0)), exited(1, Exit::Code(0))]) {
             let is_start = matches!(event, Event::Coordinator(ToAgent::RoundStarted(_)));
+            match &event {
+                Event::CoordinatorLost(_) => met = false,
+                Event::Met => met = true,
+                _ => {}
+            }
             if let Event::Exited { local_rank, .. } = &event {
                 alive.remove(local_rank);
             }
@@ -217,7 +257,7 @@ proptest! {
                         prop_assert!(is_start && alive.is_empty(), "AG-1, AG-2");
                         alive = BTreeSet::from([0, 1]);
                     }
-                    Action::Send(ToCoordinator::Join) => prop_assert!(alive.is_empty(), "AG-1"),
+                    Action::Send(ToCoordinator::Join) => prop_assert!(alive.is_empty() && met, "AG-1, AG-6"),
                     Action::Exit(_) => {
                         prop_assert!(alive.is_empty(), "AG-1");
                         done = true;

@@ -6,6 +6,7 @@ mod devices;
 mod fill;
 mod generate;
 mod lists;
+mod meeting;
 mod plan;
 mod program;
 mod streams;

@@ -3,22 +3,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ice_proto::backend::{DistBackend, RankDevice};
-use ice_proto::rendezvous::{KeepAlive, RestartPolicy};
-use ice_rendezvous::{Endpoint, MeetingConfig, Role, Token, address};
+use ice_proto::rendezvous::RestartPolicy;
+use ice_rendezvous::{MeetingConfig, Place};
 use nix::sys::signal::Signal;
 
 use crate::placement::{self, NumaBinding};
 
-use super::{LaunchArgs, PerRank, Program, devices, fill, lists};
+use super::{LaunchArgs, PerRank, Program, devices, fill, lists, meeting};
 
-/// torchrun's port.
-const DEFAULT_PORT: u16 = 29500;
-/// How long nodes wait for each other; torchrun's default.
-const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
-/// torchrun's default.
-const LAST_CALL: Duration = Duration::from_secs(30);
-/// How long the host waits for the others; torchrun's close timeout is 30 s.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// torchrun's default.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -53,7 +45,7 @@ pub struct LaunchPlan {
     pub(crate) nnodes: (u32, u32),
     /// Rank of this node, where given.
     pub(crate) node_rank: Option<u32>,
-    pub(crate) endpoint: Endpoint,
+    pub(crate) place: Place,
     pub(crate) meeting: MeetingConfig,
     /// How long the host waits for the other agents to leave after the end.
     pub(crate) close_timeout: Duration,
@@ -132,7 +124,6 @@ impl LaunchPlan {
         let devices = devices::parse(text, devices::count_gpus())
             .map_err(|problem| UsageError::new("--devices", format!("`{text}`: {problem}")))?;
         let nnodes = nnodes(args.nnodes.as_deref().unwrap_or("1"))?;
-        let role = role(args, nnodes.1)?;
         let run_id = args.run_id.clone().unwrap_or_else(|| "none".into());
         if run_id.is_empty() || run_id.contains('/') {
             return Err(UsageError::new("--run-id", format!("`{run_id}` is part of file names: no `/`")));
@@ -168,13 +159,9 @@ impl LaunchPlan {
             cpus,
             nnodes,
             node_rank: args.node_rank,
-            endpoint: Endpoint {
-                host: args.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),
-                port: args.master_port.unwrap_or(if nnodes.1 > 1 { DEFAULT_PORT } else { 0 }),
-                role,
-            },
-            meeting: meeting(args, &run_id, nnodes.1)?,
-            close_timeout: args.rendezvous.close_timeout.unwrap_or(CLOSE_TIMEOUT),
+            place: meeting::place(args, nnodes.1)?,
+            meeting: meeting::config(args, &run_id, nnodes.1)?,
+            close_timeout: args.rendezvous.close_timeout.unwrap_or(meeting::CLOSE_TIMEOUT),
             run_id,
             restarts,
             fatal_exit_codes: lists::numbers(codes).map_err(named("--fatal-exit-codes"))?,
@@ -194,44 +181,6 @@ impl LaunchPlan {
     }
 }
 
-fn meeting(args: &LaunchArgs, run_id: &str, nnodes: u32) -> Result<MeetingConfig, UsageError> {
-    let local = args.rendezvous.local_addr.as_deref().map(address::local).transpose();
-    let mut keep_alive = KeepAlive::default();
-    keep_alive.interval = args.rendezvous.keep_alive_interval.unwrap_or(keep_alive.interval);
-    keep_alive.attempts = args.rendezvous.keep_alive_attempts.unwrap_or(keep_alive.attempts);
-    Ok(MeetingConfig {
-        run_id: run_id.to_owned(),
-        shared: nnodes > 1,
-        local: local.map_err(|problem| UsageError::new("--local-addr", problem))?,
-        join_timeout: args.rendezvous.join_timeout.unwrap_or(JOIN_TIMEOUT),
-        last_call: args.rendezvous.last_call.unwrap_or(LAST_CALL),
-        keep_alive,
-        token: token(args)?,
-    })
-}
-
-fn role(args: &LaunchArgs, nnodes: u32) -> Result<Role, UsageError> {
-    if let Some(rank) = args.node_rank.filter(|rank| *rank >= nnodes) {
-        let problem = format!("{rank} with --nnodes {nnodes}: node ranks go from 0 to {}", nnodes - 1);
-        return Err(UsageError::new("--node-rank", problem));
-    }
-    Ok(match (args.rendezvous.is_host, args.node_rank) {
-        (Some(true), _) => Role::This,
-        (Some(false), _) => Role::Other,
-        (None, _) if nnodes == 1 => Role::This,
-        (None, None) if args.rendezvous.elect => Role::Elect,
-        (None, Some(0)) => Role::This,
-        (None, Some(_)) => Role::Other,
-        (None, None) => {
-            let problem = format!(
-                "missing, and --nnodes is {nnodes}: give each node its own, from 0 to {}, or use --rdzv-backend c10d",
-                nnodes - 1
-            );
-            return Err(UsageError::new("--node-rank", problem));
-        }
-    })
-}
-
 fn logs(args: &LaunchArgs) -> Result<LogPlan, UsageError> {
     let streams =
         |option, text: &str| PerRank::parse(text).map_err(|problem| UsageError::new(option, problem));
@@ -249,21 +198,6 @@ fn logs(args: &LaunchArgs) -> Result<LogPlan, UsageError> {
         prefix: args.log_prefix.clone(),
         rotation: size.map(|size| Rotation { size, keep: args.log_keep }),
     })
-}
-
-fn token(args: &LaunchArgs) -> Result<Option<Token>, UsageError> {
-    const VARIABLE: &str = ice_proto::env::ICE_RDZV_TOKEN;
-    if let Some(path) = &args.rdzv_token_file {
-        let wrong = |problem: String| {
-            UsageError::new("--rdzv-token-file", format!("`{}`: {problem}", path.display()))
-        };
-        let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
-        return Token::new(&text).map(Some).map_err(wrong);
-    }
-    match std::env::var(VARIABLE) {
-        Ok(text) => Token::new(&text).map(Some).map_err(|problem| UsageError::new(VARIABLE, problem)),
-        Err(_) => Ok(None),
-    }
 }
 
 /// torchrun's variable for `--shutdown-timeout`.
@@ -307,6 +241,7 @@ fn backend(text: &str, devices: &[RankDevice]) -> Result<DistBackend, UsageError
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use ice_rendezvous::{Endpoint, Role};
 
     use super::*;
     use crate::cli::Cli;
@@ -316,30 +251,39 @@ mod tests {
         cli.plan().map_err(|error| error.to_string())
     }
 
+    fn endpoint(plan: LaunchPlan) -> Endpoint {
+        let Place::Endpoint(endpoint) = plan.place else { panic!("etcd") };
+        endpoint
+    }
+
     #[test]
     fn defaults() {
         let plan = plan(&["--devices", "cpu"]).unwrap();
-        assert_eq!((plan.nnodes, plan.endpoint.port, plan.restarts.max_restarts), ((1, 1), 0, 0));
-        assert!(plan.endpoint.role == Role::This && plan.logs.redirects.is_empty());
+        assert_eq!((plan.nnodes, plan.restarts.max_restarts), ((1, 1), 0));
+        assert!(plan.logs.redirects.is_empty());
         assert_eq!(plan.signals.len(), 4);
         assert_eq!(plan.backend, DistBackend::Gloo);
+        let host = "127.0.0.1".into();
+        assert_eq!(endpoint(plan), Endpoint { host, port: 0, role: Role::This });
     }
 
     #[test]
     fn several_nodes_use_torchruns_port() {
         let plan = plan(&["--nnodes", "2:2", "--node_rank", "1", "--devices", "cpu:0-1"]).unwrap();
-        assert_eq!((plan.nnodes, plan.endpoint.port, plan.endpoint.role), ((2, 2), 29500, Role::Other));
+        assert_eq!(plan.nnodes, (2, 2));
+        let endpoint = endpoint(plan);
+        assert_eq!((endpoint.port, endpoint.role), (29500, Role::Other));
     }
 
     #[test]
     fn who_hosts() {
         let host =
-            |args: &[&str]| plan(&[&["--nnodes=2", "--devices=cpu"], args].concat()).unwrap().endpoint.role;
+            |args: &[&str]| endpoint(plan(&[&["--nnodes=2", "--devices=cpu"], args].concat()).unwrap()).role;
         assert_eq!(host(&["--node-rank=0"]), Role::This);
         assert_eq!(host(&["--node-rank=1"]), Role::Other);
         assert_eq!(host(&["--rdzv-backend=c10d"]), Role::Elect);
         assert_eq!(host(&["--rdzv-backend=c10d", "--rdzv-conf=is_host=0"]), Role::Other);
-        assert_eq!(plan(&["--rdzv-backend=c10d", "--devices=cpu"]).unwrap().endpoint.role, Role::This);
+        assert_eq!(endpoint(plan(&["--rdzv-backend=c10d", "--devices=cpu"]).unwrap()).role, Role::This);
     }
 
     #[test]

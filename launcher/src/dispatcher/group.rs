@@ -54,6 +54,11 @@ impl<'a> Group<'a> {
         Self { plan, console, files, events, logs, round, ranks, summary }
     }
 
+    /// The node's rank in the last round.
+    pub(super) fn place(&self) -> Option<u32> {
+        self.round.as_ref().map(|round| round.you)
+    }
+
     /// Starts all ranks. One that cannot be started counts as one that ended.
     pub(super) fn spawn(&mut self, round: Round, store: (&str, u16)) -> Result<(), Error> {
         let mut logs = match self.logs.take() {

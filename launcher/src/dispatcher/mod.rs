@@ -8,6 +8,8 @@ mod link;
 mod member;
 
 use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ice_proto::exit::ExitCode;
@@ -43,20 +45,23 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     let mut signals = Signals::new(&plan.signals).map_err(Error::Runtime)?;
     let orphans = Orphans::adopt();
     raise_open_files();
-    let meeting = Meeting::open(plan.meeting.clone(), plan.endpoint.clone()).await?;
+    let meeting = Arc::new(Meeting::open(plan.meeting.clone(), plan.place.clone()).await?);
     let (console, said) = Console::open().map_err(Error::Runtime)?;
     for note in plan.notes.iter().chain(meeting.notes()) {
         console.note(note);
     }
-    if meeting.is_host()
-        && plan.meeting.shared
-        && plan.meeting.token.is_none()
-        && !is_loopback(&plan.endpoint.host)
-    {
-        console.note(&format!(
-            "whoever reaches {} can join this job: give all its agents one --rdzv-token-file",
-            plan.endpoint.host
-        ));
+    if plan.meeting.shared && plan.meeting.token.is_none() {
+        let (endpoint, _) = meeting.address();
+        let open = match (meeting.moves(), meeting.is_host() && !is_loopback(&endpoint)) {
+            (true, _) => Some("the agent that coordinates"),
+            (false, true) => Some(endpoint.as_str()),
+            (false, false) => None,
+        };
+        if let Some(open) = open {
+            console.note(&format!(
+                "whoever reaches {open} can join this job: give all its agents one --rdzv-token-file"
+            ));
+        }
     }
     let (files, written) = Files::open(&console).map_err(Error::Runtime)?;
     let events = match &plan.events {
@@ -67,13 +72,14 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         None => None,
     };
     let session = tokio::select! {
-        session = meeting.meet(hello(&plan)) => session?,
+        session = meeting.meet(hello(&plan, None)) => session?,
         signal = signals.stop() => return Ok(Exit::Signal(signal).code()),
     };
     session.send(ToCoordinator::Join);
     let events = Events::new(&plan.run_id, events);
-    let outcome =
-        Dispatcher::new(&plan, &meeting, session, console, files, events, &orphans).run(&mut signals).await;
+    let outcome = Dispatcher::new(&plan, Arc::clone(&meeting), session, console, files, events, &orphans)
+        .run(&mut signals)
+        .await;
     // After an error ranks may still live; their supervision has ended with the dispatcher.
     orphans.end();
     let mut all_written = std::pin::pin!(async {
@@ -87,11 +93,11 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
             let _ = tokio::time::timeout(LAST_WORDS, all_written).await;
         }
     }
-    let _ = tokio::time::timeout(plan.close_timeout, meeting.deserted()).await;
+    meeting.close(plan.close_timeout).await;
     outcome
 }
 
-fn hello(plan: &LaunchPlan) -> Hello {
+fn hello(plan: &LaunchPlan, place: Option<u32>) -> Hello {
     Hello {
         run_id: plan.run_id.clone(),
         node_rank: plan.node_rank,
@@ -99,7 +105,7 @@ fn hello(plan: &LaunchPlan) -> Hello {
         local_world_size: plan.local_world_size(),
         restarts: plan.restarts,
         keep_alive: plan.meeting.keep_alive,
-        place: None,
+        place,
         addresses: address::own(),
         host: hostname(),
         pid: std::process::id(),
@@ -130,13 +136,15 @@ struct Dispatcher<'a> {
     inspecting: bool,
     clock: Clock,
     plan: &'a LaunchPlan,
-    meeting: &'a Meeting,
+    meeting: Arc<Meeting>,
+    /// Looks for the coordinator again.
+    looking: Option<Looking>,
 }
 
 impl<'a> Dispatcher<'a> {
     fn new(
         plan: &'a LaunchPlan,
-        meeting: &'a Meeting,
+        meeting: Arc<Meeting>,
         session: Session,
         console: Console,
         files: Files,
@@ -148,6 +156,7 @@ impl<'a> Dispatcher<'a> {
             local_world_size: plan.local_world_size(),
             shutdown_timeout: plan.shutdown_timeout,
             fatal_exit_codes: plan.fatal_exit_codes.clone(),
+            coordinator_moves: meeting.moves(),
         };
         Self {
             agent: Agent::new(rules),
@@ -165,6 +174,7 @@ impl<'a> Dispatcher<'a> {
             clock: Clock::start(),
             plan,
             meeting,
+            looking: None,
         }
     }
 
@@ -187,6 +197,16 @@ impl<'a> Dispatcher<'a> {
                         Event::CoordinatorLost(error.to_string())
                     }
                 }),
+                found = found(&mut self.looking) => {
+                    self.looking = None;
+                    Some(match found {
+                        Ok(session) => {
+                            self.session = Some(session);
+                            Event::Met
+                        }
+                        Err(error) => Event::NotMet(error.to_string()),
+                    })
+                }
                 () = tokio::time::sleep_until(wake), if deadline.is_some() => {
                     self.clock.woke(deadline.unwrap_or_default());
                     self.look();
@@ -302,6 +322,10 @@ impl<'a> Dispatcher<'a> {
                         session.send(message);
                     }
                 }
+                Action::Meet => {
+                    let (meeting, hello) = (Arc::clone(&self.meeting), hello(self.plan, self.group.place()));
+                    self.looking = Some(Box::pin(async move { meeting.meet(hello).await }));
+                }
                 Action::Spawn(round) => self.spawn(round)?,
                 Action::Ask(ask) => {
                     self.log.add(&Happened::Stopping { how: "asked" });
@@ -353,7 +377,8 @@ impl<'a> Dispatcher<'a> {
             node: round.you,
             world_size: round.world_size(),
         });
-        self.group.spawn(round, self.meeting.address())?;
+        let (host, port) = self.meeting.address();
+        self.group.spawn(round, (&host, port))?;
         (self.inspecting, self.sample_at) = (false, self.clock.now());
         self.hangs.start(self.plan.local_world_size());
         for (local_rank, pid) in self.group.living() {
@@ -382,6 +407,16 @@ fn on_clock(now: Duration, at: SystemTime) -> Duration {
     match SystemTime::now().duration_since(at + TICK) {
         Ok(ago) => now.saturating_sub(ago),
         Err(ahead) => now + ahead.duration(),
+    }
+}
+
+/// A search for the coordinator.
+type Looking = Pin<Box<dyn Future<Output = Result<Session, ice_rendezvous::Error>>>>;
+
+async fn found(looking: &mut Option<Looking>) -> Result<Session, ice_rendezvous::Error> {
+    match looking {
+        Some(looking) => looking.await,
+        None => std::future::pending().await,
     }
 }
 

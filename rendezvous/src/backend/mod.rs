@@ -1,17 +1,22 @@
 //! How agents find each other: at an endpoint that all know, or through etcd.
 
 mod endpoint;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod session;
 
 use std::net::IpAddr;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, KeepAlive};
+use tokio::time::timeout;
 
 pub use endpoint::{Endpoint, Role};
 pub use session::Session;
 
 use crate::auth::Token;
+use crate::host::locked;
 use crate::{Error, Host, HostConfig};
 
 /// What all ways to meet have in common.
@@ -47,44 +52,138 @@ impl MeetingConfig {
     }
 }
 
+/// Where etcd is, and who we are there.
+#[derive(Clone, PartialEq, Eq)]
+pub struct EtcdConfig {
+    /// `http://host:port` or `https://host:port` of its members.
+    pub endpoints: Vec<String>,
+    /// What all keys start with.
+    pub prefix: String,
+    /// Name and password.
+    pub user: Option<(String, String)>,
+    /// Certificates, as PEM.
+    pub tls: Option<EtcdTls>,
+    /// The port that a coordinator on this node listens on; 0 for a free one.
+    pub port: u16,
+}
+
+impl std::fmt::Debug for EtcdConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "EtcdConfig({}{})", self.endpoints.join(","), self.prefix)
+    }
+}
+
+/// Certificates for etcd, as PEM.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct EtcdTls {
+    /// Of the authority that etcd's certificate is checked against.
+    pub ca: Option<Vec<u8>>,
+    /// Our certificate and its key.
+    pub identity: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+/// Where the agents of a job look for each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// At one address that all know.
+    Endpoint(Endpoint),
+    /// In etcd.
+    Etcd(EtcdConfig),
+}
+
 /// This agent's way to the others, and its part as the host of the coordinator and the store, where it has that.
 pub struct Meeting {
     config: MeetingConfig,
-    endpoint: Endpoint,
-    host: Option<Host>,
+    place: Place,
     notes: Vec<String>,
+    now: Mutex<Now>,
+}
+
+/// What changes when the coordinator moves.
+struct Now {
+    /// Of the coordinator and the store.
+    address: (String, u16),
+    hosting: Option<Hosting>,
+}
+
+enum Hosting {
+    Endpoint(Host),
+    #[cfg(feature = "etcd")]
+    Etcd(Box<etcd::Leadership>),
+}
+
+impl Hosting {
+    fn host(&self) -> &Host {
+        match self {
+            Self::Endpoint(host) => host,
+            #[cfg(feature = "etcd")]
+            Self::Etcd(leadership) => &leadership.host,
+        }
+    }
 }
 
 impl Meeting {
-    /// Becomes the host where that is this agent's part.
+    /// Becomes the host where that is certain to be this agent's part.
     ///
     /// # Errors
     /// [`Error::Resolve`] and [`Error::Bind`] where the endpoint cannot be listened on.
-    pub async fn open(config: MeetingConfig, mut endpoint: Endpoint) -> Result<Self, Error> {
-        let (host, notes) = endpoint.host(&config).await?;
-        if let Some(host) = &host {
-            endpoint.port = host.port();
-        }
-        Ok(Self { config, endpoint, host, notes })
+    pub async fn open(config: MeetingConfig, place: Place) -> Result<Self, Error> {
+        let (host, notes, address) = match &place {
+            Place::Endpoint(endpoint) => {
+                let (host, notes) = endpoint.host(&config).await?;
+                let port = host.as_ref().map_or(endpoint.port, Host::port);
+                (host, notes, (endpoint.host.clone(), port))
+            }
+            Place::Etcd(_) if cfg!(feature = "etcd") => (None, Vec::new(), (String::new(), 0)),
+            Place::Etcd(_) => {
+                return Err(Error::Refused {
+                    problem: "this ice-launch was built without its feature `etcd`".into(),
+                });
+            }
+        };
+        let now = Now { address, hosting: host.map(Hosting::Endpoint) };
+        Ok(Self { config, place, notes, now: Mutex::new(now) })
     }
 
     /// Connects to the coordinator and says hello.
     ///
     /// # Errors
-    /// As [`Session::connect`].
+    /// As [`Session::connect`], or etcd cannot be used.
     pub async fn meet(&self, hello: Hello) -> Result<Session, Error> {
-        let MeetingConfig { local, token, join_timeout, .. } = &self.config;
-        Session::connect(self.address(), *local, hello, token.as_ref(), *join_timeout).await
+        match &self.place {
+            Place::Endpoint(_) => {
+                let MeetingConfig { local, token, join_timeout, .. } = &self.config;
+                let (host, port) = self.address();
+                Session::connect((&host, port), *local, hello, token.as_ref(), *join_timeout).await
+            }
+            #[cfg(not(feature = "etcd"))]
+            Place::Etcd(_) => Err(Error::Refused { problem: "there is no etcd in this build".into() }),
+            #[cfg(feature = "etcd")]
+            Place::Etcd(config) => {
+                // Whoever looks for the coordinator is it no longer.
+                let before = locked(&self.now).hosting.take();
+                drop(before);
+                let mut etcd = etcd::Etcd::connect(config, &self.config).await?;
+                let (session, address, leadership) = etcd.meet(&hello).await?;
+                *locked(&self.now) = Now { address, hosting: leadership.map(Box::new).map(Hosting::Etcd) };
+                Ok(session)
+            }
+        }
     }
 
     /// Host and port of the coordinator and the store.
-    pub fn address(&self) -> (&str, u16) {
-        (&self.endpoint.host, self.endpoint.port)
+    pub fn address(&self) -> (String, u16) {
+        locked(&self.now).address.clone()
     }
 
-    /// Whether this agent hosts them.
+    /// Whether another agent becomes the host when this one is lost.
+    pub fn moves(&self) -> bool {
+        !matches!(self.place, Place::Endpoint(_))
+    }
+
+    /// Whether this agent is the host.
     pub fn is_host(&self) -> bool {
-        self.host.is_some()
+        locked(&self.now).hosting.is_some()
     }
 
     /// What the user should know, one line each.
@@ -92,10 +191,14 @@ impl Meeting {
         &self.notes
     }
 
-    /// Waits until no agent is connected to this one any more.
-    pub async fn deserted(&self) {
-        if let Some(host) = &self.host {
-            host.deserted().await;
+    /// Waits until no agent is connected to this one any more, at most so long, and gives up its part as the host.
+    pub async fn close(&self, limit: Duration) {
+        let Some(hosting) = locked(&self.now).hosting.take() else { return };
+        let _ = timeout(limit, hosting.host().deserted()).await;
+        match hosting {
+            Hosting::Endpoint(host) => drop(host),
+            #[cfg(feature = "etcd")]
+            Hosting::Etcd(leadership) => leadership.resign().await,
         }
     }
 }

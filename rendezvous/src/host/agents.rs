@@ -11,13 +11,13 @@ use ice_proto::frame::{self, Decoder, FrameError};
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
 use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{Shared, locked};
 use crate::alive;
 use crate::auth::{self, AuthError};
-use crate::machine::{Action, Coordinator, Event, Peer, Settings};
+use crate::machine::{Action, Coordinator, Event, Peer, Record, Settings};
 
 /// Messages that wait to be sent to one agent; one that does not read is dropped at this many.
 const OUTGOING: usize = 4096;
@@ -48,52 +48,119 @@ pub(super) enum Input {
     Closed(Peer),
 }
 
-/// Starts the task that owns the coordinator.
-pub(super) fn start(settings: Settings, shared: Arc<Shared>) -> mpsc::Sender<Input> {
+/// A record that is to be kept, and who wants to know whether it is.
+#[cfg_attr(not(feature = "etcd"), expect(dead_code, reason = "etcd alone keeps records"))]
+pub(crate) struct Entry {
+    pub(crate) record: Record,
+    pub(crate) kept: oneshot::Sender<bool>,
+}
+
+/// What a host that may be replaced, and may replace another, needs.
+pub(crate) struct Takeover {
+    /// Where the coordinator before it was.
+    pub(crate) record: Option<Record>,
+    /// Where records go. Once it is closed, another host has taken over or may.
+    pub(crate) ledger: mpsc::Sender<Entry>,
+}
+
+/// Keeps records before anybody hears of what is in them.
+struct Ledger {
+    sender: mpsc::Sender<Entry>,
+    last: Option<Record>,
+}
+
+impl Ledger {
+    /// Whether this host is still the one.
+    async fn keep(&mut self, record: Record) -> bool {
+        if self.last.as_ref().is_some_and(|last| last.is_like(&record)) {
+            return true;
+        }
+        let (kept, answer) = oneshot::channel();
+        self.last = Some(record.clone());
+        self.sender.send(Entry { record, kept }).await.is_ok() && answer.await.unwrap_or(false)
+    }
+}
+
+/// Starts the task that owns the coordinator. It ends, and with it all connections of agents, when another host takes over.
+pub(super) fn start(
+    settings: Settings,
+    takeover: Option<Takeover>,
+    shared: Arc<Shared>,
+) -> mpsc::Sender<Input> {
     let (inputs, mut events) = mpsc::channel(1024);
-    let mut desk = Desk { coordinator: Coordinator::new(settings), agents: BTreeMap::new(), shared };
+    let (record, ledger) = takeover.map_or((None, None), |takeover| (takeover.record, Some(takeover.ledger)));
+    let before = record.as_ref().map_or(Duration::ZERO, Record::now);
+    let coordinator = match record {
+        Some(record) => Coordinator::resume(settings, record),
+        None => Coordinator::new(settings),
+    };
+    let ledger = ledger.map(|sender| Ledger { sender, last: None });
+    let mut desk = Desk { coordinator, ledger, agents: BTreeMap::new(), shared };
     tokio::spawn(async move {
         let start = Instant::now();
+        let now = || before + start.elapsed();
         loop {
-            let deadline = desk.coordinator.deadline().map(|deadline| start + deadline);
-            tokio::select! {
+            let deadline =
+                desk.coordinator.deadline().map(|deadline| start + deadline.saturating_sub(before));
+            let replaced = desk.ledger.as_ref().map(|ledger| ledger.sender.clone());
+            let goes_on = tokio::select! {
                 input = events.recv() => match input {
-                    Some(input) => desk.input(start.elapsed(), input),
-                    None => return,
+                    Some(input) => desk.input(now(), input).await,
+                    None => false,
                 },
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    desk.coordinate(start.elapsed(), Event::Tick);
+                    desk.coordinate(now(), Event::Tick).await
                 }
+                () = closed(replaced) => false,
+            };
+            if !goes_on {
+                return;
             }
         }
     });
     inputs
 }
 
+async fn closed(ledger: Option<mpsc::Sender<Entry>>) {
+    match ledger {
+        Some(ledger) => ledger.closed().await,
+        None => std::future::pending().await,
+    }
+}
+
 struct Desk {
     coordinator: Coordinator,
+    ledger: Option<Ledger>,
     agents: BTreeMap<Peer, Outgoing>,
     shared: Arc<Shared>,
 }
 
 impl Desk {
-    fn input(&mut self, now: Duration, input: Input) {
+    /// Whether this host is still the one.
+    async fn input(&mut self, now: Duration, input: Input) -> bool {
         match input {
             Input::Opened(peer, outgoing) => {
                 self.shared.count.send_modify(|count| *count += 1);
                 self.agents.insert(peer, outgoing);
+                true
             }
-            Input::Said(peer, message) => self.coordinate(now, Event::Message(peer, message)),
+            Input::Said(peer, message) => self.coordinate(now, Event::Message(peer, message)).await,
             Input::Closed(peer) => {
                 self.shared.count.send_modify(|count| *count -= 1);
                 self.agents.remove(&peer);
-                self.coordinate(now, Event::Lost(peer));
+                self.coordinate(now, Event::Lost(peer)).await
             }
         }
     }
 
-    fn coordinate(&mut self, now: Duration, event: Event) {
-        for action in self.coordinator.handle(now, event) {
+    async fn coordinate(&mut self, now: Duration, event: Event) -> bool {
+        let actions = self.coordinator.handle(now, event);
+        if let Some(ledger) = &mut self.ledger
+            && !ledger.keep(self.coordinator.record(now)).await
+        {
+            return false;
+        }
+        for action in actions {
             match action {
                 Action::Send(peer, message) => match frame::encode(&message) {
                     Ok(frame) => self.send(peer, frame),
@@ -105,6 +172,7 @@ impl Desk {
                 Action::ClearStore => locked(&self.shared.clients).clear(),
             }
         }
+        true
     }
 
     /// Dropping the sender ends the connection once its queue is through.

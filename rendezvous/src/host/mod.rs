@@ -21,6 +21,9 @@ use tokio::sync::{oneshot, watch};
 use crate::Error;
 use crate::auth::Token;
 use crate::machine::Settings;
+#[cfg(feature = "etcd")]
+pub(crate) use agents::Entry;
+pub(crate) use agents::Takeover;
 use clients::Clients;
 use door::Door;
 
@@ -71,8 +74,18 @@ impl Host {
     /// # Errors
     /// [`Error::Bind`] where the address cannot be had.
     pub async fn bind(config: HostConfig) -> Result<Self, Error> {
-        let HostConfig { addresses, port, run_id, join_timeout, last_call, keep_alive, token } = config;
-        let (port, listeners) = listen_on(&addresses, port)?;
+        let listening = Listening::bind(&config.addresses, config.port)?;
+        Self::serve(listening, config, None)
+    }
+
+    /// Serves, and goes on where another coordinator was lost.
+    pub(crate) fn serve(
+        listening: Listening,
+        config: HostConfig,
+        takeover: Option<Takeover>,
+    ) -> Result<Self, Error> {
+        let HostConfig { run_id, join_timeout, last_call, keep_alive, token, .. } = config;
+        let Listening { port, listeners } = listening;
         let fail = Error::Host;
         let settings = Settings { run_id, join_timeout, last_call, run_stamp: run_stamp() };
         let (count, agents) = watch::channel(0);
@@ -87,7 +100,7 @@ impl Host {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
         let serve = move || {
             runtime.block_on(async move {
-                let coordinator = agents::start(settings, Arc::clone(&shared));
+                let coordinator = agents::start(settings, takeover, Arc::clone(&shared));
                 let door = Arc::new(Door::new(shared, coordinator));
                 for listener in listeners {
                     match TcpListener::from_std(listener) {
@@ -142,35 +155,45 @@ impl Shared {
 }
 
 /// The lock is held for one step of one thread; what a panic left behind is a whole step or nothing.
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Listens on all addresses, and says on which port. An address that several names led to, or that went away, is no error while others
-/// can be had.
-fn listen_on(addresses: &[IpAddr], port: u16) -> Result<(u16, Vec<std::net::TcpListener>), Error> {
-    let mut listeners = Vec::new();
-    let mut common = port;
-    let mut failure = None;
-    for address in addresses {
-        let address = SocketAddr::new(*address, common);
-        let listening = listen(address).and_then(|listener| {
-            common = listener.local_addr()?.port();
-            listener.into_std()
-        });
-        match listening {
-            Ok(listener) => listeners.push(listener),
-            // Where one part of the endpoint is taken, all of it is.
-            Err(source) if source.kind() == io::ErrorKind::AddrInUse => {
-                return Err(Error::Bind { address, source });
+/// Addresses that clients can connect to already, although nobody serves them yet.
+pub(crate) struct Listening {
+    pub(crate) port: u16,
+    listeners: Vec<std::net::TcpListener>,
+}
+
+impl Listening {
+    /// Listens on all addresses. An address that several names led to, or that went away, is no error while others
+    /// can be had.
+    pub(crate) fn bind(addresses: &[IpAddr], port: u16) -> Result<Self, Error> {
+        let mut listeners = Vec::new();
+        let mut common = port;
+        let mut failure = None;
+        for address in addresses {
+            let address = SocketAddr::new(*address, common);
+            let listening = listen(address).and_then(|listener| {
+                common = listener.local_addr()?.port();
+                listener.into_std()
+            });
+            match listening {
+                Ok(listener) => listeners.push(listener),
+                // Where one part of the endpoint is taken, all of it is.
+                Err(source) if source.kind() == io::ErrorKind::AddrInUse => {
+                    return Err(Error::Bind { address, source });
+                }
+                Err(source) => failure = Some(Error::Bind { address, source }),
             }
-            Err(source) => failure = Some(Error::Bind { address, source }),
         }
-    }
-    match (listeners.is_empty(), failure) {
-        (false, _) => Ok((common, listeners)),
-        (true, Some(error)) => Err(error),
-        (true, None) => Err(Error::Host(io::Error::new(io::ErrorKind::NotFound, "no address to listen on"))),
+        match (listeners.is_empty(), failure) {
+            (false, _) => Ok(Self { port: common, listeners }),
+            (true, Some(error)) => Err(error),
+            (true, None) => {
+                Err(Error::Host(io::Error::new(io::ErrorKind::NotFound, "no address to listen on")))
+            }
+        }
     }
 }
 

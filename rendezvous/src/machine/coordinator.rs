@@ -4,7 +4,7 @@ use std::time::Duration;
 use ice_proto::rendezvous::{Hello, Member, Round, ToAgent, ToCoordinator};
 
 use super::restarts::{Failure, Restarts, Verdict};
-use super::{admission, places};
+use super::{Record, admission, places};
 
 /// A connection of an agent, numbered in order of arrival.
 pub type Peer = u64;
@@ -91,6 +91,40 @@ impl Coordinator {
     pub fn new(settings: Settings) -> Self {
         let phase = Phase::Joining(Joining::default());
         Self { settings, nodes: BTreeMap::new(), phase, round: 0, restarts: Restarts::default() }
+    }
+
+    /// A job that another coordinator had, as it was when that wrote its record. The clock goes on from there.
+    pub fn resume(settings: Settings, record: Record) -> Self {
+        let phase = match record.closed {
+            Some((success, reason, no_restart)) => Phase::Closed { success, reason, no_restart },
+            None if record.finished => Phase::Closed {
+                success: false,
+                reason: "the coordinator was lost while nodes finished: what they did cannot be done again"
+                    .into(),
+                no_restart: None,
+            },
+            None => Phase::Joining(Joining { since: record.now, ..Joining::default() }),
+        };
+        let settings = Settings { run_stamp: record.run_stamp, ..settings };
+        Self { settings, nodes: BTreeMap::new(), phase, round: record.next_round, restarts: record.restarts }
+    }
+
+    /// What another coordinator needs in order to go on.
+    pub fn record(&self, now: Duration) -> Record {
+        let running = matches!(self.phase, Phase::Running { .. });
+        Record {
+            now,
+            next_round: self.round + u64::from(running),
+            restarts: self.restarts.clone(),
+            run_stamp: self.settings.run_stamp.clone(),
+            finished: matches!(&self.phase, Phase::Running { finished, .. } if !finished.is_empty()),
+            closed: match &self.phase {
+                Phase::Closed { success, reason, no_restart } => {
+                    Some((*success, reason.clone(), no_restart.clone()))
+                }
+                _ => None,
+            },
+        }
     }
 
     /// When time alone changes something.

@@ -11,6 +11,8 @@
 //! - **RV-7** At most one round is live: a member hears that it is broken, or is gone, before the next one starts.
 //! - **RV-8** A member that stays is in the next round, whoever else has come.
 //! - **RV-9** When nothing changes any more, everybody who wants in is in, or waits because there are MAX nodes, within the last call.
+//! - **RV-10** A coordinator that takes over starts no round of a number that was used, grants no restart twice, and opens no job that is
+//!   closed.
 
 mod admission;
 mod coordinator;
@@ -18,6 +20,7 @@ mod places;
 #[cfg(test)]
 #[expect(dead_code, reason = "the storm uses the rest")]
 mod random;
+mod record;
 mod restarts;
 #[cfg(test)]
 mod simulation;
@@ -25,3 +28,4 @@ mod simulation;
 mod tests;
 
 pub use coordinator::{Action, Coordinator, Event, Peer, Settings};
+pub use record::Record;

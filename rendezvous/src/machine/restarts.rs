@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use ice_proto::rendezvous::RestartPolicy;
+use serde::{Deserialize, Serialize};
 
 /// An attempt that fails within this time has failed right at its start.
 const QUICK: Duration = Duration::from_secs(10);
@@ -33,7 +34,7 @@ pub(super) enum Verdict {
 }
 
 /// The restarts of a job so far.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Restarts {
     count: u32,
     /// When failures happened that still count.

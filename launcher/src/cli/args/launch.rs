@@ -1,6 +1,6 @@
 use std::path::PathBuf;
-use std::time::Duration;
 
+use super::RendezvousArgs;
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
@@ -244,23 +244,4 @@ pub struct LaunchArgs {
         help_heading = "Output"
     )]
     pub progress_interval: f64,
-}
-
-/// How the nodes meet, beyond the endpoint.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct RendezvousArgs {
-    /// Whoever the endpoint's address belongs to hosts it.
-    pub(crate) elect: bool,
-    /// Whether this agent does, where that was said.
-    pub(crate) is_host: Option<bool>,
-    /// How long nodes may take to come.
-    pub(crate) join_timeout: Option<Duration>,
-    /// How long more nodes are waited for once there are enough.
-    pub(crate) last_call: Option<Duration>,
-    /// How long the host waits for the others after the end.
-    pub(crate) close_timeout: Option<Duration>,
-    pub(crate) keep_alive_interval: Option<Duration>,
-    pub(crate) keep_alive_attempts: Option<u32>,
-    /// Address or interface of this node.
-    pub(crate) local_addr: Option<String>,
 }

@@ -1,5 +1,6 @@
 //! The command line as clap reads it. Help, man page and completions are made from the same definition.
 
+mod conf;
 mod launch;
 mod torchrun;
 
@@ -7,6 +8,7 @@ use std::ffi::OsString;
 
 use clap::{Parser, ValueEnum};
 
+pub(crate) use conf::{EtcdArgs, RendezvousArgs};
 pub use launch::LaunchArgs;
 pub use torchrun::TorchrunArgs;
 pub(crate) use torchrun::ignored_variables;

@@ -1,9 +1,9 @@
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
-use super::LaunchArgs;
+use super::{EtcdArgs, LaunchArgs};
 use crate::cli::program::Form;
-use crate::cli::{UsageError, devices, lists};
+use crate::cli::{UsageError, devices};
 use crate::placement;
 
 /// torchrun's port for `--rdzv-backend c10d`.
@@ -16,10 +16,10 @@ pub struct TorchrunArgs {
     /// Ranks of this node, instead of --devices: a number, auto, cpu or gpu
     #[arg(long, alias = "nproc_per_node", value_name = "N", env = "PET_NPROC_PER_NODE", hide_env = true)]
     pub nproc_per_node: Option<String>,
-    /// static: node 0 by its --node-rank; c10d: whoever the endpoint's address belongs to [default: static]
+    /// static: node 0 by its --node-rank; c10d: whoever the endpoint's address belongs to; etcd [default: static]
     #[arg(long, alias = "rdzv_backend", value_name = "NAME", env = "PET_RDZV_BACKEND", hide_env = true)]
     pub rdzv_backend: Option<String>,
-    /// --master-addr and --master-port in one: HOST:PORT
+    /// --master-addr and --master-port in one: HOST:PORT; with etcd its members, separated by commas
     #[arg(
         long,
         alias = "rdzv_endpoint",
@@ -31,7 +31,7 @@ pub struct TorchrunArgs {
     /// --run-id
     #[arg(long, alias = "rdzv_id", value_name = "ID", env = "PET_RDZV_ID", hide_env = true)]
     pub rdzv_id: Option<String>,
-    /// join_timeout, last_call_timeout, close_timeout, keep_alive_interval (seconds), keep_alive_max_attempt, is_host
+    /// join_timeout, last_call_timeout, close_timeout, keep_alive_interval (seconds), keep_alive_max_attempt, is_host; etcd: see the docs
     #[arg(long, alias = "rdzv_conf", value_name = "KEY=VALUE,…", env = "PET_RDZV_CONF", hide_env = true)]
     pub rdzv_conf: Option<String>,
     /// One node on a free port, whatever else is said about nodes
@@ -104,7 +104,8 @@ impl TorchrunArgs {
         self.ranks(args, notes)?;
         self.nodes(args)?;
         args.rendezvous.local_addr.clone_from(&self.local_addr);
-        self.conf(args, notes)?;
+        let conf = self.rdzv_conf.as_deref().unwrap_or_default();
+        args.rendezvous.apply(conf, &mut args.node_rank, notes)?;
         let mut ignored = |option: &str, value: &Option<String>, usual: &[&str], instead: &str| {
             if let Some(value) = value.as_deref().filter(|value| !usual.contains(value)) {
                 notes.push(format!("{option} {value} has no effect: {instead}"));
@@ -189,8 +190,18 @@ impl TorchrunArgs {
                 args.rendezvous.elect = true;
                 Some(C10D_PORT)
             }
+            Some("etcd") => {
+                let endpoints = self.rdzv_endpoint.as_deref().unwrap_or_default();
+                args.rendezvous.etcd = Some(EtcdArgs::new(endpoints)?);
+                return Ok(());
+            }
+            Some("etcd-v2") => {
+                let problem =
+                    "`etcd-v2`: etcd has no such interface any more: use etcd, which is version 3's";
+                return Err(UsageError::new("--rdzv-backend", problem.into()));
+            }
             Some(other) => {
-                let problem = format!("`{other}` is not supported: expected static or c10d");
+                let problem = format!("`{other}` is not supported: expected static, c10d or etcd");
                 return Err(UsageError::new("--rdzv-backend", problem));
             }
         };
@@ -202,50 +213,6 @@ impl TorchrunArgs {
         let (host, number) = split_endpoint(endpoint).ok_or_else(wrong)?;
         args.master_addr = Some(host.to_owned());
         args.master_port = number.or(port).or(args.master_port);
-        Ok(())
-    }
-
-    fn conf(&self, args: &mut LaunchArgs, notes: &mut Vec<String>) -> Result<(), UsageError> {
-        let pairs = self.rdzv_conf.as_deref().unwrap_or_default().split(',').map(str::trim);
-        for pair in pairs.filter(|pair| !pair.is_empty()) {
-            let wrong = |problem: &str| UsageError::new("--rdzv-conf", format!("`{pair}`: {problem}"));
-            let (key, value) = pair.split_once('=').ok_or_else(|| wrong("expected KEY=VALUE"))?;
-            match key.trim() {
-                key @ ("join_timeout"
-                | "timeout"
-                | "last_call_timeout"
-                | "close_timeout"
-                | "keep_alive_interval") => {
-                    let seconds = value.trim().parse().map_err(|_| wrong("expected seconds"))?;
-                    let seconds = lists::seconds(seconds).map_err(|problem| wrong(&problem))?;
-                    let rendezvous = &mut args.rendezvous;
-                    let timeout = match key {
-                        "last_call_timeout" => &mut rendezvous.last_call,
-                        "close_timeout" => &mut rendezvous.close_timeout,
-                        "keep_alive_interval" if seconds.is_zero() => {
-                            return Err(wrong("must be more than 0"));
-                        }
-                        "keep_alive_interval" => &mut rendezvous.keep_alive_interval,
-                        _ => &mut rendezvous.join_timeout,
-                    };
-                    *timeout = Some(seconds);
-                }
-                "keep_alive_max_attempt" => match value.trim().parse() {
-                    Ok(attempts @ 1..) => args.rendezvous.keep_alive_attempts = Some(attempts),
-                    _ => return Err(wrong("expected a number from 1")),
-                },
-                "is_host" => match value.trim().to_ascii_lowercase().as_str() {
-                    "1" | "true" | "t" | "yes" | "y" => args.rendezvous.is_host = Some(true),
-                    "0" | "false" | "f" | "no" | "n" => args.rendezvous.is_host = Some(false),
-                    _ => return Err(wrong("expected true or false")),
-                },
-                // The rank of the node in a static rendezvous; a test of torchrun gives it so.
-                "rank" => {
-                    args.node_rank = Some(value.trim().parse().map_err(|_| wrong("expected a node rank"))?)
-                }
-                key => notes.push(format!("--rdzv-conf {key} has no effect: there is nothing to set so")),
-            }
-        }
         Ok(())
     }
 }
@@ -275,7 +242,7 @@ mod tests {
 
     use super::*;
     use crate::cli::Cli;
-    use crate::cli::args::launch::RendezvousArgs;
+    use crate::cli::args::RendezvousArgs;
 
     fn translated(args: &[&str]) -> Result<(LaunchArgs, Vec<String>), String> {
         let cli = Cli::try_parse_from(["ice-launch"].iter().chain(args).chain(&["prog"])).unwrap();

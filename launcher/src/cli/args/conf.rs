@@ -1,0 +1,224 @@
+use std::fs;
+use std::time::Duration;
+
+use ice_rendezvous::{EtcdConfig, EtcdTls, Place};
+
+use crate::cli::{UsageError, lists};
+
+/// etcd's port for clients.
+const ETCD_PORT: u16 = 2379;
+/// What our keys in etcd start with.
+const ETCD_PREFIX: &str = "/ice-launch";
+
+/// How the nodes meet, beyond the endpoint: `--rdzv-conf` and what belongs to it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct RendezvousArgs {
+    /// Whoever the endpoint's address belongs to hosts it.
+    pub(crate) elect: bool,
+    /// Whether this agent does, where that was said.
+    pub(crate) is_host: Option<bool>,
+    /// How long nodes may take to come.
+    pub(crate) join_timeout: Option<Duration>,
+    /// How long more nodes are waited for once there are enough.
+    pub(crate) last_call: Option<Duration>,
+    /// How long the host waits for the others after the end.
+    pub(crate) close_timeout: Option<Duration>,
+    pub(crate) keep_alive_interval: Option<Duration>,
+    pub(crate) keep_alive_attempts: Option<u32>,
+    /// Address or interface of this node.
+    pub(crate) local_addr: Option<String>,
+    /// Where etcd is, if that is where the agents meet.
+    pub(crate) etcd: Option<EtcdArgs>,
+}
+
+/// etcd and how it lets us in. The keys are those of torchrun's etcd backend, and more.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub(crate) struct EtcdArgs {
+    members: Vec<String>,
+    https: bool,
+    prefix: Option<String>,
+    ca: Option<Vec<u8>>,
+    certificate: Option<Vec<u8>>,
+    key: Option<Vec<u8>>,
+    user: Option<String>,
+    password: Option<String>,
+}
+
+impl std::fmt::Debug for EtcdArgs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "EtcdArgs({})", self.members.join(","))
+    }
+}
+
+impl RendezvousArgs {
+    /// Takes in `--rdzv-conf`. `notes` gets a line for each key that is of no effect.
+    pub(super) fn apply(
+        &mut self,
+        conf: &str,
+        node_rank: &mut Option<u32>,
+        notes: &mut Vec<String>,
+    ) -> Result<(), UsageError> {
+        for pair in conf.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+            let wrong = |problem: &str| UsageError::new("--rdzv-conf", format!("`{pair}`: {problem}"));
+            let (key, value) = pair.split_once('=').ok_or_else(|| wrong("expected KEY=VALUE"))?;
+            let (key, value) = (key.trim(), value.trim());
+            let seconds = || {
+                let seconds = value.parse().map_err(|_| wrong("expected seconds"))?;
+                lists::seconds(seconds).map(Some).map_err(|problem| wrong(&problem))
+            };
+            match key {
+                "join_timeout" | "timeout" => self.join_timeout = seconds()?,
+                "last_call_timeout" => self.last_call = seconds()?,
+                "close_timeout" => self.close_timeout = seconds()?,
+                "keep_alive_interval" => match seconds()? {
+                    Some(Duration::ZERO) => return Err(wrong("must be more than 0")),
+                    interval => self.keep_alive_interval = interval,
+                },
+                "keep_alive_max_attempt" => match value.parse() {
+                    Ok(attempts @ 1..) => self.keep_alive_attempts = Some(attempts),
+                    _ => return Err(wrong("expected a number from 1")),
+                },
+                "is_host" => match value.to_ascii_lowercase().as_str() {
+                    "1" | "true" | "t" | "yes" | "y" => self.is_host = Some(true),
+                    "0" | "false" | "f" | "no" | "n" => self.is_host = Some(false),
+                    _ => return Err(wrong("expected true or false")),
+                },
+                // The rank of the node in a static rendezvous; a test of torchrun gives it so.
+                "rank" => *node_rank = Some(value.parse().map_err(|_| wrong("expected a node rank"))?),
+                key => {
+                    let taken = match &mut self.etcd {
+                        Some(etcd) => etcd.apply(key, value).map_err(|problem| wrong(&problem))?,
+                        None => false,
+                    };
+                    if !taken {
+                        notes.push(format!("--rdzv-conf {key} has no effect: there is nothing to set so"));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl EtcdArgs {
+    pub(super) fn new(endpoints: &str) -> Result<Self, UsageError> {
+        let members: Vec<String> =
+            endpoints.split(',').map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()).collect();
+        if members.is_empty() {
+            let problem = "missing: with --rdzv-backend etcd give its members, as HOST:PORT,HOST:PORT";
+            return Err(UsageError::new("--rdzv-endpoint", problem.into()));
+        }
+        Ok(Self { members, ..Self::default() })
+    }
+
+    /// Whether there is such a key.
+    fn apply(&mut self, key: &str, value: &str) -> Result<bool, String> {
+        let file = || fs::read(value).map(Some).map_err(|error| format!("cannot read it: {error}"));
+        match key {
+            "protocol" => match value {
+                "http" => self.https = false,
+                "https" => self.https = true,
+                _ => return Err("expected http or https".into()),
+            },
+            "etcd_prefix" => self.prefix = Some(value.to_owned()),
+            "cacert" => self.ca = file()?,
+            "cert" => self.certificate = file()?,
+            "key" => self.key = file()?,
+            "user" => self.user = Some(value.to_owned()),
+            "password_file" => {
+                let text = fs::read_to_string(value).map_err(|error| format!("cannot read it: {error}"))?;
+                self.password = Some(text.trim_end_matches(['\r', '\n']).to_owned());
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// As the agents take it.
+    pub(crate) fn place(&self, port: u16) -> Result<Place, UsageError> {
+        let wrong = |problem: &str| Err(UsageError::new("--rdzv-conf", problem.into()));
+        let https = self.https || self.ca.is_some() || self.certificate.is_some();
+        let identity = match (&self.certificate, &self.key) {
+            (Some(certificate), Some(key)) => Some((certificate.clone(), key.clone())),
+            (None, None) => None,
+            _ => return wrong("cert and key belong together: give both"),
+        };
+        let user = match (&self.user, &self.password) {
+            (Some(user), Some(password)) => Some((user.clone(), password.clone())),
+            (None, None) => None,
+            _ => return wrong("user and password_file belong together: give both"),
+        };
+        let member = |member: &String| {
+            let (scheme, address) =
+                member.split_once("://").unwrap_or((if https { "https" } else { "http" }, member.as_str()));
+            let has_port = address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+            let port = if has_port { String::new() } else { format!(":{ETCD_PORT}") };
+            format!("{scheme}://{address}{port}")
+        };
+        Ok(Place::Etcd(EtcdConfig {
+            endpoints: self.members.iter().map(member).collect(),
+            prefix: self.prefix.clone().unwrap_or_else(|| ETCD_PREFIX.into()),
+            user,
+            tls: https.then(|| EtcdTls { ca: self.ca.clone(), identity }),
+            port,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn etcd(endpoints: &str, conf: &str) -> Result<EtcdConfig, String> {
+        let (text, mut notes) = (|error: UsageError| error.to_string(), Vec::new());
+        let etcd = Some(EtcdArgs::new(endpoints).map_err(text)?);
+        let mut args = RendezvousArgs { etcd, ..RendezvousArgs::default() };
+        args.apply(conf, &mut None, &mut notes).map_err(text)?;
+        assert_eq!(notes, [""; 0]);
+        match args.etcd.map(|etcd| etcd.place(7)) {
+            Some(Ok(Place::Etcd(config))) => Ok(config),
+            Some(Err(error)) => Err(error.to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn etcd_is_described_as_torchrun_does() {
+        let config = etcd("a, b:99", "etcd_prefix=/jobs").unwrap();
+        assert_eq!(config.endpoints, ["http://a:2379", "http://b:99"]);
+        assert!((config.prefix.as_str(), config.port) == ("/jobs", 7) && config.tls.is_none());
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, format!("{name}\n")).unwrap();
+            path.display().to_string()
+        };
+        let conf = format!(
+            "protocol=https,cacert={},cert={},key={},user=me,password_file={}",
+            path("ca"),
+            path("cert"),
+            path("key"),
+            path("secret")
+        );
+        let config = etcd("a", &conf).unwrap();
+        assert_eq!(config.endpoints, ["https://a:2379"]);
+        assert_eq!(config.user, Some(("me".into(), "secret".into())));
+        let tls = config.tls.clone().unwrap();
+        assert_eq!((tls.ca, tls.identity), (Some(b"ca\n".into()), Some((b"cert\n".into(), b"key\n".into()))));
+        assert!(!format!("{config:?}").contains("secret"));
+    }
+
+    #[test]
+    fn halves_and_missing_files_are_named() {
+        for (endpoints, conf, named) in [
+            ("", "", "--rdzv-endpoint"),
+            ("a", "cert=/dev/null", "cert and key"),
+            ("a", "user=me", "user and password_file"),
+            ("a", "cacert=/no/such/file", "/no/such/file"),
+            ("a", "protocol=ftp", "http or https"),
+        ] {
+            let error = etcd(endpoints, conf).unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}

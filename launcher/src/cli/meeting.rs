@@ -1,0 +1,82 @@
+//! Where and how the agents of the job meet.
+
+use std::time::Duration;
+
+use ice_proto::rendezvous::KeepAlive;
+use ice_rendezvous::{Endpoint, MeetingConfig, Place, Role, Token, address};
+
+use super::{LaunchArgs, UsageError};
+
+/// torchrun's port.
+const DEFAULT_PORT: u16 = 29500;
+/// How long nodes wait for each other; torchrun's default.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
+/// torchrun's default.
+const LAST_CALL: Duration = Duration::from_secs(30);
+/// How long the host waits for the others.
+pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where they look for each other.
+pub(super) fn place(args: &LaunchArgs, nnodes: u32) -> Result<Place, UsageError> {
+    if let Some(etcd) = &args.rendezvous.etcd {
+        return etcd.place(args.master_port.unwrap_or(0));
+    }
+    Ok(Place::Endpoint(Endpoint {
+        host: args.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),
+        port: args.master_port.unwrap_or(if nnodes > 1 { DEFAULT_PORT } else { 0 }),
+        role: role(args, nnodes)?,
+    }))
+}
+
+pub(super) fn config(args: &LaunchArgs, run_id: &str, nnodes: u32) -> Result<MeetingConfig, UsageError> {
+    let local = args.rendezvous.local_addr.as_deref().map(address::local).transpose();
+    let mut keep_alive = KeepAlive::default();
+    keep_alive.interval = args.rendezvous.keep_alive_interval.unwrap_or(keep_alive.interval);
+    keep_alive.attempts = args.rendezvous.keep_alive_attempts.unwrap_or(keep_alive.attempts);
+    Ok(MeetingConfig {
+        run_id: run_id.to_owned(),
+        shared: nnodes > 1,
+        local: local.map_err(|problem| UsageError::new("--local-addr", problem))?,
+        join_timeout: args.rendezvous.join_timeout.unwrap_or(JOIN_TIMEOUT),
+        last_call: args.rendezvous.last_call.unwrap_or(LAST_CALL),
+        keep_alive,
+        token: token(args)?,
+    })
+}
+
+fn role(args: &LaunchArgs, nnodes: u32) -> Result<Role, UsageError> {
+    if let Some(rank) = args.node_rank.filter(|rank| *rank >= nnodes) {
+        let problem = format!("{rank} with --nnodes {nnodes}: node ranks go from 0 to {}", nnodes - 1);
+        return Err(UsageError::new("--node-rank", problem));
+    }
+    Ok(match (args.rendezvous.is_host, args.node_rank) {
+        (Some(true), _) => Role::This,
+        (Some(false), _) => Role::Other,
+        (None, _) if nnodes == 1 => Role::This,
+        (None, None) if args.rendezvous.elect => Role::Elect,
+        (None, Some(0)) => Role::This,
+        (None, Some(_)) => Role::Other,
+        (None, None) => {
+            let problem = format!(
+                "missing, and --nnodes is {nnodes}: give each node its own, from 0 to {}, or use --rdzv-backend c10d",
+                nnodes - 1
+            );
+            return Err(UsageError::new("--node-rank", problem));
+        }
+    })
+}
+
+fn token(args: &LaunchArgs) -> Result<Option<Token>, UsageError> {
+    const VARIABLE: &str = ice_proto::env::ICE_RDZV_TOKEN;
+    if let Some(path) = &args.rdzv_token_file {
+        let wrong = |problem: String| {
+            UsageError::new("--rdzv-token-file", format!("`{}`: {problem}", path.display()))
+        };
+        let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
+        return Token::new(&text).map(Some).map_err(wrong);
+    }
+    match std::env::var(VARIABLE) {
+        Ok(text) => Token::new(&text).map(Some).map_err(|problem| UsageError::new(VARIABLE, problem)),
+        Err(_) => Ok(None),
+    }
+}

@@ -1,0 +1,175 @@
+//! Jobs whose agents meet in a real etcd.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod server;
+#[expect(dead_code, reason = "other tests use the rest")]
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::process::Command;
+
+use rustix::process::Signal;
+use server::Etcd;
+use support::{Gate, Job, launch, run, wait_for_text};
+
+/// A job of so many nodes whose agents are missed after three seconds.
+fn options<'a>(etcd: &'a Etcd, nnodes: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let meeting = ["--devices", "cpu", "--rdzv-backend", "etcd", "--rdzv-endpoint", &etcd.endpoint];
+    let conf = ["--rdzv-conf", "keep_alive_interval=1,last_call_timeout=0.5,join_timeout=20"];
+    [&meeting[..], &["--nnodes", nnodes], if more.contains(&"--rdzv-conf") { &[] } else { &conf }, more]
+        .concat()
+}
+
+#[test]
+fn nodes_meet_and_the_end_is_known() {
+    let Some(etcd) = Etcd::start() else { return };
+    let script = "echo \"rank $RANK of $WORLD_SIZE at $MASTER_ADDR\"";
+    let options = options(&etcd, "3", &["--run-id", "first"]);
+    let jobs = [(); 3].map(|()| Job::start(launch(&options, script)));
+    let mut lines = Vec::new();
+    for job in jobs {
+        lines.extend(job.finish().expect(0, &["--rdzv-token-file"]).stdout.clone());
+    }
+    lines.sort();
+    let address = lines[0].rsplit(' ').next().unwrap().to_owned();
+    assert_eq!(lines, [0, 1, 2].map(|rank| format!("rank {rank} of 3 at {address}")));
+    // Whoever comes late hears that it is over.
+    let late = run(launch(&options, script));
+    assert!(late.expect(0, &[]).stdout.is_empty(), "{late:#?}");
+    // Another job is another matter.
+    let other = [
+        "--devices",
+        "cpu",
+        "--rdzv-backend",
+        "etcd",
+        "--rdzv-endpoint",
+        &etcd.endpoint,
+        "--run-id",
+        "second",
+    ];
+    assert_eq!(run(launch(&other, script)).expect(0, &[]).stdout.len(), 1);
+}
+
+#[test]
+fn the_job_goes_on_without_the_node_that_coordinated() {
+    let Some(etcd) = Etcd::start() else { return };
+    let options = options(&etcd, "2:3", &["--max-restarts", "1"]);
+    let script = "echo \"$RANK of $WORLD_SIZE in round $ICE_ROUND at $MASTER_PORT\"; read -r go < $GATE";
+    let mut gates = Vec::new();
+    let mut another = || {
+        let mut command = launch(&options, script);
+        gates.push(Gate::new(&mut command));
+        Job::start(command)
+    };
+    // The first one becomes the coordinator.
+    let mut first = another();
+    etcd.wait_for_leader();
+    let mut others = [another(), another()];
+    let line = first.expect_line("");
+    let port = line.rsplit(' ').next().unwrap();
+    let ranks: Vec<String> = others.iter_mut().map(|job| job.expect_line("")).collect();
+    assert!(ranks.iter().all(|line| line.ends_with(port)), "{ranks:?}");
+    first.signal(Signal::KILL);
+    assert_eq!(first.finish().signal, Some(Signal::KILL.as_raw()));
+    let after: Vec<String> = others.iter_mut().map(|job| job.expect_line("")).collect();
+    let of_two = |line: &String| line.contains("of 2 in round 1 at ") && !line.ends_with(port);
+    assert!(after.iter().all(of_two), "{after:?}");
+    // A third node comes, and what happened was no failure.
+    let mut late = another();
+    late.expect_line("2 of 3 in round 2 at ");
+    others.iter_mut().for_each(|job| assert!(job.expect_line("").contains("of 3 in round 2")));
+    // The first node's goes with it.
+    gates[1..].iter().for_each(Gate::open);
+    late.finish().expect(0, &[]);
+    others.into_iter().for_each(|job| _ = job.finish().expect(0, &["looking for another"]));
+}
+
+#[test]
+fn a_coordinator_that_leaves_makes_way_at_once() {
+    let Some(etcd) = Etcd::start() else { return };
+    // Nobody would be missed for a minute.
+    let conf = "keep_alive_interval=20,last_call_timeout=0.2,join_timeout=25";
+    let options = options(&etcd, "1:2", &["--rdzv-conf", conf]);
+    let script = "echo \"$RANK of $WORLD_SIZE\"; read -r go < $GATE";
+    let mut command = launch(&options, script);
+    let gate = Gate::new(&mut command);
+    let mut second = launch(&options, script);
+    gate.lead("GATE", &mut second);
+    let mut first = Job::start(command);
+    first.expect_line("0 of 1");
+    let mut second = Job::start(second);
+    second.expect_line("1 of 2");
+    first.signal(Signal::TERM);
+    first.finish().expect(143, &[]);
+    second.expect_line("0 of 1");
+    gate.open();
+    second.finish().expect(0, &["looking for another"]);
+}
+
+#[test]
+fn without_etcd_the_job_says_where_it_looked() {
+    let Some(mut etcd) = Etcd::start() else { return };
+    etcd.stop();
+    let options = options(&etcd, "2", &["--rdzv-conf", "join_timeout=0.5"]);
+    run(launch(&options, "true")).expect(1, &["etcd at http://127.0.0.1:", "does not answer"]);
+}
+
+#[test]
+fn an_etcd_that_goes_away_ends_the_round_and_not_the_job() {
+    let Some(etcd) = Etcd::start() else { return };
+    // Suspended, it holds its connections and does not answer.
+    let events = tempfile::NamedTempFile::new().unwrap();
+    let options = options(&etcd, "1", &["--events", events.path().to_str().unwrap()]);
+    let mut command = launch(&options, "echo \"round $ICE_ROUND\"; read -r go < $GATE");
+    let gate = Gate::new(&mut command);
+    let mut job = Job::start(command);
+    job.expect_line("round 0");
+    etcd.signal(Signal::STOP);
+    wait_for_text(events.path(), "lost the coordinator");
+    etcd.signal(Signal::CONT);
+    job.expect_line("round 1");
+    gate.open();
+    job.finish().expect(0, &[]);
+}
+
+#[test]
+fn etcd_wants_certificates_and_a_password() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    certificates(folder.path());
+    let Some(etcd) = Etcd::with_tls(&path("ca.pem"), &path("server.pem"), &path("server.key")) else {
+        return;
+    };
+    let text = |name: &str| path(name).display().to_string();
+    let identity = ["--cacert", &text("ca.pem"), "--cert", &text("client.pem"), "--key", &text("client.key")]
+        .map(str::to_owned);
+    let identity: Vec<&str> = identity.iter().map(String::as_str).collect();
+    let ask = |path: &str, body: &str| etcd.ask(path, body, &identity);
+    ask("/v3/auth/user/add", r#"{"name":"root","password":"secret"}"#);
+    ask("/v3/auth/user/grant", r#"{"user":"root","role":"root"}"#);
+    ask("/v3/auth/enable", "{}");
+    std::fs::write(path("password"), "secret\n").unwrap();
+    std::fs::write(path("wrong"), "guess\n").unwrap();
+    let tls = format!("cacert={},cert={},key={}", text("ca.pem"), text("client.pem"), text("client.key"));
+    let conf = |password: &str| format!("join_timeout=5,{tls},user=root,password_file={}", text(password));
+    let (right, wrong) = (conf("password"), conf("wrong"));
+    let job = |conf: &str| run(launch(&options(&etcd, "1", &["--rdzv-conf", conf]), "echo started"));
+    assert_eq!(job(&right).expect(0, &[]).stdout, ["started"]);
+    job(&wrong).expect(1, &["etcd at https://127.0.0.1:", "authentication failed"]);
+    job("join_timeout=1,protocol=https").expect(1, &["etcd at https://127.0.0.1:"]);
+}
+
+/// An authority, and certificates for etcd and for us.
+fn certificates(folder: &std::path::Path) {
+    let script = "
+        set -e
+        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=ca
+        for name in server client; do
+            openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout $name.key -out $name.csr -subj /CN=$name
+            printf 'subjectAltName=IP:127.0.0.1\\nextendedKeyUsage=serverAuth,clientAuth\\n' > ext
+            openssl x509 -req -in $name.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out $name.pem -days 2 -extfile ext
+        done";
+    let output = Command::new("sh").args(["-c", script]).current_dir(folder).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}

@@ -1,0 +1,103 @@
+//! A real etcd, ended with the test.
+
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::{TempDir, tempdir};
+
+use crate::support::{SOON, free_port};
+
+pub(crate) struct Etcd {
+    child: Child,
+    /// Where clients connect.
+    pub(crate) endpoint: String,
+    scheme: &'static str,
+    /// Deleted after it.
+    _folder: TempDir,
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Etcd {
+    /// `None` where there is no etcd on this machine; in CI that is an error.
+    pub(crate) fn start() -> Option<Self> {
+        Self::with("http", &[])
+    }
+
+    pub(crate) fn with_tls(ca: &Path, certificate: &Path, key: &Path) -> Option<Self> {
+        let path = |path: &Path| path.to_str().unwrap().to_owned();
+        let options = [
+            "--client-cert-auth".to_owned(),
+            format!("--trusted-ca-file={}", path(ca)),
+            format!("--cert-file={}", path(certificate)),
+            format!("--key-file={}", path(key)),
+        ];
+        Self::with("https", &options)
+    }
+
+    fn with(scheme: &'static str, options: &[String]) -> Option<Self> {
+        let folder = tempdir().unwrap();
+        let endpoint = format!("127.0.0.1:{}", free_port());
+        let peers = format!("http://127.0.0.1:{}", free_port());
+        let clients = format!("{scheme}://{endpoint}");
+        let child = Command::new("etcd")
+            .arg("--data-dir")
+            .arg(folder.path())
+            .args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients])
+            .args(["--listen-peer-urls", &peers, "--initial-advertise-peer-urls", &peers])
+            .args(["--initial-cluster", &format!("default={peers}"), "--log-level", "error"])
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let Ok(child) = child else {
+            assert!(std::env::var_os("CI").is_none(), "there is no etcd: apt-get install etcd-server");
+            eprintln!("skipped: there is no etcd on this machine (apt-get install etcd-server)");
+            return None;
+        };
+        let etcd = Self { child, endpoint, scheme, _folder: folder };
+        let deadline = Instant::now() + SOON;
+        while TcpStream::connect(&etcd.endpoint).is_err() {
+            assert!(Instant::now() < deadline, "etcd does not start");
+            std::thread::yield_now();
+        }
+        Some(etcd)
+    }
+
+    /// What curl gets from etcd's gateway, given a path and a body.
+    pub(crate) fn ask(&self, path: &str, body: &str, options: &[&str]) -> String {
+        let url = format!("{}://{}{path}", self.scheme, self.endpoint);
+        let output = Command::new("curl").args(["-sS", "-d", body, &url]).args(options).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Waits until a job without a name has a coordinator.
+    pub(crate) fn wait_for_leader(&self) {
+        let deadline = Instant::now() + SOON;
+        // `/ice-launch/none/leader` in base 64.
+        while !self.ask("/v3/kv/range", r#"{"key":"L2ljZS1sYXVuY2gvbm9uZS9sZWFkZXI="}"#, &[]).contains("kvs")
+        {
+            assert!(Instant::now() < deadline, "nobody leads");
+        }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Stops answering.
+    pub(crate) fn stop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

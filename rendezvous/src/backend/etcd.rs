@@ -1,0 +1,340 @@
+//! Meeting through etcd (v3): the agents elect the host of the coordinator and the store, and elect another when its node is lost.
+//!
+//! | key, under `<prefix>/<run id>/` | value | lease |
+//! |---|---|---|
+//! | `leader` | `host:port` of the coordinator | as long as a silent agent is waited for |
+//! | `state` | the coordinator's record, as JSON | minutes; after the end seconds |
+//!
+//! The leader key is made in a transaction that finds it missing, and every record is written in one that finds it as its writer made it.
+//! A coordinator whose key is gone can therefore write nothing, and nobody hears of a round before its record is written: of two that
+//! both believe to lead, one starts rounds. A coordinator also ends when it has not heard from etcd for as long as its lease lasts.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use etcd_client::{
+    Certificate, Client, Compare, CompareOp, ConnectOptions, Identity, PutOptions, TlsOptions, Txn, TxnOp,
+};
+use ice_proto::rendezvous::{Hello, KeepAlive};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
+
+use super::{EtcdConfig, MeetingConfig, Session};
+use crate::host::{Entry, Listening, Takeover};
+use crate::machine::Record;
+use crate::{Error, Host, address};
+
+/// How often an agent looks for a coordinator while there is none.
+const RETRY: Duration = Duration::from_millis(200);
+/// How long etcd may take for an answer.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long the record of a job without any coordinator is kept.
+const ABANDONED: i64 = 600;
+/// How long late agents are told that a job is over.
+const OVER: i64 = 30;
+
+/// This agent as the coordinator's host.
+pub(super) struct Leadership {
+    pub(super) host: Host,
+    client: Client,
+    lease: i64,
+    /// Keeps the lease and the records.
+    task: JoinHandle<()>,
+}
+
+impl Drop for Leadership {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Leadership {
+    /// Makes way for another at once.
+    pub(super) async fn resign(mut self) {
+        self.task.abort();
+        let _ = timeout(ANSWER, self.client.lease_revoke(self.lease)).await;
+    }
+}
+
+/// One agent's way through etcd.
+pub(super) struct Etcd<'a> {
+    config: &'a EtcdConfig,
+    common: &'a MeetingConfig,
+    client: Client,
+}
+
+impl<'a> Etcd<'a> {
+    pub(super) async fn connect(config: &'a EtcdConfig, common: &'a MeetingConfig) -> Result<Self, Error> {
+        let mut options = ConnectOptions::new()
+            .with_connect_timeout(ANSWER)
+            .with_timeout(ANSWER)
+            .with_auto_token_refresh(true);
+        if let Some((name, password)) = &config.user {
+            options = options.with_user(name, password);
+        }
+        if let Some(tls) = &config.tls {
+            let mut with = TlsOptions::new();
+            if let Some(ca) = &tls.ca {
+                with = with.ca_certificate(Certificate::from_pem(ca));
+            }
+            if let Some((certificate, key)) = &tls.identity {
+                with = with.identity(Identity::from_pem(certificate, key));
+            }
+            options = options.with_tls(with);
+        }
+        let deadline = Instant::now() + common.join_timeout;
+        loop {
+            match Client::connect(&config.endpoints, Some(options.clone())).await {
+                Ok(client) => return Ok(Self { config, common, client }),
+                Err(error) if is_final(&error) || Instant::now() >= deadline => {
+                    return Err(failure(config, &error));
+                }
+                Err(_) => sleep(RETRY).await,
+            }
+        }
+    }
+
+    /// Finds the coordinator, or becomes its host, and says hello.
+    pub(super) async fn meet(
+        &mut self,
+        hello: &Hello,
+    ) -> Result<(Session, (String, u16), Option<Leadership>), Error> {
+        let deadline = Instant::now() + self.common.join_timeout;
+        let mut leadership = None;
+        loop {
+            let last = match self.leader().await {
+                Ok(Some((host, port))) => {
+                    let left = deadline.saturating_duration_since(Instant::now()).min(ANSWER);
+                    let (local, token) = (self.common.local, self.common.token.as_ref());
+                    match Session::connect((&host, port), local, hello.clone(), token, left).await {
+                        Ok(session) => return Ok((session, (host, port), leadership)),
+                        Err(error @ Error::Token { .. }) => return Err(error),
+                        // It is gone, and its lease is not over.
+                        Err(error) => error,
+                    }
+                }
+                Ok(None) => match self.campaign().await {
+                    Ok(won) => {
+                        leadership = won.or(leadership);
+                        continue;
+                    }
+                    Err(error) => error,
+                },
+                Err(error) => error,
+            };
+            if matches!(last, Error::Bind { .. } | Error::Host(_) | Error::Refused { .. })
+                || Instant::now() >= deadline
+            {
+                return Err(last);
+            }
+            tracing::debug!(error = %last, "no coordinator yet");
+            sleep(RETRY).await;
+        }
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}/{}/{name}", self.config.prefix.trim_end_matches('/'), self.common.run_id)
+    }
+
+    async fn leader(&mut self) -> Result<Option<(String, u16)>, Error> {
+        let found = self.client.get(self.key("leader"), None).await;
+        let found = found.map_err(|error| failure(self.config, &error))?;
+        let Some(kv) = found.kvs().first() else { return Ok(None) };
+        let address = std::str::from_utf8(kv.value()).ok().and_then(split);
+        match address {
+            Some(address) => Ok(Some(address)),
+            None => Err(Error::Refused {
+                problem: format!(
+                    "the key {} of etcd does not hold an address: remove it",
+                    self.key("leader")
+                ),
+            }),
+        }
+    }
+
+    /// Becomes the host, unless another was faster.
+    async fn campaign(&mut self) -> Result<Option<Leadership>, Error> {
+        let address = self.address().await?;
+        let listening = Listening::bind(&[address], self.config.port)?;
+        let config = self.common.host(vec![address], listening.port);
+        let etcd = |error: etcd_client::Error| failure(self.config, &error);
+        let ttl = lease_seconds(self.common.keep_alive);
+        let (leader, state) = (self.key("leader"), self.key("state"));
+        let started = Instant::now();
+        let lease = self.client.lease_grant(ttl, None).await.map_err(etcd)?.id();
+        let value = SocketAddr::new(address, listening.port).to_string();
+        let put = TxnOp::put(leader.clone(), value, Some(PutOptions::new().with_lease(lease)));
+        let txn =
+            Txn::new().when([Compare::create_revision(leader.clone(), CompareOp::Equal, 0)]).and_then([put]);
+        let answer = self.client.txn(txn).await.map_err(etcd)?;
+        if !answer.succeeded() {
+            let _ = self.client.lease_revoke(lease).await;
+            return Ok(None);
+        }
+        let revision = answer.header().map_or(0, |header| header.revision());
+        let record = self.client.get(state.clone(), None).await.map_err(etcd)?;
+        let record = match record.kvs().first().map(|kv| serde_json::from_slice::<Record>(kv.value())) {
+            None => None,
+            Some(Ok(record)) => Some(record),
+            Some(Err(error)) => {
+                let problem = format!("the key {state} of etcd is of another release ({error}): remove it");
+                let _ = self.client.lease_revoke(lease).await;
+                return Err(Error::Refused { problem });
+            }
+        };
+        let kept = self.client.lease_grant(ABANDONED, None).await.map_err(etcd)?.id();
+        let (ledger, entries) = mpsc::channel(1);
+        let ttl = Duration::from_secs(ttl.unsigned_abs());
+        let office = Office { client: self.client.clone(), leader, state, revision, lease, kept, ttl };
+        let task = tokio::spawn(office.hold(entries, started + ttl));
+        let host = Host::serve(listening, config, Some(Takeover { record, ledger }))?;
+        Ok(Some(Leadership { host, client: self.client.clone(), lease, task }))
+    }
+
+    /// The address that other nodes reach this one at: the one that it reaches etcd from, unless that is its own loopback.
+    async fn address(&self) -> Result<IpAddr, Error> {
+        if let Some(local) = self.common.local {
+            return Ok(local);
+        }
+        for endpoint in &self.config.endpoints {
+            let host_and_port = endpoint.split("://").last().unwrap_or(endpoint);
+            let Some((host, port)) = split(host_and_port) else { continue };
+            for peer in address::resolve(&host, port).await.into_iter().flatten() {
+                if let Some(source) = address::source_of(peer).filter(|source| !source.is_loopback()) {
+                    return Ok(source);
+                }
+            }
+        }
+        let own = address::own();
+        Ok(own.iter().copied().find(|address| !address.is_loopback()).unwrap_or(IpAddr::from([127, 0, 0, 1])))
+    }
+}
+
+/// What a leader does for its office.
+struct Office {
+    client: Client,
+    leader: String,
+    state: String,
+    /// The leader key is ours while it was created by this revision.
+    revision: i64,
+    lease: i64,
+    /// The lease of the record.
+    kept: i64,
+    ttl: Duration,
+}
+
+impl Office {
+    /// Keeps the leases and the records until the office is lost. The lease lasts until `until`, whatever is not heard from etcd.
+    async fn hold(mut self, mut entries: mpsc::Receiver<Entry>, mut until: Instant) {
+        let mut ticks = interval(self.ttl / 3);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {
+                    let sent = Instant::now();
+                    match timeout(self.ttl / 3, self.renew()).await {
+                        Ok(Ok(true)) => until = sent + self.ttl,
+                        Ok(Ok(false)) => return tracing::warn!("another coordinator may have taken over"),
+                        Ok(Err(error)) => tracing::warn!(%error, "etcd does not answer"),
+                        Err(_) => tracing::warn!("etcd does not answer"),
+                    }
+                }
+                entry = entries.recv() => match entry {
+                    Some(entry) => {
+                        let kept = self.keep(&entry.record, until).await;
+                        let _ = entry.kept.send(kept);
+                        if !kept {
+                            return;
+                        }
+                    }
+                    None => return,
+                },
+                () = sleep_until(until) => return tracing::warn!("etcd was not reached for {:?}", self.ttl),
+            }
+        }
+    }
+
+    /// Whether both leases are still there.
+    async fn renew(&mut self) -> Result<bool, etcd_client::Error> {
+        for lease in [self.lease, self.kept] {
+            match self.client.lease_keep_alive(lease).await {
+                Ok(_) => {}
+                Err(etcd_client::Error::LeaseKeepAliveError(_)) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Writes a record while the leader key is ours; tries again while the lease lasts.
+    async fn keep(&mut self, record: &Record, until: Instant) -> bool {
+        let Ok(json) = serde_json::to_vec(record) else { return false };
+        while Instant::now() < until {
+            match timeout(ANSWER, self.write(&json, record.is_closed())).await {
+                Ok(Ok(ours)) => return ours,
+                Ok(Err(error)) => tracing::warn!(%error, "etcd does not answer"),
+                Err(_) => tracing::warn!("etcd does not answer"),
+            }
+            sleep(RETRY).await;
+        }
+        false
+    }
+
+    async fn write(&mut self, json: &[u8], is_closed: bool) -> Result<bool, etcd_client::Error> {
+        let lease = if is_closed { self.client.lease_grant(OVER, None).await?.id() } else { self.kept };
+        let ours = Compare::create_revision(self.leader.clone(), CompareOp::Equal, self.revision);
+        let put = TxnOp::put(self.state.clone(), json, Some(PutOptions::new().with_lease(lease)));
+        Ok(self.client.txn(Txn::new().when([ours]).and_then([put])).await?.succeeded())
+    }
+}
+
+/// etcd counts in seconds, and gives no lease below its own election timeout.
+fn lease_seconds(keep_alive: KeepAlive) -> i64 {
+    let time = keep_alive.interval * keep_alive.attempts;
+    (time.as_secs_f64().ceil() as i64).max(2)
+}
+
+fn split(address: &str) -> Option<(String, u16)> {
+    let (host, port) = address.rsplit_once(':')?;
+    Some((host.trim_start_matches('[').trim_end_matches(']').to_owned(), port.parse().ok()?))
+}
+
+/// Whether trying again cannot help: wrong name or password, wrong certificates, wrong address.
+fn is_final(error: &etcd_client::Error) -> bool {
+    // gRPC's INVALID_ARGUMENT, PERMISSION_DENIED, FAILED_PRECONDITION, UNAUTHENTICATED.
+    matches!(error, etcd_client::Error::GRpcStatus(status) if [3, 7, 9, 16].contains(&(status.code() as i32)))
+        || !matches!(
+            error,
+            etcd_client::Error::GRpcStatus(_)
+                | etcd_client::Error::TransportError(_)
+                | etcd_client::Error::IoError(_)
+        )
+}
+
+fn failure(config: &EtcdConfig, error: &etcd_client::Error) -> Error {
+    let endpoints = config.endpoints.join(", ");
+    let problem = match error {
+        etcd_client::Error::GRpcStatus(status) => status.message().to_owned(),
+        other => other.to_string(),
+    };
+    if is_final(error) {
+        return Error::Refused { problem: format!("etcd at {endpoints}: {problem}") };
+    }
+    Error::Etcd { endpoints, problem }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_split_and_leases_are_whole_seconds() {
+        assert_eq!(split("10.0.0.1:29400"), Some(("10.0.0.1".into(), 29400)));
+        assert_eq!(split("[fd00::1]:29400"), Some(("fd00::1".into(), 29400)));
+        assert_eq!(split("node0"), None);
+        let keep_alive = |millis, attempts| KeepAlive { interval: Duration::from_millis(millis), attempts };
+        assert_eq!(lease_seconds(keep_alive(5000, 3)), 15);
+        assert_eq!(lease_seconds(keep_alive(100, 3)), 2);
+    }
+}

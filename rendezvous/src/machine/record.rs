@@ -1,0 +1,39 @@
+//! What outlives a coordinator.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::restarts::Restarts;
+
+/// What the next coordinator of a job needs in order to go on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The coordinator's clock, from the start of the job.
+    pub(super) now: Duration,
+    /// The number of the round that comes next.
+    pub(super) next_round: u64,
+    pub(super) restarts: Restarts,
+    pub(super) run_stamp: String,
+    /// Whether a node has finished the round that runs.
+    pub(super) finished: bool,
+    /// How the job ended: whether well, why, and why without a restart.
+    pub(super) closed: Option<(bool, String, Option<String>)>,
+}
+
+impl Record {
+    /// The coordinator's clock, from the start of the job.
+    pub fn now(&self) -> Duration {
+        self.now
+    }
+
+    /// Whether the job is over.
+    pub fn is_closed(&self) -> bool {
+        self.closed.is_some()
+    }
+
+    /// Whether there is nothing in this one that is not in the other but the time.
+    pub fn is_like(&self, other: &Self) -> bool {
+        Self { now: other.now, ..self.clone() } == *other
+    }
+}
