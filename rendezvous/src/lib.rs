@@ -14,6 +14,6 @@ pub mod machine;
 pub mod store;
 
 pub use auth::Token;
-pub use backend::{Endpoint, EtcdConfig, EtcdTls, Meeting, MeetingConfig, Place, Role, Session};
+pub use backend::{Endpoint, EtcdConfig, EtcdTls, Meeting, MeetingConfig, Patience, Place, Role, Session};
 pub use error::Error;
 pub use host::{Host, HostConfig};

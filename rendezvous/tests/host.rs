@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, ToAgent, ToCoordinator};
-use ice_rendezvous::{Error, Host, HostConfig, Session, Token};
+use ice_rendezvous::{Error, Host, HostConfig, Patience, Session, Token};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -47,7 +47,8 @@ async fn strangers_do_not_get_in_without_the_token() {
     let token = |text: &str| Token::new(&format!("{text}, which is long enough")).unwrap();
     let host = Host::bind(config(0, Some(token("a secret")))).await.unwrap();
     let connect = async |token: Option<Token>| {
-        Session::connect(("127.0.0.1", host.port()), None, hello(0), token.as_ref(), LIMIT).await
+        Session::connect(("127.0.0.1", host.port()), None, hello(0), token.as_ref(), Patience::Wait(LIMIT))
+            .await
     };
     for (stranger, said) in [(None, "--rdzv-token-file"), (Some(token("a guess")), "does not know")] {
         let Err(error @ Error::Token { .. }) = connect(stranger).await else { panic!("let in") };
@@ -55,8 +56,14 @@ async fn strangers_do_not_get_in_without_the_token() {
     }
     let mut first = connect(Some(token("a secret"))).await.unwrap();
     first.send(ToCoordinator::Join);
-    let second =
-        Session::connect(("127.0.0.1", host.port()), None, hello(1), Some(&token("a secret")), LIMIT).await;
+    let second = Session::connect(
+        ("127.0.0.1", host.port()),
+        None,
+        hello(1),
+        Some(&token("a secret")),
+        Patience::Wait(LIMIT),
+    )
+    .await;
     let second = second.unwrap();
     second.send(ToCoordinator::Join);
     assert!(matches!(first.recv().await.unwrap(), ToAgent::RoundStarted(_)));
@@ -72,7 +79,13 @@ async fn what_is_no_coordinator_is_not_asked_again() {
         // A second attempt would hang here.
         stream
     });
-    let connecting = Session::connect(("127.0.0.1", port), None, hello(1), None, Duration::from_secs(3600));
+    let connecting = Session::connect(
+        ("127.0.0.1", port),
+        None,
+        hello(1),
+        None,
+        Patience::Wait(Duration::from_secs(3600)),
+    );
     let Err(error) = tokio::time::timeout(LIMIT, connecting).await.unwrap() else { panic!("connected") };
     assert!(matches!(error, Error::Protocol { .. }), "{error}");
     assert!(error.to_string().contains("does not speak the ice protocol"), "{error}");
@@ -81,7 +94,9 @@ async fn what_is_no_coordinator_is_not_asked_again() {
 
 async fn agent(host: &Host, node_rank: u32) -> Session {
     let session =
-        Session::connect(("127.0.0.1", host.port()), None, hello(node_rank), None, LIMIT).await.unwrap();
+        Session::connect(("127.0.0.1", host.port()), None, hello(node_rank), None, Patience::Wait(LIMIT))
+            .await
+            .unwrap();
     session.send(ToCoordinator::Join);
     session
 }

@@ -94,8 +94,8 @@ pub(crate) struct Rules {
     pub(crate) shutdown_timeout: Duration,
     /// Exit codes that no restart can help.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
-    /// Whether another agent becomes the coordinator when it is lost.
-    pub(crate) coordinator_moves: bool,
+    /// Whether the coordinator is looked for when it is lost: it may be another agent then, or be reached again.
+    pub(crate) looks_again: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -173,7 +173,7 @@ impl Agent {
             {
                 Vec::new()
             }
-            Event::CoordinatorLost(reason) if self.rules.coordinator_moves => self.lost(now, &reason),
+            Event::CoordinatorLost(reason) if self.rules.looks_again => self.lost(now, &reason),
             Event::CoordinatorLost(reason) | Event::NotMet(reason) => {
                 let mut actions = vec![Action::Say(reason.clone())];
                 actions.extend(self.stop(now, Then::Exit(None), Ask::Broken(reason)));
@@ -233,7 +233,7 @@ impl Agent {
     /// The round is over, since nobody knows what becomes of it; the next one is another coordinator's.
     fn lost(&mut self, now: Duration, reason: &str) -> Vec<Action> {
         self.met = false;
-        let reason = format!("{reason}; looking for another");
+        let reason = format!("{reason}; looking for it again");
         let mut actions = vec![Action::Say(reason.clone()), Action::Meet];
         if !matches!(self.phase, Phase::Joining) {
             actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));

@@ -27,7 +27,7 @@ fn exited(local_rank: u32, exit: Exit) -> Event {
 
 fn rules() -> Rules {
     let (local_world_size, shutdown_timeout) = (2, TIMEOUT);
-    Rules { local_world_size, shutdown_timeout, fatal_exit_codes: BTreeSet::new(), coordinator_moves: false }
+    Rules { local_world_size, shutdown_timeout, fatal_exit_codes: BTreeSet::new(), looks_again: false }
 }
 
 fn agent() -> Agent {
@@ -185,7 +185,7 @@ fn other_signals_are_passed_on_while_ranks_live() {
 
 #[test]
 fn another_coordinator_is_looked_for_and_joined_once_the_ranks_have_ended() {
-    let mut agent = Agent::new(Rules { coordinator_moves: true, ..rules() });
+    let mut agent = Agent::new(Rules { looks_again: true, ..rules() });
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW, Event::CoordinatorLost("lost".into()));
     assert!(
@@ -229,9 +229,9 @@ fn event() -> impl Strategy<Value = Event> {
 proptest! {
     #[test]
     fn invariants_hold_for_every_sequence(
-        events in proptest::collection::vec(event(), 0..80), coordinator_moves in any::<bool>(),
+        events in proptest::collection::vec(event(), 0..80), looks_again in any::<bool>(),
     ) {
-        let mut agent = Agent::new(Rules { coordinator_moves, ..rules() });
+        let mut agent = Agent::new(Rules { looks_again, ..rules() });
         let mut met = true;
         let mut alive = BTreeSet::new();
         let mut done = false;

@@ -119,6 +119,12 @@ impl LaunchPlan {
         u32::try_from(self.devices.len()).unwrap_or(u32::MAX)
     }
 
+    /// Whether the job goes on, or waits, when a node is lost.
+    pub(crate) fn outlives_nodes(&self) -> bool {
+        let (fewest, most) = self.nnodes;
+        fewest < most || self.restarts.max_restarts > 0
+    }
+
     fn check(args: &LaunchArgs, program: Program) -> Result<Self, UsageError> {
         let text = args.devices.as_deref().unwrap_or("auto");
         let devices = devices::parse(text, devices::count_gpus())

@@ -156,7 +156,7 @@ impl<'a> Dispatcher<'a> {
             local_world_size: plan.local_world_size(),
             shutdown_timeout: plan.shutdown_timeout,
             fatal_exit_codes: plan.fatal_exit_codes.clone(),
-            coordinator_moves: meeting.moves(),
+            looks_again: meeting.moves() || (!meeting.is_host() && plan.outlives_nodes()),
         };
         Self {
             agent: Agent::new(rules),
@@ -324,7 +324,7 @@ impl<'a> Dispatcher<'a> {
                 }
                 Action::Meet => {
                     let (meeting, hello) = (Arc::clone(&self.meeting), hello(self.plan, self.group.place()));
-                    self.looking = Some(Box::pin(async move { meeting.meet(hello).await }));
+                    self.looking = Some(Box::pin(async move { meeting.meet_again(hello).await }));
                 }
                 Action::Spawn(round) => self.spawn(round)?,
                 Action::Ask(ask) => {

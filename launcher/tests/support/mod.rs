@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -33,8 +33,11 @@ pub(crate) fn launch(options: &[&str], script: &str) -> Command {
 }
 
 pub(crate) fn ice_launch() -> Command {
-    let binary = env!("CARGO_BIN_EXE_ice-launch");
-    let mut command = Command::new(binary);
+    without_ours(Command::new(env!("CARGO_BIN_EXE_ice-launch")))
+}
+
+/// Leaves out of the environment what would change a job.
+pub(crate) fn without_ours(mut command: Command) -> Command {
     let ours = ice_proto::env::ALL.iter().map(|(name, _)| (*name).to_owned());
     let clusters = std::env::vars().map(|(name, _)| name).filter(|name| name.starts_with("SLURM_"));
     ours.chain(clusters).for_each(|name| _ = command.env_remove(name));
@@ -101,7 +104,14 @@ impl Job {
         let deadline = Instant::now() + SOON;
         loop {
             let line = self.stdout.recv_timeout(deadline.saturating_duration_since(Instant::now()));
-            let line = line.unwrap_or_else(|error| panic!("no line `{start}`: {error}: {:?}", self.seen));
+            let line = match line {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => panic!("no line `{start}` came: {:?}", self.seen),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let stderr = self.reader.take().map(|reader| reader.join().unwrap());
+                    panic!("it ended without a line `{start}`: {:?} {stderr:?}", self.seen)
+                }
+            };
             self.seen.push(line.clone());
             if let Some(rest) = line.strip_prefix(start) {
                 return rest.to_owned();

@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
-use super::{EtcdConfig, MeetingConfig, Session};
+use super::{EtcdConfig, MeetingConfig, Patience, Session};
 use crate::host::{Entry, Listening, Takeover};
 use crate::machine::Record;
 use crate::{Error, Host, address};
@@ -107,7 +107,9 @@ impl<'a> Etcd<'a> {
                 Ok(Some((host, port))) => {
                     let left = deadline.saturating_duration_since(Instant::now()).min(ANSWER);
                     let (local, token) = (self.common.local, self.common.token.as_ref());
-                    match Session::connect((&host, port), local, hello.clone(), token, left).await {
+                    match Session::connect((&host, port), local, hello.clone(), token, Patience::Wait(left))
+                        .await
+                    {
                         Ok(session) => return Ok((session, (host, port), leadership)),
                         Err(error @ Error::Token { .. }) => return Err(error),
                         // It is gone, and its lease is not over.

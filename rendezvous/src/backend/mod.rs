@@ -13,7 +13,7 @@ use ice_proto::rendezvous::{Hello, KeepAlive};
 use tokio::time::timeout;
 
 pub use endpoint::{Endpoint, Role};
-pub use session::Session;
+pub use session::{Patience, Session};
 
 use crate::auth::Token;
 use crate::host::locked;
@@ -150,11 +150,25 @@ impl Meeting {
     /// # Errors
     /// As [`Session::connect`], or etcd cannot be used.
     pub async fn meet(&self, hello: Hello) -> Result<Session, Error> {
+        self.find(hello, Patience::Wait(self.config.join_timeout)).await
+    }
+
+    /// Connects anew after the coordinator was lost. At an endpoint, one that can be reached and is not there ends the search at once, and one
+    /// that cannot be reached is waited for as long as a silent one.
+    ///
+    /// # Errors
+    /// As [`Meeting::meet`].
+    pub async fn meet_again(&self, hello: Hello) -> Result<Session, Error> {
+        let KeepAlive { interval, attempts } = self.config.keep_alive;
+        self.find(hello, Patience::UntilRefused(interval * attempts)).await
+    }
+
+    async fn find(&self, hello: Hello, patience: Patience) -> Result<Session, Error> {
         match &self.place {
             Place::Endpoint(_) => {
-                let MeetingConfig { local, token, join_timeout, .. } = &self.config;
+                let MeetingConfig { local, token, .. } = &self.config;
                 let (host, port) = self.address();
-                Session::connect((&host, port), *local, hello, token.as_ref(), *join_timeout).await
+                Session::connect((&host, port), *local, hello, token.as_ref(), patience).await
             }
             #[cfg(not(feature = "etcd"))]
             Place::Etcd(_) => Err(Error::Refused { problem: "there is no etcd in this build".into() }),

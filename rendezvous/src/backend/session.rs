@@ -19,6 +19,26 @@ use crate::auth::{self, AuthError, Token};
 /// Pause between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// How long a coordinator that does not answer is tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// So long, since it may not have started.
+    Wait(Duration),
+    /// So long, unless its host says that it is not there.
+    UntilRefused(Duration),
+}
+
+impl Patience {
+    fn limit(self) -> Duration {
+        let (Self::Wait(limit) | Self::UntilRefused(limit)) = self;
+        limit
+    }
+
+    fn is_over(self, error: &io::Error) -> bool {
+        matches!(self, Self::UntilRefused(_)) && error.kind() == io::ErrorKind::ConnectionRefused
+    }
+}
+
 /// An agent's connection to the coordinator.
 pub struct Session {
     outgoing: mpsc::UnboundedSender<ToCoordinator>,
@@ -34,8 +54,8 @@ impl Drop for Session {
 }
 
 impl Session {
-    /// Connects and says hello, from one of this host's addresses where that is given; tries again until the timeout, since node 0 may
-    /// start later.
+    /// Connects and says hello, from one of this host's addresses where that is given; tries again as long as the patience
+    /// lasts.
     ///
     /// # Errors
     /// [`Error::Unreachable`] where nobody answers in time, [`Error::Protocol`] where something else does, [`Error::Token`] where
@@ -45,16 +65,19 @@ impl Session {
         from: Option<IpAddr>,
         hello: Hello,
         token: Option<&Token>,
-        limit: Duration,
+        patience: Patience,
     ) -> Result<Self, Error> {
         let endpoint = format!("{host}:{port}");
+        let limit = patience.limit();
         let deadline = Instant::now() + limit;
         let (stream, decoder) = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let late = || Err(AuthError::Io(io::ErrorKind::TimedOut.into()));
             match timeout(left, open((host, port), from, token)).await.unwrap_or_else(|_| late()) {
                 Ok(opened) => break opened,
-                Err(AuthError::Io(source)) if Instant::now() + RETRY >= deadline => {
+                Err(AuthError::Io(source))
+                    if patience.is_over(&source) || Instant::now() + RETRY >= deadline =>
+                {
                     return Err(Error::Unreachable { endpoint, timeout: limit, source });
                 }
                 Err(AuthError::Io(_)) => sleep(RETRY).await,

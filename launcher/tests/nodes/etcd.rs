@@ -1,17 +1,11 @@
 //! Jobs whose agents meet in a real etcd.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
-
-mod server;
-#[expect(dead_code, reason = "other tests use the rest")]
-#[path = "../support/mod.rs"]
-mod support;
-
 use std::process::Command;
 
 use rustix::process::Signal;
-use server::Etcd;
-use support::{Gate, Job, launch, run, wait_for_text};
+
+use crate::server::Etcd;
+use crate::support::{Gate, Job, launch, run, wait_for_text};
 
 /// A job of so many nodes whose agents are missed after three seconds.
 fn options<'a>(etcd: &'a Etcd, nnodes: &'a str, more: &[&'a str]) -> Vec<&'a str> {
@@ -82,7 +76,7 @@ fn the_job_goes_on_without_the_node_that_coordinated() {
     // The first node's goes with it.
     gates[1..].iter().for_each(Gate::open);
     late.finish().expect(0, &[]);
-    others.into_iter().for_each(|job| _ = job.finish().expect(0, &["looking for another"]));
+    others.into_iter().for_each(|job| _ = job.finish().expect(0, &["looking for it again"]));
 }
 
 #[test]
@@ -104,7 +98,7 @@ fn a_coordinator_that_leaves_makes_way_at_once() {
     first.finish().expect(143, &[]);
     second.expect_line("0 of 1");
     gate.open();
-    second.finish().expect(0, &["looking for another"]);
+    second.finish().expect(0, &["looking for it again"]);
 }
 
 #[test]

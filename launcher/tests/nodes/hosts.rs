@@ -1,0 +1,89 @@
+//! Hosts on a network of their own: network namespaces on a bridge.
+
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Removed with all that is in it.
+pub(crate) struct Network {
+    name: String,
+    hosts: u32,
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for host in 0..=self.hosts {
+            let _ = ip(&format!("netns del {}", self.namespace(host)));
+        }
+    }
+}
+
+/// What was wrong, where it does not succeed.
+fn ip(arguments: &str) -> Result<(), String> {
+    let output = Command::new("ip").args(arguments.split(' ')).output().map_err(|error| error.to_string())?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!("ip {arguments}: {}", String::from_utf8_lossy(&output.stderr))),
+    }
+}
+
+impl Network {
+    /// So many hosts, 10.77.0.1 and so on, and 10.77.0.254 at the bridge. `None` where this user may not make networks; in CI that is an
+    /// error.
+    pub(crate) fn of(hosts: u32) -> Option<Self> {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("ice{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let network = Self { name, hosts };
+        match network.make() {
+            Ok(()) => Some(network),
+            Err(problem) => {
+                assert!(std::env::var_os("CI").is_none(), "no network can be made: {problem}");
+                eprintln!("skipped: no network can be made: {problem}");
+                None
+            }
+        }
+    }
+
+    fn make(&self) -> Result<(), String> {
+        let bridge = self.namespace(0);
+        ip(&format!("netns add {bridge}"))?;
+        ip(&format!("-n {bridge} link add bridge type bridge"))?;
+        ip(&format!("-n {bridge} addr add 10.77.0.254/24 dev bridge"))?;
+        for link in ["lo", "bridge"] {
+            ip(&format!("-n {bridge} link set {link} up"))?;
+        }
+        for host in 1..=self.hosts {
+            let namespace = self.namespace(host);
+            ip(&format!("netns add {namespace}"))?;
+            ip(&format!("link add eth0 netns {namespace} type veth peer name port{host} netns {bridge}"))?;
+            ip(&format!("-n {bridge} link set port{host} master bridge"))?;
+            ip(&format!("-n {namespace} addr add {}/24 dev eth0", address(host)))?;
+            for link in ["lo", "eth0"] {
+                ip(&format!("-n {namespace} link set {link} up"))?;
+            }
+            self.plug(host, true)?;
+        }
+        Ok(())
+    }
+
+    fn namespace(&self, host: u32) -> String {
+        format!("{}-{host}", self.name)
+    }
+
+    /// Pulls the cable of a host, or puts it back.
+    pub(crate) fn plug(&self, host: u32, is_in: bool) -> Result<(), String> {
+        let state = if is_in { "up" } else { "down" };
+        ip(&format!("-n {} link set port{host} {state}", self.namespace(0)))
+    }
+
+    /// Runs a program on a host, which must be its argument; 0 is the bridge.
+    pub(crate) fn on(&self, host: u32) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.namespace(host)]);
+        command
+    }
+}
+
+/// The address of a host.
+pub(crate) fn address(host: u32) -> String {
+    format!("10.77.0.{host}")
+}

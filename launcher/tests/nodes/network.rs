@@ -1,0 +1,165 @@
+//! Jobs of three nodes, each on a host of its own.
+
+use rustix::process::Signal;
+
+use crate::hosts::{Network, address};
+use crate::server::Etcd;
+use crate::support::{self, Job, run};
+
+/// Says where it is, reaches the store, and stays until its host has the file `stop`.
+const SCRIPT: &str = "
+    echo \"$RANK of $WORLD_SIZE in round $ICE_ROUND at $MASTER_ADDR\"
+    exec 3<> /dev/tcp/$MASTER_ADDR/$MASTER_PORT || exit 7
+    until [ -e $STOP ]; do sleep 0.05; done";
+
+/// Silent agents are missed after about a second.
+const CONF: &str = "keep_alive_interval=0.4,last_call_timeout=0.5,join_timeout=20";
+
+struct Cluster {
+    network: Network,
+    folder: tempfile::TempDir,
+}
+
+impl Cluster {
+    fn new() -> Option<Self> {
+        Some(Self { network: Network::of(3)?, folder: tempfile::tempdir().unwrap() })
+    }
+
+    fn command(&self, host: u32, options: &[&str]) -> std::process::Command {
+        let mut command = support::without_ours(self.network.on(host));
+        command.arg(env!("CARGO_BIN_EXE_ice-launch"));
+        command.args(["--devices", "cpu"]).args(options).args(["bash", "-c", SCRIPT]);
+        command.env("STOP", self.folder.path().join("stop"));
+        command
+    }
+
+    fn agent(&self, host: u32, options: &[&str]) -> Job {
+        Job::start(self.command(host, options))
+    }
+
+    /// Lets all ranks end.
+    fn stop(&self) {
+        std::fs::write(self.folder.path().join("stop"), "").unwrap();
+    }
+}
+
+/// Waits until all agents have a rank in a round of so many, and returns the round.
+fn round_of(size: usize, jobs: &mut [Job]) -> u64 {
+    let mut rounds = Vec::new();
+    let mut ranks = Vec::new();
+    for job in jobs.iter_mut() {
+        let (rank, round) = loop {
+            let line = job.expect_line("");
+            let words: Vec<&str> = line.split(' ').collect();
+            let [rank, "of", of, "in", "round", round, "at", _] = words[..] else { panic!("{line}") };
+            if of == size.to_string() {
+                break (rank.parse::<usize>().unwrap(), round.parse::<u64>().unwrap());
+            }
+        };
+        ranks.push(rank);
+        rounds.push(round);
+    }
+    ranks.sort_unstable();
+    assert_eq!(ranks, (0..size).collect::<Vec<_>>());
+    assert!(rounds.iter().all(|round| *round == rounds[0]), "{rounds:?}");
+    rounds[0]
+}
+
+#[test]
+fn three_nodes_with_a_static_endpoint() {
+    let Some(cluster) = Cluster::new() else { return };
+    let agent = |host: u32| {
+        let rank = (host - 1).to_string();
+        cluster.agent(host, &["--nnodes", "3", "--node-rank", &rank, "--master-addr", "10.77.0.1"])
+    };
+    // The first to come are not the one that hosts.
+    let mut jobs = [3, 2, 1].map(agent);
+    for (job, rank) in jobs.iter_mut().zip([2, 1, 0]) {
+        job.expect_line(&format!("{rank} of 3 in round 0 at 10.77.0.1"));
+    }
+    // Another job does not get in.
+    let options = ["--nnodes", "3", "--node-rank", "1", "--master-addr", "10.77.0.1", "--run-id", "other"];
+    run(cluster.command(2, &options)).expect(1, &["this endpoint serves the job `none`, not `other`"]);
+    cluster.stop();
+    jobs.into_iter().for_each(|job| _ = job.finish().expect(0, &[]));
+}
+
+#[test]
+fn the_end_of_the_coordinator_is_the_end_everywhere() {
+    let Some(cluster) = Cluster::new() else { return };
+    let options =
+        ["--nnodes", "2:3", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1", "--rdzv-conf", CONF];
+    let mut jobs = [1, 2, 3].map(|host| cluster.agent(host, &options));
+    assert_eq!(round_of(3, &mut jobs), 0);
+    jobs[0].signal(Signal::KILL);
+    let [first, second, third] = jobs.map(Job::finish);
+    assert_eq!(first.signal, Some(Signal::KILL.as_raw()));
+    let reason = "lost the coordinator at 10.77.0.1:29400";
+    for (host, other) in [(2, second), (3, third)] {
+        let from = format!("10.77.0.1:29400 from {}: Connection refused", address(host));
+        other.expect(1, &[reason, &from]);
+    }
+}
+
+#[test]
+fn nodes_are_killed_are_cut_off_and_come_late() {
+    let Some(cluster) = Cluster::new() else { return };
+    let options =
+        ["--nnodes", "2:3", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1", "--rdzv-conf", CONF];
+    let agent = |host| cluster.agent(host, &options);
+    let mut jobs = vec![agent(1), agent(2), agent(3)];
+    let first = round_of(3, &mut jobs);
+    // Killed.
+    let lost = jobs.pop().unwrap();
+    lost.signal(Signal::KILL);
+    assert_eq!(lost.finish().signal, Some(Signal::KILL.as_raw()));
+    let second = round_of(2, &mut jobs);
+    // A late one.
+    jobs.push(agent(3));
+    let third = round_of(3, &mut jobs);
+    // Cut off: the others go on, and it comes back by itself when it can.
+    cluster.network.plug(3, false).unwrap();
+    let fourth = round_of(2, &mut jobs[..2]);
+    cluster.network.plug(3, true).unwrap();
+    let fifth = round_of(3, &mut jobs);
+    assert!(first < second && second < third && third < fourth && fourth < fifth);
+    cluster.stop();
+    let [first, _, third] = [0, 1, 2].map(|_| jobs.remove(0).finish());
+    first.expect(0, &["lost node 2", "going on with 2 nodes", "has come"]);
+    third.expect(0, &["lost the coordinator", "looking for it again"]);
+}
+
+#[test]
+fn with_etcd_any_node_may_go() {
+    let Some(cluster) = Cluster::new() else { return };
+    let Some(etcd) = Etcd::start_in(cluster.network.on(0), "10.77.0.254") else { return };
+    let meeting = ["--rdzv-backend", "etcd", "--rdzv-endpoint", &etcd.endpoint, "--rdzv-conf", CONF];
+    let options = [&meeting[..], &["--nnodes", "2:3"]].concat();
+    let agent = |host| cluster.agent(host, &options);
+    let mut jobs = vec![agent(1), agent(2), agent(3)];
+    let first = round_of(3, &mut jobs);
+    // Another job at the same etcd.
+    let other = [&meeting[..], &["--nnodes", "1", "--run-id", "other"]].concat();
+    let mut other = cluster.agent(2, &other);
+    other.expect_line("0 of 1 in round 0");
+    // Each of the nodes goes once: the coordinator, whichever it is, and two others.
+    let mut last = first;
+    for host in 1..=3 {
+        let lost = jobs.remove(0);
+        lost.signal(Signal::KILL);
+        assert_eq!(lost.finish().signal, Some(Signal::KILL.as_raw()));
+        let without = round_of(2, &mut jobs);
+        jobs.push(agent(host));
+        let with = round_of(3, &mut jobs);
+        assert!(last < without && without < with);
+        last = with;
+    }
+    // A node whose cable is out, the coordinator or not, is done without, and comes back.
+    cluster.network.plug(1, false).unwrap();
+    let without = round_of(2, &mut jobs[1..]);
+    cluster.network.plug(1, true).unwrap();
+    let with = round_of(3, &mut jobs);
+    assert!(last < without && without < with);
+    cluster.stop();
+    jobs.into_iter().chain([other]).for_each(|job| _ = job.finish().expect(0, &[]));
+}
