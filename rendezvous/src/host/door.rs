@@ -10,7 +10,7 @@ use std::time::Duration;
 use ice_proto::frame;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
@@ -22,6 +22,16 @@ use crate::store::codec::{VALIDATE, VALIDATION_MAGIC};
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Strangers at a time; beyond them the one that has been silent for longest goes.
 const STRANGERS: usize = 1024;
+
+/// Descriptors that are left to the rest of the process, where there are so many.
+const RESERVED: u64 = 512;
+
+/// How many connections there may be at a time.
+fn room() -> usize {
+    use nix::sys::resource::{Resource, getrlimit};
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+    usize::try_from(soft.saturating_sub(RESERVED).max(soft / 2)).unwrap_or(usize::MAX)
+}
 
 /// Connections that have not shown what they are, by arrival.
 #[derive(Clone, Default)]
@@ -57,11 +67,14 @@ pub(super) struct Door {
     coordinator: mpsc::Sender<Input>,
     strangers: Strangers,
     next: AtomicU64,
+    /// For each connection one.
+    room: Arc<Semaphore>,
 }
 
 impl Door {
     pub(super) fn new(shared: Arc<Shared>, coordinator: mpsc::Sender<Input>) -> Self {
-        Self { shared, coordinator, strangers: Strangers::default(), next: AtomicU64::new(0) }
+        let room = Arc::new(Semaphore::new(room().min(Semaphore::MAX_PERMITS)));
+        Self { shared, coordinator, strangers: Strangers::default(), next: AtomicU64::new(0), room }
     }
 
     /// Lets in who comes, for ever.
@@ -80,11 +93,17 @@ impl Door {
     }
 
     fn open(&self, mut stream: TcpStream, peer: SocketAddr) {
+        let Ok(place) = Arc::clone(&self.room).try_acquire_owned() else {
+            // The next one finds the room that this makes.
+            self.strangers.send_away();
+            return tracing::warn!(%peer, "there are too many connections: one was turned away");
+        };
         let _ = stream.set_nodelay(true);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (shared, coordinator) = (Arc::clone(&self.shared), self.coordinator.clone());
         let strangers = self.strangers.clone();
         let task = tokio::spawn(async move {
+            let _place = place;
             let result = match timeout(PATIENCE, meet(&mut stream, peer, &shared)).await {
                 Err(_) => Err(io::ErrorKind::TimedOut.into()),
                 Ok(Err(error)) => Err(error),

@@ -97,7 +97,7 @@ pub(crate) fn difference(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Ve
 }
 
 #[track_caller]
-fn assert_same_bits(expected: &Run, actual: &Run) {
+pub(crate) fn assert_same_bits(expected: &Run, actual: &Run) {
     let (expected, actual) = (expected.newest_model(), actual.newest_model());
     assert_eq!(expected.parent().unwrap().file_name(), actual.parent().unwrap().file_name());
     let same = fs::read(&expected).unwrap() == fs::read(&actual).unwrap();

@@ -8,6 +8,7 @@
 mod arrows;
 mod failures;
 mod forms;
+mod hostile;
 mod python;
 mod stopping;
 mod support;
