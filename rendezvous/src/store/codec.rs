@@ -96,6 +96,65 @@ pub fn decode(bytes: &[u8]) -> Result<Option<(Request<'_>, usize)>, CodecError> 
     Ok(Reader { bytes, at: 0 }.request()?.map(|request| (request, scan.at)))
 }
 
+/// Writes a request as a client sends it.
+pub fn encode(request: &Request<'_>, bytes: &mut Vec<u8>) {
+    let mut put = |command: u8, strings: &[&[u8]]| {
+        bytes.push(command);
+        strings.iter().for_each(|string| put_string(string, bytes));
+    };
+    match request {
+        Request::Validate => {
+            bytes.push(VALIDATE);
+            bytes.extend(VALIDATION_MAGIC.to_le_bytes());
+        }
+        Request::Set(key, value) => put(1, &[key, value]),
+        Request::CompareSet { key, expected, desired } => put(2, &[key, expected, desired]),
+        Request::Get(key) => put(3, &[key]),
+        Request::Add(key, amount) => {
+            put(4, &[key]);
+            bytes.extend(amount.to_le_bytes());
+        }
+        Request::Check(keys) => put_keys(5, keys, bytes),
+        Request::Wait(keys) => put_keys(6, keys, bytes),
+        Request::NumKeys => bytes.push(7),
+        Request::Delete(key) => put(8, &[key]),
+        Request::Append(key, value) => put(9, &[key, value]),
+        Request::MultiGet(keys) => put_keys(10, keys, bytes),
+        Request::MultiSet(pairs) => {
+            bytes.push(11);
+            bytes.extend((pairs.len() as u64).to_le_bytes());
+            for (key, value) in pairs {
+                put_string(key, bytes);
+                put_string(value, bytes);
+            }
+        }
+        Request::CancelWait => bytes.push(12),
+        Request::Ping(number) => {
+            bytes.push(13);
+            bytes.extend(number.to_le_bytes());
+        }
+        Request::QueuePush(key, value) => put(14, &[key, value]),
+        Request::QueuePop(key) => put(15, &[key]),
+        Request::QueueLen(key) => put(16, &[key]),
+        Request::ListKeys => bytes.push(17),
+        Request::Barrier(key, size) => {
+            put(18, &[key]);
+            bytes.extend(size.to_le_bytes());
+        }
+    }
+}
+
+fn put_string(string: &[u8], bytes: &mut Vec<u8>) {
+    bytes.extend((string.len() as u64).to_le_bytes());
+    bytes.extend(string);
+}
+
+fn put_keys(command: u8, keys: &[&[u8]], bytes: &mut Vec<u8>) {
+    bytes.push(command);
+    bytes.extend((keys.len() as u64).to_le_bytes());
+    keys.iter().for_each(|key| put_string(key, bytes));
+}
+
 #[derive(Clone, Copy)]
 enum Field {
     /// So many bytes.
@@ -304,7 +363,44 @@ mod tests {
         assert_eq!(decode(&[99]), Err(CodecError::Command(99)));
     }
 
+    /// A request of each kind.
+    fn request<'a>(kind: u8, a: &'a [u8], b: &'a [u8], number: i64) -> Request<'a> {
+        match kind {
+            0 => Request::Validate,
+            1 => Request::Set(a, b),
+            2 => Request::CompareSet { key: a, expected: b, desired: a },
+            3 => Request::Get(a),
+            4 => Request::Add(a, number),
+            5 => Request::Check(vec![a, b]),
+            6 => Request::Wait(vec![a]),
+            7 => Request::NumKeys,
+            8 => Request::Delete(a),
+            9 => Request::Append(a, b),
+            10 => Request::MultiGet(vec![a, b, a]),
+            11 => Request::MultiSet(vec![(a, b), (b, a)]),
+            12 => Request::CancelWait,
+            13 => Request::Ping(number as u32),
+            14 => Request::QueuePush(a, b),
+            15 => Request::QueuePop(a),
+            16 => Request::QueueLen(a),
+            17 => Request::ListKeys,
+            _ => Request::Barrier(a, number),
+        }
+    }
+
     proptest! {
+        #[test]
+        fn what_is_written_is_read(
+            kind in 0_u8..19, number in any::<i64>(),
+            a in proptest::collection::vec(any::<u8>(), 0..40), b in proptest::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let request = request(kind, &a, &b, number);
+            let mut bytes = Vec::new();
+            encode(&request, &mut bytes);
+            prop_assert_eq!(bytes[0], kind);
+            prop_assert_eq!(decode(&bytes), Ok(Some((request, bytes.len()))));
+        }
+
         #[test]
         fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             if let Ok(Some((_, read))) = decode(&bytes) {

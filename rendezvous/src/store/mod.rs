@@ -3,5 +3,6 @@
 //!
 //! [`codec`] turns bytes into requests, [`state`] answers them. Both are pure; [`Host`](crate::Host) moves the bytes.
 
+pub mod client;
 pub mod codec;
 pub mod state;

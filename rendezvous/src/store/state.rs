@@ -13,7 +13,8 @@ pub const MAX_HELD: usize = 1 << 30;
 /// What tells a client that its wait is over.
 pub const READY: u8 = 0;
 const NOT_READY: u8 = 1;
-const WAIT_CANCELLED: u8 = 1;
+/// What tells a client that its wait was cancelled.
+pub const WAIT_CANCELLED: u8 = 1;
 
 /// What an entry takes beside its key and its value, roughly.
 const ENTRY: usize = 64;

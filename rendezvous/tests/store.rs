@@ -1,0 +1,137 @@
+//! Our client against our server.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::time::{Duration, Instant};
+
+use ice_proto::rendezvous::KeepAlive;
+use ice_rendezvous::store::client::{Client, Error};
+use ice_rendezvous::{Host, HostConfig};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+async fn host() -> Host {
+    let config = HostConfig {
+        addresses: vec![[127, 0, 0, 1].into()],
+        port: 0,
+        run_id: "job".into(),
+        join_timeout: LIMIT,
+        last_call: LIMIT,
+        keep_alive: KeepAlive::default(),
+        token: None,
+    };
+    Host::bind(config).await.unwrap()
+}
+
+async fn client(host: &Host) -> Client {
+    Client::connect(("127.0.0.1", host.port()), LIMIT).await.unwrap()
+}
+
+#[tokio::test]
+async fn every_operation() {
+    let host = host().await;
+    let mut store = client(&host).await;
+    store.set("a", b"1").await.unwrap();
+    store.append("a", b"2").await.unwrap();
+    assert_eq!(store.get("a").await.unwrap(), b"12");
+    assert_eq!(store.add("n", 5).await.unwrap(), 5);
+    assert_eq!(store.add("n", -7).await.unwrap(), -2);
+    assert_eq!(store.compare_set("c", b"", b"x").await.unwrap(), b"x");
+    assert_eq!(store.compare_set("c", b"y", b"z").await.unwrap(), b"x");
+    assert!(store.check(&["a", "n"]).await.unwrap() && !store.check(&["a", "b"]).await.unwrap());
+    store.multi_set(&[("d", b"4"), ("e", b"")]).await.unwrap();
+    assert_eq!(store.multi_get(&["e", "d"]).await.unwrap(), [b"".to_vec(), b"4".to_vec()]);
+    assert_eq!(store.num_keys().await.unwrap(), 5);
+    assert!(store.delete("d").await.unwrap() && !store.delete("d").await.unwrap());
+    let mut keys = store.list_keys().await.unwrap();
+    keys.sort();
+    assert_eq!(keys, [b"/a", b"/c", b"/e", b"/n"]);
+    store.queue_push("q", b"first").await.unwrap();
+    store.queue_push("q", b"second").await.unwrap();
+    assert_eq!(store.queue_len("q").await.unwrap(), 2);
+    assert_eq!(store.queue_pop("q").await.unwrap().unwrap(), b"first");
+    assert_eq!(store.queue_pop("q").await.unwrap().unwrap(), b"second");
+    assert_eq!(store.queue_pop("q").await.unwrap(), None);
+    let mut other = client(&host).await;
+    let (here, there) = tokio::join!(store.barrier("b", 2), other.barrier("b", 2));
+    here.and(there).unwrap();
+}
+
+#[tokio::test]
+async fn a_wait_that_is_in_vain_ends_and_the_client_goes_on() {
+    let host = host().await;
+    let limit = Duration::from_millis(50);
+    let mut store = Client::connect(("127.0.0.1", host.port()), limit).await.unwrap();
+    let start = Instant::now();
+    let error = store.get("never").await.unwrap_err();
+    assert!(matches!(&error, Error::Timeout { .. }) && start.elapsed() >= limit);
+    assert!(error.to_string().contains("never"), "{error}");
+    assert_eq!(store.add("n", 1).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn clients_wait_for_each_other() {
+    let host = host().await;
+    let (mut first, mut second) = (client(&host).await, client(&host).await);
+    let ping = async {
+        for round in 0..200 {
+            first.set(&format!("ping{round}"), b"").await.unwrap();
+            first.wait(&[&format!("pong{round}")]).await.unwrap();
+        }
+    };
+    let pong = async {
+        for round in 0..200 {
+            second.wait(&[&format!("ping{round}")]).await.unwrap();
+            second.set(&format!("pong{round}"), b"").await.unwrap();
+        }
+    };
+    tokio::join!(ping, pong);
+}
+
+#[tokio::test]
+async fn large_values_pass_and_too_large_ones_are_not_sent() {
+    let host = host().await;
+    let mut store = client(&host).await;
+    let mut value: Vec<u8> = (0..8 << 20).map(|at| (at % 251) as u8).collect();
+    store.set("k", &value).await.unwrap();
+    assert!(store.get("k").await.unwrap() == value);
+    value.push(0);
+    let error = store.set("k", &value).await.unwrap_err();
+    assert!(error.to_string().contains("8388609 bytes is over"), "{error}");
+    assert!(store.set(&"k".repeat(9000), b"").await.is_err());
+    assert_eq!(store.num_keys().await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_holds_nobody_up() {
+    let host = host().await;
+    let mut store = client(&host).await;
+    store.set("k", &vec![7; 8 << 20]).await.unwrap();
+    // A thousand times 8 MiB are asked for and not taken.
+    let mut greedy = tokio::net::TcpStream::connect(("127.0.0.1", host.port())).await.unwrap();
+    let get = [&[3][..], &2_u64.to_le_bytes(), b"/k"].concat();
+    let requests = [&[0, 0xCE, 0xF7, 0x85, 0x3C][..], &get.repeat(1000)].concat();
+    tokio::io::AsyncWriteExt::write_all(&mut greedy, &requests).await.unwrap();
+    for number in 1..100 {
+        assert_eq!(store.add("n", 1).await.unwrap(), number);
+    }
+    // In time it gets them, each whole.
+    let mut length = [0; 8];
+    let mut value = vec![0; 8 << 20];
+    for _ in 0..3 {
+        tokio::io::AsyncReadExt::read_exact(&mut greedy, &mut length).await.unwrap();
+        assert_eq!(u64::from_le_bytes(length), 8 << 20);
+        tokio::io::AsyncReadExt::read_exact(&mut greedy, &mut value).await.unwrap();
+        assert!(value.iter().all(|byte| *byte == 7));
+    }
+}
+
+#[tokio::test]
+async fn prefixes_are_torchs() {
+    let host = host().await;
+    let mut plain = client(&host).await;
+    let mut inner = client(&host).await.with_prefix("outer").with_prefix("inner");
+    inner.set("k", b"v").await.unwrap();
+    // PrefixStore("inner", PrefixStore("outer", store)) asks for `outer/inner/k`.
+    assert_eq!(plain.list_keys().await.unwrap(), [b"/outer/inner/k"]);
+}
