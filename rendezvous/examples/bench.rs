@@ -1,0 +1,200 @@
+//! What `scripts/bench-rendezvous` runs: our server, and load for ours and for torch's.
+//!
+//! ```text
+//! bench serve                         serves on a free port of loopback, printed; ends with its input
+//! bench adds PORT PID SECONDS         pipelined adds over 8 connections: adds per second of a core of process PID
+//! bench idle PORT PID CONNECTIONS     memory of process PID per validated connection, in KiB
+//! bench join AGENTS                   seconds until so many agents are in one round
+//! bench simulate AGENTS               the same without a network: seconds, and MB that would be sent
+//! bench answers PORT CONNECTIONS      seconds until all of them had an answer, one after another
+//! ```
+
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark")]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ice_proto::frame;
+use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, ToAgent, ToCoordinator};
+use ice_rendezvous::machine::{Action, Coordinator, Event, Settings};
+use ice_rendezvous::store::codec::{Request, encode};
+use ice_rendezvous::{Host, HostConfig, Patience, Session};
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// Requests of a connection that are on their way.
+const PIPELINED: usize = 512;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    raise_open_files();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    match arguments[..] {
+        ["serve"] => {
+            let host = host().await;
+            println!("{}", host.port());
+            let _ = std::io::stdin().read(&mut [0]);
+        }
+        ["adds", port, pid, seconds] => adds(number(port) as u16, pid, Duration::from_secs(number(seconds))),
+        ["idle", port, pid, connections] => idle(number(port) as u16, pid, number(connections) as usize),
+        ["join", agents] => join(number(agents) as u32).await,
+        ["simulate", agents] => simulate(number(agents) as u32),
+        ["answers", port, connections] => answers(number(port) as u16, number(connections)),
+        _ => panic!("see the head of the file"),
+    }
+}
+
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}
+
+async fn host() -> Host {
+    let config = HostConfig {
+        addresses: vec![[127, 0, 0, 1].into()],
+        port: 0,
+        run_id: "bench".into(),
+        join_timeout: LIMIT,
+        last_call: LIMIT,
+        keep_alive: KeepAlive::default(),
+        token: None,
+    };
+    Host::bind(config).await.unwrap()
+}
+
+fn hello(nnodes: u32, number: u32) -> Hello {
+    Hello {
+        run_id: "bench".into(),
+        node_rank: None,
+        nnodes: (nnodes, nnodes),
+        local_world_size: 8,
+        restarts: RestartPolicy { max_restarts: 3, window: None, backoff: Duration::ZERO, crash_loop: 0 },
+        keep_alive: KeepAlive::default(),
+        place: None,
+        addresses: Vec::new(),
+        host: format!("node{number}.cluster.example"),
+        pid: number,
+    }
+}
+
+fn validated(port: u16) -> TcpStream {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_nodelay(true).unwrap();
+    send(&mut stream, &[Request::Validate]);
+    stream
+}
+
+fn send(stream: &mut TcpStream, requests: &[Request<'_>]) {
+    let mut bytes = Vec::new();
+    requests.iter().for_each(|request| encode(request, &mut bytes));
+    stream.write_all(&bytes).unwrap();
+}
+
+/// Seconds that all threads of a process have computed.
+fn cpu_seconds(pid: &str) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+    // In ticks of 10 ms, see proc(5).
+    (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / 100.0
+}
+
+fn rss_kib(pid: &str) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn adds(port: u16, pid: &str, time: Duration) {
+    let before = cpu_seconds(pid);
+    let end = Instant::now() + time;
+    let connection = |number: usize| {
+        let mut stream = validated(port);
+        let key = format!("/bench{number}");
+        let request = vec![Request::Add(key.as_bytes(), 1); PIPELINED / 2];
+        let mut answers = vec![0; 8 * request.len()];
+        let mut done = 0_u64;
+        send(&mut stream, &request);
+        while Instant::now() < end {
+            // One half is on its way while the other is answered.
+            send(&mut stream, &request);
+            stream.read_exact(&mut answers).unwrap();
+            done += request.len() as u64;
+        }
+        stream.read_exact(&mut answers).unwrap();
+        done + request.len() as u64
+    };
+    let done: u64 = thread::scope(|scope| {
+        let threads: Vec<_> = (0..8).map(|number| scope.spawn(move || connection(number))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    println!("{:.0}", done as f64 / (cpu_seconds(pid) - before));
+}
+
+fn idle(port: u16, pid: &str, connections: usize) {
+    let before = rss_kib(pid);
+    let mut all: Vec<TcpStream> = (0..connections).map(|_| validated(port)).collect();
+    // Each has been served once.
+    for stream in &mut all {
+        send(stream, &[Request::Ping(7)]);
+        stream.read_exact(&mut [0; 4]).unwrap();
+    }
+    println!("{:.3}", (rss_kib(pid) - before) / connections as f64);
+}
+
+fn answers(port: u16, connections: u64) {
+    let start = Instant::now();
+    let mut all: Vec<TcpStream> = (0..connections).map(|_| validated(port)).collect();
+    for stream in &mut all {
+        send(stream, &[Request::Ping(7)]);
+        stream.read_exact(&mut [0; 4]).unwrap();
+    }
+    println!("{:.4}", start.elapsed().as_secs_f64());
+}
+
+async fn join(agents: u32) {
+    let host = host().await;
+    let start = Instant::now();
+    let tasks: Vec<_> = (0..agents)
+        .map(|number| {
+            let (port, hello) = (host.port(), hello(agents, number));
+            tokio::spawn(async move {
+                let patience = Patience::Wait(LIMIT);
+                let mut session =
+                    Session::connect(("127.0.0.1", port), None, hello, None, patience).await.unwrap();
+                session.send(ToCoordinator::Join);
+                assert!(matches!(session.recv().await.unwrap(), ToAgent::RoundStarted(_)));
+                session
+            })
+        })
+        .collect();
+    let mut sessions = Vec::new();
+    for task in tasks {
+        sessions.push(task.await.unwrap());
+    }
+    println!("{:.4}", start.elapsed().as_secs_f64());
+}
+
+fn simulate(agents: u32) {
+    let settings =
+        Settings { run_id: "bench".into(), join_timeout: LIMIT, last_call: LIMIT, run_stamp: "stamp".into() };
+    let mut coordinator = Coordinator::new(settings);
+    let start = Instant::now();
+    let (mut started, mut bytes) = (0, 0);
+    for number in 0..agents {
+        for message in [ToCoordinator::Hello(hello(agents, number)), ToCoordinator::Join] {
+            for action in coordinator.handle(Duration::ZERO, Event::Message(number.into(), message)) {
+                if let Action::Send(_, message) = action {
+                    bytes += frame::encode(&message).unwrap().len();
+                    started += u32::from(matches!(message, ToAgent::RoundStarted(_)));
+                }
+            }
+        }
+    }
+    assert_eq!(started, agents);
+    println!("{:.4} {:.1}", start.elapsed().as_secs_f64(), bytes as f64 / 1e6);
+}
