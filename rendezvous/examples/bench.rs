@@ -89,6 +89,14 @@ fn validated(port: u16) -> TcpStream {
     stream
 }
 
+/// One that has had an answer.
+fn served(port: u16) -> TcpStream {
+    let mut stream = validated(port);
+    send(&mut stream, &[Request::Ping(7)]);
+    stream.read_exact(&mut [0; 4]).unwrap();
+    stream
+}
+
 fn send(stream: &mut TcpStream, requests: &[Request<'_>]) {
     let mut bytes = Vec::new();
     requests.iter().for_each(|request| encode(request, &mut bytes));
@@ -137,22 +145,13 @@ fn adds(port: u16, pid: &str, time: Duration) {
 
 fn idle(port: u16, pid: &str, connections: usize) {
     let before = rss_kib(pid);
-    let mut all: Vec<TcpStream> = (0..connections).map(|_| validated(port)).collect();
-    // Each has been served once.
-    for stream in &mut all {
-        send(stream, &[Request::Ping(7)]);
-        stream.read_exact(&mut [0; 4]).unwrap();
-    }
-    println!("{:.3}", (rss_kib(pid) - before) / connections as f64);
+    let all: Vec<TcpStream> = (0..connections).map(|_| served(port)).collect();
+    println!("{:.3}", (rss_kib(pid) - before) / all.len() as f64);
 }
 
 fn answers(port: u16, connections: u64) {
     let start = Instant::now();
-    let mut all: Vec<TcpStream> = (0..connections).map(|_| validated(port)).collect();
-    for stream in &mut all {
-        send(stream, &[Request::Ping(7)]);
-        stream.read_exact(&mut [0; 4]).unwrap();
-    }
+    (0..connections).for_each(|_| drop(served(port)));
     println!("{:.4}", start.elapsed().as_secs_f64());
 }
 

@@ -71,7 +71,7 @@ def join(count):
     for number in range(count):
         store = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
         backend = C10dRendezvousBackend(store, "bench")
-        handlers.append(DynamicRendezvousHandler.from_backend("bench", store, backend, count, count, local_addr=f"node{number}"))
+        handlers.append(DynamicRendezvousHandler.from_backend("bench", store, backend, count, count, local_addr="127.0.0.1"))
     threads = [threading.Thread(target=handler.next_rendezvous) for handler in handlers]
     start = time.perf_counter()
     for thread in threads:

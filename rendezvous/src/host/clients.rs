@@ -8,6 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
@@ -85,12 +86,7 @@ impl Clients {
         let ready = client.bell.ready.swap(0, Ordering::Relaxed);
         replies.own.extend((0..ready).map(|_| READY));
         if client.unwritten.is_empty() {
-            let read = match stream.try_read(chunk) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(read) => read,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-                Err(error) => return Err(error),
-            };
+            let read = drain(stream, chunk)?;
             client.take_in(&chunk[..read], store, replies)?;
         }
         for woken in replies.woken.drain(..) {
@@ -177,6 +173,23 @@ impl Client {
             self.unwritten.drain(..written);
         }
         Ok(())
+    }
+}
+
+/// Reads what is there. Less than there is room for is all there is, which saves asking again.
+fn drain(stream: &TcpStream, chunk: &mut [u8]) -> io::Result<usize> {
+    let mut read = 0;
+    let result = stream.try_io(Interest::READABLE, || {
+        read = nix::unistd::read(stream, chunk)?;
+        match read {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ if read < chunk.len() => Err(io::ErrorKind::WouldBlock.into()),
+            _ => Ok(()),
+        }
+    });
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(read),
+        result => result.map(|()| read),
     }
 }
 
