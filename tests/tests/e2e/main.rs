@@ -11,6 +11,7 @@ mod forms;
 mod hostile;
 mod python;
 mod stopping;
+mod store;
 mod support;
 mod torchrun;
 mod training;
