@@ -1,0 +1,181 @@
+//! What must hold for any bytes. Each function panics where it does not.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::time::Duration;
+
+use ice_proto::auth::{Answer, Challenge, Greeting};
+use ice_proto::frame::{self, Decoder};
+use ice_proto::link::{Down, Up};
+use ice_proto::rendezvous::{ToAgent, ToCoordinator};
+use ice_rendezvous::machine::{Action, Coordinator, Event, Settings};
+use ice_rendezvous::store::codec::{self, Scan};
+use ice_rendezvous::store::state::{Replies, Store};
+
+/// Each target with its name, which is that of its corpus.
+pub const TARGETS: [(&str, fn(&[u8])); 3] =
+    [("frames", frames), ("store", store), ("coordinator", coordinator)];
+
+/// Frames in pieces: the first byte says of what size. What is decoded does not depend on it, and encodes to what it was decoded from.
+pub fn frames(bytes: &[u8]) {
+    let Some((size, bytes)) = bytes.split_first() else { return };
+    let size = usize::from(*size).max(1);
+    messages::<Greeting>(bytes, size);
+    messages::<Challenge>(bytes, size);
+    messages::<Answer>(bytes, size);
+    messages::<ToCoordinator>(bytes, size);
+    messages::<ToAgent>(bytes, size);
+    messages::<Up>(bytes, size);
+    messages::<Down>(bytes, size);
+}
+
+fn messages<T: serde_like::Message>(bytes: &[u8], size: usize) {
+    let decoded = |size: usize| {
+        let mut decoder = Decoder::new();
+        let mut messages = Vec::new();
+        for piece in bytes.chunks(size) {
+            decoder.feed(piece);
+            loop {
+                match decoder.next_message::<T>() {
+                    Ok(Some(message)) => messages.push(message),
+                    Ok(None) => break,
+                    Err(_) => return messages,
+                }
+            }
+        }
+        messages
+    };
+    let messages = decoded(size);
+    assert_eq!(format!("{:?}", decoded(usize::MAX)), format!("{messages:?}"));
+    for message in messages {
+        let mut decoder = Decoder::new();
+        decoder.feed(&frame::encode(&message).expect("it was within the limit"));
+        let again = decoder.next_message::<T>().expect("it was encoded here");
+        assert_eq!(format!("{again:?}"), format!("{:?}", Some(message)));
+    }
+}
+
+mod serde_like {
+    /// What a frame can hold.
+    pub trait Message: serde::Serialize + serde::de::DeserializeOwned + std::fmt::Debug {}
+    impl<T: serde::Serialize + serde::de::DeserializeOwned + std::fmt::Debug> Message for T {}
+}
+
+/// Clients of the store. Before each request a byte says whose it is, and whether that client goes.
+pub fn store(bytes: &[u8]) {
+    let mut store = Store::new(1 << 20);
+    let mut replies = Replies::default();
+    let mut gone = BTreeSet::new();
+    let mut rest = bytes;
+    let mut next = 0;
+    let mut clients = BTreeMap::new();
+    while let Some((who, request)) = rest.split_first() {
+        let id = *clients.entry(who & 7).or_insert_with(|| {
+            next += 1;
+            next
+        });
+        if who & 128 != 0 {
+            store.disconnect(id);
+            gone.insert(id);
+            clients.remove(&(who & 7));
+            rest = request;
+            continue;
+        }
+        let (request, length) = match codec::decode(request) {
+            Ok(Some(whole)) => whole,
+            Ok(None) => {
+                in_pieces(request, None);
+                return;
+            }
+            Err(_) => return,
+        };
+        assert!(length > 0 && length <= rest.len());
+        in_pieces(&rest[1..=length], Some(length));
+        let mut again = Vec::new();
+        codec::encode(&request, &mut again);
+        assert_eq!(again, rest[1..=length], "what is read is what is written");
+        replies.own.clear();
+        replies.woken.clear();
+        let _ = store.handle(id, request, &mut replies);
+        assert!(replies.woken.iter().all(|woken| !gone.contains(woken)), "nobody is told after it went");
+        rest = &rest[1 + length..];
+    }
+}
+
+/// A request that comes byte by byte is whole when its last byte is there and not before.
+fn in_pieces(bytes: &[u8], length: Option<usize>) {
+    let mut scan = Scan::default();
+    for cut in 0..bytes.len() {
+        assert!(!matches!(scan.advance(&bytes[..cut]), Ok(true)), "{cut} of {length:?}");
+    }
+    if length.is_some() {
+        assert_eq!(scan.advance(bytes), Ok(true));
+    }
+}
+
+/// Agents and what becomes of them. Each step is a byte for the peer, one for what happens, and a frame where it says something; the
+/// invariants are those of the coordinator's module.
+pub fn coordinator(bytes: &[u8]) {
+    let settings = || Settings {
+        run_id: "job".into(),
+        join_timeout: Duration::from_secs(60),
+        last_call: Duration::from_secs(1),
+        run_stamp: "stamp".into(),
+    };
+    let mut machine = Coordinator::new(settings());
+    let (mut now, mut last_round, mut closed) = (Duration::ZERO, None, false);
+    let mut rest = bytes;
+    while let [peer, what, more @ ..] = rest {
+        rest = more;
+        let peer = u64::from(peer & 7);
+        let event = match what & 7 {
+            0 => {
+                now += Duration::from_millis(u64::from(*what) * 100);
+                Event::Tick
+            }
+            1 => Event::Lost(peer),
+            2 => {
+                // Another coordinator takes over.
+                machine = Coordinator::resume(settings(), machine.record(now));
+                continue;
+            }
+            _ => {
+                let mut decoder = Decoder::new();
+                decoder.feed(rest);
+                let Ok(Some(message)) = decoder.next_message::<ToCoordinator>() else { return };
+                rest = &rest[frame::encode(&message).expect("it was decoded").len().min(rest.len())..];
+                Event::Message(peer, message)
+            }
+        };
+        let mut views = Vec::new();
+        for action in machine.handle(now, event) {
+            match action {
+                Action::Send(_, ToAgent::RoundStarted(round)) => views.push(round),
+                Action::Send(_, ToAgent::Closed { .. }) => closed = true,
+                _ => {}
+            }
+        }
+        let Some(first) = views.first() else { continue };
+        assert!(!closed, "RV-5");
+        assert!(last_round.is_none_or(|last| first.number > last), "RV-7, RV-10");
+        last_round = Some(first.number);
+        let mut ranks = 0;
+        for (place, member) in (0..).zip(&first.members) {
+            assert_eq!((member.group_rank, member.first_rank), (place, ranks), "RV-1");
+            ranks += member.local_world_size;
+        }
+        assert_eq!(views.len(), first.members.len(), "RV-2");
+        assert!(
+            views.iter().all(|view| view.members == first.members && view.number == first.number),
+            "RV-2"
+        );
+        let places: BTreeSet<u32> = views.iter().map(|view| view.you).collect();
+        assert_eq!(places.len(), views.len(), "RV-1");
+    }
+    assert_debug(&machine.record(now));
+}
+
+/// A record is read as it was written.
+fn assert_debug(record: &(impl Debug + serde::Serialize)) {
+    assert!(!format!("{record:?}").is_empty());
+}

@@ -1,0 +1,107 @@
+//! Makes the inputs that a corpus starts with: `cargo test --test seeds -- --ignored`.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use ice_proto::auth::{Answer, Challenge, Greeting};
+use ice_proto::frame;
+use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, ToAgent, ToCoordinator};
+use ice_rendezvous::store::codec::{Request, encode};
+
+fn write(target: &str, number: usize, bytes: &[u8]) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join(format!("seed-{number:02}")), bytes).unwrap();
+}
+
+fn hello(nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinator {
+    ToCoordinator::Hello(Hello {
+        run_id: "job".into(),
+        node_rank,
+        nnodes,
+        local_world_size: 2,
+        restarts: RestartPolicy { max_restarts: 2, window: None, backoff: Duration::ZERO, crash_loop: 0 },
+        keep_alive: KeepAlive::default(),
+        place: Some(1),
+        addresses: vec![[10, 0, 0, 1].into()],
+        host: "host".into(),
+        pid: 7,
+    })
+}
+
+#[test]
+#[ignore = "writes files"]
+fn make() {
+    let requests = [
+        Request::Validate,
+        Request::Set(b"k", b"v"),
+        Request::CompareSet { key: b"k", expected: b"v", desired: b"w" },
+        Request::Get(b"k"),
+        Request::Add(b"n", -3),
+        Request::Check(vec![b"k", b"n"]),
+        Request::Wait(vec![b"k", b"later"]),
+        Request::NumKeys,
+        Request::Delete(b"k"),
+        Request::Append(b"k", b"more"),
+        Request::MultiGet(vec![b"k", b"n"]),
+        Request::MultiSet(vec![(b"a", b"1"), (b"later", b"2")]),
+        Request::CancelWait,
+        Request::Ping(7),
+        Request::QueuePush(b"q", b"v"),
+        Request::QueuePop(b"q"),
+        Request::QueueLen(b"q"),
+        Request::ListKeys,
+        Request::Barrier(b"b", 2),
+    ];
+    let mut all = Vec::new();
+    for (number, request) in requests.iter().enumerate() {
+        let mut bytes = vec![(number % 3) as u8];
+        encode(request, &mut bytes);
+        write("store", number, &bytes);
+        all.extend(bytes);
+    }
+    all.push(129);
+    write("store", requests.len(), &all);
+
+    let reason = || "reason".to_owned();
+    let said = [
+        hello((2, 2), Some(0)),
+        hello((1, 3), None),
+        ToCoordinator::Join,
+        ToCoordinator::Failed { round: 0, reason: reason(), uptime: Duration::from_secs(9), hopeless: None },
+        ToCoordinator::Failed {
+            round: 0,
+            reason: reason(),
+            uptime: Duration::ZERO,
+            hopeless: Some(reason()),
+        },
+        ToCoordinator::Finished { round: 0 },
+        ToCoordinator::Leave { reason: reason() },
+        ToCoordinator::KeepAlive,
+    ];
+    let frames: Vec<Vec<u8>> = said.iter().map(|message| frame::encode(message).unwrap()).collect();
+    let answers = [
+        frame::encode(&ToAgent::Refused { reason: reason() }).unwrap(),
+        frame::encode(&ToAgent::RoundBroken { round: 3, reason: reason() }).unwrap(),
+        frame::encode(&ToAgent::Closed { success: true, reason: reason(), no_restart: None }).unwrap(),
+        frame::encode(&Greeting { nonce: [1; 32] }).unwrap(),
+        frame::encode(&Challenge { nonce: [2; 32], proof: Some([3; 32]) }).unwrap(),
+        frame::encode(&Answer { proof: None }).unwrap(),
+    ];
+    for (number, frame) in frames.iter().chain(&answers).enumerate() {
+        write("frames", number, &[&[number as u8 * 9], &frame[..]].concat());
+    }
+    write("frames", 50, &[&[5], &frames.concat()[..]].concat());
+
+    let step = |peer: u8, frame: &[u8]| [&[peer, 3], frame].concat();
+    let joined = |elastic: usize, peers: u8| -> Vec<u8> {
+        (0..peers).flat_map(|peer| [step(peer, &frames[elastic]), step(peer, &frames[2])].concat()).collect()
+    };
+    for (number, frame) in frames.iter().enumerate() {
+        write("coordinator", number, &step(1, frame));
+        let then = [joined(1, 3), step(1, frame), vec![0, 0xF8, 0, 2], joined(1, 2)].concat();
+        write("coordinator", 20 + number, &then);
+    }
+    write("coordinator", 50, &[joined(1, 4), vec![1, 1], step(2, &frames[3]), step(2, &frames[2])].concat());
+}
