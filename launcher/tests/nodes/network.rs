@@ -130,6 +130,32 @@ fn nodes_are_killed_are_cut_off_and_come_late() {
 }
 
 #[test]
+fn with_a_token_the_store_is_for_the_hosts_of_agents_alone() {
+    let Some(cluster) = Cluster::new() else { return };
+    let agent = |host: u32| {
+        let rank = (host - 1).to_string();
+        let mut command =
+            cluster.command(host, &["--nnodes", "2", "--node-rank", &rank, "--master-addr", "10.77.0.1"]);
+        command.env("ICE_RDZV_TOKEN", "correct horse battery staple");
+        Job::start(command)
+    };
+    let mut jobs = [1, 2].map(agent);
+    assert_eq!(round_of(2, &mut jobs), 0);
+    // As torch's clients do: validate, then ping. How many bytes come back?
+    let client = "exec 3<> /dev/tcp/10.77.0.1/29500
+        printf '\\0\\xce\\xf7\\x85\\x3c\\x0d\\x01\\0\\0\\0' >&3; head -c 4 <&3 2> /dev/null | wc -c";
+    let answer = |host: u32| {
+        let output = cluster.network.on(host).args(["bash", "-c", client]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    assert_eq!([1, 2, 3].map(answer), ["4", "4", "0"]);
+    cluster.stop();
+    let [first, second] = jobs.map(Job::finish);
+    first.expect(0, &["a client of the store was turned away"]);
+    second.expect(0, &[]);
+}
+
+#[test]
 fn with_etcd_any_node_may_go() {
     let Some(cluster) = Cluster::new() else { return };
     let Some(etcd) = Etcd::start_in(cluster.network.on(0), "10.77.0.254") else { return };

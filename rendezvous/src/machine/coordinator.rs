@@ -196,8 +196,8 @@ impl Coordinator {
         let begun = self.round > 0 || matches!(self.phase, Phase::Running { .. });
         match admission::check(&self.settings.run_id, &self.nodes, &hello, begun) {
             Ok(()) => {
-                // Under another coordinator it had a place, too.
-                let place = hello.place.filter(|_| !begun);
+                // It had one under another coordinator, or before it was cut off.
+                let place = hello.place;
                 self.nodes.insert(peer, Node { hello, place });
                 Vec::new()
             }

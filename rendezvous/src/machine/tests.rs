@@ -123,6 +123,55 @@ fn all_must_finish() {
     assert_eq!(actions.len(), 2);
 }
 
+/// What a coordinator on another node goes on from, having been written to etcd and read.
+fn taken_over(machine: &Coordinator, now: Duration) -> Coordinator {
+    let json = serde_json::to_string(&machine.record(now)).unwrap();
+    let settings = Settings {
+        run_id: "job".into(),
+        join_timeout: Duration::from_secs(600),
+        last_call: Duration::from_secs(30),
+        run_stamp: "another".into(),
+    };
+    Coordinator::resume(settings, serde_json::from_str(&json).unwrap())
+}
+
+#[test]
+fn another_coordinator_goes_on_where_the_first_was() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(None, 2, 1));
+    enter(&mut machine, 2, hello(None, 2, 1));
+    say(&mut machine, 1, failed(0, "r"));
+    let mut machine = taken_over(&machine, NOW);
+    // The nodes come in another order, and keep their places.
+    enter(&mut machine, 1, Hello { place: Some(1), ..hello(None, 2, 1) });
+    let started = rounds(&enter(&mut machine, 2, Hello { place: Some(0), ..hello(None, 2, 1) }));
+    assert_eq!((started[&1].you, started[&2].you), (1, 0));
+    assert_eq!((started[&1].number, started[&1].restart_count), (1, 1), "RV-10");
+    assert_eq!(started[&1].run_stamp, "stamp", "the job's folders stay");
+    // The round that runs has a number, too, and the only restart was used.
+    let mut machine = taken_over(&machine, NOW);
+    enter(&mut machine, 1, hello(None, 2, 1));
+    assert_eq!(rounds(&enter(&mut machine, 2, hello(None, 2, 1)))[&1].number, 2, "RV-10");
+    let closed = say(&mut machine, 1, failed(2, "r"));
+    assert!(matches!(&closed[0], Action::Send(_, ToAgent::Closed { success: false, .. })), "RV-10");
+    let mut machine = taken_over(&machine, NOW);
+    assert!(rounds(&enter(&mut machine, 1, hello(None, 1, 1))).is_empty(), "RV-5, RV-10");
+}
+
+#[test]
+fn what_a_node_has_finished_is_not_done_again_by_another_coordinator() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(None, 2, 1));
+    enter(&mut machine, 2, hello(None, 2, 1));
+    say(&mut machine, 1, ToCoordinator::Finished { round: 0 });
+    let mut machine = taken_over(&machine, NOW);
+    let actions = say(&mut machine, 2, ToCoordinator::Hello(hello(None, 2, 1)));
+    let Action::Send(2, ToAgent::Closed { success: false, reason, .. }) = &actions[0] else {
+        panic!("{actions:?}")
+    };
+    assert!(reason.contains("cannot be done again"), "{reason}");
+}
+
 /// A node of an elastic job.
 fn elastic(nnodes: (u32, u32)) -> Hello {
     Hello { nnodes, restarts: RestartPolicy { max_restarts: 0, ..POLICY }, ..hello(None, 2, 1) }
