@@ -10,8 +10,10 @@ use super::coordinator::Node;
 
 /// Ranks that one node can have; more are a mistake, and sums over all nodes stay far from overflowing.
 const MOST_RANKS: u32 = 1 << 16;
-/// Nodes that a job can have.
-const MOST_NODES: u32 = 1 << 15;
+/// Nodes that a job can have: the view of a round with so many fits into one frame.
+const MOST_NODES: u32 = 10_000;
+/// Bytes of a host name, which is Linux's limit.
+const LONGEST_HOST: usize = 64;
 
 /// Checks a newcomer against the job and against the nodes that are there already. Once the job has begun, one that asks for the place of
 /// another waits for it: it may be that node, come back before it was missed.
@@ -82,6 +84,12 @@ pub(super) fn check(
                 other.host, other.pid, newcomer.host, newcomer.pid
             ));
         }
+    }
+    if newcomer.host.len() > LONGEST_HOST {
+        return Err(format!(
+            "a host name of {} bytes is over the limit of {LONGEST_HOST}",
+            newcomer.host.len()
+        ));
     }
     if nodes.len() >= MOST_NODES as usize {
         return Err(format!("{} nodes are here already, which is the most", nodes.len()));

@@ -8,7 +8,7 @@ use tokio::net::{TcpStream, ToSocketAddrs};
 use tokio::time::timeout;
 
 use super::codec::{self, MAX_KEY, MAX_KEYS, MAX_VALUE, Request};
-use super::state::{READY, WAIT_CANCELLED};
+use super::state::{MAX_HELD, READY, WAIT_CANCELLED};
 
 /// Why the store did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -97,7 +97,7 @@ impl Client {
         self.wait(&[key]).await?;
         let key = self.key(key)?;
         self.send(&Request::Get(&key)).await?;
-        self.string(MAX_VALUE).await
+        self.string(MAX_HELD as u64).await
     }
 
     /// Adds to a decimal number, 0 where there is none, and returns the sum.
@@ -123,7 +123,7 @@ impl Client {
         let key = self.key(key)?;
         check("a value", expected.len().max(desired.len()), MAX_VALUE)?;
         self.send(&Request::CompareSet { key: &key, expected, desired }).await?;
-        self.string(MAX_VALUE).await
+        self.string(MAX_HELD as u64).await
     }
 
     /// Whether all keys are there.
@@ -148,8 +148,8 @@ impl Client {
         }
         self.send(&Request::CancelWait).await?;
         // The keys may have come at the last moment: then that is said first.
-        if self.stream.read_u8().await? != WAIT_CANCELLED {
-            self.stream.read_u8().await?;
+        if self.answer().await? != WAIT_CANCELLED {
+            self.answer().await?;
             return Ok(());
         }
         Err(Error::Timeout { keys: keys.iter().map(|key| (*key).to_owned()).collect(), limit: self.limit })
@@ -208,7 +208,7 @@ impl Client {
         self.send(&Request::MultiGet(full.iter().map(Vec::as_slice).collect())).await?;
         let mut values = Vec::new();
         for _ in keys {
-            values.push(self.string(MAX_VALUE).await?);
+            values.push(self.string(MAX_HELD as u64).await?);
         }
         Ok(values)
     }
@@ -246,7 +246,7 @@ impl Client {
         self.send(&Request::QueuePop(&key)).await?;
         match self.stream.read_i64_le().await? {
             0 => Ok(None),
-            _ => self.string(MAX_VALUE).await.map(Some),
+            _ => self.string(MAX_HELD as u64).await.map(Some),
         }
     }
 
@@ -267,8 +267,7 @@ impl Client {
     pub async fn barrier(&mut self, key: &str, size: i64) -> Result<(), Error> {
         let full = self.key(key)?;
         self.send(&Request::Barrier(&full, size)).await?;
-        let answer = timeout(self.limit, self.stream.read_u8()).await.map_err(io::Error::from)?;
-        ready(answer?)
+        ready(self.answer().await?)
     }
 
     fn key(&self, key: &str) -> Result<Vec<u8>, Error> {
@@ -286,14 +285,19 @@ impl Client {
         codec::encode(request, &mut self.request);
         self.stream.write_all(&self.request).await?;
         // A large value is not kept.
+        self.request.clear();
         self.request.shrink_to(4096);
         Ok(())
     }
 
+    /// One byte, in time.
+    async fn answer(&mut self) -> Result<u8, Error> {
+        Ok(timeout(self.limit, self.stream.read_u8()).await.map_err(io::Error::from)??)
+    }
+
     async fn string(&mut self, limit: u64) -> Result<Vec<u8>, Error> {
         let length = self.stream.read_u64_le().await?;
-        // Appended to, a value may be longer than one that is stored; ours are never longer than all that a store holds.
-        if length > limit.max(super::state::MAX_HELD as u64) {
+        if length > limit {
             return Err(Error::Protocol("an answer is too long"));
         }
         let mut string = Vec::new();

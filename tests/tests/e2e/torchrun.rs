@@ -110,6 +110,7 @@ fn every_option_of_torchrun_is_taken_and_described() {
         "--numa-binding" => "node".to_owned(),
         "--rdzv-backend" => "c10d".into(),
         "--rdzv-conf" => "is_host=1".into(),
+        "--local-addr" => "127.0.0.1".into(),
         "--master-port" => "0".into(),
         "--log-dir" => std::env::temp_dir().display().to_string(),
         "--shutdown-timeout" => "30".into(),
