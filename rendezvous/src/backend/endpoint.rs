@@ -46,7 +46,7 @@ impl Endpoint {
             && !addresses.is_empty()
         {
             // The ranks of this host come to the address that its name has here.
-            addresses.retain(|address| found.contains(address) && address.is_loopback());
+            addresses.retain(|address| found.contains(address) && address.is_loopback() && *address != local);
             addresses.push(local);
             note = None;
         }
