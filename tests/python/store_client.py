@@ -140,6 +140,34 @@ def many_threads():
 
 
 @case
+def barriers():
+    def come(store, size, seconds=20.0):
+        store.barrier("gate", size, timedelta(seconds=seconds))
+
+    impatient, store = client(), client()
+    store.set("beside", "v")
+    raises(dist.DistStoreError, come, impatient, 2, 0.1)
+    come(store, 2)
+    # An answer to the wait that was given up would be taken for the value.
+    assert impatient.get("beside") == b"v" and store.get("gate") == b"2"
+    assert store.delete_key("gate")
+    threads = [threading.Thread(target=lambda: come(client(), 4)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.get("gate") == b"4"
+
+
+@case
+def no_number_to_add_to():
+    store = client()
+    store.set("text", "abc")
+    raises(dist.DistNetworkError, client().add, "text", 1)
+    assert store.get("text") == b"abc"
+
+
+@case
 def copies():
     store = client()
     store.set("before", "1")

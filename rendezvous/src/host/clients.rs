@@ -144,9 +144,9 @@ impl Client {
                 break;
             }
             let Some((request, length)) = self.scan.request(rest).map_err(io::Error::other)? else { break };
-            if let Err(full) = store.handle(self.id, request, replies) {
-                tracing::error!(%full, "a client of the store was ended");
-                return Err(io::Error::other(full));
+            if let Err(refused) = store.handle(self.id, request, replies) {
+                tracing::error!(%refused, "a client of the store was ended");
+                return Err(io::Error::other(refused));
             }
             // In its place among the answers.
             if let Some(own) = replies.woken.iter().position(|woken| *woken == self.id) {

@@ -1,6 +1,6 @@
 //! What the store holds, and its answers.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use crate::store::codec::Request;
 
@@ -19,12 +19,20 @@ pub const WAIT_CANCELLED: u8 = 1;
 /// What an entry takes beside its key and its value, roughly.
 const ENTRY: usize = 64;
 
-/// The store would hold more than it may.
+/// Why a request was not carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the store is full: it holds {held} bytes of at most {limit}")]
-pub struct Full {
-    held: usize,
-    limit: usize,
+pub enum Refused {
+    /// The store would hold more than it may.
+    #[error("the store is full: it holds {held} bytes of at most {limit}")]
+    Full {
+        /// Bytes that it holds.
+        held: usize,
+        /// The most.
+        limit: usize,
+    },
+    /// There is nothing to add to.
+    #[error("the value to add to is no number")]
+    NotANumber,
 }
 
 /// What is to be sent.
@@ -45,7 +53,6 @@ pub struct Store {
     waiting: HashMap<Connection, BTreeSet<Vec<u8>>>,
     /// The same by key.
     waiters: HashMap<Vec<u8>, BTreeSet<Connection>>,
-    barriers: BTreeMap<Vec<u8>, Vec<Connection>>,
     /// Bytes of all that.
     held: usize,
     limit: usize,
@@ -59,7 +66,6 @@ impl Store {
             queues: HashMap::new(),
             waiting: HashMap::new(),
             waiters: HashMap::new(),
-            barriers: BTreeMap::new(),
             held: 0,
             limit,
         }
@@ -73,22 +79,18 @@ impl Store {
     /// Forgets a client.
     pub fn disconnect(&mut self, client: Connection) {
         self.stop_waiting(client);
-        self.barriers.retain(|_, clients| {
-            clients.retain(|other| *other != client);
-            !clients.is_empty()
-        });
     }
 
     /// Carries out a request; what is to be sent is added to `replies`.
     ///
     /// # Errors
-    /// [`Full`], and nothing is changed.
+    /// [`Refused`], and nothing is changed.
     pub fn handle(
         &mut self,
         client: Connection,
         request: Request<'_>,
         replies: &mut Replies,
-    ) -> Result<(), Full> {
+    ) -> Result<(), Refused> {
         match request {
             Request::Validate => {}
             Request::Set(key, value) => self.set(key, value.to_vec(), replies)?,
@@ -97,9 +99,7 @@ impl Store {
             }
             Request::Get(key) => string(self.value(key), &mut replies.own),
             Request::Add(key, amount) => {
-                let before =
-                    std::str::from_utf8(self.value(key)).ok().and_then(|text| text.parse::<i64>().ok());
-                let sum = before.unwrap_or(0).wrapping_add(amount);
+                let sum = self.number(key)?.wrapping_add(amount);
                 self.set(key, sum.to_string().into_bytes(), replies)?;
                 replies.own.extend(sum.to_le_bytes());
             }
@@ -155,19 +155,26 @@ impl Store {
                 self.values.keys().for_each(|key| string(key, &mut replies.own));
             }
             Request::Barrier(key, size) => {
-                let clients = self.barriers.entry(key.to_vec()).or_default();
-                clients.push(client);
-                if clients.len() as i64 >= size {
-                    replies.woken.extend(self.barriers.remove(key).unwrap_or_default());
+                let come = self.number(key)?.wrapping_add(1);
+                self.stop_waiting(client);
+                let count = come.to_string().into_bytes();
+                self.room_for(key.len() + count.len() + ENTRY + waiting_size(key))?;
+                // The count is a key like any other, as in torch's server: who gives up or goes has come all the same.
+                self.put(key, count)?;
+                if come >= size {
+                    self.wake(key, replies);
+                    replies.own.push(READY);
+                } else {
+                    self.enrol(client, BTreeSet::from([key.to_vec()]))?;
                 }
             }
         }
         Ok(())
     }
 
-    fn room_for(&self, more: usize) -> Result<(), Full> {
+    fn room_for(&self, more: usize) -> Result<(), Refused> {
         let Self { held, limit, .. } = *self;
-        if held + more > limit { Err(Full { held, limit }) } else { Ok(()) }
+        if held + more > limit { Err(Refused::Full { held, limit }) } else { Ok(()) }
     }
 
     fn value(&self, key: &[u8]) -> &[u8] {
@@ -178,7 +185,14 @@ impl Store {
         self.values.contains_key(key) || self.queues.get(key).is_some_and(|queue| !queue.is_empty())
     }
 
-    fn set(&mut self, key: &[u8], value: Vec<u8>, replies: &mut Replies) -> Result<(), Full> {
+    fn set(&mut self, key: &[u8], value: Vec<u8>, replies: &mut Replies) -> Result<(), Refused> {
+        self.put(key, value)?;
+        self.wake(key, replies);
+        Ok(())
+    }
+
+    /// Stores a value and wakes nobody.
+    fn put(&mut self, key: &[u8], value: Vec<u8>) -> Result<(), Refused> {
         self.room_for(key.len() + value.len() + ENTRY)?;
         self.held += value.len();
         match self.values.get_mut(key) {
@@ -188,22 +202,27 @@ impl Store {
                 self.values.insert(key.to_vec(), value);
             }
         }
+        Ok(())
+    }
+
+    fn wake(&mut self, key: &[u8], replies: &mut Replies) {
         if let Some(waiters) = self.waiters.get(key) {
             for waiter in waiters.clone() {
                 self.arrived(waiter, key, replies);
             }
         }
-        Ok(())
     }
 
+    /// A queue of that name stays, as in torch's server.
     fn remove(&mut self, key: &[u8]) -> bool {
-        let value = self.values.remove(key);
-        let queue = self.queues.remove(key);
-        let removed = value.is_some() || queue.is_some();
-        for value in value.into_iter().chain(queue.into_iter().flatten()) {
-            self.held -= key.len() + value.len() + ENTRY;
-        }
-        removed
+        let Some(value) = self.values.remove(key) else { return false };
+        self.held -= key.len() + value.len() + ENTRY;
+        true
+    }
+
+    /// The number at a key, 0 where there is none.
+    fn number(&self, key: &[u8]) -> Result<i64, Refused> {
+        self.values.get(key).map_or(Ok(0), |value| leading_number(value).ok_or(Refused::NotANumber))
     }
 
     fn compare_set(
@@ -212,7 +231,7 @@ impl Store {
         expected: &[u8],
         desired: &[u8],
         replies: &mut Replies,
-    ) -> Result<(), Full> {
+    ) -> Result<(), Refused> {
         let stored = self.values.get(key);
         if !stored.map_or(expected.is_empty(), |value| value == expected) {
             string(stored.map_or(expected, Vec::as_slice), &mut replies.own);
@@ -235,13 +254,17 @@ impl Store {
         }
     }
 
-    fn wait(&mut self, client: Connection, keys: &[&[u8]], replies: &mut Replies) -> Result<(), Full> {
+    fn wait(&mut self, client: Connection, keys: &[&[u8]], replies: &mut Replies) -> Result<(), Refused> {
         self.stop_waiting(client);
         let missing: BTreeSet<_> = keys.iter().filter(|key| !self.has(key)).map(|key| key.to_vec()).collect();
         if missing.is_empty() {
             replies.own.push(READY);
             return Ok(());
         }
+        self.enrol(client, missing)
+    }
+
+    fn enrol(&mut self, client: Connection, missing: BTreeSet<Vec<u8>>) -> Result<(), Refused> {
         let size = missing.iter().map(|key| waiting_size(key)).sum();
         self.room_for(size)?;
         self.held += size;
@@ -284,6 +307,14 @@ impl Store {
 /// A key that is waited for is there once by client and once by key.
 fn waiting_size(key: &[u8]) -> usize {
     2 * (key.len() + ENTRY)
+}
+
+/// What `std::stoll` reads, which torch's server counts with.
+fn leading_number(value: &[u8]) -> Option<i64> {
+    let text = value.trim_ascii_start();
+    let sign = usize::from(matches!(text.first(), Some(b'+' | b'-')));
+    let digits = text[sign..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+    std::str::from_utf8(&text[..sign + digits]).ok()?.parse().ok()
 }
 
 fn string(bytes: &[u8], reply: &mut Vec<u8>) {
@@ -378,15 +409,51 @@ mod tests {
     }
 
     #[test]
-    fn a_barrier_lets_all_through_at_once_and_again() {
+    fn add_refuses_what_torch_refuses() {
         let mut store = Store::new(MAX_HELD);
-        for _ in 0..2 {
-            assert_eq!(handle(&mut store, 1, Request::Barrier(b"b", 2)), []);
-            assert_eq!(
-                handle(&mut store, 2, Request::Barrier(b"b", 2)),
-                [(1, vec![READY]), (2, vec![READY])]
-            );
+        for (value, sum) in [("41abc", 42), (" 7", 8), ("+5", 6), ("-3", -2), ("0x10", 1)] {
+            set(&mut store, "n", value);
+            let sent = handle(&mut store, 1, Request::Add(b"n", 1));
+            assert_eq!(sent, [(1, i64::to_le_bytes(sum).to_vec())], "{value}");
         }
+        for value in ["", "abc", "-", "99999999999999999999"] {
+            set(&mut store, "n", value);
+            let mut replies = Replies::default();
+            assert_eq!(store.handle(1, Request::Add(b"n", 1), &mut replies), Err(Refused::NotANumber));
+            assert_eq!(handle(&mut store, 1, Request::Get(b"n")), [(1, text(value.as_bytes()))]);
+        }
+    }
+
+    #[test]
+    fn a_queue_stays_when_its_key_is_deleted() {
+        let mut store = Store::new(MAX_HELD);
+        handle(&mut store, 1, Request::QueuePush(b"q", b"v"));
+        assert_eq!(handle(&mut store, 1, Request::Delete(b"q")), [(1, number(0))]);
+        assert_eq!(handle(&mut store, 1, Request::QueueLen(b"q")), [(1, number(1))]);
+    }
+
+    #[test]
+    fn a_barrier_counts_in_a_key() {
+        let mut store = Store::new(MAX_HELD);
+        let barrier = |store: &mut Store, client| handle(store, client, Request::Barrier(b"b", 2));
+        assert_eq!(barrier(&mut store, 1), []);
+        assert_eq!(barrier(&mut store, 2), [(2, vec![READY]), (1, vec![READY])]);
+        assert_eq!(handle(&mut store, 1, Request::Get(b"b")), [(1, text(b"2"))]);
+        assert_eq!(barrier(&mut store, 3), [(3, vec![READY])]);
+        handle(&mut store, 1, Request::Delete(b"b"));
+        assert_eq!(barrier(&mut store, 1), []);
+    }
+
+    #[test]
+    fn who_gives_up_a_barrier_is_told_nothing_more() {
+        let mut store = Store::new(MAX_HELD);
+        handle(&mut store, 1, Request::Barrier(b"b", 3));
+        handle(&mut store, 2, Request::Barrier(b"b", 3));
+        assert_eq!(handle(&mut store, 1, Request::CancelWait), [(1, vec![WAIT_CANCELLED])]);
+        store.disconnect(2);
+        assert_eq!(handle(&mut store, 3, Request::Barrier(b"b", 3)), [(3, vec![READY])]);
+        handle(&mut store, 1, Request::Delete(b"b"));
+        assert_eq!(store.held, 0);
     }
 
     #[test]
@@ -412,7 +479,8 @@ mod tests {
         handle(&mut store, 3, Request::Wait(vec![b"x"]));
         assert_eq!(store.held, 3 * ENTRY + 3 + 9 + 2 * (ENTRY + 1) + 3 + 3 * 2 * (ENTRY + 1));
         handle(&mut store, 1, Request::QueuePop(b"q"));
-        for key in [b"a", b"b", b"n", b"q"] {
+        handle(&mut store, 1, Request::QueuePop(b"q"));
+        for key in [b"a", b"b", b"n"] {
             handle(&mut store, 1, Request::Delete(key));
         }
         set(&mut store, "x", "");

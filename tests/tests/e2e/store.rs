@@ -17,7 +17,7 @@ fn every_operation_of_torchs_client() {
         .arg(python_script("store_client.py"))
         .run(SOON * 2);
     outcome.expect_code(0);
-    assert_eq!(passed(&outcome), 11, "{}", outcome.transcript());
+    assert_eq!(passed(&outcome), 13, "{}", outcome.transcript());
 }
 
 #[test]
