@@ -23,8 +23,12 @@ async fn host() -> Host {
     Host::bind(config).await.unwrap()
 }
 
+fn address(host: &Host) -> String {
+    format!("127.0.0.1:{}", host.port())
+}
+
 async fn client(host: &Host) -> Client {
-    Client::connect(("127.0.0.1", host.port()), LIMIT).await.unwrap()
+    Client::connect(address(host), LIMIT).await.unwrap()
 }
 
 #[tokio::test]
@@ -61,12 +65,35 @@ async fn every_operation() {
 async fn a_wait_that_is_in_vain_ends_and_the_client_goes_on() {
     let host = host().await;
     let limit = Duration::from_millis(50);
-    let mut store = Client::connect(("127.0.0.1", host.port()), limit).await.unwrap();
+    let mut store = Client::connect(address(&host), limit).await.unwrap();
+    store.ping().await.unwrap();
     let start = Instant::now();
     let error = store.get("never").await.unwrap_err();
     assert!(matches!(&error, Error::Timeout { .. }) && start.elapsed() >= limit);
     assert!(error.to_string().contains("never"), "{error}");
     assert_eq!(store.add("n", 1).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn who_gives_up_a_barrier_goes_on() {
+    let host = host().await;
+    let (mut first, mut second) = (client(&host).await, client(&host).await);
+    first.set_limit(Duration::from_millis(50));
+    assert!(matches!(first.barrier("b", 2).await.unwrap_err(), Error::Timeout { .. }));
+    second.barrier("b", 2).await.unwrap();
+    // The answer to the barrier does not come in the place of another.
+    assert_eq!(first.get("b").await.unwrap(), b"2");
+}
+
+#[tokio::test]
+async fn errors_name_the_store() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = silent.local_addr().unwrap();
+    let limit = Duration::from_millis(100);
+    let start = Instant::now();
+    let error = Client::connect(address, limit).await.map(drop).unwrap_err();
+    assert!(error.to_string().contains(&address.to_string()), "{error}");
+    assert!(start.elapsed() < 2 * limit);
 }
 
 #[tokio::test]

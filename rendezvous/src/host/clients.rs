@@ -13,15 +13,13 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use super::{Shared, locked};
-use crate::store::codec::Scan;
+use crate::store::codec::{MAX_REQUEST, Scan};
 use crate::store::state::{Connection, MAX_HELD, READY, Replies, Store};
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 64 << 10;
 /// Requests wait while so much of the answers has not been written.
 const UNWRITTEN: usize = 256 << 10;
-/// Bytes of a request that is not whole yet; more than any client of torch sends.
-const MAX_REQUEST: usize = 64 << 20;
 /// Bytes of all requests that are not whole and of all answers that are not written.
 const MAX_BUFFERED: usize = 512 << 20;
 

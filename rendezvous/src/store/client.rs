@@ -7,15 +7,23 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, ToSocketAddrs};
 use tokio::time::timeout;
 
-use super::codec::{self, MAX_KEY, MAX_KEYS, MAX_VALUE, Request};
+use super::codec::{self, MAX_KEY, MAX_KEYS, MAX_REQUEST, MAX_VALUE, Request};
 use super::state::{MAX_HELD, READY, WAIT_CANCELLED};
+
+/// The store says within this time that a wait has ended.
+const PROMPT: Duration = Duration::from_secs(30);
 
 /// Why the store did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The connection is of no use any more.
-    #[error("the store: {0}")]
-    Io(#[from] io::Error),
+    #[error("the store at {address}: {source}")]
+    Io {
+        /// Where the store is.
+        address: String,
+        /// What the system says.
+        source: io::Error,
+    },
     /// Keys that did not come in time; the client goes on being of use.
     #[error("no {} in the store within {limit:?}", keys.join(", "))]
     Timeout {
@@ -35,8 +43,13 @@ pub enum Error {
         limit: u64,
     },
     /// What the store answered makes no sense.
-    #[error("the peer is no store: {0}")]
-    Protocol(&'static str),
+    #[error("what answers at {address} is no store: {what}")]
+    Protocol {
+        /// Where it was asked.
+        address: String,
+        /// What is wrong.
+        what: &'static str,
+    },
 }
 
 /// A connection to the store.
@@ -45,6 +58,8 @@ pub enum Error {
 /// `torch.distributed.PrefixStore` makes of them.
 pub struct Client {
     stream: TcpStream,
+    /// As it was given, for messages.
+    address: String,
     /// Stands before every key.
     prefix: Vec<u8>,
     /// How long keys are waited for.
@@ -53,24 +68,43 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, and checks that a store answers. `limit` is for that and for each wait.
+    /// Connects, and checks that a store answers. `limit` is for all of that, and then for each wait.
     ///
     /// # Errors
     /// [`Error::Io`] where nobody answers in time, [`Error::Protocol`] where it is no store.
-    pub async fn connect(address: impl ToSocketAddrs, limit: Duration) -> Result<Self, Error> {
-        let stream = timeout(limit, TcpStream::connect(address)).await.map_err(io::Error::from)??;
-        stream.set_nodelay(true)?;
-        let mut client = Self { stream, prefix: b"/".into(), limit, request: Vec::new() };
-        client.send(&Request::Validate).await?;
-        let number = std::process::id();
-        let ping = async {
-            client.send(&Request::Ping(number)).await?;
-            Ok::<_, Error>(client.stream.read_u32_le().await?)
+    pub async fn connect(address: impl ToSocketAddrs + ToString, limit: Duration) -> Result<Self, Error> {
+        let name = address.to_string();
+        let failed = |source| Error::Io { address: name.clone(), source };
+        let connect = async {
+            let stream = TcpStream::connect(address).await.map_err(failed)?;
+            stream.set_nodelay(true).map_err(failed)?;
+            let mut client =
+                Self { stream, address: name.clone(), prefix: b"/".into(), limit, request: Vec::new() };
+            client.send(&Request::Validate).await?;
+            client.ping().await?;
+            Ok(client)
         };
-        match timeout(limit, ping).await.map_err(io::Error::from)?? {
-            answer if answer == number => Ok(client),
-            _ => Err(Error::Protocol("it answers with another number")),
+        timeout(limit, connect).await.map_err(|late| failed(late.into()))?
+    }
+
+    /// Waits last at most so long from now on.
+    pub fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
+    }
+
+    /// Asks for a sign of life.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn ping(&mut self) -> Result<(), Error> {
+        let number = std::process::id();
+        self.send(&Request::Ping(number)).await?;
+        let mut answer = [0; 4];
+        self.read(&mut answer).await?;
+        if u32::from_le_bytes(answer) != number {
+            return Err(self.protocol("it answers with another number"));
         }
+        Ok(())
     }
 
     /// Keys are those below `prefix/` from now on, which is below the prefix so far.
@@ -97,7 +131,7 @@ impl Client {
         self.wait(&[key]).await?;
         let key = self.key(key)?;
         self.send(&Request::Get(&key)).await?;
-        self.string(MAX_HELD as u64).await
+        self.string(MAX_HELD).await
     }
 
     /// Adds to a decimal number, 0 where there is none, and returns the sum.
@@ -107,7 +141,7 @@ impl Client {
     pub async fn add(&mut self, key: &str, amount: i64) -> Result<i64, Error> {
         let key = self.key(key)?;
         self.send(&Request::Add(&key, amount)).await?;
-        Ok(self.stream.read_i64_le().await?)
+        self.number().await
     }
 
     /// Stores `desired` if the value is `expected`, where empty also stands for none; returns what is there then.
@@ -123,7 +157,7 @@ impl Client {
         let key = self.key(key)?;
         check("a value", expected.len().max(desired.len()), MAX_VALUE)?;
         self.send(&Request::CompareSet { key: &key, expected, desired }).await?;
-        self.string(MAX_HELD as u64).await
+        self.string(MAX_HELD).await
     }
 
     /// Whether all keys are there.
@@ -133,7 +167,7 @@ impl Client {
     pub async fn check(&mut self, keys: &[&str]) -> Result<bool, Error> {
         let keys = self.keys(keys)?;
         self.send(&Request::Check(keys.iter().map(Vec::as_slice).collect())).await?;
-        Ok(self.stream.read_u8().await? == READY)
+        Ok(self.byte().await? == READY)
     }
 
     /// Waits until all keys are there.
@@ -143,16 +177,7 @@ impl Client {
     pub async fn wait(&mut self, keys: &[&str]) -> Result<(), Error> {
         let full = self.keys(keys)?;
         self.send(&Request::Wait(full.iter().map(Vec::as_slice).collect())).await?;
-        if let Ok(answer) = timeout(self.limit, self.stream.read_u8()).await {
-            return ready(answer?);
-        }
-        self.send(&Request::CancelWait).await?;
-        // The keys may have come at the last moment: then that is said first.
-        if self.answer().await? != WAIT_CANCELLED {
-            self.answer().await?;
-            return Ok(());
-        }
-        Err(Error::Timeout { keys: keys.iter().map(|key| (*key).to_owned()).collect(), limit: self.limit })
+        self.until_ready(keys).await
     }
 
     /// Removes a key; whether it was there.
@@ -162,7 +187,7 @@ impl Client {
     pub async fn delete(&mut self, key: &str) -> Result<bool, Error> {
         let key = self.key(key)?;
         self.send(&Request::Delete(&key)).await?;
-        Ok(self.stream.read_i64_le().await? == 1)
+        Ok(self.number().await? == 1)
     }
 
     /// How many keys the store has, of all prefixes.
@@ -171,7 +196,7 @@ impl Client {
     /// [`Error`]
     pub async fn num_keys(&mut self) -> Result<i64, Error> {
         self.send(&Request::NumKeys).await?;
-        Ok(self.stream.read_i64_le().await?)
+        self.number().await
     }
 
     /// All keys of the store, of all prefixes, as they are stored.
@@ -180,10 +205,15 @@ impl Client {
     /// [`Error`]
     pub async fn list_keys(&mut self) -> Result<Vec<Vec<u8>>, Error> {
         self.send(&Request::ListKeys).await?;
-        let count = self.stream.read_i64_le().await?;
-        let mut keys = Vec::new();
+        let count = self.number().await?;
+        let (mut keys, mut held) = (Vec::new(), 0);
         for _ in 0..count {
-            keys.push(self.string(MAX_KEY).await?);
+            let key = self.string(MAX_KEY as usize).await?;
+            held += key.len();
+            if held > MAX_HELD {
+                return Err(self.protocol("it has more keys than a store may"));
+            }
+            keys.push(key);
         }
         Ok(keys)
     }
@@ -208,7 +238,7 @@ impl Client {
         self.send(&Request::MultiGet(full.iter().map(Vec::as_slice).collect())).await?;
         let mut values = Vec::new();
         for _ in keys {
-            values.push(self.string(MAX_HELD as u64).await?);
+            values.push(self.string(MAX_HELD).await?);
         }
         Ok(values)
     }
@@ -223,6 +253,8 @@ impl Client {
         for (_, value) in pairs {
             check("a value", value.len(), MAX_VALUE)?;
         }
+        let size = pairs.iter().zip(&keys).map(|((_, value), key)| key.len() + value.len() + 16).sum();
+        check("a list of pairs", size, MAX_REQUEST as u64 - 16)?;
         let values = pairs.iter().map(|(_, value)| *value);
         self.send(&Request::MultiSet(keys.iter().map(Vec::as_slice).zip(values).collect())).await
     }
@@ -244,9 +276,9 @@ impl Client {
     pub async fn queue_pop(&mut self, key: &str) -> Result<Option<Vec<u8>>, Error> {
         let key = self.key(key)?;
         self.send(&Request::QueuePop(&key)).await?;
-        match self.stream.read_i64_le().await? {
+        match self.number().await? {
             0 => Ok(None),
-            _ => self.string(MAX_HELD as u64).await.map(Some),
+            _ => self.string(MAX_HELD).await.map(Some),
         }
     }
 
@@ -257,17 +289,18 @@ impl Client {
     pub async fn queue_len(&mut self, key: &str) -> Result<i64, Error> {
         let key = self.key(key)?;
         self.send(&Request::QueueLen(&key)).await?;
-        Ok(self.stream.read_i64_le().await?)
+        self.number().await
     }
 
-    /// Waits until so many clients have come to a barrier. A client that gives up has to connect anew.
+    /// Waits until so many clients have come to a barrier. Who gives up has come all the same. The store counts in a key of that
+    /// name, so that a barrier is used once.
     ///
     /// # Errors
-    /// [`Error`]
+    /// [`Error::Timeout`] where they do not come, or another [`Error`].
     pub async fn barrier(&mut self, key: &str, size: i64) -> Result<(), Error> {
         let full = self.key(key)?;
         self.send(&Request::Barrier(&full, size)).await?;
-        ready(self.answer().await?)
+        self.until_ready(&[key]).await
     }
 
     fn key(&self, key: &str) -> Result<Vec<u8>, Error> {
@@ -283,29 +316,77 @@ impl Client {
     async fn send(&mut self, request: &Request<'_>) -> Result<(), Error> {
         self.request.clear();
         codec::encode(request, &mut self.request);
-        self.stream.write_all(&self.request).await?;
+        let sent = self.stream.write_all(&self.request).await;
         // A large value is not kept.
         self.request.clear();
         self.request.shrink_to(4096);
-        Ok(())
+        sent.map_err(|source| self.failed(source))
     }
 
-    /// One byte, in time.
-    async fn answer(&mut self) -> Result<u8, Error> {
-        Ok(timeout(self.limit, self.stream.read_u8()).await.map_err(io::Error::from)??)
+    async fn until_ready(&mut self, keys: &[&str]) -> Result<(), Error> {
+        if let Ok(answer) = timeout(self.limit, self.byte()).await {
+            return match answer? {
+                READY => Ok(()),
+                _ => Err(self.protocol("a wait ends with something else")),
+            };
+        }
+        self.send(&Request::CancelWait).await?;
+        let limit = self.limit;
+        let last_moment = async {
+            let came = self.byte().await? != WAIT_CANCELLED;
+            // What was waited for may have come after all: then that is said first.
+            if came {
+                self.byte().await?;
+            }
+            Ok(came)
+        };
+        match timeout(PROMPT, last_moment).await {
+            Ok(Ok(true)) => Ok(()),
+            Ok(Ok(false)) => {
+                Err(Error::Timeout { keys: keys.iter().map(|key| (*key).to_owned()).collect(), limit })
+            }
+            Ok(Err(error)) => Err(error),
+            Err(late) => Err(self.failed(late.into())),
+        }
     }
 
-    async fn string(&mut self, limit: u64) -> Result<Vec<u8>, Error> {
-        let length = self.stream.read_u64_le().await?;
-        if length > limit {
-            return Err(Error::Protocol("an answer is too long"));
+    async fn read(&mut self, bytes: &mut [u8]) -> Result<(), Error> {
+        let read = self.stream.read_exact(bytes).await;
+        read.map(drop).map_err(|source| self.failed(source))
+    }
+
+    async fn byte(&mut self) -> Result<u8, Error> {
+        let mut byte = [0];
+        self.read(&mut byte).await?;
+        Ok(byte[0])
+    }
+
+    async fn number(&mut self) -> Result<i64, Error> {
+        let mut number = [0; 8];
+        self.read(&mut number).await?;
+        Ok(i64::from_le_bytes(number))
+    }
+
+    async fn string(&mut self, limit: usize) -> Result<Vec<u8>, Error> {
+        let length = self.number().await?;
+        if !usize::try_from(length).is_ok_and(|length| length <= limit) {
+            return Err(self.protocol("an answer is too long"));
         }
         let mut string = Vec::new();
-        (&mut self.stream).take(length).read_to_end(&mut string).await?;
-        match string.len() as u64 == length {
+        // Not reserved: the length is what the peer says.
+        let read = (&mut self.stream).take(length as u64).read_to_end(&mut string).await;
+        match read.map_err(|source| self.failed(source))? as i64 == length {
             true => Ok(string),
-            false => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            false => Err(self.failed(io::ErrorKind::UnexpectedEof.into())),
         }
+    }
+
+    fn failed(&self, source: io::Error) -> Error {
+        Error::Io { address: self.address.clone(), source }
+    }
+
+    fn protocol(&self, what: &'static str) -> Error {
+        Error::Protocol { address: self.address.clone(), what }
     }
 }
 
@@ -313,12 +394,5 @@ fn check(what: &'static str, given: usize, limit: u64) -> Result<(), Error> {
     match given as u64 > limit {
         true => Err(Error::TooLarge { what, given, limit }),
         false => Ok(()),
-    }
-}
-
-fn ready(answer: u8) -> Result<(), Error> {
-    match answer {
-        READY => Ok(()),
-        _ => Err(Error::Protocol("a wait ends with something else")),
     }
 }

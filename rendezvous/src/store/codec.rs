@@ -12,6 +12,8 @@ pub const MAX_KEY: u64 = 8 << 10;
 pub const MAX_VALUE: u64 = 8 << 20;
 /// Most keys in one request.
 pub const MAX_KEYS: u64 = 128 << 10;
+/// Bytes of a request that is not whole yet; more than any client of torch sends.
+pub const MAX_REQUEST: usize = 64 << 20;
 
 /// What a client asks for. It borrows from the bytes that it was read from.
 #[derive(Debug, Clone, PartialEq, Eq)]
