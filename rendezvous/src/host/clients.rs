@@ -5,12 +5,12 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::task::{Context, Poll, Waker, ready};
 
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
 
 use super::{Shared, locked};
 use crate::store::codec::{MAX_REQUEST, Scan};
@@ -24,18 +24,24 @@ const UNWRITTEN: usize = 256 << 10;
 const MAX_BUFFERED: usize = 512 << 20;
 
 /// What others have for a client.
-#[derive(Default)]
 struct Bell {
-    rings: Notify,
+    waker: Waker,
     /// How often it was told [`READY`] since it last looked.
-    ready: AtomicU32,
-    closed: AtomicBool,
+    ready: u32,
+    /// Whether its round is over.
+    over: bool,
+}
+
+impl Bell {
+    fn ring(&self) {
+        self.waker.wake_by_ref();
+    }
 }
 
 /// The store, who is connected to it, and room to work in.
 pub(super) struct Clients {
     store: Store,
-    bells: HashMap<Connection, Arc<Bell>>,
+    bells: HashMap<Connection, Bell>,
     /// Bytes that connections hold for themselves.
     buffered: usize,
     chunk: Box<[u8]>,
@@ -57,16 +63,27 @@ impl Clients {
     /// read yet must not get into the new round.
     pub(super) fn clear(&mut self) {
         self.store.clear();
-        for bell in self.bells.values() {
-            bell.closed.store(true, Ordering::Relaxed);
-            bell.rings.notify_one();
+        for bell in self.bells.values_mut() {
+            bell.over = true;
+            bell.ring();
         }
     }
 
+    /// How often others told a client [`READY`] since it last looked.
+    fn news(&mut self, id: Connection, waker: &Waker) -> io::Result<u32> {
+        let bell =
+            self.bells.entry(id).or_insert_with(|| Bell { waker: waker.clone(), ready: 0, over: false });
+        if bell.over {
+            return Err(io::Error::other("its round is over"));
+        }
+        bell.waker.clone_from(waker);
+        Ok(std::mem::take(&mut bell.ready))
+    }
+
     /// Moves what can be moved without waiting.
-    fn turn(&mut self, stream: &TcpStream, client: &mut Client) -> io::Result<()> {
+    fn turn(&mut self, stream: &TcpStream, client: &mut Client, waker: &Waker) -> io::Result<Read> {
         let before = client.held();
-        let result = self.step(stream, client);
+        let result = self.step(stream, client, waker);
         self.buffered = self.buffered + client.held() - before;
         if self.buffered > MAX_BUFFERED && client.held() > before {
             return Err(io::Error::other("all connections together hold too much"));
@@ -74,32 +91,46 @@ impl Clients {
         result
     }
 
-    fn step(&mut self, stream: &TcpStream, client: &mut Client) -> io::Result<()> {
-        if client.bell.closed.load(Ordering::Relaxed) {
-            return Err(io::Error::other("its round is over"));
-        }
+    fn step(&mut self, stream: &TcpStream, client: &mut Client, waker: &Waker) -> io::Result<Read> {
+        let ready = self.news(client.id, waker)?;
         let Self { store, bells, chunk, replies, .. } = self;
         replies.own.clear();
         // First, since a client that gives up its wait reads this before the answer to that.
-        let ready = client.bell.ready.swap(0, Ordering::Relaxed);
         replies.own.extend((0..ready).map(|_| READY));
+        let mut read = Read::All;
         if client.unwritten.is_empty() {
-            let read = drain(stream, chunk)?;
-            client.take_in(&chunk[..read], store, replies)?;
-        }
-        for woken in replies.woken.drain(..) {
-            if let Some(bell) = bells.get(&woken) {
-                bell.ready.fetch_add(1, Ordering::Relaxed);
-                bell.rings.notify_one();
+            let bytes = drain(stream, chunk)?;
+            client.take_in(&chunk[..bytes], store, replies)?;
+            if bytes == chunk.len() {
+                read = Read::Part;
             }
         }
-        client.write(stream, &replies.own)
+        for woken in replies.woken.drain(..) {
+            if let Some(bell) = bells.get_mut(&woken) {
+                bell.ready += 1;
+                bell.ring();
+            }
+        }
+        client.write(stream, &replies.own)?;
+        Ok(read)
     }
+
+    fn leave(&mut self, client: &Client) {
+        self.bells.remove(&client.id);
+        self.store.disconnect(client.id);
+        self.buffered -= client.held();
+    }
+}
+
+/// How much a turn has read of what was there.
+#[derive(PartialEq, Eq)]
+enum Read {
+    All,
+    Part,
 }
 
 struct Client {
     id: Connection,
-    bell: Arc<Bell>,
     /// Requests that have not been handled; mostly none.
     pending: Vec<u8>,
     /// The first of them, as far as it is there.
@@ -203,42 +234,57 @@ fn written(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
 }
 
 /// Serves a rank, which has validated, until it goes.
-pub(super) async fn serve(shared: &Shared, id: Connection, stream: TcpStream) -> io::Result<()> {
-    let bell = Arc::new(Bell::default());
-    locked(&shared.clients).bells.insert(id, Arc::clone(&bell));
-    let mut client = Client { id, bell, pending: Vec::new(), scan: Scan::default(), unwritten: Vec::new() };
-    let result = talk(shared, &stream, &mut client).await;
-    let mut clients = locked(&shared.clients);
-    clients.bells.remove(&id);
-    clients.store.disconnect(id);
-    clients.buffered -= client.held();
-    result
+///
+/// A future of few bytes, since there may be tens of thousands that do nothing.
+pub(super) struct Serve {
+    shared: Arc<Shared>,
+    stream: TcpStream,
+    client: Client,
 }
 
-async fn talk(shared: &Shared, stream: &TcpStream, client: &mut Client) -> io::Result<()> {
-    loop {
-        locked(&shared.clients).turn(stream, client)?;
-        let bell = Arc::clone(&client.bell);
-        if !client.unwritten.is_empty() {
-            tokio::select! {
-                () = bell.rings.notified() => {}
-                writable = stream.writable() => writable?,
+impl Serve {
+    pub(super) fn new(shared: Arc<Shared>, id: Connection, stream: TcpStream) -> Self {
+        let client = Client { id, pending: Vec::new(), scan: Scan::default(), unwritten: Vec::new() };
+        Self { shared, stream, client }
+    }
+}
+
+impl Drop for Serve {
+    fn drop(&mut self) {
+        locked(&self.shared.clients).leave(&self.client);
+    }
+}
+
+impl Future for Serve {
+    /// Why it ended.
+    type Output = io::Error;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Error> {
+        let Self { shared, stream, client } = self.get_mut();
+        loop {
+            let read = match locked(&shared.clients).turn(stream, client, context.waker()) {
+                Ok(read) => read,
+                Err(error) => return Poll::Ready(error),
+            };
+            let possible = if !client.unwritten.is_empty() {
+                stream.poll_write_ready(context)
+            } else if read == Read::Part || client.is_held_back() {
+                // Others have their turn first.
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            } else {
+                stream.poll_read_ready(context)
+            };
+            if let Err(error) = ready!(possible) {
+                return Poll::Ready(error);
             }
-        } else if client.pending.is_empty() || !client.is_held_back() {
-            tokio::select! {
-                () = bell.rings.notified() => {}
-                readable = stream.readable() => readable?,
-            }
-        } else {
-            // What was held back until the answers were written.
-            tokio::task::yield_now().await;
         }
     }
 }
 
 impl Client {
-    /// Whether a request is whole and was not handled.
+    /// Whether a request is whole and was not handled, since its answer would have been too much at once.
     fn is_held_back(&mut self) -> bool {
-        self.scan.advance(&self.pending).unwrap_or(true)
+        !self.pending.is_empty() && self.scan.advance(&self.pending).unwrap_or(true)
     }
 }

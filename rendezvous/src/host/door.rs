@@ -104,14 +104,15 @@ impl Door {
         let strangers = self.strangers.clone();
         let task = tokio::spawn(async move {
             let _place = place;
-            let result = match timeout(PATIENCE, meet(&mut stream, peer, &shared)).await {
+            // Boxed, since they are large, and most connections are ranks'.
+            let meeting = Box::pin(timeout(PATIENCE, meet(&mut stream, peer, &shared)));
+            let result = match meeting.await {
                 Err(_) => Err(io::ErrorKind::TimedOut.into()),
                 Ok(Err(error)) => Err(error),
                 Ok(Ok(Kind::Rank)) => {
                     strangers.remove(id);
-                    clients::serve(&shared, id, stream).await
+                    Err(clients::Serve::new(shared, id, stream).await)
                 }
-                // Boxed, since it is large, and most connections are ranks'.
                 Ok(Ok(Kind::Agent)) => {
                     let known = || strangers.remove(id);
                     Box::pin(agents::serve(&shared, id, stream, peer, coordinator, known)).await
