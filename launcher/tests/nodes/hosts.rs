@@ -75,6 +75,12 @@ impl Network {
         ip(&format!("-n {} link set port{host} {state}", self.namespace(0)))
     }
 
+    /// Lets a host send nothing to an address, or lets it again.
+    pub(crate) fn cut(&self, host: u32, to: &str, is_cut: bool) -> Result<(), String> {
+        let change = if is_cut { "add" } else { "del" };
+        ip(&format!("-n {} route {change} blackhole {to}/32", self.namespace(host)))
+    }
+
     /// Runs a program on a host, which must be its argument; 0 is the bridge.
     pub(crate) fn on(&self, host: u32) -> Command {
         let mut command = Command::new("ip");

@@ -45,15 +45,20 @@ impl Cluster {
 
 /// Waits until all agents have a rank in a round of so many, and returns the round.
 fn round_of(size: usize, jobs: &mut [Job]) -> u64 {
+    round_at(size, jobs).0
+}
+
+/// The same, and the address of the store.
+fn round_at(size: usize, jobs: &mut [Job]) -> (u64, String) {
     let mut rounds = Vec::new();
     let mut ranks = Vec::new();
     for job in jobs.iter_mut() {
         let (rank, round) = loop {
             let line = job.expect_line("");
             let words: Vec<&str> = line.split(' ').collect();
-            let [rank, "of", of, "in", "round", round, "at", _] = words[..] else { panic!("{line}") };
+            let [rank, "of", of, "in", "round", round, "at", store] = words[..] else { panic!("{line}") };
             if of == size.to_string() {
-                break (rank.parse::<usize>().unwrap(), round.parse::<u64>().unwrap());
+                break (rank.parse::<usize>().unwrap(), (round.parse::<u64>().unwrap(), store.to_owned()));
             }
         };
         ranks.push(rank);
@@ -62,7 +67,7 @@ fn round_of(size: usize, jobs: &mut [Job]) -> u64 {
     ranks.sort_unstable();
     assert_eq!(ranks, (0..size).collect::<Vec<_>>());
     assert!(rounds.iter().all(|round| *round == rounds[0]), "{rounds:?}");
-    rounds[0]
+    rounds.remove(0)
 }
 
 #[test]
@@ -188,4 +193,27 @@ fn with_etcd_any_node_may_go() {
     assert!(last < without && without < with);
     cluster.stop();
     jobs.into_iter().chain([other]).for_each(|job| _ = job.finish().expect(0, &[]));
+}
+
+#[test]
+fn a_coordinator_that_cannot_reach_etcd_is_replaced() {
+    let Some(cluster) = Cluster::new() else { return };
+    let etcd_host = "10.77.0.254";
+    let Some(etcd) = Etcd::start_in(cluster.network.on(0), etcd_host) else { return };
+    let meeting = ["--rdzv-backend", "etcd", "--rdzv-endpoint", &etcd.endpoint, "--rdzv-conf", CONF];
+    let options = [&meeting[..], &["--nnodes", "2:3"]].concat();
+    let mut jobs = [1, 2, 3].map(|host| cluster.agent(host, &options));
+    let (first, store) = round_at(3, &mut jobs);
+    // The other agents reach it as before.
+    let host = (1..=3).find(|host| address(*host) == store).unwrap();
+    cluster.network.cut(host, etcd_host, true).unwrap();
+    let mut jobs = Vec::from(jobs);
+    // First in the list.
+    jobs.swap(0, host as usize - 1);
+    let (without, another) = round_at(2, &mut jobs[1..]);
+    assert!(first < without && another != store, "{without} at {another}");
+    cluster.network.cut(host, etcd_host, false).unwrap();
+    assert!(without < round_of(3, &mut jobs));
+    cluster.stop();
+    jobs.into_iter().for_each(|job| _ = job.finish().expect(0, &["looking for it again"]));
 }
