@@ -4,12 +4,15 @@
 #include <algorithm>
 
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/distributed/c10d/logger.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
 struct IceReducer {
   std::unique_ptr<c10d::Reducer> reducer;
   bool find_unused_parameters;
+  // The first step of a static graph is still to come.
+  bool learns_graph;
 };
 
 namespace {
@@ -63,7 +66,10 @@ ICE_API int32_t ice_reducer_new(
         list, std::move(buckets), group->group, dense, static_cast<int64_t>(options.bucket_cap_bytes),
         options.find_unused_parameters, options.gradient_as_bucket_view, std::move(names_by_index),
         static_cast<int64_t>(options.first_bucket_bytes), false, false, std::vector<int64_t>{});
-    *out = new IceReducer{std::move(reducer), options.find_unused_parameters};
+    if (options.static_graph) {
+      reducer->set_static_graph();
+    }
+    *out = new IceReducer{std::move(reducer), options.find_unused_parameters, options.static_graph};
   });
 }
 
@@ -74,8 +80,16 @@ ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, char** me
   });
 }
 
-ICE_API int32_t ice_reducer_prepare_backward(const IceReducer* reducer, IceTensors outputs, char** message) {
+ICE_API int32_t ice_reducer_prepare_backward(IceReducer* reducer, IceTensors outputs, char** message) {
   return ice::guarded(message, [&] {
+    if (reducer->learns_graph) {
+      reducer->learns_graph = false;
+      // Which parameters are used is known once the first backward pass is through; all are reduced then. The hook runs within
+      // that pass, where alone such a callback can be queued.
+      ice::tensors(outputs).at(0).register_hook([inner = reducer->reducer.get()](const at::Tensor&) {
+        torch::autograd::Engine::get_default_engine().queue_callback([inner] { inner->delay_all_reduce(); });
+      });
+    }
     reducer->reducer->prepare_for_backward(
         reducer->find_unused_parameters ? ice::tensors(outputs) : std::vector<at::Tensor>{});
   });

@@ -37,9 +37,9 @@ struct IceGroup;
 struct IceWork;
 struct IceReducer;
 
-struct IceAdamW {
+struct IceAdam {
   double lr, beta1, beta2, weight_decay, eps;
-  bool maximize;
+  bool amsgrad, decoupled, maximize;
 };
 
 struct IceSgd {
@@ -47,9 +47,19 @@ struct IceSgd {
   bool nesterov, maximize, is_first_step;
 };
 
+struct IceRmsprop {
+  double lr, alpha, eps, weight_decay, momentum;
+};
+
+// How autocast was set for a kind of device.
+struct IceAutocast {
+  bool cuda, enabled;
+  int8_t dtype;
+};
+
 struct IceReducerOptions {
   size_t bucket_cap_bytes, first_bucket_bytes;
-  bool find_unused_parameters, gradient_as_bucket_view;
+  bool find_unused_parameters, gradient_as_bucket_view, static_graph;
 };
 
 ICE_API void ice_string_free(char* message);
@@ -91,15 +101,31 @@ ICE_API int32_t ice_reducer_new(
     IceTensors parameters, const IceStr* names, const IceGroup* group, IceReducerOptions options, IceReducer** out,
     char** message);
 ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, char** message);
-ICE_API int32_t ice_reducer_prepare_backward(const IceReducer* reducer, IceTensors outputs, char** message);
+ICE_API int32_t ice_reducer_prepare_backward(IceReducer* reducer, IceTensors outputs, char** message);
 ICE_API void ice_reducer_free(IceReducer* reducer);
 ICE_API int32_t ice_run_backward(void* tensor, char** message);
 
-ICE_API int32_t ice_fused_adamw(
-    IceTensors parameters, IceTensors gradients, IceTensors exp_avgs, IceTensors exp_avg_sqs, IceTensors steps,
-    IceAdamW options, char** message);
+// Lists that an option does not need are empty.
+ICE_API int32_t ice_fused_adam(
+    IceTensors parameters, IceTensors gradients, IceTensors exp_avgs, IceTensors exp_avg_sqs,
+    IceTensors max_exp_avg_sqs, IceTensors steps, IceAdam options, char** message);
 ICE_API int32_t ice_fused_sgd(
     IceTensors parameters, IceTensors gradients, IceTensors momentum_buffers, IceSgd options, char** message);
+ICE_API int32_t ice_foreach_rmsprop(
+    IceTensors parameters, IceTensors gradients, IceTensors square_avgs, IceTensors grad_avgs,
+    IceTensors momentum_buffers, IceRmsprop options, char** message);
+ICE_API int32_t ice_clear_gradients(IceTensors parameters, char** message);
+ICE_API int32_t ice_scale(IceTensors list, double factor, char** message);
+// Writes the norm before clipping to the scalar `norm`.
+ICE_API int32_t ice_clip_norm(IceTensors list, double max_norm, void* norm, char** message);
+
+ICE_API int32_t ice_autocast_begin(bool cuda, int8_t dtype, IceAutocast* before, char** message);
+ICE_API void ice_autocast_end(IceAutocast before);
+// Sets the scalar `found_inf` to 1 where a gradient is not finite.
+ICE_API int32_t ice_amp_unscale(IceTensors gradients, void* found_inf, void* inverse_scale, char** message);
+ICE_API int32_t ice_amp_update_scale(
+    void* scale, void* growth_tracker, void* found_inf, double growth_factor, double backoff_factor,
+    int64_t growth_interval, char** message);
 
 // In libice_nccl.so, which src/nccl.rs opens.
 ICE_API int32_t ice_nccl_device_count(int32_t* count, char** message);

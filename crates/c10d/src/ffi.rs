@@ -64,6 +64,11 @@ impl<T: Freed> Handle<T> {
     pub(crate) fn pointer(&self) -> *const T {
         self.0.as_ptr()
     }
+
+    /// For functions that change the object; callers see to it that one runs at a time.
+    pub(crate) fn pointer_mut(&mut self) -> *mut T {
+        self.0.as_ptr()
+    }
 }
 
 impl<T: Freed> Drop for Handle<T> {
@@ -152,12 +157,14 @@ pub(crate) fn take_bytes(data: *mut u8, size: usize) -> Vec<u8> {
 }
 
 #[repr(C)]
-pub(crate) struct IceAdamW {
+pub(crate) struct IceAdam {
     pub(crate) lr: f64,
     pub(crate) beta1: f64,
     pub(crate) beta2: f64,
     pub(crate) weight_decay: f64,
     pub(crate) eps: f64,
+    pub(crate) amsgrad: bool,
+    pub(crate) decoupled: bool,
     pub(crate) maximize: bool,
 }
 
@@ -173,11 +180,29 @@ pub(crate) struct IceSgd {
 }
 
 #[repr(C)]
+pub(crate) struct IceRmsprop {
+    pub(crate) lr: f64,
+    pub(crate) alpha: f64,
+    pub(crate) eps: f64,
+    pub(crate) weight_decay: f64,
+    pub(crate) momentum: f64,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct IceAutocast {
+    pub(crate) cuda: bool,
+    pub(crate) enabled: bool,
+    pub(crate) dtype: i8,
+}
+
+#[repr(C)]
 pub(crate) struct IceReducerOptions {
     pub(crate) bucket_cap_bytes: usize,
     pub(crate) first_bucket_bytes: usize,
     pub(crate) find_unused_parameters: bool,
     pub(crate) gradient_as_bucket_view: bool,
+    pub(crate) static_graph: bool,
 }
 
 type Message = *mut *mut c_char;
@@ -220,10 +245,19 @@ unsafe extern "C" {
 
     pub(crate) fn ice_reducer_new(parameters: Tensors<'_>, names: *const IceStr<'_>, group: *const IceGroup, options: IceReducerOptions, out: *mut *mut IceReducer, message: Message) -> i32;
     pub(crate) fn ice_reducer_prepare_forward(reducer: *const IceReducer, message: Message) -> i32;
-    pub(crate) fn ice_reducer_prepare_backward(reducer: *const IceReducer, outputs: Tensors<'_>, message: Message) -> i32;
+    pub(crate) fn ice_reducer_prepare_backward(reducer: *mut IceReducer, outputs: Tensors<'_>, message: Message) -> i32;
     fn ice_reducer_free(reducer: *mut IceReducer);
     pub(crate) fn ice_run_backward(tensor: *mut c_void, message: Message) -> i32;
 
-    pub(crate) fn ice_fused_adamw(parameters: Tensors<'_>, gradients: Tensors<'_>, exp_avgs: Tensors<'_>, exp_avg_sqs: Tensors<'_>, steps: Tensors<'_>, options: IceAdamW, message: Message) -> i32;
+    pub(crate) fn ice_fused_adam(parameters: Tensors<'_>, gradients: Tensors<'_>, exp_avgs: Tensors<'_>, exp_avg_sqs: Tensors<'_>, max_exp_avg_sqs: Tensors<'_>, steps: Tensors<'_>, options: IceAdam, message: Message) -> i32;
     pub(crate) fn ice_fused_sgd(parameters: Tensors<'_>, gradients: Tensors<'_>, momentum_buffers: Tensors<'_>, options: IceSgd, message: Message) -> i32;
+    pub(crate) fn ice_foreach_rmsprop(parameters: Tensors<'_>, gradients: Tensors<'_>, square_avgs: Tensors<'_>, grad_avgs: Tensors<'_>, momentum_buffers: Tensors<'_>, options: IceRmsprop, message: Message) -> i32;
+    pub(crate) fn ice_clear_gradients(parameters: Tensors<'_>, message: Message) -> i32;
+    pub(crate) fn ice_scale(list: Tensors<'_>, factor: f64, message: Message) -> i32;
+    pub(crate) fn ice_clip_norm(list: Tensors<'_>, max_norm: f64, norm: *mut c_void, message: Message) -> i32;
+
+    pub(crate) fn ice_autocast_begin(cuda: bool, dtype: i8, before: *mut IceAutocast, message: Message) -> i32;
+    pub(crate) fn ice_autocast_end(before: IceAutocast);
+    pub(crate) fn ice_amp_unscale(gradients: Tensors<'_>, found_inf: *mut c_void, inverse_scale: *mut c_void, message: Message) -> i32;
+    pub(crate) fn ice_amp_update_scale(scale: *mut c_void, growth_tracker: *mut c_void, found_inf: *mut c_void, growth_factor: f64, backoff_factor: f64, growth_interval: i64, message: Message) -> i32;
 }

@@ -1,5 +1,5 @@
 //! Safe bindings to libtorch's `torch.distributed` (c10d): the store that processes meet at, process groups and their collectives,
-//! the reducer of `DistributedDataParallel`, and fused optimizer steps.
+//! the reducer of `DistributedDataParallel`, fused optimizer steps, and mixed precision.
 //!
 //! It knows nothing of launchers, rounds or training. It holds the project's calls into foreign code, so that the rest needs no
 //! `unsafe`; no C++ exception gets through, each becomes an [`Error`] with a [kind](ErrorKind).
@@ -15,6 +15,7 @@
 //! # Ok::<(), ice_c10d::Error>(())
 //! ```
 
+pub mod amp;
 mod error;
 mod ffi;
 mod group;

@@ -4,24 +4,41 @@
 use tch::Tensor;
 
 use crate::error::check;
-use crate::ffi::{self, IceAdamW, IceSgd, Pointers};
+use crate::ffi::{self, IceAdam, IceRmsprop, IceSgd, Pointers, pointer};
 use crate::{Error, Result};
 
-/// The hyperparameters of one AdamW step. The default is all zero: set what you need.
+/// The hyperparameters of one Adam or AdamW step. The default is all zero: set what you need.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct AdamWStep {
+pub struct AdamStep {
     /// Learning rate.
     pub lr: f64,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
     pub beta2: f64,
-    /// Decoupled decay of the weights, times the learning rate.
+    /// Decay of the weights.
     pub weight_decay: f64,
     /// Added to the denominator.
     pub eps: f64,
+    /// Divides by the largest second moment so far.
+    pub amsgrad: bool,
+    /// Decays the weights themselves, times the learning rate, which makes it AdamW; else the decay is part of the gradient.
+    pub decoupled: bool,
     /// Ascends instead of descending.
     pub maximize: bool,
+}
+
+/// What Adam keeps from step to step, one tensor per parameter.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamState<'a> {
+    /// First moments, of the parameters' shapes.
+    pub exp_avgs: &'a [Tensor],
+    /// Second moments.
+    pub exp_avg_sqs: &'a [Tensor],
+    /// The largest second moments so far; empty without amsgrad.
+    pub max_exp_avg_sqs: &'a [Tensor],
+    /// f32 scalars that count steps from 1, already incremented for this one.
+    pub steps: &'a [Tensor],
 }
 
 /// The hyperparameters of one SGD step. The default is all zero: set what you need.
@@ -43,51 +60,59 @@ pub struct SgdStep {
     pub is_first_step: bool,
 }
 
-/// One AdamW step, as `torch.optim.AdamW(fused=True)`. All lists have one tensor per parameter, floating-point and of its shape and
-/// device, but `steps`: f32 scalars that count steps from 1, already incremented for this one.
+/// The hyperparameters of one RMSprop step. The default is all zero: set what you need.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct RmspropStep {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the average of squares.
+    pub alpha: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// L2 penalty.
+    pub weight_decay: f64,
+    /// The part of the last update that is kept; 0 needs no buffers.
+    pub momentum: f64,
+}
+
+/// One step of Adam or AdamW, as `torch.optim.Adam(fused=True)`. All lists have one tensor per parameter, floating-point and of its
+/// shape and device, but the step counters.
 ///
 /// # Errors
 /// `InvalidArgument` for lists of different lengths; `Torch` for shapes, types or devices that do not fit.
-pub fn fused_adamw(
-    params: &[Tensor],
-    grads: &[Tensor],
-    exp_avgs: &[Tensor],
-    exp_avg_sqs: &[Tensor],
-    steps: &[Tensor],
-    s: &AdamWStep,
-) -> Result<()> {
-    let lists = [
-        ("gradients", grads),
-        ("first moments", exp_avgs),
-        ("second moments", exp_avg_sqs),
-        ("step counters", steps),
-    ];
-    for (what, list) in lists {
-        same_length(what, list, params)?;
-    }
-    for (what, list) in &lists[..3] {
+pub fn fused_adam(params: &[Tensor], grads: &[Tensor], state: AdamState<'_>, s: &AdamStep) -> Result<()> {
+    let AdamState { exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps } = state;
+    for (what, list) in [("gradients", grads), ("first moments", exp_avgs), ("second moments", exp_avg_sqs)] {
         same_shapes(what, list, params)?;
     }
+    if s.amsgrad || !max_exp_avg_sqs.is_empty() {
+        same_shapes("largest second moments", max_exp_avg_sqs, params)?;
+    }
+    same_length("step counters", steps, params)?;
     if params.is_empty() {
         return Ok(());
     }
-    let options = IceAdamW {
+    let options = IceAdam {
         lr: s.lr,
         beta1: s.beta1,
         beta2: s.beta2,
         weight_decay: s.weight_decay,
         eps: s.eps,
+        amsgrad: s.amsgrad,
+        decoupled: s.decoupled,
         maximize: s.maximize,
     };
-    let [params, grads, m, v, steps] = [params, grads, exp_avgs, exp_avg_sqs, steps].map(Pointers::of);
+    let lists = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps].map(Pointers::of);
+    let [params, grads, m, v, most, steps] = &lists;
     check(|message| {
-        // SAFETY: the lists outlive the call and are equally long.
+        // SAFETY: the lists outlive the call and are as long as the kernel reads them.
         unsafe {
-            ffi::ice_fused_adamw(
+            ffi::ice_fused_adam(
                 params.list(),
                 grads.list(),
                 m.list(),
                 v.list(),
+                most.list(),
                 steps.list(),
                 options,
                 message,
@@ -107,10 +132,8 @@ pub fn fused_sgd(
     momentum_buffers: &[Tensor],
     s: &SgdStep,
 ) -> Result<()> {
-    same_length("gradients", grads, params)?;
     same_shapes("gradients", grads, params)?;
     if s.momentum != 0.0 || !momentum_buffers.is_empty() {
-        same_length("momentum buffers", momentum_buffers, params)?;
         same_shapes("momentum buffers", momentum_buffers, params)?;
     }
     if params.is_empty() {
@@ -132,6 +155,95 @@ pub fn fused_sgd(
     })
 }
 
+/// One step of RMSprop, as `torch.optim.RMSprop(foreach=True)`. All lists have one floating-point tensor per parameter, of its shape
+/// and device; `grad_avgs` is empty unless the gradients are centered, `momentum_buffers` without momentum.
+///
+/// # Errors
+/// `InvalidArgument` for lists of different lengths; `Torch` for shapes, types or devices that do not fit.
+pub fn foreach_rmsprop(
+    params: &[Tensor],
+    grads: &[Tensor],
+    square_avgs: &[Tensor],
+    grad_avgs: &[Tensor],
+    momentum_buffers: &[Tensor],
+    s: &RmspropStep,
+) -> Result<()> {
+    for (what, list, wanted) in [
+        ("gradients", grads, true),
+        ("averages of squares", square_avgs, true),
+        ("averages of gradients", grad_avgs, !grad_avgs.is_empty()),
+        ("momentum buffers", momentum_buffers, s.momentum != 0.0 || !momentum_buffers.is_empty()),
+    ] {
+        if wanted {
+            same_shapes(what, list, params)?;
+        }
+    }
+    if params.is_empty() {
+        return Ok(());
+    }
+    let options = IceRmsprop {
+        lr: s.lr,
+        alpha: s.alpha,
+        eps: s.eps,
+        weight_decay: s.weight_decay,
+        momentum: s.momentum,
+    };
+    let lists = [params, grads, square_avgs, grad_avgs, momentum_buffers].map(Pointers::of);
+    let [params, grads, squares, averages, buffers] = &lists;
+    check(|message| {
+        // SAFETY: the lists outlive the call; each is as long as the parameters, or empty.
+        unsafe {
+            ffi::ice_foreach_rmsprop(
+                params.list(),
+                grads.list(),
+                squares.list(),
+                averages.list(),
+                buffers.list(),
+                options,
+                message,
+            )
+        }
+    })
+}
+
+/// Leaves parameters without gradients, as `Optimizer.zero_grad(set_to_none=True)`: the next backward pass then need not add to zeros.
+/// Not for gradients that are views into a [`Reducer`](crate::Reducer)'s buckets.
+///
+/// # Errors
+/// `Torch` for tensors that have no gradients.
+pub fn clear_gradients(parameters: &[Tensor]) -> Result<()> {
+    let list = Pointers::of(parameters);
+    // SAFETY: the list outlives the call.
+    check(|message| unsafe { ffi::ice_clear_gradients(list.list(), message) })
+}
+
+/// Multiplies tensors, in place.
+///
+/// # Errors
+/// `Torch` for types that cannot be multiplied.
+pub fn scale(tensors: &[Tensor], factor: f64) -> Result<()> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let list = Pointers::of(tensors);
+    // SAFETY: the list outlives the call.
+    check(|message| unsafe { ffi::ice_scale(list.list(), factor, message) })
+}
+
+/// Scales gradients so that their common 2-norm is at most `max_norm`, in place, as `torch.nn.utils.clip_grad_norm_`. Returns the norm
+/// before, an f32 scalar on the gradients' device, for which nothing waits.
+///
+/// # Errors
+/// `InvalidArgument` without gradients; `Torch` for gradients of several devices or types.
+pub fn clip_grad_norm(grads: &[Tensor], max_norm: f64) -> Result<Tensor> {
+    let Some(first) = grads.first() else { return Err(Error::invalid("there are no gradients to clip")) };
+    let norm = Tensor::zeros([], (tch::Kind::Float, first.device()));
+    let list = Pointers::of(grads);
+    // SAFETY: the list and the scalar outlive the call.
+    check(|message| unsafe { ffi::ice_clip_norm(list.list(), max_norm, pointer(&norm), message) })?;
+    Ok(norm)
+}
+
 fn same_length(what: &str, list: &[Tensor], params: &[Tensor]) -> Result<()> {
     match list.len() == params.len() {
         true => Ok(()),
@@ -141,6 +253,7 @@ fn same_length(what: &str, list: &[Tensor], params: &[Tensor]) -> Result<()> {
 
 /// The fused kernels read as many elements as the parameter has, whatever the shapes of the others.
 fn same_shapes(what: &str, list: &[Tensor], params: &[Tensor]) -> Result<()> {
+    same_length(what, list, params)?;
     for (index, (tensor, param)) in list.iter().zip(params).enumerate() {
         if !tensor.defined() || tensor.numel() != param.numel() || tensor.kind() != param.kind() {
             return Err(Error::invalid(format!("{what}: tensor {index} does not fit its parameter")));

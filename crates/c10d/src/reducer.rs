@@ -16,6 +16,9 @@ pub struct ReducerOptions {
     /// Looks for parameters that the outputs do not depend on, in every step. Without it, a parameter without a gradient on one
     /// rank alone makes gradients wrong.
     pub find_unused_parameters: bool,
+    /// Takes the parameters that the first step uses for those that all steps use, on every rank alike: others may go without a gradient,
+    /// and no step is searched for them.
+    pub static_graph: bool,
     /// Lets gradients be views into the buckets, which saves a copy. They then must not be detached or replaced.
     pub gradient_as_bucket_view: bool,
 }
@@ -27,6 +30,7 @@ impl Default for ReducerOptions {
             bucket_cap_bytes: 25 << 20,
             first_bucket_bytes: 1 << 20,
             find_unused_parameters: false,
+            static_graph: false,
             gradient_as_bucket_view: false,
         }
     }
@@ -65,6 +69,7 @@ impl Reducer {
             first_bucket_bytes: options.first_bucket_bytes,
             find_unused_parameters: options.find_unused_parameters,
             gradient_as_bucket_view: options.gradient_as_bucket_view,
+            static_graph: options.static_graph,
         };
         let (guard, pointer) = group.lock();
         let handle = Handle::make(|out, message| {
@@ -86,15 +91,18 @@ impl Reducer {
     }
 
     /// Arms the reducer for the backward pass that follows. `outputs` are what backward starts from; they matter only with
-    /// `find_unused_parameters`.
+    /// `find_unused_parameters` and in the first step of a static graph.
     ///
     /// # Errors
     /// `Torch` when the previous backward pass did not reach all parameters; the message tells which.
-    pub fn prepare_backward(&self, outputs: &[&Tensor]) -> Result<()> {
+    pub fn prepare_backward(&mut self, outputs: &[&Tensor]) -> Result<()> {
+        if outputs.is_empty() {
+            return Err(Error::invalid("a backward pass starts from at least one output"));
+        }
         let outputs = Pointers::of(outputs.iter().copied());
         check(|message| {
             // SAFETY: the handle is alive and the outputs outlive the call.
-            unsafe { ffi::ice_reducer_prepare_backward(self.handle.pointer(), outputs.list(), message) }
+            unsafe { ffi::ice_reducer_prepare_backward(self.handle.pointer_mut(), outputs.list(), message) }
         })
     }
 }

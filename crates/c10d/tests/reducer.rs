@@ -45,9 +45,10 @@ fn averages_match(find_unused_parameters: bool, gradient_as_bucket_view: bool) {
             first_bucket_bytes: 100,
             find_unused_parameters,
             gradient_as_bucket_view,
+            static_graph: false,
         };
         let parameters = parameters();
-        let reducer = Reducer::new(&parameters, group, &options).unwrap();
+        let mut reducer = Reducer::new(&parameters, group, &options).unwrap();
         for step in 0..3 {
             // With the search on, rank 1 leaves a parameter out, and rank 0 does not.
             let extra = !find_unused_parameters || group.rank() == 0;
@@ -88,6 +89,54 @@ fn gradients_are_averages_with_unused_parameters_in_bucket_views() {
 }
 
 #[test]
+fn a_static_graph_may_leave_parameters_out_of_all_steps() {
+    ranks(2, |group| {
+        let options = ReducerOptions {
+            bucket_cap_bytes: 300,
+            first_bucket_bytes: 100,
+            static_graph: true,
+            ..ReducerOptions::default()
+        };
+        let parameters = parameters();
+        let mut reducer = Reducer::new(&parameters, group, &options).unwrap();
+        for step in 0..4 {
+            let expected = by_hand(group, step, false);
+            reducer.prepare_forward().unwrap();
+            let loss = loss(&parameters, group.rank(), step, false);
+            reducer.prepare_backward(&[&loss]).unwrap();
+            run_backward(&loss).unwrap();
+            for ((name, parameter), expected) in parameters.iter().zip(&expected).take(2) {
+                let mut gradient = parameter.grad();
+                assert!(expected.abs().max().double_value(&[]) > 1e-4, "{name}: nothing to compare");
+                let difference = (&gradient - expected).abs().max().double_value(&[]);
+                assert!(difference < 1e-6, "{name} in step {step}: {difference}");
+                let _ = gradient.zero_();
+            }
+        }
+    });
+}
+
+#[test]
+fn gradients_of_several_passes_are_averaged_once() {
+    ranks(2, |group| {
+        let parameters = parameters();
+        let mut reducer = Reducer::new(&parameters, group, &ReducerOptions::default()).unwrap();
+        let expected: Vec<Tensor> =
+            by_hand(group, 0, true).iter().zip(by_hand(group, 1, true)).map(|(a, b)| a + b).collect();
+        // Without preparation, nothing is sent.
+        run_backward(&loss(&parameters, group.rank(), 0, true)).unwrap();
+        reducer.prepare_forward().unwrap();
+        let last = loss(&parameters, group.rank(), 1, true);
+        reducer.prepare_backward(&[&last]).unwrap();
+        run_backward(&last).unwrap();
+        for ((name, parameter), expected) in parameters.iter().zip(&expected) {
+            let difference = (parameter.grad() - expected).abs().max().double_value(&[]);
+            assert!(difference < 1e-6, "{name}: {difference}");
+        }
+    });
+}
+
+#[test]
 fn ranks_with_different_parameters_are_told() {
     ranks(2, |group| {
         let shape = [2 + group.rank() as i64];
@@ -119,7 +168,7 @@ fn a_failing_backward_is_an_error() {
 fn a_peer_that_leaves_during_backward_is_an_error() {
     ranks(2, |group| {
         let parameters = parameters();
-        let reducer = Reducer::new(&parameters, group, &ReducerOptions::default()).unwrap();
+        let mut reducer = Reducer::new(&parameters, group, &ReducerOptions::default()).unwrap();
         if group.rank() == 0 {
             reducer.prepare_forward().unwrap();
             let loss = loss(&parameters, 0, 0, true);

@@ -13,6 +13,7 @@ mod error;
 mod graph;
 mod node;
 pub mod optim;
+mod precision;
 mod run;
 mod task;
 
@@ -23,5 +24,6 @@ pub use graph::{HyperGraph, Outputs, Tags};
 pub use node::{
     Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Share, Value,
 };
+pub use precision::{Autocast, GradScaler};
 pub use run::{Run, RunConfig};
 pub use task::{Call, Repeat, SaveCheckpoint, Task, TaskItem};

@@ -22,10 +22,10 @@ pub use tch;
 pub mod prelude {
     pub use clap::Parser;
     pub use ice_core::data::{Dataset, Labelled, Mnist, Split};
-    pub use ice_core::optim::{AdamW, Optimizer, Sgd};
+    pub use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};
     pub use ice_core::{
-        DatasetNode, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat, Run, SaveCheckpoint,
-        Tags, Task,
+        Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat,
+        Run, SaveCheckpoint, Tags, Task,
     };
     pub use tch::nn::{self, Module as _};
     pub use tch::{Kind, Reduction, Tensor};

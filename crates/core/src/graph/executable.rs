@@ -1,20 +1,40 @@
+use std::num::NonZeroU64;
 use std::rc::Rc;
 
+use ice_c10d::optim::scale;
 use ice_worker::Worker;
 use tch::Tensor;
 
 use crate::graph::Outputs;
 use crate::graph::hyper::Entry;
-use crate::{Error, Measure, Result};
+use crate::precision::Precision;
+use crate::{Error, Measure, Node, Result};
 
-/// The nodes that one task runs.
+/// The nodes that one task runs, and how their steps are computed.
 pub(crate) struct ExecutableGraph {
     entries: Vec<Rc<Entry>>,
+    precision: Precision,
+    /// Passes of a training step.
+    passes: NonZeroU64,
+}
+
+/// What a training step was.
+pub(crate) struct Step {
+    /// Batches.
+    pub(crate) passes: u64,
+    /// Samples of all ranks.
+    pub(crate) samples: u64,
+    /// This rank's, a scalar.
+    pub(crate) loss: Tensor,
 }
 
 impl ExecutableGraph {
-    pub(super) fn new(entries: Vec<Rc<Entry>>) -> Self {
-        Self { entries }
+    pub(super) fn new(entries: Vec<Rc<Entry>>, precision: Precision, passes: NonZeroU64) -> Self {
+        Self { entries, precision, passes }
+    }
+
+    pub(crate) fn passes(&self) -> u64 {
+        self.passes.get()
     }
 
     pub(crate) fn entries(&self) -> &[Rc<Entry>] {
@@ -54,19 +74,59 @@ impl ExecutableGraph {
     pub(crate) fn eval_step(&self, worker: &Worker) -> Result<u64> {
         tch::no_grad(|| {
             let outputs = Outputs::new(self, worker, false);
+            let range = self.precision.begin(worker.device())?;
             outputs.run_all()?;
+            drop(range);
             self.iteration_end();
             Ok(outputs.samples())
         })
     }
 
-    /// Runs every node once, goes back from the sum of the losses, and applies the optimizers. Returns the samples of all
-    /// ranks and this rank's loss.
-    pub(crate) fn train_step(&self, worker: &Worker) -> Result<(u64, Tensor)> {
-        for entry in &self.entries {
-            entry.node.borrow_mut().before_step().map_err(|error| error.at(&entry.uid, "before the step"))?;
+    /// Runs every node once per pass, goes back from the sum of the losses, and applies the optimizers.
+    ///
+    /// The passes of a step weigh as their samples do: each loss is scaled by its samples over those of the first pass, and the
+    /// gradients at the end by those of the first pass over those of all.
+    pub(crate) fn train_step(&self, worker: &Worker) -> Result<Step> {
+        self.each("before the step", |node| node.before_step())?;
+        let (mut samples, mut first, mut sum) = (0, None, None);
+        let mut passes = 0;
+        loop {
+            passes += 1;
+            let last = passes == self.passes.get() || self.remaining() == Some(1);
+            let (here, loss) = self.pass(worker, last, first)?;
+            samples += here;
+            first.get_or_insert(here);
+            sum = Some(sum.map_or_else(|| loss.shallow_clone(), |sum: Tensor| sum + &loss));
+            if last {
+                break;
+            }
         }
+        let mut loss = sum.unwrap_or_default();
+        let first = first.unwrap_or(samples);
+        let gradients: Vec<_> =
+            self.entries.iter().flat_map(|entry| entry.node.borrow().gradients()).collect();
+        if samples != first {
+            let factor = first as f64 / samples as f64;
+            scale(&gradients, factor)?;
+            loss *= factor;
+        }
+        let counts = match &self.precision.scaler {
+            Some(scaler) => scaler.borrow().unscale(&gradients)?,
+            None => true,
+        };
+        drop(gradients);
+        if counts {
+            self.each("update", |node| node.update())?;
+        }
+        Ok(Step { passes, samples, loss })
+    }
+
+    /// Forward and backward over one batch, whose weight is relative to a first one of so many samples. Returns the samples of all
+    /// ranks and the weighted loss.
+    fn pass(&self, worker: &Worker, last: bool, first: Option<u64>) -> Result<(u64, Tensor)> {
+        self.each("before the pass", |node| node.before_pass(last))?;
         let outputs = Outputs::new(self, worker, true);
+        let range = self.precision.begin(worker.device())?;
         outputs.run_all()?;
         let loss = self
             .entries
@@ -76,21 +136,30 @@ impl ExecutableGraph {
             .ok_or_else(|| {
                 Error::Graph("a training task selects no loss node: add one or use Task::eval".into())
             })?;
-        for entry in &self.entries {
-            entry
-                .node
-                .borrow_mut()
-                .before_backward(&loss)
-                .map_err(|error| error.at(&entry.uid, "backward"))?;
-        }
+        drop(range);
+        let samples = outputs.samples();
+        let loss = match first {
+            Some(first) if first != samples => loss * (samples as f64 / first as f64),
+            _ => loss,
+        };
+        let start = match &self.precision.scaler {
+            Some(scaler) => scaler.borrow().scale(&loss)?,
+            None => loss.shallow_clone(),
+        };
+        self.each("backward", |node| node.before_backward(&start, last))?;
         // From here on this rank waits for the others; one that did not come so far is behind.
         worker.link().tick();
-        ice_c10d::run_backward(&loss)?;
-        for entry in &self.entries {
-            entry.node.borrow_mut().update().map_err(|error| error.at(&entry.uid, "update"))?;
-        }
+        ice_c10d::run_backward(&start)?;
         self.iteration_end();
-        Ok((outputs.samples(), loss.detach()))
+        Ok((samples, loss.detach()))
+    }
+
+    /// Calls a hook of all nodes.
+    fn each(&self, phase: &'static str, hook: impl Fn(&mut dyn Node) -> Result<()>) -> Result<()> {
+        for entry in &self.entries {
+            hook(&mut *entry.node.borrow_mut()).map_err(|error| error.at(&entry.uid, phase))?;
+        }
+        Ok(())
     }
 
     fn iteration_end(&self) {

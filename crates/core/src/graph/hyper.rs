@@ -1,8 +1,10 @@
 use std::cell::RefCell;
+use std::num::NonZeroU64;
 use std::rc::Rc;
 
 use crate::graph::{ExecutableGraph, Tags};
-use crate::{Context, Error, Node, Result};
+use crate::precision::Precision;
+use crate::{Autocast, Context, Error, GradScaler, Node, Result};
 
 /// A node in its place.
 pub(crate) struct Entry {
@@ -21,10 +23,22 @@ pub(crate) struct Entry {
 /// assert_eq!(graph.uids().collect::<Vec<_>>(), ["val/accuracy"]);
 /// # Ok::<(), ice_core::Error>(())
 /// ```
-#[derive(Default)]
 pub struct HyperGraph {
     entries: Vec<Rc<Entry>>,
+    precision: Precision,
+    passes: NonZeroU64,
     set_up: RefCell<bool>,
+}
+
+impl Default for HyperGraph {
+    fn default() -> Self {
+        Self {
+            entries: Vec::new(),
+            precision: Precision::default(),
+            passes: NonZeroU64::MIN,
+            set_up: RefCell::default(),
+        }
+    }
 }
 
 impl HyperGraph {
@@ -38,7 +52,11 @@ impl HyperGraph {
     /// # Errors
     /// A uid (tags and name) that is taken, an empty name, or a tag that is none.
     pub fn add(&mut self, name: &str, node: impl Node + 'static, tags: impl Into<Tags>) -> Result<&mut Self> {
-        let tags = tags.into();
+        self.place(name, Rc::new(RefCell::new(node)), tags.into())?;
+        Ok(self)
+    }
+
+    fn place(&mut self, name: &str, node: Rc<RefCell<dyn Node>>, tags: Tags) -> Result<()> {
         tags.check(name)?;
         if name.is_empty() || name.contains(['/', '.']) {
             return Err(Error::Graph(format!(
@@ -52,8 +70,43 @@ impl HyperGraph {
                 other.name, other.tags
             )));
         }
-        self.entries.push(Rc::new(Entry { uid, name: name.into(), tags, node: Rc::new(RefCell::new(node)) }));
+        self.entries.push(Rc::new(Entry { uid, name: name.into(), tags, node }));
+        Ok(())
+    }
+
+    /// Lets forward passes, of training and of evaluation, run in a smaller type where that is safe. With `Kind::Half` give a
+    /// [`GradScaler`], too; `Kind::BFloat16` needs none.
+    pub fn autocast(&mut self, autocast: Autocast) -> &mut Self {
+        self.precision.autocast = Some(autocast);
+        self
+    }
+
+    /// Whether forward passes run in a smaller type.
+    pub fn is_autocast_enabled(&self) -> bool {
+        self.precision.autocast.is_some()
+    }
+
+    /// Scales losses, as the node `*/grad_scaler`.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] where there is one already.
+    pub fn grad_scaler(&mut self, scaler: GradScaler) -> Result<&mut Self> {
+        let scaler = Rc::new(RefCell::new(scaler));
+        self.place("grad_scaler", Rc::clone(&scaler) as Rc<RefCell<dyn Node>>, "*".into())?;
+        self.precision.scaler = Some(scaler);
         Ok(self)
+    }
+
+    /// Whether losses are scaled.
+    pub fn is_grad_scaler_enabled(&self) -> bool {
+        self.precision.scaler.as_ref().is_some_and(|scaler| scaler.borrow().is_enabled())
+    }
+
+    /// Takes the gradients of so many batches for one step of the optimizers, each sample with the same weight. At the end of an epoch
+    /// they may be fewer. The ranks exchange gradients once per step.
+    pub fn accumulate_gradients(&mut self, batches: NonZeroU64) -> &mut Self {
+        self.passes = batches;
+        self
     }
 
     /// The uids of all nodes, in the order that they were added in.
@@ -91,7 +144,7 @@ impl HyperGraph {
                 self.listing()
             )));
         }
-        Ok(ExecutableGraph::new(chosen))
+        Ok(ExecutableGraph::new(chosen, self.precision.clone(), self.passes))
     }
 
     /// Makes every node ready on the device of the rank, once.

@@ -54,8 +54,8 @@ pub struct Measure {
 
 /// A node of a [`HyperGraph`](crate::HyperGraph). Only [`Node::set_up`] and [`Node::forward`] must be written.
 ///
-/// In a training step the hooks run in this order, each on all nodes: `before_step`, `forward` (lazily), `take_loss`,
-/// `before_backward`, `update`, `iteration_end`.
+/// In a training step the hooks run in this order, each on all nodes: `before_step`, for each pass `before_pass`, `forward` (lazily),
+/// `take_loss`, `before_backward` and `iteration_end`, then `update`. There is one pass, unless gradients are accumulated.
 pub trait Node {
     /// Makes the node ready on the device of the rank; called once, on every rank, in the same order.
     ///
@@ -88,8 +88,16 @@ pub trait Node {
     /// A training step begins.
     ///
     /// # Errors
-    /// The failure of a collective.
+    /// Whatever keeps it from beginning.
     fn before_step(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// A forward pass of the step begins. The ranks exchange gradients in the last one.
+    ///
+    /// # Errors
+    /// The failure of a collective.
+    fn before_pass(&mut self, _last: bool) -> Result<()> {
         Ok(())
     }
 
@@ -103,11 +111,16 @@ pub trait Node {
     ///
     /// # Errors
     /// The failure of a collective.
-    fn before_backward(&mut self, _loss: &Tensor) -> Result<()> {
+    fn before_backward(&mut self, _loss: &Tensor, _last: bool) -> Result<()> {
         Ok(())
     }
 
-    /// The gradients are there: apply them.
+    /// The gradients of all passes, averaged over the ranks, which may still be scaled.
+    fn gradients(&self) -> Vec<Tensor> {
+        Vec::new()
+    }
+
+    /// The gradients are there, and finite where that is looked at: apply them.
     ///
     /// # Errors
     /// The failure of the update.
@@ -117,6 +130,11 @@ pub trait Node {
 
     /// The iteration is over and counts.
     fn iteration_end(&mut self) {}
+
+    /// What there is to see of the last step beside losses: learning rates, norms.
+    fn scalars(&self) -> Vec<(String, f64)> {
+        Vec::new()
+    }
 
     /// What a checkpoint must hold of this node.
     fn state(&self) -> NodeState {

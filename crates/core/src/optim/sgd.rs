@@ -2,7 +2,7 @@ use ice_c10d::optim::{SgdStep, fused_sgd};
 use tch::Tensor;
 
 use crate::Result;
-use crate::optim::Optimizer;
+use crate::optim::{Optimizer, with_gradient};
 
 /// Stochastic gradient descent with momentum, as `torch.optim.SGD(fused=True)`.
 #[derive(Debug)]
@@ -48,7 +48,11 @@ impl Optimizer for Sgd {
     }
 
     fn step(&mut self, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
-        Ok(fused_sgd(parameters, gradients, &self.momentum_buffers, &self.options)?)
+        let lists = [parameters, gradients, &self.momentum_buffers];
+        let chosen = with_gradient(gradients, lists);
+        let lists = chosen.as_ref().map_or(lists, |chosen| chosen.each_ref().map(Vec::as_slice));
+        let [parameters, gradients, buffers] = lists;
+        Ok(fused_sgd(parameters, gradients, buffers, &self.options)?)
     }
 
     fn state(&self) -> Vec<(&'static str, &[Tensor])> {

@@ -66,7 +66,7 @@ impl Task {
         self
     }
 
-    /// Runs this many steps, over as many epochs as that takes.
+    /// Runs this many steps, over as many epochs as that takes. A step of training is one of the optimizers.
     #[must_use]
     pub fn steps(mut self, steps: u64) -> Self {
         self.length = Length::Steps(steps);
@@ -94,15 +94,15 @@ impl Task {
 
     fn step(&self, run: &Run, graph: &ExecutableGraph, report: &mut Report) -> Result<()> {
         run.check_stop()?;
-        let (samples, loss) = if self.train {
+        let (passes, samples, loss) = if self.train {
             run.seed_step();
-            let (samples, loss) = graph.train_step(run.worker())?;
-            (samples, Some(loss))
+            let step = graph.train_step(run.worker())?;
+            (step.passes, step.samples, Some(step.loss))
         } else {
-            (graph.eval_step(run.worker())?, None)
+            (1, graph.eval_step(run.worker())?, None)
         };
         let mut progress = self.progress.get();
-        (progress.steps, progress.iteration) = (progress.steps + 1, progress.iteration + 1);
+        (progress.steps, progress.iteration) = (progress.steps + 1, progress.iteration + passes);
         self.progress.set(progress);
         run.counters().count_step(self.train);
         run.worker().link().advance(run.counters().train_steps());
@@ -179,7 +179,11 @@ impl<'a> Report<'a> {
     fn new(task: &'a Task, run: &'a Run<'a>, graph: &ExecutableGraph) -> Self {
         let progress = task.progress.get();
         let left = match task.length {
-            Length::Steps(steps) => graph.remaining().unwrap_or(u64::MAX).min(steps - progress.steps),
+            Length::Steps(steps) => {
+                let passes = if task.train { graph.passes() } else { 1 };
+                let left = (steps - progress.steps).saturating_mul(passes);
+                graph.remaining().unwrap_or(u64::MAX).min(left)
+            }
             Length::Epochs(_) => graph.remaining().unwrap_or(0),
         };
         let now = Instant::now();

@@ -1,0 +1,117 @@
+//! Which optimizer trains which parameters.
+
+use regex::Regex;
+use serde_json::Value as Json;
+use tch::Tensor;
+
+use crate::optim::Optimizer;
+use crate::{Error, Result};
+
+/// An optimizer and the parameters that it trains.
+struct Group {
+    /// Of names; all where empty.
+    pattern: String,
+    optimizer: Box<dyn Optimizer>,
+    names: Vec<String>,
+    parameters: Vec<Tensor>,
+}
+
+/// The optimizers of a module. A parameter belongs to the first one whose pattern its name has.
+#[derive(Default)]
+pub(super) struct Groups(Vec<Group>);
+
+impl Groups {
+    pub(super) fn add(&mut self, pattern: &str, optimizer: impl Optimizer + 'static) {
+        self.0.push(Group {
+            pattern: pattern.into(),
+            optimizer: Box::new(optimizer),
+            names: Vec::new(),
+            parameters: Vec::new(),
+        });
+    }
+
+    /// Gives each parameter to its optimizer, and returns those that none wants.
+    pub(super) fn set_up(&mut self, parameters: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+        let patterns = self.0.iter().map(|group| {
+            Regex::new(&group.pattern).map_err(|error| {
+                Error::Usage(format!("`{}` is no pattern of parameter names: {error}", group.pattern))
+            })
+        });
+        let patterns = patterns.collect::<Result<Vec<_>>>()?;
+        let mut left = Vec::new();
+        for (name, parameter) in parameters {
+            match patterns.iter().position(|pattern| pattern.is_match(name)) {
+                Some(index) => {
+                    self.0[index].names.push(name.clone());
+                    self.0[index].parameters.push(parameter.shallow_clone());
+                }
+                None => left.push((name.clone(), parameter.shallow_clone())),
+            }
+        }
+        for group in &mut self.0 {
+            if group.parameters.is_empty() && !parameters.is_empty() {
+                let names: Vec<_> = parameters.iter().map(|(name, _)| name.as_str()).collect();
+                tracing::warn!(
+                    "the pattern `{}` has no parameter left for its optimizer; there are {}",
+                    group.pattern,
+                    names.join(", ")
+                );
+            }
+            group.optimizer.set_up(&group.parameters);
+        }
+        Ok(left)
+    }
+
+    /// Applies the gradients.
+    pub(super) fn step(&mut self) -> Result<()> {
+        for Group { optimizer, parameters, .. } in &mut self.0 {
+            let gradients: Vec<_> = parameters.iter().map(Tensor::grad).collect();
+            let parameters: Vec<_> = parameters.iter().map(Tensor::detach).collect();
+            optimizer.step(&parameters, &gradients)?;
+        }
+        Ok(())
+    }
+
+    /// `<parameter>.<slot>` for all of them.
+    pub(super) fn state(&self) -> Vec<(String, Tensor)> {
+        let mut state = Vec::new();
+        for Group { optimizer, names, .. } in &self.0 {
+            for (slot, tensors) in optimizer.state() {
+                let named = names.iter().zip(tensors);
+                state.extend(named.map(|(name, tensor)| (format!("{name}.{slot}"), tensor.shallow_clone())));
+            }
+        }
+        state
+    }
+
+    /// What else is to be saved, by pattern; null for nothing.
+    pub(super) fn values(&self) -> Json {
+        let values: serde_json::Map<_, _> = self
+            .0
+            .iter()
+            .map(|group| (group.pattern.clone(), group.optimizer.values()))
+            .filter(|(_, values)| !values.is_null())
+            .collect();
+        if values.is_empty() { Json::Null } else { values.into() }
+    }
+
+    pub(super) fn load_values(&mut self, saved: &Json) -> Result<()> {
+        for Group { pattern, optimizer, .. } in &mut self.0 {
+            if optimizer.values().is_null() {
+                continue;
+            }
+            let values = saved.get(pattern.as_str()).ok_or_else(|| {
+                Error::Resume(format!(
+                    "the checkpoint has nothing of an optimizer for `{pattern}` that follows a schedule"
+                ))
+            })?;
+            optimizer.load_values(values)?;
+        }
+        Ok(())
+    }
+
+    /// By pattern.
+    pub(super) fn learning_rates(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.0.iter().map(|group| (group.pattern.as_str(), group.optimizer.learning_rate()))
+    }
+}

@@ -1,0 +1,360 @@
+mod groups;
+
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
+
+use ice_c10d::optim::{clear_gradients, clip_grad_norm};
+use ice_c10d::{Reducer, ReducerOptions};
+use ice_worker::Worker;
+use tch::Tensor;
+use tch::nn::{Path, VarStore};
+
+use self::groups::Groups;
+use crate::node::copy_tensors;
+use crate::optim::Optimizer;
+use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
+
+type Build<M> = dyn FnOnce(&Path) -> M;
+type Forward<M, T> = dyn Fn(&M, &Outputs) -> Result<T>;
+
+/// A module with parameters, what it does in a step, and the optimizers that train it.
+///
+/// Every rank builds the module from the same seed and takes over rank 0's parameters; the gradients of the ranks are averaged in
+/// buckets while the backward pass is still running, by the reducer of PyTorch's DistributedDataParallel. Parameters without an
+/// optimizer are frozen.
+pub struct ModuleNode<M, T> {
+    build: Option<Box<Build<M>>>,
+    forward: Box<Forward<M, T>>,
+    groups: Groups,
+    clip: Option<f64>,
+    broadcast_buffers: bool,
+    options: ReducerOptions,
+    ready: Option<Ready<M>>,
+}
+
+struct Ready<M> {
+    module: M,
+    store: VarStore,
+    /// In order of creation.
+    trainable: Vec<Tensor>,
+    /// What changes without gradients, as the statistics of a batch norm; none where nobody else could have others.
+    buffers: Vec<Tensor>,
+    worker: Rc<Worker>,
+    reducer: Option<Reducer>,
+    /// Of the gradients of the last step, before clipping.
+    norm: Option<Tensor>,
+}
+
+impl<M: 'static, T: 'static> ModuleNode<M, T> {
+    /// A module and its forward pass. `build` makes the module's parameters under the given path; `forward` makes the output
+    /// of a step, of any type.
+    pub fn new(
+        build: impl FnOnce(&Path) -> M + 'static,
+        forward: impl Fn(&M, &Outputs) -> Result<T> + 'static,
+    ) -> Self {
+        Self {
+            build: Some(Box::new(build)),
+            forward: Box::new(forward),
+            groups: Groups::default(),
+            clip: None,
+            broadcast_buffers: true,
+            options: ReducerOptions::default(),
+            ready: None,
+        }
+    }
+
+    /// Trains with this optimizer all parameters that no other one has.
+    #[must_use]
+    pub fn optimizer(self, optimizer: impl Optimizer + 'static) -> Self {
+        self.optimizer_for("", optimizer)
+    }
+
+    /// Trains with this optimizer the parameters whose name has a match of `pattern`, a regular expression, unless one that was
+    /// named earlier has them. Names are as in the checkpoint: `encoder.layer1.weight`.
+    ///
+    /// A checkpoint keeps the positions of schedules by pattern.
+    #[must_use]
+    pub fn optimizer_for(mut self, pattern: &str, optimizer: impl Optimizer + 'static) -> Self {
+        self.groups.add(pattern, optimizer);
+        self
+    }
+
+    /// Scales the gradients of all ranks' average so that their common 2-norm is at most this.
+    #[must_use]
+    pub fn clip_grad_norm(mut self, largest: f64) -> Self {
+        self.clip = Some(largest);
+        self
+    }
+
+    /// Allows steps in which the loss does not depend on every parameter. All ranks must then say so.
+    #[must_use]
+    pub fn find_unused_parameters(mut self, find: bool) -> Self {
+        self.options.find_unused_parameters = find;
+        self
+    }
+
+    /// Says that every step uses the parameters that the first one uses, on all ranks alike: some may go without gradients, and
+    /// nothing is searched for.
+    #[must_use]
+    pub fn static_graph(mut self, is_static: bool) -> Self {
+        self.options.static_graph = is_static;
+        self
+    }
+
+    /// Whether all ranks take over rank 0's buffers, as the statistics of a batch norm, before each training step. True unless
+    /// given, as in DistributedDataParallel.
+    #[must_use]
+    pub fn broadcast_buffers(mut self, broadcast: bool) -> Self {
+        self.broadcast_buffers = broadcast;
+        self
+    }
+
+    /// The size of a gradient bucket in MiB; 25 unless given.
+    #[must_use]
+    pub fn bucket_cap_mb(mut self, mebibytes: usize) -> Self {
+        self.options.bucket_cap_bytes = mebibytes << 20;
+        self
+    }
+
+    fn ready(&self) -> Result<&Ready<M>> {
+        self.ready.as_ref().ok_or_else(|| Error::Graph("the module was not set up".into()))
+    }
+
+    fn ready_mut(&mut self) -> Result<&mut Ready<M>> {
+        self.ready.as_mut().ok_or_else(|| Error::Graph("the module was not set up".into()))
+    }
+}
+
+impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
+    fn set_up(&mut self, context: &Context) -> Result<()> {
+        let build = self.build.take().ok_or_else(|| Error::Graph("the module was set up twice".into()))?;
+        tch::manual_seed(context.seed as i64);
+        let worker = &context.worker;
+        let store = VarStore::new(worker.device());
+        let module = build(&store.root());
+        let variables = named(&store.variables());
+        for (_, tensor) in &variables {
+            tch::no_grad(|| worker.broadcast(&tensor.detach()))?;
+        }
+        let mut trainable = in_order(&store);
+        let frozen = self.groups.set_up(&trainable)?;
+        for (_, parameter) in &frozen {
+            let _ = parameter.set_requires_grad(false);
+        }
+        let parameters: HashSet<_> = trainable.iter().map(|(_, tensor)| tensor.data_ptr()).collect();
+        let mut buffers = variables;
+        buffers.retain(|(_, tensor)| !parameters.contains(&tensor.data_ptr()));
+        trainable.retain(|(_, parameter)| parameter.requires_grad());
+        let group = worker.group().filter(|group| group.world_size() > 1);
+        let reducer = match group {
+            Some(group) if !trainable.is_empty() => Some(Reducer::new(&trainable, group, &self.options)?),
+            _ => None,
+        };
+        if group.is_none() || !self.broadcast_buffers {
+            buffers.clear();
+        }
+        let tensors = |named: Vec<(String, Tensor)>| named.into_iter().map(|(_, tensor)| tensor).collect();
+        let (trainable, buffers) = (tensors(trainable), tensors(buffers));
+        let worker = Rc::clone(worker);
+        self.ready = Some(Ready { module, store, trainable, buffers, worker, reducer, norm: None });
+        Ok(())
+    }
+
+    fn before_step(&mut self) -> Result<()> {
+        Ok(clear_gradients(&self.ready()?.trainable)?)
+    }
+
+    fn before_pass(&mut self, last: bool) -> Result<()> {
+        let ready = self.ready()?;
+        for buffer in &ready.buffers {
+            ready.worker.broadcast(buffer)?;
+        }
+        match &ready.reducer {
+            Some(reducer) if last => Ok(reducer.prepare_forward()?),
+            _ => Ok(()),
+        }
+    }
+
+    fn forward(&mut self, x: &Outputs) -> Result<Value> {
+        let ready = self.ready()?;
+        Ok(Value::new((self.forward)(&ready.module, x)?))
+    }
+
+    fn before_backward(&mut self, loss: &Tensor, last: bool) -> Result<()> {
+        match &mut self.ready_mut()?.reducer {
+            Some(reducer) if last => Ok(reducer.prepare_backward(&[loss])?),
+            _ => Ok(()),
+        }
+    }
+
+    fn gradients(&self) -> Vec<Tensor> {
+        let trainable = self.ready.iter().flat_map(|ready| &ready.trainable);
+        trainable.map(Tensor::grad).filter(Tensor::defined).collect()
+    }
+
+    fn update(&mut self) -> Result<()> {
+        let gradients = self.gradients();
+        if let Some(largest) = self.clip
+            && !gradients.is_empty()
+        {
+            self.ready_mut()?.norm = Some(clip_grad_norm(&gradients, largest)?);
+        }
+        self.groups.step()
+    }
+
+    fn scalars(&self) -> Vec<(String, f64)> {
+        let rates = self.groups.learning_rates().map(|(pattern, rate)| match pattern {
+            "" => ("lr".to_owned(), rate),
+            pattern => (format!("lr of {pattern}"), rate),
+        });
+        let norm = self.ready.as_ref().and_then(|ready| ready.norm.as_ref());
+        rates.chain(norm.map(|norm| ("gradient norm".to_owned(), norm.double_value(&[])))).collect()
+    }
+
+    fn state(&self) -> NodeState {
+        let Some(ready) = &self.ready else { return NodeState::default() };
+        NodeState {
+            model: named(&ready.store.variables()),
+            optimizer: self.groups.state(),
+            values: self.groups.values(),
+        }
+    }
+
+    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
+        let state = self.state();
+        copy_tensors(&saved.model, &state.model, "parameters")?;
+        copy_tensors(&saved.optimizer, &state.optimizer, "optimizer's tensors")?;
+        self.groups.load_values(&saved.values)
+    }
+}
+
+/// The variables in order of their names.
+fn named(variables: &HashMap<String, Tensor>) -> Vec<(String, Tensor)> {
+    let mut named: Vec<_> =
+        variables.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+    named.sort_by(|a, b| a.0.cmp(&b.0));
+    named
+}
+
+/// The trainable variables in order of their creation, which is nearly the order that the forward pass uses them in: the
+/// buckets of the reducer follow it.
+fn in_order(store: &VarStore) -> Vec<(String, Tensor)> {
+    let names: HashMap<_, _> =
+        store.variables().into_iter().map(|(name, tensor)| (tensor.data_ptr(), name)).collect();
+    store
+        .trainable_variables()
+        .into_iter()
+        .filter_map(|tensor| Some((names.get(&tensor.data_ptr())?.clone(), tensor)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use ice_worker::Worker;
+    use tch::{Device, Kind, nn};
+
+    use super::*;
+    use crate::optim::Sgd;
+
+    fn node() -> ModuleNode<nn::Linear, Tensor> {
+        let build = |path: &Path| nn::linear(path / "layer", 3, 2, nn::LinearConfig::default());
+        let mut node = ModuleNode::new(build, |_, x| x.tensor("x")).optimizer(Sgd::new(0.5).momentum(0.9));
+        node.set_up(&Context { worker: Rc::new(Worker::alone(Device::Cpu)), seed: 3 }).unwrap();
+        node
+    }
+
+    fn step(node: &mut ModuleNode<nn::Linear, Tensor>) {
+        node.before_step().unwrap();
+        let weight = &node.ready().unwrap().module.ws;
+        weight.square().sum(Kind::Float).backward();
+        node.update().unwrap();
+    }
+
+    #[test]
+    fn parameters_have_pytorchs_names() {
+        let names: Vec<_> = node().state().model.into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["layer.bias", "layer.weight"]);
+    }
+
+    #[test]
+    fn each_parameter_has_the_first_optimizer_whose_pattern_fits_and_others_are_frozen() {
+        let build = |path: &Path| {
+            let layer = |name: &str| nn::linear(path / name, 2, 2, nn::LinearConfig::default());
+            [layer("first"), layer("second")]
+        };
+        let mut node = ModuleNode::new(build, |_, x| x.tensor("x"))
+            .optimizer_for(r"^first\.bias$", Sgd::new(1.0))
+            .optimizer_for("first", Sgd::new(10.0));
+        node.set_up(&Context { worker: Rc::new(Worker::alone(Device::Cpu)), seed: 3 }).unwrap();
+        let before: Vec<_> = node.state().model.into_iter().map(|(_, tensor)| tensor.copy()).collect();
+        node.before_step().unwrap();
+        let layers = &node.ready().unwrap().module;
+        let sum: Tensor = layers
+            .iter()
+            .map(|layer| layer.ws.sum(Kind::Float) + layer.bs.as_ref().unwrap().sum(Kind::Float))
+            .sum();
+        sum.backward();
+        node.update().unwrap();
+        let moved: Vec<_> = node
+            .state()
+            .model
+            .iter()
+            .zip(&before)
+            .map(|((name, after), before)| (name.clone(), (before - after).max().double_value(&[])))
+            .collect();
+        let expected =
+            [("first.bias", 1.0), ("first.weight", 10.0), ("second.bias", 0.0), ("second.weight", 0.0)];
+        for ((name, moved), (expected_name, expected)) in moved.iter().zip(expected) {
+            assert!(name == expected_name && (moved - expected).abs() < 1e-5, "{name}: {moved}");
+        }
+        assert!(!node.ready().unwrap().module[1].ws.requires_grad());
+        let rates: Vec<f64> = node.scalars().into_iter().map(|(_, rate)| rate).collect();
+        assert_eq!(rates, [1.0, 10.0]);
+    }
+
+    #[test]
+    fn gradients_are_clipped_before_the_step() {
+        let mut node = node().clip_grad_norm(0.5);
+        let before = node.ready().unwrap().module.ws.copy();
+        step(&mut node);
+        let moved = (before - &node.ready().unwrap().module.ws).norm().double_value(&[]);
+        assert!((moved - 0.5 * 0.5).abs() < 1e-5, "{moved}");
+        assert_eq!(node.scalars().len(), 2);
+    }
+
+    #[test]
+    fn a_pattern_that_is_none_is_named() {
+        let build = |path: &Path| nn::linear(path / "layer", 3, 2, nn::LinearConfig::default());
+        let mut node = ModuleNode::new(build, |_, x| x.tensor("x")).optimizer_for("(", Sgd::new(1.0));
+        let error =
+            node.set_up(&Context { worker: Rc::new(Worker::alone(Device::Cpu)), seed: 3 }).unwrap_err();
+        assert!(error.is_usage() && error.to_string().contains("`(`"), "{error}");
+    }
+
+    #[test]
+    fn state_carries_over_to_a_new_node_exactly() {
+        let (mut first, mut second) = (node(), node());
+        step(&mut first);
+        let copy = |tensors: Vec<(String, Tensor)>| tensors.into_iter().map(|(k, t)| (k, t.copy())).collect();
+        let state = first.state();
+        let saved =
+            NodeState { model: copy(state.model), optimizer: copy(state.optimizer), ..NodeState::default() };
+        second.load_state(&saved).unwrap();
+        step(&mut first);
+        step(&mut second);
+        for ((name, a), (_, b)) in first.state().model.iter().zip(&second.state().model) {
+            assert_eq!(a, b, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_missing_key_is_named() {
+        let mut node = node();
+        let mut saved = NodeState::default();
+        saved.model.push(("layer.weight".into(), Tensor::zeros([2, 3], (Kind::Float, Device::Cpu))));
+        let message = node.load_state(&saved).unwrap_err().to_string();
+        assert!(message.contains("layer.bias"), "{message}");
+    }
+}
