@@ -68,6 +68,14 @@ impl Worker {
         Self { env, device, group: None, link: Link::default() }
     }
 
+    /// A rank of a group that the program made itself, without an agent.
+    pub fn of_group(group: ProcessGroup, device: Device) -> Self {
+        let mut worker = Self::alone(device);
+        (worker.env.rank, worker.env.world_size) = (group.rank() as u32, group.world_size() as u32);
+        worker.group = Some(group);
+        worker
+    }
+
     /// Rank within the job.
     pub fn rank(&self) -> usize {
         self.env.rank as usize

@@ -1,0 +1,199 @@
+//! What a training step is: accumulated, in mixed precision, left out, on one rank or several.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use std::cell::{Cell, RefCell};
+use std::num::NonZeroU64;
+use std::rc::Rc;
+
+use common::{Line, on_ranks};
+use ice_core::optim::{Optimizer, Schedule, Sgd};
+use ice_core::{Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, ModuleNode, Repeat, Task};
+use tch::{Kind, Tensor, nn};
+
+/// What a rank saw.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Seen {
+    /// Parameters at the end.
+    parameters: Vec<f64>,
+    /// Types of the module's outputs.
+    kinds: Vec<Kind>,
+}
+
+#[derive(Clone)]
+struct Options {
+    samples: usize,
+    batch: usize,
+    passes: u64,
+    steps: u64,
+    autocast: Option<Autocast>,
+    scaler: Option<fn() -> GradScaler>,
+    /// Rank and step, from 0, whose loss is infinite.
+    infinite: Option<(usize, u64)>,
+    schedule: fn() -> Schedule,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            samples: 24,
+            batch: 4,
+            passes: 1,
+            steps: 1,
+            autocast: None,
+            scaler: None,
+            infinite: None,
+            schedule: Schedule::constant,
+        }
+    }
+}
+
+impl Options {
+    fn graph(&self, rank: usize) -> (HyperGraph, Repeat, Box<dyn Fn() -> Seen>) {
+        let mut graph = HyperGraph::new();
+        if let Some(autocast) = self.autocast {
+            graph.autocast(autocast);
+        }
+        if let Some(scaler) = self.scaler {
+            graph.grad_scaler(scaler()).unwrap();
+        }
+        graph.accumulate_gradients(NonZeroU64::new(self.passes).unwrap());
+        graph.add("x", DatasetNode::new(Line(self.samples)).batch_size(self.batch), "*").unwrap();
+        let seen = Rc::new(RefCell::new(Seen::default()));
+        let see = Rc::clone(&seen);
+        let net = ModuleNode::new(linear, move |net: &nn::Linear, x| {
+            let output = x.tensor("x")?.apply(net);
+            let mut seen = see.borrow_mut();
+            seen.kinds.push(output.kind());
+            let values = Tensor::cat(&[net.ws.flatten(0, -1), net.bs.as_ref().unwrap().shallow_clone()], 0);
+            seen.parameters = Vec::try_from(values.to_kind(Kind::Double)).unwrap();
+            Ok(output)
+        });
+        let optimizer = Sgd::new(0.5).momentum(0.5).schedule((self.schedule)());
+        graph.add("net", net.optimizer(optimizer), "*").unwrap();
+        let (infinite, step) = (self.infinite, Cell::new(0));
+        let loss = LossNode::new(move |x| {
+            let mut loss = x.tensor("net")?.to_kind(Kind::Float).square().mean(Kind::Float);
+            if x.is_training() {
+                if infinite == Some((rank, step.get())) {
+                    loss = loss * f64::INFINITY;
+                }
+                step.set(step.get() + 1);
+            }
+            Ok(loss)
+        });
+        graph.add("loss", loss, "*").unwrap();
+        // The last one shows the parameters as the training left them.
+        let tasks =
+            Repeat::once().then(Task::train("train").steps(self.steps)).then(Task::eval("val").steps(1));
+        (graph, tasks, Box::new(move || seen.borrow().clone()))
+    }
+
+    fn run(&self, ranks: usize) -> Vec<Seen> {
+        on_ranks(ranks, |rank| self.graph(rank))
+    }
+}
+
+/// Ranks that are threads share a generator, so that random parameters would not be the same every time.
+fn linear(path: &nn::Path) -> nn::Linear {
+    let layer = nn::linear(path / "layer", 1, 3, Default::default());
+    let values = Tensor::from_slice(&[0.7_f32, -0.4, 0.2]);
+    tch::no_grad(|| {
+        let _ = layer.ws.shallow_clone().copy_(&values.unsqueeze(1));
+        let _ = layer.bs.as_ref().unwrap().shallow_clone().copy_(&values);
+    });
+    layer
+}
+
+fn close(a: &Seen, b: &Seen) -> bool {
+    a.parameters.iter().zip(&b.parameters).all(|(a, b)| (a - b).abs() < 1e-6)
+}
+
+#[test]
+fn several_batches_are_one_whatever_their_sizes() {
+    // 22 samples: the whole at once; by 4, the last one of 2; by 6 and 9 on ranks that divide the last ones unevenly.
+    let whole = Options { samples: 22, batch: 22, steps: 3, ..Options::default() }.run(1);
+    for (ranks, batch, passes) in [(1, 4, 6), (1, 4, 9), (2, 3, 4), (3, 3, 3), (2, 11, 1), (1, 22, 1)] {
+        let parts = Options { samples: 22, batch, passes, steps: 3, ..Options::default() }.run(ranks);
+        for rank in &parts {
+            assert!(close(rank, &whole[0]), "{ranks} ranks, {passes} x {batch}: {rank:?}, {whole:?}");
+        }
+    }
+    let other = Options { samples: 22, batch: 4, passes: 5, steps: 3, ..Options::default() }.run(1);
+    assert!(!close(&other[0], &whole[0]), "the check sees another step");
+}
+
+#[test]
+fn forward_passes_run_in_the_smaller_type_of_training_and_evaluation() {
+    let kinds = |autocast| Options { autocast, ..Options::default() }.run(1).remove(0).kinds;
+    assert_eq!(kinds(None), [Kind::Float; 2]);
+    assert_eq!(kinds(Some(Autocast::new())), [Kind::BFloat16; 2]);
+    assert_eq!(kinds(Some(Autocast::of(Kind::Half))), [Kind::Half; 2]);
+}
+
+#[test]
+fn a_scaled_loss_makes_the_same_steps() {
+    let plain = Options { steps: 4, ..Options::default() }.run(2);
+    let scaled = Options { steps: 4, scaler: Some(GradScaler::new), ..Options::default() }.run(2);
+    assert!(close(&plain[0], &scaled[0]) && close(&plain[0], &scaled[1]), "{plain:?}, {scaled:?}");
+}
+
+#[test]
+fn a_step_that_is_infinite_on_one_rank_is_left_out_on_all() {
+    // Always the same batch, so that a step that is left out is as if it had not been.
+    let options = Options { samples: 8, steps: 3, scaler: Some(GradScaler::new), ..Options::default() };
+    let undisturbed = options.run(2);
+    let disturbed = Options { steps: 4, infinite: Some((1, 1)), ..options.clone() }.run(2);
+    assert_eq!(disturbed[0].parameters, disturbed[1].parameters);
+    assert!(close(&disturbed[0], &undisturbed[0]), "{disturbed:?}, {undisturbed:?}");
+    // Without a scaler it is the end of the parameters.
+    let lost = Options { scaler: None, infinite: Some((1, 1)), ..options }.run(2);
+    assert!(lost[0].parameters.iter().all(|value| !value.is_finite()), "{lost:?}");
+}
+
+#[test]
+fn the_scale_follows_what_is_found_and_a_step_left_out_does_not_move_the_schedule() {
+    let options = Options {
+        samples: 4,
+        steps: 4,
+        schedule: || Schedule::step(2, 0.1),
+        scaler: Some(|| GradScaler::new().init_scale(8.0).growth_interval(2)),
+        ..Options::default()
+    };
+    let undisturbed = Options { steps: 3, ..options.clone() }.run(1);
+    let disturbed = Options { infinite: Some((0, 0)), ..options }.run(1);
+    assert!(close(&disturbed[0], &undisturbed[0]), "{disturbed:?}, {undisturbed:?}");
+}
+
+#[test]
+fn buffers_are_rank_0s_in_the_next_step() {
+    let spread = |broadcast: bool| {
+        let statistics: Vec<f64> = on_ranks(2, move |rank| {
+            let mut graph = HyperGraph::new();
+            graph.add("x", DatasetNode::new(Line(16)).batch_size(4), "*").unwrap();
+            let seen = Rc::new(Cell::new(0.0));
+            let see = Rc::clone(&seen);
+            let net = ModuleNode::new(
+                |path| nn::batch_norm1d(path / "norm", 1, Default::default()),
+                move |norm: &nn::BatchNorm, x| {
+                    see.set(norm.running_mean.double_value(&[0]));
+                    // Ranks see other data.
+                    Ok((x.tensor("x")? + rank as f64).apply_t(norm, x.is_training()))
+                },
+            );
+            graph.add("net", net.optimizer(Sgd::new(0.1)).broadcast_buffers(broadcast), "*").unwrap();
+            graph
+                .add("loss", LossNode::new(|x| Ok(x.tensor("net")?.square().mean(Kind::Float))), "*")
+                .unwrap();
+            (
+                graph,
+                Repeat::once().then(Task::train("train").steps(2)),
+                Box::new(move || seen.get()) as Box<_>,
+            )
+        });
+        (statistics[0] - statistics[1]).abs()
+    };
+    assert!(spread(true) == 0.0 && spread(false) > 0.05);
+}
