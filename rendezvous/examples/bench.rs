@@ -4,7 +4,7 @@
 //! bench serve                         serves on a free port of loopback, printed; ends with its input
 //! bench adds PORT PID SECONDS         pipelined adds over 8 connections: adds per second of a core of process PID
 //! bench idle PORT PID CONNECTIONS     memory of process PID per validated connection, in KiB
-//! bench join AGENTS                   seconds until so many agents are in one round
+//! bench join AGENTS [tls]             seconds until so many agents are in one round
 //! bench simulate AGENTS               the same without a network: seconds, and MB that would be sent
 //! bench answers PORT CONNECTIONS      seconds until all of them had an answer, one after another
 //! ```
@@ -21,7 +21,7 @@ use ice_proto::frame;
 use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, ToAgent, ToCoordinator};
 use ice_rendezvous::machine::{Action, Coordinator, Event, Settings};
 use ice_rendezvous::store::codec::{Request, encode};
-use ice_rendezvous::{Host, HostConfig, Patience, Session};
+use ice_rendezvous::{Host, HostConfig, Patience, Session, Token};
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// Requests of a connection that are on their way.
@@ -35,13 +35,16 @@ async fn main() {
     let number = |text: &str| text.parse::<u64>().unwrap();
     match arguments[..] {
         ["serve"] => {
-            let host = host().await;
+            let host = host(None).await;
             println!("{}", host.port());
             let _ = std::io::stdin().read(&mut [0]);
         }
         ["adds", port, pid, seconds] => adds(number(port) as u16, pid, Duration::from_secs(number(seconds))),
         ["idle", port, pid, connections] => idle(number(port) as u16, pid, number(connections) as usize),
-        ["join", agents] => join(number(agents) as u32).await,
+        ["join", agents] => join(number(agents) as u32, None).await,
+        ["join", agents, "tls"] => {
+            join(number(agents) as u32, Some(Token::new("for the benchmark").unwrap().over_tls())).await;
+        }
         ["simulate", agents] => simulate(number(agents) as u32),
         ["answers", port, connections] => answers(number(port) as u16, number(connections)),
         _ => panic!("see the head of the file"),
@@ -54,7 +57,7 @@ fn raise_open_files() {
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }
 
-async fn host() -> Host {
+async fn host(token: Option<Token>) -> Host {
     let config = HostConfig {
         addresses: vec![[127, 0, 0, 1].into()],
         port: 0,
@@ -62,7 +65,7 @@ async fn host() -> Host {
         join_timeout: LIMIT,
         last_call: LIMIT,
         keep_alive: KeepAlive::default(),
-        token: None,
+        token,
     };
     Host::bind(config).await.unwrap()
 }
@@ -155,16 +158,18 @@ fn answers(port: u16, connections: u64) {
     println!("{:.4}", start.elapsed().as_secs_f64());
 }
 
-async fn join(agents: u32) {
-    let host = host().await;
+async fn join(agents: u32, token: Option<Token>) {
+    let host = host(token.clone()).await;
     let start = Instant::now();
     let tasks: Vec<_> = (0..agents)
         .map(|number| {
-            let (port, hello) = (host.port(), hello(agents, number));
+            let (port, hello, token) = (host.port(), hello(agents, number), token.clone());
             tokio::spawn(async move {
                 let patience = Patience::Wait(LIMIT);
                 let mut session =
-                    Session::connect(("127.0.0.1", port), None, hello, None, patience).await.unwrap();
+                    Session::connect(("127.0.0.1", port), None, hello, token.as_ref(), patience)
+                        .await
+                        .unwrap();
                 session.send(ToCoordinator::Join);
                 assert!(matches!(session.recv().await.unwrap(), ToAgent::RoundStarted(_)));
                 session

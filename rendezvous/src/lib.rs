@@ -12,6 +12,7 @@ mod error;
 mod host;
 pub mod machine;
 pub mod store;
+mod tls;
 
 pub use auth::Token;
 pub use backend::{Endpoint, EtcdConfig, EtcdTls, Meeting, MeetingConfig, Patience, Place, Role, Session};

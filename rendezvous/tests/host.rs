@@ -70,6 +70,65 @@ async fn strangers_do_not_get_in_without_the_token() {
 }
 
 #[tokio::test]
+async fn agents_and_endpoint_must_agree_about_tls() {
+    let token = |text: &str| Token::new(&format!("{text}, which is long enough")).unwrap();
+    let over_tls = |text: &str| token(text).over_tls();
+    let (tls, plain, open) = (Some(over_tls("a secret")), Some(token("a secret")), None);
+    for (endpoint, agent, said) in [
+        (&tls, &plain, "the endpoint asks for TLS: give this agent --rdzv-tls"),
+        (&tls, &open, "the job's with --rdzv-token-file, and --rdzv-tls"),
+        (&tls, &Some(over_tls("a guess")), "the endpoint does not know this agent's token, or"),
+        (&plain, &tls, "the endpoint has none: give the agent that hosts it --rdzv-tls"),
+        (&open, &tls, "the endpoint has none: give the agent that hosts it --rdzv-tls"),
+    ] {
+        let host = Host::bind(config(0, endpoint.clone())).await.unwrap();
+        let connecting = Session::connect(
+            ("127.0.0.1", host.port()),
+            None,
+            hello(0),
+            agent.as_ref(),
+            Patience::Wait(Duration::from_secs(3600)),
+        );
+        let Err(error) = tokio::time::timeout(LIMIT, connecting).await.unwrap() else { panic!("let in") };
+        assert!(matches!(error, Error::Token { .. }) && error.to_string().contains(said), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn agents_agree_over_tls() {
+    let token = Token::new("a secret, which is long enough").unwrap().over_tls();
+    let host = Host::bind(config(0, Some(token.clone()))).await.unwrap();
+    let mut sessions = Vec::new();
+    for node_rank in 0..2 {
+        let endpoint = ("127.0.0.1", host.port());
+        let session =
+            Session::connect(endpoint, None, hello(node_rank), Some(&token), Patience::Wait(LIMIT)).await;
+        sessions.push(session.unwrap());
+        sessions[node_rank as usize].send(ToCoordinator::Join);
+    }
+    for session in &mut sessions {
+        assert!(matches!(session.recv().await.unwrap(), ToAgent::RoundStarted(_)));
+        // Long after what a stranger may send.
+        for _ in 0..10_000 {
+            session.send(ToCoordinator::KeepAlive);
+        }
+        session.send(ToCoordinator::Finished { round: 0 });
+    }
+    for session in &mut sessions {
+        assert!(matches!(session.recv().await.unwrap(), ToAgent::Closed { success: true, .. }));
+    }
+    // Ranks are served as ever.
+    let mut rank = validated(&host).await;
+    rank.write_all(&[13, 7, 0, 0, 0]).await.unwrap();
+    assert_eq!(rank.read_u32_le().await.unwrap(), 7);
+    // What the agents still had to say is heard, and their end is noticed.
+    for session in sessions {
+        session.finish().await;
+    }
+    host.deserted().await;
+}
+
+#[tokio::test]
 async fn what_is_no_coordinator_is_not_asked_again() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -160,6 +219,21 @@ async fn strangers_are_shown_the_door() {
         // An end of file or a reset, but no answer.
         let _ = stranger.read_to_end(&mut rest).await;
         assert!(rest.is_empty(), "{bytes:?}");
+    }
+}
+
+#[tokio::test]
+async fn garbage_after_the_first_byte_of_tls_gets_an_alert() {
+    let token = Token::new("a secret, which is long enough").unwrap();
+    for token in [None, Some(token.clone()), Some(token.over_tls())] {
+        let host = Host::bind(config(0, token)).await.unwrap();
+        for bytes in [&b"\x16 is no TLS, whatever follows it here"[..], &[0x16, 3, 1, 0, 4, 9, 0, 0, 0]] {
+            let mut stranger = TcpStream::connect(("127.0.0.1", host.port())).await.unwrap();
+            stranger.write_all(bytes).await.unwrap();
+            let mut answer = Vec::new();
+            stranger.read_to_end(&mut answer).await.unwrap();
+            assert!(answer.len() == 7 && answer[0] == 0x15, "{answer:?}");
+        }
     }
 }
 

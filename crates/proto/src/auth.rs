@@ -1,5 +1,8 @@
 //! The first three messages between an agent and the coordinator: each shows that it knows the job's token, where there is one,
 //! without saying it. What is shown holds for this connection alone, so that it cannot be replayed.
+//!
+//! A proof is over who shows it, whether that is inside of TLS, both nonces and, inside of TLS, what tells this connection of TLS from all
+//! others (RFC 9266).
 
 use serde::{Deserialize, Serialize};
 
@@ -20,13 +23,13 @@ pub struct Greeting {
 pub struct Challenge {
     /// What the agent's proof is to be about.
     pub nonce: Nonce,
-    /// Over `"ice coordinator"`, the agent's nonce and the coordinator's; `None` where it has no token.
+    /// The coordinator's; `None` where it has no token.
     pub proof: Option<Proof>,
 }
 
 /// From the agent: its answer. [`crate::rendezvous::ToCoordinator::Hello`] follows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// Over `"ice agent"`, the agent's nonce and the coordinator's; `None` where it has no token.
+    /// The agent's; `None` where it has no token.
     pub proof: Option<Proof>,
 }

@@ -68,6 +68,8 @@ variables! {
 
 /// The agents' own: the secret that they share. It is not passed on to ranks.
 pub const ICE_RDZV_TOKEN: &str = "ICE_RDZV_TOKEN";
+/// The agents' own: whether they speak inside of TLS alone. It is not passed on to ranks, as the secret that it takes is not.
+pub const ICE_RDZV_TLS: &str = "ICE_RDZV_TLS";
 
 /// What a rank learns from its environment.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -67,6 +67,17 @@ fn role(args: &LaunchArgs, nnodes: u32) -> Result<Role, UsageError> {
 }
 
 fn token(args: &LaunchArgs) -> Result<Option<Token>, UsageError> {
+    match (secret(args)?, args.rdzv_tls) {
+        (token, false) => Ok(token),
+        (Some(token), true) => Ok(Some(token.over_tls())),
+        (None, true) => Err(UsageError::new(
+            "--rdzv-tls",
+            "needs a token, since that is how agents know who is at the other end: make one with `openssl rand -hex 32 > token`, and give it to all agents with --rdzv-token-file token".into(),
+        )),
+    }
+}
+
+fn secret(args: &LaunchArgs) -> Result<Option<Token>, UsageError> {
     const VARIABLE: &str = ice_proto::env::ICE_RDZV_TOKEN;
     if let Some(path) = &args.rdzv_token_file {
         let wrong = |problem: String| {

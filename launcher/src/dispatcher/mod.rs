@@ -59,7 +59,8 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         };
         if let Some(open) = open {
             console.note(&format!(
-                "whoever reaches {open} can join this job: give all its agents one --rdzv-token-file"
+                "whoever reaches {open} can join this job, and what its agents say is not encrypted: make a secret with \
+                 `openssl rand -hex 32 > token`, and give all agents --rdzv-token-file token --rdzv-tls"
             ));
         }
     }

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command};
 
-use ice_proto::env::{ICE_LINK_FD, ICE_RDZV_TOKEN};
+use ice_proto::env::{ICE_LINK_FD, ICE_RDZV_TLS, ICE_RDZV_TOKEN};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl;
@@ -59,7 +59,7 @@ pub(crate) fn spawn(
 ) -> io::Result<Rank> {
     let mut command = Command::new(&program.path);
     command.args(program.args_of(local_rank)).envs(variables).env(ICE_LINK_FD, link.as_raw_fd().to_string());
-    command.env_remove(ICE_RDZV_TOKEN).stdout(stdout).stderr(stderr);
+    command.env_remove(ICE_RDZV_TOKEN).env_remove(ICE_RDZV_TLS).stdout(stdout).stderr(stderr);
     let cpus = cpus.map(cpu_set).transpose()?;
     let (link_fd, agent) = (link.as_raw_fd(), getpid());
     let open_files = limits::inherited_open_files();

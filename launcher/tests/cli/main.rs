@@ -14,6 +14,7 @@ mod restarts;
 mod signals;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;
 mod usage;
 
 const TWO: [&str; 2] = ["--devices", "cpu:0-1"];

@@ -13,6 +13,7 @@ fn usage_errors_end_with_2_before_anything_is_started() {
         (&["--devices", "cpu", "--nnodes", "2"], &["--node-rank"]),
         (&["--devices", "cpu", "--tee", "4"], &["--tee", "`4`"]),
         (&["--devices", "cpu", "--dist-backend", "mpi"], &["--dist-backend", "`mpi`"]),
+        (&["--devices", "cpu", "--rdzv-tls"], &["--rdzv-tls", "openssl rand", "--rdzv-token-file token"]),
         (&["--devises", "cpu"], &["--devices"]),
     ] {
         let outcome = run(launch(options, "echo started"));

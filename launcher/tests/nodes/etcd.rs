@@ -23,7 +23,9 @@ fn nodes_meet_and_the_end_is_known() {
     let jobs = [(); 3].map(|()| Job::start(launch(&options, script)));
     let mut lines = Vec::new();
     for job in jobs {
-        lines.extend(job.finish().expect(0, &["--rdzv-token-file"]).stdout.clone());
+        lines.extend(
+            job.finish().expect(0, &["openssl rand", "--rdzv-token-file token --rdzv-tls"]).stdout.clone(),
+        );
     }
     lines.sort();
     let address = lines[0].rsplit(' ').next().unwrap().to_owned();
@@ -99,6 +101,40 @@ fn a_coordinator_that_leaves_makes_way_at_once() {
     second.expect_line("0 of 1");
     gate.open();
     second.finish().expect(0, &["looking for it again"]);
+}
+
+#[test]
+fn agents_speak_tls_wherever_the_coordinator_is() {
+    let Some(etcd) = Etcd::start() else { return };
+    let options = options(&etcd, "2", &["--max-restarts", "1"]);
+    let script = "echo \"$RANK of $WORLD_SIZE in round $ICE_ROUND\"; read -r go < $GATE";
+    let mut gates = Vec::new();
+    let mut another = |tls: &str| {
+        let mut command = launch(&options, script);
+        command.env("ICE_RDZV_TOKEN", "correct horse battery staple").env("ICE_RDZV_TLS", tls);
+        gates.push(Gate::new(&mut command));
+        command
+    };
+    let mut first = Job::start(another("1"));
+    etcd.wait_for_leader();
+    let without = run(another("0"));
+    without.expect(1, &["the endpoint asks for TLS: give this agent --rdzv-tls"]);
+    assert!(!without.stderr.contains("openssl"), "{without:#?}");
+    let mut second = Job::start(another("1"));
+    for job in [&mut first, &mut second] {
+        assert!(job.expect_line("").contains("of 2 in round 0"));
+    }
+    first.signal(Signal::KILL);
+    first.finish();
+    let mut third = Job::start(another("1"));
+    for job in [&mut second, &mut third] {
+        assert!(job.expect_line("").contains("of 2 in round 1"));
+    }
+    gates[2..].iter().for_each(Gate::open);
+    for job in [second, third] {
+        let finished = job.finish();
+        assert!(!finished.expect(0, &[]).stderr.contains("openssl"), "{finished:#?}");
+    }
 }
 
 #[test]

@@ -4,9 +4,7 @@ use std::time::Duration;
 
 use ice_proto::frame::{self, Decoder};
 use ice_proto::rendezvous::{Hello, KeepAlive, ToAgent, ToCoordinator};
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -14,7 +12,8 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::Error;
 use crate::address;
 use crate::alive;
-use crate::auth::{self, AuthError, Token};
+use crate::auth::{self, AuthError, Channel, Token};
+use crate::tls;
 
 /// Pause between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(100);
@@ -39,6 +38,10 @@ impl Patience {
     }
 }
 
+/// Plain or inside of TLS.
+type Reader = Box<dyn AsyncRead + Send + Unpin>;
+type Writer = Box<dyn AsyncWrite + Send + Unpin>;
+
 /// An agent's connection to the coordinator.
 pub struct Session {
     outgoing: mpsc::UnboundedSender<ToCoordinator>,
@@ -59,7 +62,7 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::Unreachable`] where nobody answers in time, [`Error::Protocol`] where something else does, [`Error::Token`] where
-    /// the tokens differ.
+    /// the tokens differ, or one of the two wants TLS and the other has none.
     pub async fn connect(
         (host, port): (&str, u16),
         from: Option<IpAddr>,
@@ -70,7 +73,7 @@ impl Session {
         let endpoint = format!("{host}:{port}");
         let limit = patience.limit();
         let deadline = Instant::now() + limit;
-        let (stream, decoder) = loop {
+        let (reader, writer, decoder) = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let late = || Err(AuthError::Io(io::ErrorKind::TimedOut.into()));
             match timeout(left, open((host, port), from, token)).await.unwrap_or_else(|_| late()) {
@@ -85,7 +88,6 @@ impl Session {
                 Err(error) => return Err(Error::Token { endpoint, problem: error.to_string() }),
             }
         };
-        let (reader, writer) = stream.into_split();
         let keep_alive = hello.keep_alive;
         let (outgoing, to_send) = mpsc::unbounded_channel();
         let (received, incoming) = mpsc::channel(64);
@@ -120,7 +122,7 @@ impl Session {
 }
 
 async fn write(
-    mut writer: OwnedWriteHalf,
+    mut writer: Writer,
     mut to_send: mpsc::UnboundedReceiver<ToCoordinator>,
     keep_alive: KeepAlive,
 ) {
@@ -131,7 +133,7 @@ async fn write(
             Err(_) => ToCoordinator::KeepAlive,
         };
         match frame::encode(&message) {
-            Ok(frame) if writer.write_all(&frame).await.is_ok() => {}
+            Ok(frame) if writer.write_all(&frame).await.is_ok() && writer.flush().await.is_ok() => {}
             Ok(_) => return,
             Err(error) => tracing::error!(%error, "a message to the coordinator was not sent"),
         }
@@ -143,15 +145,22 @@ async fn open(
     (host, port): (&str, u16),
     from: Option<IpAddr>,
     token: Option<&Token>,
-) -> Result<(TcpStream, Decoder), AuthError> {
+) -> Result<(Reader, Writer, Decoder), AuthError> {
     let mut stream = address::connect(host, port, from).await?;
     stream.set_nodelay(true)?;
-    let decoder = auth::greet(&mut stream, token).await?;
-    Ok((stream, decoder))
+    if token.is_some_and(Token::is_over_tls) {
+        let (mut stream, channel) = tls::connect(stream).await?;
+        let decoder = auth::greet(&mut stream, token, &channel).await?;
+        let (reader, writer) = tokio::io::split(stream);
+        return Ok((Box::new(reader), Box::new(writer), decoder));
+    }
+    let decoder = auth::greet(&mut stream, token, &Channel::Plain).await?;
+    let (reader, writer) = stream.into_split();
+    Ok((Box::new(reader), Box::new(writer), decoder))
 }
 
 async fn read(
-    mut reader: OwnedReadHalf,
+    mut reader: Reader,
     mut decoder: Decoder,
     received: mpsc::Sender<Result<ToAgent, Error>>,
     endpoint: String,

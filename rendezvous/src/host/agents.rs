@@ -9,15 +9,16 @@ use std::time::Duration;
 
 use ice_proto::frame::{self, Decoder, FrameError};
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
-use tokio::io::{AsyncRead, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{Shared, locked};
 use crate::alive;
-use crate::auth::{self, AuthError};
+use crate::auth::{self, AuthError, Channel};
 use crate::machine::{Action, Coordinator, Event, Peer, Record, Settings};
+use crate::tls;
 
 /// Messages that wait to be sent to one agent; one that does not read is dropped at this many.
 const OUTGOING: usize = 4096;
@@ -185,26 +186,78 @@ impl Desk {
     }
 }
 
+/// How an agent speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Speech {
+    Plain,
+    Tls,
+}
+
 /// Serves an agent until it goes. `known` is called once it has shown that it is one.
 pub(super) async fn serve(
     shared: &Shared,
     id: Peer,
-    mut stream: TcpStream,
-    peer: SocketAddr,
+    (mut stream, peer): (TcpStream, SocketAddr),
+    speech: Speech,
     coordinator: mpsc::Sender<Input>,
     known: impl FnOnce(),
 ) -> io::Result<()> {
-    let decoder = match auth::admit(&mut stream, shared.token.as_ref()).await {
-        Ok(decoder) => decoder,
-        Err(error @ (AuthError::Io(_) | AuthError::Frame(_))) => return Err(io::Error::other(error)),
+    match (speech, &shared.tls) {
+        (Speech::Plain, None) => {
+            let decoder = admit(shared, peer, &mut stream, &Channel::Plain).await?;
+            known();
+            talk(shared, id, stream.into_split(), decoder, coordinator).await
+        }
+        (Speech::Tls, Some(acceptor)) => {
+            let inside = async {
+                let (mut accepted, channel) = acceptor.accept(stream).await.map_err(io::Error::other)?;
+                let decoder = admit(shared, peer, accepted.stranger(), &channel).await?;
+                known();
+                talk(shared, id, tokio::io::split(accepted.known()), decoder, coordinator).await
+            };
+            // The state of TLS is large, and without it nobody is to pay for it.
+            Box::pin(inside).await
+        }
+        (Speech::Plain, Some(_)) => {
+            tracing::warn!(%peer, "an agent without --rdzv-tls was turned away");
+            tls::refuse(stream).await
+        }
+        (Speech::Tls, None) => {
+            tracing::warn!(%peer, "an agent with --rdzv-tls was turned away: this endpoint has no TLS");
+            tls::refuse(stream).await
+        }
+    }
+}
+
+/// Lets in who knows the token.
+async fn admit(
+    shared: &Shared,
+    peer: SocketAddr,
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    channel: &Channel,
+) -> io::Result<Decoder> {
+    match auth::admit(stream, shared.token.as_ref(), channel).await {
+        Ok(decoder) => {
+            shared.welcome([peer.ip()]);
+            Ok(decoder)
+        }
+        Err(error @ (AuthError::Io(_) | AuthError::Frame(_) | AuthError::Tls(_))) => {
+            Err(io::Error::other(error))
+        }
         Err(error) => {
             tracing::warn!(%peer, "an agent without the job's token was turned away");
-            return Err(io::Error::other(error));
+            Err(io::Error::other(error))
         }
-    };
-    known();
-    shared.welcome([peer.ip()]);
-    let (reader, mut writer) = stream.into_split();
+    }
+}
+
+async fn talk(
+    shared: &Shared,
+    id: Peer,
+    (reader, mut writer): (impl AsyncRead + Unpin, impl AsyncWrite + Unpin),
+    decoder: Decoder,
+    coordinator: mpsc::Sender<Input>,
+) -> io::Result<()> {
     let (sender, mut outgoing) = mpsc::channel::<Vec<u8>>(OUTGOING);
     let waiting = Arc::new(AtomicUsize::new(0));
     let to_agent = Outgoing { sender, waiting: Arc::clone(&waiting) };
@@ -217,11 +270,13 @@ pub(super) async fn serve(
                 Ok(Some(bytes)) => {
                     waiting.fetch_sub(bytes.len(), Ordering::Relaxed);
                     writer.write_all(&bytes).await?;
+                    writer.flush().await?;
                 }
                 Ok(None) => return writer.shutdown().await,
                 Err(_) => {
                     let frame = frame::encode(&ToAgent::KeepAlive).map_err(io::Error::other)?;
                     writer.write_all(&frame).await?;
+                    writer.flush().await?;
                 }
             }
         }

@@ -14,9 +14,10 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use super::agents::{self, Input};
+use super::agents::{self, Input, Speech};
 use super::{Shared, clients, locked};
 use crate::store::codec::{VALIDATE, VALIDATION_MAGIC};
+use crate::tls;
 
 /// How long a stranger has to show what it is.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -113,9 +114,9 @@ impl Door {
                     strangers.remove(id);
                     Err(clients::Serve::new(shared, id, stream).await)
                 }
-                Ok(Ok(Kind::Agent)) => {
+                Ok(Ok(Kind::Agent(speech))) => {
                     let known = || strangers.remove(id);
-                    Box::pin(agents::serve(&shared, id, stream, peer, coordinator, known)).await
+                    Box::pin(agents::serve(&shared, id, (stream, peer), speech, coordinator, known)).await
                 }
             };
             strangers.remove(id);
@@ -128,7 +129,7 @@ impl Door {
 }
 
 enum Kind {
-    Agent,
+    Agent(Speech),
     /// It has validated.
     Rank,
 }
@@ -138,7 +139,8 @@ async fn meet(stream: &mut TcpStream, peer: SocketAddr, shared: &Shared) -> io::
     let mut first = [0; 5];
     stream.peek(&mut first[..1]).await?;
     match first[0] {
-        byte if byte == frame::MAGIC[0] => return Ok(Kind::Agent),
+        byte if byte == frame::MAGIC[0] => return Ok(Kind::Agent(Speech::Plain)),
+        tls::HANDSHAKE => return Ok(Kind::Agent(Speech::Tls)),
         VALIDATE => stream.read_exact(&mut first).await?,
         _ => return Err(io::Error::other("neither an agent nor a rank")),
     };
@@ -150,4 +152,84 @@ async fn meet(stream: &mut TcpStream, peer: SocketAddr, shared: &Shared) -> io::
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     Ok(Kind::Rank)
+}
+
+#[cfg(test)]
+mod tests {
+    use ice_proto::rendezvous::KeepAlive;
+    use tokio::io::{AsyncRead, AsyncWriteExt};
+
+    use super::*;
+    use crate::auth::{Token, greet};
+
+    /// A door for agents with a token and TLS, where it is, and what comes in.
+    async fn door() -> (Arc<Door>, SocketAddr, mpsc::Receiver<Input>) {
+        let shared = Shared::new(Some(token()), KeepAlive::default()).unwrap();
+        let (coordinator, inputs) = mpsc::channel(16);
+        let door = Arc::new(Door::new(Arc::new(shared), coordinator));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(Arc::clone(&door).serve(listener));
+        (door, address, inputs)
+    }
+
+    fn token() -> Token {
+        Token::new("sixteen characters").unwrap().over_tls()
+    }
+
+    fn strangers(door: &Door) -> usize {
+        locked(&door.strangers.0).len()
+    }
+
+    #[tokio::test]
+    async fn an_agent_is_a_stranger_until_it_has_shown_that_it_knows_the_token() {
+        for (token, is_known) in [(Token::new("eighteen characters").unwrap(), false), (token(), true)] {
+            let (door, address, mut inputs) = door().await;
+            let stream = TcpStream::connect(address).await.unwrap();
+            let (mut stream, channel) = tls::connect(stream).await.unwrap();
+            assert_eq!(greet(&mut stream, Some(&token), &channel).await.is_ok(), is_known);
+            if is_known {
+                assert!(matches!(inputs.recv().await, Some(Input::Opened(..))));
+            }
+            assert_eq!(strangers(&door), usize::from(!is_known));
+        }
+    }
+
+    #[tokio::test]
+    async fn who_goes_no_further_is_sent_away() {
+        let (door, address, _inputs) = door().await;
+        let half = TcpStream::connect(address).await.unwrap();
+        half.try_write(&[tls::HANDSHAKE, 3, 1, 0, 200, 1]).unwrap();
+        let stream = TcpStream::connect(address).await.unwrap();
+        let (whole, _) = tls::connect(stream).await.unwrap();
+        assert_eq!(strangers(&door), 2);
+        // From here on time passes as soon as nobody does anything.
+        tokio::time::pause();
+        for mut stream in [Box::new(half) as Box<dyn AsyncRead + Unpin>, Box::new(whole)] {
+            let _ = timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await.expect("it is still there");
+        }
+        assert_eq!(strangers(&door), 0);
+    }
+
+    #[tokio::test]
+    async fn one_that_asks_in_another_way_is_answered_and_sent_away() {
+        let (door, address, _inputs) = door().await;
+        let mut streams = Vec::new();
+        for _ in 0..2 {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(b"ICE\x01").await.unwrap();
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).await.unwrap();
+            assert!(tls::is_refusal(answer.first_chunk().unwrap()), "{answer:?}");
+            streams.push(stream);
+        }
+        // One does not stop talking, and one stays and is silent.
+        while streams[0].write_all(&[0; 512]).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(strangers(&door), 1);
+        tokio::time::pause();
+        sleep(PATIENCE).await;
+        assert_eq!(strangers(&door), 0);
+    }
 }

@@ -1,4 +1,5 @@
-//! One port, two protocols: the coordinator for agents and the store for ranks. The first byte of a connection tells.
+//! One port, two protocols: the coordinator for agents, plain or inside of TLS, and the store for ranks. The first byte of a connection
+//! tells.
 //!
 //! Nothing a stranger sends is held longer than needed: a connection that says nothing is closed, buffers are bounded, and
 //! the first bytes that make no sense end it.
@@ -21,6 +22,7 @@ use tokio::sync::{oneshot, watch};
 use crate::Error;
 use crate::auth::Token;
 use crate::machine::Settings;
+use crate::tls::Acceptor;
 #[cfg(feature = "etcd")]
 pub(crate) use agents::Entry;
 pub(crate) use agents::Takeover;
@@ -88,15 +90,9 @@ impl Host {
         let Listening { port, listeners } = listening;
         let fail = Error::Host;
         let settings = Settings { run_id, join_timeout, last_call, run_stamp: run_stamp() };
-        let (count, agents) = watch::channel(0);
         let (stop, stopped) = oneshot::channel();
-        let shared = Arc::new(Shared {
-            clients: Mutex::new(Clients::new()),
-            guests: token.as_ref().map(|_| Mutex::default()),
-            token,
-            keep_alive,
-            count,
-        });
+        let shared = Arc::new(Shared::new(token, keep_alive).map_err(fail)?);
+        let agents = shared.count.subscribe();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
         let serve = move || {
             runtime.block_on(async move {
@@ -134,12 +130,26 @@ struct Shared {
     /// Where agents that know the token have come from: from there alone the store can be reached. `None` where there is no token.
     guests: Option<Mutex<HashSet<IpAddr>>>,
     token: Option<Token>,
+    /// `Some` where agents are heard inside of TLS alone.
+    tls: Option<Acceptor>,
     keep_alive: KeepAlive,
     /// Agents that are connected.
     count: watch::Sender<usize>,
 }
 
 impl Shared {
+    fn new(token: Option<Token>, keep_alive: KeepAlive) -> io::Result<Self> {
+        let tls = token.as_ref().filter(|token| token.is_over_tls()).map(|_| Acceptor::new()).transpose()?;
+        Ok(Self {
+            clients: Mutex::new(Clients::new()),
+            guests: token.as_ref().map(|_| Mutex::default()),
+            token,
+            tls,
+            keep_alive,
+            count: watch::channel(0).0,
+        })
+    }
+
     /// Whether ranks may come from an address. They cannot show that they know the token; that an agent of the job runs on their host
     /// is all that is known of them.
     fn is_guest(&self, address: IpAddr) -> bool {

@@ -72,6 +72,16 @@ pub struct LaunchArgs {
     /// File with a secret that all agents of the job share; ICE_RDZV_TOKEN may hold the secret itself
     #[arg(long, alias = "rdzv_token_file", value_name = "FILE", help_heading = "Nodes")]
     pub rdzv_token_file: Option<PathBuf>,
+    /// Encrypt what agents say to each other; all agents of a job or none, and they need the secret. ICE_RDZV_TLS=1 does the same
+    #[arg(
+        long,
+        alias = "rdzv_tls",
+        env = ice_proto::env::ICE_RDZV_TLS,
+        hide_env = true,
+        value_parser = FalseyValueParser::new(),
+        help_heading = "Nodes"
+    )]
+    pub rdzv_tls: bool,
     /// What `--rdzv-conf` and `--rdzv-backend` add.
     #[arg(skip)]
     pub(crate) rendezvous: RendezvousArgs,

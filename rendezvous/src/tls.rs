@@ -1,0 +1,296 @@
+//! TLS 1.3 between agents and the coordinator, without certificates.
+//!
+//! The coordinator's host makes a key for as long as it lives and shows it as it is (a raw public key, RFC 7250). The agent takes any: who
+//! is at the other end is found out inside, by proofs of the token that hold for this one connection (see [`crate::auth`]).
+//!
+//! Whoever speaks to a side in a way that it does not speak, plain or TLS, is told so by the same seven bytes: a TLS alert. A TLS client
+//! understands it, and no frame starts like it.
+
+use std::io;
+use std::sync::Arc;
+
+use ring::rand::SystemRandom;
+use ring::signature::Ed25519KeyPair;
+use rustls::client::Resumption;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{WebPkiSupportedAlgorithms, ring as provider};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
+use rustls::server::AlwaysResolvesServerRawPublicKeys;
+use rustls::sign::CertifiedKey;
+use rustls::version::TLS13;
+use rustls::{
+    AlertDescription, ClientConfig, ConnectionCommon, DigitallySignedStruct, ServerConfig, SignatureScheme,
+};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Join, ReadHalf, Take, WriteHalf};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+
+use crate::auth::{AuthError, Channel, timed};
+
+/// The first byte of a TLS connection: a record of the handshake (RFC 8446, section 5.1). No command of the store and no frame starts so.
+pub(crate) const HANDSHAKE: u8 = 0x16;
+/// A fatal alert, `handshake_failure` (RFC 8446, section 6).
+const REFUSAL: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 40];
+/// Bytes that a stranger may send, all in all. Ours needs less than a third.
+const MOST: u64 = 4096;
+/// RFC 9266, section 4.2.
+const BINDING: &[u8] = b"EXPORTER-Channel-Binding";
+
+/// Whether these are the first bytes of an alert.
+pub(crate) fn is_refusal(first: &[u8; 4]) -> bool {
+    first[..2] == REFUSAL[..2]
+}
+
+/// Tells the other end that it is not spoken to in its way, and waits until it has gone.
+pub(crate) async fn refuse(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
+    let part = async {
+        stream.write_all(&REFUSAL).await?;
+        stream.shutdown().await?;
+        // What it has sent and nobody reads would reset the connection, and the alert be lost.
+        let mut rest = stream.take(MOST);
+        while rest.read(&mut [0; 256]).await? > 0 {}
+        Ok(())
+    };
+    timed(part).await
+}
+
+/// A stranger's bytes are counted.
+type Counted<S> = Join<Take<ReadHalf<S>>, WriteHalf<S>>;
+
+/// The coordinator's end of a connection.
+pub(crate) struct Accepted<S>(server::TlsStream<Counted<S>>);
+
+/// The coordinator's part, with its key.
+#[derive(Clone)]
+pub(crate) struct Acceptor(TlsAcceptor);
+
+impl Acceptor {
+    /// Makes a key.
+    pub(crate) fn new() -> io::Result<Self> {
+        let pkcs8 = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
+            .map_err(|_| io::Error::other("no key for TLS could be made"))?;
+        let key = provider::sign::any_eddsa_type(&PrivatePkcs8KeyDer::from(pkcs8.as_ref()))
+            .map_err(io::Error::other)?;
+        let public = key.public_key().ok_or_else(|| io::Error::other("a key without its public part"))?;
+        let shown = CertifiedKey::new(vec![public.as_ref().to_vec().into()], key);
+        let mut config = ServerConfig::builder_with_provider(Arc::new(provider::default_provider()))
+            .with_protocol_versions(&[&TLS13])
+            .map_err(io::Error::other)?
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(shown))));
+        // An agent that comes again shows the token again.
+        config.send_tls13_tickets = 0;
+        Ok(Self(TlsAcceptor::from(Arc::new(config))))
+    }
+
+    /// Who comes is a stranger still.
+    pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        stream: S,
+    ) -> Result<(Accepted<S>, Channel), AuthError> {
+        let (reader, writer) = tokio::io::split(stream);
+        let counted = tokio::io::join(reader.take(MOST), writer);
+        let stream = timed(self.0.accept(counted)).await?;
+        let channel = binding(stream.get_ref().1)?;
+        Ok((Accepted(stream), channel))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Accepted<S> {
+    /// For the exchange of proofs.
+    pub(crate) fn stranger(&mut self) -> &mut (impl AsyncRead + AsyncWrite + Unpin + use<S>) {
+        &mut self.0
+    }
+
+    /// Once it has shown that it knows the token.
+    pub(crate) fn known(mut self) -> server::TlsStream<impl AsyncRead + AsyncWrite + Unpin + use<S>> {
+        self.0.get_mut().0.reader_mut().set_limit(u64::MAX);
+        self.0
+    }
+}
+
+/// The agent's part. Nothing is known of the other end afterwards.
+pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+) -> Result<(client::TlsStream<S>, Channel), AuthError> {
+    let provider = Arc::new(provider::default_provider());
+    let verifier = Arc::new(AnyKey(provider.signature_verification_algorithms));
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])
+        .map_err(AuthError::Tls)?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
+    config.resumption = Resumption::disabled();
+    config.enable_sni = false;
+    // It is neither sent nor looked at.
+    let name = ServerName::from(std::net::IpAddr::from([0, 0, 0, 0]));
+    let connecting = TlsConnector::from(Arc::new(config)).connect(name, stream);
+    let stream = timed(connecting).await.map_err(|error| match AuthError::from(error) {
+        AuthError::Tls(rustls::Error::AlertReceived(AlertDescription::HandshakeFailure)) => AuthError::NoTls,
+        error => error,
+    })?;
+    let channel = binding(stream.get_ref().1)?;
+    Ok((stream, channel))
+}
+
+fn binding<D>(connection: &ConnectionCommon<D>) -> Result<Channel, AuthError> {
+    let exported = connection.export_keying_material([0; 32], BINDING, Some(&[]));
+    Ok(Channel::Tls(exported.map_err(AuthError::Tls)?))
+}
+
+/// Any raw public key will do, as long as the other end has its secret part.
+#[derive(Debug)]
+struct AnyKey(WebPkiSupportedAlgorithms);
+
+impl ServerCertVerifier for AnyKey {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.2 is not offered".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        key: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let key = SubjectPublicKeyInfoDer::from(key.as_ref());
+        rustls::crypto::verify_tls13_signature_with_raw_key(message, &key, signed, &self.0)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_schemes()
+    }
+
+    fn requires_raw_public_keys(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{DuplexStream, copy_bidirectional, duplex};
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::auth::{Token, admit, greet};
+
+    const ROOM: usize = 1 << 16;
+
+    async fn agent(stream: DuplexStream, token: Option<Token>) -> Result<(), AuthError> {
+        let (mut stream, channel) = connect(stream).await?;
+        greet(&mut stream, token.as_ref(), &channel).await.map(drop)
+    }
+
+    async fn coordinator(stream: DuplexStream, token: Option<Token>) -> Result<(), AuthError> {
+        let (mut accepted, channel) = Acceptor::new()?.accept(stream).await?;
+        admit(accepted.stranger(), token.as_ref(), &channel).await.map(drop)
+    }
+
+    /// Ends the agent's TLS, begins another one with the coordinator, and passes on all that is said inside.
+    async fn man_in_the_middle(agent: DuplexStream, coordinator: DuplexStream) {
+        let (accepted, _) = Acceptor::new().unwrap().accept(agent).await.unwrap();
+        let (mut inward, _) = connect(coordinator).await.unwrap();
+        let _ = copy_bidirectional(&mut accepted.known(), &mut inward).await;
+    }
+
+    #[tokio::test]
+    async fn the_token_holds_off_a_man_in_the_middle() {
+        let token = || Some(Token::new("sixteen characters").unwrap());
+        for token in [token(), None] {
+            let ((ours, his), (hers, theirs)) = (duplex(ROOM), duplex(ROOM));
+            let (greeted, admitted, ()) = tokio::join!(
+                agent(ours, token.clone()),
+                coordinator(theirs, token.clone()),
+                man_in_the_middle(his, hers)
+            );
+            if token.is_some() {
+                assert!(matches!(greeted, Err(AuthError::WrongTokenOverTls)), "{greeted:?}");
+                assert!(matches!(admitted, Err(AuthError::WrongTokenOverTls)), "{admitted:?}");
+            } else {
+                // That is what the token is for.
+                greeted.and(admitted).unwrap();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn both_ends_of_a_connection_have_the_same_binding_and_no_other_has() {
+        let acceptor = Acceptor::new().unwrap();
+        let mut bindings = Vec::new();
+        for _ in 0..2 {
+            let (ours, theirs) = duplex(ROOM);
+            let (connected, accepted) = tokio::join!(connect(ours), acceptor.accept(theirs));
+            let (ours, theirs) =
+                (connected.unwrap().1, accepted.map_err(|error| error.to_string()).unwrap().1);
+            assert!(ours == theirs && !bindings.contains(&ours));
+            bindings.push(ours);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_agent_needs_few_of_the_bytes_that_a_stranger_has() {
+        let token = || Some(Token::new("sixteen characters").unwrap());
+        let ((ours, mut outer), (mut inner, theirs)) = (duplex(ROOM), duplex(ROOM));
+        let wire = async { copy_bidirectional(&mut outer, &mut inner).await.unwrap() };
+        let ends = async { tokio::join!(agent(ours, token()), coordinator(theirs, token())) };
+        let ((sent, _), (greeted, admitted)) = tokio::join!(wire, ends);
+        greeted.and(admitted).unwrap();
+        assert!(sent < MOST / 3, "{sent}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_handshake_without_end_is_not_listened_to() {
+        let start = Instant::now();
+        let (mut stranger, theirs) = duplex(ROOM);
+        // A ClientHello of 65,000 bytes, of which 8,000 come, in two records.
+        let part = [
+            &[HANDSHAKE, 3, 1, 0x0F, 0xA0, 1, 0, 0xFD, 0xE8][..],
+            &[0; 3996],
+            &[HANDSHAKE, 3, 1, 0x0F, 0xA0],
+            &[0; 4000],
+        ];
+        stranger.write_all(&part.concat()).await.unwrap();
+        assert!(Acceptor::new().unwrap().accept(theirs).await.is_err());
+        assert_eq!(start.elapsed(), std::time::Duration::ZERO, "it was waited for");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn half_a_handshake_is_not_waited_for() {
+        let (mut stranger, theirs) = duplex(ROOM);
+        stranger.write_all(&[HANDSHAKE, 3, 1, 0, 200, 1, 0, 0, 196, 3, 3]).await.unwrap();
+        let refused = Acceptor::new().unwrap().accept(theirs).await.err().unwrap();
+        assert!(
+            matches!(&refused, AuthError::Io(error) if error.kind() == io::ErrorKind::TimedOut),
+            "{refused}"
+        );
+    }
+
+    #[tokio::test]
+    async fn what_is_no_tls_says_so() {
+        for (answer, expected) in [
+            (&REFUSAL[..], "the endpoint has none"),
+            (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no TLS with the endpoint"),
+        ] {
+            let (ours, mut theirs) = duplex(ROOM);
+            theirs.write_all(answer).await.unwrap();
+            let error = connect(ours).await.err().unwrap().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}
