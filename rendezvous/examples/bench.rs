@@ -165,7 +165,7 @@ async fn join(agents: u32, token: Option<Token>) {
         .map(|number| {
             let (port, hello, token) = (host.port(), hello(agents, number), token.clone());
             tokio::spawn(async move {
-                let patience = Patience::Wait(LIMIT);
+                let patience = Patience::wait(LIMIT);
                 let mut session =
                     Session::connect(("127.0.0.1", port), None, hello, token.as_ref(), patience)
                         .await

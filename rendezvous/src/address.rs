@@ -7,9 +7,6 @@ use std::time::Duration;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
-/// How long one address may take to answer, where there are more.
-const ANSWER: Duration = Duration::from_secs(5);
-
 /// The addresses of this host's interfaces; none where the system does not say.
 pub fn own() -> Vec<IpAddr> {
     let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
@@ -132,18 +129,22 @@ pub async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     }
 }
 
-/// Connects to the first address of a host that answers.
+/// Connects to the first address of a host that answers within so long.
 ///
 /// # Errors
 /// Which addresses were tried, from where, and what came of each.
-pub(crate) async fn connect(host: &str, port: u16, from: Option<IpAddr>) -> io::Result<TcpStream> {
+pub(crate) async fn connect(
+    host: &str,
+    port: u16,
+    from: Option<IpAddr>,
+    answer: Duration,
+) -> io::Result<TcpStream> {
     let addresses = resolve(host, port).await?;
     let mut tried = Vec::new();
     let mut kind = io::ErrorKind::NotConnected;
     for address in &addresses {
-        // One that does not answer is waited for no longer than the system does, where it is the only one.
-        let limit = if addresses.len() > 1 { ANSWER } else { Duration::MAX };
-        match timeout(limit, connect_to(*address, from)).await.unwrap_or_else(|late| Err(late.into())) {
+        let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {answer:?}"));
+        match timeout(answer, connect_to(*address, from)).await.unwrap_or_else(|_| Err(late())) {
             Ok(stream) => return Ok(stream),
             Err(error) => {
                 kind = error.kind();
@@ -225,7 +226,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_was_tried_from_where_is_said() {
-        let error = connect("127.0.0.1", 1, None).await.unwrap_err();
+        let error = connect("127.0.0.1", 1, None, Duration::from_secs(5)).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
         assert!(error.to_string().starts_with("127.0.0.1:1 from 127.0.0.1: "), "{error}");
     }

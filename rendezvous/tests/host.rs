@@ -47,7 +47,7 @@ async fn strangers_do_not_get_in_without_the_token() {
     let token = |text: &str| Token::new(&format!("{text}, which is long enough")).unwrap();
     let host = Host::bind(config(0, Some(token("a secret")))).await.unwrap();
     let connect = async |token: Option<Token>| {
-        Session::connect(("127.0.0.1", host.port()), None, hello(0), token.as_ref(), Patience::Wait(LIMIT))
+        Session::connect(("127.0.0.1", host.port()), None, hello(0), token.as_ref(), Patience::wait(LIMIT))
             .await
     };
     for (stranger, said) in [(None, "--rdzv-token-file"), (Some(token("a guess")), "does not know")] {
@@ -61,7 +61,7 @@ async fn strangers_do_not_get_in_without_the_token() {
         None,
         hello(1),
         Some(&token("a secret")),
-        Patience::Wait(LIMIT),
+        Patience::wait(LIMIT),
     )
     .await;
     let second = second.unwrap();
@@ -87,7 +87,7 @@ async fn agents_and_endpoint_must_agree_about_tls() {
             None,
             hello(0),
             agent.as_ref(),
-            Patience::Wait(Duration::from_secs(3600)),
+            Patience::wait(Duration::from_secs(3600)),
         );
         let Err(error) = tokio::time::timeout(LIMIT, connecting).await.unwrap() else { panic!("let in") };
         assert!(matches!(error, Error::Token { .. }) && error.to_string().contains(said), "{error}");
@@ -102,7 +102,7 @@ async fn agents_agree_over_tls() {
     for node_rank in 0..2 {
         let endpoint = ("127.0.0.1", host.port());
         let session =
-            Session::connect(endpoint, None, hello(node_rank), Some(&token), Patience::Wait(LIMIT)).await;
+            Session::connect(endpoint, None, hello(node_rank), Some(&token), Patience::wait(LIMIT)).await;
         sessions.push(session.unwrap());
         sessions[node_rank as usize].send(ToCoordinator::Join);
     }
@@ -143,7 +143,7 @@ async fn what_is_no_coordinator_is_not_asked_again() {
         None,
         hello(1),
         None,
-        Patience::Wait(Duration::from_secs(3600)),
+        Patience::wait(Duration::from_secs(3600)),
     );
     let Err(error) = tokio::time::timeout(LIMIT, connecting).await.unwrap() else { panic!("connected") };
     assert!(matches!(error, Error::Protocol { .. }), "{error}");
@@ -153,7 +153,7 @@ async fn what_is_no_coordinator_is_not_asked_again() {
 
 async fn agent(host: &Host, node_rank: u32) -> Session {
     let session =
-        Session::connect(("127.0.0.1", host.port()), None, hello(node_rank), None, Patience::Wait(LIMIT))
+        Session::connect(("127.0.0.1", host.port()), None, hello(node_rank), None, Patience::wait(LIMIT))
             .await
             .unwrap();
     session.send(ToCoordinator::Join);
@@ -243,4 +243,19 @@ async fn a_busy_port_is_named() {
     let error = Host::bind(config(host.port(), None)).await.err().unwrap();
     assert!(matches!(error, Error::Bind { .. }));
     assert!(error.to_string().contains(&host.port().to_string()), "{error}");
+}
+
+#[tokio::test]
+async fn a_coordinator_that_does_not_answer_is_asked_again() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let patience = Patience::wait(LIMIT).answer(Duration::from_millis(50));
+    let connecting = tokio::spawn(Session::connect(("127.0.0.1", port), None, hello(0), None, patience));
+    let asked = async {
+        let first = silent.accept().await.unwrap();
+        (first, silent.accept().await.unwrap())
+    };
+    // Unless told otherwise it waits for longer.
+    tokio::time::timeout(Patience::ANSWER / 2, asked).await.unwrap();
+    connecting.abort();
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ice_proto::rendezvous::KeepAlive;
-use ice_rendezvous::{Endpoint, MeetingConfig, Place, Role, Token, address};
+use ice_rendezvous::{Endpoint, MeetingConfig, Patience, Place, Role, Token, address};
 
 use super::{LaunchArgs, UsageError};
 
@@ -39,6 +39,7 @@ pub(super) fn config(args: &LaunchArgs, run_id: &str, nnodes: u32) -> Result<Mee
         local: local.map_err(|problem| UsageError::new("--local-addr", problem))?,
         join_timeout: args.rendezvous.join_timeout.unwrap_or(JOIN_TIMEOUT),
         last_call: args.rendezvous.last_call.unwrap_or(LAST_CALL),
+        answer: args.rendezvous.answer.unwrap_or(Patience::ANSWER),
         keep_alive,
         token: token(args)?,
     })

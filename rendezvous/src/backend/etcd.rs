@@ -27,8 +27,6 @@ use crate::{Error, Host, address};
 
 /// How often an agent looks for a coordinator while there is none.
 const RETRY: Duration = Duration::from_millis(200);
-/// How long etcd may take for an answer.
-const ANSWER: Duration = Duration::from_secs(5);
 /// How long the record of a job without any coordinator is kept.
 const ABANDONED: i64 = 600;
 /// How long late agents are told that a job is over.
@@ -39,6 +37,8 @@ pub(super) struct Leadership {
     pub(super) host: Host,
     client: Client,
     lease: i64,
+    /// How long etcd may take.
+    answer: Duration,
     /// Keeps the lease and the records.
     task: JoinHandle<()>,
 }
@@ -53,7 +53,7 @@ impl Leadership {
     /// Makes way for another at once.
     pub(super) async fn resign(mut self) {
         self.task.abort();
-        let _ = timeout(ANSWER, self.client.lease_revoke(self.lease)).await;
+        let _ = timeout(self.answer, self.client.lease_revoke(self.lease)).await;
     }
 }
 
@@ -67,8 +67,8 @@ pub(super) struct Etcd<'a> {
 impl<'a> Etcd<'a> {
     pub(super) async fn connect(config: &'a EtcdConfig, common: &'a MeetingConfig) -> Result<Self, Error> {
         let mut options = ConnectOptions::new()
-            .with_connect_timeout(ANSWER)
-            .with_timeout(ANSWER)
+            .with_connect_timeout(common.answer)
+            .with_timeout(common.answer)
             .with_auto_token_refresh(true);
         if let Some((name, password)) = &config.user {
             options = options.with_user(name, password);
@@ -105,11 +105,10 @@ impl<'a> Etcd<'a> {
         loop {
             let last = match self.leader().await {
                 Ok(Some((host, port))) => {
-                    let left = deadline.saturating_duration_since(Instant::now()).min(ANSWER);
+                    let left = deadline.saturating_duration_since(Instant::now()).min(self.common.answer);
+                    let patience = Patience::wait(left).answer(left);
                     let (local, token) = (self.common.local, self.common.token.as_ref());
-                    match Session::connect((&host, port), local, hello.clone(), token, Patience::Wait(left))
-                        .await
-                    {
+                    match Session::connect((&host, port), local, hello.clone(), token, patience).await {
                         Ok(session) => return Ok((session, (host, port), leadership)),
                         Err(error @ Error::Token { .. }) => return Err(error),
                         // It is gone, and its lease is not over.
@@ -187,11 +186,12 @@ impl<'a> Etcd<'a> {
         };
         let kept = self.client.lease_grant(ABANDONED, None).await.map_err(etcd)?.id();
         let (ledger, entries) = mpsc::channel(1);
-        let ttl = Duration::from_secs(ttl.unsigned_abs());
-        let office = Office { client: self.client.clone(), leader, state, revision, lease, kept, ttl };
+        let (ttl, answer) = (Duration::from_secs(ttl.unsigned_abs()), self.common.answer);
+        let office =
+            Office { client: self.client.clone(), leader, state, revision, lease, kept, ttl, answer };
         let task = tokio::spawn(office.hold(entries, started + ttl));
         let host = Host::serve(listening, config, Some(Takeover { record, ledger }))?;
-        Ok(Some(Leadership { host, client: self.client.clone(), lease, task }))
+        Ok(Some(Leadership { host, client: self.client.clone(), lease, answer: self.common.answer, task }))
     }
 
     /// The address that other nodes reach this one at: the one that it reaches etcd from, unless that is its own loopback.
@@ -224,6 +224,8 @@ struct Office {
     /// The lease of the record.
     kept: i64,
     ttl: Duration,
+    /// How long etcd may take.
+    answer: Duration,
 }
 
 impl Office {
@@ -273,7 +275,7 @@ impl Office {
     async fn keep(&mut self, record: &Record, until: Instant) -> bool {
         let Ok(json) = serde_json::to_vec(record) else { return false };
         while Instant::now() < until {
-            match timeout(ANSWER, self.write(&json, record.is_closed())).await {
+            match timeout(self.answer, self.write(&json, record.is_closed())).await {
                 Ok(Ok(ours)) => return ours,
                 Ok(Err(error)) => tracing::warn!(%error, "etcd does not answer"),
                 Err(_) => tracing::warn!("etcd does not answer"),

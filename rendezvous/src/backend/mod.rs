@@ -32,6 +32,8 @@ pub struct MeetingConfig {
     pub join_timeout: Duration,
     /// How long more nodes are waited for once there are enough.
     pub last_call: Duration,
+    /// How long an address, a coordinator or etcd may take for an answer.
+    pub answer: Duration,
     /// How each end of a connection knows that the other lives.
     pub keep_alive: KeepAlive,
     /// What all agents of the job know.
@@ -150,7 +152,7 @@ impl Meeting {
     /// # Errors
     /// As [`Session::connect`], or etcd cannot be used.
     pub async fn meet(&self, hello: Hello) -> Result<Session, Error> {
-        self.find(hello, Patience::Wait(self.config.join_timeout)).await
+        self.find(hello, Patience::wait(self.config.join_timeout)).await
     }
 
     /// Connects anew after the coordinator was lost. At an endpoint, one that can be reached and is not there ends the search at once, and one
@@ -160,13 +162,14 @@ impl Meeting {
     /// As [`Meeting::meet`].
     pub async fn meet_again(&self, hello: Hello) -> Result<Session, Error> {
         let KeepAlive { interval, attempts } = self.config.keep_alive;
-        self.find(hello, Patience::UntilRefused(interval * attempts)).await
+        self.find(hello, Patience::until_refused(interval * attempts)).await
     }
 
     async fn find(&self, hello: Hello, patience: Patience) -> Result<Session, Error> {
         match &self.place {
             Place::Endpoint(_) => {
-                let MeetingConfig { local, token, .. } = &self.config;
+                let MeetingConfig { local, token, answer, .. } = &self.config;
+                let patience = patience.answer(*answer);
                 let (host, port) = self.address();
                 Session::connect((&host, port), *local, hello, token.as_ref(), patience).await
             }

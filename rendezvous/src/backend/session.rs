@@ -5,6 +5,7 @@ use std::time::Duration;
 use ice_proto::frame::{self, Decoder};
 use ice_proto::rendezvous::{Hello, KeepAlive, ToAgent, ToCoordinator};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -20,21 +21,36 @@ const RETRY: Duration = Duration::from_millis(100);
 
 /// How long a coordinator that does not answer is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Patience {
-    /// So long, since it may not have started.
-    Wait(Duration),
-    /// So long, unless its host says that it is not there.
-    UntilRefused(Duration),
+pub struct Patience {
+    /// In all, since it may not have started.
+    limit: Duration,
+    /// One address, and the coordinator that was reached there.
+    answer: Duration,
+    until_refused: bool,
 }
 
 impl Patience {
-    fn limit(self) -> Duration {
-        let (Self::Wait(limit) | Self::UntilRefused(limit)) = self;
-        limit
+    /// How long an address, a coordinator or etcd is waited for unless the user says otherwise.
+    pub const ANSWER: Duration = Duration::from_secs(5);
+
+    /// So long in all.
+    pub fn wait(limit: Duration) -> Self {
+        Self { limit, answer: Self::ANSWER, until_refused: false }
+    }
+
+    /// The same, unless its host says that it is not there.
+    pub fn until_refused(limit: Duration) -> Self {
+        Self { until_refused: true, ..Self::wait(limit) }
+    }
+
+    /// With so long for each address, and for the coordinator that was reached there.
+    #[must_use]
+    pub fn answer(self, answer: Duration) -> Self {
+        Self { answer, ..self }
     }
 
     fn is_over(self, error: &io::Error) -> bool {
-        matches!(self, Self::UntilRefused(_)) && error.kind() == io::ErrorKind::ConnectionRefused
+        self.until_refused && error.kind() == io::ErrorKind::ConnectionRefused
     }
 }
 
@@ -71,12 +87,15 @@ impl Session {
         patience: Patience,
     ) -> Result<Self, Error> {
         let endpoint = format!("{host}:{port}");
-        let limit = patience.limit();
+        let limit = patience.limit;
         let deadline = Instant::now() + limit;
         let (reader, writer, decoder) = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let late = || Err(AuthError::Io(io::ErrorKind::TimedOut.into()));
-            match timeout(left, open((host, port), from, token)).await.unwrap_or_else(|_| late()) {
+            match timeout(left, open((host, port), from, token, patience.answer))
+                .await
+                .unwrap_or_else(|_| late())
+            {
                 Ok(opened) => break opened,
                 Err(AuthError::Io(source))
                     if patience.is_over(&source) || Instant::now() + RETRY >= deadline =>
@@ -145,9 +164,14 @@ async fn open(
     (host, port): (&str, u16),
     from: Option<IpAddr>,
     token: Option<&Token>,
+    answer: Duration,
 ) -> Result<(Reader, Writer, Decoder), AuthError> {
-    let mut stream = address::connect(host, port, from).await?;
+    let stream = address::connect(host, port, from, answer).await?;
     stream.set_nodelay(true)?;
+    timeout(answer, greet(stream, token)).await.map_err(io::Error::from)?
+}
+
+async fn greet(mut stream: TcpStream, token: Option<&Token>) -> Result<(Reader, Writer, Decoder), AuthError> {
     if token.is_some_and(Token::is_over_tls) {
         let (mut stream, channel) = tls::connect(stream).await?;
         let decoder = auth::greet(&mut stream, token, &channel).await?;

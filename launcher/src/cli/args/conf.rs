@@ -21,6 +21,8 @@ pub(crate) struct RendezvousArgs {
     pub(crate) join_timeout: Option<Duration>,
     /// How long more nodes are waited for once there are enough.
     pub(crate) last_call: Option<Duration>,
+    /// How long an address, a coordinator or etcd may take for an answer.
+    pub(crate) answer: Option<Duration>,
     /// How long the host waits for the others after the end.
     pub(crate) close_timeout: Option<Duration>,
     pub(crate) keep_alive_interval: Option<Duration>,
@@ -66,14 +68,16 @@ impl RendezvousArgs {
                 let seconds = value.parse().map_err(|_| wrong("expected seconds"))?;
                 lists::seconds(seconds).map(Some).map_err(|problem| wrong(&problem))
             };
+            let more_than_zero = || match seconds()? {
+                Some(Duration::ZERO) => Err(wrong("must be more than 0")),
+                time => Ok(time),
+            };
             match key {
                 "join_timeout" | "timeout" => self.join_timeout = seconds()?,
                 "last_call_timeout" => self.last_call = seconds()?,
                 "close_timeout" => self.close_timeout = seconds()?,
-                "keep_alive_interval" => match seconds()? {
-                    Some(Duration::ZERO) => return Err(wrong("must be more than 0")),
-                    interval => self.keep_alive_interval = interval,
-                },
+                "read_timeout" => self.answer = more_than_zero()?,
+                "keep_alive_interval" => self.keep_alive_interval = more_than_zero()?,
                 "keep_alive_max_attempt" => match value.parse() {
                     Ok(attempts @ 1..) => self.keep_alive_attempts = Some(attempts),
                     _ => return Err(wrong("expected a number from 1")),

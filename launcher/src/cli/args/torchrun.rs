@@ -302,10 +302,10 @@ mod tests {
             "--start-method=fork",
             "--logs-specs=mine",
             "--event-log-handler=console",
-            "--rdzv-conf=read_timeout=3",
+            "--rdzv-conf=store_type=file",
         ])
         .unwrap();
-        for part in ["--start-method fork", "--logs-specs mine", "--events", "read_timeout"] {
+        for part in ["--start-method fork", "--logs-specs mine", "--events", "store_type"] {
             assert!(notes.iter().any(|note| note.contains(part)), "{part}: {notes:?}");
         }
         let (_, notes) = translated(&["--start-method=spawn", "--event-log-handler=null"]).unwrap();
