@@ -44,6 +44,12 @@ pub enum Error {
     /// A checkpoint does not fit the program that resumes from it.
     #[error("cannot resume: {0}")]
     Resume(String),
+    /// A node or a closure leaves the task that is running; it counts as finished. All ranks must do so in the same step.
+    #[error("the task was left before its end")]
+    StopTask,
+    /// A node or a closure ends the run, which counts as well done. All ranks must do so in the same step.
+    #[error("the run was ended before its end")]
+    StopAllTasks,
     /// The agent has asked the run to end.
     #[error("stopped on request")]
     Stopped,
@@ -73,6 +79,14 @@ impl Error {
             Self::Usage(_) | Self::Data { .. } | Self::Resume(_) => true,
             Self::Node { source, .. } => source.is_usage(),
             _ => false,
+        }
+    }
+
+    /// What it is at its root, whichever node it came from.
+    pub(crate) fn root(&self) -> &Self {
+        match self {
+            Self::Node { source, .. } => source.root(),
+            other => other,
         }
     }
 

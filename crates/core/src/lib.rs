@@ -20,7 +20,7 @@ mod task;
 pub use checkpoint::{Checkpoint, Manifest, ResumeFrom};
 pub use counters::Counters;
 pub use error::{Error, Result};
-pub use graph::{HyperGraph, Outputs, Tags};
+pub use graph::{Eager, HyperGraph, Outputs, Tags};
 pub use node::{
     Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Share, Value,
 };

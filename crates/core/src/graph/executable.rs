@@ -70,16 +70,27 @@ impl ExecutableGraph {
         Ok(measures)
     }
 
-    /// Runs every node once, without gradients.
+    /// Runs every node once, without gradients. Returns the samples of all ranks.
     pub(crate) fn eval_step(&self, worker: &Worker) -> Result<u64> {
         tch::no_grad(|| {
-            let outputs = Outputs::new(self, worker, false);
-            let range = self.precision.begin(worker.device())?;
-            outputs.run_all()?;
-            drop(range);
+            let samples = self.forward(worker, |outputs| {
+                outputs.run_all()?;
+                Ok(outputs.samples())
+            })?;
             self.iteration_end();
-            Ok(outputs.samples())
+            Ok(samples)
         })
+    }
+
+    /// Lets somebody ask for the outputs of an iteration.
+    pub(crate) fn forward<T>(
+        &self,
+        worker: &Worker,
+        look: impl FnOnce(&Outputs<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let outputs = Outputs::new(self, worker, false);
+        let _range = self.precision.begin(worker.device())?;
+        look(&outputs)
     }
 
     /// Runs every node once per pass, goes back from the sum of the losses, and applies the optimizers.

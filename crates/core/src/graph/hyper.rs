@@ -1,10 +1,15 @@
-use std::cell::RefCell;
+use std::any::Any;
+use std::cell::{RefCell, RefMut};
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::rc::Rc;
 
 use crate::graph::{ExecutableGraph, Tags};
 use crate::precision::Precision;
 use crate::{Autocast, Context, Error, GradScaler, Node, Result};
+
+/// The uid of the gradient scaler.
+const SCALER: &str = "*/grad_scaler";
 
 /// A node in its place.
 pub(crate) struct Entry {
@@ -28,6 +33,10 @@ pub struct HyperGraph {
     precision: Precision,
     passes: NonZeroU64,
     set_up: RefCell<bool>,
+    /// By query.
+    selections: RefCell<BTreeMap<Tags, Rc<ExecutableGraph>>>,
+    /// The nodes that were prepared last.
+    prepared: RefCell<Vec<Rc<Entry>>>,
 }
 
 impl Default for HyperGraph {
@@ -37,6 +46,8 @@ impl Default for HyperGraph {
             precision: Precision::default(),
             passes: NonZeroU64::MIN,
             set_up: RefCell::default(),
+            selections: RefCell::default(),
+            prepared: RefCell::default(),
         }
     }
 }
@@ -70,14 +81,84 @@ impl HyperGraph {
                 other.name, other.tags
             )));
         }
+        self.changed();
         self.entries.push(Rc::new(Entry { uid, name: name.into(), tags, node }));
         Ok(())
+    }
+
+    /// Removes the nodes that a query selects, and returns their uids.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] where it selects none; says what there is.
+    pub fn remove(&mut self, query: impl Into<Tags>) -> Result<Vec<String>> {
+        let query = query.into();
+        let removed: Vec<_> = self.select_nodes(query.clone()).map(str::to_owned).collect();
+        if removed.is_empty() {
+            return Err(self.nothing(&query));
+        }
+        self.entries.retain(|entry| !removed.contains(&entry.uid));
+        if removed.iter().any(|uid| uid == SCALER) {
+            self.precision.scaler = None;
+        }
+        self.changed();
+        Ok(removed)
+    }
+
+    /// The uids of the nodes that a query selects, in the order that they were added in.
+    pub fn select_nodes(&self, query: impl Into<Tags>) -> impl Iterator<Item = &str> {
+        let query = query.into();
+        let selected = self.entries.iter().filter(move |entry| entry.tags.selected_by(&query));
+        selected.map(|entry| entry.uid.as_str())
+    }
+
+    /// The node with a uid, or with a name that only one node has.
+    ///
+    /// ```
+    /// use ice_core::{HyperGraph, MetricNode};
+    ///
+    /// let mut graph = HyperGraph::new();
+    /// graph.add("hits", MetricNode::average(|x| x.tensor("hit")), "val")?;
+    /// assert!(graph.node::<MetricNode>("val/hits").is_ok() && graph.node::<MetricNode>("hits").is_ok());
+    /// # Ok::<(), ice_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Graph`] where there is no such node, or there are several, or it is of another type, or in use.
+    pub fn node<N: Node>(&self, uid: &str) -> Result<RefMut<'_, N>> {
+        let exact = self.entries.iter().filter(|entry| entry.uid == uid).collect::<Vec<_>>();
+        let found = match exact.is_empty() {
+            true => self.entries.iter().filter(|entry| entry.name == uid).collect(),
+            false => exact,
+        };
+        let entry = match found[..] {
+            [entry] => entry,
+            [] => {
+                return Err(Error::Graph(format!("there is no node `{uid}`; there are {}", self.listing())));
+            }
+            _ => {
+                let uids: Vec<_> = found.iter().map(|entry| format!("`{}`", entry.uid)).collect();
+                return Err(Error::Graph(format!("`{uid}` may be {}: give the uid", uids.join(" or "))));
+            }
+        };
+        let node = entry
+            .node
+            .try_borrow_mut()
+            .map_err(|_| Error::Graph(format!("the node `{}` is running", entry.uid)))?;
+        RefMut::filter_map(node, |node| (node as &mut dyn Any).downcast_mut::<N>()).map_err(|_| {
+            Error::Graph(format!("the node `{}` is no `{}`", entry.uid, std::any::type_name::<N>()))
+        })
+    }
+
+    /// What was selected is no longer what would be.
+    fn changed(&mut self) {
+        self.selections.get_mut().clear();
     }
 
     /// Lets forward passes, of training and of evaluation, run in a smaller type where that is safe. With `Kind::Half` give a
     /// [`GradScaler`], too; `Kind::BFloat16` needs none.
     pub fn autocast(&mut self, autocast: Autocast) -> &mut Self {
         self.precision.autocast = Some(autocast);
+        self.changed();
         self
     }
 
@@ -92,7 +173,7 @@ impl HyperGraph {
     /// [`Error::Graph`] where there is one already.
     pub fn grad_scaler(&mut self, scaler: GradScaler) -> Result<&mut Self> {
         let scaler = Rc::new(RefCell::new(scaler));
-        self.place("grad_scaler", Rc::clone(&scaler) as Rc<RefCell<dyn Node>>, "*".into())?;
+        self.place(SCALER.trim_start_matches("*/"), Rc::clone(&scaler) as Rc<RefCell<dyn Node>>, "*".into())?;
         self.precision.scaler = Some(scaler);
         Ok(self)
     }
@@ -106,6 +187,7 @@ impl HyperGraph {
     /// they may be fewer. The ranks exchange gradients once per step.
     pub fn accumulate_gradients(&mut self, batches: NonZeroU64) -> &mut Self {
         self.passes = batches;
+        self.changed();
         self
     }
 
@@ -120,7 +202,17 @@ impl HyperGraph {
 
     /// The nodes that take part in a task with these tags. Where a node tagged `*` and another of its name are both
     /// selected, the other one is taken.
-    pub(crate) fn select(&self, query: &Tags) -> Result<ExecutableGraph> {
+    pub(crate) fn select(&self, query: &Tags) -> Result<Rc<ExecutableGraph>> {
+        if let Some(known) = self.selections.borrow().get(query) {
+            return Ok(Rc::clone(known));
+        }
+        let chosen = self.choose(query)?;
+        let graph = Rc::new(ExecutableGraph::new(chosen, self.precision.clone(), self.passes));
+        self.selections.borrow_mut().insert(query.clone(), Rc::clone(&graph));
+        Ok(graph)
+    }
+
+    fn choose(&self, query: &Tags) -> Result<Vec<Rc<Entry>>> {
         let mut chosen: Vec<Rc<Entry>> = Vec::new();
         for entry in self.entries.iter().filter(|entry| entry.tags.selected_by(query)) {
             let Some(rival) = chosen.iter_mut().find(|other| other.name == entry.name) else {
@@ -139,12 +231,26 @@ impl HyperGraph {
             }
         }
         if chosen.is_empty() {
-            return Err(Error::Graph(format!(
-                "the tags `{query}` select no node; there are {}",
-                self.listing()
-            )));
+            return Err(self.nothing(query));
         }
-        Ok(ExecutableGraph::new(chosen, self.precision.clone(), self.passes))
+        Ok(chosen)
+    }
+
+    fn nothing(&self, query: &Tags) -> Error {
+        Error::Graph(format!("the tags `{query}` select no node; there are {}", self.listing()))
+    }
+
+    /// Cleans up the nodes that ran before and are not among these, and prepares those of these that did not.
+    pub(crate) fn switch_to(&self, next: &[Rc<Entry>]) -> Result<()> {
+        let before = self.prepared.replace(next.to_vec());
+        let is_in = |list: &[Rc<Entry>], entry: &Rc<Entry>| list.iter().any(|other| Rc::ptr_eq(other, entry));
+        for entry in before.iter().filter(|entry| !is_in(next, entry)) {
+            entry.node.borrow_mut().clean_up().map_err(|error| error.at(&entry.uid, "clean-up"))?;
+        }
+        for entry in next.iter().filter(|entry| !is_in(&before, entry)) {
+            entry.node.borrow_mut().prepare().map_err(|error| error.at(&entry.uid, "preparation"))?;
+        }
+        Ok(())
     }
 
     /// Makes every node ready on the device of the rank, once.
@@ -193,6 +299,66 @@ mod tests {
         graph.add("net", node(), "train").unwrap().add("net", node(), "val").unwrap();
         let message = graph.select(&"train,val".into()).err().unwrap().to_string();
         assert!(message.contains("`train/net` and `val/net`"), "{message}");
+    }
+
+    #[test]
+    fn what_is_removed_is_not_selected_any_more() {
+        let mut graph = HyperGraph::new();
+        graph.add("net", node(), "*").unwrap().add("loss", node(), "train").unwrap();
+        assert_eq!(selected(&graph, "train"), ["*/net", "train/loss"]);
+        assert_eq!(graph.select_nodes("val").collect::<Vec<_>>(), ["*/net"]);
+        graph.grad_scaler(GradScaler::new()).unwrap();
+        assert_eq!(selected(&graph, "train"), ["*/net", "train/loss", "*/grad_scaler"]);
+        assert_eq!(graph.remove("*").unwrap(), ["*/net", "train/loss", "*/grad_scaler"]);
+        assert!(!graph.is_grad_scaler_enabled());
+        let message = graph.remove("train").unwrap_err().to_string();
+        assert!(message.contains("no nodes at all"), "{message}");
+    }
+
+    #[test]
+    fn a_node_is_found_by_its_uid_or_its_only_name() {
+        let mut graph = HyperGraph::new();
+        graph.add("net", node(), "train").unwrap().add("net", node(), "val").unwrap();
+        graph.add("hits", node(), "val").unwrap();
+        assert!(graph.node::<MetricNode>("val/net").is_ok() && graph.node::<MetricNode>("hits").is_ok());
+        let message = |uid: &str| graph.node::<MetricNode>(uid).err().unwrap().to_string();
+        assert!(message("net").contains("`train/net` or `val/net`"));
+        assert!(message("nothing").contains("`val/hits`"));
+        let other = graph.node::<GradScaler>("hits").err().unwrap().to_string();
+        assert!(other.contains("GradScaler"), "{other}");
+    }
+
+    #[test]
+    fn nodes_are_prepared_and_cleaned_up_where_the_graph_switches() {
+        struct Noted(Rc<RefCell<Vec<String>>>, &'static str);
+        impl Node for Noted {
+            fn set_up(&mut self, _: &Context) -> Result<()> {
+                Ok(())
+            }
+            fn forward(&mut self, _: &crate::Outputs) -> Result<crate::Value> {
+                Ok(crate::Value::new(()))
+            }
+            fn prepare(&mut self) -> Result<()> {
+                self.0.borrow_mut().push(format!("prepare {}", self.1));
+                Ok(())
+            }
+            fn clean_up(&mut self) -> Result<()> {
+                self.0.borrow_mut().push(format!("clean up {}", self.1));
+                Ok(())
+            }
+        }
+        let notes = Rc::new(RefCell::new(Vec::new()));
+        let mut graph = HyperGraph::new();
+        for (name, tags) in [("both", "*"), ("a", "train"), ("b", "val")] {
+            graph.add(name, Noted(Rc::clone(&notes), name), tags).unwrap();
+        }
+        for query in ["train", "train", "val"] {
+            graph.switch_to(graph.select(&query.into()).unwrap().entries()).unwrap();
+        }
+        graph.switch_to(&[]).unwrap();
+        let expected =
+            ["prepare both", "prepare a", "clean up a", "prepare b", "clean up both", "clean up b"];
+        assert_eq!(*notes.borrow(), expected);
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The graph: which nodes there are, which of them a task selects, and how they find each other's outputs.
 
+mod eager;
 mod executable;
 mod hyper;
 mod outputs;
 mod tags;
 
+pub use eager::Eager;
 pub(crate) use executable::ExecutableGraph;
 pub use hyper::HyperGraph;
 pub use outputs::Outputs;

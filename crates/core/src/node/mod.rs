@@ -6,6 +6,7 @@ mod metric;
 mod module;
 mod value;
 
+use std::any::Any;
 use std::rc::Rc;
 
 use ice_worker::Worker;
@@ -56,7 +57,7 @@ pub struct Measure {
 ///
 /// In a training step the hooks run in this order, each on all nodes: `before_step`, for each pass `before_pass`, `forward` (lazily),
 /// `take_loss`, `before_backward` and `iteration_end`, then `update`. There is one pass, unless gradients are accumulated.
-pub trait Node {
+pub trait Node: Any {
     /// Makes the node ready on the device of the rank; called once, on every rank, in the same order.
     ///
     /// # Errors
@@ -68,6 +69,22 @@ pub trait Node {
     /// # Errors
     /// Whatever keeps it from being made.
     fn forward(&mut self, x: &Outputs) -> Result<Value>;
+
+    /// A task begins that runs this node, and the one before it did not.
+    ///
+    /// # Errors
+    /// Whatever keeps it from running.
+    fn prepare(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// A task begins that does not run this node, and the one before it did; or the run ends.
+    ///
+    /// # Errors
+    /// Whatever could not be cleaned up.
+    fn clean_up(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Iterations left in the epoch, for a node that has a size.
     fn remaining(&self) -> Option<u64> {

@@ -67,6 +67,7 @@ impl<'a> Run<'a> {
         run.resume()?;
         let outcome = match tasks.run(&run) {
             Err(Error::Stopped) => run.save_before_stop(),
+            Err(error) if matches!(error.root(), Error::StopAllTasks) => Ok(()),
             // The ranks do not see a request to stop at the same step.
             Err(error) if error.is_collective() && run.worker.link().wait_for_stop(STOP_GRACE).is_some() => {
                 Ok(())
@@ -74,6 +75,7 @@ impl<'a> Run<'a> {
             outcome => outcome,
         };
         run.worker.link().rest();
+        let outcome = outcome.and_then(|()| graph.switch_to(&[]));
         let written = run.writer.borrow_mut().finish();
         outcome.and(written)
     }

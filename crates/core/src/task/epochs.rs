@@ -33,6 +33,8 @@ struct Progressed {
     steps: u64,
     /// Iterations of the epoch that is under way.
     iteration: u64,
+    /// Whether it was left before its end.
+    left: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -120,16 +122,24 @@ impl TaskItem for Task {
                 self.tags
             )));
         }
+        run.graph().switch_to(graph.entries())?;
         while !self.is_finished() {
-            self.epoch(run, &graph)?;
+            match self.epoch(run, &graph) {
+                Err(error) if matches!(error.root(), Error::StopTask) => {
+                    self.progress.set(Progressed { left: true, ..self.progress.get() });
+                }
+                outcome => outcome?,
+            }
         }
         Ok(())
     }
 
     fn is_finished(&self) -> bool {
+        let progress = self.progress.get();
         match self.length {
-            Length::Epochs(epochs) => self.progress.get().epochs >= epochs,
-            Length::Steps(steps) => self.progress.get().steps >= steps,
+            _ if progress.left => true,
+            Length::Epochs(epochs) => progress.epochs >= epochs,
+            Length::Steps(steps) => progress.steps >= steps,
         }
     }
 
