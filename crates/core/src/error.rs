@@ -111,6 +111,13 @@ impl Error {
         move |source| Self::Io { path, source }
     }
 
+    pub(crate) fn of_sample(self, index: u64) -> Self {
+        match self {
+            stopped @ Self::Stopped => stopped,
+            source => Self::Sample { index, source: Box::new(source) },
+        }
+    }
+
     pub(crate) fn at(self, uid: &str, phase: &'static str) -> Self {
         match self {
             nested @ Self::Node { .. } => nested,

@@ -1,9 +1,11 @@
 //! Data: what a dataset is, in which order it is read, who makes its batches, and readers of common formats.
 //!
-//! A [`Dataset`] makes batches of samples that can be had by index, for a [`DatasetNode`](crate::DatasetNode).
+//! - [`Items`] are samples one by one. They are transformed, kept on disk, and collated into a `Dataset`.
+//! - A [`Dataset`] makes batches of samples that can be had by index, for a [`DatasetNode`](crate::DatasetNode).
 
 mod batch;
 mod feed;
+mod items;
 mod lane;
 mod pass;
 pub mod readers;
@@ -17,6 +19,7 @@ use tch::Device;
 
 pub use batch::Batch;
 pub(crate) use feed::{Ahead, BatchSize, Feed, Seat};
+pub use items::{CacheCounts, Cached, Collated, FromFn, Items, Map, MapRandom, Record, Stack, items};
 pub use pass::{Pass, SampleRng};
 pub use readers::{Labelled, Mnist, Split};
 pub use sampler::{Place, Sampler};

@@ -62,6 +62,11 @@ impl Pass {
 pub struct SampleRng(ChaCha8Rng);
 
 impl SampleRng {
+    /// Numbers that depend on a sample's index alone.
+    pub(super) fn of_index(index: u64) -> Self {
+        Self(generator(0, 0, index, *b"cached"))
+    }
+
     /// 64 random bits.
     pub fn next_u64(&mut self) -> u64 {
         self.0.next_u64()

@@ -1,6 +1,7 @@
 //! Feeds of several ranks at once, which no process could run alone.
 
 mod feed;
+mod items;
 mod lane;
 
 use std::sync::mpsc;
