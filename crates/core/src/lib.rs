@@ -21,7 +21,8 @@ pub use counters::Counters;
 pub use error::{Error, Result};
 pub use graph::{HyperGraph, Outputs, Tags};
 pub use node::{
-    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Share, Value,
+    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Share, StreamNode,
+    Value,
 };
 pub use run::{Run, RunConfig};
 pub use task::{Call, Repeat, SaveCheckpoint, Task, TaskItem};

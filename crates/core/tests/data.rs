@@ -7,11 +7,11 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Mutex, PoisonError};
 
-use ice_core::data::{Dataset, Pass};
+use ice_core::data::{BatchStream, Dataset, Pass, Stream, stream};
 use ice_core::optim::AdamW;
 use ice_core::{
     DatasetNode, Error, HyperGraph, LossNode, ModuleNode, Node, Repeat, Result, ResumeFrom, Run, RunConfig,
-    SaveCheckpoint, Task,
+    SaveCheckpoint, StreamNode, Task,
 };
 use ice_worker::Worker;
 use tch::{Device, Kind, Tensor, nn};
@@ -93,6 +93,36 @@ fn a_run_resumed_anywhere_with_any_number_of_workers_ends_with_the_same_bits() {
     check(|workers| {
         DatasetNode::new(Noisy).shuffle(true).in_total(5).drop_last(true).iterations(6).workers(workers)
     });
+}
+
+/// 22 points in 4 shards.
+fn points(sized: bool) -> impl BatchStream<Batch = Tensor> {
+    let points = stream(4, |shard| Ok((shard..22).step_by(4).map(Ok)));
+    let points = if sized { points.of_samples(22) } else { points };
+    let noisy = points.map_random(|at, rng| Ok(Tensor::from((at as f64 + rng.uniform()) / 22.0)));
+    noisy.map(|point| Ok(point.to_kind(Kind::Float).unsqueeze(0))).stack()
+}
+
+#[test]
+fn a_run_over_a_stream_resumed_anywhere_ends_with_the_same_bits() {
+    check(|workers| StreamNode::new(points(true)).shuffle(6).batch_size(4).workers(workers));
+    check(|workers| StreamNode::new(points(false)).shuffle(3).in_total(5).iterations(6).workers(workers));
+}
+
+#[test]
+fn a_stream_without_a_size_needs_a_number_of_steps_or_iterations() {
+    let out = tempfile::tempdir().unwrap();
+    let message = train(StreamNode::new(points(false)), out.path(), None).unwrap_err().to_string();
+    assert!(message.contains("has a size"), "{message}");
+}
+
+#[test]
+fn a_stream_of_another_order_is_refused() {
+    let out = tempfile::tempdir().unwrap();
+    let node = |buffer| StreamNode::new(points(true)).shuffle(buffer).batch_size(4);
+    train(node(3), out.path(), None).unwrap();
+    let message = train(node(4), out.path(), Some(ResumeFrom::Latest)).unwrap_err().to_string();
+    assert!(message.contains("buffer: Some(3)") && message.contains("buffer: Some(4)"), "{message}");
 }
 
 struct Faulty;

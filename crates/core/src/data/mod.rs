@@ -2,6 +2,7 @@
 //!
 //! - [`Items`] are samples one by one. They are transformed, kept on disk, and collated into a `Dataset`.
 //! - A [`Dataset`] makes batches of samples that can be had by index, for a [`DatasetNode`](crate::DatasetNode).
+//! - A [`Stream`] is read in order, in shards, for a [`StreamNode`](crate::StreamNode).
 
 mod batch;
 mod feed;
@@ -10,6 +11,7 @@ mod lane;
 mod pass;
 pub mod readers;
 mod sampler;
+mod stream;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +25,10 @@ pub use items::{CacheCounts, Cached, Collated, FromFn, Items, Map, MapRandom, Re
 pub use pass::{Pass, SampleRng};
 pub use readers::{Labelled, Mnist, Split};
 pub use sampler::{Place, Sampler};
+pub use stream::{
+    BatchStream, CollatedStream, FromShards, ShardIter, Stream, StreamMap, StreamMapRandom, stream,
+};
+pub(crate) use stream::{StreamFeed, StreamOrder};
 
 use crate::Result;
 

@@ -40,6 +40,7 @@ pub struct DatasetNode<D: Dataset> {
 #[serde(deny_unknown_fields)]
 struct Position {
     samples: u64,
+    shuffled: bool,
     pass: u64,
     cursor: u64,
     iteration: u64,
@@ -177,7 +178,7 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
     fn state(&self) -> NodeState {
         let position = self.feed.as_ref().map(|feed| {
             let Place { pass, cursor, iteration } = feed.sampler().place();
-            Position { samples: feed.sampler().samples(), pass, cursor, iteration }
+            Position { samples: feed.sampler().samples(), shuffled: self.shuffle, pass, cursor, iteration }
         });
         NodeState { values: serde_json::to_value(position).unwrap_or(Json::Null), ..NodeState::default() }
     }
@@ -185,6 +186,14 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {
         let position =
             Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
+        let shuffled = |is: bool| if is { "shuffled" } else { "in order" };
+        if position.shuffled != self.shuffle {
+            return Err(Error::Resume(format!(
+                "the samples were {} when the checkpoint was saved and are {} now",
+                shuffled(position.shuffled),
+                shuffled(self.shuffle)
+            )));
+        }
         let sampler = self.feed()?.sampler_mut();
         if position.samples != sampler.samples() {
             return Err(Error::Resume(format!(

@@ -3,6 +3,7 @@
 mod feed;
 mod items;
 mod lane;
+mod stream;
 
 use std::sync::mpsc;
 use std::thread;
