@@ -33,6 +33,25 @@ pub enum Error {
         /// Why.
         source: Box<Error>,
     },
+    /// A sample of a dataset cannot be had.
+    #[error("sample {index}: {source}")]
+    Sample {
+        /// Its index in the dataset; of a stream, its position in the pass.
+        index: u64,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// A batch of a dataset cannot be made.
+    #[error("batch of samples {}: {source}", first_of(samples))]
+    Batch {
+        /// The indices of its samples.
+        samples: Vec<i64>,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// The code of a dataset panicked.
+    #[error("panicked: {0}")]
+    Panicked(String),
     /// A checkpoint cannot be written or read.
     #[error("checkpoint {}: {problem}", path.display())]
     Checkpoint {
@@ -77,7 +96,9 @@ impl Error {
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Usage(_) | Self::Data { .. } | Self::Resume(_) => true,
-            Self::Node { source, .. } => source.is_usage(),
+            Self::Node { source, .. } | Self::Sample { source, .. } | Self::Batch { source, .. } => {
+                source.is_usage()
+            }
             _ => false,
         }
     }
@@ -104,10 +125,24 @@ impl Error {
         move |source| Self::Io { path, source }
     }
 
+    pub(crate) fn of_sample(self, index: u64) -> Self {
+        match self {
+            stopped @ Self::Stopped => stopped,
+            source => Self::Sample { index, source: Box::new(source) },
+        }
+    }
+
     pub(crate) fn at(self, uid: &str, phase: &'static str) -> Self {
         match self {
             nested @ Self::Node { .. } => nested,
             source => Self::Node { uid: uid.into(), phase, source: Box::new(source) },
         }
     }
+}
+
+/// A list of indices that fits on a line.
+fn first_of(samples: &[i64]) -> String {
+    let shown: Vec<_> = samples.iter().take(8).map(i64::to_string).collect();
+    let more = if samples.len() > 8 { format!(" and {} more", samples.len() - 8) } else { String::new() };
+    format!("{}{more}", shown.join(", "))
 }

@@ -22,7 +22,8 @@ pub use counters::Counters;
 pub use error::{Error, Result};
 pub use graph::{Eager, HyperGraph, Outputs, Tags};
 pub use node::{
-    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Share, Value,
+    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Share, StreamNode,
+    Value,
 };
 pub use precision::{Autocast, GradScaler};
 pub use run::{Run, RunConfig};

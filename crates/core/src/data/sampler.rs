@@ -1,32 +1,85 @@
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::sync::Arc;
 
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+
+use super::pass::below;
 use crate::Share;
 
-/// The order of a dataset, and how far it was read: one permutation per epoch and one cursor of consumed samples, the
-/// same on all ranks.
+/// The order of a dataset, and how far it was read: one permutation per pass and one cursor of consumed samples, the same on
+/// all ranks.
 ///
 /// A change of the number of ranks moves nothing twice and skips nothing, since ranks take their share of the next global
 /// batch from the cursor.
+///
+/// An epoch is a pass over all samples, unless it is given a number of iterations. Then the passes go on across the ends of
+/// epochs, as if there were none: what one epoch left over comes first in the next, and an epoch that is longer than a pass
+/// goes into the next pass. The batches are those that a run without that number would see.
+///
+/// ```
+/// use ice_core::data::Sampler;
+/// let mut sampler = Sampler::new(10, 4, None, false).iterations(2);
+/// let mut epoch = || {
+///     let mut seen = Vec::new();
+///     while sampler.remaining() > 0 {
+///         seen.push(sampler.batch(0, 1).0);
+///         sampler.advance();
+///     }
+///     sampler.next_epoch();
+///     seen
+/// };
+/// assert_eq!(epoch(), [[0, 1, 2, 3], [4, 5, 6, 7]]);
+/// assert_eq!(epoch(), [vec![8, 9], vec![0, 1, 2, 3]]);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Sampler {
     samples: u64,
     global_batch: u64,
     seed: Option<u64>,
     drop_last: bool,
-    epoch: u64,
-    cursor: u64,
-    order: Vec<u32>,
+    iterations: Option<u64>,
+    place: Place,
+    order: Arc<[u32]>,
+    /// The pass that `order` belongs to.
+    ordered: u64,
+}
+
+/// How far a dataset was read, by all ranks together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Place {
+    /// The pass over all samples, from 0.
+    pub pass: u64,
+    /// Samples of the pass that were consumed.
+    pub cursor: u64,
+    /// Iterations of the epoch that are done.
+    pub iteration: u64,
 }
 
 impl Sampler {
-    /// The order of `samples` samples, of which an iteration takes `global_batch` over all ranks; shuffled where there is
-    /// a seed.
+    /// The most samples that a dataset can have.
+    pub const MAX_SAMPLES: u64 = u32::MAX as u64;
+
+    /// The order of `samples` samples, of which an iteration takes `global_batch` (at least 1) over all ranks; shuffled
+    /// where there is a seed. At most [`Sampler::MAX_SAMPLES`] are seen.
     pub fn new(samples: u64, global_batch: u64, seed: Option<u64>, drop_last: bool) -> Self {
-        let mut sampler =
-            Self { samples, global_batch, seed, drop_last, epoch: 0, cursor: 0, order: Vec::new() };
-        sampler.seek(0, 0);
-        sampler
+        let samples = samples.min(Self::MAX_SAMPLES);
+        Self {
+            samples,
+            global_batch: global_batch.max(1),
+            seed,
+            drop_last,
+            iterations: None,
+            place: Place::default(),
+            order: permutation(samples, seed, 0),
+            ordered: 0,
+        }
+    }
+
+    /// Makes an epoch this many iterations long. Without effect where a pass has no batch.
+    #[must_use]
+    pub fn iterations(mut self, iterations: u64) -> Self {
+        self.iterations = Some(iterations);
+        self
     }
 
     /// How many samples there are.
@@ -34,71 +87,94 @@ impl Sampler {
         self.samples
     }
 
-    /// The epoch that the cursor is in, from 0.
-    pub fn epoch(&self) -> u64 {
-        self.epoch
-    }
-
-    /// Samples of the epoch that were consumed, by all ranks together.
-    pub fn cursor(&self) -> u64 {
-        self.cursor
+    /// How far it was read.
+    pub fn place(&self) -> Place {
+        self.place
     }
 
     /// Iterations left in the epoch.
     pub fn remaining(&self) -> u64 {
-        let left = self.samples - self.cursor;
-        if self.drop_last { left / self.global_batch } else { left.div_ceil(self.global_batch) }
+        match self.iterations {
+            Some(iterations) if self.batches_from(0) > 0 => iterations.saturating_sub(self.place.iteration),
+            _ => self.batches_from(self.place.cursor),
+        }
     }
 
-    /// Goes to a place in an epoch.
-    pub fn seek(&mut self, epoch: u64, cursor: u64) {
-        if self.order.is_empty() || self.epoch != epoch {
-            self.order = permutation(self.samples, self.seed, epoch);
+    /// Goes to a place.
+    pub fn seek(&mut self, place: Place) {
+        let Place { mut pass, mut cursor, iteration } = place;
+        // A pass that goes on across epochs has no place behind its last batch.
+        if self.iterations.is_some() && self.batches_from(cursor) == 0 && self.batches_from(0) > 0 {
+            (pass, cursor) = (pass + 1, 0);
         }
-        (self.epoch, self.cursor) = (epoch, cursor.min(self.samples));
+        if self.ordered != pass && self.seed.is_some() {
+            self.order = permutation(self.samples, self.seed, pass);
+        }
+        self.ordered = pass;
+        self.place = Place { pass, cursor: cursor.min(self.samples), iteration };
     }
 
     /// Consumes the batch.
     pub fn advance(&mut self) {
-        self.cursor = (self.cursor + self.global_batch).min(self.samples);
+        let Place { pass, cursor, iteration } = self.place;
+        self.seek(Place { pass, cursor: cursor + self.global_batch, iteration: iteration + 1 });
     }
 
     /// Goes to the start of the next epoch.
     pub fn next_epoch(&mut self) {
-        self.seek(self.epoch + 1, 0);
+        let Place { pass, cursor, .. } = self.place;
+        match self.iterations {
+            Some(_) => self.seek(Place { pass, cursor, iteration: 0 }),
+            None => self.seek(Place { pass: pass + 1, cursor: 0, iteration: 0 }),
+        }
     }
 
     /// The samples of a rank in the batch at the cursor, and how the batch is shared. A rank without a share gets one
     /// sample that counts for nothing.
     pub fn batch(&self, rank: u64, world_size: u64) -> (Vec<i64>, Share) {
-        let total = self.global_batch.min(self.samples - self.cursor);
-        let (each, extra) = (total / world_size, total % world_size);
-        let here = each + u64::from(rank < extra);
-        let start = self.cursor + rank * each + rank.min(extra);
-        let range = match here {
-            0 => self.cursor..self.cursor + 1,
-            _ => start..start + here,
-        };
-        let indices =
-            range.filter_map(|at| self.order.get(at as usize)).map(|&index| i64::from(index)).collect();
-        (indices, Share { here, total })
+        let cursor = self.place.cursor;
+        let total = self.global_batch.min(self.samples - cursor);
+        let (range, share) = share_of(total, rank, world_size);
+        let indices = range
+            .filter_map(|at| self.order.get((cursor + at) as usize))
+            .map(|&index| i64::from(index))
+            .collect();
+        (indices, share)
+    }
+
+    /// Batches of a pass that start at `cursor` or behind it.
+    fn batches_from(&self, cursor: u64) -> u64 {
+        let left = self.samples.saturating_sub(cursor);
+        if self.drop_last { left / self.global_batch } else { left.div_ceil(self.global_batch) }
     }
 }
 
-/// Fisher–Yates over a ChaCha8 stream keyed by the seed and the epoch, so that the order is the same on every machine.
-fn permutation(samples: u64, seed: Option<u64>, epoch: u64) -> Vec<u32> {
+/// Which of the samples of a global batch belong to a rank: as equal parts as it goes, in order of rank. A rank without a
+/// share gets the first sample, which counts for nothing there.
+pub(super) fn share_of(total: u64, rank: u64, world_size: u64) -> (std::ops::Range<u64>, Share) {
+    let (each, extra) = (total / world_size, total % world_size);
+    let here = each + u64::from(rank < extra);
+    let start = rank * each + rank.min(extra);
+    let range = if here == 0 { 0..1 } else { start..start + here };
+    (range, Share { here, total })
+}
+
+/// Fisher–Yates over a ChaCha8 stream keyed by the seed and the pass, so that the order is the same on every machine.
+fn permutation(samples: u64, seed: Option<u64>, pass: u64) -> Arc<[u32]> {
     let mut order: Vec<u32> = (0..samples as u32).collect();
-    let Some(seed) = seed else { return order };
+    let Some(seed) = seed else { return order.into() };
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&epoch.to_le_bytes());
-    let mut rng = ChaCha8Rng::from_seed(key);
-    for i in (1..order.len()).rev() {
-        // The high half of a 128-bit product is uniform to within 2^-64 × len.
-        let j = (u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64;
-        order.swap(i, j as usize);
+    key[8..16].copy_from_slice(&pass.to_le_bytes());
+    shuffle(&mut order, &mut ChaCha8Rng::from_seed(key));
+    order.into()
+}
+
+/// Fisher–Yates.
+pub(super) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
+    for i in (1..items.len()).rev() {
+        items.swap(i, below(rng, i as u64 + 1) as usize);
     }
-    order
 }
 
 #[cfg(test)]
@@ -145,8 +221,50 @@ mod tests {
                 first.advance();
             }
             let mut second = Sampler::new(samples, 8, Some(seed), false);
-            second.seek(first.epoch(), first.cursor());
+            second.seek(first.place());
             prop_assert_eq!(epoch_of(&mut first, 2), epoch_of(&mut second, 2));
+        }
+
+        #[test]
+        fn a_batch_is_shared_in_equal_parts_without_gaps(total in 1_u64..100, world_size in 1_u64..12) {
+            let mut next = 0;
+            for rank in 0..world_size {
+                let (range, share) = share_of(total, rank, world_size);
+                prop_assert_eq!(share.total, total);
+                prop_assert!(share.here == total / world_size || share.here == total / world_size + 1);
+                if share.here == 0 {
+                    prop_assert_eq!(range, 0..1);
+                } else {
+                    prop_assert_eq!(range, next..next + share.here);
+                    next += share.here;
+                }
+            }
+            prop_assert_eq!(next, total);
+        }
+
+        #[test]
+        fn iterations_only_move_the_ends_of_epochs(
+            samples in 1_u64..100, global in 1_u64..40, iterations in 1_u64..20, drop_last: bool, seed: u64,
+        ) {
+            let new = || Sampler::new(samples, global, Some(seed), drop_last);
+            prop_assume!(new().remaining() > 0);
+            let mut passes = new();
+            let mut epochs = new().iterations(iterations);
+            for step in 0..60 {
+                if passes.remaining() == 0 {
+                    passes.next_epoch();
+                }
+                prop_assert_eq!(epochs.remaining(), iterations - step % iterations);
+                prop_assert_eq!(epochs.batch(0, 1), passes.batch(0, 1));
+                passes.advance();
+                epochs.advance();
+                let mut resumed = new().iterations(iterations);
+                resumed.seek(epochs.place());
+                prop_assert_eq!(resumed.batch(0, 2), epochs.batch(0, 2));
+                if epochs.remaining() == 0 {
+                    epochs.next_epoch();
+                }
+            }
         }
     }
 

@@ -1,9 +1,9 @@
-use std::rc::Rc;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::data::{Dataset, Sampler};
+use crate::data::{Ahead, BatchSize, Dataset, Feed, Place, Sampler, Seat};
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
 
 /// Feeds a [`Dataset`] to the graph, batch by batch, each rank its own share.
@@ -11,28 +11,57 @@ use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
 /// The order of an epoch is one permutation, made from the seed of the run and the number of the epoch, and one cursor
 /// over it. Each iteration takes the next `batch_size × world size` samples; the ranks divide them in order of rank, so the
 /// same samples are in a step however many ranks share it. What is left at the end is divided as evenly as it goes.
-pub struct DatasetNode<D> {
-    dataset: D,
+///
+/// ```
+/// use ice_core::DatasetNode;
+/// # use ice_core::{Result, data::Dataset};
+/// # use tch::{Device, Tensor};
+/// # struct Squares;
+/// # impl Dataset for Squares {
+/// #     type Batch = Tensor;
+/// #     fn len(&self) -> usize { 100 }
+/// #     fn batch(&self, indices: &[i64], device: Device) -> Result<Tensor> {
+/// #         Ok(Tensor::from_slice(indices).to_device(device).square())
+/// #     }
+/// # }
+/// let node = DatasetNode::new(Squares).shuffle(true).batch_size(32).workers(4).prefetch(8);
+/// ```
+pub struct DatasetNode<D: Dataset> {
+    dataset: Arc<D>,
     shuffle: bool,
-    batch_size: usize,
+    batch_size: BatchSize,
     drop_last: bool,
-    sampler: Option<Sampler>,
+    iterations: Option<u64>,
+    ahead: Ahead,
+    feed: Option<Feed<D>>,
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Position {
     samples: u64,
-    epoch: u64,
+    shuffled: bool,
+    pass: u64,
     cursor: u64,
+    iteration: u64,
 }
 
 impl<D: Dataset> DatasetNode<D> {
-    /// A node over a dataset: in order, one sample per rank and iteration, the last ones included.
+    /// A node over a dataset: in order, one sample per rank and iteration, the last ones included, made in the thread of
+    /// the step.
     pub fn new(dataset: D) -> Self {
-        Self { dataset, shuffle: false, batch_size: 1, drop_last: false, sampler: None }
+        Self {
+            dataset: Arc::new(dataset),
+            shuffle: false,
+            batch_size: BatchSize::PerRank(1),
+            drop_last: false,
+            iterations: None,
+            ahead: Ahead::default(),
+            feed: None,
+        }
     }
 
-    /// Whether each epoch has an order of its own.
+    /// Whether each pass over the samples has an order of its own.
     #[must_use]
     pub fn shuffle(mut self, shuffle: bool) -> Self {
         self.shuffle = shuffle;
@@ -42,71 +71,114 @@ impl<D: Dataset> DatasetNode<D> {
     /// Samples per rank and iteration.
     #[must_use]
     pub fn batch_size(mut self, batch_size: usize) -> Self {
-        self.batch_size = batch_size;
+        self.batch_size = BatchSize::PerRank(batch_size);
         self
     }
 
-    /// Whether to leave out the last samples of an epoch where they do not fill a batch on every rank.
+    /// Samples of all ranks together per iteration, divided as evenly as it goes. Instead of
+    /// [`DatasetNode::batch_size`].
+    #[must_use]
+    pub fn in_total(mut self, batch_size: usize) -> Self {
+        self.batch_size = BatchSize::InTotal(batch_size);
+        self
+    }
+
+    /// Whether to leave out the last samples of a pass where they do not fill a batch on every rank.
     #[must_use]
     pub fn drop_last(mut self, drop_last: bool) -> Self {
         self.drop_last = drop_last;
         self
     }
 
-    fn sampler(&self) -> Result<&Sampler> {
-        self.sampler.as_ref().ok_or_else(|| Error::Graph("the dataset was not set up".into()))
+    /// Makes an epoch this many iterations long, however many samples there are. The passes over the samples go on across
+    /// the ends of epochs: each sample is still seen once before any is seen again, and the batches are those of a run
+    /// without this option.
+    #[must_use]
+    pub fn iterations(mut self, iterations: u64) -> Self {
+        self.iterations = Some(iterations);
+        self
+    }
+
+    /// Makes batches in this many threads. With 0, as by default, the thread of the step makes them.
+    ///
+    /// Neither the order of the samples, nor random numbers drawn from the [`Pass`](crate::data::Pass), nor what a checkpoint
+    /// holds depends on it. libtorch's operations in these threads run on one core each, and must not draw from its random
+    /// number generator, which belongs to the steps.
+    #[must_use]
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.ahead.workers = workers;
+        self
+    }
+
+    /// Makes at most this many batches of an epoch before they are wanted; twice the number of workers unless said
+    /// otherwise. Without effect where there are no workers.
+    #[must_use]
+    pub fn prefetch(mut self, batches: usize) -> Self {
+        self.ahead.prefetch = Some(batches);
+        self
+    }
+
+    fn feed(&mut self) -> Result<&mut Feed<D>> {
+        self.feed.as_mut().ok_or_else(|| Error::Graph("the dataset was not set up".into()))
     }
 }
 
 impl<D: Dataset + 'static> Node for DatasetNode<D> {
     fn set_up(&mut self, context: &Context) -> Result<()> {
-        if self.batch_size == 0 {
-            return Err(Error::Usage("a batch size of 0: give at least 1 sample per rank".into()));
-        }
-        let global_batch = (self.batch_size * context.worker.world_size()) as u64;
+        let seat = Seat::of(&context.worker);
+        let global_batch = self.batch_size.global(seat.world_size)?;
         let samples = self.dataset.len() as u64;
-        let sampler =
+        if samples > Sampler::MAX_SAMPLES {
+            return Err(Error::Usage(format!(
+                "{samples} samples are more than the {} that can be shuffled: divide the dataset, or make larger samples",
+                Sampler::MAX_SAMPLES
+            )));
+        }
+        let mut sampler =
             Sampler::new(samples, global_batch, self.shuffle.then_some(context.seed), self.drop_last);
         if sampler.remaining() == 0 {
             return Err(Error::Usage(format!(
-                "{samples} samples do not fill one batch of {} on {} ranks",
-                self.batch_size,
-                context.worker.world_size()
+                "{samples} samples do not fill one batch of {global_batch} on {} ranks",
+                seat.world_size
             )));
         }
-        self.sampler = Some(sampler);
+        if let Some(iterations) = self.iterations {
+            if iterations == 0 {
+                return Err(Error::Usage("an epoch of 0 iterations: give at least 1".into()));
+            }
+            sampler = sampler.iterations(iterations);
+        }
+        self.feed = Some(Feed::new(Arc::clone(&self.dataset), sampler, context.seed, self.ahead, seat)?);
         Ok(())
     }
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
-        let worker = x.worker();
-        let (indices, share) = self.sampler()?.batch(worker.rank() as u64, worker.world_size() as u64);
+        let (batch, share) = self.feed()?.next()?;
         x.set_share(share);
-        Ok(Value::new(self.dataset.batch(&indices, x.device())?))
+        Ok(Value::new(batch))
     }
 
     fn remaining(&self) -> Option<u64> {
-        self.sampler.as_ref().map(Sampler::remaining)
+        self.feed.as_ref().map(|feed| feed.sampler().remaining())
     }
 
     fn iteration_end(&mut self) {
-        if let Some(sampler) = &mut self.sampler {
-            sampler.advance();
+        if let Some(feed) = &mut self.feed {
+            feed.sampler_mut().advance();
         }
     }
 
     fn epoch_end(&mut self, _: &ice_worker::Worker) -> Result<Option<crate::Measure>> {
-        if let Some(sampler) = &mut self.sampler {
-            sampler.next_epoch();
+        if let Some(feed) = &mut self.feed {
+            feed.sampler_mut().next_epoch();
         }
         Ok(None)
     }
 
     fn state(&self) -> NodeState {
-        let position = self.sampler.as_ref().map(|sampler| Position {
-            samples: sampler.samples(),
-            epoch: sampler.epoch(),
-            cursor: sampler.cursor(),
+        let position = self.feed.as_ref().map(|feed| {
+            let Place { pass, cursor, iteration } = feed.sampler().place();
+            Position { samples: feed.sampler().samples(), shuffled: self.shuffle, pass, cursor, iteration }
         });
         NodeState { values: serde_json::to_value(position).unwrap_or(Json::Null), ..NodeState::default() }
     }
@@ -114,8 +186,15 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {
         let position =
             Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
-        let sampler =
-            self.sampler.as_mut().ok_or_else(|| Error::Graph("the dataset was not set up".into()))?;
+        let shuffled = |is: bool| if is { "shuffled" } else { "in order" };
+        if position.shuffled != self.shuffle {
+            return Err(Error::Resume(format!(
+                "the samples were {} when the checkpoint was saved and are {} now",
+                shuffled(position.shuffled),
+                shuffled(self.shuffle)
+            )));
+        }
+        let sampler = self.feed()?.sampler_mut();
         if position.samples != sampler.samples() {
             return Err(Error::Resume(format!(
                 "the dataset had {} samples when the checkpoint was saved and has {} now",
@@ -123,19 +202,8 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
                 sampler.samples()
             )));
         }
-        sampler.seek(position.epoch, position.cursor);
+        let Position { pass, cursor, iteration, .. } = position;
+        sampler.seek(Place { pass, cursor, iteration });
         Ok(())
-    }
-}
-
-impl<D: Dataset + ?Sized> Dataset for Rc<D> {
-    type Batch = D::Batch;
-
-    fn len(&self) -> usize {
-        (**self).len()
-    }
-
-    fn batch(&self, indices: &[i64], device: tch::Device) -> Result<Self::Batch> {
-        (**self).batch(indices, device)
     }
 }

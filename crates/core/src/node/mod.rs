@@ -4,6 +4,7 @@ mod dataset;
 mod loss;
 mod metric;
 mod module;
+mod stream;
 mod value;
 
 use std::any::Any;
@@ -17,6 +18,7 @@ pub use dataset::DatasetNode;
 pub use loss::LossNode;
 pub use metric::MetricNode;
 pub use module::ModuleNode;
+pub use stream::StreamNode;
 pub use value::Value;
 
 use crate::{Error, Outputs, Result};

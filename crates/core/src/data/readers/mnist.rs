@@ -2,7 +2,8 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Dataset, idx};
+use super::Idx;
+use crate::data::{Batch, Dataset};
 use crate::{Error, Result};
 
 /// Mean and standard deviation of the training images, with pixels from 0 to 1.
@@ -26,10 +27,16 @@ pub struct Labelled {
     pub labels: Tensor,
 }
 
+impl Batch for Labelled {
+    fn map_tensors(self, f: &mut dyn FnMut(Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self { images: f(self.images)?, labels: f(self.labels)? })
+    }
+}
+
 /// MNIST: handwritten digits, read from the four original IDX files.
 pub struct Mnist {
-    images: Tensor,
-    labels: Tensor,
+    images: Idx,
+    labels: Idx,
 }
 
 impl Mnist {
@@ -44,10 +51,18 @@ impl Mnist {
             Split::Test => "t10k",
         };
         let path = folder.as_ref().join(format!("{prefix}-images-idx3-ubyte"));
-        let images = idx::read::<3>(&path)?;
-        let labels = idx::read::<1>(&folder.as_ref().join(format!("{prefix}-labels-idx1-ubyte")))?;
-        if images.size()[0] != labels.size()[0] {
-            let problem = format!("has {} images for {} labels", images.size()[0], labels.size()[0]);
+        let open = |path: &Path, dimensions| {
+            Idx::open(path, dimensions).map_err(|error| match error {
+                Error::Data { path, problem } if !path.exists() => {
+                    Error::Data { path, problem: format!("{problem}: scripts/fetch-mnist fetches it") }
+                }
+                error => error,
+            })
+        };
+        let images = open(&path, 3)?;
+        let labels = open(&folder.as_ref().join(format!("{prefix}-labels-idx1-ubyte")), 1)?;
+        if images.rows() != labels.rows() {
+            let problem = format!("has {} images for {} labels", images.rows(), labels.rows());
             return Err(Error::Data { path, problem });
         }
         Ok(Self { images, labels })
@@ -58,13 +73,12 @@ impl Dataset for Mnist {
     type Batch = Labelled;
 
     fn len(&self) -> usize {
-        self.labels.size()[0] as usize
+        self.labels.rows()
     }
 
     fn batch(&self, indices: &[i64], device: Device) -> Result<Labelled> {
-        let indices = Tensor::from_slice(indices);
-        let images = self.images.f_index_select(0, &indices)?.to_device(device).to_kind(Kind::Float);
-        let labels = self.labels.f_index_select(0, &indices)?.to_device(device).to_kind(Kind::Int64);
+        let images = self.images.rows_at(indices)?.to_device(device).to_kind(Kind::Float);
+        let labels = self.labels.rows_at(indices)?.to_device(device).to_kind(Kind::Int64);
         Ok(Labelled { images: ((images / 255.0 - MEAN) / DEVIATION).unsqueeze(1), labels })
     }
 }

@@ -1,0 +1,154 @@
+//! What feeds a rank: the place in the order, and the batches that are made ahead of it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use tch::Device;
+
+use super::batch::{pin, to_device};
+use super::lane::{Lane, StopOnDrop, guard};
+use super::{Dataset, Pass, Place, Sampler};
+use crate::{Error, Result, Share};
+
+/// Where batches are made, and how far ahead.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Ahead {
+    pub(crate) workers: usize,
+    pub(crate) prefetch: Option<usize>,
+}
+
+impl Ahead {
+    /// Batches that are made before they are wanted, at most.
+    pub(super) fn batches(self) -> usize {
+        match self.workers {
+            0 => 0,
+            workers => self.prefetch.unwrap_or(2 * workers),
+        }
+    }
+}
+
+/// Samples per iteration.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum BatchSize {
+    PerRank(usize),
+    InTotal(usize),
+}
+
+impl BatchSize {
+    /// Samples of all ranks.
+    pub(crate) fn global(self, world_size: u64) -> Result<u64> {
+        match self {
+            Self::PerRank(0) => {
+                Err(Error::Usage("a batch size of 0: give at least 1 sample per rank".into()))
+            }
+            Self::InTotal(0) => {
+                Err(Error::Usage("a batch size of 0 in total: give at least 1 sample for all ranks".into()))
+            }
+            Self::PerRank(samples) => Ok(samples as u64 * world_size),
+            Self::InTotal(samples) => Ok(samples as u64),
+        }
+    }
+}
+
+/// Which rank of how many is fed, and where it computes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Seat {
+    pub(crate) rank: u64,
+    pub(crate) world_size: u64,
+    pub(crate) device: Device,
+}
+
+impl Seat {
+    pub(crate) fn of(worker: &ice_worker::Worker) -> Self {
+        Self { rank: worker.rank() as u64, world_size: worker.world_size() as u64, device: worker.device() }
+    }
+}
+
+/// Feeds one rank from a [`Dataset`].
+///
+/// What a checkpoint holds is the sampler's place, which counts consumed samples alone. What is made ahead is planned from
+/// there, and thrown away where the place turns out to be another than was planned: after a resume, or when an epoch ends
+/// early.
+pub(crate) struct Feed<D: Dataset> {
+    sampler: Sampler,
+    /// Where the next batch to plan starts.
+    planner: Sampler,
+    /// The places of the batches that are under way.
+    planned: VecDeque<Place>,
+    ahead: Ahead,
+    seat: Seat,
+    _stop: StopOnDrop,
+    lane: Lane<Job, Job, D::Batch>,
+}
+
+/// The samples of a batch.
+struct Job {
+    pass: u64,
+    indices: Vec<i64>,
+}
+
+impl<D: Dataset + 'static> Feed<D> {
+    pub(crate) fn new(
+        dataset: Arc<D>,
+        sampler: Sampler,
+        seed: u64,
+        ahead: Ahead,
+        seat: Seat,
+    ) -> Result<Self> {
+        let stop = StopOnDrop::default();
+        let flag = Arc::clone(&stop.0);
+        let make_on = if ahead.workers == 0 { seat.device } else { Device::Cpu };
+        let make = move |job: Job| {
+            let pass = Pass::new(seed, job.pass).until(&flag);
+            let made = guard(|| dataset.batch_in(&pass, &job.indices, make_on));
+            let batch = made.map_err(|error| match error {
+                named @ Error::Sample { .. } => named,
+                source => Error::Batch { samples: job.indices, source: Box::new(source) },
+            })?;
+            if make_on == seat.device { Ok(batch) } else { pin(batch, seat.device) }
+        };
+        let lane = Lane::new(ahead.workers, Ok, make)?;
+        Ok(Self {
+            planner: sampler.clone(),
+            sampler,
+            planned: VecDeque::new(),
+            ahead,
+            seat,
+            _stop: stop,
+            lane,
+        })
+    }
+
+    pub(crate) fn sampler(&self) -> &Sampler {
+        &self.sampler
+    }
+
+    pub(crate) fn sampler_mut(&mut self) -> &mut Sampler {
+        &mut self.sampler
+    }
+
+    /// The batch of this rank at the place of the sampler.
+    pub(crate) fn next(&mut self) -> Result<(D::Batch, Share)> {
+        let Seat { rank, world_size, device } = self.seat;
+        if self.sampler.remaining() == 0 {
+            return Err(Error::Graph("a batch was asked for after the last one of the epoch".into()));
+        }
+        if self.planned.front() != Some(&self.sampler.place()) {
+            self.lane.clear();
+            self.planned.clear();
+            self.planner = self.sampler.clone();
+        }
+        while self.planned.len() <= self.ahead.batches()
+            && (self.planned.is_empty() || self.planner.remaining() > 0)
+        {
+            let (indices, _) = self.planner.batch(rank, world_size);
+            self.lane.submit(Job { pass: self.planner.place().pass, indices });
+            self.planned.push_back(self.planner.place());
+            self.planner.advance();
+        }
+        self.planned.pop_front();
+        let (_, share) = self.sampler.batch(rank, world_size);
+        let batch = self.lane.take()?;
+        Ok((to_device(batch, device)?, share))
+    }
+}

@@ -1,0 +1,152 @@
+use tch::Device;
+
+use super::{BatchStream, ShardIter, Stream};
+use crate::Result;
+use crate::data::batch::to_device;
+use crate::data::lane::guard;
+use crate::data::{Batch, Pass, SampleRng};
+
+/// Samples of shards that a function opens; each is loaded as soon as it is found. What costs more than reading belongs
+/// into [`Stream::map`].
+pub fn stream<T, I, F>(shards: usize, open: F) -> FromShards<F>
+where
+    T: Send + 'static,
+    I: Iterator<Item = Result<T>> + Send + 'static,
+    F: Fn(usize) -> Result<I> + Send + Sync,
+{
+    FromShards { shards, samples: None, open }
+}
+
+/// What [`stream`] makes.
+pub struct FromShards<F> {
+    shards: usize,
+    samples: Option<u64>,
+    open: F,
+}
+
+impl<F> FromShards<F> {
+    /// Says how many samples all shards have together, which gives epochs a length.
+    #[must_use]
+    pub fn of_samples(mut self, samples: u64) -> Self {
+        self.samples = Some(samples);
+        self
+    }
+}
+
+impl<T, I, F> Stream for FromShards<F>
+where
+    T: Send + 'static,
+    I: Iterator<Item = Result<T>> + Send + 'static,
+    F: Fn(usize) -> Result<I> + Send + Sync,
+{
+    type Found = T;
+    type Item = T;
+
+    fn shards(&self) -> usize {
+        self.shards
+    }
+
+    fn open(&self, shard: usize) -> Result<ShardIter<T>> {
+        Ok(Box::new((self.open)(shard)?))
+    }
+
+    fn load(&self, found: T, _: &mut SampleRng) -> Result<T> {
+        Ok(found)
+    }
+
+    fn samples(&self) -> Option<u64> {
+        self.samples
+    }
+}
+
+macro_rules! adapter {
+    ($(#[$doc:meta])+ $name:ident, ($($argument:ty),+), |$f:ident, $item:ident, $rng:ident| $call:expr) => {
+        $(#[$doc])+
+        pub struct $name<S, F> {
+            stream: S,
+            f: F,
+        }
+
+        impl<S, F> $name<S, F> {
+            pub(super) fn new(stream: S, f: F) -> Self {
+                Self { stream, f }
+            }
+        }
+
+        impl<S: Stream, T: Send + 'static, F: Fn($($argument),+) -> Result<T> + Send + Sync> Stream for $name<S, F> {
+            type Found = S::Found;
+            type Item = T;
+
+            fn shards(&self) -> usize {
+                self.stream.shards()
+            }
+
+            fn open(&self, shard: usize) -> Result<ShardIter<S::Found>> {
+                self.stream.open(shard)
+            }
+
+            fn load(&self, found: S::Found, $rng: &mut SampleRng) -> Result<T> {
+                let ($f, $item) = (&self.f, self.stream.load(found, $rng)?);
+                $call
+            }
+
+            fn samples(&self) -> Option<u64> {
+                self.stream.samples()
+            }
+        }
+    };
+}
+
+adapter! {
+    /// What [`Stream::map`] makes.
+    StreamMap, (S::Item), |f, item, rng| f(item)
+}
+
+adapter! {
+    /// What [`Stream::map_random`] makes.
+    StreamMapRandom, (S::Item, &mut SampleRng), |f, item, rng| f(item, rng)
+}
+
+/// What [`Stream::collate`] and [`Stream::stack`] make. The error or panic of a sample names its position in the pass.
+pub struct CollatedStream<S, F> {
+    stream: S,
+    collate: F,
+}
+
+impl<S, F> CollatedStream<S, F> {
+    pub(super) fn new(stream: S, collate: F) -> Self {
+        Self { stream, collate }
+    }
+}
+
+impl<S, B, F> BatchStream for CollatedStream<S, F>
+where
+    S: Stream,
+    B: Batch,
+    F: Fn(Vec<S::Item>) -> Result<B> + Send + Sync,
+{
+    type Found = S::Found;
+    type Batch = B;
+
+    fn shards(&self) -> usize {
+        self.stream.shards()
+    }
+
+    fn open(&self, shard: usize) -> Result<ShardIter<S::Found>> {
+        self.stream.open(shard)
+    }
+
+    fn batch_in(&self, pass: &Pass, samples: Vec<(u64, S::Found)>, device: Device) -> Result<B> {
+        let mut items = Vec::with_capacity(samples.len());
+        for (position, found) in samples {
+            pass.check()?;
+            let item = guard(|| self.stream.load(found, &mut pass.rng(position)));
+            items.push(item.map_err(|error| error.of_sample(position))?);
+        }
+        to_device((self.collate)(items)?, device)
+    }
+
+    fn samples(&self) -> Option<u64> {
+        self.stream.samples()
+    }
+}

@@ -1,0 +1,135 @@
+use std::sync::Arc;
+
+use tch::Device;
+
+use super::BatchStream;
+pub(crate) use super::walk::StreamOrder;
+use super::walk::{Plan, Reader};
+use crate::data::batch::{pin, to_device};
+use crate::data::lane::{Lane, StopOnDrop};
+use crate::data::{Ahead, Pass, Place, Seat};
+use crate::{Error, Result, Share};
+
+/// Feeds one rank from a [`BatchStream`]: its place, and the batches that are made ahead of it.
+///
+/// Samples are found by one thread at a time and in order, and loaded side by side.
+pub(crate) struct StreamFeed<S: BatchStream> {
+    samples: Option<u64>,
+    order: StreamOrder,
+    iterations: Option<u64>,
+    place: Place,
+    /// Where the oldest batch under way, or the next to be asked for, starts.
+    expected: Option<(u64, u64)>,
+    /// Where the batch after the one last taken starts.
+    next: Option<Place>,
+    pending: usize,
+    ahead: Ahead,
+    seat: Seat,
+    _stop: StopOnDrop,
+    lane: Lane<Option<Place>, Plan<S::Found>, (S::Batch, Share, Place)>,
+}
+
+impl<S: BatchStream + 'static> StreamFeed<S> {
+    pub(crate) fn new(
+        stream: Arc<S>,
+        order: StreamOrder,
+        iterations: Option<u64>,
+        seed: u64,
+        ahead: Ahead,
+        seat: Seat,
+    ) -> Result<Self> {
+        let samples = stream.samples();
+        let stop = StopOnDrop::default();
+        let make_on = if ahead.workers == 0 { seat.device } else { Device::Cpu };
+        let mut reader = Reader::new(Arc::clone(&stream), order, seat.rank, seat.world_size);
+        let flag = Pass::new(seed, 0).until(&stop.0);
+        let find = move |from| reader.read(from, &flag);
+        let flag = Arc::clone(&stop.0);
+        let load = move |plan: Plan<S::Found>| {
+            let pass = Pass::new(seed, plan.pass).until(&flag);
+            let batch = stream.batch_in(&pass, plan.samples, make_on)?;
+            let batch = if make_on == seat.device { batch } else { pin(batch, seat.device)? };
+            Ok((batch, plan.share, plan.next))
+        };
+        let lane = Lane::new(ahead.workers, find, load)?;
+        Ok(Self {
+            samples,
+            order,
+            iterations,
+            place: Place::default(),
+            expected: None,
+            next: None,
+            pending: 0,
+            ahead,
+            seat,
+            _stop: stop,
+            lane,
+        })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn stop(&self) -> Arc<std::sync::atomic::AtomicBool> {
+        Arc::clone(&self._stop.0)
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        self.place
+    }
+
+    pub(crate) fn seek(&mut self, place: Place) {
+        self.place = place;
+        self.next = None;
+    }
+
+    /// Iterations left in the epoch, where it has an end.
+    pub(crate) fn remaining(&self) -> Option<u64> {
+        if let Some(iterations) = self.iterations {
+            return Some(iterations.saturating_sub(self.place.iteration));
+        }
+        let left = self.samples?.saturating_sub(self.place.cursor);
+        let StreamOrder { global_batch, drop_last, .. } = self.order;
+        Some(if drop_last { left / global_batch } else { left.div_ceil(global_batch) })
+    }
+
+    /// Consumes the batch that was last taken.
+    pub(crate) fn advance(&mut self) {
+        if let Some(Place { pass, cursor, .. }) = self.next.take() {
+            self.place = Place { pass, cursor, iteration: self.place.iteration + 1 };
+        }
+    }
+
+    pub(crate) fn next_epoch(&mut self) {
+        let Place { pass, cursor, .. } = self.place;
+        self.place = match (self.iterations, self.samples) {
+            (None, Some(_)) => Place { pass: pass + 1, cursor: 0, iteration: 0 },
+            _ => Place { pass, cursor, iteration: 0 },
+        };
+    }
+
+    /// The batch of this rank at its place.
+    pub(crate) fn next(&mut self) -> Result<(S::Batch, Share)> {
+        let remaining = self.remaining();
+        if remaining == Some(0) {
+            return Err(Error::Graph("a batch was asked for after the last one of the epoch".into()));
+        }
+        let mut from = None;
+        if self.expected != Some((self.place.pass, self.place.cursor)) {
+            self.lane.clear();
+            self.pending = 0;
+            from = Some(self.place);
+        }
+        let wanted =
+            remaining.map_or(usize::MAX, |remaining| usize::try_from(remaining).unwrap_or(usize::MAX));
+        while self.pending < wanted.min(1 + self.ahead.batches()) {
+            self.lane.submit(from.take());
+            self.pending += 1;
+        }
+        // After an error the batch is found anew.
+        self.expected = None;
+        self.pending -= 1;
+        let (batch, share, next) = self.lane.take()?;
+        self.expected = Some((next.pass, next.cursor));
+        self.next = Some(next);
+        Ok((to_device(batch, self.seat.device)?, share))
+    }
+}

@@ -1,0 +1,140 @@
+//! Samples that can only be read in order.
+
+mod adapters;
+mod feed;
+mod walk;
+
+use tch::Device;
+
+pub use adapters::{CollatedStream, FromShards, StreamMap, StreamMapRandom, stream};
+pub(crate) use feed::{StreamFeed, StreamOrder};
+
+use super::items::Stack;
+use super::{Batch, Pass, SampleRng};
+use crate::Result;
+
+/// The samples of a shard, in its order.
+pub type ShardIter<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
+
+/// Samples that can only be read one after the other, in some shards.
+///
+/// A sample comes in two steps. To find it is cheap: where its bytes are, or a line of text. To load it is what costs: to
+/// read, decode and transform. All ranks find all samples, in the same order, and each loads those of its share only. So the
+/// order is the same for any number of ranks, no sample is seen twice or left out, and a place in it is one number; the price
+/// is that what finding costs is paid by every rank.
+///
+/// ```
+/// use ice_core::StreamNode;
+/// use ice_core::data::{Stream, stream};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # std::fs::write(folder.path().join("0.txt"), "1\n2\n").unwrap();
+/// # std::fs::write(folder.path().join("1.txt"), "3\n").unwrap();
+/// # let folder = folder.path().to_owned();
+/// use std::io::{BufRead, BufReader};
+/// use ice_core::Error;
+///
+/// let lines = stream(2, move |shard| {
+///     let path = folder.join(format!("{shard}.txt"));
+///     let fail = |source| Error::Io { path: path.clone(), source };
+///     let file = std::fs::File::open(&path).map_err(fail)?;
+///     let path = path.clone();
+///     Ok(BufReader::new(file).lines().map(move |line| {
+///         line.map_err(|source| Error::Io { path: path.clone(), source })
+///     }))
+/// });
+/// let numbers = lines.map(|line| line.parse::<i64>().map_err(|error| Error::Usage(error.to_string())));
+/// let node = StreamNode::new(numbers.stack()).shuffle(1000).batch_size(32).workers(4);
+/// ```
+pub trait Stream: Send + Sync {
+    /// A sample that was found.
+    type Found: Send + 'static;
+    /// A sample that was loaded.
+    type Item: Send + 'static;
+
+    /// How many shards there are.
+    fn shards(&self) -> usize;
+
+    /// Finds the samples of a shard.
+    ///
+    /// # Errors
+    /// Whatever keeps the shard from being opened.
+    fn open(&self, shard: usize) -> Result<ShardIter<Self::Found>>;
+
+    /// Loads a sample. The random numbers are its own in this pass.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being read.
+    fn load(&self, found: Self::Found, rng: &mut SampleRng) -> Result<Self::Item>;
+
+    /// How many samples all shards have together, where that is known. A stream that does not know is for tasks with a
+    /// number of steps, or with [`StreamNode::iterations`](crate::StreamNode::iterations).
+    fn samples(&self) -> Option<u64> {
+        None
+    }
+
+    /// Does the same to each sample.
+    fn map<T, F>(self, f: F) -> StreamMap<Self, F>
+    where
+        Self: Sized,
+        T: Send + 'static,
+        F: Fn(Self::Item) -> Result<T> + Send + Sync,
+    {
+        StreamMap::new(self, f)
+    }
+
+    /// Does something random to each sample, with numbers that do not depend on how many workers or ranks there are.
+    fn map_random<T, F>(self, f: F) -> StreamMapRandom<Self, F>
+    where
+        Self: Sized,
+        T: Send + 'static,
+        F: Fn(Self::Item, &mut SampleRng) -> Result<T> + Send + Sync,
+    {
+        StreamMapRandom::new(self, f)
+    }
+
+    /// Makes batches with `f`.
+    fn collate<B, F>(self, f: F) -> CollatedStream<Self, F>
+    where
+        Self: Sized,
+        B: Batch,
+        F: Fn(Vec<Self::Item>) -> Result<B> + Send + Sync,
+    {
+        CollatedStream::new(self, f)
+    }
+
+    /// Makes batches with a new first dimension. See [`Items::stack`](super::Items::stack).
+    #[expect(clippy::type_complexity, reason = "a function pointer that names the item")]
+    fn stack(self) -> CollatedStream<Self, fn(Vec<Self::Item>) -> Result<<Self::Item as Stack>::Batch>>
+    where
+        Self: Sized,
+        Self::Item: Stack,
+    {
+        CollatedStream::new(self, Stack::stack)
+    }
+}
+
+/// A [`Stream`] made into batches, for a [`StreamNode`](crate::StreamNode).
+pub trait BatchStream: Send + Sync {
+    /// A sample that was found.
+    type Found: Send + 'static;
+    /// What a batch is to the nodes that use it.
+    type Batch: Batch;
+
+    /// How many shards there are.
+    fn shards(&self) -> usize;
+
+    /// Finds the samples of a shard.
+    ///
+    /// # Errors
+    /// Whatever keeps the shard from being opened.
+    fn open(&self, shard: usize) -> Result<ShardIter<Self::Found>>;
+
+    /// Loads the samples, each with its position in the pass, into a batch on the device.
+    ///
+    /// # Errors
+    /// Whatever keeps a sample from being read.
+    fn batch_in(&self, pass: &Pass, samples: Vec<(u64, Self::Found)>, device: Device) -> Result<Self::Batch>;
+
+    /// How many samples all shards have together, where that is known.
+    fn samples(&self) -> Option<u64>;
+}

@@ -1,0 +1,195 @@
+//! The order of a stream: shards one after the other, and a buffer that shuffles what is found.
+
+use std::sync::Arc;
+
+use rand_chacha::ChaCha8Rng;
+
+use super::{BatchStream, ShardIter};
+use crate::data::pass::{below, generator};
+use crate::data::sampler::shuffle;
+use crate::data::{Pass, Place};
+use crate::{Error, Result, Share};
+
+/// In which order a stream is read, and how much of it at once.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StreamOrder {
+    /// The seed of the run, and the size of the buffer, where it is shuffled.
+    pub(crate) shuffled: Option<(u64, usize)>,
+    pub(crate) global_batch: u64,
+    pub(crate) drop_last: bool,
+}
+
+/// A pass under way. It is a function of the stream, the seed and the number of the pass: whoever walks the same way finds
+/// the same samples.
+struct Walk<S: BatchStream> {
+    number: u64,
+    cursor: u64,
+    shards: std::vec::IntoIter<usize>,
+    open: Option<ShardIter<S::Found>>,
+    buffer: Vec<S::Found>,
+    capacity: usize,
+    rng: Option<ChaCha8Rng>,
+}
+
+impl<S: BatchStream> Walk<S> {
+    fn new(stream: &S, order: StreamOrder, number: u64) -> Self {
+        let mut shards: Vec<usize> = (0..stream.shards()).collect();
+        let rng = order.shuffled.map(|(seed, _)| {
+            shuffle(&mut shards, &mut generator(seed, number, 0, *b"shards"));
+            generator(seed, number, 0, *b"buffer")
+        });
+        let capacity = order.shuffled.map_or(1, |(_, size)| size.max(1));
+        Self { number, cursor: 0, shards: shards.into_iter(), open: None, buffer: Vec::new(), capacity, rng }
+    }
+
+    /// The next sample, or `None` at the end of the pass.
+    fn next(&mut self, stream: &S) -> Result<Option<S::Found>> {
+        while self.buffer.len() < self.capacity {
+            match self.find(stream)? {
+                Some(found) => self.buffer.push(found),
+                None => break,
+            }
+        }
+        if self.buffer.is_empty() {
+            return Ok(None);
+        }
+        let at = self.rng.as_mut().map_or(0, |rng| below(rng, self.buffer.len() as u64) as usize);
+        self.cursor += 1;
+        Ok(Some(self.buffer.swap_remove(at)))
+    }
+
+    fn find(&mut self, stream: &S) -> Result<Option<S::Found>> {
+        loop {
+            if let Some(open) = &mut self.open {
+                if let Some(found) = open.next() {
+                    return found.map(Some);
+                }
+                self.open = None;
+            }
+            match self.shards.next() {
+                Some(shard) => self.open = Some(stream.open(shard)?),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+/// The share of a rank in a batch of a stream.
+pub(super) struct Plan<T> {
+    pub(super) pass: u64,
+    /// Each with its position in the pass.
+    pub(super) samples: Vec<(u64, T)>,
+    pub(super) share: Share,
+    /// Where the next batch starts.
+    pub(super) next: Place,
+}
+
+/// Finds the batches of a rank, one after the other.
+pub(super) struct Reader<S: BatchStream> {
+    stream: Arc<S>,
+    order: StreamOrder,
+    rank: u64,
+    world_size: u64,
+    walk: Option<Walk<S>>,
+}
+
+impl<S: BatchStream> Reader<S> {
+    pub(super) fn new(stream: Arc<S>, order: StreamOrder, rank: u64, world_size: u64) -> Self {
+        Self { stream, order, rank, world_size, walk: None }
+    }
+
+    /// The batch at `from`, or the one after the last. At the end of a pass the next one begins.
+    ///
+    /// To go to a place is to find again all samples of the pass before it.
+    pub(super) fn read(&mut self, from: Option<Place>, stop: &Pass) -> Result<Plan<S::Found>> {
+        let walk = match (from, self.walk.take()) {
+            (Some(from), _) => self.walk_to(from, stop)?,
+            (None, Some(walk)) => walk,
+            (None, None) => return Err(Error::Graph("the batch before was not found".into())),
+        };
+        // After an error there is no walk: the next batch is found anew.
+        let (walk, plan) = self.batch(walk, stop)?;
+        self.walk = Some(walk);
+        Ok(plan)
+    }
+
+    fn walk_to(&self, place: Place, stop: &Pass) -> Result<Walk<S>> {
+        let mut walk = Walk::new(&*self.stream, self.order, place.pass);
+        while walk.cursor < place.cursor {
+            stop.check()?;
+            if walk.next(&self.stream)?.is_none() {
+                return Err(self.shorter(place.cursor, walk.cursor));
+            }
+        }
+        Ok(walk)
+    }
+
+    fn batch(&self, mut walk: Walk<S>, stop: &Pass) -> Result<(Walk<S>, Plan<S::Found>)> {
+        let StreamOrder { global_batch, drop_last, .. } = self.order;
+        loop {
+            let start = walk.cursor;
+            let mut found = Vec::new();
+            while (found.len() as u64) < global_batch {
+                stop.check()?;
+                match walk.next(&self.stream)? {
+                    Some(sample) => found.push((start + found.len() as u64, sample)),
+                    None => break,
+                }
+            }
+            let total = found.len() as u64;
+            let ended = total < global_batch;
+            self.check_size(&mut walk, ended)?;
+            if total == 0 || (drop_last && ended) {
+                if start == 0 {
+                    return Err(Error::Usage(format!(
+                        "the stream has {total} samples in {} shards, which do not fill one batch of {global_batch}",
+                        self.stream.shards()
+                    )));
+                }
+                walk = Walk::new(&*self.stream, self.order, walk.number + 1);
+                continue;
+            }
+            let (range, share) = crate::data::sampler::share_of(total, self.rank, self.world_size);
+            let samples = found.drain(range.start as usize..range.end as usize).collect();
+            let next = Place { pass: walk.number, cursor: walk.cursor, iteration: 0 };
+            return Ok((walk, Plan { pass: next.pass, samples, share, next }));
+        }
+    }
+
+    /// A stream must have as many samples as it says, or ranks would wait for each other in vain.
+    fn check_size(&self, walk: &mut Walk<S>, ended: bool) -> Result<()> {
+        let Some(samples) = self.stream.samples() else { return Ok(()) };
+        let more =
+            walk.cursor > samples || (walk.cursor == samples && !ended && !walk.at_end(&self.stream)?);
+        if more {
+            return Err(Error::Usage(format!("the stream says that it has {samples} samples and has more")));
+        }
+        if ended && walk.cursor < samples {
+            return Err(self.shorter(samples, walk.cursor));
+        }
+        Ok(())
+    }
+
+    fn shorter(&self, expected: u64, found: u64) -> Error {
+        Error::Usage(format!(
+            "the stream ended after {found} samples of {expected}: its {} shards are not what they were",
+            self.stream.shards()
+        ))
+    }
+}
+
+impl<S: BatchStream> Walk<S> {
+    /// Whether nothing follows. What is found to see that comes next.
+    fn at_end(&mut self, stream: &S) -> Result<bool> {
+        if !self.buffer.is_empty() {
+            return Ok(false);
+        }
+        match self.find(stream)? {
+            Some(found) => {
+                self.buffer.push(found);
+                Ok(false)
+            }
+            None => Ok(true),
+        }
+    }
+}

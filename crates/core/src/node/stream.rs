@@ -1,0 +1,186 @@
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+use crate::data::{Ahead, BatchSize, BatchStream, Place, Seat, StreamFeed, StreamOrder};
+use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
+
+/// Feeds a [`Stream`](crate::data::Stream) to the graph, batch by batch, each rank its own share.
+///
+/// All ranks find the samples in one order, which is made from the seed of the run and the number of the pass, and divide
+/// the next `batch_size × world size` of them. A checkpoint holds how many samples of the pass were consumed. To go on from
+/// there, the samples before are found again, though not loaded: of tar shards that reads the headers of their members.
+///
+/// An epoch is a pass over a stream that knows its size. One that does not has epochs only with [`StreamNode::iterations`],
+/// and is else for tasks with a number of steps.
+pub struct StreamNode<S: BatchStream> {
+    stream: Arc<S>,
+    buffer: Option<usize>,
+    batch_size: BatchSize,
+    drop_last: bool,
+    iterations: Option<u64>,
+    ahead: Ahead,
+    feed: Option<StreamFeed<S>>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Position {
+    /// What else the order depends on.
+    of: Order,
+    pass: u64,
+    cursor: u64,
+    iteration: u64,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Order {
+    shards: usize,
+    samples: Option<u64>,
+    buffer: Option<usize>,
+}
+
+impl<S: BatchStream> StreamNode<S> {
+    /// A node over a stream: in order, one sample per rank and iteration, the last ones included, made in the thread of the
+    /// step.
+    pub fn new(stream: S) -> Self {
+        Self {
+            stream: Arc::new(stream),
+            buffer: None,
+            batch_size: BatchSize::PerRank(1),
+            drop_last: false,
+            iterations: None,
+            ahead: Ahead::default(),
+            feed: None,
+        }
+    }
+
+    /// Reads the shards of each pass in an order of its own, and takes the next sample at random from this many that were
+    /// found. With 1, the samples of a shard stay in their order.
+    #[must_use]
+    pub fn shuffle(mut self, buffer: usize) -> Self {
+        self.buffer = Some(buffer);
+        self
+    }
+
+    /// Samples per rank and iteration.
+    #[must_use]
+    pub fn batch_size(mut self, batch_size: usize) -> Self {
+        self.batch_size = BatchSize::PerRank(batch_size);
+        self
+    }
+
+    /// Samples of all ranks together per iteration, divided as evenly as it goes. Instead of [`StreamNode::batch_size`].
+    #[must_use]
+    pub fn in_total(mut self, batch_size: usize) -> Self {
+        self.batch_size = BatchSize::InTotal(batch_size);
+        self
+    }
+
+    /// Whether to leave out the last samples of a pass where they do not fill a batch on every rank.
+    #[must_use]
+    pub fn drop_last(mut self, drop_last: bool) -> Self {
+        self.drop_last = drop_last;
+        self
+    }
+
+    /// Makes an epoch this many iterations long. The passes over the stream go on across the ends of epochs.
+    #[must_use]
+    pub fn iterations(mut self, iterations: u64) -> Self {
+        self.iterations = Some(iterations);
+        self
+    }
+
+    /// Makes batches in this many threads. See [`DatasetNode::workers`](crate::DatasetNode::workers).
+    #[must_use]
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.ahead.workers = workers;
+        self
+    }
+
+    /// Makes at most this many batches before they are wanted; twice the number of workers unless said otherwise.
+    #[must_use]
+    pub fn prefetch(mut self, batches: usize) -> Self {
+        self.ahead.prefetch = Some(batches);
+        self
+    }
+
+    fn order(&self) -> Order {
+        Order { shards: self.stream.shards(), samples: self.stream.samples(), buffer: self.buffer }
+    }
+
+    fn feed(&mut self) -> Result<&mut StreamFeed<S>> {
+        self.feed.as_mut().ok_or_else(|| Error::Graph("the stream was not set up".into()))
+    }
+}
+
+impl<S: BatchStream + 'static> Node for StreamNode<S> {
+    fn set_up(&mut self, context: &Context) -> Result<()> {
+        let seat = Seat::of(&context.worker);
+        let order = StreamOrder {
+            shuffled: self.buffer.map(|buffer| (context.seed, buffer)),
+            global_batch: self.batch_size.global(seat.world_size)?,
+            drop_last: self.drop_last,
+        };
+        if self.iterations == Some(0) {
+            return Err(Error::Usage("an epoch of 0 iterations: give at least 1".into()));
+        }
+        let stream = Arc::clone(&self.stream);
+        let feed = StreamFeed::new(stream, order, self.iterations, context.seed, self.ahead, seat)?;
+        if feed.remaining() == Some(0) {
+            return Err(Error::Usage(format!(
+                "{} samples do not fill one batch of {} on {} ranks",
+                self.stream.samples().unwrap_or(0),
+                order.global_batch,
+                seat.world_size
+            )));
+        }
+        self.feed = Some(feed);
+        Ok(())
+    }
+
+    fn forward(&mut self, x: &Outputs) -> Result<Value> {
+        let (batch, share) = self.feed()?.next()?;
+        x.set_share(share);
+        Ok(Value::new(batch))
+    }
+
+    fn remaining(&self) -> Option<u64> {
+        self.feed.as_ref().and_then(StreamFeed::remaining)
+    }
+
+    fn iteration_end(&mut self) {
+        if let Some(feed) = &mut self.feed {
+            feed.advance();
+        }
+    }
+
+    fn epoch_end(&mut self, _: &ice_worker::Worker) -> Result<Option<crate::Measure>> {
+        if let Some(feed) = &mut self.feed {
+            feed.next_epoch();
+        }
+        Ok(None)
+    }
+
+    fn state(&self) -> NodeState {
+        let position = self.feed.as_ref().map(|feed| {
+            let Place { pass, cursor, iteration } = feed.place();
+            Position { of: self.order(), pass, cursor, iteration }
+        });
+        NodeState { values: serde_json::to_value(position).unwrap_or(Json::Null), ..NodeState::default() }
+    }
+
+    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
+        let Position { of, pass, cursor, iteration } =
+            Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
+        if of != self.order() {
+            return Err(Error::Resume(format!(
+                "the stream had {of:?} when the checkpoint was saved and has {:?} now, which gives another order",
+                self.order()
+            )));
+        }
+        self.feed()?.seek(Place { pass, cursor, iteration });
+        Ok(())
+    }
+}
