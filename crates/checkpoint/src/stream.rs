@@ -1,0 +1,115 @@
+//! Files in pieces: written and checked as they pass, so that nothing is copied whole.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::thread;
+
+use crate::manifest::FileInfo;
+use crate::{Error, Result};
+
+/// What is written, or read, at a time: small enough that the checksum finds it in the cache.
+pub const CHUNK: usize = 1 << 20;
+
+/// A file shorter than this is not worth a second thread.
+const WORTH_A_THREAD: u64 = 32 << 20;
+const MAX_THREADS: u64 = 8;
+
+/// Writes the parts one after the other, and returns once they are on the disk.
+///
+/// # Errors
+/// [`Error::Io`] names the file.
+pub fn write_file(path: &Path, parts: &[&[u8]]) -> Result<FileInfo> {
+    let mut file = File::create(path).map_err(Error::io(path))?;
+    let (mut bytes, mut crc) = (0, 0);
+    for chunk in parts.iter().flat_map(|part| part.chunks(CHUNK)) {
+        crc = crc32c::crc32c_append(crc, chunk);
+        bytes += chunk.len() as u64;
+        file.write_all(chunk).map_err(Error::io(path))?;
+    }
+    file.sync_all().map_err(Error::io(path))?;
+    Ok(FileInfo { bytes, crc32c: crc })
+}
+
+/// Reads the whole file and compares it with what was written.
+///
+/// # Errors
+/// [`Error::Checkpoint`] says what differs.
+pub fn verify_file(path: &Path, written: &FileInfo) -> Result<()> {
+    let fail = |error: std::io::Error| Error::checkpoint(path, error);
+    let file = File::open(path).map_err(fail)?;
+    let bytes = file.metadata().map_err(fail)?.len();
+    if bytes != written.bytes {
+        return Err(Error::checkpoint(
+            path,
+            format!("is damaged: it has {bytes} bytes and {} were written", written.bytes),
+        ));
+    }
+    let crc = checksum(&file, bytes).map_err(fail)?;
+    if crc != written.crc32c {
+        return Err(Error::checkpoint(
+            path,
+            format!("is damaged: its crc32c is {crc:08x} and {:08x} was written", written.crc32c),
+        ));
+    }
+    Ok(())
+}
+
+/// The checksum of a file, by several threads where it is long.
+fn checksum(file: &File, bytes: u64) -> std::io::Result<u32> {
+    let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let threads = (bytes / WORTH_A_THREAD).clamp(1, cores.min(MAX_THREADS));
+    let share = bytes.div_ceil(threads).max(1);
+    let of = |thread: u64| {
+        let (mut at, end) = ((thread * share).min(bytes), ((thread + 1) * share).min(bytes));
+        let (mut crc, len) = (0, end - at);
+        let mut buffer = vec![0; CHUNK];
+        while at < end {
+            let chunk = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
+            file.read_exact_at(chunk, at)?;
+            crc = crc32c::crc32c_append(crc, chunk);
+            at += chunk.len() as u64;
+        }
+        Ok((crc, len))
+    };
+    let others = |scope: &mut Vec<std::io::Result<(u32, u64)>>| {
+        thread::scope(|s| {
+            let running: Vec<_> = (1..threads).map(|thread| s.spawn(move || of(thread))).collect();
+            scope.push(of(0));
+            for thread in running {
+                scope.push(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+        });
+    };
+    let mut sums = Vec::new();
+    others(&mut sums);
+    let mut whole = 0;
+    for sum in sums {
+        let (crc, len) = sum?;
+        whole = crc32c::crc32c_combine(whole, crc, len as usize);
+    }
+    Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_in_parts_is_checked_as_a_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let data: Vec<u8> = (0..(WORTH_A_THREAD * 2 + 12345)).map(|i| (i * 7 + (i >> 11)) as u8).collect();
+        for data in [&data[..], &data[..10], &data[..0]] {
+            let (first, second) = data.split_at(data.len() / 3);
+            let info = write_file(&path, &[first, second]).unwrap();
+            assert_eq!(info, FileInfo { bytes: data.len() as u64, crc32c: crc32c::crc32c(data) });
+            verify_file(&path, &info).unwrap();
+            let wrong = FileInfo { crc32c: info.crc32c ^ 1, ..info };
+            assert!(verify_file(&path, &wrong).unwrap_err().to_string().contains("crc32c"));
+            let longer = FileInfo { bytes: info.bytes + 1, ..info };
+            assert!(verify_file(&path, &longer).unwrap_err().to_string().contains("bytes"));
+        }
+    }
+}
