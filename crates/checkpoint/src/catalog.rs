@@ -24,7 +24,8 @@ impl Section {
     /// The section of a file by its name; `None` for one without tensors.
     pub fn of(file: &str) -> Option<Self> {
         let stem = file.strip_suffix(".safetensors")?;
-        let is = |name: &str| stem == name || stem.strip_prefix(name).is_some_and(|rest| rest.starts_with('-'));
+        let is =
+            |name: &str| stem == name || stem.strip_prefix(name).is_some_and(|rest| rest.starts_with('-'));
         if is("model") {
             return Some(Self::Model);
         }
@@ -93,7 +94,11 @@ impl Overlap {
     pub fn of(first: (u64, u64), second: (u64, u64)) -> Option<Self> {
         let start = first.0.max(second.0);
         let end = (first.0 + first.1).min(second.0 + second.1);
-        (start < end).then(|| Self { in_first: start - first.0, in_second: start - second.0, len: end - start })
+        (start < end).then(|| Self {
+            in_first: start - first.0,
+            in_second: start - second.0,
+            len: end - start,
+        })
     }
 }
 

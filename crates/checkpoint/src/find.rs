@@ -98,7 +98,8 @@ impl Checkpoint {
         let mut fitting = Vec::new();
         for candidate in all {
             match candidate.manifest {
-                Ok(manifest) if run_id.is_some_and(|run_id| run_id != manifest.run_id) || manifest.tags.is_some() => {}
+                Ok(manifest)
+                    if run_id.is_some_and(|run_id| run_id != manifest.run_id) || manifest.tags.is_some() => {}
                 Ok(_) => fitting.push(candidate.path),
                 Err(error) => warn(&candidate.path, &error),
             }
@@ -111,7 +112,8 @@ impl Checkpoint {
 fn folders(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     let visible = |entry: &fs::DirEntry| {
-        !entry.file_name().as_encoded_bytes().starts_with(b".") && entry.file_type().is_ok_and(|kind| kind.is_dir())
+        !entry.file_name().as_encoded_bytes().starts_with(b".")
+            && entry.file_type().is_ok_and(|kind| kind.is_dir())
     };
     entries.filter_map(Result::ok).filter(visible).map(|entry| entry.path()).collect()
 }

@@ -21,6 +21,25 @@ pub struct Part {
     pub start: u64,
 }
 
+impl Part {
+    /// Whole rows, the first of which is `first`, of a tensor of shape `of`.
+    pub fn rows(first: u64, of: &[i64]) -> Self {
+        let of = dimensions(of);
+        let row: u64 = of.iter().skip(1).product();
+        Self { start: first * row, of }
+    }
+
+    /// A run of elements in row-major order, from the element `start` on, of a tensor of shape `of`. A rank that holds nothing of
+    /// a tensor that others hold says so with an empty run.
+    pub fn flat(start: u64, of: &[i64]) -> Self {
+        Self { of: dimensions(of), start }
+    }
+}
+
+fn dimensions(shape: &[i64]) -> Vec<u64> {
+    shape.iter().map(|dimension| dimension.unsigned_abs()).collect()
+}
+
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -84,10 +103,14 @@ impl Entry {
     /// # Errors
     /// A size that is no whole number of bytes, or too large.
     pub fn bytes(&self) -> Result<u64, String> {
-        let bits = elements(&self.shape).and_then(|elements| elements.checked_mul(self.dtype.bitsize() as u64));
+        let bits =
+            elements(&self.shape).and_then(|elements| elements.checked_mul(self.dtype.bitsize() as u64));
         match bits {
             Some(bits) if bits.is_multiple_of(8) => Ok(bits / 8),
-            _ => Err(format!("`{}` of shape {:?} and {:?} has no size in bytes", self.key, self.shape, self.dtype)),
+            _ => Err(format!(
+                "`{}` of shape {:?} and {:?} has no size in bytes",
+                self.key, self.shape, self.dtype
+            )),
         }
     }
 }
@@ -182,7 +205,8 @@ impl Header {
         };
         let mut tensors = Vec::new();
         for (key, info) in fields {
-            let info: Info = serde_json::from_value(info).map_err(|error| damaged(format!("`{key}`: {error}")))?;
+            let info: Info =
+                serde_json::from_value(info).map_err(|error| damaged(format!("`{key}`: {error}")))?;
             let (offset, end) = info.data_offsets;
             let part = parts.remove(&key);
             let entry = Entry { key, dtype: info.dtype, shape: info.shape, part };
@@ -228,8 +252,12 @@ mod tests {
 
     #[test]
     fn the_safetensors_library_reads_what_is_laid_out() {
-        let entries =
-            [entry("b", Dtype::U8, &[3]), entry("c", Dtype::F32, &[2, 2]), entry("a", Dtype::F32, &[0]), entry("d", Dtype::F64, &[])];
+        let entries = [
+            entry("b", Dtype::U8, &[3]),
+            entry("c", Dtype::F32, &[2, 2]),
+            entry("a", Dtype::F32, &[0]),
+            entry("d", Dtype::F64, &[]),
+        ];
         let layout = Layout::new(&entries).unwrap();
         let order: Vec<_> = layout.placed().iter().map(|placed| entries[placed.index].key.as_str()).collect();
         assert_eq!(order, ["d", "a", "c", "b"]);

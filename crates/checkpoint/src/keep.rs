@@ -21,7 +21,12 @@ pub fn keep_last(folder: &Path, keep: usize, protected: Option<&Path>) -> Result
 ///
 /// # Errors
 /// [`crate::Error::Io`] names the checkpoint that cannot be removed.
-pub fn keep_best(folder: &Path, measure: &str, keep: usize, protected: Option<&Path>) -> Result<Vec<PathBuf>> {
+pub fn keep_best(
+    folder: &Path,
+    measure: &str,
+    keep: usize,
+    protected: Option<&Path>,
+) -> Result<Vec<PathBuf>> {
     let whole: Vec<_> = candidates(folder).into_iter().filter(is_whole).collect();
     let mut ranked: Vec<_> = whole
         .iter()

@@ -29,11 +29,32 @@ impl Staging {
     /// [`Error::Io`] names the folder that cannot be made.
     pub fn begin(folder: &Path, attempt: &str) -> Result<Self> {
         if folder.file_name().is_none() {
-            return Err(Error::checkpoint(folder, "has no name of its own: name the folder of the checkpoint"));
+            return Err(Error::checkpoint(
+                folder,
+                "has no name of its own: name the folder of the checkpoint",
+            ));
         }
         let beside = hidden(folder, &format!("{attempt}.{PARTIAL}"));
         fs::create_dir_all(&beside).map_err(Error::io(&beside))?;
         Ok(Self { folder: folder.to_owned(), beside })
+    }
+
+    /// Removes what earlier attempts at saving this checkpoint have left. To be called by one of those who write it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] names what cannot be removed.
+    pub fn remove_others(&self) -> Result<()> {
+        let start = format!(".{}.", self.folder.file_name().unwrap_or_default().to_string_lossy());
+        let parent = parent(&self.folder);
+        for entry in fs::read_dir(parent).map_err(Error::io(parent))? {
+            let path = entry.map_err(Error::io(parent))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let is_attempt = name.strip_prefix(&start).is_some_and(|rest| rest.ends_with(PARTIAL));
+            if is_attempt && path.file_name() != self.beside.file_name() {
+                remove_if_there(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes a file of the checkpoint, through to the disk.
@@ -138,7 +159,9 @@ pub fn remove_leftovers(checkpoints: &Path) -> Result<()> {
     for entry in entries {
         let path = entry.map_err(Error::io(checkpoints))?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
-        let Some((name, suffix)) = name.strip_prefix('.').and_then(|name| name.rsplit_once('.')) else { continue };
+        let Some((name, suffix)) = name.strip_prefix('.').and_then(|name| name.rsplit_once('.')) else {
+            continue;
+        };
         let original = path.with_file_name(name);
         match suffix {
             REPLACED if !original.exists() && Manifest::read(&path).is_ok() => {

@@ -33,14 +33,12 @@ pub enum Error {
         /// Why.
         source: Box<Error>,
     },
-    /// A checkpoint cannot be written or read.
-    #[error("checkpoint {}: {problem}", path.display())]
-    Checkpoint {
-        /// The checkpoint's folder, or a file in it.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
-    },
+    /// A checkpoint could not be saved.
+    #[error("cannot save a checkpoint: {0}")]
+    Save(String),
+    /// A checkpoint cannot be found, written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] ice_checkpoint::Error),
     /// A checkpoint does not fit the program that resumes from it.
     #[error("cannot resume: {0}")]
     Resume(String),
@@ -72,6 +70,7 @@ impl Error {
         match self {
             Self::Usage(_) | Self::Data { .. } | Self::Resume(_) => true,
             Self::Node { source, .. } => source.is_usage(),
+            Self::Checkpoint(error) => error.is_usage(),
             _ => false,
         }
     }

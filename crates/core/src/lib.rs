@@ -16,7 +16,7 @@ pub mod optim;
 mod run;
 mod task;
 
-pub use checkpoint::{Checkpoint, Manifest, ResumeFrom};
+pub use checkpoint::{Best, Better, Checkpoint, CheckpointOptions, Manifest, Part, ResumeFrom};
 pub use counters::Counters;
 pub use error::{Error, Result};
 pub use graph::{HyperGraph, Outputs, Tags};
@@ -24,4 +24,4 @@ pub use node::{
     Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Share, Value,
 };
 pub use run::{Run, RunConfig};
-pub use task::{Call, Repeat, SaveCheckpoint, Task, TaskItem};
+pub use task::{Call, LoadCheckpoint, Repeat, SaveBest, SaveCheckpoint, Task, TaskItem};

@@ -24,8 +24,8 @@ pub mod prelude {
     pub use ice_core::data::{Dataset, Labelled, Mnist, Split};
     pub use ice_core::optim::{AdamW, Optimizer, Sgd};
     pub use ice_core::{
-        DatasetNode, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat, Run, SaveCheckpoint,
-        Tags, Task,
+        Better, DatasetNode, HyperGraph, LoadCheckpoint, LossNode, MetricNode, ModuleNode, Outputs, Repeat,
+        Run, SaveBest, SaveCheckpoint, Tags, Task,
     };
     pub use tch::nn::{self, Module as _};
     pub use tch::{Kind, Reduction, Tensor};

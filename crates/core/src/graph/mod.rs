@@ -6,6 +6,7 @@ mod outputs;
 mod tags;
 
 pub(crate) use executable::ExecutableGraph;
+pub(crate) use hyper::Entry;
 pub use hyper::HyperGraph;
 pub use outputs::Outputs;
 pub use tags::Tags;

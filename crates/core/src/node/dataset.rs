@@ -111,11 +111,9 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
         NodeState { values: serde_json::to_value(position).unwrap_or(Json::Null), ..NodeState::default() }
     }
 
-    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
-        let position =
-            Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
-        let sampler =
-            self.sampler.as_mut().ok_or_else(|| Error::Graph("the dataset was not set up".into()))?;
+    fn check_values(&self, values: &Json) -> Result<()> {
+        let position = Position::deserialize(values).map_err(|error| Error::Resume(error.to_string()))?;
+        let sampler = self.sampler()?;
         if position.samples != sampler.samples() {
             return Err(Error::Resume(format!(
                 "the dataset had {} samples when the checkpoint was saved and has {} now",
@@ -123,7 +121,16 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
                 sampler.samples()
             )));
         }
-        sampler.seek(position.epoch, position.cursor);
+        Ok(())
+    }
+
+    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
+        self.check_values(&saved.values)?;
+        let position =
+            Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
+        if let Some(sampler) = &mut self.sampler {
+            sampler.seek(position.epoch, position.cursor);
+        }
         Ok(())
     }
 }
