@@ -30,7 +30,7 @@ pub use keep::{keep_best, keep_last};
 pub use manifest::{Best, Better, Counts, FORMAT_VERSION, FileInfo, Manifest};
 pub use read::{Checkpoint, Piece};
 pub use staging::{Staging, remove_leftovers};
-pub use stream::{CHUNK, verify_file, write_file};
+pub use stream::{CHUNK, forget_contents, verify_file, write_file};
 
 /// The manifest's name in its checkpoint.
 pub const MANIFEST: &str = "manifest.json";

@@ -32,6 +32,15 @@ pub fn write_file(path: &Path, parts: &[&[u8]]) -> Result<FileInfo> {
     Ok(FileInfo { bytes, crc32c: crc })
 }
 
+/// Lets the system use the memory that it keeps a file's contents in for something else. They stay on the disk.
+pub fn forget_contents(path: &Path) {
+    let advice = rustix::fs::Advice::DontNeed;
+    let advised = File::open(path).and_then(|file| Ok(rustix::fs::fadvise(&file, 0, None, advice)?));
+    if let Err(error) = advised {
+        tracing::debug!("{}: stays in memory: {error}", path.display());
+    }
+}
+
 /// Reads the whole file and compares it with what was written.
 ///
 /// # Errors

@@ -1,10 +1,10 @@
 //! How the ranks that write one checkpoint tell each other what they have written. It goes through the store and not through the
 //! process group, since a thread does it while the group is busy with training.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ice_c10d::{ErrorKind, Store};
-use ice_worker::Link;
 
 use crate::{Error, Result};
 
@@ -12,6 +12,9 @@ use crate::{Error, Result};
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
 /// How often a rank that waits looks whether the round is over.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// Whether the round is over, so that some rank will never answer.
+pub(super) type IsOver = dyn Fn() -> bool + Send + Sync;
 
 /// Messages between ranks, by key.
 pub(super) trait Exchange: Send + Sync {
@@ -29,18 +32,13 @@ pub(super) trait Exchange: Send + Sync {
 ///
 /// # Errors
 /// [`Error::Stopped`] once the round is over.
-pub(super) fn wait(
-    exchange: &dyn Exchange,
-    key: &str,
-    link: &Link,
-    path: &std::path::Path,
-) -> Result<Vec<u8>> {
+pub(super) fn wait(exchange: &dyn Exchange, key: &str, is_over: &IsOver, path: &Path) -> Result<Vec<u8>> {
     let started = Instant::now();
     loop {
         if let Some(message) = exchange.look(key)? {
             return Ok(message);
         }
-        if link.is_broken() {
+        if is_over() {
             tracing::warn!("checkpoint {}: not saved, since another rank is gone", path.display());
             return Err(Error::Stopped);
         }

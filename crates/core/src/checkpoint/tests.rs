@@ -21,6 +21,13 @@ use crate::{Context, Error, HyperGraph, Node, NodeState, Outputs, Part, Result, 
 struct Meeting {
     messages: Mutex<BTreeMap<String, Vec<u8>>>,
     changed: Condvar,
+    forgotten: Mutex<Vec<String>>,
+}
+
+impl Meeting {
+    fn rank_1_was_heard(&self) -> bool {
+        self.forgotten.lock().unwrap().iter().any(|key| key.ends_with("/1"))
+    }
 }
 
 impl Exchange for Meeting {
@@ -41,6 +48,7 @@ impl Exchange for Meeting {
 
     fn forget(&self, key: &str) {
         self.messages.lock().unwrap().remove(key);
+        self.forgotten.lock().unwrap().push(key.into());
     }
 }
 
@@ -153,7 +161,7 @@ fn save(folder: &Path, job: &Job, ranks: usize, split: bool) -> Vec<Result<()>> 
     let rank = |rank: usize| {
         let exchange: Arc<dyn Exchange> = Arc::clone(&meeting) as _;
         let graph = graph(job, rank, ranks, true);
-        let mut writer = Writer::of_several(rank, ranks, split, exchange);
+        let mut writer = Writer::of_several(rank, ranks, split, exchange, || false);
         writer
             .save(request(folder, 1), &graph, &Selection::All, &Kept::new(), None)
             .and_then(|()| writer.finish())
@@ -261,6 +269,34 @@ fn a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_nothing() {
 }
 
 #[test]
+fn nobody_waits_for_a_rank_that_is_gone() {
+    let out = tempfile::tempdir().unwrap();
+    let folder = out.path().join("E0S1");
+    let meeting = Arc::new(Meeting::default());
+    // Rank 2 of 3 never comes, and once rank 1 has written the round is over.
+    let over = {
+        let meeting = Arc::clone(&meeting);
+        move || {
+            meeting.messages.lock().unwrap().keys().any(|key| key.ends_with("/1"))
+                || meeting.rank_1_was_heard()
+        }
+    };
+    thread::scope(|scope| {
+        for rank in 0..2 {
+            let (exchange, over, folder): (Arc<dyn Exchange>, _, _) =
+                (meeting.clone(), over.clone(), &folder);
+            scope.spawn(move || {
+                let mut writer = Writer::of_several(rank, 3, false, exchange, over);
+                let graph = graph(&job(), rank, 3, true);
+                writer.save(request(folder, 1), &graph, &Selection::All, &Kept::new(), None).unwrap();
+                assert!(matches!(writer.finish(), Err(Error::Stopped)), "rank {rank}");
+            });
+        }
+    });
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0, "nothing is left");
+}
+
+#[test]
 fn a_missing_shard_is_named() {
     let out = tempfile::tempdir().unwrap();
     let folder = out.path().join("E0S1");
@@ -307,7 +343,7 @@ fn plain(model: &[&str], optimizer: &[&str], value: f64) -> HyperGraph {
 }
 
 fn write(folder: &Path, graph: &HyperGraph, kept: &Kept) {
-    let mut writer = Writer::of_several(0, 1, false, Arc::new(Meeting::default()));
+    let mut writer = Writer::of_several(0, 1, false, Arc::new(Meeting::default()), || false);
     writer.save(request(folder, 1), graph, &Selection::All, kept, None).unwrap();
     writer.finish().unwrap();
 }

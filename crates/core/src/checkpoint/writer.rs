@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use ice_checkpoint::{FileInfo, MODEL_INDEX, Manifest, Staging, keep_best, keep_last};
+use ice_checkpoint::{FileInfo, MODEL_INDEX, Manifest, Staging, forget_contents, keep_best, keep_last};
 use ice_worker::{Link, Worker};
 
-use super::exchange::{Exchange, wait};
+use super::exchange::{Exchange, IsOver, wait};
 use super::snapshot::{Buffers, Share, Snapshot};
 use super::{Kept, Selection};
 use crate::{CheckpointOptions, Error, HyperGraph, Result};
@@ -24,10 +24,13 @@ pub(crate) struct Writer {
     /// Saves so far that several ranks took part in; the same on all ranks.
     shared_saves: u64,
     exchange: Option<Arc<dyn Exchange>>,
+    is_over: Arc<IsOver>,
     memory: Memory,
     under_way: Option<JoinHandle<(Buffers, Result<()>)>>,
     last_saved_ms: u64,
     protected: Option<PathBuf>,
+    /// What the save before has written.
+    before: Vec<PathBuf>,
 }
 
 enum Memory {
@@ -57,6 +60,7 @@ struct Job {
     share: Share,
     attempt: String,
     exchange: Option<Arc<dyn Exchange>>,
+    is_over: Arc<IsOver>,
     link: Link,
     protected: Option<PathBuf>,
 }
@@ -64,8 +68,13 @@ struct Job {
 impl Writer {
     pub(crate) fn new(worker: &Worker, options: &CheckpointOptions) -> Self {
         let alone = worker.store().is_none();
+        let link = worker.link().clone();
         Self {
-            link: worker.link().clone(),
+            is_over: Arc::new({
+                let link = link.clone();
+                move || link.is_broken()
+            }),
+            link,
             rank: worker.rank(),
             world_size: worker.world_size(),
             split: options.split,
@@ -76,6 +85,7 @@ impl Writer {
             under_way: None,
             last_saved_ms: 0,
             protected: None,
+            before: Vec::new(),
         }
     }
 
@@ -86,9 +96,18 @@ impl Writer {
         world_size: usize,
         split: bool,
         exchange: Arc<dyn Exchange>,
+        is_over: impl Fn() -> bool + Send + Sync + 'static,
     ) -> Self {
         let alone = Self::new(&Worker::alone(tch::Device::Cpu), &CheckpointOptions::default());
-        Self { rank, world_size, split, attempt: "test".into(), exchange: Some(exchange), ..alone }
+        Self {
+            rank,
+            world_size,
+            split,
+            attempt: "test".into(),
+            exchange: Some(exchange),
+            is_over: Arc::new(is_over),
+            ..alone
+        }
     }
 
     /// Provides the memory for the saves to come while the run begins.
@@ -139,9 +158,12 @@ impl Writer {
             Ok(snapshot) => snapshot,
             Err(problem) => return Err(ice_checkpoint::Error::checkpoint(&request.folder, problem).into()),
         };
+        let written = snapshot.files.iter().map(|file| request.folder.join(&file.name)).collect();
+        let before = std::mem::replace(&mut self.before, written);
         let job = Job {
             attempt: format!("{}-{}", self.attempt, self.shared_saves),
             exchange: (share.writers > 1).then(|| self.exchange.clone()).flatten(),
+            is_over: Arc::clone(&self.is_over),
             link: self.link.clone(),
             protected: self.protected.clone(),
             request,
@@ -152,6 +174,10 @@ impl Writer {
         let write = move || {
             let _hold = hold;
             let outcome = job.run(&buffers);
+            if outcome.is_ok() {
+                // The next save needs as much memory again; the newest checkpoint stays in it, for a restart.
+                before.iter().for_each(|file| forget_contents(file));
+            }
             (buffers, outcome)
         };
         let thread = thread::Builder::new().name("ice-checkpoint".into()).spawn(write);
@@ -230,13 +256,13 @@ impl Job {
         let ended = key(&"outcome");
         if self.share.rank > 0 {
             exchange.post(&key(&self.share.rank), &serde_json::to_vec(&written).map_err(fail)?)?;
-            let outcome = wait(exchange, &ended, &self.link, &self.request.folder)?;
+            let outcome = wait(exchange, &ended, &*self.is_over, &self.request.folder)?;
             let outcome: std::result::Result<(), String> = serde_json::from_slice(&outcome).map_err(fail)?;
             return outcome.map_err(Error::Save);
         }
         let mut all = written;
         for rank in 1..self.share.writers {
-            let message = wait(exchange, &key(&rank), &self.link, &self.request.folder)?;
+            let message = wait(exchange, &key(&rank), &*self.is_over, &self.request.folder)?;
             exchange.forget(&key(&rank));
             let theirs: Written = serde_json::from_slice(&message).map_err(fail)?;
             all = match (all, theirs) {

@@ -50,6 +50,14 @@ impl Run<'_> {
         Ok(true)
     }
 
+    /// Waits until the checkpoint that is being written is on the disk.
+    ///
+    /// # Errors
+    /// What kept it from being written.
+    pub fn finish_saving(&self) -> Result<()> {
+        self.writer.borrow_mut().finish()
+    }
+
     pub(crate) fn save_if_due(&self) -> Result<()> {
         match self.config.save_every_steps {
             Some(every) if self.counters.train_steps().is_multiple_of(every) => {
