@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::mpsc;
 use std::thread;
 
 use crate::manifest::FileInfo;
@@ -12,23 +13,55 @@ use crate::{Error, Result};
 /// What is written, or read, at a time: small enough that the checksum finds it in the cache.
 pub const CHUNK: usize = 1 << 20;
 
+/// After so many bytes the disk is asked to begin with them.
+const SYNC_EVERY: usize = 32 << 20;
 /// A file shorter than this is not worth a second thread.
 const WORTH_A_THREAD: u64 = 32 << 20;
 const MAX_THREADS: u64 = 8;
 
-/// Writes the parts one after the other, and returns once they are on the disk.
+/// Writes the parts one after the other, and returns once they are on the disk. While memory is copied to the system, a second
+/// thread already waits for the disk.
 ///
 /// # Errors
 /// [`Error::Io`] names the file.
 pub fn write_file(path: &Path, parts: &[&[u8]]) -> Result<FileInfo> {
     let mut file = File::create(path).map_err(Error::io(path))?;
+    let written = if parts.iter().map(|part| part.len()).sum::<usize>() > SYNC_EVERY {
+        write_and_sync(&mut file, parts)
+    } else {
+        write_parts(&mut file, parts, || {})
+    };
+    written.and_then(|info| file.sync_all().map(|()| info)).map_err(Error::io(path))
+}
+
+fn write_and_sync(file: &mut File, parts: &[&[u8]]) -> std::io::Result<FileInfo> {
+    let (due, dues) = mpsc::sync_channel(1);
+    let syncing = file.try_clone()?;
+    thread::scope(|scope| {
+        // The system tells of a failed write once: what is seen here must not be lost.
+        let synced = scope.spawn(move || dues.iter().try_for_each(|()| syncing.sync_data()));
+        // The sender goes with the closure, which ends the thread. One that is at work needs no second order.
+        let info = write_parts(file, parts, move || {
+            let _ = due.try_send(());
+        });
+        synced.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        info
+    })
+}
+
+fn write_parts(file: &mut File, parts: &[&[u8]], mut sync: impl FnMut()) -> std::io::Result<FileInfo> {
     let (mut bytes, mut crc) = (0, 0);
+    let mut unsynced = 0;
     for chunk in parts.iter().flat_map(|part| part.chunks(CHUNK)) {
         crc = crc32c::crc32c_append(crc, chunk);
         bytes += chunk.len() as u64;
-        file.write_all(chunk).map_err(Error::io(path))?;
+        file.write_all(chunk)?;
+        unsynced += chunk.len();
+        if unsynced >= SYNC_EVERY {
+            unsynced = 0;
+            sync();
+        }
     }
-    file.sync_all().map_err(Error::io(path))?;
     Ok(FileInfo { bytes, crc32c: crc })
 }
 
