@@ -1,5 +1,6 @@
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::catalog::{Catalog, Section};
@@ -45,6 +46,28 @@ impl Checkpoint {
         Ok(Self { path: path.to_owned(), manifest, catalog })
     }
 
+    /// All that is wrong with a checkpoint; nothing where it is whole.
+    pub fn damage(path: &Path) -> Vec<Error> {
+        let manifest = match Manifest::read(path) {
+            Ok(manifest) => manifest,
+            Err(error) => return vec![error],
+        };
+        let files = manifest.files.iter().map(|(name, info)| verify_file(&path.join(name), info));
+        let damage: Vec<_> = files.filter_map(Result::err).collect();
+        match damage.is_empty() {
+            true => Self::headers(path, &manifest).err().into_iter().collect(),
+            false => damage,
+        }
+    }
+
+    /// The tensors that the headers of its files name; the files are not checked.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for headers that are damaged or do not fit each other.
+    pub fn headers(path: &Path, manifest: &Manifest) -> Result<Catalog> {
+        Self::read_catalog(path, manifest)
+    }
+
     /// A checkpoint that another process has opened.
     pub fn assume(path: PathBuf, manifest: Manifest, catalog: Catalog) -> Self {
         Self { path, manifest, catalog }
@@ -77,6 +100,25 @@ impl Checkpoint {
     /// Its tensors.
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
+    }
+
+    /// The bytes of one tensor, whole.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] where there is none of that key, or a file cannot be read.
+    pub fn tensor(&self, section: Section, key: &str) -> Result<Vec<u8>> {
+        let missing = || Error::checkpoint(&self.path, format!("has no `{key}`"));
+        let saved = self.catalog.section(section).get(key).ok_or_else(missing)?;
+        let mut bytes = vec![0; saved.bytes() as usize];
+        let width = saved.dtype.bitsize() as u64;
+        for extent in &saved.extents {
+            let path = self.path.join(&extent.file);
+            let (start, len) = ((extent.start * width / 8) as usize, (extent.len * width / 8) as usize);
+            File::open(&path)
+                .and_then(|file| file.read_exact_at(&mut bytes[start..start + len], extent.offset))
+                .map_err(|error| Error::checkpoint(&path, error))?;
+        }
+        Ok(bytes)
     }
 
     /// The order that [`Checkpoint::stream`] passes the elements in: file by file, from front to back.
