@@ -16,8 +16,8 @@ const STORE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a collective may take; PyTorch's default for gloo.
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
-/// Joins the group of the round that the rank was started in.
-pub(crate) fn join(env: &RankEnv, device: Device) -> Result<ProcessGroup, Error> {
+/// Joins the group of the round that the rank was started in; and the store of the round.
+pub(crate) fn join(env: &RankEnv, device: Device) -> Result<(ProcessGroup, Store), Error> {
     let (rank, world_size) = (env.rank as usize, env.world_size as usize);
     let fail = |doing: &str| {
         let doing =
@@ -28,7 +28,7 @@ pub(crate) fn join(env: &RankEnv, device: Device) -> Result<ProcessGroup, Error>
         .map_err(fail("cannot reach the store"))?
         .with_prefix(&format!("ice/round_{}", env.round));
     let default = if device.is_cuda() { DistBackend::Nccl } else { DistBackend::Gloo };
-    match (env.backend.unwrap_or(default), device) {
+    let group = match (env.backend.unwrap_or(default), device) {
         (DistBackend::Nccl, Device::Cuda(index)) => {
             ProcessGroup::nccl(&store, rank, world_size, index, COLLECTIVE_TIMEOUT)
                 .map_err(fail("cannot form the nccl group over the store"))
@@ -46,7 +46,8 @@ pub(crate) fn join(env: &RankEnv, device: Device) -> Result<ProcessGroup, Error>
             ProcessGroup::gloo(&store, rank, world_size, &options)
                 .map_err(fail("cannot form the gloo group over the store"))
         }
-    }
+    }?;
+    Ok((group, store))
 }
 
 /// The address of this host on the way to the store: the one that the other ranks can reach it by. A host's own name often

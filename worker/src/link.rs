@@ -151,6 +151,11 @@ impl Link {
         self.wait_for_stop(Duration::ZERO)
     }
 
+    /// Whether the round is over. Unlike [`Link::stop`] it is no promise that the rank will end by itself.
+    pub fn is_broken(&self) -> bool {
+        self.inner.as_ref().is_some_and(|inner| inner.state().stop == Some(Stop::Broken))
+    }
+
     /// As [`Link::stop`], giving a request that is under way this long to arrive.
     pub fn wait_for_stop(&self, timeout: Duration) -> Option<Stop> {
         let inner = self.inner.as_ref()?;

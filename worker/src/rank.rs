@@ -4,7 +4,7 @@ use std::env;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use ice_c10d::{ProcessGroup, ReduceOp};
+use ice_c10d::{ProcessGroup, ReduceOp, Store};
 use ice_proto::backend::RankDevice;
 use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
 use ice_proto::error_file::{self, ErrorRecord};
@@ -18,6 +18,7 @@ pub struct Worker {
     env: RankEnv,
     device: Device,
     group: Option<ProcessGroup>,
+    store: Option<Store>,
     link: Link,
 }
 
@@ -41,8 +42,8 @@ impl Worker {
             None => Link::default(),
         };
         let device = device::bind(env.device.unwrap_or(RankDevice::Cpu))?;
-        let group = group::join(&env, device)?;
-        Ok(Self { env, device, group: Some(group), link })
+        let (group, store) = group::join(&env, device)?;
+        Ok(Self { env, device, group: Some(group), store: Some(store), link })
     }
 
     /// A process on its own: rank 0 of 1, without a group and without an agent. For eager use and tests.
@@ -65,7 +66,7 @@ impl Worker {
             round: 0,
             run_stamp: None,
         };
-        Self { env, device, group: None, link: Link::default() }
+        Self { env, device, group: None, store: None, link: Link::default() }
     }
 
     /// A rank of a group that the program made itself, without an agent.
@@ -119,6 +120,16 @@ impl Worker {
     /// The process group; `None` for a process on its own.
     pub fn group(&self) -> Option<&ProcessGroup> {
         self.group.as_ref()
+    }
+
+    /// The store of the round, which all its ranks share; `None` for a process on its own.
+    pub fn store(&self) -> Option<&Store> {
+        self.store.as_ref()
+    }
+
+    /// Number of the round that the rank was started in.
+    pub fn round(&self) -> u64 {
+        self.env.round
     }
 
     /// The connection to the agent.

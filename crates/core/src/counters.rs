@@ -1,9 +1,9 @@
 use std::cell::Cell;
 
-use serde::{Deserialize, Serialize};
+use ice_checkpoint::Counts;
 
 /// What a run has done so far, over all its tasks. Saved in every checkpoint.
-#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Counters {
     train_steps: Cell<u64>,
     train_epochs: Cell<u64>,
@@ -47,10 +47,19 @@ impl Counters {
         counter.set(counter.get() + 1);
     }
 
-    pub(crate) fn restore(&self, saved: &Self) {
-        self.train_steps.set(saved.train_steps());
-        self.train_epochs.set(saved.train_epochs());
-        self.eval_steps.set(saved.eval_steps());
-        self.eval_epochs.set(saved.eval_epochs());
+    pub(crate) fn saved(&self) -> Counts {
+        Counts {
+            train_steps: self.train_steps(),
+            train_epochs: self.train_epochs(),
+            eval_steps: self.eval_steps(),
+            eval_epochs: self.eval_epochs(),
+        }
+    }
+
+    pub(crate) fn restore(&self, saved: Counts) {
+        self.train_steps.set(saved.train_steps);
+        self.train_epochs.set(saved.train_epochs);
+        self.eval_steps.set(saved.eval_steps);
+        self.eval_epochs.set(saved.eval_epochs);
     }
 }

@@ -52,14 +52,12 @@ pub enum Error {
     /// The code of a dataset panicked.
     #[error("panicked: {0}")]
     Panicked(String),
-    /// A checkpoint cannot be written or read.
-    #[error("checkpoint {}: {problem}", path.display())]
-    Checkpoint {
-        /// The checkpoint's folder, or a file in it.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
-    },
+    /// A checkpoint could not be saved.
+    #[error("cannot save a checkpoint: {0}")]
+    Save(String),
+    /// A checkpoint cannot be found, written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] ice_checkpoint::Error),
     /// A checkpoint does not fit the program that resumes from it.
     #[error("cannot resume: {0}")]
     Resume(String),
@@ -99,6 +97,7 @@ impl Error {
             Self::Node { source, .. } | Self::Sample { source, .. } | Self::Batch { source, .. } => {
                 source.is_usage()
             }
+            Self::Checkpoint(error) => error.is_usage(),
             _ => false,
         }
     }

@@ -17,7 +17,7 @@ mod precision;
 mod run;
 mod task;
 
-pub use checkpoint::{Checkpoint, Manifest, ResumeFrom};
+pub use checkpoint::{Best, Better, Checkpoint, CheckpointOptions, Manifest, Part, ResumeFrom};
 pub use counters::Counters;
 pub use error::{Error, Result};
 pub use graph::{Eager, HyperGraph, Outputs, Tags};
@@ -27,4 +27,4 @@ pub use node::{
 };
 pub use precision::{Autocast, GradScaler};
 pub use run::{Run, RunConfig};
-pub use task::{Call, Repeat, SaveCheckpoint, Task, TaskItem};
+pub use task::{Call, LoadCheckpoint, Repeat, SaveBest, SaveCheckpoint, Task, TaskItem};

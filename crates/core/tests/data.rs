@@ -51,13 +51,21 @@ fn train(data: impl Node + 'static, out: &Path, from: Option<ResumeFrom>) -> Res
     graph.add("net", net.optimizer(AdamW::new(0.05)), "*")?;
     graph.add("loss", LossNode::new(|x| Ok(x.tensor("net")?.square().mean(Kind::Float))), "train")?;
     let tasks = Repeat::new(3).then(Task::train("train")).then(SaveCheckpoint::new());
-    let config = RunConfig { seed: 7, out_dir: out.to_owned(), save_every_steps: Some(1), resume_from: from };
+    let config = RunConfig {
+        seed: 7,
+        out_dir: out.to_owned(),
+        save_every_steps: Some(1),
+        resume_from: from,
+        checkpoints: Default::default(),
+    };
     Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), config)
 }
 
 fn checkpoints(out: &Path) -> Vec<String> {
     let Ok(folder) = fs::read_dir(out.join("none_local/ckpts")) else { return Vec::new() };
-    folder.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    let names = folder.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    // Beside them lies `latest`.
+    names.filter(|name| name.starts_with('E')).collect()
 }
 
 fn bits(out: &Path) -> [Vec<u8>; 2] {

@@ -24,8 +24,8 @@ pub mod prelude {
     pub use ice_core::data::{Dataset, Labelled, Mnist, Split};
     pub use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};
     pub use ice_core::{
-        Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat,
-        Run, SaveCheckpoint, Tags, Task,
+        Autocast, Better, DatasetNode, GradScaler, HyperGraph, LoadCheckpoint, LossNode, MetricNode,
+        ModuleNode, Outputs, Repeat, Run, SaveBest, SaveCheckpoint, StreamNode, Tags, Task,
     };
     pub use tch::nn::{self, Module as _};
     pub use tch::{Kind, Reduction, Tensor};

@@ -1,8 +1,8 @@
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::Args;
-use ice_core::{ResumeFrom, RunConfig};
+use ice_core::{CheckpointOptions, ResumeFrom, RunConfig};
 use ice_launch::LaunchArgs;
 
 /// The options of every training program, to be flattened into its own.
@@ -27,6 +27,18 @@ pub struct RunOptions {
     /// Go on from a checkpoint: its folder, or `latest` for the newest of this run id below the output folder.
     #[arg(long, value_name = "PATH|latest", help_heading = "Run")]
     pub resume_from: Option<ResumeFrom>,
+
+    /// Start from the beginning, with a warning, where the checkpoint does not fit the program.
+    #[arg(long, requires = "resume_from", help_heading = "Run")]
+    pub resume_if_it_fits: bool,
+
+    /// Keep only the newest so many checkpoints of the run.
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    pub keep_checkpoints: Option<NonZeroUsize>,
+
+    /// All ranks write a share of each checkpoint, instead of rank 0 alone. All nodes must share the output folder.
+    #[arg(long, help_heading = "Run")]
+    pub split_checkpoints: bool,
 }
 
 impl RunOptions {
@@ -36,6 +48,11 @@ impl RunOptions {
             out_dir: self.out_dir.clone(),
             save_every_steps: self.save_every_steps.map(NonZeroU64::get),
             resume_from: self.resume_from.clone(),
+            checkpoints: CheckpointOptions {
+                keep_last: self.keep_checkpoints,
+                split: self.split_checkpoints,
+                strict: !self.resume_if_it_fits,
+            },
         }
     }
 }

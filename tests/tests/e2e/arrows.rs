@@ -57,10 +57,10 @@ impl Packages {
 }
 
 #[test]
-fn the_launcher_never_reaches_libtorch() {
+fn the_launcher_and_the_files_never_reach_libtorch() {
     let packages = Packages::read();
     let torch = BTreeSet::from(["tch", "torch-sys", "ice-c10d"]);
-    for name in ["ice-proto", "ice-rendezvous", "ice-launch"] {
+    for name in ["ice-proto", "ice-rendezvous", "ice-launch", "ice-checkpoint", "ice-ckpt"] {
         let reached = packages.reach(name);
         let wrong: Vec<_> = torch.intersection(&reached).collect();
         assert!(wrong.is_empty(), "{name} reaches {wrong:?}");
@@ -75,9 +75,11 @@ fn the_arrows_point_one_way() {
         ("ice-proto", &["ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"][..]),
         ("ice-rendezvous", &["ice-launch", "ice-worker", "ice-core", "ice"]),
         ("ice-launch", &["ice-worker", "ice-core", "ice"]),
+        ("ice-checkpoint", &["ice-proto", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
+        ("ice-ckpt", &["ice-proto", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
         ("ice-c10d", &["ice-proto", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
         ("ice-worker", &["ice-rendezvous", "ice-launch", "ice-core", "ice"]),
-        ("ice-core", &["ice-rendezvous", "ice-launch", "ice"]),
+        ("ice-core", &["ice-rendezvous", "ice-launch", "ice-ckpt", "ice"]),
     ];
     for (from, to) in forbidden {
         let reached = packages.reach(from);

@@ -8,6 +8,7 @@ mod tags;
 
 pub use eager::Eager;
 pub(crate) use executable::ExecutableGraph;
+pub(crate) use hyper::Entry;
 pub use hyper::HyperGraph;
 pub use outputs::Outputs;
 pub use tags::Tags;

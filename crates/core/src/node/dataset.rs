@@ -183,9 +183,8 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
         NodeState { values: serde_json::to_value(position).unwrap_or(Json::Null), ..NodeState::default() }
     }
 
-    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
-        let position =
-            Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
+    fn check_values(&self, values: &Json) -> Result<()> {
+        let position = Position::deserialize(values).map_err(|error| Error::Resume(error.to_string()))?;
         let shuffled = |is: bool| if is { "shuffled" } else { "in order" };
         if position.shuffled != self.shuffle {
             return Err(Error::Resume(format!(
@@ -194,7 +193,8 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
                 shuffled(self.shuffle)
             )));
         }
-        let sampler = self.feed()?.sampler_mut();
+        let feed = self.feed.as_ref().ok_or_else(|| Error::Graph("the dataset was not set up".into()))?;
+        let sampler = feed.sampler();
         if position.samples != sampler.samples() {
             return Err(Error::Resume(format!(
                 "the dataset had {} samples when the checkpoint was saved and has {} now",
@@ -202,8 +202,15 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
                 sampler.samples()
             )));
         }
+        Ok(())
+    }
+
+    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
+        self.check_values(&saved.values)?;
+        let position =
+            Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
         let Position { pass, cursor, iteration, .. } = position;
-        sampler.seek(Place { pass, cursor, iteration });
+        self.feed()?.sampler_mut().seek(Place { pass, cursor, iteration });
         Ok(())
     }
 }

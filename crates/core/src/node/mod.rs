@@ -8,8 +8,10 @@ mod stream;
 mod value;
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use ice_checkpoint::Part;
 use ice_worker::Worker;
 use serde_json::Value as Json;
 use tch::Tensor;
@@ -155,12 +157,26 @@ pub trait Node: Any {
         Vec::new()
     }
 
-    /// What a checkpoint must hold of this node.
+    /// What a checkpoint must hold of this node. The tensors share memory with the node's own: a checkpoint is loaded into them.
     fn state(&self) -> NodeState {
         NodeState::default()
     }
 
-    /// Takes over what a checkpoint holds.
+    /// Whether ranks hold different parts of this node's state. The same on every rank.
+    fn is_sharded(&self) -> bool {
+        false
+    }
+
+    /// Checks that [`Node::load_state`] will take these values. Nothing is changed.
+    ///
+    /// # Errors
+    /// [`Error::Resume`] says what does not fit.
+    fn check_values(&self, _values: &Json) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes over what a checkpoint holds. The tensors are those that [`Node::state`] gave, filled; one that the checkpoint does
+    /// not have, where that is allowed, is as it was.
     ///
     /// # Errors
     /// [`Error::Resume`] names what is missing, unexpected or of another shape.
@@ -169,13 +185,20 @@ pub trait Node: Any {
     }
 }
 
-/// The state of a node: tensors by name, and whatever else fits into JSON. As a checkpoint holds it, the tensors are on the CPU.
+/// The state of a node: tensors by name, and whatever else fits into JSON.
+///
+/// A tensor may be a piece of a larger one that several ranks hold together: its [`Part`] says so. The checkpoint then has the
+/// whole, in files of all these ranks, and gives each rank of a later run the piece that this one asks for.
 #[derive(Default)]
 pub struct NodeState {
     /// Parameters and buffers, named as PyTorch would.
     pub model: Vec<(String, Tensor)>,
     /// State of the optimizer.
     pub optimizer: Vec<(String, Tensor)>,
+    /// Which of the model's tensors are pieces, by name.
+    pub model_parts: BTreeMap<String, Part>,
+    /// Which of the optimizer's tensors are pieces, by name.
+    pub optimizer_parts: BTreeMap<String, Part>,
     /// Positions and sums; null for none.
     pub values: Json,
 }

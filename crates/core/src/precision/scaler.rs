@@ -139,6 +139,10 @@ impl Node for GradScaler {
         NodeState { values: serde_json::to_value(state).unwrap_or(Json::Null), ..NodeState::default() }
     }
 
+    fn check_values(&self, values: &Json) -> Result<()> {
+        State::deserialize(values).map(drop).map_err(|error| Error::Resume(error.to_string()))
+    }
+
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {
         let state = State::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
         let ready = self.ready()?;

@@ -1,15 +1,18 @@
 //! A run: a graph, its tasks, and the rank that they run on.
 
+mod resume;
+mod save;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use ice_worker::{Stop, Worker};
+use ice_worker::Worker;
 
-use crate::checkpoint::{Checkpoint, Manifest, Writer};
-use crate::{Context, Counters, Error, HyperGraph, Measure, Result, ResumeFrom, TaskItem};
+use crate::checkpoint::{Kept, Writer};
+use crate::{CheckpointOptions, Context, Counters, Error, HyperGraph, Measure, Result, ResumeFrom, TaskItem};
 
 /// After a collective failed, how long a request to stop may take to arrive that would explain it: the other ranks may have
 /// been asked first.
@@ -26,6 +29,8 @@ pub struct RunConfig {
     pub save_every_steps: Option<u64>,
     /// The checkpoint to go on from.
     pub resume_from: Option<ResumeFrom>,
+    /// How to save and resume.
+    pub checkpoints: CheckpointOptions,
 }
 
 /// A run under way, as tasks and closures see it.
@@ -38,6 +43,7 @@ pub struct Run<'a> {
     counters: Counters,
     measures: RefCell<BTreeMap<String, f64>>,
     writer: RefCell<Writer>,
+    kept: RefCell<Kept>,
 }
 
 impl<'a> Run<'a> {
@@ -57,14 +63,17 @@ impl<'a> Run<'a> {
             graph,
             tasks,
             folder: config.out_dir.join(format!("{}_{stamp}", worker.run_id())),
-            writer: RefCell::new(Writer::new(worker.link().clone())),
+            writer: RefCell::new(Writer::new(&worker, &config.checkpoints)),
             worker,
             config,
             counters: Counters::default(),
             measures: RefCell::default(),
+            kept: RefCell::default(),
         };
+        run.remove_leftovers()?;
         graph.set_up(&Context { worker: Rc::clone(&run.worker), seed: run.config.seed })?;
         run.resume()?;
+        run.prepare_to_save();
         let outcome = match tasks.run(&run) {
             Err(Error::Stopped) => run.save_before_stop(),
             Err(error) if matches!(error.root(), Error::StopAllTasks) => Ok(()),
@@ -77,7 +86,11 @@ impl<'a> Run<'a> {
         run.worker.link().rest();
         let outcome = outcome.and_then(|()| graph.switch_to(&[]));
         let written = run.writer.borrow_mut().finish();
-        outcome.and(written)
+        outcome.and(match written {
+            // Another rank is gone, and the checkpoint that it had a part in with it.
+            Err(Error::Stopped) => Ok(()),
+            written => written,
+        })
     }
 
     /// The graph.
@@ -119,47 +132,12 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Saves a checkpoint of the whole graph and of the progress of all tasks. Returns once the state is copied; a thread
-    /// writes it. Rank 0 writes for all.
-    ///
-    /// # Errors
-    /// The failure of this save's copy or of the write before it.
-    pub fn save_checkpoint(&self) -> Result<()> {
-        if !self.is_main() {
-            return Ok(());
-        }
-        let name = format!("E{}S{}", self.counters.train_epochs(), self.counters.train_steps());
-        let manifest = Manifest::new(
-            self.worker.run_id(),
-            self.worker.world_size(),
-            self.config.seed,
-            &self.counters,
-            self.tasks.state(),
-            self.measures.borrow().clone(),
-        );
-        let folder = self.folder.join("ckpts").join(name);
-        self.writer.borrow_mut().save(folder, manifest, self.graph)
-    }
-
-    pub(crate) fn save_if_due(&self) -> Result<()> {
-        match self.config.save_every_steps {
-            Some(every) if self.counters.train_steps().is_multiple_of(every) => self.save_checkpoint(),
-            _ => Ok(()),
-        }
-    }
-
     pub(crate) fn total_epochs(&self, train: bool) -> u64 {
         self.tasks.epochs(train)
     }
 
     pub(crate) fn check_stop(&self) -> Result<()> {
         if self.worker.link().stop().is_some() { Err(Error::Stopped) } else { Ok(()) }
-    }
-
-    /// At a step boundary: what was done since the last checkpoint is not to be lost, unless another rank was.
-    fn save_before_stop(&self) -> Result<()> {
-        let due = self.worker.link().stop() == Some(Stop::Requested) && self.counters.train_steps() > 0;
-        if due { self.save_checkpoint() } else { Ok(()) }
     }
 
     /// Makes the random numbers of a training step a function of the seed, the rank and the step, so that a resumed run
@@ -184,39 +162,5 @@ impl<'a> Run<'a> {
                 .collect();
             println!("{heading}{values}  ({:.1} s)", took.as_secs_f64());
         }
-    }
-
-    /// Goes on from a checkpoint: the one of this run where the group was restarted, else the one asked for.
-    fn resume(&self) -> Result<()> {
-        let from = || {
-            let own = (self.worker.restart_count() > 0)
-                .then(|| Checkpoint::newest_in(&self.folder.join("ckpts")))
-                .flatten();
-            match (own, &self.config.resume_from) {
-                (Some(own), _) => Ok(Some(own)),
-                (None, Some(from)) => {
-                    Checkpoint::find(from, &self.config.out_dir, self.worker.run_id()).map(Some)
-                }
-                (None, None) => Ok(None),
-            }
-        };
-        let found = if self.is_main() { from()? } else { None };
-        let Some(checkpoint) = Checkpoint::shared(found, &self.worker)? else { return Ok(()) };
-        let manifest = checkpoint.manifest();
-        if manifest.seed != self.config.seed {
-            return Err(Error::Resume(format!(
-                "the checkpoint was made with --seed {} and this run has {}",
-                manifest.seed, self.config.seed
-            )));
-        }
-        self.tasks.load_state(&manifest.tasks, true)?;
-        checkpoint.load_into(self.graph)?;
-        self.tasks.load_state(&manifest.tasks, false)?;
-        self.counters.restore(&manifest.counters);
-        self.measures.borrow_mut().extend(manifest.measures.clone());
-        if self.is_main() {
-            println!("resuming from {}", checkpoint.path().display());
-        }
-        Ok(())
     }
 }

@@ -1,7 +1,9 @@
 //! What a run does, in order: tasks over parts of the graph, repetitions, checkpoints, and any closure.
 
+mod best;
 mod call;
 mod epochs;
+mod load;
 mod once;
 mod repeat;
 mod save;
@@ -9,8 +11,10 @@ mod save;
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
+pub use best::SaveBest;
 pub use call::Call;
 pub use epochs::Task;
+pub use load::LoadCheckpoint;
 pub use repeat::Repeat;
 pub use save::SaveCheckpoint;
 
@@ -42,6 +46,11 @@ pub trait TaskItem {
 
     /// Epochs that this item runs in all, of training or else of evaluation.
     fn epochs(&self, train: bool) -> u64;
+
+    /// Whether it will save checkpoints, so that memory for them is worth having ready.
+    fn saves(&self) -> bool {
+        false
+    }
 }
 
 fn parse<T: DeserializeOwned>(state: &Json, what: &str) -> Result<T> {

@@ -10,6 +10,9 @@ pub(super) trait Once {
     /// What it is, for messages.
     const WHAT: &'static str;
 
+    /// Whether it saves a checkpoint.
+    const SAVES: bool = false;
+
     /// Whether it is finished.
     fn finished(&self) -> &Cell<bool>;
 
@@ -46,5 +49,9 @@ impl<T: Once> TaskItem for T {
 
     fn epochs(&self, _: bool) -> u64 {
         0
+    }
+
+    fn saves(&self) -> bool {
+        T::SAVES
     }
 }

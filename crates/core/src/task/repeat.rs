@@ -111,6 +111,10 @@ impl TaskItem for Repeat {
         Ok(())
     }
 
+    fn saves(&self) -> bool {
+        self.items.iter().any(|item| item.saves())
+    }
+
     fn epochs(&self, train: bool) -> u64 {
         self.times * self.items.iter().map(|item| item.epochs(train)).sum::<u64>()
     }

@@ -50,8 +50,13 @@ pub(crate) fn on_ranks<T: Send, K: TaskItem>(
         let options =
             GlooOptions { timeout: TIMEOUT, hostname: Some("127.0.0.1".into()), ..GlooOptions::default() };
         let group = ProcessGroup::gloo(&store, rank, world_size, &options).unwrap();
-        let config =
-            RunConfig { seed: 7, out_dir: out.path().to_owned(), save_every_steps: None, resume_from: None };
+        let config = RunConfig {
+            seed: 7,
+            out_dir: out.path().to_owned(),
+            save_every_steps: None,
+            resume_from: None,
+            checkpoints: Default::default(),
+        };
         let (graph, tasks, result) = make(rank);
         Run::execute(&graph, &tasks, Rc::new(Worker::of_group(group, Device::Cpu)), config).unwrap();
         result()

@@ -95,17 +95,22 @@ impl Groups {
         if values.is_empty() { Json::Null } else { values.into() }
     }
 
+    pub(super) fn check_values(&self, saved: &Json) -> Result<()> {
+        let scheduled = self.0.iter().filter(|group| !group.optimizer.values().is_null());
+        match scheduled.map(|group| &group.pattern).find(|pattern| saved.get(pattern.as_str()).is_none()) {
+            Some(pattern) => Err(Error::Resume(format!(
+                "the checkpoint has nothing of an optimizer for `{pattern}` that follows a schedule"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn load_values(&mut self, saved: &Json) -> Result<()> {
+        self.check_values(saved)?;
         for Group { pattern, optimizer, .. } in &mut self.0 {
-            if optimizer.values().is_null() {
-                continue;
+            if let Some(values) = saved.get(pattern.as_str()) {
+                optimizer.load_values(values)?;
             }
-            let values = saved.get(pattern.as_str()).ok_or_else(|| {
-                Error::Resume(format!(
-                    "the checkpoint has nothing of an optimizer for `{pattern}` that follows a schedule"
-                ))
-            })?;
-            optimizer.load_values(values)?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use ice_c10d::optim::{clear_gradients, clip_grad_norm};
 use ice_c10d::{Reducer, ReducerOptions};
 use ice_worker::Worker;
+use serde_json::Value as Json;
 use tch::Tensor;
 use tch::nn::{Path, VarStore};
 
@@ -217,7 +218,12 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
             model: named(&ready.store.variables()),
             optimizer: self.groups.state(),
             values: self.groups.values(),
+            ..NodeState::default()
         }
+    }
+
+    fn check_values(&self, values: &Json) -> Result<()> {
+        self.groups.check_values(values)
     }
 
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {

@@ -1,0 +1,119 @@
+//! Which checkpoint to go on from: the newest valid one wins, a damaged one is reported and skipped.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use crate::{BEST, CHECKPOINTS, Checkpoint, Error, MANIFEST, Manifest, Result};
+
+/// Which checkpoint to go on from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ResumeFrom {
+    /// The newest valid one of this run id below the output folder.
+    Latest,
+    /// A checkpoint's folder, or one that holds checkpoints: the newest valid one in it.
+    Path(PathBuf),
+}
+
+impl FromStr for ResumeFrom {
+    type Err = std::convert::Infallible;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Ok(if s == "latest" { Self::Latest } else { Self::Path(s.into()) })
+    }
+}
+
+/// A folder that looks like a checkpoint, and its manifest or what is wrong with it.
+#[derive(Debug)]
+pub struct Candidate {
+    /// The folder.
+    pub path: PathBuf,
+    /// What it says about itself. The other files were not looked at.
+    pub manifest: Result<Manifest>,
+}
+
+impl Candidate {
+    /// What candidates are ordered by: when it was saved, then how far it had come.
+    pub(crate) fn age(&self) -> Option<(u64, u64)> {
+        let manifest = self.manifest.as_ref().ok()?;
+        Some((manifest.saved_unix_ms, manifest.counters.train_steps))
+    }
+}
+
+/// The checkpoints directly in a folder, the oldest first; those whose manifest cannot be read come before all others.
+pub fn candidates(folder: &Path) -> Vec<Candidate> {
+    let mut candidates: Vec<_> = folders(folder)
+        .into_iter()
+        .filter(|path| path.join(MANIFEST).exists() || parent_holds_checkpoints(path))
+        .map(|path| Candidate { manifest: Manifest::read(&path), path })
+        .collect();
+    candidates.sort_by(|a, b| (a.age(), &a.path).cmp(&(b.age(), &b.path)));
+    candidates
+}
+
+fn parent_holds_checkpoints(path: &Path) -> bool {
+    let parent = path.parent().and_then(Path::file_name);
+    parent.is_some_and(|name| name == CHECKPOINTS || name == BEST)
+}
+
+impl Checkpoint {
+    /// Finds and checks the checkpoint to go on from.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] where there is none, with where it was looked for.
+    pub fn find(from: &ResumeFrom, out_dir: &Path, run_id: &str) -> Result<Self> {
+        let of_run = |run: &Path| [run.join(CHECKPOINTS), run.join(BEST)];
+        let found = match from {
+            ResumeFrom::Path(path) if path.join(MANIFEST).exists() => return Self::open(path),
+            ResumeFrom::Path(path) => {
+                let [own, best] = of_run(path);
+                Self::newest_of(&[path.clone(), own, best], None)
+            }
+            ResumeFrom::Latest => {
+                let all: Vec<_> = folders(out_dir).iter().flat_map(|run| of_run(run)).collect();
+                Self::newest_of(&all, Some(run_id))
+            }
+        };
+        found.ok_or_else(|| {
+            Error::NotFound(match from {
+                ResumeFrom::Path(path) => format!("--resume-from {}: no valid checkpoint there", path.display()),
+                ResumeFrom::Latest => format!(
+                    "--resume-from latest: no valid checkpoint of run id `{run_id}` below {}: check --out-dir and --run-id",
+                    out_dir.display()
+                ),
+            })
+        })
+    }
+
+    /// The newest valid checkpoint in the folder of a run.
+    pub fn newest_in_run(run: &Path) -> Option<Self> {
+        Self::newest_of(&[run.join(CHECKPOINTS), run.join(BEST)], None)
+    }
+
+    /// The newest valid checkpoint of a whole graph directly in one of the folders. Damaged ones are reported and passed over.
+    pub fn newest_of(holders: &[PathBuf], run_id: Option<&str>) -> Option<Self> {
+        let warn = |path: &Path, error: &Error| tracing::warn!("skipping {}: {error}", path.display());
+        let mut all: Vec<_> = holders.iter().flat_map(|holder| candidates(holder)).collect();
+        all.sort_by(|a, b| (a.age(), &a.path).cmp(&(b.age(), &b.path)));
+        let mut fitting = Vec::new();
+        for candidate in all {
+            match candidate.manifest {
+                Ok(manifest)
+                    if run_id.is_some_and(|run_id| run_id != manifest.run_id) || manifest.tags.is_some() => {}
+                Ok(_) => fitting.push(candidate.path),
+                Err(error) => warn(&candidate.path, &error),
+            }
+        }
+        fitting.iter().rev().find_map(|path| Self::open(path).inspect_err(|error| warn(path, error)).ok())
+    }
+}
+
+/// The visible folders in a folder, links aside; none where it cannot be read.
+fn folders(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let visible = |entry: &fs::DirEntry| {
+        !entry.file_name().as_encoded_bytes().starts_with(b".")
+            && entry.file_type().is_ok_and(|kind| kind.is_dir())
+    };
+    entries.filter_map(Result::ok).filter(visible).map(|entry| entry.path()).collect()
+}

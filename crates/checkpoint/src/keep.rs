@@ -1,0 +1,75 @@
+//! Which checkpoints stay.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::find::Candidate;
+use crate::{Manifest, Result, candidates, staging};
+
+/// Removes all but the newest `keep` checkpoints in a folder, and says which. Those that are damaged do not count and stay, for
+/// somebody to look at. `protected` stays unless a newer one is whole.
+///
+/// # Errors
+/// [`crate::Error::Io`] names the checkpoint that cannot be removed.
+pub fn keep_last(folder: &Path, keep: usize, protected: Option<&Path>) -> Result<Vec<PathBuf>> {
+    let whole: Vec<_> = candidates(folder).into_iter().filter(is_whole).collect();
+    let surplus = whole.len().saturating_sub(keep.max(1));
+    remove(whole.iter().take(surplus).map(|candidate| &candidate.path), protected, whole.last())
+}
+
+/// Removes all but the `keep` best checkpoints in a folder by the measure that their manifests name, and says which.
+///
+/// # Errors
+/// [`crate::Error::Io`] names the checkpoint that cannot be removed.
+pub fn keep_best(
+    folder: &Path,
+    measure: &str,
+    keep: usize,
+    protected: Option<&Path>,
+) -> Result<Vec<PathBuf>> {
+    let whole: Vec<_> = candidates(folder).into_iter().filter(is_whole).collect();
+    let mut ranked: Vec<_> = whole
+        .iter()
+        .filter_map(|candidate| {
+            let best = candidate.manifest.as_ref().ok()?.best.as_ref()?;
+            (best.measure == measure).then_some((best, candidate))
+        })
+        .collect();
+    // Among equals the newer one is worth more.
+    ranked.sort_by(|(a, one), (b, other)| {
+        let order = match (a.better.prefers(a.value, b.value), a.better.prefers(b.value, a.value)) {
+            (true, _) => std::cmp::Ordering::Less,
+            (_, true) => std::cmp::Ordering::Greater,
+            _ => std::cmp::Ordering::Equal,
+        };
+        order.then_with(|| other.age().cmp(&one.age()))
+    });
+    let surplus = ranked.iter().skip(keep.max(1)).map(|(_, candidate)| &candidate.path);
+    remove(surplus, protected, whole.last())
+}
+
+fn remove<'a>(
+    surplus: impl Iterator<Item = &'a PathBuf>,
+    protected: Option<&Path>,
+    newest: Option<&Candidate>,
+) -> Result<Vec<PathBuf>> {
+    let protected = protected.and_then(|path| fs::canonicalize(path).ok());
+    let same = |path: &Path| protected.is_some() && fs::canonicalize(path).ok() == protected;
+    let mut removed = Vec::new();
+    for path in surplus {
+        if same(path) && newest.is_none_or(|newest| same(&newest.path)) {
+            continue;
+        }
+        staging::remove(path)?;
+        removed.push(path.clone());
+    }
+    Ok(removed)
+}
+
+/// Whether all files are there in their lengths. Their bytes are not read.
+fn is_whole(candidate: &Candidate) -> bool {
+    let Ok(Manifest { files, .. }) = &candidate.manifest else { return false };
+    files.iter().all(|(name, info)| {
+        fs::metadata(candidate.path.join(name)).is_ok_and(|file| file.len() == info.bytes)
+    })
+}

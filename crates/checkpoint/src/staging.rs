@@ -1,0 +1,208 @@
+//! A checkpoint in the making: written beside, synced, renamed into place.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags};
+
+use crate::manifest::FileInfo;
+use crate::{Error, LATEST, MANIFEST, Manifest, Result, write_file};
+
+const PARTIAL: &str = "partial";
+const REPLACED: &str = "replaced";
+const REMOVED: &str = "removed";
+
+/// The hidden folder that a checkpoint is written in. Several processes may fill it; one of them commits it.
+#[derive(Debug, Clone)]
+pub struct Staging {
+    folder: PathBuf,
+    beside: PathBuf,
+}
+
+impl Staging {
+    /// Makes the hidden folder of the checkpoint `folder`, or joins those who have made it. `attempt` tells one attempt at saving
+    /// it from another, so that what a killed process has left is not taken for a part of this one.
+    ///
+    /// # Errors
+    /// [`Error::Io`] names the folder that cannot be made.
+    pub fn begin(folder: &Path, attempt: &str) -> Result<Self> {
+        if folder.file_name().is_none() {
+            return Err(Error::checkpoint(
+                folder,
+                "has no name of its own: name the folder of the checkpoint",
+            ));
+        }
+        let beside = hidden(folder, &format!("{attempt}.{PARTIAL}"));
+        fs::create_dir_all(&beside).map_err(Error::io(&beside))?;
+        Ok(Self { folder: folder.to_owned(), beside })
+    }
+
+    /// Removes what earlier attempts at saving this checkpoint have left. To be called by one of those who write it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] names what cannot be removed.
+    pub fn remove_others(&self) -> Result<()> {
+        let start = format!(".{}.", self.folder.file_name().unwrap_or_default().to_string_lossy());
+        let parent = parent(&self.folder);
+        for entry in fs::read_dir(parent).map_err(Error::io(parent))? {
+            let path = entry.map_err(Error::io(parent))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let is_attempt = name.strip_prefix(&start).is_some_and(|rest| rest.ends_with(PARTIAL));
+            if is_attempt && path.file_name() != self.beside.file_name() {
+                remove_if_there(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a file of the checkpoint, through to the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`] names the file.
+    pub fn write(&self, name: &str, parts: &[&[u8]]) -> Result<FileInfo> {
+        write_file(&self.beside.join(name), parts)
+    }
+
+    /// Checks that a file that another process wrote is seen here too.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] where it is not.
+    pub fn expect(&self, name: &str, info: &FileInfo) -> Result<()> {
+        let path = self.beside.join(name);
+        let found = fs::metadata(&path).map(|file| file.len());
+        match found {
+            Ok(bytes) if bytes == info.bytes => Ok(()),
+            Ok(bytes) => Err(Error::checkpoint(
+                &path,
+                format!("has {bytes} bytes here and {} where it was written", info.bytes),
+            )),
+            Err(error) => Err(Error::checkpoint(
+                &path,
+                format!(
+                    "{error}: another rank has written it, and this one does not see it; several ranks can write one \
+                     checkpoint only in a folder that all nodes share"
+                ),
+            )),
+        }
+    }
+
+    /// Writes the manifest and renames the folder into place, in one step. A checkpoint of that name is replaced.
+    ///
+    /// # Errors
+    /// [`Error::Io`] names what failed; the checkpoint is then not there, and an older one of that name still is.
+    pub fn commit(self, manifest: &Manifest) -> Result<()> {
+        let path = self.beside.join(MANIFEST);
+        let bytes = manifest.to_bytes().map_err(|problem| Error::checkpoint(&path, problem))?;
+        write_file(&path, &[&bytes])?;
+        sync_folder(&self.beside)?;
+        let parent = parent(&self.folder);
+        put_in_place(&self.beside, &self.folder)?;
+        sync_folder(parent)?;
+        point_latest(&self.folder);
+        Ok(())
+    }
+
+    /// Removes what was written. What cannot be removed is left for the next start.
+    pub fn abandon(self) {
+        if let Err(error) = remove_if_there(&self.beside) {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+fn put_in_place(beside: &Path, folder: &Path) -> Result<()> {
+    match rustix::fs::renameat_with(CWD, beside, CWD, folder, RenameFlags::NOREPLACE) {
+        Ok(()) => return Ok(()),
+        // Something of that name is there, or the file system does not know how to tell.
+        Err(rustix::io::Errno::EXIST | rustix::io::Errno::INVAL | rustix::io::Errno::NOTEMPTY) => {}
+        Err(error) => return Err(Error::io(folder)(error.into())),
+    }
+    if !folder.exists() {
+        return fs::rename(beside, folder).map_err(Error::io(folder));
+    }
+    let replaced = hidden(folder, REPLACED);
+    remove_if_there(&replaced)?;
+    if rustix::fs::renameat_with(CWD, beside, CWD, folder, RenameFlags::EXCHANGE).is_ok() {
+        fs::rename(beside, &replaced).map_err(Error::io(beside))?;
+    } else {
+        // Two steps where one cannot be had; `remove_leftovers` takes the first one back if the second never came.
+        fs::rename(folder, &replaced).map_err(Error::io(folder))?;
+        fs::rename(beside, folder).map_err(Error::io(folder))?;
+    }
+    remove_if_there(&replaced)
+}
+
+/// Points `latest` beside the checkpoint at it. A file system without links has none; nothing here depends on it.
+fn point_latest(folder: &Path) {
+    let Some(name) = folder.file_name() else { return };
+    let (link, new) = (parent(folder).join(LATEST), parent(folder).join(format!(".{LATEST}.new")));
+    if name == LATEST || fs::symlink_metadata(&link).is_ok_and(|there| !there.is_symlink()) {
+        return;
+    }
+    let _ = fs::remove_file(&new);
+    if let Err(error) = symlink(name, &new).and_then(|()| fs::rename(&new, &link)) {
+        tracing::warn!("{}: cannot point it at the newest checkpoint: {error}", link.display());
+    }
+}
+
+/// Removes what killed processes have left among the checkpoints in a folder. To be called while nobody writes there.
+///
+/// # Errors
+/// [`Error::Io`] names what cannot be removed.
+pub fn remove_leftovers(checkpoints: &Path) -> Result<()> {
+    let entries = match fs::read_dir(checkpoints) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(Error::io(checkpoints))?,
+    };
+    for entry in entries {
+        let path = entry.map_err(Error::io(checkpoints))?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        let Some((name, suffix)) = name.strip_prefix('.').and_then(|name| name.rsplit_once('.')) else {
+            continue;
+        };
+        let original = path.with_file_name(name);
+        match suffix {
+            REPLACED if !original.exists() && Manifest::read(&path).is_ok() => {
+                fs::rename(&path, &original).map_err(Error::io(&path))?;
+            }
+            PARTIAL | REPLACED | REMOVED => remove_if_there(&path)?,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Removes a checkpoint so that no half of it is ever seen.
+pub(crate) fn remove(checkpoint: &Path) -> Result<()> {
+    let removed = hidden(checkpoint, REMOVED);
+    remove_if_there(&removed)?;
+    fs::rename(checkpoint, &removed).map_err(Error::io(checkpoint))?;
+    sync_folder(parent(checkpoint))?;
+    remove_if_there(&removed)
+}
+
+/// A hidden neighbour of the folder, so that no search takes it for a checkpoint.
+fn hidden(folder: &Path, suffix: &str) -> PathBuf {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    folder.with_file_name(format!(".{name}.{suffix}"))
+}
+
+fn parent(folder: &Path) -> &Path {
+    match folder.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn remove_if_there(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(folder)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io(folder))
+}

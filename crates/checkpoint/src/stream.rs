@@ -1,0 +1,157 @@
+//! Files in pieces: written and checked as they pass, so that nothing is copied whole.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+
+use crate::manifest::FileInfo;
+use crate::{Error, Result};
+
+/// What is written, or read, at a time: small enough that the checksum finds it in the cache.
+pub const CHUNK: usize = 1 << 20;
+
+/// After so many bytes the disk is asked to begin with them.
+const SYNC_EVERY: usize = 32 << 20;
+/// A file shorter than this is not worth a second thread.
+const WORTH_A_THREAD: u64 = 32 << 20;
+const MAX_THREADS: u64 = 8;
+
+/// Writes the parts one after the other, and returns once they are on the disk. While memory is copied to the system, a second
+/// thread already waits for the disk.
+///
+/// # Errors
+/// [`Error::Io`] names the file.
+pub fn write_file(path: &Path, parts: &[&[u8]]) -> Result<FileInfo> {
+    let mut file = File::create(path).map_err(Error::io(path))?;
+    let written = if parts.iter().map(|part| part.len()).sum::<usize>() > SYNC_EVERY {
+        write_and_sync(&mut file, parts)
+    } else {
+        write_parts(&mut file, parts, || {})
+    };
+    written.and_then(|info| file.sync_all().map(|()| info)).map_err(Error::io(path))
+}
+
+fn write_and_sync(file: &mut File, parts: &[&[u8]]) -> std::io::Result<FileInfo> {
+    let (due, dues) = mpsc::sync_channel(1);
+    let syncing = file.try_clone()?;
+    thread::scope(|scope| {
+        // The system tells of a failed write once: what is seen here must not be lost.
+        let synced = scope.spawn(move || dues.iter().try_for_each(|()| syncing.sync_data()));
+        // The sender goes with the closure, which ends the thread. One that is at work needs no second order.
+        let info = write_parts(file, parts, move || {
+            let _ = due.try_send(());
+        });
+        synced.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        info
+    })
+}
+
+fn write_parts(file: &mut File, parts: &[&[u8]], mut sync: impl FnMut()) -> std::io::Result<FileInfo> {
+    let (mut bytes, mut crc) = (0, 0);
+    let mut unsynced = 0;
+    for chunk in parts.iter().flat_map(|part| part.chunks(CHUNK)) {
+        crc = crc32c::crc32c_append(crc, chunk);
+        bytes += chunk.len() as u64;
+        file.write_all(chunk)?;
+        unsynced += chunk.len();
+        if unsynced >= SYNC_EVERY {
+            unsynced = 0;
+            sync();
+        }
+    }
+    Ok(FileInfo { bytes, crc32c: crc })
+}
+
+/// Lets the system use the memory that it keeps a file's contents in for something else. They stay on the disk.
+pub fn forget_contents(path: &Path) {
+    let advice = rustix::fs::Advice::DontNeed;
+    let advised = File::open(path).and_then(|file| Ok(rustix::fs::fadvise(&file, 0, None, advice)?));
+    if let Err(error) = advised {
+        tracing::debug!("{}: stays in memory: {error}", path.display());
+    }
+}
+
+/// Reads the whole file and compares it with what was written.
+///
+/// # Errors
+/// [`Error::Checkpoint`] says what differs.
+pub fn verify_file(path: &Path, written: &FileInfo) -> Result<()> {
+    let fail = |error: std::io::Error| Error::checkpoint(path, error);
+    let file = File::open(path).map_err(fail)?;
+    let bytes = file.metadata().map_err(fail)?.len();
+    if bytes != written.bytes {
+        return Err(Error::checkpoint(
+            path,
+            format!("is damaged: it has {bytes} bytes and {} were written", written.bytes),
+        ));
+    }
+    let crc = checksum(&file, bytes).map_err(fail)?;
+    if crc != written.crc32c {
+        return Err(Error::checkpoint(
+            path,
+            format!("is damaged: its crc32c is {crc:08x} and {:08x} was written", written.crc32c),
+        ));
+    }
+    Ok(())
+}
+
+/// The checksum of a file, by several threads where it is long.
+fn checksum(file: &File, bytes: u64) -> std::io::Result<u32> {
+    let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let threads = (bytes / WORTH_A_THREAD).clamp(1, cores.min(MAX_THREADS));
+    let share = bytes.div_ceil(threads).max(1);
+    let of = |thread: u64| {
+        let (mut at, end) = ((thread * share).min(bytes), ((thread + 1) * share).min(bytes));
+        let (mut crc, len) = (0, end - at);
+        let mut buffer = vec![0; CHUNK];
+        while at < end {
+            let chunk = &mut buffer[..(end - at).min(CHUNK as u64) as usize];
+            file.read_exact_at(chunk, at)?;
+            crc = crc32c::crc32c_append(crc, chunk);
+            at += chunk.len() as u64;
+        }
+        Ok((crc, len))
+    };
+    let others = |scope: &mut Vec<std::io::Result<(u32, u64)>>| {
+        thread::scope(|s| {
+            let running: Vec<_> = (1..threads).map(|thread| s.spawn(move || of(thread))).collect();
+            scope.push(of(0));
+            for thread in running {
+                scope.push(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+        });
+    };
+    let mut sums = Vec::new();
+    others(&mut sums);
+    let mut whole = 0;
+    for sum in sums {
+        let (crc, len) = sum?;
+        whole = crc32c::crc32c_combine(whole, crc, len as usize);
+    }
+    Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_in_parts_is_checked_as_a_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let data: Vec<u8> = (0..(WORTH_A_THREAD * 2 + 12345)).map(|i| (i * 7 + (i >> 11)) as u8).collect();
+        for data in [&data[..], &data[..10], &data[..0]] {
+            let (first, second) = data.split_at(data.len() / 3);
+            let info = write_file(&path, &[first, second]).unwrap();
+            assert_eq!(info, FileInfo { bytes: data.len() as u64, crc32c: crc32c::crc32c(data) });
+            verify_file(&path, &info).unwrap();
+            let wrong = FileInfo { crc32c: info.crc32c ^ 1, ..info };
+            assert!(verify_file(&path, &wrong).unwrap_err().to_string().contains("crc32c"));
+            let longer = FileInfo { bytes: info.bytes + 1, ..info };
+            assert!(verify_file(&path, &longer).unwrap_err().to_string().contains("bytes"));
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! From the files into the tensors of the nodes. Everything is compared first, so that nothing is half loaded.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use ice_checkpoint::{Checkpoint, Overlap, Part, Piece, Section};
+use ice_worker::Worker;
+use safetensors::Dtype;
+use tch::{Device, Kind, Tensor};
+
+use super::fit::Report;
+use super::{key_prefix, kinds};
+use crate::graph::Entry as NodeEntry;
+use crate::{Error, HyperGraph, NodeState, Result, Tags};
+
+/// Which nodes take part in saving or loading.
+#[derive(Debug, Clone, Default)]
+pub(crate) enum Selection {
+    #[default]
+    All,
+    Tags(Tags),
+}
+
+impl Selection {
+    pub(crate) fn of<'a>(&'a self, graph: &'a HyperGraph) -> impl Iterator<Item = &'a Rc<NodeEntry>> {
+        graph.entries().iter().filter(move |entry| match self {
+            Self::All => true,
+            Self::Tags(query) => entry.tags.selected_by(query),
+        })
+    }
+
+    pub(crate) fn is_all(&self) -> bool {
+        matches!(self, Self::All)
+    }
+}
+
+/// State of optimizers that no node has a use for now, by key. Rank 0 keeps it for the checkpoints to come.
+pub(crate) type Kept = BTreeMap<String, KeptTensor>;
+
+pub(crate) struct KeptTensor {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<u64>,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// A tensor to be filled.
+struct Target {
+    /// As a row of elements.
+    elements: Tensor,
+    /// Where it goes in the end, where that is no row of elements.
+    scattered: Option<Tensor>,
+    start: u64,
+}
+
+struct Loading {
+    targets: BTreeMap<(Section, String), Target>,
+    /// The nodes' states, whose tensors are the targets.
+    states: Vec<(Rc<NodeEntry>, NodeState)>,
+    keep: BTreeMap<String, KeptTensor>,
+}
+
+/// Loads the state of the selected nodes on every rank; rank 0 reads for all. Where something does not fit, `strict` makes it an
+/// error that names it all, before anything is loaded; otherwise it is a warning, and what fits is loaded.
+pub(crate) fn load(
+    checkpoint: &Checkpoint,
+    graph: &HyperGraph,
+    selection: &Selection,
+    strict: bool,
+    worker: &Worker,
+) -> Result<Kept> {
+    let (mut loading, report) = Loading::prepare(checkpoint, graph, selection, strict)?;
+    if !report.is_none() {
+        let problem = format!("{} does not fit: {report}", checkpoint.path().display());
+        if strict {
+            return Err(Error::Resume(problem));
+        }
+        if worker.is_main() {
+            tracing::warn!("{problem}");
+        }
+    }
+    loading.fill(checkpoint, graph, selection, worker)?;
+    for (entry, state) in &loading.states {
+        entry.node.borrow_mut().load_state(state).map_err(|error| error.at(&entry.uid, "load"))?;
+    }
+    Ok(loading.keep)
+}
+
+impl Loading {
+    fn prepare(
+        checkpoint: &Checkpoint,
+        graph: &HyperGraph,
+        selection: &Selection,
+        strict: bool,
+    ) -> Result<(Self, Report)> {
+        let (catalog, manifest) = (checkpoint.catalog(), checkpoint.manifest());
+        let mut report = Report::default();
+        let mut loading = Self { targets: BTreeMap::new(), states: Vec::new(), keep: BTreeMap::new() };
+        for entry in selection.of(graph) {
+            let (prefix, misfit) = (key_prefix(&entry.uid), report.of(&entry.uid));
+            let mut state = entry.node.borrow().state();
+            for section in Section::ALL {
+                let (tensors, parts) = match section {
+                    Section::Model => (&state.model, &state.model_parts),
+                    Section::Optimizer => (&state.optimizer, &state.optimizer_parts),
+                };
+                let saved = catalog.section(section);
+                for (key, tensor) in tensors {
+                    let (full, part) = (format!("{prefix}{key}"), parts.get(key));
+                    if misfit.check(key, tensor, part, saved.get(&full)) {
+                        loading.targets.insert((section, full), Target::new(tensor, part)?);
+                    }
+                }
+                for (full, saved) in saved.iter().filter(|(full, _)| owner(graph, full) == Some(&entry.uid)) {
+                    let key = &full[prefix.len()..];
+                    if tensors.iter().any(|(own, _)| own == key) {
+                        continue;
+                    }
+                    let parameter = |slot: &str| state.model.iter().any(|(own, _)| own == slot);
+                    if section == Section::Optimizer
+                        && key.rsplit_once('.').is_some_and(|(own, _)| parameter(own))
+                    {
+                        let bytes = Vec::with_capacity(saved.bytes() as usize);
+                        let kept = KeptTensor { dtype: saved.dtype, shape: saved.shape.clone(), bytes };
+                        loading.keep.insert(full.clone(), kept);
+                    } else {
+                        misfit.unexpected.push(key.into());
+                    }
+                }
+            }
+            match manifest.nodes.get(&entry.uid) {
+                Some(values) => state.values = values.clone(),
+                None if state.values.is_null() => {}
+                None => misfit.missing.push("its position or sums".into()),
+            }
+            if strict || manifest.nodes.contains_key(&entry.uid) {
+                entry
+                    .node
+                    .borrow()
+                    .check_values(&state.values)
+                    .map_err(|error| error.at(&entry.uid, "load"))?;
+            }
+            loading.states.push((Rc::clone(entry), state));
+        }
+        if selection.is_all() {
+            let keys = catalog.model.keys().chain(catalog.optimizer.keys());
+            for key in keys.filter(|key| owner(graph, key).is_none()) {
+                let (node, rest) = key.split_once('.').unwrap_or((key, ""));
+                report.of(node).unexpected.push(rest.into());
+            }
+            for uid in manifest.nodes.keys().filter(|uid| !graph.uids().any(|own| own == uid.as_str())) {
+                report.of(uid).unexpected.push("the node itself".into());
+            }
+        }
+        Ok((loading, report))
+    }
+
+    /// Passes all elements by the targets. What is passed is the same on every rank, whatever a rank has a use for.
+    fn fill(
+        &mut self,
+        checkpoint: &Checkpoint,
+        graph: &HyperGraph,
+        selection: &Selection,
+        worker: &Worker,
+    ) -> Result<()> {
+        let selected: Vec<_> = selection.of(graph).map(|entry| entry.uid.as_str()).collect();
+        let passes =
+            |piece: &Piece| owner(graph, piece.key).is_some_and(|uid| selected.contains(&uid.as_str()));
+        if worker.is_main() {
+            checkpoint.stream(|piece, bytes| {
+                if !passes(&piece) {
+                    return Ok(());
+                }
+                self.keep(&piece, bytes);
+                let data = Tensor::f_from_data_size(bytes, &[bytes.len() as i64], Kind::Uint8)?;
+                self.take(&piece, data, checkpoint, worker)
+            })?;
+        } else {
+            self.keep.clear();
+            let all = checkpoint.pieces().flat_map(|(_, pieces)| pieces);
+            for (_, piece) in all.filter(|(_, piece)| passes(piece)) {
+                let dtype = checkpoint.catalog().section(piece.section)[piece.key].dtype;
+                let bytes = piece.len as i64 * dtype.bitsize() as i64 / 8;
+                let data = Tensor::f_empty([bytes], (Kind::Uint8, Device::Cpu))?;
+                self.take(&piece, data, checkpoint, worker)?;
+            }
+        }
+        for target in self.targets.values() {
+            if let Some(scattered) = &target.scattered {
+                let filled = target.elements.f_view_as(scattered)?;
+                tch::no_grad(|| scattered.detach().f_copy_(&filled))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, piece: &Piece, bytes: &[u8]) {
+        if piece.section == Section::Optimizer
+            && let Some(kept) = self.keep.get_mut(piece.key)
+        {
+            let start = piece.start as usize * kept.dtype.bitsize() / 8;
+            let end = start + bytes.len();
+            if kept.bytes.len() < end {
+                kept.bytes.resize(end, 0);
+            }
+            kept.bytes[start..end].copy_from_slice(bytes);
+        }
+    }
+
+    fn take(&self, piece: &Piece, data: Tensor, checkpoint: &Checkpoint, worker: &Worker) -> Result<()> {
+        let data = if worker.world_size() > 1 {
+            // As bytes, since not every kind can be sent.
+            let data = data.f_to_device(worker.device())?;
+            worker.broadcast(&data)?;
+            data
+        } else {
+            data
+        };
+        let Some(target) = self.targets.get(&(piece.section, piece.key.to_owned())) else { return Ok(()) };
+        let own = (target.start, target.elements.numel() as u64);
+        let Some(common) = Overlap::of((piece.start, piece.len), own) else { return Ok(()) };
+        let saved = &checkpoint.catalog().section(piece.section)[piece.key];
+        let fail = |problem| ice_checkpoint::Error::checkpoint(checkpoint.path(), problem);
+        let data = data.f_view_dtype(kinds::kind(saved.dtype).map_err(fail)?)?;
+        let from = data.f_narrow(0, common.in_first as i64, common.len as i64)?;
+        let mut to = target.elements.f_narrow(0, common.in_second as i64, common.len as i64)?;
+        Ok(tch::no_grad(|| to.f_copy_(&from))?)
+    }
+}
+
+impl Target {
+    fn new(tensor: &Tensor, part: Option<&Part>) -> Result<Self> {
+        let start = part.map_or(0, |part| part.start);
+        let tensor = tensor.detach();
+        if tensor.is_contiguous() {
+            return Ok(Self { elements: tensor.f_view([-1])?, scattered: None, start });
+        }
+        let elements = Tensor::f_empty([tensor.numel() as i64], (tensor.kind(), tensor.device()))?;
+        Ok(Self { elements, scattered: Some(tensor), start })
+    }
+}
+
+/// The uid of the node that a key belongs to: of those whose prefix it begins with, the longest.
+fn owner<'a>(graph: &'a HyperGraph, key: &str) -> Option<&'a String> {
+    let of = graph.entries().iter().map(|entry| &entry.uid).filter(|uid| key.starts_with(&key_prefix(uid)));
+    of.max_by_key(|uid| key_prefix(uid).len())
+}

@@ -1,0 +1,271 @@
+//! The state of a graph, copied to host memory in the order that the files will have it in.
+
+use std::collections::BTreeMap;
+use std::thread::{self, JoinHandle};
+
+use ice_checkpoint::{Entry, Layout, MODEL, MODEL_INDEX, Section};
+use serde_json::Value as Json;
+use tch::Tensor;
+
+use super::{Kept, Selection, key_prefix, kinds};
+use crate::HyperGraph;
+
+/// Touching one byte of each page makes the system provide it.
+const PAGE: usize = 4096;
+
+/// Who writes what.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Share {
+    pub(super) rank: usize,
+    /// Ranks that write; 1 where rank 0 writes alone.
+    pub(super) writers: usize,
+    /// Whether tensors that every rank has are divided among them.
+    pub(super) split: bool,
+}
+
+/// A file to be written.
+pub(super) struct File {
+    pub(super) name: String,
+    pub(super) layout: Layout,
+}
+
+/// What this rank writes of a checkpoint. The data of each file lie in the buffer of its number.
+pub(super) struct Snapshot {
+    pub(super) files: Vec<File>,
+    /// Positions of data and sums of meters, by uid.
+    pub(super) nodes: BTreeMap<String, Json>,
+    /// Which file has which parameter, where they are divided.
+    pub(super) index: Option<Vec<u8>>,
+}
+
+/// Host memory that is used again by the next save: the system takes far longer to provide pages than a copy takes.
+#[derive(Default)]
+pub(super) struct Buffers(Vec<Vec<u8>>);
+
+impl Buffers {
+    /// Makes the system provide memory for files of these lengths, in the background.
+    pub(super) fn prepare(lengths: Vec<usize>) -> std::io::Result<JoinHandle<Self>> {
+        let touch = move || {
+            let touched = |len: usize| {
+                let mut buffer = vec![0; len];
+                buffer.iter_mut().step_by(PAGE).for_each(|byte| *byte = std::hint::black_box(1));
+                buffer
+            };
+            Self(lengths.into_iter().map(touched).collect())
+        };
+        thread::Builder::new().name("ice-checkpoint-memory".into()).spawn(touch)
+    }
+
+    pub(super) fn of(&self, file: usize) -> &[u8] {
+        &self.0[file]
+    }
+
+    fn sized(&mut self, file: usize, len: usize) -> &mut [u8] {
+        if self.0.len() <= file {
+            self.0.resize_with(file + 1, Vec::new);
+        }
+        let buffer = &mut self.0[file];
+        if buffer.capacity() < len {
+            *buffer = vec![0; len];
+        }
+        buffer.resize(len, 0);
+        buffer
+    }
+}
+
+enum Source<'a> {
+    Tensor(Tensor),
+    Bytes(&'a [u8]),
+}
+
+/// The files that this rank writes, before anything is copied.
+struct Plan<'a> {
+    files: BTreeMap<String, Vec<(Entry, Source<'a>)>>,
+    nodes: BTreeMap<String, Json>,
+    index: Option<Vec<u8>>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(graph: &HyperGraph, selection: &Selection, kept: &'a Kept, share: Share) -> Result<Self, String> {
+        let mut sections = Section::ALL.map(|section| (section, Vec::new()));
+        let mut nodes = BTreeMap::new();
+        for entry in selection.of(graph) {
+            let state = entry.node.borrow().state();
+            let prefix = key_prefix(&entry.uid);
+            let (model, optimizer) =
+                ((state.model, state.model_parts), (state.optimizer, state.optimizer_parts));
+            for ((_, into), (tensors, mut parts)) in sections.iter_mut().zip([model, optimizer]) {
+                for (key, tensor) in tensors {
+                    let dtype = kinds::dtype(tensor.kind())
+                        .map_err(|problem| format!("`{prefix}{key}`: {problem}"))?;
+                    let shape = kinds::shape(&tensor);
+                    let part = parts.remove(&key);
+                    into.push((
+                        Entry { key: format!("{prefix}{key}"), dtype, shape, part },
+                        Source::Tensor(tensor),
+                    ));
+                }
+                if let Some(key) = parts.keys().next() {
+                    return Err(format!("node `{}` has a part of `{key}` and no such tensor", entry.uid));
+                }
+            }
+            if !state.values.is_null() {
+                nodes.insert(entry.uid.clone(), state.values);
+            }
+        }
+        if selection.is_all() {
+            let (_, optimizer) = &mut sections[1];
+            for (key, kept) in kept {
+                if !optimizer.iter().any(|(entry, _)| entry.key == *key) {
+                    let entry =
+                        Entry { key: key.clone(), dtype: kept.dtype, shape: kept.shape.clone(), part: None };
+                    optimizer.push((entry, Source::Bytes(&kept.bytes)));
+                }
+            }
+        }
+        let mut plan = Self { files: BTreeMap::new(), nodes, index: None };
+        for (section, tensors) in sections {
+            plan.divide(section, tensors, share)?;
+        }
+        Ok(plan)
+    }
+
+    /// Keeps what this rank writes.
+    fn divide(
+        &mut self,
+        section: Section,
+        tensors: Vec<(Entry, Source<'a>)>,
+        share: Share,
+    ) -> Result<(), String> {
+        let split = share.split && share.writers > 1;
+        // What was kept from an older checkpoint lies in rank 0's memory alone.
+        let is_shared = |entry: &Entry, source: &Source| {
+            split && entry.part.is_none() && matches!(source, Source::Tensor(_))
+        };
+        let sizes: Vec<(usize, u64)> = tensors
+            .iter()
+            .enumerate()
+            .filter(|(_, (entry, source))| is_shared(entry, source))
+            .map(|(index, (entry, _))| Ok((index, entry.bytes()?)))
+            .collect::<Result<_, String>>()?;
+        let owners = owners(&sizes, share.writers);
+        let shard = |rank| section.shard(rank, share.writers);
+        let whole = match section {
+            Section::Model if !split => MODEL.to_owned(),
+            _ => shard(0),
+        };
+        if section == Section::Model && split && share.rank == 0 {
+            self.index = Some(index_of(&tensors, &owners, shard)?);
+        }
+        if share.rank == 0 {
+            self.files.entry(whole.clone()).or_default();
+        }
+        for (index, (entry, source)) in tensors.into_iter().enumerate() {
+            let file = match (owners.get(&index), &entry.part) {
+                (Some(&owner), _) if owner == share.rank => shard(owner),
+                (None, Some(part))
+                    if !entry.shape.contains(&0) || (part.of.contains(&0) && share.rank == 0) =>
+                {
+                    shard(share.rank)
+                }
+                (None, None) if share.rank == 0 => whole.clone(),
+                _ => continue,
+            };
+            self.files.entry(file).or_default().push((entry, source));
+        }
+        Ok(())
+    }
+
+    fn layouts(
+        self,
+    ) -> Result<(Vec<(File, Vec<Source<'a>>)>, BTreeMap<String, Json>, Option<Vec<u8>>), String> {
+        let mut files = Vec::new();
+        for (name, tensors) in self.files {
+            let (entries, sources): (Vec<_>, Vec<_>) = tensors.into_iter().unzip();
+            let layout = Layout::new(&entries).map_err(|problem| format!("{name}: {problem}"))?;
+            files.push((File { name, layout }, sources));
+        }
+        Ok((files, self.nodes, self.index))
+    }
+}
+
+impl Snapshot {
+    /// Copies what this rank writes.
+    pub(super) fn take(
+        graph: &HyperGraph,
+        selection: &Selection,
+        kept: &Kept,
+        share: Share,
+        buffers: &mut Buffers,
+    ) -> Result<Self, String> {
+        let (planned, nodes, index) = Plan::new(graph, selection, kept, share)?.layouts()?;
+        let mut files = Vec::new();
+        for (number, (file, sources)) in planned.into_iter().enumerate() {
+            let buffer = buffers.sized(number, file.layout.data_len());
+            for placed in file.layout.placed() {
+                let to = &mut buffer[placed.offset..placed.offset + placed.len];
+                match &sources[placed.index] {
+                    Source::Tensor(tensor) => {
+                        tensor.f_copy_data_u8(to, tensor.numel()).map_err(|error| error.to_string())?;
+                    }
+                    Source::Bytes(bytes) => to.copy_from_slice(bytes),
+                }
+            }
+            files.push(file);
+        }
+        Ok(Self { files, nodes, index })
+    }
+
+    /// How much memory [`Snapshot::take`] will need, by file.
+    pub(super) fn lengths(graph: &HyperGraph, share: Share) -> Result<Vec<usize>, String> {
+        let kept = Kept::new();
+        let (planned, ..) = Plan::new(graph, &Selection::All, &kept, share)?.layouts()?;
+        Ok(planned.iter().map(|(file, _)| file.layout.data_len()).collect())
+    }
+}
+
+/// Divides tensors of these sizes evenly: the largest first, each to the rank that has least. The same on every rank.
+fn owners(sizes: &[(usize, u64)], ranks: usize) -> BTreeMap<usize, usize> {
+    let mut sizes = sizes.to_vec();
+    sizes.sort_by_key(|&(index, size)| (std::cmp::Reverse(size), index));
+    let mut load = vec![0_u64; ranks];
+    let mut owner = BTreeMap::new();
+    for (index, size) in sizes {
+        let least = (0..ranks).min_by_key(|&rank| (load[rank], rank)).unwrap_or(0);
+        load[least] += size;
+        owner.insert(index, least);
+    }
+    owner
+}
+
+/// The index that transformers reads.
+fn index_of(
+    tensors: &[(Entry, Source)],
+    owners: &BTreeMap<usize, usize>,
+    shard: impl Fn(usize) -> String,
+) -> Result<Vec<u8>, String> {
+    let (mut map, mut total) = (BTreeMap::new(), 0);
+    for (index, (entry, _)) in tensors.iter().enumerate() {
+        if let Some(&owner) = owners.get(&index) {
+            map.insert(&entry.key, shard(owner));
+            total += entry.bytes()?;
+        }
+    }
+    let json = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": map });
+    serde_json::to_vec_pretty(&json).map_err(|error| format!("{MODEL_INDEX}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_are_divided_evenly_and_the_same_everywhere() {
+        let sizes = [(0, 10), (1, 40), (2, 10), (4, 20), (7, 0)];
+        let owner = owners(&sizes, 2);
+        assert_eq!(owner.len(), sizes.len());
+        let of =
+            |rank| sizes.iter().filter(|(index, _)| owner[index] == rank).map(|(_, size)| size).sum::<u64>();
+        assert_eq!((of(0), of(1)), (40, 40));
+    }
+}

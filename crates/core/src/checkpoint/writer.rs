@@ -1,0 +1,315 @@
+//! Saving without holding up the run: copied at once, written by a thread, one checkpoint at a time.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use ice_checkpoint::{FileInfo, MODEL_INDEX, Manifest, Staging, forget_contents, keep_best, keep_last};
+use ice_worker::{Link, Worker};
+
+use super::exchange::{Exchange, IsOver, wait};
+use super::snapshot::{Buffers, Share, Snapshot};
+use super::{Kept, Selection};
+use crate::{CheckpointOptions, Error, HyperGraph, Result};
+
+/// Writes checkpoints in a thread, one at a time.
+pub(crate) struct Writer {
+    link: Link,
+    rank: usize,
+    world_size: usize,
+    split: bool,
+    /// What tells this process's attempts from those of one before; the same on all ranks.
+    attempt: String,
+    /// Saves so far that several ranks took part in; the same on all ranks.
+    shared_saves: u64,
+    exchange: Option<Arc<dyn Exchange>>,
+    is_over: Arc<IsOver>,
+    memory: Memory,
+    under_way: Option<JoinHandle<(Buffers, Result<()>)>>,
+    last_saved_ms: u64,
+    protected: Option<PathBuf>,
+    /// What the save before has written.
+    before: Vec<PathBuf>,
+}
+
+enum Memory {
+    There(Buffers),
+    Coming(JoinHandle<Buffers>),
+}
+
+/// A checkpoint to be saved.
+pub(crate) struct Request {
+    pub(crate) folder: PathBuf,
+    pub(crate) manifest: Manifest,
+    pub(crate) keep: Keep,
+}
+
+/// What is removed once a checkpoint is there.
+#[derive(Debug, Clone)]
+pub(crate) enum Keep {
+    All,
+    Last(usize),
+    Best { measure: String, keep: usize },
+}
+
+/// What the thread does.
+struct Job {
+    request: Request,
+    snapshot: Snapshot,
+    share: Share,
+    attempt: String,
+    exchange: Option<Arc<dyn Exchange>>,
+    is_over: Arc<IsOver>,
+    link: Link,
+    protected: Option<PathBuf>,
+}
+
+impl Writer {
+    pub(crate) fn new(worker: &Worker, options: &CheckpointOptions) -> Self {
+        let alone = worker.store().is_none();
+        let link = worker.link().clone();
+        Self {
+            is_over: Arc::new({
+                let link = link.clone();
+                move || link.is_broken()
+            }),
+            link,
+            rank: worker.rank(),
+            world_size: worker.world_size(),
+            split: options.split,
+            attempt: if alone { std::process::id().to_string() } else { format!("round{}", worker.round()) },
+            shared_saves: 0,
+            exchange: None,
+            memory: Memory::There(Buffers::default()),
+            under_way: None,
+            last_saved_ms: 0,
+            protected: None,
+            before: Vec::new(),
+        }
+    }
+
+    /// A writer of several that meet in memory.
+    #[cfg(test)]
+    pub(super) fn of_several(
+        rank: usize,
+        world_size: usize,
+        split: bool,
+        exchange: Arc<dyn Exchange>,
+        is_over: impl Fn() -> bool + Send + Sync + 'static,
+    ) -> Self {
+        let alone = Self::new(&Worker::alone(tch::Device::Cpu), &CheckpointOptions::default());
+        Self {
+            rank,
+            world_size,
+            split,
+            attempt: "test".into(),
+            exchange: Some(exchange),
+            is_over: Arc::new(is_over),
+            ..alone
+        }
+    }
+
+    /// Provides the memory for the saves to come while the run begins.
+    pub(crate) fn prepare(&mut self, graph: &HyperGraph) {
+        let share = self.share(graph, &Selection::All);
+        if share.rank >= share.writers {
+            return;
+        }
+        // A state that cannot be saved is an error once it is to be.
+        let Ok(lengths) = Snapshot::lengths(graph, share) else { return };
+        if let Ok(thread) = Buffers::prepare(lengths) {
+            self.memory = Memory::Coming(thread);
+        }
+    }
+
+    /// Notes what the run went on from: it stays until there is something newer.
+    pub(crate) fn resumed(&mut self, from: &Path, manifest: &Manifest) {
+        self.protected = Some(from.to_owned());
+        self.last_saved_ms = self.last_saved_ms.max(manifest.saved_unix_ms);
+    }
+
+    /// Waits for the save before, copies the state, and starts writing. To be called on every rank.
+    pub(crate) fn save(
+        &mut self,
+        mut request: Request,
+        graph: &HyperGraph,
+        selection: &Selection,
+        kept: &Kept,
+        store: Option<&ice_c10d::Store>,
+    ) -> Result<()> {
+        self.finish()?;
+        let share = self.share(graph, selection);
+        if share.rank >= share.writers {
+            return Ok(());
+        }
+        if share.writers > 1 {
+            self.shared_saves += 1;
+            if let (None, Some(store)) = (&self.exchange, store) {
+                self.exchange = Some(Arc::new(store.reconnect()?));
+            }
+        }
+        // A clock that was set back must not make an old checkpoint the newest.
+        self.last_saved_ms = request.manifest.saved_unix_ms.max(self.last_saved_ms + 1);
+        request.manifest.saved_unix_ms = self.last_saved_ms;
+
+        let mut buffers = self.take_memory();
+        let snapshot = match Snapshot::take(graph, selection, kept, share, &mut buffers) {
+            Ok(snapshot) => snapshot,
+            Err(problem) => return Err(ice_checkpoint::Error::checkpoint(&request.folder, problem).into()),
+        };
+        let written = snapshot.files.iter().map(|file| request.folder.join(&file.name)).collect();
+        let before = std::mem::replace(&mut self.before, written);
+        let job = Job {
+            attempt: format!("{}-{}", self.attempt, self.shared_saves),
+            exchange: (share.writers > 1).then(|| self.exchange.clone()).flatten(),
+            is_over: Arc::clone(&self.is_over),
+            link: self.link.clone(),
+            protected: self.protected.clone(),
+            request,
+            snapshot,
+            share,
+        };
+        let hold = self.link.hold();
+        let write = move || {
+            let _hold = hold;
+            let outcome = job.run(&buffers);
+            if outcome.is_ok() {
+                // The next save needs as much memory again; the newest checkpoint stays in it, for a restart.
+                before.iter().for_each(|file| forget_contents(file));
+            }
+            (buffers, outcome)
+        };
+        let thread = thread::Builder::new().name("ice-checkpoint".into()).spawn(write);
+        self.under_way = Some(thread.map_err(Error::io(Path::new("checkpoint thread")))?);
+        Ok(())
+    }
+
+    /// Waits for the save that is under way.
+    pub(crate) fn finish(&mut self) -> Result<()> {
+        let Some(thread) = self.under_way.take() else { return Ok(()) };
+        match thread.join() {
+            Ok((buffers, outcome)) => {
+                self.memory = Memory::There(buffers);
+                outcome
+            }
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+
+    fn share(&self, graph: &HyperGraph, selection: &Selection) -> Share {
+        let sharded = || selection.of(graph).any(|entry| entry.node.borrow().is_sharded());
+        let several = self.world_size > 1 && (self.split || sharded());
+        Share { rank: self.rank, writers: if several { self.world_size } else { 1 }, split: self.split }
+    }
+
+    fn take_memory(&mut self) -> Buffers {
+        match std::mem::replace(&mut self.memory, Memory::There(Buffers::default())) {
+            Memory::There(buffers) => buffers,
+            Memory::Coming(thread) => thread.join().unwrap_or_default(),
+        }
+    }
+}
+
+/// What a rank has written, or why it could not.
+type Written = std::result::Result<BTreeMap<String, FileInfo>, String>;
+
+impl Job {
+    fn run(mut self, buffers: &Buffers) -> Result<()> {
+        let folder = self.request.folder.clone();
+        let staging = Staging::begin(&folder, &self.attempt);
+        let written = staging.as_ref().map_err(ToString::to_string).and_then(|staging| {
+            if self.share.rank == 0 {
+                staging.remove_others().map_err(|error| error.to_string())?;
+            }
+            self.write(staging, buffers).map_err(|error| error.to_string())
+        });
+        let outcome = match (self.exchange.clone(), written) {
+            (Some(exchange), written) => self.agree(&*exchange, staging.as_ref().ok(), written),
+            (None, Ok(files)) => staging.as_ref().map_or(Ok(()), |staging| self.commit(staging, files)),
+            (None, Err(problem)) => Err(Error::Save(problem)),
+        };
+        if outcome.is_err()
+            && let Ok(staging) = staging
+        {
+            staging.abandon();
+        }
+        outcome
+    }
+
+    fn write(&self, staging: &Staging, buffers: &Buffers) -> Result<BTreeMap<String, FileInfo>> {
+        let mut files = BTreeMap::new();
+        for (number, file) in self.snapshot.files.iter().enumerate() {
+            let info = staging.write(&file.name, &[file.layout.header(), buffers.of(number)])?;
+            files.insert(file.name.clone(), info);
+        }
+        if let Some(index) = &self.snapshot.index {
+            files.insert(MODEL_INDEX.into(), staging.write(MODEL_INDEX, &[index])?);
+        }
+        Ok(files)
+    }
+
+    /// Rank 0 hears what all have written, commits, and tells them how that went.
+    fn agree(&mut self, exchange: &dyn Exchange, staging: Option<&Staging>, written: Written) -> Result<()> {
+        let fail = |error: serde_json::Error| Error::Save(error.to_string());
+        let key = |what: &dyn std::fmt::Display| format!("checkpoint/{}/{what}", self.attempt);
+        let ended = key(&"outcome");
+        if self.share.rank > 0 {
+            exchange.post(&key(&self.share.rank), &serde_json::to_vec(&written).map_err(fail)?)?;
+            let outcome = wait(exchange, &ended, &*self.is_over, &self.request.folder)?;
+            let outcome: std::result::Result<(), String> = serde_json::from_slice(&outcome).map_err(fail)?;
+            return outcome.map_err(Error::Save);
+        }
+        let mut all = written;
+        for rank in 1..self.share.writers {
+            let message = wait(exchange, &key(&rank), &*self.is_over, &self.request.folder)?;
+            exchange.forget(&key(&rank));
+            let theirs: Written = serde_json::from_slice(&message).map_err(fail)?;
+            all = match (all, theirs) {
+                (Ok(mut all), Ok(theirs)) => {
+                    all.extend(theirs);
+                    Ok(all)
+                }
+                (Err(problem), _) => Err(problem),
+                (Ok(_), Err(problem)) => Err(format!("rank {rank}: {problem}")),
+            };
+        }
+        let outcome = match (all, staging) {
+            (Ok(files), Some(staging)) => self.commit(staging, files),
+            (Err(problem), _) => Err(Error::Save(problem)),
+            (Ok(_), None) => Ok(()),
+        };
+        let told = outcome.as_ref().map_err(ToString::to_string).map(|()| ());
+        exchange.post(&ended, &serde_json::to_vec(&told).map_err(fail)?)?;
+        outcome
+    }
+
+    fn commit(&mut self, staging: &Staging, files: BTreeMap<String, FileInfo>) -> Result<()> {
+        for (name, info) in &files {
+            staging.expect(name, info)?;
+        }
+        let manifest = &mut self.request.manifest;
+        manifest.files = files;
+        manifest.nodes = std::mem::take(&mut self.snapshot.nodes);
+        let step = manifest.counters.train_steps;
+        staging.clone().commit(manifest)?;
+        self.link.checkpoint_saved(&self.request.folder, step);
+        self.make_room();
+        Ok(())
+    }
+
+    /// An old checkpoint that cannot be removed is no reason to stop.
+    fn make_room(&self) {
+        let Some(holder) = self.request.folder.parent() else { return };
+        let protected = self.protected.as_deref();
+        let removed = match &self.request.keep {
+            Keep::All => return,
+            Keep::Last(keep) => keep_last(holder, *keep, protected),
+            Keep::Best { measure, keep } => keep_best(holder, measure, *keep, protected),
+        };
+        match removed {
+            Ok(removed) => removed.iter().for_each(|path| tracing::info!("removed {}", path.display())),
+            Err(error) => tracing::warn!("an old checkpoint stays: {error}"),
+        }
+    }
+}

@@ -1,0 +1,46 @@
+use std::cell::Cell;
+
+use crate::task::once::Once;
+use crate::{Better, Result, Run};
+
+/// Saves a checkpoint when its turn comes if a measure is among the best so far, under `best/E<train epochs>S<train steps>` of the
+/// run's folder.
+///
+/// ```
+/// use ice_core::{Better, SaveBest};
+/// let best = SaveBest::new("val/accuracy", Better::Higher).max_keep(3);
+/// ```
+pub struct SaveBest {
+    measure: String,
+    better: Better,
+    max_keep: usize,
+    finished: Cell<bool>,
+}
+
+impl SaveBest {
+    /// Keeps the one best checkpoint by what the node with the uid `measure` measured in its last epoch.
+    pub fn new(measure: impl Into<String>, better: Better) -> Self {
+        Self { measure: measure.into(), better, max_keep: 1, finished: Cell::new(false) }
+    }
+
+    /// Keeps so many.
+    #[must_use]
+    pub fn max_keep(mut self, checkpoints: usize) -> Self {
+        self.max_keep = checkpoints.max(1);
+        self
+    }
+}
+
+impl Once for SaveBest {
+    const WHAT: &'static str = "a save of the best";
+    const SAVES: bool = true;
+
+    fn finished(&self) -> &Cell<bool> {
+        &self.finished
+    }
+
+    fn perform(&self, run: &Run) -> Result<()> {
+        self.finished.set(true);
+        run.save_best(&self.measure, self.better, self.max_keep).map(|_| ())
+    }
+}

@@ -1,0 +1,55 @@
+use std::cell::Cell;
+use std::path::PathBuf;
+
+use crate::task::once::Once;
+use crate::{Result, ResumeFrom, Run, Tags};
+
+/// Loads the state of nodes from a checkpoint when its turn comes: pretrained parameters, or those of an earlier phase. The
+/// progress of the tasks stays as it is; to go on where a run ended, resume it instead.
+///
+/// ```
+/// use ice_core::LoadCheckpoint;
+/// let encoder = LoadCheckpoint::from("pretrained/encoder").tags("encoder").strict(false);
+/// ```
+pub struct LoadCheckpoint {
+    from: ResumeFrom,
+    tags: Option<Tags>,
+    strict: bool,
+    finished: Cell<bool>,
+}
+
+impl LoadCheckpoint {
+    /// Loads all nodes from a checkpoint's folder, or the newest valid one in a folder of checkpoints. Everything must fit.
+    #[expect(clippy::should_implement_trait, reason = "a load from somewhere, not a conversion")]
+    pub fn from(path: impl Into<PathBuf>) -> Self {
+        Self { from: ResumeFrom::Path(path.into()), tags: None, strict: true, finished: Cell::new(false) }
+    }
+
+    /// Loads the nodes that these tags select alone.
+    #[must_use]
+    pub fn tags(mut self, tags: impl Into<Tags>) -> Self {
+        self.tags = Some(tags.into());
+        self
+    }
+
+    /// Whether everything must fit. Otherwise what fits is loaded, and the rest named in a warning.
+    #[must_use]
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.strict = strict;
+        self
+    }
+}
+
+impl Once for LoadCheckpoint {
+    const WHAT: &'static str = "a load";
+
+    fn finished(&self) -> &Cell<bool> {
+        &self.finished
+    }
+
+    fn perform(&self, run: &Run) -> Result<()> {
+        run.load_checkpoint(&self.from, self.strict, self.tags.as_ref())?;
+        self.finished.set(true);
+        Ok(())
+    }
+}
