@@ -21,11 +21,11 @@ pub use tch;
 /// What a training program needs, in one import.
 pub mod prelude {
     pub use clap::Parser;
-    pub use ice_core::data::{Dataset, Labelled, Mnist, Split};
+    pub use ice_core::data::{Dataset, Items, Labelled, Mnist, Split, Stream, items, stream};
     pub use ice_core::optim::{AdamW, Optimizer, Sgd};
     pub use ice_core::{
         DatasetNode, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat, Run, SaveCheckpoint,
-        Tags, Task,
+        StreamNode, Tags, Task,
     };
     pub use tch::nn::{self, Module as _};
     pub use tch::{Kind, Reduction, Tensor};
