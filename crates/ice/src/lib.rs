@@ -21,7 +21,7 @@ pub use tch;
 /// What a training program needs, in one import.
 pub mod prelude {
     pub use clap::Parser;
-    pub use ice_core::data::{Dataset, Labelled, Mnist, Split};
+    pub use ice_core::data::{Dataset, Items, Labelled, Mnist, Split, Stream, items, stream};
     pub use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};
     pub use ice_core::{
         Autocast, Better, DatasetNode, GradScaler, HyperGraph, LoadCheckpoint, LossNode, MetricNode,

@@ -1,7 +1,26 @@
-//! Readers of common formats, one per file.
+//! Readers of common formats, one per file. Those of feature-gated formats name the feature.
 
+#[cfg(feature = "csv")]
+mod csv;
+mod file;
 mod idx;
+#[cfg(feature = "images")]
+mod images;
 mod mnist;
+#[cfg(feature = "parquet")]
+mod parquet;
+#[cfg(feature = "tar")]
+mod tar;
+mod tokens;
 
-pub use idx::Idx;
-pub use mnist::{Labelled, Mnist, Split};
+#[cfg(feature = "csv")]
+pub use self::csv::{Csv, CsvRow};
+pub use self::idx::Idx;
+#[cfg(feature = "images")]
+pub use self::images::{ImageFolder, decode_image};
+pub use self::mnist::{Labelled, Mnist, Split};
+#[cfg(feature = "parquet")]
+pub use self::parquet::{Cell, Parquet, Row};
+#[cfg(feature = "tar")]
+pub use self::tar::{TarFound, TarSample, TarShards};
+pub use self::tokens::{TokenType, Tokens};

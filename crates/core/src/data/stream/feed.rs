@@ -26,7 +26,14 @@ pub(crate) struct StreamFeed<S: BatchStream> {
     ahead: Ahead,
     seat: Seat,
     _stop: StopOnDrop,
-    lane: Lane<Option<Place>, Plan<S::Found>, (S::Batch, Share, Place)>,
+    lane: Lane<Option<Place>, Plan<S::Found>, Made<S::Batch>>,
+}
+
+/// A batch, and where the next one starts.
+struct Made<B> {
+    batch: B,
+    share: Share,
+    next: Place,
 }
 
 impl<S: BatchStream + 'static> StreamFeed<S> {
@@ -49,7 +56,7 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
             let pass = Pass::new(seed, plan.pass).until(&flag);
             let batch = stream.batch_in(&pass, plan.samples, make_on)?;
             let batch = if make_on == seat.device { batch } else { pin(batch, seat.device)? };
-            Ok((batch, plan.share, plan.next))
+            Ok(Made { batch, share: plan.share, next: plan.next })
         };
         let lane = Lane::new(ahead.workers, find, load)?;
         Ok(Self {
@@ -127,7 +134,7 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
         // After an error the batch is found anew.
         self.expected = None;
         self.pending -= 1;
-        let (batch, share, next) = self.lane.take()?;
+        let Made { batch, share, next } = self.lane.take()?;
         self.expected = Some((next.pass, next.cursor));
         self.next = Some(next);
         Ok((to_device(batch, self.seat.device)?, share))

@@ -117,6 +117,14 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
         self
     }
 
+    /// The module, once it was set up.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] where it was not.
+    pub fn module(&self) -> Result<&M> {
+        Ok(&self.ready()?.module)
+    }
+
     fn ready(&self) -> Result<&Ready<M>> {
         self.ready.as_ref().ok_or_else(|| Error::Graph("the module was not set up".into()))
     }

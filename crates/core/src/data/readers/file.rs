@@ -1,0 +1,47 @@
+//! What readers have in common.
+
+use std::fmt::Display;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::UNIX_EPOCH;
+
+use crate::{Error, Result};
+
+/// Names the file in an error.
+pub(super) fn fail<E: Display>(path: &Path) -> impl Fn(E) -> Error {
+    let path = path.to_owned();
+    move |problem| Error::Data { path: path.clone(), problem: problem.to_string() }
+}
+
+/// A hash that is the same on every machine and in every release: FNV-1a.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fingerprint(u64);
+
+impl Default for Fingerprint {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Fingerprint {
+    pub(super) fn add(&mut self, bytes: &[u8]) {
+        for &byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+
+    /// Adds the name, the length and the time of a file.
+    pub(super) fn add_file(&mut self, path: &Path) -> Result<()> {
+        let metadata = fs::metadata(path).map_err(fail(path))?;
+        let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        self.add(path.file_name().unwrap_or_default().as_bytes());
+        self.add(&metadata.len().to_le_bytes());
+        self.add(&modified.map_or(0, |time| time.as_nanos()).to_le_bytes());
+        Ok(())
+    }
+
+    pub(super) fn finish(self) -> u64 {
+        self.0
+    }
+}

@@ -1,0 +1,237 @@
+//! Rows of Parquet files, without Arrow.
+
+mod row;
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use ::parquet::errors::ParquetError;
+use ::parquet::file::reader::{FileReader, SerializedFileReader};
+use ::parquet::schema::types::Type;
+
+pub use row::{Cell, Row};
+
+use super::file::{Fingerprint, fail};
+use crate::data::lane::{guard, lock};
+use crate::data::{Items, SampleRng, ShardIter, Stream};
+use crate::{Error, Result};
+
+/// No row group that says it is larger than this, uncompressed, is read.
+const MAX_GROUP: i64 = 1 << 32;
+/// Row groups that are kept decoded, unless said otherwise.
+const GROUPS_KEPT: usize = 4;
+
+/// The rows of one or more Parquet files, uncompressed or compressed with Snappy or Zstandard.
+///
+/// A row group is decoded as a whole when one of its rows is wanted, and the last few are kept. So rows are best read as a
+/// [`Stream`], whose shards are the row groups: shuffled by a buffer, most rows come out of groups that are still there. As
+/// [`Items`] any row can be had, which costs a row group each where they are shuffled and do not all fit: see
+/// [`Parquet::keep`].
+///
+/// ```
+/// use ice_core::StreamNode;
+/// use ice_core::data::Stream;
+/// use ice_core::data::readers::Parquet;
+/// # fn node(path: &std::path::Path) -> ice_core::Result<()> {
+/// let rows = Parquet::open([path])?.columns(&["text", "label"])?;
+/// let samples = rows.map(|row| Ok((row.text("text")?.len() as i64, row.int("label")?)));
+/// // Int64 `[64]` each.
+/// let node = StreamNode::new(samples.stack()).shuffle(10_000).batch_size(64).workers(2);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Parquet {
+    groups: Vec<Group>,
+    rows: usize,
+    columns: Option<Vec<String>>,
+    keep: usize,
+    decoded: Mutex<VecDeque<(usize, Arc<Decoded>)>>,
+    fingerprint: Fingerprint,
+}
+
+/// A row group of a file.
+struct Group {
+    path: Arc<Path>,
+    number: usize,
+    /// Rows before it, and its own.
+    start: usize,
+    rows: usize,
+}
+
+/// The rows of a group, once somebody has decoded them. Who else wants them meanwhile waits here.
+#[derive(Default)]
+struct Decoded(Mutex<Option<Arc<[Row]>>>);
+
+impl Parquet {
+    /// Opens files with the same columns, in this order. Their footers are read.
+    ///
+    /// # Errors
+    /// [`Error::Data`] where one is missing or damaged.
+    pub fn open<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Result<Self> {
+        let (mut groups, mut rows, mut fingerprint) = (Vec::new(), 0, Fingerprint::default());
+        for path in paths {
+            let path: PathBuf = path.into();
+            let path: Arc<Path> = path.into();
+            let reader = reader(&path)?;
+            for (number, group) in reader.metadata().row_groups().iter().enumerate() {
+                let size = group.total_byte_size();
+                let count = usize::try_from(group.num_rows()).ok().filter(|&count| {
+                    // A row of nothing is no row that anybody writes.
+                    (0..=MAX_GROUP).contains(&size) && count as i64 <= MAX_GROUP
+                });
+                let count = count.ok_or_else(|| {
+                    fail(&path)(format!(
+                        "row group {number} says that it has {} rows in {size} bytes",
+                        group.num_rows()
+                    ))
+                })?;
+                groups.push(Group { path: Arc::clone(&path), number, start: rows, rows: count });
+                rows += count;
+            }
+            fingerprint.add_file(&path)?;
+        }
+        Ok(Self { groups, rows, columns: None, keep: GROUPS_KEPT, decoded: Mutex::default(), fingerprint })
+    }
+
+    /// Reads these columns only.
+    ///
+    /// # Errors
+    /// [`Error::Data`] where a file has no such column; says what there is.
+    pub fn columns(mut self, names: &[&str]) -> Result<Self> {
+        let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+        for group in &self.groups {
+            if group.number == 0 {
+                projection(&reader(&group.path)?, &names).map_err(fail(&group.path))?;
+            }
+        }
+        for name in &names {
+            self.fingerprint.add(name.as_bytes());
+        }
+        self.columns = Some(names);
+        Ok(self)
+    }
+
+    /// Keeps this many row groups decoded in memory, at least 1; 4 unless said otherwise.
+    #[must_use]
+    pub fn keep(mut self, groups: usize) -> Self {
+        self.keep = groups.max(1);
+        self
+    }
+
+    fn row(&self, group: usize, row: usize) -> Result<Row> {
+        let decoded = {
+            let mut kept = lock(&self.decoded);
+            let entry = kept.iter().position(|(number, _)| *number == group).and_then(|at| kept.remove(at));
+            let (_, decoded) = entry.unwrap_or_else(|| (group, Arc::default()));
+            kept.push_front((group, Arc::clone(&decoded)));
+            kept.truncate(self.keep);
+            decoded
+        };
+        let mut rows = lock(&decoded.0);
+        let rows = match &*rows {
+            Some(rows) => rows,
+            None => &*rows.insert(self.decode(group)?),
+        };
+        let Group { path, number, .. } = &self.groups[group];
+        rows.get(row).cloned().ok_or_else(|| fail(path)(format!("row group {number} has no row {row}")))
+    }
+
+    fn decode(&self, group: usize) -> Result<Arc<[Row]>> {
+        let Group { path, number, rows, .. } = &self.groups[group];
+        let named = |problem: String| fail(path)(format!("row group {number}: {problem}"));
+        let decode = || {
+            let reader = reader(path)?;
+            let projection = self.columns.as_ref().map(|names| projection(&reader, names)).transpose();
+            let projection = projection.map_err(&named)?;
+            let text = |error: ParquetError| named(error.to_string());
+            let found = reader.get_row_group(*number).map_err(text)?;
+            let mut names = None;
+            let mut decoded = Vec::new();
+            for row in found.get_row_iter(projection).map_err(text)? {
+                decoded.push(Row::new(row.map_err(text)?, &mut names).map_err(&named)?);
+            }
+            Ok::<_, Error>(decoded)
+        };
+        // The decoders of damaged files have been seen to panic.
+        let decoded = guard(decode).map_err(|error| match error {
+            Error::Panicked(message) => named(format!("it is damaged: {message}")),
+            error => error,
+        })?;
+        if decoded.len() != *rows {
+            return Err(named(format!("{} rows instead of {rows}: it is damaged", decoded.len())));
+        }
+        Ok(decoded.into())
+    }
+}
+
+fn reader(path: &Path) -> Result<SerializedFileReader<File>> {
+    let file = File::open(path).map_err(fail(path))?;
+    let open = || SerializedFileReader::new(file).map_err(fail(path));
+    guard(open).map_err(|error| match error {
+        Error::Panicked(message) => fail(path)(format!("its footer is damaged: {message}")),
+        error => error,
+    })
+}
+
+/// The schema with these columns only.
+fn projection(reader: &SerializedFileReader<File>, names: &[String]) -> Result<Type, String> {
+    let schema = reader.metadata().file_metadata().schema();
+    let fields: Result<Vec<_>, String> = names
+        .iter()
+        .map(|name| {
+            let field = schema.get_fields().iter().find(|field| field.name() == name).cloned();
+            field.ok_or_else(|| {
+                let there: Vec<_> = schema.get_fields().iter().map(|field| field.name()).collect();
+                format!("no column `{name}`; there are {}", there.join(", "))
+            })
+        })
+        .collect();
+    let builder = Type::group_type_builder(schema.name()).with_fields(fields?);
+    builder.build().map_err(|error| error.to_string())
+}
+
+impl Items for Parquet {
+    type Item = Row;
+
+    fn len(&self) -> usize {
+        self.rows
+    }
+
+    fn get(&self, index: usize, _: &mut SampleRng) -> Result<Row> {
+        // Empty groups start where the next one does.
+        let group = self.groups.partition_point(|group| group.start + group.rows <= index);
+        let start = self.groups.get(group).map_or(0, |group| group.start);
+        self.row(group, index - start)
+    }
+
+    fn fingerprint(&self) -> u64 {
+        self.fingerprint.finish()
+    }
+}
+
+impl Stream for Parquet {
+    /// A row group, and a row of it.
+    type Found = (usize, usize);
+    type Item = Row;
+
+    fn shards(&self) -> usize {
+        self.groups.len()
+    }
+
+    fn open(&self, shard: usize) -> Result<ShardIter<(usize, usize)>> {
+        Ok(Box::new((0..self.groups[shard].rows).map(move |row| Ok((shard, row)))))
+    }
+
+    fn load(&self, (group, row): (usize, usize), _: &mut SampleRng) -> Result<Row> {
+        self.row(group, row)
+    }
+
+    fn samples(&self) -> Option<u64> {
+        Some(self.rows as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests;
