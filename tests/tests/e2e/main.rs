@@ -8,6 +8,7 @@
 mod arrows;
 mod failures;
 mod forms;
+mod gpt;
 mod hostile;
 mod python;
 mod stopping;

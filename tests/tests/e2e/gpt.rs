@@ -1,0 +1,51 @@
+//! The second example, made small: it learns, with all that a training step can have, and resumes to the bit.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use tempfile::tempdir;
+
+use crate::support::{Program, TRAINING, built};
+
+fn train(out: &Path, more: &[&str]) -> Program {
+    let text = concat!(env!("CARGO_MANIFEST_DIR"), "/../LICENSE-APACHE");
+    let size = ["--context", "16", "--layers", "2", "--width", "32", "--batch-size", "8", "--write", "10"];
+    let steps = ["--steps", "60", "--eval-every", "20", "--bf16", "--accumulate", "2", "--lr", "0.01"];
+    Program::ice_launch(&["--devices", "cpu:0-1"])
+        .arg(built("gpt"))
+        .args(["--text", text, "--out-dir", out.to_str().unwrap()])
+        .args(size)
+        .args(steps)
+        .args(more)
+}
+
+/// The only run's checkpoint after so many steps.
+fn checkpoint(out: &Path, steps: u64) -> PathBuf {
+    let run = fs::read_dir(out).unwrap().next().unwrap().unwrap().path();
+    let all = fs::read_dir(run.join("ckpts")).unwrap().map(|entry| entry.unwrap().path());
+    let mut fitting = all.filter(|path| path.to_str().unwrap().ends_with(&format!("S{steps}")));
+    fitting.next().unwrap_or_else(|| panic!("no checkpoint after {steps} steps in {out:?}"))
+}
+
+#[test]
+fn learns_and_resumes_in_the_middle_of_its_schedule() {
+    let folder = tempdir().unwrap();
+    let [whole, resumed] = ["whole", "resumed"].map(|name| folder.path().join(name));
+    let outcome = train(&whole, &[]).run(TRAINING);
+    outcome.expect_code(0);
+    let loss = outcome.stdout.lines().find_map(|line| line.strip_prefix("validation loss "));
+    let loss: f64 = loss.unwrap_or_else(|| panic!("{}", outcome.transcript())).parse().unwrap();
+    // Equally likely bytes would have 5.5, single bytes of this text have about 3.1.
+    assert!(loss < 3.0, "{loss}");
+    // What it writes goes on after `And`.
+    assert!(outcome.stdout.lines().any(|line| line.starts_with("And")), "{}", outcome.transcript());
+
+    let from = checkpoint(&whole, 40);
+    train(&resumed, &["--resume-from", from.to_str().unwrap()]).run(TRAINING).expect_code(0);
+    let last = |out: &Path| {
+        let folder = checkpoint(out, 60);
+        ["model.safetensors", "optimizer-00000-of-00001.safetensors"]
+            .map(|file| fs::read(folder.join(file)).unwrap())
+    };
+    assert!(last(&whole) == last(&resumed), "the resumed run has other bits");
+}
