@@ -50,6 +50,8 @@ pub(super) struct Node {
     pub(super) hello: Hello,
     /// Its rank in the last round that it was in.
     pub(super) place: Option<u32>,
+    /// Whether it has no rank running and wants to be in the next round.
+    pub(super) waits: bool,
 }
 
 enum Phase {
@@ -198,7 +200,7 @@ impl Coordinator {
             Ok(()) => {
                 // It had one under another coordinator, or before it was cut off.
                 let place = hello.place;
-                self.nodes.insert(peer, Node { hello, place });
+                self.nodes.insert(peer, Node { hello, place, waits: false });
                 Vec::new()
             }
             Err(reason) => refuse(peer, reason),
@@ -212,19 +214,21 @@ impl Coordinator {
 
     fn join(&mut self, now: Duration, peer: Peer) -> Vec<Action> {
         let (_, most) = self.nnodes();
+        let is_member = self.is_member(peer);
+        if let Some(node) = self.nodes.get_mut(&peer) {
+            node.waits = !is_member;
+        }
         match &mut self.phase {
             Phase::Joining(joining) => {
                 joining.joined.insert(peer);
                 self.start_if_due(now)
             }
-            Phase::Running { members, .. } if members.contains(&peer) => Vec::new(),
+            Phase::Running { .. } if is_member => Vec::new(),
             Phase::Running { members, finished } => {
                 // Once a node has finished, the others soon will.
                 if members.len() < most as usize && finished.is_empty() {
                     let reason = format!("{} has come", self.describe(peer));
-                    let mut actions = self.next_round(now, Duration::ZERO, &reason);
-                    actions.extend(self.join(now, peer));
-                    return actions;
+                    return self.next_round(now, Duration::ZERO, &reason);
                 }
                 let nodes = members.len();
                 let reason =
@@ -279,7 +283,8 @@ impl Coordinator {
         }
         for (peer, node) in &mut self.nodes {
             node.place = (0..).zip(&places).find(|(_, member)| *member == peer).map(|(place, _)| place);
-            if node.place.is_none() {
+            node.waits &= node.place.is_none();
+            if node.waits {
                 let reason = "there are enough nodes without this one; it takes the place of one that goes";
                 actions.push(Action::Send(*peer, ToAgent::Waiting { reason: reason.into() }));
             }
@@ -305,13 +310,13 @@ impl Coordinator {
         matches!(&self.phase, Phase::Running { members, .. } if members.contains(&peer))
     }
 
-    /// Ends the round for its members. Those that wait for a place are in already.
+    /// Ends the round for its members. Those that wait for a place are in already; one that has only said hello may have ranks that end.
     fn next_round(&mut self, now: Duration, pause: Duration, reason: &str) -> Vec<Action> {
         let Phase::Running { members, .. } = &self.phase else { return Vec::new() };
         let members = members.clone();
         let message = ToAgent::RoundBroken { round: self.round, reason: reason.to_owned() };
         self.round += 1;
-        let joined = self.nodes.keys().copied().filter(|peer| !members.contains(peer)).collect();
+        let joined = self.nodes.iter().filter(|(_, node)| node.waits).map(|(peer, _)| *peer).collect();
         self.phase =
             Phase::Joining(Joining { since: now, not_before: now + pause, joined, enough_since: None });
         let there = members.into_iter().filter(|peer| self.nodes.contains_key(peer));

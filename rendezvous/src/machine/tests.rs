@@ -274,6 +274,21 @@ fn a_node_that_comes_back_before_it_is_missed_waits_for_its_place() {
 }
 
 #[test]
+fn a_node_that_has_said_hello_is_not_in_a_round_before_it_joins() {
+    // One that was cut off still stops its ranks; one that has just come is about to join.
+    for place in [Some(1), None] {
+        let mut machine = coordinator();
+        enter(&mut machine, 1, elastic((1, 3)));
+        enter(&mut machine, 2, elastic((1, 3)));
+        machine.handle(NOW + Duration::from_secs(30), Event::Tick);
+        assert_eq!(say(&mut machine, 3, ToCoordinator::Hello(Hello { place, ..elastic((1, 3)) })), []);
+        assert!(broken(&machine.handle(NOW, Event::Lost(2))).contains("lost node 1"));
+        assert_eq!(say(&mut machine, 1, ToCoordinator::Join), []);
+        assert_eq!(rounds(&say(&mut machine, 3, ToCoordinator::Join)).len(), 2);
+    }
+}
+
+#[test]
 fn a_node_that_leaves_ends_a_job_of_a_fixed_size() {
     let leave = || ToCoordinator::Leave { reason: "told to stop".into() };
     let mut machine = coordinator();
