@@ -96,8 +96,8 @@ pub enum ToCoordinator {
     KeepAlive,
 }
 
-/// One node of a round.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// One node's part in a round.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     /// Rank of the node.
     pub group_rank: u32,
@@ -105,40 +105,26 @@ pub struct Member {
     pub first_rank: u32,
     /// How many processes it has.
     pub local_world_size: u32,
-    /// Its host name.
-    pub host: String,
+    /// How many processes of the job are on its host, whichever nodes they belong to.
+    pub ranks_on_host: u32,
 }
 
-/// What the members of a round have agreed on.
+/// What the members of a round have agreed on, and the receiver's part. It does not grow with the number of nodes, since each of them is
+/// told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Round {
     /// Its number, from 0.
     pub number: u64,
     /// Failures of the worker group so far.
     pub restart_count: u32,
-    /// The nodes in order of group rank.
-    pub members: Vec<Member>,
-    /// Which of the members the receiver is.
-    pub you: u32,
+    /// How many nodes there are.
+    pub nodes: u32,
+    /// How many processes there are on all of them.
+    pub world_size: u32,
     /// `<MMDDHHmm>_<random>`: constant over the rounds of a job.
     pub run_stamp: String,
-}
-
-impl Round {
-    /// Processes in the job.
-    pub fn world_size(&self) -> u32 {
-        self.members.iter().map(|member| member.local_world_size).sum()
-    }
-
-    /// The receiver's own entry.
-    pub fn own(&self) -> Option<&Member> {
-        self.members.get(self.you as usize)
-    }
-
-    /// Rank of the receiver's first process.
-    pub fn first_rank(&self) -> u32 {
-        self.own().map_or(0, |own| own.first_rank)
-    }
+    /// The receiver's part.
+    pub you: Member,
 }
 
 /// From the coordinator to an agent.

@@ -373,9 +373,9 @@ impl<'a> Dispatcher<'a> {
         self.log.add(&Happened::RoundStarted {
             round: round.number,
             attempt: round.restart_count,
-            nodes: round.members.len(),
-            node: round.you,
-            world_size: round.world_size(),
+            nodes: round.nodes,
+            node: round.you.group_rank,
+            world_size: round.world_size,
         });
         let (host, port) = self.meeting.address();
         self.group.spawn(round, (&host, port))?;
