@@ -71,7 +71,8 @@ pub enum ToCoordinator {
     Hello(Hello),
     /// The agent has no rank running and wants to be in the next round.
     Join,
-    /// A rank of this agent failed.
+    /// A rank of this agent failed. It is said again on the next connection, and to the next coordinator, until it is answered: by the end
+    /// of the round or of the job.
     Failed {
         /// The round that it failed in.
         round: u64,
@@ -142,7 +143,7 @@ pub enum ToAgent {
     },
     /// The round is agreed: start the ranks.
     RoundStarted(Round),
-    /// The round is over: stop the ranks and join the next one.
+    /// The round is over: stop the ranks, where they run, and join the next one.
     RoundBroken {
         /// The round that ended.
         round: u64,

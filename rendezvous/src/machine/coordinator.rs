@@ -4,6 +4,7 @@ use std::time::Duration;
 use ice_proto::rendezvous::{Hello, Member, Round, ToAgent, ToCoordinator};
 
 use super::nodes::{Gathering, Node, Nodes};
+use super::record::Judged;
 use super::restarts::{Failure, Restarts, Verdict};
 use super::{Record, admission, places};
 
@@ -80,13 +81,15 @@ pub struct Coordinator {
     phase: Phase,
     round: u64,
     restarts: Restarts,
+    judged: Option<Judged>,
 }
 
 impl Coordinator {
     /// A job that nobody has joined.
     pub fn new(settings: Settings) -> Self {
         let phase = Phase::Joining(Joining::default());
-        Self { settings, nodes: Nodes::default(), phase, round: 0, restarts: Restarts::default() }
+        let (nodes, restarts) = (Nodes::default(), Restarts::default());
+        Self { settings, nodes, phase, round: 0, restarts, judged: None }
     }
 
     /// A job that another coordinator had, as it was when that wrote its record. The clock goes on from there.
@@ -99,10 +102,15 @@ impl Coordinator {
                     .into(),
                 no_restart: None,
             },
-            None => Phase::Joining(Joining { since: record.now, ..Joining::default() }),
+            None => Phase::Joining(Joining {
+                since: record.now,
+                not_before: record.not_before,
+                ..Joining::default()
+            }),
         };
         let settings = Settings { run_stamp: record.run_stamp, ..settings };
-        Self { settings, nodes: Nodes::default(), phase, round: record.next_round, restarts: record.restarts }
+        let Record { next_round: round, restarts, judged, .. } = record;
+        Self { settings, nodes: Nodes::default(), phase, round, restarts, judged }
     }
 
     /// What another coordinator needs in order to go on.
@@ -111,7 +119,12 @@ impl Coordinator {
         Record {
             now,
             next_round: self.round + u64::from(running),
+            not_before: match &self.phase {
+                Phase::Joining(joining) => joining.not_before,
+                _ => Duration::ZERO,
+            },
             restarts: self.restarts.clone(),
+            judged: self.judged.clone(),
             run_stamp: self.settings.run_stamp.clone(),
             finished: matches!(&self.phase, Phase::Running { finished, .. } if !finished.is_empty()),
             closed: match &self.phase {
@@ -195,7 +208,7 @@ impl Coordinator {
                 let place = hello.place;
                 // They were for the host's own use.
                 let hello = Hello { addresses: Vec::new(), ..hello };
-                let node = Node { hello, place, waits: false };
+                let node = Node { hello, place, waits: false, told: None };
                 if let Phase::Joining(joining) = &mut self.phase {
                     joining.gathering.add(peer, &node);
                 }
@@ -283,17 +296,60 @@ impl Coordinator {
         actions
     }
 
+    /// Judges a failure, unless that of its round or of a later one was judged before. Whoever failed may have lost its coordinator, or
+    /// its connection, with its report on the way; it reports again where it comes back, and its round is over by then.
     fn failed(&mut self, now: Duration, peer: Peer, round: u64, failure: Failure) -> Vec<Action> {
-        if !self.is_member(peer) || round != self.round {
+        let is_running = matches!(self.phase, Phase::Running { .. });
+        if self.is_closed() || round > self.round || (round == self.round && !is_running) {
             return Vec::new();
+        }
+        match &self.judged {
+            Some(judged) if judged.round == round => return self.tell_verdict([peer]),
+            Some(judged) if judged.round > round => return Vec::new(),
+            _ => {}
         }
         let Some(policy) = self.nodes.get(peer).map(|node| node.hello.restarts) else { return Vec::new() };
         let verdict = self.restarts.decide(&policy, now, &failure);
-        let reason = format!("{}: {}", self.describe(peer), failure.reason);
-        match verdict {
-            Verdict::GiveUp { why } => self.end(false, reason, why),
-            Verdict::Restart { after, note } => self.next_round(now, after, &format!("{reason}; {note}")),
+        let what = format!("{}: {}", self.describe(peer), failure.reason);
+        let (after, said) = match verdict {
+            Verdict::GiveUp { why } => return self.end(false, what, why),
+            Verdict::Restart { after, note } => (after, format!("{what}; {note}")),
+        };
+        self.judged = Some(Judged { round, said: said.clone() });
+        match &mut self.phase {
+            Phase::Running { members, .. } if round == self.round => {
+                for member in members.iter() {
+                    if let Some(node) = self.nodes.get_mut(*member) {
+                        node.told = Some(round);
+                    }
+                }
+                let mut actions = self.next_round(now, after, &said);
+                // It may have come back before its first connection was missed.
+                actions.extend(self.tell_verdict([peer]));
+                actions
+            }
+            Phase::Joining(joining) => {
+                joining.not_before = joining.not_before.max(now + after);
+                let everybody: Vec<Peer> = self.nodes.all().keys().copied().collect();
+                self.tell_verdict(everybody)
+            }
+            // The ranks were started again since.
+            _ => self.tell_verdict([peer]),
         }
+    }
+
+    /// Tells those that have not been told what became of the last failure.
+    fn tell_verdict(&mut self, peers: impl IntoIterator<Item = Peer>) -> Vec<Action> {
+        let Some(Judged { round, said }) = &self.judged else { return Vec::new() };
+        let mut actions = Vec::new();
+        for peer in peers {
+            let Some(node) = self.nodes.get_mut(peer).filter(|node| node.told != Some(*round)) else {
+                continue;
+            };
+            node.told = Some(*round);
+            actions.push(Action::Send(peer, ToAgent::RoundBroken { round: *round, reason: said.clone() }));
+        }
+        actions
     }
 
     fn is_member(&self, peer: Peer) -> bool {

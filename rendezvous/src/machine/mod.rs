@@ -13,6 +13,8 @@
 //! - **RV-9** When nothing changes any more, everybody who wants in is in, or waits because there are MAX nodes, within the last call.
 //! - **RV-10** A coordinator that takes over starts no round of a number that was used, grants no restart twice, and opens no job that is
 //!   closed.
+//! - **RV-11** The failure of a round counts once, whoever reports it, how often, and to which coordinator. It is forgotten only with the
+//!   agents that saw it, or where the failure of a later round has counted.
 
 mod admission;
 mod coordinator;

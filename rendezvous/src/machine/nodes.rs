@@ -15,6 +15,8 @@ pub(super) struct Node {
     pub(super) place: Option<u32>,
     /// Whether it has no rank running and wants to be in the next round.
     pub(super) waits: bool,
+    /// The last round that it was told the verdict on.
+    pub(super) told: Option<u64>,
 }
 
 /// All agents that said hello.
