@@ -208,7 +208,7 @@ impl Coordinator {
                 let place = hello.place;
                 // They were for the host's own use.
                 let hello = Hello { addresses: Vec::new(), ..hello };
-                let node = Node { hello, place, waits: false, told: None };
+                let node = Node { hello, place, is_member: false, waits: false, told: None };
                 if let Phase::Joining(joining) = &mut self.phase {
                     joining.gathering.add(peer, &node);
                 }
@@ -281,10 +281,10 @@ impl Coordinator {
         };
         let mut actions = vec![Action::ClearStore];
         actions.extend(places.iter().zip(parts).map(told));
-        self.nodes.iter_mut().for_each(|(_, node)| node.place = None);
+        self.nodes.iter_mut().for_each(|(_, node)| (node.place, node.is_member) = (None, false));
         for (place, peer) in (0..).zip(&places) {
             if let Some(node) = self.nodes.get_mut(*peer) {
-                (node.place, node.waits) = (Some(place), false);
+                (node.place, node.is_member, node.waits) = (Some(place), true, false);
             }
         }
         let left = self.nodes.all().iter().filter(|(_, node)| node.waits);

@@ -11,8 +11,10 @@ use super::Peer;
 #[derive(Debug, Clone)]
 pub(super) struct Node {
     pub(super) hello: Hello,
-    /// Its rank in the last round that it was in.
+    /// Its rank in the last round that it was in, under whichever coordinator.
     pub(super) place: Option<u32>,
+    /// Whether it was in the last round, on this connection.
+    pub(super) is_member: bool,
     /// Whether it has no rank running and wants to be in the next round.
     pub(super) waits: bool,
     /// The last round that it was told the verdict on.

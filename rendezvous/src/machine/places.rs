@@ -7,11 +7,11 @@ use ice_proto::rendezvous::{Hello, Member};
 use super::Peer;
 use super::nodes::Node;
 
-/// The members of a round, at most so many: those of the last one first, then in order of arrival.
+/// The members of a round, at most so many: those of the last one first, then those that were in an earlier one, in order of arrival.
 pub(super) fn choose(nodes: &BTreeMap<Peer, Node>, most: usize) -> Vec<Peer> {
     let mut candidates: Vec<Peer> =
         nodes.iter().filter(|(_, node)| node.waits).map(|(peer, _)| *peer).collect();
-    candidates.sort_by_key(|peer| (nodes[peer].place.is_none(), *peer));
+    candidates.sort_by_key(|peer| (!nodes[peer].is_member, nodes[peer].place.is_none(), *peer));
     // Of two that ask for one place, the second waits.
     let mut asked = BTreeSet::new();
     candidates.retain(|peer| nodes[peer].hello.node_rank.is_none_or(|rank| asked.insert(rank)));

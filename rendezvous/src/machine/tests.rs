@@ -395,6 +395,21 @@ fn a_spare_does_not_push_out_a_member_that_still_stops() {
 }
 
 #[test]
+fn a_node_that_was_in_an_earlier_round_does_not_push_out_a_member() {
+    let mut machine = coordinator();
+    let hello = |place| Hello { nnodes: (2, 2), ..back(place, 9) };
+    for (peer, place) in [(2, 0), (3, 1)] {
+        enter(&mut machine, peer, hello(place));
+    }
+    // It has come before the others, and joins after them.
+    enter(&mut machine, 1, hello(1));
+    say(&mut machine, 3, failed(0, "r"));
+    say(&mut machine, 2, ToCoordinator::Join);
+    let started = rounds(&say(&mut machine, 3, ToCoordinator::Join));
+    assert_eq!(started.keys().copied().collect::<Vec<_>>(), [2, 3], "RV-8");
+}
+
+#[test]
 fn a_node_that_comes_back_before_it_is_missed_waits_for_its_place() {
     let mut machine = coordinator();
     let restarts = RestartPolicy { max_restarts: 1, ..POLICY };
