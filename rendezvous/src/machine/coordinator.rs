@@ -448,6 +448,7 @@ impl Coordinator {
         if self.is_closed() {
             return Vec::new();
         }
+        self.round += u64::from(matches!(self.phase, Phase::Running { .. }));
         self.phase = Phase::Closed { success, reason, no_restart };
         let Some(closed) = self.last_word() else { return Vec::new() };
         self.nodes.all().keys().map(|peer| Action::Send(*peer, closed.clone())).collect()

@@ -410,6 +410,15 @@ fn a_node_that_was_in_an_earlier_round_does_not_push_out_a_member() {
 }
 
 #[test]
+fn the_record_of_a_job_that_is_over_counts_its_last_round() {
+    let mut machine = coordinator();
+    (0..2).for_each(|place| _ = enter(&mut machine, place.into(), back(place, 0)));
+    let running = machine.record(NOW).next_round;
+    say(&mut machine, 1, failed(0, "r"));
+    assert_eq!((running, machine.record(NOW).next_round), (1, 1));
+}
+
+#[test]
 fn a_node_that_comes_back_before_it_is_missed_waits_for_its_place() {
     let mut machine = coordinator();
     let restarts = RestartPolicy { max_restarts: 1, ..POLICY };
