@@ -76,6 +76,7 @@ fn hello(nnodes: (u32, u32), number: u32) -> Hello {
         local_world_size: 8,
         restarts: RestartPolicy { max_restarts: 3, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: KeepAlive::default(),
+        agent: number.into(),
         place: None,
         addresses: Vec::new(),
         host: format!("node{number}.cluster.example"),

@@ -36,6 +36,7 @@ fn hello(node_rank: u32) -> Hello {
         restarts: RestartPolicy { max_restarts: 0, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         host: "here".into(),
         keep_alive: KeepAlive::default(),
+        agent: node_rank.into(),
         place: None,
         addresses: Vec::new(),
         pid: 1,

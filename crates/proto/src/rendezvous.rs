@@ -25,6 +25,8 @@ pub struct Hello {
     pub restarts: RestartPolicy,
     /// How each end knows that the other lives. All agents must say the same.
     pub keep_alive: KeepAlive,
+    /// Drawn by the agent when it starts. Of two connections that say the same, the later one is the agent's, and the other is lost.
+    pub agent: u64,
     /// The node's rank in the last round that the agent was in, under another coordinator too.
     pub place: Option<u32>,
     /// Addresses that the agent's ranks may come from.

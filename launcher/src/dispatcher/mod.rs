@@ -72,7 +72,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         None => None,
     };
     let session = tokio::select! {
-        session = meeting.meet(hello(&plan, None)) => session?,
+        session = meeting.meet(hello(&plan, meeting.agent(), None)) => session?,
         signal = signals.stop() => return Ok(Exit::Signal(signal).code()),
     };
     session.send(ToCoordinator::Join);
@@ -97,7 +97,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     outcome
 }
 
-fn hello(plan: &LaunchPlan, place: Option<u32>) -> Hello {
+fn hello(plan: &LaunchPlan, agent: u64, place: Option<u32>) -> Hello {
     Hello {
         run_id: plan.run_id.clone(),
         node_rank: plan.node_rank,
@@ -105,6 +105,7 @@ fn hello(plan: &LaunchPlan, place: Option<u32>) -> Hello {
         local_world_size: plan.local_world_size(),
         restarts: plan.restarts,
         keep_alive: plan.meeting.keep_alive,
+        agent,
         place,
         addresses: address::own(),
         host: hostname(),
@@ -323,7 +324,8 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
                 Action::Meet => {
-                    let (meeting, hello) = (Arc::clone(&self.meeting), hello(self.plan, self.group.place()));
+                    let hello = hello(self.plan, self.meeting.agent(), self.group.place());
+                    let meeting = Arc::clone(&self.meeting);
                     self.looking = Some(Box::pin(async move { meeting.meet_again(hello).await }));
                 }
                 Action::Spawn(round) => self.spawn(round)?,

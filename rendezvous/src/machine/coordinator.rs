@@ -68,9 +68,10 @@ struct Joining {
     enough_since: Option<Duration>,
 }
 
-#[derive(PartialEq, Eq)]
 enum Gone {
     Lost,
+    /// Its agent has another connection.
+    Replaced,
     Left(String),
 }
 
@@ -174,7 +175,7 @@ impl Coordinator {
 
     fn message(&mut self, now: Duration, peer: Peer, message: ToCoordinator) -> Vec<Action> {
         if let ToCoordinator::Hello(hello) = message {
-            return self.hello(peer, hello);
+            return self.hello(now, peer, hello);
         }
         if self.nodes.get(peer).is_none() {
             return refuse(peer, "an agent must say hello first".into());
@@ -194,12 +195,27 @@ impl Coordinator {
         }
     }
 
-    fn hello(&mut self, peer: Peer, hello: Hello) -> Vec<Action> {
-        if let Some(closed) = self.last_word() {
-            return vec![Action::Send(peer, closed), Action::Close(peer)];
-        }
+    fn hello(&mut self, now: Duration, peer: Peer, hello: Hello) -> Vec<Action> {
         if self.nodes.get(peer).is_some() {
             return refuse(peer, "an agent says hello once".into());
+        }
+        let mut actions = Vec::new();
+        match self.nodes.of_agent(hello.agent) {
+            // What an agent said before it gave up comes late.
+            Some(later) if later > peer => return vec![Action::Close(peer)],
+            Some(earlier) => {
+                actions.push(Action::Close(earlier));
+                actions.extend(self.gone(now, earlier, Gone::Replaced));
+            }
+            None => {}
+        }
+        actions.extend(self.admit(peer, hello));
+        actions
+    }
+
+    fn admit(&mut self, peer: Peer, hello: Hello) -> Vec<Action> {
+        if let Some(closed) = self.last_word() {
+            return vec![Action::Send(peer, closed), Action::Close(peer)];
         }
         let begun = self.round > 0 || matches!(self.phase, Phase::Running { .. });
         match admission::check(&self.settings.run_id, &self.nodes, &hello, begun) {
@@ -386,9 +402,11 @@ impl Coordinator {
         let who = self.describe(peer);
         let Some(node) = self.nodes.remove(peer) else { return Vec::new() };
         let (fewest, most) = node.hello.nnodes;
-        let goes_on = fewest < most || (how == Gone::Lost && node.hello.restarts.max_restarts > 0);
+        let told_to = matches!(how, Gone::Left(_));
+        let goes_on = fewest < most || (!told_to && node.hello.restarts.max_restarts > 0);
         let reason = match how {
             Gone::Lost => format!("lost {who}: its agent is gone"),
+            Gone::Replaced => format!("lost {who}: its agent has come back"),
             Gone::Left(reason) => format!("{who} left: {reason}"),
         };
         match &mut self.phase {

@@ -27,6 +27,8 @@ pub(super) struct Nodes {
     all: BTreeMap<Peer, Node>,
     /// Those that ask for a place, by place.
     asking: BTreeSet<(u32, Peer)>,
+    /// The connection of each agent.
+    agents: BTreeMap<u64, Peer>,
 }
 
 impl Nodes {
@@ -49,6 +51,11 @@ impl Nodes {
         self.all.get(peer)
     }
 
+    /// The connection of an agent.
+    pub(super) fn of_agent(&self, agent: u64) -> Option<Peer> {
+        self.agents.get(&agent).copied()
+    }
+
     pub(super) fn get(&self, peer: Peer) -> Option<&Node> {
         self.all.get(&peer)
     }
@@ -63,11 +70,13 @@ impl Nodes {
 
     pub(super) fn insert(&mut self, peer: Peer, node: Node) {
         self.asking.extend(node.hello.node_rank.map(|place| (place, peer)));
+        self.agents.insert(node.hello.agent, peer);
         self.all.insert(peer, node);
     }
 
     pub(super) fn remove(&mut self, peer: Peer) -> Option<Node> {
         let node = self.all.remove(&peer)?;
+        self.agents.remove(&node.hello.agent);
         if let Some(place) = node.hello.node_rank {
             self.asking.remove(&(place, peer));
         }

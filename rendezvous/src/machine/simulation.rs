@@ -225,6 +225,7 @@ impl World {
             restarts: self.restarts,
             host: format!("host{agent}"),
             keep_alive: KeepAlive::default(),
+            agent: peer,
             place: None,
             addresses: Vec::new(),
             pid: peer as u32,

@@ -24,6 +24,7 @@ fn hello(node_rank: Option<u32>, nnodes: u32, local_world_size: u32) -> Hello {
         restarts: POLICY,
         host: format!("host{local_world_size}"),
         keep_alive: KeepAlive::default(),
+        agent: 0,
         place: None,
         addresses: Vec::new(),
         pid: 7,
@@ -39,7 +40,13 @@ fn coordinator() -> Coordinator {
     })
 }
 
-fn say(machine: &mut Coordinator, peer: Peer, message: ToCoordinator) -> Vec<Action> {
+/// Each peer is an agent of its own, unless it says something else.
+fn say(machine: &mut Coordinator, peer: Peer, mut message: ToCoordinator) -> Vec<Action> {
+    if let ToCoordinator::Hello(hello) = &mut message
+        && hello.agent == 0
+    {
+        hello.agent = peer;
+    }
     machine.handle(NOW, Event::Message(peer, message))
 }
 
@@ -447,6 +454,26 @@ fn a_node_that_has_said_hello_is_not_in_a_round_before_it_joins() {
 }
 
 #[test]
+fn an_agent_that_comes_back_before_it_is_missed_takes_the_place_of_its_first_connection() {
+    // In no round yet, with a place that it asks for.
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(Some(0), 2, 1));
+    let actions = enter(&mut machine, 2, Hello { agent: 1, ..hello(Some(0), 2, 1) });
+    assert_eq!(actions, [Action::Close(1)]);
+    assert_eq!(machine.handle(NOW, Event::Lost(1)), []);
+    let started = rounds(&enter(&mut machine, 3, hello(Some(1), 2, 1)));
+    assert_eq!((place(&started, 2), place(&started, 3)), (0, 1), "nobody is twice in a round");
+    // In a round.
+    let actions = enter(&mut machine, 4, Hello { agent: 1, place: Some(0), ..hello(Some(0), 2, 1) });
+    assert_eq!(actions[0], Action::Close(2));
+    assert!(broken(&actions).contains("lost node 0 (host host1, pid 7): its agent has come back"));
+    assert_eq!(rounds(&say(&mut machine, 3, ToCoordinator::Join)).len(), 2);
+    // What it said on the first one comes after what it said on the next one.
+    let late = say(&mut machine, 1, ToCoordinator::Hello(Hello { agent: 1, ..hello(None, 2, 1) }));
+    assert_eq!(late, [Action::Close(1)]);
+}
+
+#[test]
 fn a_node_that_leaves_ends_a_job_of_a_fixed_size() {
     let leave = || ToCoordinator::Leave { reason: "told to stop".into() };
     let mut machine = coordinator();
@@ -546,9 +573,11 @@ fn event() -> impl Strategy<Value = Event> {
     let peer = 1_u64..5;
     let round = 0_u64..4;
     prop_oneof![
-        (peer.clone(), proptest::option::of(0_u32..3), 1_u32..4).prop_map(|(peer, rank, local)| {
-            Event::Message(peer, ToCoordinator::Hello(hello(rank, 2, local)))
-        }),
+        (peer.clone(), 1_u64..5, proptest::option::of(0_u32..3), 1_u32..4).prop_map(
+            |(peer, agent, rank, local)| {
+                Event::Message(peer, ToCoordinator::Hello(Hello { agent, ..hello(rank, 2, local) }))
+            }
+        ),
         peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
         peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
         (peer.clone(), round.clone()).prop_map(|(peer, round)| { Event::Message(peer, failed(round, "r")) }),
