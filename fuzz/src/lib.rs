@@ -8,7 +8,7 @@ use ice_proto::auth::{Answer, Challenge, Greeting};
 use ice_proto::frame::{self, Decoder};
 use ice_proto::link::{Down, Up};
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
-use ice_rendezvous::machine::{Action, Coordinator, Event, Settings};
+use ice_rendezvous::machine::{Action, Coordinator, Event, Settings, check_views};
 use ice_rendezvous::store::codec::{self, Scan};
 use ice_rendezvous::store::state::{Replies, Store};
 
@@ -159,18 +159,7 @@ pub fn coordinator(bytes: &[u8]) {
         assert!(!closed, "RV-5");
         assert!(last_round.is_none_or(|last| first.number > last), "RV-7, RV-10");
         last_round = Some(first.number);
-        let mut ranks = 0;
-        for (place, member) in (0..).zip(&first.members) {
-            assert_eq!((member.group_rank, member.first_rank), (place, ranks), "RV-1");
-            ranks += member.local_world_size;
-        }
-        assert_eq!(views.len(), first.members.len(), "RV-2");
-        assert!(
-            views.iter().all(|view| view.members == first.members && view.number == first.number),
-            "RV-2"
-        );
-        let places: BTreeSet<u32> = views.iter().map(|view| view.you).collect();
-        assert_eq!(places.len(), views.len(), "RV-1");
+        check_views(&views).expect("RV-1, RV-2");
     }
     assert_debug(&machine.record(now));
 }

@@ -15,7 +15,7 @@ fn write(target: &str, number: usize, bytes: &[u8]) {
     fs::write(folder.join(format!("seed-{number:02}")), bytes).unwrap();
 }
 
-fn hello(nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinator {
+fn hello(agent: u64, nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinator {
     ToCoordinator::Hello(Hello {
         run_id: "job".into(),
         node_rank,
@@ -23,6 +23,7 @@ fn hello(nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinator {
         local_world_size: 2,
         restarts: RestartPolicy { max_restarts: 2, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: KeepAlive::default(),
+        agent,
         place: Some(1),
         addresses: vec![[10, 0, 0, 1].into()],
         host: "host".into(),
@@ -66,8 +67,8 @@ fn make() {
 
     let reason = || "reason".to_owned();
     let said = [
-        hello((2, 2), Some(0)),
-        hello((1, 3), None),
+        hello(0, (2, 2), Some(0)),
+        hello(0, (1, 3), None),
         ToCoordinator::Join,
         ToCoordinator::Failed { round: 0, reason: reason(), uptime: Duration::from_secs(9), hopeless: None },
         ToCoordinator::Failed {
@@ -95,13 +96,14 @@ fn make() {
     write("frames", 50, &[&[5], &frames.concat()[..]].concat());
 
     let step = |peer: u8, frame: &[u8]| [&[peer, 3], frame].concat();
-    let joined = |elastic: usize, peers: u8| -> Vec<u8> {
-        (0..peers).flat_map(|peer| [step(peer, &frames[elastic]), step(peer, &frames[2])].concat()).collect()
+    let joined = |peers: u8| -> Vec<u8> {
+        let hello = |peer: u8| frame::encode(&hello(peer.into(), (1, 3), None)).unwrap();
+        (0..peers).flat_map(|peer| [step(peer, &hello(peer)), step(peer, &frames[2])].concat()).collect()
     };
     for (number, frame) in frames.iter().enumerate() {
         write("coordinator", number, &step(1, frame));
-        let then = [joined(1, 3), step(1, frame), vec![0, 0xF8, 0, 2], joined(1, 2)].concat();
+        let then = [joined(3), step(1, frame), vec![0, 0xF8, 0, 2], joined(2)].concat();
         write("coordinator", 20 + number, &then);
     }
-    write("coordinator", 50, &[joined(1, 4), vec![1, 1], step(2, &frames[3]), step(2, &frames[2])].concat());
+    write("coordinator", 50, &[joined(4), vec![1, 1], step(2, &frames[3]), step(2, &frames[2])].concat());
 }

@@ -5,7 +5,7 @@
 //! bench adds PORT PID SECONDS         pipelined adds over 8 connections: adds per second of a core of process PID
 //! bench idle PORT PID CONNECTIONS     memory of process PID per validated connection, in KiB
 //! bench join AGENTS [tls]             seconds until so many agents are in one round
-//! bench simulate AGENTS               the same without a network: seconds, and MB that would be sent
+//! bench simulate [MIN:]AGENTS [ranks] the same without a network: seconds, and MB that would be sent; with `ranks` each asks for its place
 //! bench answers PORT CONNECTIONS      seconds until all of them had an answer, one after another
 //! ```
 
@@ -45,7 +45,8 @@ async fn main() {
         ["join", agents, "tls"] => {
             join(number(agents) as u32, Some(Token::new("for the benchmark").unwrap().over_tls())).await;
         }
-        ["simulate", agents] => simulate(number(agents) as u32),
+        ["simulate", nnodes] => simulate(nnodes, false),
+        ["simulate", nnodes, "ranks"] => simulate(nnodes, true),
         ["answers", port, connections] => answers(number(port) as u16, number(connections)),
         _ => panic!("see the head of the file"),
     }
@@ -70,14 +71,15 @@ async fn host(token: Option<Token>) -> Host {
     Host::bind(config).await.unwrap()
 }
 
-fn hello(nnodes: u32, number: u32) -> Hello {
+fn hello(nnodes: (u32, u32), number: u32) -> Hello {
     Hello {
         run_id: "bench".into(),
         node_rank: None,
-        nnodes: (nnodes, nnodes),
+        nnodes,
         local_world_size: 8,
         restarts: RestartPolicy { max_restarts: 3, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: KeepAlive::default(),
+        agent: number.into(),
         place: None,
         addresses: Vec::new(),
         host: format!("node{number}.cluster.example"),
@@ -163,7 +165,7 @@ async fn join(agents: u32, token: Option<Token>) {
     let start = Instant::now();
     let tasks: Vec<_> = (0..agents)
         .map(|number| {
-            let (port, hello, token) = (host.port(), hello(agents, number), token.clone());
+            let (port, hello, token) = (host.port(), hello((agents, agents), number), token.clone());
             tokio::spawn(async move {
                 let patience = Patience::wait(LIMIT);
                 let mut session =
@@ -183,14 +185,17 @@ async fn join(agents: u32, token: Option<Token>) {
     println!("{:.4}", start.elapsed().as_secs_f64());
 }
 
-fn simulate(agents: u32) {
+fn simulate(nnodes: &str, ranks: bool) {
+    let (fewest, agents) = nnodes.split_once(':').unwrap_or((nnodes, nnodes));
+    let nnodes @ (_, agents) = (fewest.parse().unwrap(), agents.parse::<u32>().unwrap());
     let settings =
         Settings { run_id: "bench".into(), join_timeout: LIMIT, last_call: LIMIT, run_stamp: "stamp".into() };
     let mut coordinator = Coordinator::new(settings);
     let start = Instant::now();
     let (mut started, mut bytes) = (0, 0);
     for number in 0..agents {
-        for message in [ToCoordinator::Hello(hello(agents, number)), ToCoordinator::Join] {
+        let hello = Hello { node_rank: ranks.then_some(number), ..hello(nnodes, number) };
+        for message in [ToCoordinator::Hello(hello), ToCoordinator::Join] {
             for action in coordinator.handle(Duration::ZERO, Event::Message(number.into(), message)) {
                 if let Action::Send(_, message) = action {
                     bytes += frame::encode(&message).unwrap().len();

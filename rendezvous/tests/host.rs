@@ -36,6 +36,7 @@ fn hello(node_rank: u32) -> Hello {
         restarts: RestartPolicy { max_restarts: 0, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         host: "here".into(),
         keep_alive: KeepAlive::default(),
+        agent: node_rank.into(),
         place: None,
         addresses: Vec::new(),
         pid: 1,
@@ -176,7 +177,7 @@ async fn two_agents_agree_and_finish_together() {
     let (mut first, mut second) = (agent(&host, 0).await, agent(&host, 1).await);
     for (session, you) in [(&mut first, 0), (&mut second, 1)] {
         let ToAgent::RoundStarted(round) = session.recv().await.unwrap() else { panic!("no round") };
-        assert_eq!((round.you, round.world_size()), (you, 4));
+        assert_eq!((round.you.group_rank, round.world_size), (you, 4));
         session.send(ToCoordinator::Finished { round: 0 });
     }
     for session in [&mut first, &mut second] {

@@ -18,7 +18,8 @@ use serde::de::DeserializeOwned;
 
 /// The first bytes of every frame. No TCPStore command starts with `I`, so the two protocols can share a port.
 pub const MAGIC: [u8; 4] = *b"ICE\x01";
-/// The version of the messages of this crate; both ends of a channel must speak the same.
+/// The version of the messages of this crate; both ends of a channel must speak the same. It grows when a message that was released
+/// changes.
 pub const VERSION: u16 = 1;
 /// Bytes before the body.
 pub const HEADER_LEN: usize = 16;

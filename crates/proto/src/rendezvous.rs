@@ -25,6 +25,8 @@ pub struct Hello {
     pub restarts: RestartPolicy,
     /// How each end knows that the other lives. All agents must say the same.
     pub keep_alive: KeepAlive,
+    /// Drawn by the agent when it starts. Of two connections that say the same, the later one is the agent's, and the other is lost.
+    pub agent: u64,
     /// The node's rank in the last round that the agent was in, under another coordinator too.
     pub place: Option<u32>,
     /// Addresses that the agent's ranks may come from.
@@ -71,7 +73,8 @@ pub enum ToCoordinator {
     Hello(Hello),
     /// The agent has no rank running and wants to be in the next round.
     Join,
-    /// A rank of this agent failed.
+    /// A rank of this agent failed. It is said again on the next connection, and to the next coordinator, until it is answered: by the end
+    /// of the round or of the job.
     Failed {
         /// The round that it failed in.
         round: u64,
@@ -96,8 +99,8 @@ pub enum ToCoordinator {
     KeepAlive,
 }
 
-/// One node of a round.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// One node's part in a round.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     /// Rank of the node.
     pub group_rank: u32,
@@ -105,40 +108,26 @@ pub struct Member {
     pub first_rank: u32,
     /// How many processes it has.
     pub local_world_size: u32,
-    /// Its host name.
-    pub host: String,
+    /// How many processes of the job are on its host, whichever nodes they belong to.
+    pub ranks_on_host: u32,
 }
 
-/// What the members of a round have agreed on.
+/// What the members of a round have agreed on, and the receiver's part. It does not grow with the number of nodes, since each of them is
+/// told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Round {
     /// Its number, from 0.
     pub number: u64,
     /// Failures of the worker group so far.
     pub restart_count: u32,
-    /// The nodes in order of group rank.
-    pub members: Vec<Member>,
-    /// Which of the members the receiver is.
-    pub you: u32,
+    /// How many nodes there are.
+    pub nodes: u32,
+    /// How many processes there are on all of them.
+    pub world_size: u32,
     /// `<MMDDHHmm>_<random>`: constant over the rounds of a job.
     pub run_stamp: String,
-}
-
-impl Round {
-    /// Processes in the job.
-    pub fn world_size(&self) -> u32 {
-        self.members.iter().map(|member| member.local_world_size).sum()
-    }
-
-    /// The receiver's own entry.
-    pub fn own(&self) -> Option<&Member> {
-        self.members.get(self.you as usize)
-    }
-
-    /// Rank of the receiver's first process.
-    pub fn first_rank(&self) -> u32 {
-        self.own().map_or(0, |own| own.first_rank)
-    }
+    /// The receiver's part.
+    pub you: Member,
 }
 
 /// From the coordinator to an agent.
@@ -156,7 +145,7 @@ pub enum ToAgent {
     },
     /// The round is agreed: start the ranks.
     RoundStarted(Round),
-    /// The round is over: stop the ranks and join the next one.
+    /// The round is over: stop the ranks, where they run, and join the next one.
     RoundBroken {
         /// The round that ended.
         round: u64,

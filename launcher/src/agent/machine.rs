@@ -102,9 +102,7 @@ pub(crate) struct Rules {
 enum Phase {
     /// Waiting for a round to start.
     Joining,
-    Running {
-        round: u64,
-    },
+    Running,
     /// All ranks ended well; waiting for the other nodes.
     Finished,
     /// Ranks are ending; what comes when the last one has.
@@ -126,6 +124,10 @@ pub(crate) struct Agent {
     phase: Phase,
     /// Whether there is a coordinator to talk to.
     met: bool,
+    /// The last round that started.
+    round: u64,
+    /// The report of a failure in it, until the coordinator has answered.
+    unanswered: Option<ToCoordinator>,
     alive: BTreeSet<u32>,
     started: Duration,
     /// How ranks of this attempt have ended.
@@ -142,6 +144,8 @@ impl Agent {
             rules,
             phase: Phase::Joining,
             met: true,
+            round: 0,
+            unanswered: None,
             alive: BTreeSet::new(),
             started: Duration::ZERO,
             ends: Vec::new(),
@@ -158,7 +162,7 @@ impl Agent {
 
     /// Whether the ranks are to be watched for a standstill.
     pub(crate) fn is_running(&self) -> bool {
-        matches!(self.phase, Phase::Running { .. })
+        matches!(self.phase, Phase::Running)
     }
 
     pub(crate) fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
@@ -181,10 +185,8 @@ impl Agent {
             }
             Event::Met => {
                 self.met = true;
-                match self.phase {
-                    Phase::Joining => vec![Action::Send(ToCoordinator::Join)],
-                    _ => Vec::new(),
-                }
+                let join = matches!(self.phase, Phase::Joining).then_some(ToCoordinator::Join);
+                self.unanswered.clone().into_iter().chain(join).map(Action::Send).collect()
             }
             Event::Exited { local_rank, exit, failed_at } => self.exited(now, local_rank, exit, failed_at),
             Event::Hung { local_rank, reason } => self.hung(now, local_rank, reason),
@@ -205,15 +207,22 @@ impl Agent {
                 self.alive = (0..self.rules.local_world_size).collect();
                 self.started = now;
                 self.ends.clear();
-                self.phase = Phase::Running { round: round.number };
+                self.unanswered = None;
+                self.round = round.number;
+                self.phase = Phase::Running;
                 vec![Action::Spawn(round)]
             }
-            (
-                ToAgent::RoundBroken { reason, .. },
-                Phase::Running { .. } | Phase::Finished | Phase::Stopping(Then::Await),
-            ) => {
+            (ToAgent::RoundBroken { round, reason }, phase)
+                if !matches!(phase, Phase::Stopping(Then::Exit(_))) =>
+            {
+                let runs = matches!(phase, Phase::Running | Phase::Finished | Phase::Stopping(Then::Await));
                 let mut actions = vec![Action::Say(reason.clone())];
-                actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));
+                if round == self.round {
+                    self.unanswered = None;
+                    if runs {
+                        actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));
+                    }
+                }
                 actions
             }
             (ToAgent::Waiting { reason }, Phase::Joining) => vec![Action::Say(reason)],
@@ -274,36 +283,39 @@ impl Agent {
         let what = format!("local rank {local_rank}: {exit}");
         let hopeless = self.hopeless(&exit);
         self.ends.push(End { local_rank, exit, asked, at });
-        let Phase::Running { round } = self.phase else { return Vec::new() };
+        if !self.is_running() {
+            return Vec::new();
+        }
         if success {
             if !self.alive.is_empty() {
                 return Vec::new();
             }
             self.phase = Phase::Finished;
-            return vec![Action::Send(ToCoordinator::Finished { round })];
+            return vec![Action::Send(ToCoordinator::Finished { round: self.round })];
         }
-        self.fail(now, round, what, hopeless)
+        self.fail(now, what, hopeless)
     }
 
     fn hung(&mut self, now: Duration, local_rank: u32, reason: String) -> Vec<Action> {
-        let Phase::Running { round } = self.phase else { return Vec::new() };
-        if !self.alive.contains(&local_rank) {
+        if !self.is_running() || !self.alive.contains(&local_rank) {
             return Vec::new();
         }
         let what = format!("local rank {local_rank} hangs: {reason}");
         // It has not ended, but that it is behind is the cause of all ends that follow.
         self.ends.push(End { local_rank, exit: Exit::Hung(reason), asked: false, at: Duration::ZERO });
         let mut actions = vec![Action::Say(what.clone())];
-        actions.extend(self.fail(now, round, what, None));
+        actions.extend(self.fail(now, what, None));
         // One that is stopped, or that waits for ever, is not asked in vain.
         actions.push(Action::Terminate);
         actions
     }
 
-    fn fail(&mut self, now: Duration, round: u64, reason: String, hopeless: Option<String>) -> Vec<Action> {
+    fn fail(&mut self, now: Duration, reason: String, hopeless: Option<String>) -> Vec<Action> {
         let uptime = now.saturating_sub(self.started);
         let ask = Ask::Broken(reason.clone());
-        let mut actions = vec![Action::Send(ToCoordinator::Failed { round, reason, uptime, hopeless })];
+        let failed = ToCoordinator::Failed { round: self.round, reason, uptime, hopeless };
+        self.unanswered = Some(failed.clone());
+        let mut actions = vec![Action::Send(failed)];
         actions.extend(self.stop(now, Then::Await, ask));
         actions
     }

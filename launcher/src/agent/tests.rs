@@ -11,9 +11,9 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const NOW: Duration = Duration::from_secs(1);
 
 fn started(number: u64) -> Event {
-    let member = Member { group_rank: 0, first_rank: 0, local_world_size: 2, host: "h".into() };
+    let you = Member { group_rank: 0, first_rank: 0, local_world_size: 2, ranks_on_host: 2 };
     let restart_count = number as u32;
-    let round = Round { number, restart_count, members: vec![member], you: 0, run_stamp: "s".into() };
+    let round = Round { number, restart_count, nodes: 1, world_size: 2, run_stamp: "s".into(), you };
     Event::Coordinator(ToAgent::RoundStarted(round))
 }
 
@@ -207,6 +207,33 @@ fn another_coordinator_is_looked_for_and_joined_once_the_ranks_have_ended() {
     ));
     let actions = agent.handle(NOW, Event::NotMet("nobody".into()));
     assert_eq!(actions, [Action::Say("nobody".into()), Action::Exit(ExitCode::Failure)]);
+}
+
+#[test]
+fn a_failure_is_reported_until_a_coordinator_has_answered() {
+    let lost = || Event::CoordinatorLost("lost".into());
+    let broken = |round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into() });
+    let mut agent = Agent::new(Rules { looks_again: true, ..rules() });
+    agent.handle(NOW, started(0));
+    let actions = agent.handle(NOW * 3, exited(0, Exit::Code(3)));
+    let report = actions[0].clone();
+    assert!(
+        matches!(&report, Action::Send(ToCoordinator::Failed { round: 0, uptime, .. }) if *uptime == NOW * 2)
+    );
+    // It is met while the other rank ends, and lost before it answers.
+    agent.handle(NOW * 4, lost());
+    assert_eq!(agent.handle(NOW * 5, Event::Met), std::slice::from_ref(&report), "AG-7");
+    agent.handle(NOW, exited(1, Exit::Signal(15)));
+    agent.handle(NOW, lost());
+    let join = Action::Send(ToCoordinator::Join);
+    assert_eq!(agent.handle(NOW, Event::Met), [report, join.clone()], "AG-7");
+    assert_eq!(agent.handle(NOW, broken(0)), [Action::Say("r".into())]);
+    agent.handle(NOW, lost());
+    assert_eq!(agent.handle(NOW, Event::Met), [join], "it was answered");
+    // What is said of a round that is over does not end the one that runs.
+    agent.handle(NOW, started(1));
+    assert_eq!(agent.handle(NOW, broken(0)), [Action::Say("r".into())]);
+    assert_eq!(agent.handle(NOW, broken(1))[1], Action::Ask(Ask::Broken("r".into())));
 }
 
 fn event() -> impl Strategy<Value = Event> {

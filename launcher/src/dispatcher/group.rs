@@ -26,6 +26,8 @@ use crate::{Error, LaunchPlan};
 
 pub(super) struct Group<'a> {
     plan: &'a LaunchPlan,
+    /// This host's name.
+    host: String,
     console: Console,
     files: Files,
     events: mpsc::UnboundedSender<RankEvent>,
@@ -51,12 +53,12 @@ impl<'a> Group<'a> {
     ) -> Self {
         let summary = Summary::new(&plan.run_id);
         let (logs, round, ranks) = (None, None, BTreeMap::new());
-        Self { plan, console, files, events, logs, round, ranks, summary }
+        Self { plan, host: hostname(), console, files, events, logs, round, ranks, summary }
     }
 
     /// The node's rank in the last round.
     pub(super) fn place(&self) -> Option<u32> {
-        self.round.as_ref().map(|round| round.you)
+        self.round.as_ref().map(|round| round.you.group_rank)
     }
 
     /// Starts all ranks. One that cannot be started counts as one that ended.
@@ -122,10 +124,10 @@ impl<'a> Group<'a> {
         let (ours, theirs) = UnixStream::pair()?;
         let names = Names {
             role_name: &self.plan.role,
-            rank: round.first_rank() + local_rank,
+            rank: round.you.first_rank + local_rank,
             local_rank,
-            node_rank: round.you,
-            host: round.own().map_or("?", |own| &own.host),
+            node_rank: round.you.group_rank,
+            host: &self.host,
             run_id: &self.plan.run_id,
         };
         let prefix = prefix(&self.plan.logs.prefix, &names);
@@ -201,7 +203,7 @@ impl<'a> Group<'a> {
 
     /// Rank within the job.
     pub(super) fn rank(&self, local_rank: u32) -> u32 {
-        self.round.as_ref().map_or(0, Round::first_rank) + local_rank
+        self.round.as_ref().map_or(0, |round| round.you.first_rank) + local_rank
     }
 
     /// Notes what a rank said.
@@ -263,7 +265,7 @@ impl<'a> Group<'a> {
         let mut ends = ends.into_iter();
         let first = ends.next()?;
         let (round, node, attempt) =
-            self.round.as_ref().map(|round| (round.number, round.you, round.restart_count))?;
+            self.round.as_ref().map(|round| (round.number, round.you.group_rank, round.restart_count))?;
         let others = ends.map(|end| self.other(&end)).collect();
         let rank = self.rank(first.local_rank);
         let member = self.ranks.get_mut(&first.local_rank)?;
@@ -283,7 +285,7 @@ impl<'a> Group<'a> {
             logs,
         };
         let program = self.plan.program.path.clone();
-        let failure = Failure { attempt, round, host: hostname(), node, program, root_cause, others };
+        let failure = Failure { attempt, round, host: self.host.clone(), node, program, root_cause, others };
         self.console.say(&failure.to_string());
         self.summary.add(failure.clone());
         self.write_summary();

@@ -73,7 +73,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         None => None,
     };
     let session = tokio::select! {
-        session = meeting.meet(hello(&plan, None)) => session?,
+        session = meeting.meet(hello(&plan, meeting.agent(), None)) => session?,
         signal = signals.stop() => return Ok(Exit::Signal(signal).code()),
     };
     session.send(ToCoordinator::Join);
@@ -98,7 +98,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     outcome
 }
 
-fn hello(plan: &LaunchPlan, place: Option<u32>) -> Hello {
+fn hello(plan: &LaunchPlan, agent: u64, place: Option<u32>) -> Hello {
     Hello {
         run_id: plan.run_id.clone(),
         node_rank: plan.node_rank,
@@ -106,6 +106,7 @@ fn hello(plan: &LaunchPlan, place: Option<u32>) -> Hello {
         local_world_size: plan.local_world_size(),
         restarts: plan.restarts,
         keep_alive: plan.meeting.keep_alive,
+        agent,
         place,
         addresses: address::own(),
         host: hostname(),
@@ -324,7 +325,8 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
                 Action::Meet => {
-                    let (meeting, hello) = (Arc::clone(&self.meeting), hello(self.plan, self.group.place()));
+                    let hello = hello(self.plan, self.meeting.agent(), self.group.place());
+                    let meeting = Arc::clone(&self.meeting);
                     self.looking = Some(Box::pin(async move { meeting.meet_again(hello).await }));
                 }
                 Action::Spawn(round) => self.spawn(round)?,
@@ -374,9 +376,9 @@ impl<'a> Dispatcher<'a> {
         self.log.add(&Happened::RoundStarted {
             round: round.number,
             attempt: round.restart_count,
-            nodes: round.members.len(),
-            node: round.you,
-            world_size: round.world_size(),
+            nodes: round.nodes,
+            node: round.you.group_rank,
+            world_size: round.world_size,
         });
         let (host, port) = self.meeting.address();
         self.group.spawn(round, (&host, port))?;

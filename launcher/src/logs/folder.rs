@@ -45,7 +45,7 @@ impl LogFolder {
             }
         };
         // Several nodes may share the folder, and their local ranks the numbers.
-        let node = if round.members.len() > 1 { format!("_node{}", round.you) } else { String::new() };
+        let node = if round.nodes > 1 { format!("_node{}", round.you.group_rank) } else { String::new() };
         let path = root.join(format!("{}_{}{node}", plan.run_id, round.run_stamp));
         fs::create_dir_all(&path).map_err(fail(&path))?;
         Ok(Self { path, temporary, attempt: None })

@@ -15,7 +15,7 @@ pub(crate) enum Happened {
     /// The agent is there.
     AgentStarted { pid: u32, host: String, ranks: usize, program: String },
     /// The nodes have agreed.
-    RoundStarted { round: u64, attempt: u32, nodes: usize, node: u32, world_size: u32 },
+    RoundStarted { round: u64, attempt: u32, nodes: u32, node: u32, world_size: u32 },
     /// A process was started.
     RankStarted { rank: u32, local_rank: u32, pid: u32 },
     /// A process ended.

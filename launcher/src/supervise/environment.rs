@@ -27,19 +27,19 @@ impl<'a> Environment<'a> {
     /// The variables of a rank.
     pub(crate) fn of(&self, local_rank: u32, error_file: &Path) -> Vec<(&'static str, String)> {
         let (plan, round) = (self.plan, self.round);
-        let rank = (round.first_rank() + local_rank).to_string();
-        let world_size = round.world_size();
+        let rank = (round.you.first_rank + local_rank).to_string();
+        let world_size = round.world_size;
         let placed = self.placed.get(local_rank as usize);
         let seen_rank = if plan.virtual_local_rank { 0 } else { local_rank };
         let mut variables = vec![
             (names::LOCAL_RANK, seen_rank.to_string()),
             (names::RANK, rank.clone()),
-            (names::GROUP_RANK, round.you.to_string()),
+            (names::GROUP_RANK, round.you.group_rank.to_string()),
             (names::ROLE_RANK, rank),
             (names::ROLE_NAME, plan.role.clone()),
             (names::LOCAL_WORLD_SIZE, plan.local_world_size().to_string()),
             (names::WORLD_SIZE, world_size.to_string()),
-            (names::GROUP_WORLD_SIZE, round.members.len().to_string()),
+            (names::GROUP_WORLD_SIZE, round.nodes.to_string()),
             (names::ROLE_WORLD_SIZE, world_size.to_string()),
             (names::MASTER_ADDR, self.store.0.to_owned()),
             (names::MASTER_PORT, self.store.1.to_string()),
@@ -73,13 +73,7 @@ fn threads(plan: &LaunchPlan, round: &Round) -> Option<u32> {
     if !unset(names::OMP_NUM_THREADS) {
         return None;
     }
-    let host = round.own().map(|own| &own.host);
-    let here: u32 = round
-        .members
-        .iter()
-        .filter(|member| Some(&member.host) == host)
-        .map(|member| member.local_world_size)
-        .sum();
+    let here = round.you.ranks_on_host;
     (here > 1).then(|| threads_per_rank(cores(), here))
 }
 

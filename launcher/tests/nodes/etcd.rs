@@ -5,7 +5,7 @@ use std::process::Command;
 use rustix::process::Signal;
 
 use crate::server::Etcd;
-use crate::support::{Gate, Job, launch, run, wait_for_text};
+use crate::support::{Gate, Job, launch, run, wait_for_state, wait_for_text};
 
 /// A job of so many nodes whose agents are missed after three seconds.
 fn options<'a>(etcd: &'a Etcd, nnodes: &'a str, more: &[&'a str]) -> Vec<&'a str> {
@@ -79,6 +79,34 @@ fn the_job_goes_on_without_the_node_that_coordinated() {
     gates[1..].iter().for_each(Gate::open);
     late.finish().expect(0, &[]);
     others.into_iter().for_each(|job| _ = job.finish().expect(0, &["looking for it again"]));
+}
+
+#[test]
+fn a_failure_that_the_coordinator_does_not_live_to_hear_of_is_counted() {
+    let Some(etcd) = Etcd::start() else { return };
+    let events = tempfile::NamedTempFile::new().unwrap();
+    let options = options(&etcd, "1:2", &["--max-restarts", "1"]);
+    let script = "
+        echo \"$RANK of $WORLD_SIZE, restart $TORCHELASTIC_RESTART_COUNT\"
+        [ $TORCHELASTIC_RESTART_COUNT = 0 ] || exit 0; read -r go < $GATE; exit 3";
+    let mut command = launch(&options, script);
+    let _gate = Gate::new(&mut command);
+    let mut first = Job::start(command);
+    first.expect_line("0 of 1, restart 0");
+    let mut command =
+        launch(&[&options[..], &["--events", events.path().to_str().unwrap()]].concat(), script);
+    let gate = Gate::new(&mut command);
+    let mut second = Job::start(command);
+    second.expect_line("1 of 2, restart 0");
+    // It hears nothing any more, and is gone before it could.
+    first.signal(Signal::STOP);
+    wait_for_state(&first.pid().to_string(), 'T');
+    gate.open();
+    wait_for_text(events.path(), "rank_ended");
+    first.signal(Signal::KILL);
+    assert_eq!(first.finish().signal, Some(Signal::KILL.as_raw()));
+    second.expect_line("0 of 1, restart 1");
+    second.finish().expect(0, &["rank 1 failed: exit code 3", "exit code 3; restart 1 of 1"]);
 }
 
 #[test]

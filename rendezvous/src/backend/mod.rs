@@ -16,7 +16,7 @@ pub use endpoint::{Endpoint, Role};
 pub use session::{Patience, Session};
 
 use crate::auth::Token;
-use crate::host::locked;
+use crate::host::{locked, random};
 use crate::{Error, Host, HostConfig};
 
 /// What all ways to meet have in common.
@@ -98,6 +98,7 @@ pub struct Meeting {
     config: MeetingConfig,
     place: Place,
     notes: Vec<String>,
+    agent: u64,
     now: Mutex<Now>,
 }
 
@@ -144,7 +145,7 @@ impl Meeting {
             }
         };
         let now = Now { address, hosting: host.map(Hosting::Endpoint) };
-        Ok(Self { config, place, notes, now: Mutex::new(now) })
+        Ok(Self { config, place, notes, agent: random(), now: Mutex::new(now) })
     }
 
     /// Connects to the coordinator and says hello.
@@ -186,6 +187,11 @@ impl Meeting {
                 Ok(session)
             }
         }
+    }
+
+    /// The number that the coordinator knows this agent by, over all its connections.
+    pub fn agent(&self) -> u64 {
+        self.agent
     }
 
     /// Host and port of the coordinator and the store.

@@ -216,7 +216,11 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// `<MMDDHHmm>_<random>` in local time.
 fn run_stamp() -> String {
+    format!("{}_{:08x}", jiff::ZonedDateTime::now().strftime("%m%d%H%M"), random() as u32)
+}
+
+/// A number that nobody else has; no secret.
+pub(crate) fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
-    let random = std::hash::RandomState::new().build_hasher().finish() as u32;
-    format!("{}_{random:08x}", jiff::ZonedDateTime::now().strftime("%m%d%H%M"))
+    std::hash::RandomState::new().build_hasher().finish()
 }

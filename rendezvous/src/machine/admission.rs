@@ -1,35 +1,29 @@
 //! Whom the coordinator lets in, and which place each node gets.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, KeepAlive};
 
-use super::Peer;
-use super::coordinator::Node;
+use super::nodes::Nodes;
 
-/// Ranks that one node can have; more are a mistake, and sums over all nodes stay far from overflowing.
-const MOST_RANKS: u32 = 1 << 16;
-/// Nodes that a job can have: the view of a round with so many fits into one frame.
-const MOST_NODES: u32 = 10_000;
+/// Ranks that one node can have; more are a mistake.
+const MOST_RANKS: u32 = 1 << 14;
+/// Nodes that a job can have. What is kept of each is a few hundred bytes, and every rank is a number that torch can hold.
+const MOST_NODES: u32 = 100_000;
+const _: () = assert!(MOST_NODES <= i32::MAX as u32 / MOST_RANKS);
 /// Bytes of a host name, which is Linux's limit.
 const LONGEST_HOST: usize = 64;
 
 /// Checks a newcomer against the job and against the nodes that are there already. Once the job has begun, one that asks for the place of
 /// another waits for it: it may be that node, come back before it was missed.
-pub(super) fn check(
-    run_id: &str,
-    nodes: &BTreeMap<Peer, Node>,
-    newcomer: &Hello,
-    begun: bool,
-) -> Result<(), String> {
+pub(super) fn check(run_id: &str, nodes: &Nodes, newcomer: &Hello, begun: bool) -> Result<(), String> {
     if newcomer.run_id != run_id {
         return Err(format!(
             "this endpoint serves the job `{run_id}`, not `{}`: use the same --run-id on all nodes, or another port",
             newcomer.run_id
         ));
     }
-    if let Some(first) = nodes.values().next().map(|node| &node.hello) {
+    if let Some(first) = nodes.any().map(|node| &node.hello) {
         for (option, theirs, ours) in [
             ("--nnodes", range(newcomer.nnodes), range(first.nnodes)),
             (
@@ -77,8 +71,7 @@ pub(super) fn check(
                 most - 1
             ));
         }
-        let mut others = nodes.values().map(|node| &node.hello).filter(|_| !begun);
-        if let Some(other) = others.find(|node| node.node_rank == Some(rank)) {
+        if let Some(other) = nodes.asking(rank).map(|node| &node.hello).filter(|_| !begun) {
             return Err(format!(
                 "--node-rank {rank} was given on {} (pid {}) and on {} (pid {})",
                 other.host, other.pid, newcomer.host, newcomer.pid

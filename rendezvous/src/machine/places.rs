@@ -2,13 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Peer;
-use super::coordinator::Node;
+use ice_proto::rendezvous::{Hello, Member};
 
-/// The members of a round, at most so many: those of the last one first, then in order of arrival.
-pub(super) fn choose(nodes: &BTreeMap<Peer, Node>, joined: &BTreeSet<Peer>, most: usize) -> Vec<Peer> {
-    let mut candidates: Vec<Peer> = nodes.keys().copied().filter(|peer| joined.contains(peer)).collect();
-    candidates.sort_by_key(|peer| (nodes[peer].place.is_none(), *peer));
+use super::Peer;
+use super::nodes::Node;
+
+/// The members of a round, at most so many: those of the last one first, then those that were in an earlier one, in order of arrival.
+pub(super) fn choose(nodes: &BTreeMap<Peer, Node>, most: usize) -> Vec<Peer> {
+    let mut candidates: Vec<Peer> =
+        nodes.iter().filter(|(_, node)| node.waits).map(|(peer, _)| *peer).collect();
+    candidates.sort_by_key(|peer| (!nodes[peer].is_member, nodes[peer].place.is_none(), *peer));
     // Of two that ask for one place, the second waits.
     let mut asked = BTreeSet::new();
     candidates.retain(|peer| nodes[peer].hello.node_rank.is_none_or(|rank| asked.insert(rank)));
@@ -32,4 +35,22 @@ pub(super) fn arrange(nodes: &BTreeMap<Peer, Node>, members: &[Peer]) -> Vec<Pee
     }
     let mut rest = rest.into_iter();
     places.into_iter().filter_map(|place| place.or_else(|| rest.next())).collect()
+}
+
+/// The part of each member of a round, given in order of their group rank.
+pub(super) fn parts(nodes: &BTreeMap<Peer, Node>, places: &[Peer]) -> Vec<Member> {
+    let mut ranks_on_host: BTreeMap<&str, u32> = BTreeMap::new();
+    let members = || places.iter().map(|peer| &nodes[peer].hello);
+    for hello in members() {
+        *ranks_on_host.entry(&hello.host).or_default() += hello.local_world_size;
+    }
+    let mut first_rank = 0;
+    let part = |(group_rank, hello): (u32, &Hello)| {
+        let local_world_size = hello.local_world_size;
+        let ranks_on_host = ranks_on_host.get(hello.host.as_str()).copied().unwrap_or(local_world_size);
+        let member = Member { group_rank, first_rank, local_world_size, ranks_on_host };
+        first_rank += local_world_size;
+        member
+    };
+    (0..).zip(members()).map(part).collect()
 }

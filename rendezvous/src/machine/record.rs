@@ -6,6 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use super::restarts::Restarts;
 
+/// The failure that was judged last.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Judged {
+    /// The round that it happened in.
+    pub(super) round: u64,
+    /// What agents were told.
+    pub(super) said: String,
+}
+
 /// What the next coordinator of a job needs in order to go on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -13,7 +22,10 @@ pub struct Record {
     pub(super) now: Duration,
     /// The number of the round that comes next.
     pub(super) next_round: u64,
+    /// It does not start before.
+    pub(super) not_before: Duration,
     pub(super) restarts: Restarts,
+    pub(super) judged: Option<Judged>,
     pub(super) run_stamp: String,
     /// Whether a node has finished the round that runs.
     pub(super) finished: bool,

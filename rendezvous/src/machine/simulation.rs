@@ -10,7 +10,7 @@ use std::time::Duration;
 use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, Round, ToAgent, ToCoordinator};
 
 use super::random::Random;
-use super::{Action, Coordinator, Event, Peer, Settings};
+use super::{Action, Coordinator, Event, Peer, Settings, check_views};
 
 const RUNS: u64 = 2000;
 const LAST_CALL: u64 = 30_000;
@@ -225,6 +225,7 @@ impl World {
             restarts: self.restarts,
             host: format!("host{agent}"),
             keep_alive: KeepAlive::default(),
+            agent: peer,
             place: None,
             addresses: Vec::new(),
             pid: peer as u32,
@@ -289,18 +290,8 @@ impl World {
     fn check_round(&self, started: &BTreeMap<Peer, Round>, before: &BTreeSet<Peer>) {
         let (fewest, most) = self.nnodes;
         assert!((fewest..=most).contains(&(started.len() as u32)), "RV-3: {} nodes", started.len());
-        let mut views: Vec<Round> = started.values().map(|round| Round { you: 0, ..round.clone() }).collect();
-        views.dedup();
-        assert_eq!(views.len(), 1, "RV-2");
-        let mut yous: Vec<u32> = started.values().map(|round| round.you).collect();
-        yous.sort_unstable();
-        assert!(yous.into_iter().eq(0..started.len() as u32), "RV-1");
-        let mut next = 0;
-        for (member, place) in views[0].members.iter().zip(0..) {
-            assert_eq!((member.group_rank, member.first_rank), (place, next), "RV-1");
-            next += member.local_world_size;
-        }
-        assert!(views[0].restart_count <= self.restarts.max_restarts, "RV-4");
+        check_views(started.values()).unwrap();
+        assert!(started.values().all(|round| round.restart_count <= self.restarts.max_restarts), "RV-4");
         let dropped = before.iter().find(|peer| self.known.contains(peer) && !started.contains_key(peer));
         assert_eq!(dropped, None, "RV-8");
     }

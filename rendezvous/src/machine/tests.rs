@@ -24,6 +24,7 @@ fn hello(node_rank: Option<u32>, nnodes: u32, local_world_size: u32) -> Hello {
         restarts: POLICY,
         host: format!("host{local_world_size}"),
         keep_alive: KeepAlive::default(),
+        agent: 0,
         place: None,
         addresses: Vec::new(),
         pid: 7,
@@ -39,7 +40,13 @@ fn coordinator() -> Coordinator {
     })
 }
 
-fn say(machine: &mut Coordinator, peer: Peer, message: ToCoordinator) -> Vec<Action> {
+/// Each peer is an agent of its own, unless it says something else.
+fn say(machine: &mut Coordinator, peer: Peer, mut message: ToCoordinator) -> Vec<Action> {
+    if let ToCoordinator::Hello(hello) = &mut message
+        && hello.agent == 0
+    {
+        hello.agent = peer;
+    }
     machine.handle(NOW, Event::Message(peer, message))
 }
 
@@ -54,7 +61,14 @@ fn rounds(actions: &[Action]) -> BTreeMap<Peer, Round> {
         Action::Send(peer, ToAgent::RoundStarted(round)) => Some((*peer, round.clone())),
         _ => None,
     };
-    actions.iter().filter_map(round).collect()
+    let rounds: BTreeMap<Peer, Round> = actions.iter().filter_map(round).collect();
+    check_views(rounds.values()).unwrap();
+    rounds
+}
+
+/// The group rank of a peer.
+fn place(started: &BTreeMap<Peer, Round>, peer: Peer) -> u32 {
+    started[&peer].you.group_rank
 }
 
 fn refusal(actions: &[Action]) -> String {
@@ -71,8 +85,8 @@ fn a_job_runs_restarts_once_and_closes() {
     let actions = enter(&mut machine, 2, hello(Some(0), 2, 2));
     assert_eq!(actions[0], Action::ClearStore);
     let started = rounds(&actions);
-    assert_eq!((started[&2].you, started[&1].you), (0, 1));
-    assert_eq!(started[&1].members[1].first_rank, 2);
+    assert_eq!((place(&started, 2), place(&started, 1)), (0, 1));
+    assert_eq!(started[&1].you.first_rank, 2);
 
     let failed = |round| failed(round, "rank 3 exited with code 1");
     let broken = say(&mut machine, 1, failed(0));
@@ -145,7 +159,7 @@ fn another_coordinator_goes_on_where_the_first_was() {
     // The nodes come in another order, and keep their places.
     enter(&mut machine, 1, Hello { place: Some(1), ..hello(None, 2, 1) });
     let started = rounds(&enter(&mut machine, 2, Hello { place: Some(0), ..hello(None, 2, 1) }));
-    assert_eq!((started[&1].you, started[&2].you), (1, 0));
+    assert_eq!((place(&started, 1), place(&started, 2)), (1, 0));
     assert_eq!((started[&1].number, started[&1].restart_count), (1, 1), "RV-10");
     assert_eq!(started[&1].run_stamp, "stamp", "the job's folders stay");
     // The round that runs has a number, too, and the only restart was used.
@@ -170,6 +184,133 @@ fn what_a_node_has_finished_is_not_done_again_by_another_coordinator() {
         panic!("{actions:?}")
     };
     assert!(reason.contains("cannot be done again"), "{reason}");
+}
+
+/// A node of a job of two that had a place, and may restart so often.
+fn back(place: u32, max_restarts: u32) -> Hello {
+    Hello { place: Some(place), restarts: RestartPolicy { max_restarts, ..POLICY }, ..hello(None, 2, 1) }
+}
+
+#[test]
+fn a_failure_that_the_first_coordinator_did_not_hear_of_counts_once_with_the_next() {
+    for max_restarts in [1, 0] {
+        let mut machine = coordinator();
+        (0..2).for_each(|place| _ = enter(&mut machine, place.into(), back(place, max_restarts)));
+        let mut machine = taken_over(&machine, NOW);
+        (0..2).for_each(|place| {
+            _ = say(&mut machine, place.into(), ToCoordinator::Hello(back(place, max_restarts)))
+        });
+        let actions = say(&mut machine, 1, failed(0, "exit code 3"));
+        if max_restarts == 0 {
+            let [Action::Send(0, ToAgent::Closed { success: false, reason, .. }), Action::Send(1, _)] =
+                &actions[..]
+            else {
+                panic!("{actions:?}")
+            };
+            assert!(reason.contains("node 1") && reason.contains("exit code 3"), "{reason}");
+            continue;
+        }
+        assert_eq!(actions.len(), 2, "{actions:?}");
+        assert!(broken(&actions).contains("node 1 (host host1, pid 7): exit code 3; restart 1 of 1"));
+        assert_eq!(
+            say(&mut machine, 0, failed(0, "exit code 4")),
+            [],
+            "another node saw it, too, and was told"
+        );
+        say(&mut machine, 0, ToCoordinator::Join);
+        let started = rounds(&say(&mut machine, 1, ToCoordinator::Join));
+        assert_eq!((started[&0].number, started[&0].restart_count), (1, 1), "RV-11");
+        assert_eq!(say(&mut machine, 0, failed(7, "r")), [], "nobody was in that round");
+    }
+}
+
+#[test]
+fn a_failure_that_was_judged_is_not_judged_by_the_next_coordinator() {
+    let mut machine = coordinator();
+    (0..2).for_each(|place| _ = enter(&mut machine, place.into(), back(place, 9)));
+    let said = broken(&say(&mut machine, 1, failed(0, "r")));
+    let mut machine = taken_over(&machine, NOW);
+    say(&mut machine, 1, ToCoordinator::Hello(back(1, 9)));
+    assert_eq!(broken(&say(&mut machine, 1, failed(0, "r"))), said);
+    say(&mut machine, 1, ToCoordinator::Join);
+    let started = rounds(&enter(&mut machine, 0, back(0, 9)));
+    assert_eq!((started[&0].number, started[&0].restart_count), (1, 1), "RV-11");
+    assert_eq!(say(&mut machine, 1, failed(0, "r")), []);
+    assert_eq!(machine.record(NOW).restarts.count(), 1, "RV-11");
+}
+
+#[test]
+fn a_pause_before_a_restart_is_kept_by_the_next_coordinator() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, Hello { nnodes: (1, 1), ..back(0, 9) });
+    say(&mut machine, 1, failed(0, "r"));
+    say(&mut machine, 1, ToCoordinator::Join);
+    // Judged before the takeover, or after it.
+    let before = taken_over(&machine, NOW);
+    say(&mut machine, 1, failed(1, "r"));
+    let after = taken_over(&machine, NOW);
+    for mut machine in [before, after] {
+        say(&mut machine, 1, ToCoordinator::Hello(Hello { nnodes: (1, 1), ..back(0, 9) }));
+        assert!(broken(&say(&mut machine, 1, failed(1, "r"))).contains("after a pause of 5 s"));
+        assert_eq!(say(&mut machine, 1, ToCoordinator::Join), []);
+        assert_eq!(machine.deadline(), Some(NOW + Duration::from_secs(5)));
+    }
+}
+
+#[test]
+fn a_failure_that_was_lost_with_the_connection_counts_once() {
+    for heard in [true, false] {
+        let mut machine = coordinator();
+        (0..2).for_each(|place| _ = enter(&mut machine, place.into(), back(place, 9)));
+        if heard {
+            say(&mut machine, 1, failed(0, "r"));
+        }
+        machine.handle(NOW, Event::Lost(1));
+        say(&mut machine, 0, ToCoordinator::Join);
+        say(&mut machine, 2, ToCoordinator::Hello(back(1, 9)));
+        let actions = say(&mut machine, 2, failed(0, "r"));
+        assert!(broken(&actions).contains("restart 1 of 9"));
+        assert_eq!(actions.len(), if heard { 1 } else { 2 }, "each is told once: {actions:?}");
+        let started = rounds(&say(&mut machine, 2, ToCoordinator::Join));
+        assert_eq!((started[&2].number, started[&2].restart_count), (1, 1), "RV-11");
+    }
+}
+
+#[test]
+fn a_failure_is_heard_on_the_second_connection_before_the_first_is_missed() {
+    let mut machine = coordinator();
+    (0..2).for_each(|place| _ = enter(&mut machine, place.into(), back(place, 9)));
+    say(&mut machine, 2, ToCoordinator::Hello(back(1, 9)));
+    let actions = say(&mut machine, 2, failed(0, "r"));
+    assert!(broken(&actions).contains("restart 1 of 9"));
+    assert_eq!(actions.len(), 3, "{actions:?}");
+    for peer in [0, 2] {
+        assert_eq!(say(&mut machine, peer, ToCoordinator::Join), [], "the first one may be a third node");
+    }
+    assert_eq!(rounds(&machine.handle(NOW, Event::Lost(1)))[&2].restart_count, 1);
+}
+
+#[test]
+fn a_late_report_of_a_failure_counts_and_leaves_the_round_that_runs() {
+    let mut machine = coordinator();
+    let hello = |place| Hello { nnodes: (1, 3), ..back(place, 2) };
+    (0..3).for_each(|place| _ = enter(&mut machine, place.into(), hello(place)));
+    for round in 0..2 {
+        machine.handle(NOW, Event::Lost(2 - round));
+        let started = (0..2 - round).flat_map(|peer| rounds(&say(&mut machine, peer, ToCoordinator::Join)));
+        assert_eq!(started.map(|(_, view)| view.number).max(), Some(round + 1));
+    }
+    // That of the second round comes first.
+    for (peer, place, round, left) in [(3, 1, 1, false), (4, 2, 0, true)] {
+        say(&mut machine, peer, ToCoordinator::Hello(hello(place)));
+        let actions = say(&mut machine, peer, failed(round, "r"));
+        assert_eq!(actions.is_empty(), left, "{actions:?}");
+        assert!(actions.iter().all(|action| matches!(action, Action::Send(3, ToAgent::RoundBroken { .. }))));
+    }
+    say(&mut machine, 3, ToCoordinator::Join);
+    say(&mut machine, 4, ToCoordinator::Join);
+    let started = rounds(&say(&mut machine, 0, ToCoordinator::Join));
+    assert_eq!((started.len(), started[&0].number, started[&0].restart_count), (3, 3, 1), "RV-11");
 }
 
 /// A node of an elastic job.
@@ -205,7 +346,7 @@ fn a_lost_node_ends_a_job_of_a_fixed_size_unless_it_may_restart() {
         assert!(broken(&actions).contains("lost node 1"), "{actions:?}");
         assert!(rounds(&say(&mut machine, 1, ToCoordinator::Join)).is_empty(), "RV-3");
         let started = rounds(&enter(&mut machine, 3, Hello { restarts, ..hello(Some(1), 2, 1) }));
-        assert_eq!((started[&3].you, started[&3].restart_count), (1, 0), "a loss is no failure");
+        assert_eq!((place(&started, 3), started[&3].restart_count), (1, 0), "a loss is no failure");
     }
 }
 
@@ -230,13 +371,13 @@ fn an_elastic_job_grows_and_shrinks_and_keeps_its_ranks() {
     assert!(broken(&actions).contains("lost node 1") && broken(&actions).contains("with 2 nodes"));
     assert_eq!(say(&mut machine, 1, ToCoordinator::Join), [], "RV-8");
     let started = rounds(&say(&mut machine, 3, ToCoordinator::Join));
-    assert_eq!((started[&1].you, started[&3].you), (0, 1), "at once: nobody else is there");
+    assert_eq!((place(&started, 1), place(&started, 3)), (0, 1), "at once: nobody else is there");
     // Another one comes.
     let actions = enter(&mut machine, 4, elastic((2, 3)));
     assert!(broken(&actions).contains("has come"), "{actions:?}");
     say(&mut machine, 3, ToCoordinator::Join);
     let started = rounds(&say(&mut machine, 1, ToCoordinator::Join));
-    assert_eq!((started[&1].you, started[&3].you, started[&4].you), (0, 1, 2));
+    assert_eq!((place(&started, 1), place(&started, 3), place(&started, 4)), (0, 1, 2));
     assert_eq!(started[&1].restart_count, 0);
     // One too many waits, and takes the place of one that goes.
     let waiting = enter(&mut machine, 5, elastic((2, 3)));
@@ -244,7 +385,7 @@ fn an_elastic_job_grows_and_shrinks_and_keeps_its_ranks() {
     machine.handle(NOW, Event::Lost(1));
     say(&mut machine, 3, ToCoordinator::Join);
     let started = rounds(&say(&mut machine, 4, ToCoordinator::Join));
-    assert_eq!((started[&5].you, started[&3].you, started[&4].you), (0, 1, 2));
+    assert_eq!((place(&started, 5), place(&started, 3), place(&started, 4)), (0, 1, 2));
 }
 
 #[test]
@@ -261,6 +402,30 @@ fn a_spare_does_not_push_out_a_member_that_still_stops() {
 }
 
 #[test]
+fn a_node_that_was_in_an_earlier_round_does_not_push_out_a_member() {
+    let mut machine = coordinator();
+    let hello = |place| Hello { nnodes: (2, 2), ..back(place, 9) };
+    for (peer, place) in [(2, 0), (3, 1)] {
+        enter(&mut machine, peer, hello(place));
+    }
+    // It has come before the others, and joins after them.
+    enter(&mut machine, 1, hello(1));
+    say(&mut machine, 3, failed(0, "r"));
+    say(&mut machine, 2, ToCoordinator::Join);
+    let started = rounds(&say(&mut machine, 3, ToCoordinator::Join));
+    assert_eq!(started.keys().copied().collect::<Vec<_>>(), [2, 3], "RV-8");
+}
+
+#[test]
+fn the_record_of_a_job_that_is_over_counts_its_last_round() {
+    let mut machine = coordinator();
+    (0..2).for_each(|place| _ = enter(&mut machine, place.into(), back(place, 0)));
+    let running = machine.record(NOW).next_round;
+    say(&mut machine, 1, failed(0, "r"));
+    assert_eq!((running, machine.record(NOW).next_round), (1, 1));
+}
+
+#[test]
 fn a_node_that_comes_back_before_it_is_missed_waits_for_its_place() {
     let mut machine = coordinator();
     let restarts = RestartPolicy { max_restarts: 1, ..POLICY };
@@ -270,7 +435,42 @@ fn a_node_that_comes_back_before_it_is_missed_waits_for_its_place() {
     let waiting = enter(&mut machine, 3, Hello { restarts, ..hello(Some(1), 2, 1) });
     assert!(matches!(&waiting[..], [Action::Send(3, ToAgent::Waiting { .. })]), "{waiting:?}");
     machine.handle(NOW, Event::Lost(2));
-    assert_eq!(rounds(&say(&mut machine, 1, ToCoordinator::Join))[&3].you, 1);
+    assert_eq!(rounds(&say(&mut machine, 1, ToCoordinator::Join))[&3].you.group_rank, 1);
+}
+
+#[test]
+fn a_node_that_has_said_hello_is_not_in_a_round_before_it_joins() {
+    // One that was cut off still stops its ranks; one that has just come is about to join.
+    for place in [Some(1), None] {
+        let mut machine = coordinator();
+        enter(&mut machine, 1, elastic((1, 3)));
+        enter(&mut machine, 2, elastic((1, 3)));
+        machine.handle(NOW + Duration::from_secs(30), Event::Tick);
+        assert_eq!(say(&mut machine, 3, ToCoordinator::Hello(Hello { place, ..elastic((1, 3)) })), []);
+        assert!(broken(&machine.handle(NOW, Event::Lost(2))).contains("lost node 1"));
+        assert_eq!(say(&mut machine, 1, ToCoordinator::Join), []);
+        assert_eq!(rounds(&say(&mut machine, 3, ToCoordinator::Join)).len(), 2);
+    }
+}
+
+#[test]
+fn an_agent_that_comes_back_before_it_is_missed_takes_the_place_of_its_first_connection() {
+    // In no round yet, with a place that it asks for.
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(Some(0), 2, 1));
+    let actions = enter(&mut machine, 2, Hello { agent: 1, ..hello(Some(0), 2, 1) });
+    assert_eq!(actions, [Action::Close(1)]);
+    assert_eq!(machine.handle(NOW, Event::Lost(1)), []);
+    let started = rounds(&enter(&mut machine, 3, hello(Some(1), 2, 1)));
+    assert_eq!((place(&started, 2), place(&started, 3)), (0, 1), "nobody is twice in a round");
+    // In a round.
+    let actions = enter(&mut machine, 4, Hello { agent: 1, place: Some(0), ..hello(Some(0), 2, 1) });
+    assert_eq!(actions[0], Action::Close(2));
+    assert!(broken(&actions).contains("lost node 0 (host host1, pid 7): its agent has come back"));
+    assert_eq!(rounds(&say(&mut machine, 3, ToCoordinator::Join)).len(), 2);
+    // What it said on the first one comes after what it said on the next one.
+    let late = say(&mut machine, 1, ToCoordinator::Hello(Hello { agent: 1, ..hello(None, 2, 1) }));
+    assert_eq!(late, [Action::Close(1)]);
 }
 
 #[test]
@@ -337,13 +537,47 @@ fn nodes_that_do_not_come_are_counted() {
     assert!(reason.contains("--node-rank 0, 2"), "{reason}");
 }
 
+#[test]
+fn a_big_job_comes_in_any_order_and_each_node_is_told_its_own_part() {
+    let (nodes, mut machine) = (3000, coordinator());
+    let hello = |peer: u64| Hello {
+        // The last third asks for the places in reverse order.
+        node_rank: (peer > 2000).then(|| nodes - peer as u32),
+        local_world_size: 1 + peer as u32 % 3,
+        host: format!("host{}", peer / 10),
+        ..elastic((2, nodes))
+    };
+    let mut started = BTreeMap::new();
+    for peer in 1..=u64::from(nodes) {
+        assert!(started.is_empty(), "before {peer}");
+        started = rounds(&enter(&mut machine, peer, hello(peer)));
+    }
+    assert_eq!(started.len(), nodes as usize);
+    assert_eq!((place(&started, 3000), place(&started, 2001), place(&started, 1)), (0, 999, 1000));
+    let ranks = |peers: std::ops::Range<u64>| peers.map(|peer| 1 + peer as u32 % 3).sum::<u32>();
+    for (peer, peers) in [(5, 1..10), (1239, 1230..1240), (3000, 3000..3001)] {
+        assert_eq!(started[&peer].you.ranks_on_host, ranks(peers));
+    }
+    let sizes: Vec<_> = [started[&1].clone(), Round { nodes: 1, ..started[&2].clone() }]
+        .map(|round| ice_proto::frame::encode(&ToAgent::RoundStarted(round)).unwrap().len())
+        .into();
+    assert!(sizes[0] == sizes[1] && sizes[0] < 200, "{sizes:?}");
+    // All but one are lost, one by one, and the last one goes on waiting.
+    let first = machine.handle(NOW, Event::Lost(1));
+    assert_eq!(first.len(), nodes as usize - 1);
+    (2..u64::from(nodes)).for_each(|peer| assert_eq!(machine.handle(NOW, Event::Lost(peer)), []));
+    assert_eq!(say(&mut machine, u64::from(nodes), ToCoordinator::Join), [], "RV-3");
+}
+
 fn event() -> impl Strategy<Value = Event> {
     let peer = 1_u64..5;
     let round = 0_u64..4;
     prop_oneof![
-        (peer.clone(), proptest::option::of(0_u32..3), 1_u32..4).prop_map(|(peer, rank, local)| {
-            Event::Message(peer, ToCoordinator::Hello(hello(rank, 2, local)))
-        }),
+        (peer.clone(), 1_u64..5, proptest::option::of(0_u32..3), 1_u32..4).prop_map(
+            |(peer, agent, rank, local)| {
+                Event::Message(peer, ToCoordinator::Hello(Hello { agent, ..hello(rank, 2, local) }))
+            }
+        ),
         peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
         peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
         (peer.clone(), round.clone()).prop_map(|(peer, round)| { Event::Message(peer, failed(round, "r")) }),
@@ -366,17 +600,8 @@ proptest! {
             }
             prop_assert!(!closed, "RV-5");
             prop_assert_eq!(started.len(), 2, "RV-3, RV-6");
-            let views: Vec<_> = started.values().map(|round| Round { you: 0, ..round.clone() }).collect();
-            prop_assert_eq!(&views[0], &views[1], "RV-2");
-            prop_assert!(views[0].restart_count <= 1, "RV-4");
-            let mut next = 0;
-            for (place, member) in views[0].members.iter().enumerate() {
-                prop_assert_eq!((member.group_rank as usize, member.first_rank), (place, next), "RV-1");
-                next += member.local_world_size;
-            }
-            let mut yous: Vec<_> = started.values().map(|round| round.you).collect();
-            yous.sort_unstable();
-            prop_assert_eq!(yous, vec![0, 1], "RV-1");
+            let restarts: Vec<_> = started.values().map(|round| round.restart_count).collect();
+            prop_assert!(restarts.iter().all(|count| *count <= 1), "RV-4");
         }
     }
 }
