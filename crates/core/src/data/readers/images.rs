@@ -251,15 +251,18 @@ mod tests {
             }
             fs::remove_file(path).unwrap();
         }
-        // A header alone that asks for 60000 × 60000 pixels.
-        let mut png = Cursor::new(Vec::new());
-        RgbImage::new(1, 1).write_to(&mut png, image::ImageFormat::Png).unwrap();
-        let mut png = png.into_inner();
-        png[16..24].copy_from_slice(&[0, 0, 0xea, 0x60, 0, 0, 0xea, 0x60]);
-        let crc = crc32(&png[12..29]);
-        png[29..33].copy_from_slice(&crc.to_be_bytes());
-        let message = decode_image(&png, None).unwrap_err().to_string();
-        assert!(message.contains("limit"), "{message}");
+        // Headers alone, that ask for more memory than there may be, or for more on a side.
+        for [width, height] in [[15_000_u32, 15_000], [60_000, 1], [1, 60_000]] {
+            let mut png = Cursor::new(Vec::new());
+            RgbImage::new(1, 1).write_to(&mut png, image::ImageFormat::Png).unwrap();
+            let mut png = png.into_inner();
+            png[16..20].copy_from_slice(&width.to_be_bytes());
+            png[20..24].copy_from_slice(&height.to_be_bytes());
+            let crc = crc32(&png[12..29]);
+            png[29..33].copy_from_slice(&crc.to_be_bytes());
+            let message = decode_image(&png, None).unwrap_err().to_string();
+            assert!(message.contains("limit"), "{message}");
+        }
     }
 
     /// The CRC of PNG's chunks.

@@ -136,11 +136,24 @@ proptest! {
 }
 
 #[test]
-fn passes_and_seeds_have_orders_of_their_own() {
+fn each_pass_has_an_order_of_shards_and_samples_of_its_own() {
     let setting = Setting { sized: true, shuffled: Some(5), global: 23, drop_last: false, iterations: None };
-    let mut one = job(setting, INLINE, 1);
     let order = |step: Step| step.into_iter().map(|(number, _)| number).collect::<Vec<_>>();
-    assert_ne!(order(one.step()), order(one.step()));
+    // With a buffer of 1 the order is that of the shards; with one shard it would be that of the buffer alone.
+    for buffer in [1, 5] {
+        let mut passes = job(Setting { shuffled: Some(buffer), ..setting }, INLINE, 1);
+        let seen: BTreeSet<Vec<i64>> = (0..4).map(|_| order(passes.step())).collect();
+        assert!(seen.len() > 1);
+    }
+    let of_buffer = |pass| {
+        let one = stream(1, |_| Ok((0..20_i64).map(Ok))).of_samples(20).collate(Ok);
+        let order = StreamOrder { shuffled: Some((3, 5)), global_batch: 20, drop_last: false };
+        let mut feed = StreamFeed::new(Arc::new(one), order, None, 0, INLINE, seat(0, 1)).unwrap();
+        feed.seek(Place { pass, cursor: 0, iteration: 0 });
+        feed.next().unwrap().0
+    };
+    assert_ne!(of_buffer(0), of_buffer(1));
+    assert_eq!(of_buffer(1), of_buffer(1));
 }
 
 #[test]
