@@ -18,6 +18,14 @@ pub enum Error {
     /// There is no checkpoint where one was asked for.
     #[error("{0}")]
     NotFound(String),
+    /// An object store failed.
+    #[error("{address}: {problem}")]
+    Remote {
+        /// The store, or an object in it.
+        address: String,
+        /// Why.
+        problem: String,
+    },
     /// The file system failed.
     #[error("{}: {source}", path.display())]
     Io {

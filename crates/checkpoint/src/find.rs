@@ -4,14 +4,19 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use crate::{BEST, CHECKPOINTS, Checkpoint, Error, MANIFEST, Manifest, Result};
+use crate::{BEST, CHECKPOINTS, Checkpoint, Error, MANIFEST, Manifest, Result, is_remote};
+
+/// Where checkpoints from object stores are put in the output folder.
+#[cfg(feature = "object-store")]
+const DOWNLOADS: &str = "downloads";
 
 /// Which checkpoint to go on from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ResumeFrom {
     /// The newest valid one of this run id below the output folder.
     Latest,
-    /// A checkpoint's folder, or one that holds checkpoints: the newest valid one in it.
+    /// A checkpoint's folder, or one that holds checkpoints: the newest valid one in it. Or the address of an object store with
+    /// checkpoints.
     Path(PathBuf),
 }
 
@@ -64,6 +69,9 @@ impl Checkpoint {
     pub fn find(from: &ResumeFrom, out_dir: &Path, run_id: &str) -> Result<Self> {
         let of_run = |run: &Path| [run.join(CHECKPOINTS), run.join(BEST)];
         let found = match from {
+            ResumeFrom::Path(path) if is_remote(&path.to_string_lossy()) => {
+                Self::download(&path.to_string_lossy(), out_dir)?
+            }
             ResumeFrom::Path(path) if path.join(MANIFEST).exists() => return Self::open(path),
             ResumeFrom::Path(path) => {
                 let [own, best] = of_run(path);
@@ -83,6 +91,16 @@ impl Checkpoint {
                 ),
             })
         })
+    }
+
+    #[cfg(feature = "object-store")]
+    fn download(address: &str, out_dir: &Path) -> Result<Option<Self>> {
+        crate::Remote::open(address)?.newest(&out_dir.join(DOWNLOADS))
+    }
+
+    #[cfg(not(feature = "object-store"))]
+    fn download(address: &str, _: &Path) -> Result<Option<Self>> {
+        Err(crate::without_remote(address))
     }
 
     /// The newest valid checkpoint in the folder of a run.

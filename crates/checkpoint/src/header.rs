@@ -280,12 +280,12 @@ mod tests {
         piece.part = Some(Part { of: vec![7, 5], start: 10 });
         let layout = Layout::new(std::slice::from_ref(&piece)).unwrap();
         let len = (layout.header().len() + layout.data_len()) as u64;
-        let header = Header::read(&mut &*layout.header(), len).unwrap();
+        let header = Header::read(&mut layout.header(), len).unwrap();
         assert_eq!(header.tensors[0].entry, piece);
 
         piece.part = Some(Part { of: vec![7, 5], start: 30 });
         let layout = Layout::new(&[piece]).unwrap();
-        let problem = Header::read(&mut &*layout.header(), len).unwrap_err();
+        let problem = Header::read(&mut layout.header(), len).unwrap_err();
         assert!(problem.contains("outside of its tensor"), "{problem}");
     }
 

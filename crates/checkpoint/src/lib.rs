@@ -19,6 +19,8 @@ mod header;
 mod keep;
 mod manifest;
 mod read;
+#[cfg(feature = "object-store")]
+mod remote;
 mod staging;
 mod stream;
 
@@ -29,8 +31,33 @@ pub use header::{Entry, Header, Layout, Part, Placed, Stored};
 pub use keep::{keep_best, keep_last};
 pub use manifest::{Best, Better, Counts, FORMAT_VERSION, FileInfo, Manifest};
 pub use read::{Checkpoint, Piece};
+#[cfg(feature = "object-store")]
+pub use remote::Remote;
 pub use staging::{Staging, remove_leftovers};
 pub use stream::{CHUNK, forget_contents, verify_file, write_file};
+
+/// Whether what should be a path is the address of an object store.
+pub fn is_remote(address: &str) -> bool {
+    address.contains("://")
+}
+
+/// Uploads a whole checkpoint to the object store at this address.
+///
+/// # Errors
+/// [`Error::Remote`] names the address and what failed; [`Error::NotFound`] in a program that was built without object stores.
+pub fn upload(checkpoint: &std::path::Path, address: &str) -> Result<()> {
+    #[cfg(feature = "object-store")]
+    return Remote::open(address)?.upload(checkpoint);
+    #[cfg(not(feature = "object-store"))]
+    Err(without_remote(&format!("{}: cannot be uploaded to {address}", checkpoint.display())))
+}
+
+#[cfg(not(feature = "object-store"))]
+fn without_remote(what: &str) -> Error {
+    Error::NotFound(format!(
+        "{what}: the program was built without object stores: build it with the feature `aws`, `azure`, `gcp` or `object-store`"
+    ))
+}
 
 /// The manifest's name in its checkpoint.
 pub const MANIFEST: &str = "manifest.json";

@@ -129,7 +129,7 @@ impl Checkpoint {
             for (key, saved) in self.catalog.section(section) {
                 // Elements of less than a byte go in one piece.
                 let width = saved.dtype.bitsize() as u64 / 8;
-                let most = if width == 0 { u64::MAX } else { (CHUNK as u64 / width).max(1) };
+                let most = (CHUNK as u64).checked_div(width).map_or(u64::MAX, |elements| elements.max(1));
                 for extent in saved.extents.iter().filter(|extent| extent.file == *name) {
                     let mut done = 0;
                     while done < extent.len {

@@ -65,6 +65,16 @@ impl Staging {
         write_file(&self.beside.join(name), parts)
     }
 
+    /// Where a file of the checkpoint is written.
+    #[cfg(feature = "object-store")]
+    pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {
+        let path = self.beside.join(name);
+        match Path::new(name).components().count() {
+            1 => Ok(path),
+            _ => Err(Error::checkpoint(&path, "lies outside of its checkpoint")),
+        }
+    }
+
     /// Checks that a file that another process wrote is seen here too.
     ///
     /// # Errors

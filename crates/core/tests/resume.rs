@@ -2,7 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+use std::cell::RefCell;
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Mutex, PoisonError};
@@ -10,8 +12,8 @@ use std::sync::{Mutex, PoisonError};
 use ice_core::data::Dataset;
 use ice_core::optim::AdamW;
 use ice_core::{
-    Checkpoint, DatasetNode, HyperGraph, LossNode, ModuleNode, Repeat, Result, ResumeFrom, Run, RunConfig,
-    SaveCheckpoint, Task,
+    Better, Checkpoint, CheckpointOptions, DatasetNode, HyperGraph, LoadCheckpoint, LossNode, ModuleNode,
+    Repeat, Result, ResumeFrom, Run, RunConfig, SaveBest, SaveCheckpoint, Task,
 };
 use ice_worker::Worker;
 use tch::{Device, Kind, Tensor, nn};
@@ -65,13 +67,17 @@ impl<'a> Options<'a> {
     }
 
     fn run(self) -> Result<()> {
+        self.run_with(CheckpointOptions::default())
+    }
+
+    fn run_with(self, checkpoints: CheckpointOptions) -> Result<()> {
         let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let config = RunConfig {
             seed: self.seed,
             out_dir: self.out.to_owned(),
             save_every_steps: self.every,
             resume_from: self.from,
-            checkpoints: Default::default(),
+            checkpoints,
         };
         let worker = Rc::new(Worker::alone(Device::Cpu));
         Run::execute(&graph(self.samples), &tasks(self.epochs), worker, config)
@@ -136,4 +142,105 @@ fn what_does_not_fit_is_refused_before_anything_is_loaded() {
         let message = options.run().unwrap_err().to_string();
         assert!(message.contains(named), "{message}");
     }
+}
+
+/// A run with tasks of its own, over the small graph.
+fn run(out: &Path, tasks: &Repeat, options: CheckpointOptions) -> Result<()> {
+    let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let config = RunConfig {
+        seed: 7,
+        out_dir: out.to_owned(),
+        save_every_steps: None,
+        resume_from: None,
+        checkpoints: options,
+    };
+    Run::execute(&graph(22), tasks, Rc::new(Worker::alone(Device::Cpu)), config)
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_newest_and_the_best_are_kept() {
+    let out = tempfile::tempdir().unwrap();
+    let options = CheckpointOptions { keep_last: NonZeroUsize::new(2), ..CheckpointOptions::default() };
+    let values: Rc<RefCell<Vec<(f64, String)>>> = Rc::default();
+    let seen = Rc::clone(&values);
+    let tasks = tasks(6).then(SaveBest::new("train/loss", Better::Lower).max_keep(2)).call(move |run| {
+        let name = format!("E{}S{}", run.counters().train_epochs(), run.counters().train_steps());
+        seen.borrow_mut().push((run.measure("train/loss")?, name));
+        Ok(())
+    });
+    run(out.path(), &tasks, options).unwrap();
+    let folder = out.path().join("none_local");
+    assert_eq!(names(&folder.join("ckpts")), ["E5S30", "E6S36", "latest"]);
+    assert_eq!(fs::read_link(folder.join("ckpts/latest")).unwrap(), Path::new("E6S36"));
+
+    let mut values = values.borrow().clone();
+    values.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut best: Vec<_> = values.iter().take(2).map(|(_, name)| name.clone()).collect();
+    best.sort();
+    let kept: Vec<_> = names(&folder.join("best")).into_iter().filter(|name| name != "latest").collect();
+    assert_eq!(kept, best, "{values:?}");
+}
+
+#[test]
+fn damaged_checkpoints_do_not_count_among_those_to_keep() {
+    let out = tempfile::tempdir().unwrap();
+    Options { epochs: 3, ..Options::new(out.path()) }.run().unwrap();
+    let newest = saved(out.path(), "E3S18").join("model.safetensors");
+    fs::write(&newest, "short").unwrap();
+    let removed = ice_checkpoint::keep_last(&out.path().join("none_local/ckpts"), 1, None).unwrap();
+    assert_eq!(removed, [saved(out.path(), "E1S6")]);
+    assert_eq!(names(&out.path().join("none_local/ckpts")), ["E2S12", "E3S18", "latest"]);
+}
+
+#[test]
+fn parameters_of_some_nodes_go_to_a_folder_and_back() {
+    let out = tempfile::tempdir().unwrap();
+    let pretrained = out.path().join("pretrained");
+    let save = SaveCheckpoint::new().to(&pretrained).tags("other");
+    run(out.path(), &Repeat::once().then(Task::train("train")).then(save), CheckpointOptions::default())
+        .unwrap();
+    let checkpoint = Checkpoint::open(&pretrained).unwrap();
+    // The net is tagged `*`, the others `train`.
+    assert!(checkpoint.catalog().model.keys().all(|key| key.starts_with("net.")));
+    assert_eq!(checkpoint.manifest().nodes.len(), 0);
+
+    let again = out.path().join("again");
+    let tasks = Repeat::once()
+        .then(LoadCheckpoint::from(&pretrained).tags("other"))
+        .then(SaveCheckpoint::new().to(&again).tags("other"));
+    run(out.path(), &tasks, CheckpointOptions::default()).unwrap();
+    for file in ["model.safetensors", "optimizer-00000-of-00001.safetensors"] {
+        assert_eq!(fs::read(pretrained.join(file)).unwrap(), fs::read(again.join(file)).unwrap(), "{file}");
+    }
+
+    let from = Some(ResumeFrom::Path(pretrained.clone()));
+    let message = Options { from, ..Options::new(out.path()) }.run().unwrap_err().to_string();
+    assert!(message.contains("LoadCheckpoint"), "{message}");
+    let whole = Repeat::once().then(LoadCheckpoint::from(&pretrained));
+    let message = run(out.path(), &whole, CheckpointOptions::default()).unwrap_err().to_string();
+    assert!(message.contains("node `train/x`: missing"), "{message}");
+}
+
+#[test]
+fn a_run_that_need_not_fit_starts_from_the_beginning() {
+    let [old, new] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    Options { epochs: 2, ..Options::new(old.path()) }.run().unwrap();
+    let other = |from| Options { samples: 23, epochs: 1, from, ..Options::new(new.path()) };
+    let from = Some(ResumeFrom::Path(old.path().join("none_local")));
+    let strict = other(from.clone()).run().unwrap_err();
+    assert!(strict.is_usage(), "{strict}");
+    let lenient = CheckpointOptions { strict: false, ..CheckpointOptions::default() };
+    other(from).run_with(lenient).unwrap();
+    let fresh = tempfile::tempdir().unwrap();
+    Options { samples: 23, epochs: 1, ..Options::new(fresh.path()) }.run().unwrap();
+    assert_eq!(bits(new.path(), "E1S6"), bits(fresh.path(), "E1S6"), "nothing of the checkpoint was loaded");
 }

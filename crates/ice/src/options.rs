@@ -39,6 +39,10 @@ pub struct RunOptions {
     /// All ranks write a share of each checkpoint, instead of rank 0 alone. All nodes must share the output folder.
     #[arg(long, help_heading = "Run")]
     pub split_checkpoints: bool,
+
+    /// Upload each checkpoint to an object store too, as s3://bucket/folder.
+    #[arg(long, value_name = "ADDRESS", help_heading = "Run")]
+    pub upload_checkpoints: Option<String>,
 }
 
 impl RunOptions {
@@ -51,6 +55,7 @@ impl RunOptions {
             checkpoints: CheckpointOptions {
                 keep_last: self.keep_checkpoints,
                 split: self.split_checkpoints,
+                upload_to: self.upload_checkpoints.clone(),
                 strict: !self.resume_if_it_fits,
             },
         }

@@ -43,6 +43,17 @@ pub(crate) struct KeptTensor {
     pub(crate) bytes: Vec<u8>,
 }
 
+/// What a node is doing while nothing is loaded yet.
+const CHECK: &str = "check of the checkpoint";
+
+/// Whether the checkpoint was refused before anything was loaded.
+pub(crate) fn is_misfit(error: &Error) -> bool {
+    match error {
+        Error::Node { phase, .. } => *phase == CHECK,
+        error => matches!(error, Error::Resume(_)),
+    }
+}
+
 /// A tensor to be filled.
 struct Target {
     /// As a row of elements.
@@ -137,7 +148,7 @@ impl Loading {
                     .node
                     .borrow()
                     .check_values(&state.values)
-                    .map_err(|error| error.at(&entry.uid, "load"))?;
+                    .map_err(|error| error.at(&entry.uid, CHECK))?;
             }
             loading.states.push((Rc::clone(entry), state));
         }

@@ -14,7 +14,7 @@ mod writer;
 pub use ice_checkpoint::{Best, Better, Checkpoint, Manifest, Part, ResumeFrom};
 pub use options::CheckpointOptions;
 
-pub(crate) use load::{Kept, Selection, load};
+pub(crate) use load::{Kept, Selection, is_misfit, load};
 pub(crate) use share::{decide, share};
 pub(crate) use writer::{Keep, Request, Writer};
 

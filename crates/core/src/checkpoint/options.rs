@@ -7,6 +7,8 @@ pub struct CheckpointOptions {
     pub keep_last: Option<NonZeroUsize>,
     /// All ranks write, each a share of the tensors by size. All nodes must then share the output folder.
     pub split: bool,
+    /// The address of an object store (`s3://bucket/folder`) that each checkpoint is uploaded to once it is on the disk.
+    pub upload_to: Option<String>,
     /// Whether a checkpoint that does not fit the program ends the run. Otherwise the run starts from the beginning, with a
     /// warning, and loads nothing of it.
     pub strict: bool,
@@ -14,6 +16,6 @@ pub struct CheckpointOptions {
 
 impl Default for CheckpointOptions {
     fn default() -> Self {
-        Self { keep_last: None, split: false, strict: true }
+        Self { keep_last: None, split: false, upload_to: None, strict: true }
     }
 }

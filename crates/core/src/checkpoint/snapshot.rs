@@ -179,13 +179,13 @@ impl<'a> Plan<'a> {
     fn layouts(
         self,
     ) -> Result<(Vec<(File, Vec<Source<'a>>)>, BTreeMap<String, Json>, Option<Vec<u8>>), String> {
-        let mut files = Vec::new();
-        for (name, tensors) in self.files {
+        let mut laid_out = Vec::new();
+        for (name, tensors) in files {
             let (entries, sources): (Vec<_>, Vec<_>) = tensors.into_iter().unzip();
             let layout = Layout::new(&entries).map_err(|problem| format!("{name}: {problem}"))?;
-            files.push((File { name, layout }, sources));
+            laid_out.push((File { name, layout }, sources));
         }
-        Ok((files, self.nodes, self.index))
+        Ok(laid_out)
     }
 }
 
@@ -198,9 +198,9 @@ impl Snapshot {
         share: Share,
         buffers: &mut Buffers,
     ) -> Result<Self, String> {
-        let (planned, nodes, index) = Plan::new(graph, selection, kept, share)?.layouts()?;
+        let plan = Plan::new(graph, selection, kept, share)?;
         let mut files = Vec::new();
-        for (number, (file, sources)) in planned.into_iter().enumerate() {
+        for (number, (file, sources)) in Plan::layouts(plan.files)?.into_iter().enumerate() {
             let buffer = buffers.sized(number, file.layout.data_len());
             for placed in file.layout.placed() {
                 let to = &mut buffer[placed.offset..placed.offset + placed.len];
@@ -213,14 +213,14 @@ impl Snapshot {
             }
             files.push(file);
         }
-        Ok(Self { files, nodes, index })
+        Ok(Self { files, nodes: plan.nodes, index: plan.index })
     }
 
     /// How much memory [`Snapshot::take`] will need, by file.
     pub(super) fn lengths(graph: &HyperGraph, share: Share) -> Result<Vec<usize>, String> {
         let kept = Kept::new();
-        let (planned, ..) = Plan::new(graph, &Selection::All, &kept, share)?.layouts()?;
-        Ok(planned.iter().map(|(file, _)| file.layout.data_len()).collect())
+        let plan = Plan::new(graph, &Selection::All, &kept, share)?;
+        Ok(Plan::layouts(plan.files)?.iter().map(|(file, _)| file.layout.data_len()).collect())
     }
 }
 

@@ -19,6 +19,7 @@ pub(crate) struct Writer {
     rank: usize,
     world_size: usize,
     split: bool,
+    upload_to: Option<String>,
     /// What tells this process's attempts from those of one before; the same on all ranks.
     attempt: String,
     /// Saves so far that several ranks took part in; the same on all ranks.
@@ -63,6 +64,7 @@ struct Job {
     is_over: Arc<IsOver>,
     link: Link,
     protected: Option<PathBuf>,
+    upload_to: Option<String>,
 }
 
 impl Writer {
@@ -78,6 +80,7 @@ impl Writer {
             rank: worker.rank(),
             world_size: worker.world_size(),
             split: options.split,
+            upload_to: options.upload_to.clone(),
             attempt: if alone { std::process::id().to_string() } else { format!("round{}", worker.round()) },
             shared_saves: 0,
             exchange: None,
@@ -166,6 +169,7 @@ impl Writer {
             is_over: Arc::clone(&self.is_over),
             link: self.link.clone(),
             protected: self.protected.clone(),
+            upload_to: self.upload_to.clone(),
             request,
             snapshot,
             share,
@@ -279,7 +283,7 @@ impl Job {
             (Err(problem), _) => Err(Error::Save(problem)),
             (Ok(_), None) => Ok(()),
         };
-        let told = outcome.as_ref().map_err(ToString::to_string).map(|()| ());
+        let told = outcome.as_ref().map_err(ToString::to_string);
         exchange.post(&ended, &serde_json::to_vec(&told).map_err(fail)?)?;
         outcome
     }
@@ -295,7 +299,10 @@ impl Job {
         staging.clone().commit(manifest)?;
         self.link.checkpoint_saved(&self.request.folder, step);
         self.make_room();
-        Ok(())
+        match &self.upload_to {
+            Some(address) => Ok(ice_checkpoint::upload(&self.request.folder, address)?),
+            None => Ok(()),
+        }
     }
 
     /// An old checkpoint that cannot be removed is no reason to stop.

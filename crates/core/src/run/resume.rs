@@ -1,6 +1,6 @@
 //! Going on from a checkpoint.
 
-use crate::checkpoint::{Checkpoint, Selection, load, share};
+use crate::checkpoint::{Checkpoint, Selection, is_misfit, load, share};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
 
 impl Run<'_> {
@@ -38,7 +38,7 @@ impl Run<'_> {
         let found = if self.is_main() { from()? } else { None };
         let Some(checkpoint) = share(found, &self.worker)? else { return Ok(()) };
         match self.resume_from(&checkpoint) {
-            Err(error @ Error::Resume(_)) if !self.config.checkpoints.strict => {
+            Err(error) if !self.config.checkpoints.strict && is_misfit(&error) => {
                 if self.is_main() {
                     tracing::warn!("starting from the beginning: {error}");
                 }

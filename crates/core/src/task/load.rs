@@ -20,7 +20,6 @@ pub struct LoadCheckpoint {
 
 impl LoadCheckpoint {
     /// Loads all nodes from a checkpoint's folder, or the newest valid one in a folder of checkpoints. Everything must fit.
-    #[expect(clippy::should_implement_trait, reason = "a load from somewhere, not a conversion")]
     pub fn from(path: impl Into<PathBuf>) -> Self {
         Self { from: ResumeFrom::Path(path.into()), tags: None, strict: true, finished: Cell::new(false) }
     }
