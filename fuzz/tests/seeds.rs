@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ice_proto::auth::{Answer, Challenge, Greeting};
 use ice_proto::frame;
-use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{Hello, KeepAlive, Member, RestartPolicy, Round, ToAgent, ToCoordinator};
 use ice_rendezvous::store::codec::{Request, encode};
 
 fn write(target: &str, number: usize, bytes: &[u8]) {
@@ -24,11 +24,17 @@ fn hello(agent: u64, nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinato
         restarts: RestartPolicy { max_restarts: 2, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: KeepAlive::default(),
         agent,
+        run_stamp: None,
         place: Some(1),
         addresses: vec![[10, 0, 0, 1].into()],
         host: "host".into(),
         pid: 7,
     })
+}
+
+fn round() -> Round {
+    let you = Member { group_rank: 1, first_rank: 2, local_world_size: 2, ranks_on_host: 4 };
+    Round { number: 3, restart_count: 1, nodes: 2, world_size: 4, run_stamp: "stamp".into(), you }
 }
 
 #[test]
@@ -89,6 +95,8 @@ fn make() {
         frame::encode(&Greeting { nonce: [1; 32] }).unwrap(),
         frame::encode(&Challenge { nonce: [2; 32], proof: Some([3; 32]) }).unwrap(),
         frame::encode(&Answer { proof: None }).unwrap(),
+        frame::encode(&ToAgent::RoundStarted(round())).unwrap(),
+        frame::encode(&ToAgent::Waiting { run_stamp: "stamp".into(), reason: reason() }).unwrap(),
     ];
     for (number, frame) in frames.iter().chain(&answers).enumerate() {
         write("frames", number, &[&[number as u8 * 9], &frame[..]].concat());

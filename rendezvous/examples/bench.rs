@@ -80,6 +80,7 @@ fn hello(nnodes: (u32, u32), number: u32) -> Hello {
         restarts: RestartPolicy { max_restarts: 3, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: KeepAlive::default(),
         agent: number.into(),
+        run_stamp: None,
         place: None,
         addresses: Vec::new(),
         host: format!("node{number}.cluster.example"),

@@ -37,6 +37,7 @@ fn hello(node_rank: u32) -> Hello {
         host: "here".into(),
         keep_alive: KeepAlive::default(),
         agent: node_rank.into(),
+        run_stamp: None,
         place: None,
         addresses: Vec::new(),
         pid: 1,

@@ -27,6 +27,8 @@ pub struct Hello {
     pub keep_alive: KeepAlive,
     /// Drawn by the agent when it starts. Of two connections that say the same, the later one is the agent's, and the other is lost.
     pub agent: u64,
+    /// The run stamp of the job that the agent has been told of, under another coordinator too: it gets into no other one.
+    pub run_stamp: Option<String>,
     /// The node's rank in the last round that the agent was in, under another coordinator too.
     pub place: Option<u32>,
     /// Addresses that the agent's ranks may come from.
@@ -140,6 +142,8 @@ pub enum ToAgent {
     },
     /// There is no place for the agent now; it stays connected and gets one when there is.
     Waiting {
+        /// As in [`Round`].
+        run_stamp: String,
         /// Why, in one line.
         reason: String,
     },

@@ -225,7 +225,7 @@ impl Agent {
                 }
                 actions
             }
-            (ToAgent::Waiting { reason }, Phase::Joining) => vec![Action::Say(reason)],
+            (ToAgent::Waiting { reason, .. }, Phase::Joining) => vec![Action::Say(reason)],
             (ToAgent::Closed { success: true, .. }, Phase::Joining) => {
                 self.phase = Phase::Stopping(Then::Exit(Some(ExitCode::Success)));
                 Vec::new()

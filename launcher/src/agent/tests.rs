@@ -57,7 +57,7 @@ fn a_good_run_waits_for_the_others() {
 #[test]
 fn a_spare_that_was_not_needed_ends_well() {
     let mut agent = agent();
-    let waiting = Event::Coordinator(ToAgent::Waiting { reason: "enough".into() });
+    let waiting = Event::Coordinator(ToAgent::Waiting { run_stamp: "s".into(), reason: "enough".into() });
     assert_eq!(agent.handle(NOW, waiting), [Action::Say("enough".into())]);
     assert_eq!(agent.handle(NOW, closed(true)), [Action::Exit(ExitCode::Success)]);
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use ice_proto::exit::ExitCode;
 use ice_proto::link::Up;
-use ice_proto::rendezvous::{Hello, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{Hello, Round, ToAgent, ToCoordinator};
 use ice_rendezvous::{Meeting, Session, address};
 use nix::sys::signal::{Signal, raise};
 use tokio::sync::mpsc;
@@ -73,7 +73,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         None => None,
     };
     let session = tokio::select! {
-        session = meeting.meet(hello(&plan, meeting.agent(), None)) => session?,
+        session = meeting.meet(hello(&plan, meeting.agent())) => session?,
         signal = signals.stop() => return Ok(Exit::Signal(signal).code()),
     };
     session.send(ToCoordinator::Join);
@@ -98,7 +98,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     outcome
 }
 
-fn hello(plan: &LaunchPlan, agent: u64, place: Option<u32>) -> Hello {
+fn hello(plan: &LaunchPlan, agent: u64) -> Hello {
     Hello {
         run_id: plan.run_id.clone(),
         node_rank: plan.node_rank,
@@ -107,7 +107,8 @@ fn hello(plan: &LaunchPlan, agent: u64, place: Option<u32>) -> Hello {
         restarts: plan.restarts,
         keep_alive: plan.meeting.keep_alive,
         agent,
-        place,
+        run_stamp: None,
+        place: None,
         addresses: address::own(),
         host: hostname(),
         pid: std::process::id(),
@@ -139,6 +140,8 @@ struct Dispatcher<'a> {
     clock: Clock,
     plan: &'a LaunchPlan,
     meeting: Arc<Meeting>,
+    /// Of the job, once the coordinator has told it.
+    run_stamp: Option<String>,
     /// Looks for the coordinator again.
     looking: Option<Looking>,
 }
@@ -176,6 +179,7 @@ impl<'a> Dispatcher<'a> {
             clock: Clock::start(),
             plan,
             meeting,
+            run_stamp: None,
             looking: None,
         }
     }
@@ -193,7 +197,14 @@ impl<'a> Dispatcher<'a> {
                 caught = signals.next() => self.caught(caught),
                 Some(event) = self.events.recv() => self.rank_event(event),
                 message = receive(&mut self.session) => Some(match message {
-                    Ok(message) => Event::Coordinator(message),
+                    Ok(message) => {
+                        if let ToAgent::RoundStarted(Round { run_stamp, .. })
+                        | ToAgent::Waiting { run_stamp, .. } = &message
+                        {
+                            self.run_stamp = Some(run_stamp.clone());
+                        }
+                        Event::Coordinator(message)
+                    }
                     Err(error) => {
                         self.session = None;
                         Event::CoordinatorLost(error.to_string())
@@ -325,7 +336,8 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
                 Action::Meet => {
-                    let hello = hello(self.plan, self.meeting.agent(), self.group.place());
+                    let (run_stamp, place) = (self.run_stamp.clone(), self.group.place());
+                    let hello = Hello { run_stamp, place, ..hello(self.plan, self.meeting.agent()) };
                     let meeting = Arc::clone(&self.meeting);
                     self.looking = Some(Box::pin(async move { meeting.meet_again(hello).await }));
                 }
@@ -370,7 +382,7 @@ impl<'a> Dispatcher<'a> {
         Ok(None)
     }
 
-    fn spawn(&mut self, round: ice_proto::rendezvous::Round) -> Result<(), Error> {
+    fn spawn(&mut self, round: Round) -> Result<(), Error> {
         // What the last attempt left behind must not meet the next one.
         self.orphans.end();
         self.log.add(&Happened::RoundStarted {

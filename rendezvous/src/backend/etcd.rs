@@ -27,8 +27,10 @@ use crate::{Error, Host, address};
 
 /// How often an agent looks for a coordinator while there is none.
 const RETRY: Duration = Duration::from_millis(200);
-/// How long the record of a job without any coordinator is kept.
+/// How long the record of a job without any coordinator is kept, and longer where agents look for one for longer.
 const ABANDONED: i64 = 600;
+/// The longest lease that etcd grants, in seconds.
+const LONGEST: i64 = 9_000_000_000;
 /// How long late agents are told that a job is over.
 const OVER: i64 = 30;
 
@@ -184,7 +186,9 @@ impl<'a> Etcd<'a> {
                 return Err(Error::Refused { problem });
             }
         };
-        let kept = self.client.lease_grant(ABANDONED, None).await.map_err(etcd)?.id();
+        let looking = i64::try_from(self.common.join_timeout.as_secs()).unwrap_or(i64::MAX);
+        let keeping = looking.saturating_add(ttl).clamp(ABANDONED, LONGEST);
+        let kept = self.client.lease_grant(keeping, None).await.map_err(etcd)?.id();
         let (ledger, entries) = mpsc::channel(1);
         let (ttl, answer) = (Duration::from_secs(ttl.unsigned_abs()), self.common.answer);
         let office =

@@ -199,6 +199,13 @@ impl Coordinator {
         if self.nodes.get(peer).is_some() {
             return refuse(peer, "an agent says hello once".into());
         }
+        if hello.run_stamp.as_ref().is_some_and(|known| *known != self.settings.run_stamp) {
+            let what = "the coordinator of the job that this agent was in is gone, and so is its record";
+            return refuse(
+                peer,
+                format!("{what}: start the agent again to be in the job that has begun since"),
+            );
+        }
         let mut actions = Vec::new();
         match self.nodes.of_agent(hello.agent) {
             // What an agent said before it gave up comes late.
@@ -262,7 +269,7 @@ impl Coordinator {
                 let nodes = members.len();
                 let reason =
                     format!("the job has its {nodes} nodes; this one takes the place of one that goes");
-                vec![Action::Send(peer, ToAgent::Waiting { reason })]
+                vec![self.put_off(peer, reason)]
             }
             Phase::Closed { .. } => Vec::new(),
         }
@@ -306,10 +313,14 @@ impl Coordinator {
         let left = self.nodes.all().iter().filter(|(_, node)| node.waits);
         actions.extend(left.map(|(peer, _)| {
             let reason = "there are enough nodes without this one; it takes the place of one that goes";
-            Action::Send(*peer, ToAgent::Waiting { reason: reason.into() })
+            self.put_off(*peer, reason.into())
         }));
         self.phase = Phase::Running { members: places.into_iter().collect(), finished: BTreeSet::new() };
         actions
+    }
+
+    fn put_off(&self, peer: Peer, reason: String) -> Action {
+        Action::Send(peer, ToAgent::Waiting { run_stamp: self.settings.run_stamp.clone(), reason })
     }
 
     /// Judges a failure, unless that of its round or of a later one was judged before. Whoever failed may have lost its coordinator, or

@@ -226,6 +226,7 @@ impl World {
             host: format!("host{agent}"),
             keep_alive: KeepAlive::default(),
             agent: peer,
+            run_stamp: None,
             place: None,
             addresses: Vec::new(),
             pid: peer as u32,

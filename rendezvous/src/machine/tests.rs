@@ -25,6 +25,7 @@ fn hello(node_rank: Option<u32>, nnodes: u32, local_world_size: u32) -> Hello {
         host: format!("host{local_world_size}"),
         keep_alive: KeepAlive::default(),
         agent: 0,
+        run_stamp: None,
         place: None,
         addresses: Vec::new(),
         pid: 7,
@@ -567,6 +568,28 @@ fn a_big_job_comes_in_any_order_and_each_node_is_told_its_own_part() {
     assert_eq!(first.len(), nodes as usize - 1);
     (2..u64::from(nodes)).for_each(|peer| assert_eq!(machine.handle(NOW, Event::Lost(peer)), []));
     assert_eq!(say(&mut machine, u64::from(nodes), ToCoordinator::Join), [], "RV-3");
+}
+
+#[test]
+fn an_agent_that_was_in_a_job_gets_into_no_other() {
+    let mut machine = coordinator();
+    let other = Hello { run_stamp: Some("another".into()), ..back(1, 9) };
+    enter(&mut machine, 0, back(0, 9));
+    assert!(refusal(&enter(&mut machine, 1, other.clone())).contains("start the agent again"), "RV-10");
+    // One that only waited was told of it, too.
+    enter(&mut machine, 1, back(1, 9));
+    let waiting = enter(&mut machine, 2, back(1, 9));
+    let [Action::Send(2, ToAgent::Waiting { run_stamp, .. })] = &waiting[..] else { panic!("{waiting:?}") };
+    assert_eq!(run_stamp, "stamp");
+    // It is not told how the other one ended, either.
+    (0..2).for_each(|peer| _ = say(&mut machine, peer, ToCoordinator::Finished { round: 0 }));
+    assert!(machine.is_closed());
+    assert!(refusal(&enter(&mut machine, 3, other)).contains("is gone"));
+    let own = Hello { run_stamp: Some("stamp".into()), ..back(1, 9) };
+    assert!(matches!(
+        &enter(&mut machine, 4, own)[0],
+        Action::Send(4, ToAgent::Closed { success: true, .. })
+    ));
 }
 
 fn event() -> impl Strategy<Value = Event> {
