@@ -7,6 +7,7 @@
 //! bench join AGENTS [tls]             seconds until so many agents are in one round
 //! bench simulate [MIN:]AGENTS [ranks] the same without a network: seconds, and MB that would be sent; with `ranks` each asks for its place
 //! bench answers PORT CONNECTIONS      seconds until all of them had an answer, one after another
+//! bench waiters PORT CONNECTIONS      seconds from a set until all of them, which wait for its key, were told
 //! ```
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark")]
@@ -48,6 +49,7 @@ async fn main() {
         ["simulate", nnodes] => simulate(nnodes, false),
         ["simulate", nnodes, "ranks"] => simulate(nnodes, true),
         ["answers", port, connections] => answers(number(port) as u16, number(connections)),
+        ["waiters", port, connections] => waiters(number(port) as u16, number(connections)),
         _ => panic!("see the head of the file"),
     }
 }
@@ -158,6 +160,23 @@ fn idle(port: u16, pid: &str, connections: usize) {
 fn answers(port: u16, connections: u64) {
     let start = Instant::now();
     (0..connections).for_each(|_| drop(served(port)));
+    println!("{:.4}", start.elapsed().as_secs_f64());
+}
+
+fn waiters(port: u16, connections: u64) {
+    let key = format!("/waiters{}", std::process::id());
+    let waiting = |_| {
+        let mut stream = validated(port);
+        send(&mut stream, &[Request::Wait(vec![key.as_bytes()]), Request::Ping(7)]);
+        // The answer to what was sent last: the wait has begun.
+        stream.read_exact(&mut [0; 4]).unwrap();
+        stream
+    };
+    let mut all: Vec<TcpStream> = (0..connections).map(waiting).collect();
+    let mut setter = served(port);
+    let start = Instant::now();
+    send(&mut setter, &[Request::Set(key.as_bytes(), b"1")]);
+    all.iter_mut().for_each(|stream| stream.read_exact(&mut [0]).unwrap());
     println!("{:.4}", start.elapsed().as_secs_f64());
 }
 
