@@ -176,9 +176,10 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// The files to be, each with what goes where in it.
     fn layouts(
-        self,
-    ) -> Result<(Vec<(File, Vec<Source<'a>>)>, BTreeMap<String, Json>, Option<Vec<u8>>), String> {
+        files: BTreeMap<String, Vec<(Entry, Source<'a>)>>,
+    ) -> Result<Vec<(File, Vec<Source<'a>>)>, String> {
         let mut laid_out = Vec::new();
         for (name, tensors) in files {
             let (entries, sources): (Vec<_>, Vec<_>) = tensors.into_iter().unzip();
