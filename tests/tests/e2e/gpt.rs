@@ -11,7 +11,7 @@ fn train(out: &Path, more: &[&str]) -> Program {
     let text = concat!(env!("CARGO_MANIFEST_DIR"), "/../LICENSE-APACHE");
     let size = ["--context", "16", "--layers", "2", "--width", "32", "--batch-size", "8", "--write", "10"];
     let steps = ["--steps", "60", "--eval-every", "20", "--bf16", "--accumulate", "2", "--lr", "0.01"];
-    Program::ice_launch(&["--devices", "cpu:0-1"])
+    Program::ice_launch(["--devices", "cpu:0-1"])
         .arg(built("gpt"))
         .args(["--text", text, "--out-dir", out.to_str().unwrap()])
         .args(size)
