@@ -22,6 +22,7 @@ pub use tch;
 pub mod prelude {
     pub use clap::Parser;
     pub use ice_core::data::{Dataset, Labelled, Mnist, Split};
+    pub use ice_core::meter;
     pub use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};
     pub use ice_core::{
         Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat,

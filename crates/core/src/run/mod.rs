@@ -118,11 +118,17 @@ impl<'a> Run<'a> {
     }
 
     /// Saves a checkpoint of the whole graph and of the progress of all tasks. Returns once the state is copied; a thread
-    /// writes it. Rank 0 writes for all.
+    /// writes it. Rank 0 writes for all. Collective: every rank calls it.
     ///
     /// # Errors
     /// The failure of this save's copy or of the write before it.
     pub fn save_checkpoint(&self) -> Result<()> {
+        self.graph.sync_measures(&self.worker)?;
+        self.save_as_it_is()
+    }
+
+    /// Needs no other rank: what they have measured since the last save is not in it.
+    fn save_as_it_is(&self) -> Result<()> {
         if !self.is_main() {
             return Ok(());
         }
@@ -157,7 +163,7 @@ impl<'a> Run<'a> {
     /// At a step boundary: what was done since the last checkpoint is not to be lost, unless another rank was.
     fn save_before_stop(&self) -> Result<()> {
         let due = self.worker.link().stop() == Some(Stop::Requested) && self.counters.train_steps() > 0;
-        if due { self.save_checkpoint() } else { Ok(()) }
+        if due { self.save_as_it_is() } else { Ok(()) }
     }
 
     /// Makes the random numbers of a training step a function of the seed, the rank and the step, so that a resumed run
@@ -172,14 +178,10 @@ impl<'a> Run<'a> {
     }
 
     pub(crate) fn epoch_ended(&self, measures: &[(String, Measure)], heading: &str, took: Duration) {
-        self.measures.borrow_mut().extend(measures.iter().map(|(uid, measure)| (uid.clone(), measure.value)));
+        let all = measures.iter().flat_map(|(uid, measure)| measure.named(uid));
+        self.measures.borrow_mut().extend(all);
         if self.is_main() {
-            let values: String = measures
-                .iter()
-                .map(|(uid, measure)| {
-                    format!("  {} {:.4}", uid.rsplit('/').next().unwrap_or(uid), measure.value)
-                })
-                .collect();
+            let values: String = measures.iter().map(|(uid, measure)| printed(uid, measure)).collect();
             println!("{heading}{values}  ({:.1} s)", took.as_secs_f64());
         }
     }
@@ -217,4 +219,14 @@ impl<'a> Run<'a> {
         }
         Ok(())
     }
+}
+
+/// As the line of an epoch has it. Many parts, as those of a confusion matrix, would fill the screen.
+fn printed(uid: &str, measure: &Measure) -> String {
+    const MOST: usize = 8;
+    let name = uid.rsplit('/').next().unwrap_or(uid);
+    if (1..=MOST).contains(&measure.parts.len()) {
+        return measure.parts.iter().map(|(part, value)| format!("  {name}.{part} {value:.4}")).collect();
+    }
+    format!("  {name} {:.4}", measure.value)
 }
