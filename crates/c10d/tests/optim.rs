@@ -1,4 +1,5 @@
-//! Fused steps against the formulas written out.
+//! Optimizer steps against the formulas written out.
+#![expect(clippy::unwrap_used, reason = "outside the test functions too")]
 
 use ice_c10d::ErrorKind;
 use ice_c10d::optim::{

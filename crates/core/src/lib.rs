@@ -11,6 +11,7 @@ mod counters;
 pub mod data;
 mod error;
 mod graph;
+pub mod meter;
 mod node;
 pub mod optim;
 mod precision;

@@ -78,7 +78,7 @@ impl Options {
             let mut loss = x.tensor("net")?.to_kind(Kind::Float).square().mean(Kind::Float);
             if x.is_training() {
                 if infinite == Some((rank, step.get())) {
-                    loss = loss * f64::INFINITY;
+                    loss *= f64::INFINITY;
                 }
                 step.set(step.get() + 1);
             }
@@ -101,8 +101,8 @@ fn linear(path: &nn::Path) -> nn::Linear {
     let layer = nn::linear(path / "layer", 1, 3, Default::default());
     let values = Tensor::from_slice(&[0.7_f32, -0.4, 0.2]);
     tch::no_grad(|| {
-        let _ = layer.ws.shallow_clone().copy_(&values.unsqueeze(1));
-        let _ = layer.bs.as_ref().unwrap().shallow_clone().copy_(&values);
+        layer.ws.shallow_clone().copy_(&values.unsqueeze(1));
+        layer.bs.as_ref().unwrap().shallow_clone().copy_(&values);
     });
     layer
 }

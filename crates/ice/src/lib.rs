@@ -22,6 +22,7 @@ pub use tch;
 pub mod prelude {
     pub use clap::Parser;
     pub use ice_core::data::{Dataset, Items, Labelled, Mnist, Split, Stream, items, stream};
+    pub use ice_core::meter;
     pub use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};
     pub use ice_core::{
         Autocast, Better, DatasetNode, GradScaler, HyperGraph, LoadCheckpoint, LossNode, MetricNode,

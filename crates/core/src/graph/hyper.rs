@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::rc::Rc;
 
+use ice_worker::Worker;
+
 use crate::graph::{ExecutableGraph, Tags};
 use crate::precision::Precision;
 use crate::{Autocast, Context, Error, GradScaler, Node, Result};
@@ -260,6 +262,15 @@ impl HyperGraph {
         }
         for entry in &self.entries {
             entry.node.borrow_mut().set_up(context).map_err(|error| error.at(&entry.uid, "set-up"))?;
+        }
+        Ok(())
+    }
+
+    /// Lets the state of every node hold for all ranks. Collective.
+    pub(crate) fn sync_measures(&self, worker: &Worker) -> Result<()> {
+        for entry in &self.entries {
+            let outcome = entry.node.borrow_mut().sync_measures(worker);
+            outcome.map_err(|error| error.at(&entry.uid, "before a checkpoint"))?;
         }
         Ok(())
     }

@@ -1,9 +1,7 @@
 use ice_worker::Worker;
-use serde::Deserialize;
-use serde_json::Value as Json;
 use tch::{Kind, Tensor};
 
-use crate::node::WeightedMean;
+use crate::meter::Sums;
 use crate::{Context, Error, Measure, Node, NodeState, Outputs, Result, Value};
 
 type Function = dyn Fn(&Outputs) -> Result<Tensor>;
@@ -16,23 +14,14 @@ pub struct LossNode {
     function: Box<Function>,
     weight: f64,
     pending: Option<Tensor>,
-    running: Option<Tensor>,
-    samples: f64,
-    restored: WeightedMean,
+    /// Of the epoch: the loss, summed over samples, and the samples.
+    epoch: Sums,
 }
 
 impl LossNode {
     /// A loss from the outputs of other nodes.
     pub fn new(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
-        let function = Box::new(function);
-        Self {
-            function,
-            weight: 1.0,
-            pending: None,
-            running: None,
-            samples: 0.0,
-            restored: WeightedMean::default(),
-        }
+        Self { function: Box::new(function), weight: 1.0, pending: None, epoch: Sums::doubles(2) }
     }
 
     /// The factor of this loss in the sum.
@@ -40,14 +29,6 @@ impl LossNode {
     pub fn weight(mut self, weight: f64) -> Self {
         self.weight = weight;
         self
-    }
-
-    fn mean(&self) -> WeightedMean {
-        let mut mean = self.restored;
-        if let Some(running) = &self.running {
-            mean.add(running.double_value(&[]), self.samples);
-        }
-        mean
     }
 }
 
@@ -63,12 +44,7 @@ impl Node for LossNode {
         }
         let share = x.share();
         if share.here > 0 {
-            let sum = tch::no_grad(|| loss.detach().to_kind(Kind::Double) * share.here as f64);
-            self.running = Some(match self.running.take() {
-                Some(running) => running + sum,
-                None => sum,
-            });
-            self.samples += share.here as f64;
+            self.epoch.add(&sum_and_samples(&loss, share.here)?)?;
         }
         if x.is_training() {
             let scale = x.worker().world_size() as f64 * share.here as f64 / share.total as f64;
@@ -82,21 +58,33 @@ impl Node for LossNode {
     }
 
     fn epoch_start(&mut self) {
-        (self.running, self.samples, self.restored) = (None, 0.0, WeightedMean::default());
+        self.epoch.clear();
     }
 
     fn epoch_end(&mut self, worker: &Worker) -> Result<Option<Measure>> {
-        Ok(Some(Measure { value: self.mean().synchronised(worker)? }))
+        self.sync_measures(worker)?;
+        let sums = self.epoch.values()?;
+        Ok(Some((sums[0] / sums[1]).into()))
+    }
+
+    fn sync_measures(&mut self, worker: &Worker) -> Result<()> {
+        self.epoch.sync(worker)
     }
 
     fn state(&self) -> NodeState {
-        NodeState { values: serde_json::to_value(self.mean()).unwrap_or(Json::Null), ..NodeState::default() }
+        NodeState { values: self.epoch.state(), ..NodeState::default() }
     }
 
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {
-        self.epoch_start();
-        self.restored =
-            WeightedMean::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
-        Ok(())
+        self.epoch.load_state(&saved.values)
     }
+}
+
+/// `[sum, samples]` of a mean over so many samples.
+fn sum_and_samples(loss: &Tensor, samples: u64) -> Result<Tensor> {
+    tch::no_grad(|| {
+        let sum = loss.detach().f_to_kind(Kind::Double)? * samples as f64;
+        let samples = Tensor::full([], samples as f64, (Kind::Double, sum.device()));
+        Ok(Tensor::f_stack(&[sum, samples], 0)?)
+    })
 }

@@ -1,55 +1,161 @@
+use std::cell::RefCell;
+use std::num::NonZeroUsize;
+use std::rc::Rc;
+
 use ice_worker::Worker;
-use serde::Deserialize;
-use serde_json::Value as Json;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::node::WeightedMean;
-use crate::{Context, Error, Measure, Node, NodeState, Outputs, Result, Value};
+use crate::meter::{self, Accuracy, Average, ConfusionMatrix, Dict, Meter, MovingAverage, Summation};
+use crate::{Context, Measure, Node, NodeState, Outputs, Result, Value};
 
-type Function = dyn Fn(&Outputs) -> Result<Tensor>;
+type Function<I> = dyn Fn(&Outputs) -> Result<I>;
 
-/// A metric over an epoch: the average of one number per sample, exact over ranks that hold different counts of samples.
-pub struct MetricNode {
-    function: Box<Function>,
-    mean: WeightedMean,
+/// A metric over an epoch, measured with a [`Meter`]; exact over ranks that hold different counts of samples. A rank that has no
+/// share of a batch adds nothing.
+///
+/// What a function makes of a step is the output of the node, too.
+///
+/// ```
+/// use ice_core::MetricNode;
+/// use ice_core::meter::MovingAverage;
+/// let hits = MetricNode::average(|x| Ok(x.tensor("net")?.argmax(-1, false).eq_tensor(&x.tensor("labels")?)));
+/// let smooth = MetricNode::new(MovingAverage::decay(0.99), |x| x.tensor("losses"));
+/// let top5 = MetricNode::accuracy(5, |x| Ok((x.tensor("net")?, x.tensor("labels")?)));
+/// ```
+pub struct MetricNode<M: Meter = Average> {
+    function: Box<Function<M::Input>>,
+    meter: Rc<RefCell<M>>,
 }
 
-impl MetricNode {
-    /// The average of what `function` makes: a tensor with one element per sample of this rank, of any dtype that converts
-    /// to double; `[n]` with 1 for a hit and 0 for a miss gives an accuracy.
-    pub fn average(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
-        Self { function: Box::new(function), mean: WeightedMean::default() }
+impl<M: Meter> MetricNode<M> {
+    /// Measures what `function` makes of each step, without gradients.
+    pub fn new(meter: M, function: impl Fn(&Outputs) -> Result<M::Input> + 'static) -> Self {
+        Self { function: Box::new(function), meter: Rc::new(RefCell::new(meter)) }
+    }
+
+    /// The meter, to be read after an epoch: it is reset when the next one begins.
+    ///
+    /// ```
+    /// use ice_core::{HyperGraph, MetricNode, Repeat, Task};
+    /// let mut graph = HyperGraph::new();
+    /// let confusion = MetricNode::confusion_matrix(10, |x| Ok((x.tensor("net")?, x.tensor("labels")?)));
+    /// let matrix = confusion.meter();
+    /// graph.add("confusion", confusion, "val")?;
+    /// let tasks = Repeat::once().then(Task::eval("val")).call(move |run| {
+    ///     let threes_taken_for_fives = matrix.borrow().counts()?[3][5];
+    ///     Ok(())
+    /// });
+    /// # Ok::<(), ice_core::Error>(())
+    /// ```
+    pub fn meter(&self) -> Rc<RefCell<M>> {
+        Rc::clone(&self.meter)
     }
 }
 
-impl Node for MetricNode {
+impl MetricNode<Average> {
+    /// The average of what `function` makes: a tensor with one element per sample of this rank, of any dtype that converts
+    /// to double; `[n]` with 1 for a hit and 0 for a miss gives an accuracy.
+    pub fn average(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
+        Self::new(Average::new(), function)
+    }
+}
+
+impl MetricNode<Summation> {
+    /// The sum of all elements that `function` makes.
+    pub fn sum(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
+        Self::new(Summation::new(), function)
+    }
+}
+
+impl MetricNode<meter::Value> {
+    /// What the last batch had: the mean over the elements that `function` makes.
+    pub fn last(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
+        Self::new(meter::Value::new(), function)
+    }
+}
+
+impl MetricNode<MovingAverage> {
+    /// The average over the last batches of the elements that `function` makes.
+    pub fn moving_average(
+        batches: NonZeroUsize,
+        function: impl Fn(&Outputs) -> Result<Tensor> + 'static,
+    ) -> Self {
+        Self::new(MovingAverage::window(batches), function)
+    }
+}
+
+impl MetricNode<Dict> {
+    /// An average for each name that `function` gives, with one element per sample. The first name is also the value of the node.
+    ///
+    /// ```
+    /// use ice_core::MetricNode;
+    /// let scores = MetricNode::dict(|x| {
+    ///     let error = x.tensor("net")? - x.tensor("wanted")?;
+    ///     Ok(vec![("squared", error.square()), ("absolute", error.abs())])
+    /// });
+    /// ```
+    /// As `val/scores` it measures `val/scores.squared` and `val/scores.absolute`.
+    pub fn dict<K: Into<String>>(function: impl Fn(&Outputs) -> Result<Vec<(K, Tensor)>> + 'static) -> Self {
+        let named = move |x: &Outputs| {
+            Ok(function(x)?.into_iter().map(|(name, values)| (name.into(), values)).collect())
+        };
+        Self::new(Dict::default(), named)
+    }
+}
+
+impl MetricNode<Accuracy> {
+    /// The share of samples whose class is among the `k` with the highest scores. `function` makes scores `[.., classes]` and the right
+    /// classes `[..]`.
+    pub fn accuracy(k: usize, function: impl Fn(&Outputs) -> Result<(Tensor, Tensor)> + 'static) -> Self {
+        Self::new(Accuracy::top(k), function)
+    }
+}
+
+impl MetricNode<ConfusionMatrix> {
+    /// How often each class was taken for which, with precision and recall. `function` makes scores `[.., classes]` or guesses `[..]`,
+    /// and the right classes `[..]`.
+    pub fn confusion_matrix(
+        classes: usize,
+        function: impl Fn(&Outputs) -> Result<(Tensor, Tensor)> + 'static,
+    ) -> Self {
+        Self::new(ConfusionMatrix::new(classes), function)
+    }
+}
+
+impl<M: Meter + 'static> Node for MetricNode<M> {
     fn set_up(&mut self, _: &Context) -> Result<()> {
         Ok(())
     }
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
         let values = tch::no_grad(|| (self.function)(x))?;
+        let mut meter = self.meter.borrow_mut();
         if x.share().here > 0 {
-            self.mean.add(values.sum(Kind::Double).double_value(&[]), values.numel() as f64);
+            meter.update(&values)?;
+        } else {
+            meter.skip();
         }
         Ok(Value::new(values))
     }
 
     fn epoch_start(&mut self) {
-        self.mean = WeightedMean::default();
+        self.meter.borrow_mut().reset();
     }
 
     fn epoch_end(&mut self, worker: &Worker) -> Result<Option<Measure>> {
-        Ok(Some(Measure { value: self.mean.synchronised(worker)? }))
+        self.sync_measures(worker)?;
+        self.meter.borrow().evaluate().map(Some)
+    }
+
+    fn sync_measures(&mut self, worker: &Worker) -> Result<()> {
+        self.meter.borrow_mut().sync(worker)
     }
 
     fn state(&self) -> NodeState {
-        NodeState { values: serde_json::to_value(self.mean).unwrap_or(Json::Null), ..NodeState::default() }
+        NodeState { values: self.meter.borrow().state(), ..NodeState::default() }
     }
 
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {
-        self.mean =
-            WeightedMean::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
-        Ok(())
+        self.meter.borrow_mut().load_state(&saved.values)
     }
 }

@@ -51,10 +51,26 @@ impl Default for Share {
 }
 
 /// What a node measured in an epoch, over all ranks.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Measure {
-    /// The value.
+    /// The value, which goes by the uid of the node.
     pub value: f64,
+    /// What there is beside it, which goes by the uid, `.` and the name given here.
+    pub parts: Vec<(String, f64)>,
+}
+
+impl Measure {
+    /// Everything, by what it goes by.
+    pub(crate) fn named<'a>(&'a self, uid: &'a str) -> impl Iterator<Item = (String, f64)> + 'a {
+        let parts = self.parts.iter().map(move |(part, value)| (format!("{uid}.{part}"), *value));
+        std::iter::once((uid.to_owned(), self.value)).chain(parts)
+    }
+}
+
+impl From<f64> for Measure {
+    fn from(value: f64) -> Self {
+        Self { value, parts: Vec::new() }
+    }
 }
 
 /// A node of a [`HyperGraph`](crate::HyperGraph). Only [`Node::set_up`] and [`Node::forward`] must be written.
@@ -152,6 +168,15 @@ pub trait Node: Any {
     /// The iteration is over and counts.
     fn iteration_end(&mut self) {}
 
+    /// Takes in what the other ranks have measured so far in the epoch, so that the state of each rank holds for all. Called before a
+    /// checkpoint, on every rank, in the same order.
+    ///
+    /// # Errors
+    /// The failure of a collective.
+    fn sync_measures(&mut self, _worker: &Worker) -> Result<()> {
+        Ok(())
+    }
+
     /// What there is to see of the last step beside losses: learning rates, norms.
     fn scalars(&self) -> Vec<(String, f64)> {
         Vec::new()
@@ -237,25 +262,4 @@ pub(crate) fn copy_tensors(saved: &[(String, Tensor)], own: &[(String, Tensor)],
         tch::no_grad(|| tensor.shallow_clone().f_copy_(value))?;
     }
     Ok(())
-}
-
-/// A weighted sum and its weight, summed over ranks exactly before the division.
-#[derive(Default, Clone, Copy, serde::Serialize, serde::Deserialize)]
-pub(crate) struct WeightedMean {
-    sum: f64,
-    weight: f64,
-}
-
-impl WeightedMean {
-    pub(crate) fn add(&mut self, sum: f64, weight: f64) {
-        self.sum += sum;
-        self.weight += weight;
-    }
-
-    /// The mean over all ranks; NaN where nothing was added anywhere.
-    pub(crate) fn synchronised(self, worker: &Worker) -> Result<f64> {
-        let both = Tensor::from_slice(&[self.sum, self.weight]).to_device(worker.device());
-        worker.all_reduce_sum(&both)?;
-        Ok(both.f_double_value(&[0])? / both.f_double_value(&[1])?)
-    }
 }

@@ -152,15 +152,21 @@ impl<'a> Run<'a> {
     }
 
     pub(crate) fn epoch_ended(&self, measures: &[(String, Measure)], heading: &str, took: Duration) {
-        self.measures.borrow_mut().extend(measures.iter().map(|(uid, measure)| (uid.clone(), measure.value)));
+        let all = measures.iter().flat_map(|(uid, measure)| measure.named(uid));
+        self.measures.borrow_mut().extend(all);
         if self.is_main() {
-            let values: String = measures
-                .iter()
-                .map(|(uid, measure)| {
-                    format!("  {} {:.4}", uid.rsplit('/').next().unwrap_or(uid), measure.value)
-                })
-                .collect();
+            let values: String = measures.iter().map(|(uid, measure)| printed(uid, measure)).collect();
             println!("{heading}{values}  ({:.1} s)", took.as_secs_f64());
         }
     }
+}
+
+/// As the line of an epoch has it. Many parts, as those of a confusion matrix, would fill the screen.
+fn printed(uid: &str, measure: &Measure) -> String {
+    const MOST: usize = 8;
+    let name = uid.rsplit('/').next().unwrap_or(uid);
+    if (1..=MOST).contains(&measure.parts.len()) {
+        return measure.parts.iter().map(|(part, value)| format!("  {name}.{part} {value:.4}")).collect();
+    }
+    format!("  {name} {:.4}", measure.value)
 }

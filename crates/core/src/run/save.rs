@@ -16,6 +16,12 @@ impl Run<'_> {
     /// # Errors
     /// The failure of this save's copy or of the write before it.
     pub fn save_checkpoint(&self, save_to: Option<&Path>, tags: Option<&Tags>) -> Result<()> {
+        self.graph.sync_measures(&self.worker)?;
+        self.save_as_it_is(save_to, tags)
+    }
+
+    /// Without what the other ranks have measured since the last save: they may not come.
+    fn save_as_it_is(&self, save_to: Option<&Path>, tags: Option<&Tags>) -> Result<()> {
         let folder =
             save_to.map_or_else(|| self.folder.join(CHECKPOINTS).join(self.checkpoint_name()), PathBuf::from);
         let keep = match self.config.checkpoints.keep_last {
@@ -43,6 +49,7 @@ impl Run<'_> {
         if !decide(self.is_main() && wins(), &self.worker)? {
             return Ok(false);
         }
+        self.graph.sync_measures(&self.worker)?;
         let mut manifest = self.manifest(None);
         manifest.best = Some(Best { measure: measure.into(), value, better });
         let keep = Keep::Best { measure: measure.into(), keep };
@@ -70,7 +77,7 @@ impl Run<'_> {
     /// At a step boundary: what was done since the last checkpoint is not to be lost, unless another rank was.
     pub(super) fn save_before_stop(&self) -> Result<()> {
         let due = self.worker.link().stop() == Some(Stop::Requested) && self.counters.train_steps() > 0;
-        if due { self.save_checkpoint(None, None) } else { Ok(()) }
+        if due { self.save_as_it_is(None, None) } else { Ok(()) }
     }
 
     /// Removes what a killed process of this run has left half written.

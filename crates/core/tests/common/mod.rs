@@ -42,14 +42,8 @@ pub(crate) fn on_ranks<T: Send, K: TaskItem>(
     world_size: usize,
     make: impl Fn(usize) -> (HyperGraph, K, Box<dyn Fn() -> T>) + Sync,
 ) -> Vec<T> {
-    let _turn = turn();
     let out = tempfile::tempdir().unwrap();
-    let (_server, port) = serve_store().unwrap();
-    let rank = |rank: usize| {
-        let store = Store::tcp("127.0.0.1", port, TIMEOUT).unwrap();
-        let options =
-            GlooOptions { timeout: TIMEOUT, hostname: Some("127.0.0.1".into()), ..GlooOptions::default() };
-        let group = ProcessGroup::gloo(&store, rank, world_size, &options).unwrap();
+    as_ranks(world_size, |worker| {
         let config = RunConfig {
             seed: 7,
             out_dir: out.path().to_owned(),
@@ -57,9 +51,22 @@ pub(crate) fn on_ranks<T: Send, K: TaskItem>(
             resume_from: None,
             checkpoints: Default::default(),
         };
-        let (graph, tasks, result) = make(rank);
-        Run::execute(&graph, &tasks, Rc::new(Worker::of_group(group, Device::Cpu)), config).unwrap();
+        let (graph, tasks, result) = make(worker.rank());
+        Run::execute(&graph, &tasks, Rc::new(worker), config).unwrap();
         result()
+    })
+}
+
+/// Runs a function on so many ranks, each a thread, and returns what each returned.
+pub(crate) fn as_ranks<T: Send>(world_size: usize, body: impl Fn(Worker) -> T + Sync) -> Vec<T> {
+    let _turn = turn();
+    let (_server, port) = serve_store().unwrap();
+    let rank = |rank: usize| {
+        let store = Store::tcp("127.0.0.1", port, TIMEOUT).unwrap();
+        let options =
+            GlooOptions { timeout: TIMEOUT, hostname: Some("127.0.0.1".into()), ..GlooOptions::default() };
+        let group = ProcessGroup::gloo(&store, rank, world_size, &options).unwrap();
+        body(Worker::of_group(group, Device::Cpu))
     };
     let rank = &rank;
     thread::scope(|scope| {

@@ -1,0 +1,118 @@
+use ice_worker::Worker;
+use serde_json::Value as Json;
+use tch::{Device, Kind, Tensor};
+
+use super::sums::parse;
+use super::{Average, Meter};
+use crate::{Measure, Result};
+
+/// Several named values from one function, each with a meter of its own. The first one named is also the value of the whole: with a
+/// node `val/scores` there are `val/scores`, `val/scores.f1`, `val/scores.loss`.
+///
+/// An update may leave names out and bring new ones; the ranks need not agree.
+pub struct Dict<M = Average> {
+    make: Box<dyn Fn() -> M>,
+    meters: Vec<(String, M)>,
+}
+
+impl<M: Meter> Dict<M> {
+    /// Values that are measured with a meter each, made by `make`.
+    pub fn new(make: impl Fn() -> M + 'static) -> Self {
+        Self { make: Box::new(make), meters: Vec::new() }
+    }
+
+    /// The meters, by name, in the order that the names came in.
+    pub fn meters(&self) -> impl Iterator<Item = (&str, &M)> {
+        self.meters.iter().map(|(name, meter)| (name.as_str(), meter))
+    }
+
+    fn meter(&mut self, name: &str) -> &mut M {
+        let index = self.meters.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
+            self.meters.push((name.to_owned(), (self.make)()));
+            self.meters.len() - 1
+        });
+        &mut self.meters[index].1
+    }
+}
+
+impl Default for Dict {
+    fn default() -> Self {
+        Self::new(Average::new)
+    }
+}
+
+impl<M: Meter> Meter for Dict<M> {
+    type Input = Vec<(String, M::Input)>;
+
+    fn reset(&mut self) {
+        self.meters.clear();
+    }
+
+    fn update(&mut self, values: &Self::Input) -> Result<()> {
+        for (name, value) in values {
+            self.meter(name).update(value)?;
+        }
+        let left_out = |(name, _): &&mut (String, M)| !values.iter().any(|(given, _)| given == name);
+        self.meters.iter_mut().filter(left_out).for_each(|(_, meter)| meter.skip());
+        Ok(())
+    }
+
+    fn skip(&mut self) {
+        self.meters.iter_mut().for_each(|(_, meter)| meter.skip());
+    }
+
+    fn sync(&mut self, worker: &Worker) -> Result<()> {
+        let own: Vec<_> = self.meters.iter().map(|(name, _)| name.as_str()).collect();
+        let mut order: Vec<String> = Vec::new();
+        for name in gather(&own, worker)?.into_iter().flatten() {
+            if !order.contains(&name) {
+                order.push(name);
+            }
+        }
+        for name in &order {
+            self.meter(name).sync(worker)?;
+        }
+        self.meters.sort_by_key(|(name, _)| order.iter().position(|known| known == name));
+        Ok(())
+    }
+
+    fn evaluate(&self) -> Result<Measure> {
+        let value = |(name, meter): &(String, M)| Ok((name.clone(), meter.evaluate()?.value));
+        let parts: Vec<_> = self.meters.iter().map(value).collect::<Result<_>>()?;
+        Ok(Measure { value: parts.first().map_or(f64::NAN, |(_, value)| *value), parts })
+    }
+
+    fn state(&self) -> Json {
+        self.meters
+            .iter()
+            .map(|(name, meter)| Json::from(vec![name.as_str().into(), meter.state()]))
+            .collect()
+    }
+
+    fn load_state(&mut self, state: &Json) -> Result<()> {
+        self.meters.clear();
+        for (name, state) in parse::<Vec<(String, Json)>>(state)? {
+            self.meter(&name).load_state(&state)?;
+        }
+        Ok(())
+    }
+}
+
+/// The names of all ranks, in order of rank. Collective.
+fn gather(own: &[&str], worker: &Worker) -> Result<Vec<Vec<String>>> {
+    let (rank, ranks) = (worker.rank() as i64, worker.world_size() as i64);
+    let own = serde_json::to_vec(own).unwrap_or_default();
+    let lengths = Tensor::zeros([ranks], (Kind::Int64, Device::Cpu));
+    let _ = lengths.f_get(rank)?.f_fill_(own.len() as i64)?;
+    let lengths = lengths.f_to_device(worker.device())?;
+    worker.all_reduce_sum(&lengths)?;
+    let lengths: Vec<i64> = Vec::try_from(lengths.f_to_device(Device::Cpu)?)?;
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let bytes = Tensor::zeros([ranks, longest], (Kind::Uint8, Device::Cpu));
+    bytes.f_get(rank)?.f_narrow(0, 0, own.len() as i64)?.f_copy_(&Tensor::from_slice(&own))?;
+    let bytes = bytes.f_to_device(worker.device())?;
+    worker.all_reduce_sum(&bytes)?;
+    let bytes: Vec<u8> = Vec::try_from(bytes.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?;
+    let rows = bytes.chunks_exact(longest as usize).zip(&lengths);
+    Ok(rows.map(|(row, len)| serde_json::from_slice(&row[..*len as usize]).unwrap_or_default()).collect())
+}
