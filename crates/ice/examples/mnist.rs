@@ -19,6 +19,9 @@ struct Options {
     /// Images per rank and step.
     #[arg(long, default_value_t = 64)]
     batch_size: usize,
+    /// Threads per rank that make batches ahead.
+    #[arg(long, default_value_t = 0)]
+    workers: usize,
     /// Learning rate of AdamW.
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
@@ -71,8 +74,9 @@ fn train(options: &Options) -> Result<(), ice::Error> {
     // Two datasets share the name `digits`; the tags say which one a task sees.
     let learn = Mnist::open(&options.data, Split::Train)?;
     let test = Mnist::open(&options.data, Split::Test)?;
-    graph.add("digits", DatasetNode::new(learn).shuffle(true).batch_size(options.batch_size), "train")?;
-    graph.add("digits", DatasetNode::new(test).batch_size(500), "val")?;
+    let learn = DatasetNode::new(learn).shuffle(true).batch_size(options.batch_size).workers(options.workers);
+    let test = DatasetNode::new(test).batch_size(500).workers(options.workers);
+    graph.add("digits", learn, "train")?.add("digits", test, "val")?;
 
     let dropout = options.dropout;
     let net = ModuleNode::new(

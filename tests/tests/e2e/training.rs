@@ -50,3 +50,14 @@ fn two_half_batches_are_one_batch() {
     let more = train("more", "cpu:0-1", "32");
     assert!(difference(&one, &more) > 1e-5, "the check sees another batch size");
 }
+
+#[test]
+fn workers_change_no_bit() {
+    let folder = tempdir().unwrap();
+    let train = |workers: &str| {
+        let run = Run::new(&folder.path().join(workers)).steps(20).args(["--workers", workers]);
+        run.under_ice_launch(&["--devices", "cpu:0-1"]).run(TRAINING).expect_code(0);
+        parameters(&run.newest_model())
+    };
+    assert_eq!(difference(&train("0"), &train("3")), 0.0);
+}
