@@ -13,7 +13,7 @@ use super::root;
 pub(crate) fn built(name: &str) -> &'static Path {
     static PROGRAMS: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
     let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
-    let arguments = ["build", "--workspace", "--all-features", "--bins", "--examples"];
+    let arguments = ["build", "--workspace", "--bins", "--examples"];
     let programs = PROGRAMS.get_or_init(|| executables(&[&arguments, profile].concat()));
     programs.get(name).unwrap_or_else(|| panic!("no program `{name}` among {:?}", programs.keys()))
 }
