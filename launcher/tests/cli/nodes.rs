@@ -1,5 +1,7 @@
 //! Several agents, one job.
 
+use std::process::Command;
+
 use rustix::process::Signal;
 
 use crate::STAY;
@@ -58,13 +60,21 @@ fn whoever_has_the_address_of_the_endpoint_hosts_it() {
 
 #[test]
 fn a_failure_on_one_node_restarts_both() {
-    let port = free_port();
+    let (port, folder) = (free_port(), tempfile::tempdir().unwrap());
+    // Rank 1 fails once rank 0 has said that it is there.
+    let said = folder.path().join("said");
+    assert!(Command::new("mkfifo").arg(&said).status().unwrap().success());
     let script = "
         echo \"$RANK attempt $TORCHELASTIC_RESTART_COUNT\"
         [ $TORCHELASTIC_RESTART_COUNT = 0 ] || exit 0
-        [ $RANK = 1 ] || exec sleep 600; exit 9";
+        [ $RANK = 1 ] || { echo > $SAID; exec sleep 600; }
+        read -r line < $SAID; exit 9";
     let options = |rank| [&node(rank, &port)[..], &["--max-restarts", "1"]].concat();
-    let [first, second] = ["0", "1"].map(|rank| Job::start(launch(&options(rank), script)));
+    let [first, second] = ["0", "1"].map(|rank| {
+        let mut command = launch(&options(rank), script);
+        command.env("SAID", &said);
+        Job::start(command)
+    });
     let (first, second) = (first.finish(), second.finish());
     assert_eq!(
         first.expect(0, &["node 1", "exit code 9; restart 1 of 1"]).stdout,
