@@ -71,6 +71,7 @@ impl<'a> Options<'a> {
             out_dir: self.out.to_owned(),
             save_every_steps: self.every,
             resume_from: self.from,
+            ..RunConfig::default()
         };
         let worker = Rc::new(Worker::alone(Device::Cpu));
         Run::execute(&graph(self.samples), &tasks(self.epochs), worker, config)

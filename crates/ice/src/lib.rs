@@ -25,8 +25,8 @@ pub mod prelude {
     pub use ice_core::meter;
     pub use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};
     pub use ice_core::{
-        Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat,
-        Run, SaveCheckpoint, Tags, Task,
+        Autocast, DatasetNode, GradScaler, HParam, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs,
+        Repeat, Run, SaveCheckpoint, Tags, Task,
     };
     pub use tch::nn::{self, Module as _};
     pub use tch::{Kind, Reduction, Tensor};

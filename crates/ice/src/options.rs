@@ -27,6 +27,10 @@ pub struct RunOptions {
     /// Go on from a checkpoint: its folder, or `latest` for the newest of this run id below the output folder.
     #[arg(long, value_name = "PATH|latest", help_heading = "Run")]
     pub resume_from: Option<ResumeFrom>,
+
+    /// Show the losses of every such training step as TensorBoard events, in the run's folder; 0 for the ends of epochs alone.
+    #[arg(long, value_name = "STEPS", default_value_t = 50, help_heading = "Run")]
+    pub log_every: u64,
 }
 
 impl RunOptions {
@@ -36,6 +40,7 @@ impl RunOptions {
             out_dir: self.out_dir.clone(),
             save_every_steps: self.save_every_steps.map(NonZeroU64::get),
             resume_from: self.resume_from.clone(),
+            log_every: NonZeroU64::new(self.log_every),
         }
     }
 }

@@ -1,13 +1,21 @@
 //! A run: a graph, its tasks, and the rank that they run on.
 
+mod show;
+mod timers;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
 use ice_worker::{Stop, Worker};
 
+use self::timers::AllTimers;
+pub(crate) use self::timers::Timers;
+
+use crate::board::Board;
 use crate::checkpoint::{Checkpoint, Manifest, Writer};
 use crate::{Context, Counters, Error, HyperGraph, Measure, Result, ResumeFrom, TaskItem};
 
@@ -26,6 +34,22 @@ pub struct RunConfig {
     pub save_every_steps: Option<u64>,
     /// The checkpoint to go on from.
     pub resume_from: Option<ResumeFrom>,
+    /// Shows the losses, learning rates and speed of every such training step as TensorBoard events; `None` for the ends of epochs
+    /// alone.
+    pub log_every: Option<NonZeroU64>,
+}
+
+impl Default for RunConfig {
+    /// Seed 0, folders in `out`, no checkpoints but those of the tasks, every 50th step shown.
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            out_dir: "out".into(),
+            save_every_steps: None,
+            resume_from: None,
+            log_every: NonZeroU64::new(50),
+        }
+    }
 }
 
 /// A run under way, as tasks and closures see it.
@@ -38,6 +62,8 @@ pub struct Run<'a> {
     counters: Counters,
     measures: RefCell<BTreeMap<String, f64>>,
     writer: RefCell<Writer>,
+    board: RefCell<Board>,
+    timers: AllTimers,
 }
 
 impl<'a> Run<'a> {
@@ -59,12 +85,15 @@ impl<'a> Run<'a> {
             folder: config.out_dir.join(format!("{}_{stamp}", worker.run_id())),
             writer: RefCell::new(Writer::new(worker.link().clone())),
             worker,
+            board: RefCell::new(Board::new(config.log_every)),
+            timers: AllTimers::default(),
             config,
             counters: Counters::default(),
             measures: RefCell::default(),
         };
         graph.set_up(&Context { worker: Rc::clone(&run.worker), seed: run.config.seed })?;
         run.resume()?;
+        run.open_board();
         let outcome = match tasks.run(&run) {
             Err(Error::Stopped) => run.save_before_stop(),
             // The ranks do not see a request to stop at the same step.
@@ -75,7 +104,9 @@ impl<'a> Run<'a> {
         };
         run.worker.link().rest();
         let written = run.writer.borrow_mut().finish();
-        outcome.and(written)
+        let outcome = outcome.and(written);
+        run.close_board(outcome.is_ok());
+        outcome
     }
 
     /// The graph.
