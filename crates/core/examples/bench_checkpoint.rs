@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         out_dir: folder.clone(),
         save_every_steps: None,
         resume_from: None,
-        checkpoints: Default::default(),
+        ..RunConfig::default()
     };
     let tasks = Repeat::once().call(move |run| measure(run, bytes, &folder));
     Ok(Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), config)?)

@@ -6,6 +6,7 @@
 //!
 //! This crate knows nothing of launchers, and of other ranks only what `ice-worker` offers.
 
+mod board;
 mod checkpoint;
 mod counters;
 pub mod data;
@@ -18,13 +19,14 @@ mod precision;
 mod run;
 mod task;
 
+pub use board::HParam;
 pub use checkpoint::{Best, Better, Checkpoint, CheckpointOptions, Manifest, Part, ResumeFrom};
 pub use counters::Counters;
 pub use error::{Error, Result};
 pub use graph::{Eager, HyperGraph, Outputs, Tags};
 pub use node::{
-    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Share, StreamNode,
-    Value,
+    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Probe, Share,
+    StreamNode, Value,
 };
 pub use precision::{Autocast, GradScaler};
 pub use run::{Run, RunConfig};

@@ -56,7 +56,7 @@ fn train(data: impl Node + 'static, out: &Path, from: Option<ResumeFrom>) -> Res
         out_dir: out.to_owned(),
         save_every_steps: Some(1),
         resume_from: from,
-        checkpoints: Default::default(),
+        ..RunConfig::default()
     };
     Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), config)
 }

@@ -48,6 +48,7 @@ fn saves_without_end() {
         save_every_steps: None,
         resume_from,
         checkpoints: CheckpointOptions { keep_last, ..CheckpointOptions::default() },
+        ..RunConfig::default()
     };
     Run::execute(&graph, &tasks, worker, config).unwrap();
 }

@@ -150,7 +150,7 @@ impl Training<'_> {
                 resume_from: self
                     .from
                     .map(|name| ResumeFrom::Path(self.out.join("none_local/ckpts").join(name))),
-                checkpoints: Default::default(),
+                ..RunConfig::default()
             };
             Run::execute(&self.graph(), &tasks(&seen), Rc::new(worker), config).unwrap();
             seen.take()

@@ -78,6 +78,7 @@ impl<'a> Options<'a> {
             save_every_steps: self.every,
             resume_from: self.from,
             checkpoints,
+            ..RunConfig::default()
         };
         let worker = Rc::new(Worker::alone(Device::Cpu));
         Run::execute(&graph(self.samples), &tasks(self.epochs), worker, config)
@@ -153,6 +154,7 @@ fn run(out: &Path, tasks: &Repeat, options: CheckpointOptions) -> Result<()> {
         save_every_steps: None,
         resume_from: None,
         checkpoints: options,
+        ..RunConfig::default()
     };
     Run::execute(&graph(22), tasks, Rc::new(Worker::alone(Device::Cpu)), config)
 }

@@ -70,6 +70,10 @@ fn main() -> ExitCode {
 
 fn train(options: &Options) -> Result<(), ice::Error> {
     let mut graph = HyperGraph::new();
+    graph
+        .hparam("lr", options.lr)
+        .hparam("batch_size", options.batch_size)
+        .hparam("dropout", options.dropout);
 
     // Two datasets share the name `digits`; the tags say which one a task sees.
     let learn = Mnist::open(&options.data, Split::Train)?;

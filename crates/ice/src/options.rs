@@ -43,6 +43,9 @@ pub struct RunOptions {
     /// Upload each checkpoint to an object store too, as s3://bucket/folder.
     #[arg(long, value_name = "ADDRESS", help_heading = "Run")]
     pub upload_checkpoints: Option<String>,
+    /// Show the losses of every such training step as TensorBoard events, in the run's folder; 0 for the ends of epochs alone.
+    #[arg(long, value_name = "STEPS", default_value_t = 50, help_heading = "Run")]
+    pub log_every: u64,
 }
 
 impl RunOptions {
@@ -58,6 +61,7 @@ impl RunOptions {
                 upload_to: self.upload_checkpoints.clone(),
                 strict: !self.resume_if_it_fits,
             },
+            log_every: NonZeroU64::new(self.log_every),
         }
     }
 }

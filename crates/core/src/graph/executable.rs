@@ -1,3 +1,4 @@
+use std::cell::Cell;
 use std::num::NonZeroU64;
 use std::rc::Rc;
 
@@ -8,14 +9,18 @@ use tch::Tensor;
 use crate::graph::Outputs;
 use crate::graph::hyper::Entry;
 use crate::precision::Precision;
+use crate::run::Timers;
 use crate::{Error, Measure, Node, Result};
 
 /// The nodes that one task runs, and how their steps are computed.
+#[derive(Clone)]
 pub(crate) struct ExecutableGraph {
     entries: Vec<Rc<Entry>>,
     precision: Precision,
     /// Passes of a training step.
     passes: NonZeroU64,
+    timers: Option<Rc<Timers>>,
+    place: Cell<(u64, u64)>,
 }
 
 /// What a training step was.
@@ -30,7 +35,28 @@ pub(crate) struct Step {
 
 impl ExecutableGraph {
     pub(super) fn new(entries: Vec<Rc<Entry>>, precision: Precision, passes: NonZeroU64) -> Self {
-        Self { entries, precision, passes }
+        Self { entries, precision, passes, timers: None, place: Cell::default() }
+    }
+
+    pub(crate) fn with_timers(&self, timers: Option<Rc<Timers>>) -> Self {
+        Self { timers, ..self.clone() }
+    }
+
+    /// Does a part of a step, and times it where that is asked for.
+    pub(crate) fn timed<T>(&self, uid: &str, phase: &'static str, work: impl FnOnce() -> T) -> T {
+        match &self.timers {
+            Some(timers) => timers.time(uid, phase, work),
+            None => work(),
+        }
+    }
+
+    /// Training epochs and steps that are done.
+    pub(crate) fn place(&self) -> (u64, u64) {
+        self.place.get()
+    }
+
+    pub(crate) fn set_place(&self, place: (u64, u64)) {
+        self.place.set(place);
     }
 
     pub(crate) fn passes(&self) -> u64 {
@@ -68,6 +94,19 @@ impl ExecutableGraph {
             measures.extend(measure.map(|measure| (entry.uid.clone(), measure)));
         }
         Ok(measures)
+    }
+
+    /// The losses of the last training step over the samples of all ranks, by name. Collective.
+    pub(crate) fn step_losses(&self, worker: &Worker) -> Result<Vec<(String, f64)>> {
+        let own = |entry: &Rc<Entry>| Some((entry.name.clone(), entry.node.borrow().step_loss()?));
+        let (names, rows): (Vec<_>, Vec<_>) = self.entries.iter().filter_map(own).unzip();
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = Tensor::f_stack(&rows, 0)?;
+        worker.all_reduce_sum(&rows)?;
+        let means: Vec<f64> = Vec::try_from(rows.f_select(1, 0)?.f_div(&rows.f_select(1, 1)?)?)?;
+        Ok(names.into_iter().zip(means).collect())
     }
 
     /// Runs every node once, without gradients. Returns the samples of all ranks.
@@ -160,7 +199,8 @@ impl ExecutableGraph {
         self.each("backward", |node| node.before_backward(&start, last))?;
         // From here on this rank waits for the others; one that did not come so far is behind.
         worker.link().tick();
-        ice_c10d::run_backward(&start)?;
+        // All nodes at once: the graph of libtorch does not know them.
+        self.timed("*", "backward", || ice_c10d::run_backward(&start))?;
         self.iteration_end();
         Ok((samples, loss.detach()))
     }
@@ -168,7 +208,9 @@ impl ExecutableGraph {
     /// Calls a hook of all nodes.
     fn each(&self, phase: &'static str, hook: impl Fn(&mut dyn Node) -> Result<()>) -> Result<()> {
         for entry in &self.entries {
-            hook(&mut *entry.node.borrow_mut()).map_err(|error| error.at(&entry.uid, phase))?;
+            let run = || hook(&mut *entry.node.borrow_mut());
+            let outcome = if phase == "update" { self.timed(&entry.uid, phase, run) } else { run() };
+            outcome.map_err(|error| error.at(&entry.uid, phase))?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use ice_worker::Worker;
 
 use crate::graph::{ExecutableGraph, Tags};
 use crate::precision::Precision;
-use crate::{Autocast, Context, Error, GradScaler, Node, Result};
+use crate::{Autocast, Context, Error, GradScaler, HParam, Node, Probe, Result};
 
 /// The uid of the gradient scaler.
 const SCALER: &str = "*/grad_scaler";
@@ -34,6 +34,7 @@ pub struct HyperGraph {
     entries: Vec<Rc<Entry>>,
     precision: Precision,
     passes: NonZeroU64,
+    hparams: Vec<(String, HParam)>,
     set_up: RefCell<bool>,
     /// By query.
     selections: RefCell<BTreeMap<Tags, Rc<ExecutableGraph>>>,
@@ -47,6 +48,7 @@ impl Default for HyperGraph {
             entries: Vec::new(),
             precision: Precision::default(),
             passes: NonZeroU64::MIN,
+            hparams: Vec::new(),
             set_up: RefCell::default(),
             selections: RefCell::default(),
             prepared: RefCell::default(),
@@ -191,6 +193,33 @@ impl HyperGraph {
         self.passes = batches;
         self.changed();
         self
+    }
+
+    /// Shows a hyper-parameter in TensorBoard. A name that was given before has the new value.
+    pub fn hparam(&mut self, name: &str, value: impl Into<HParam>) -> &mut Self {
+        self.hparams.retain(|(known, _)| known != name);
+        self.hparams.push((name.into(), value.into()));
+        self
+    }
+
+    pub(crate) fn hparams(&self) -> &[(String, HParam)] {
+        &self.hparams
+    }
+
+    /// Adds a node that prints the outputs of others.
+    ///
+    /// ```
+    /// use ice_core::{HyperGraph, Probe};
+    /// let mut graph = HyperGraph::new();
+    /// graph.print_forward_output(Probe::of(["net", "loss"]).total(3).train_only(), "train")?;
+    /// # Ok::<(), ice_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A tag that is none.
+    pub fn print_forward_output(&mut self, probe: Probe, tags: impl Into<Tags>) -> Result<&mut Self> {
+        let name = format!("probe_{}", self.entries.len());
+        self.add(&name, probe, tags)
     }
 
     /// The uids of all nodes, in the order that they were added in.

@@ -30,21 +30,26 @@ impl<'a> Outputs<'a> {
     /// # Errors
     /// No such node in this task, another type than the node makes, a cycle, or the failure of the node itself.
     pub fn get<T: 'static>(&self, name: &str) -> Result<Rc<T>> {
+        self.value(name)?.downcast::<T>().map_err(|made| {
+            let uid = self.graph.position(name).map_or(name, |index| self.uid(index));
+            Error::Graph(format!("node `{uid}` makes `{made}`, not `{}`", std::any::type_name::<T>()))
+        })
+    }
+
+    /// The output of the node `name`, of whatever type.
+    pub(crate) fn value(&self, name: &str) -> Result<Value> {
         let index = self.graph.position(name).ok_or_else(|| {
             let there: Vec<_> = self.graph.entries().iter().map(|entry| format!("`{}`", entry.uid)).collect();
             Error::Graph(format!("no node `{name}` in this task; there are {}", there.join(", ")))
         })?;
         self.run(index)?;
         let values = self.values.borrow();
-        let value =
-            values[index].as_ref().ok_or_else(|| Error::Graph(format!("node `{name}` made no output")))?;
-        value.downcast::<T>().map_err(|made| {
-            Error::Graph(format!(
-                "node `{}` makes `{made}`, not `{}`",
-                self.graph.entries()[index].uid,
-                std::any::type_name::<T>()
-            ))
-        })
+        values[index].clone().ok_or_else(|| Error::Graph(format!("node `{name}` made no output")))
+    }
+
+    /// Training epochs and steps that were done before this step.
+    pub(crate) fn place(&self) -> (u64, u64) {
+        self.graph.place()
     }
 
     /// The output of the node `name` as a tensor that shares its storage.
@@ -99,7 +104,11 @@ impl<'a> Outputs<'a> {
             return Err(Error::Graph(format!("the nodes wait for each other: {}", path.join(" → "))));
         }
         self.running.borrow_mut().push(index);
-        let value = entry.node.borrow_mut().forward(self).map_err(|error| error.at(&entry.uid, "forward"))?;
+        let forward = || entry.node.borrow_mut().forward(self);
+        let value = self
+            .graph
+            .timed(&entry.uid, "forward", forward)
+            .map_err(|error| error.at(&entry.uid, "forward"))?;
         self.running.borrow_mut().pop();
         self.values.borrow_mut()[index] = Some(value);
         Ok(())

@@ -50,6 +50,10 @@ impl Tags {
         self.0.contains("*")
     }
 
+    pub(crate) fn contains(&self, tag: &str) -> bool {
+        self.0.contains(tag)
+    }
+
     pub(crate) fn check(&self, name: &str) -> Result<()> {
         let bad = |tag: &&String| tag.is_empty() || tag.as_str() == "#" || tag.contains('/');
         match self.0.iter().find(bad) {

@@ -16,12 +16,14 @@ pub struct LossNode {
     pending: Option<Tensor>,
     /// Of the epoch: the loss, summed over samples, and the samples.
     epoch: Sums,
+    /// The same of the passes of one training step.
+    step: Option<Tensor>,
 }
 
 impl LossNode {
     /// A loss from the outputs of other nodes.
     pub fn new(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
-        Self { function: Box::new(function), weight: 1.0, pending: None, epoch: Sums::doubles(2) }
+        Self { function: Box::new(function), weight: 1.0, pending: None, epoch: Sums::doubles(2), step: None }
     }
 
     /// The factor of this loss in the sum.
@@ -43,14 +45,28 @@ impl Node for LossNode {
             return Err(Error::Graph(format!("a loss must be a scalar, not of shape {:?}", loss.size())));
         }
         let share = x.share();
+        let row = sum_and_samples(&loss, share.here)?;
         if share.here > 0 {
-            self.epoch.add(&sum_and_samples(&loss, share.here)?)?;
+            self.epoch.add(&row)?;
         }
         if x.is_training() {
+            self.step = Some(match self.step.take() {
+                Some(passes) => passes + row,
+                None => row,
+            });
             let scale = x.worker().world_size() as f64 * share.here as f64 / share.total as f64;
             self.pending = Some(&loss * (self.weight * scale));
         }
         Ok(Value::new(loss))
+    }
+
+    fn before_step(&mut self) -> Result<()> {
+        self.step = None;
+        Ok(())
+    }
+
+    fn step_loss(&self) -> Option<Tensor> {
+        self.step.as_ref().map(Tensor::shallow_clone)
     }
 
     fn take_loss(&mut self) -> Option<Tensor> {
@@ -83,7 +99,9 @@ impl Node for LossNode {
 /// `[sum, samples]` of a mean over so many samples.
 fn sum_and_samples(loss: &Tensor, samples: u64) -> Result<Tensor> {
     tch::no_grad(|| {
-        let sum = loss.detach().f_to_kind(Kind::Double)? * samples as f64;
+        let loss = loss.detach().f_to_kind(Kind::Double)?;
+        // Not 0 times a loss that may be infinite.
+        let sum = if samples == 0 { loss.zeros_like() } else { loss * samples as f64 };
         let samples = Tensor::full([], samples as f64, (Kind::Double, sum.device()));
         Ok(Tensor::f_stack(&[sum, samples], 0)?)
     })

@@ -4,6 +4,7 @@ mod dataset;
 mod loss;
 mod metric;
 mod module;
+mod probe;
 mod stream;
 mod value;
 
@@ -20,6 +21,7 @@ pub use dataset::DatasetNode;
 pub use loss::LossNode;
 pub use metric::MetricNode;
 pub use module::ModuleNode;
+pub use probe::Probe;
 pub use stream::StreamNode;
 pub use value::Value;
 
@@ -179,6 +181,16 @@ pub trait Node: Any {
 
     /// What there is to see of the last step beside losses: learning rates, norms.
     fn scalars(&self) -> Vec<(String, f64)> {
+        Vec::new()
+    }
+
+    /// The loss of the last training step, as `[sum over this rank's samples, samples]` of `Kind::Double`.
+    fn step_loss(&self) -> Option<Tensor> {
+        None
+    }
+
+    /// Tensors whose elements are to be shown as histograms at the end of a training epoch, by name.
+    fn histograms(&self) -> Vec<(String, Tensor)> {
         Vec::new()
     }
 

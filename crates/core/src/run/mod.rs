@@ -2,15 +2,21 @@
 
 mod resume;
 mod save;
+mod show;
+mod timers;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
 use ice_worker::Worker;
 
+use self::timers::AllTimers;
+pub(crate) use self::timers::Timers;
+use crate::board::Board;
 use crate::checkpoint::{Kept, Writer};
 use crate::{CheckpointOptions, Context, Counters, Error, HyperGraph, Measure, Result, ResumeFrom, TaskItem};
 
@@ -31,6 +37,23 @@ pub struct RunConfig {
     pub resume_from: Option<ResumeFrom>,
     /// How to save and resume.
     pub checkpoints: CheckpointOptions,
+    /// Shows the losses, learning rates and speed of every such training step as TensorBoard events; `None` for the ends of epochs
+    /// alone.
+    pub log_every: Option<NonZeroU64>,
+}
+
+impl Default for RunConfig {
+    /// Seed 0, folders in `out`, no checkpoints but those of the tasks, every 50th step shown.
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            out_dir: "out".into(),
+            save_every_steps: None,
+            resume_from: None,
+            checkpoints: CheckpointOptions::default(),
+            log_every: NonZeroU64::new(50),
+        }
+    }
 }
 
 /// A run under way, as tasks and closures see it.
@@ -44,6 +67,8 @@ pub struct Run<'a> {
     measures: RefCell<BTreeMap<String, f64>>,
     writer: RefCell<Writer>,
     kept: RefCell<Kept>,
+    board: RefCell<Board>,
+    timers: AllTimers,
 }
 
 impl<'a> Run<'a> {
@@ -65,6 +90,8 @@ impl<'a> Run<'a> {
             folder: config.out_dir.join(format!("{}_{stamp}", worker.run_id())),
             writer: RefCell::new(Writer::new(&worker, &config.checkpoints)),
             worker,
+            board: RefCell::new(Board::new(config.log_every)),
+            timers: AllTimers::default(),
             config,
             counters: Counters::default(),
             measures: RefCell::default(),
@@ -74,6 +101,7 @@ impl<'a> Run<'a> {
         graph.set_up(&Context { worker: Rc::clone(&run.worker), seed: run.config.seed })?;
         run.resume()?;
         run.prepare_to_save();
+        run.open_board();
         let outcome = match tasks.run(&run) {
             Err(Error::Stopped) => run.save_before_stop(),
             Err(error) if matches!(error.root(), Error::StopAllTasks) => Ok(()),
@@ -86,11 +114,13 @@ impl<'a> Run<'a> {
         run.worker.link().rest();
         let outcome = outcome.and_then(|()| graph.switch_to(&[]));
         let written = run.writer.borrow_mut().finish();
-        outcome.and(match written {
+        let outcome = outcome.and(match written {
             // Another rank is gone, and the checkpoint that it had a part in with it.
             Err(Error::Stopped) => Ok(()),
             written => written,
-        })
+        });
+        run.close_board(outcome.is_ok());
+        outcome
     }
 
     /// The graph.

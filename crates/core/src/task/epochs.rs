@@ -23,6 +23,7 @@ pub struct Task {
     train: bool,
     tags: Tags,
     length: Length,
+    timed: bool,
     progress: Cell<Progressed>,
 }
 
@@ -58,7 +59,7 @@ impl Task {
     }
 
     fn new(train: bool, tags: Tags) -> Self {
-        Self { train, tags, length: Length::Epochs(1), progress: Cell::default() }
+        Self { train, tags, length: Length::Epochs(1), timed: false, progress: Cell::default() }
     }
 
     /// Runs this many epochs. An epoch ends with the dataset that ends first.
@@ -72,6 +73,14 @@ impl Task {
     #[must_use]
     pub fn steps(mut self, steps: u64) -> Self {
         self.length = Length::Steps(steps);
+        self
+    }
+
+    /// Measures how long each node takes in each phase, and writes it to `timers.csv` of the run's folder: by task, node and phase the
+    /// count, mean, least, most and sum. A tag `timer` does the same. On a GPU each node is waited for, which costs time.
+    #[must_use]
+    pub fn timed(mut self) -> Self {
+        self.timed = true;
         self
     }
 
@@ -90,12 +99,14 @@ impl Task {
             self.progress.set(progress);
             run.counters().count_epoch(self.train);
             run.epoch_ended(&measures, &report.heading(), report.started.elapsed());
+            run.show_epoch(&self.tags, self.train, graph, &measures)?;
         }
         Ok(())
     }
 
     fn step(&self, run: &Run, graph: &ExecutableGraph, report: &mut Report) -> Result<()> {
         run.check_stop()?;
+        graph.set_place((run.counters().train_epochs(), run.counters().train_steps()));
         let (passes, samples, loss) = if self.train {
             run.seed_step();
             let step = graph.train_step(run.worker())?;
@@ -109,13 +120,19 @@ impl Task {
         run.counters().count_step(self.train);
         run.worker().link().advance(run.counters().train_steps());
         report.step(samples, loss.as_ref());
-        if self.train { run.save_if_due() } else { Ok(()) }
+        if !self.train {
+            return Ok(());
+        }
+        run.show_step(&self.tags, graph, samples)?;
+        run.save_if_due()
     }
 }
 
 impl TaskItem for Task {
     fn run(&self, run: &Run) -> Result<()> {
-        let graph = run.graph().select(&self.tags)?;
+        let timed = self.timed || self.tags.contains("timer");
+        let timers = timed.then(|| run.timers(&self.tags)).flatten();
+        let graph = run.graph().select(&self.tags)?.with_timers(timers);
         if matches!(self.length, Length::Epochs(_)) && graph.remaining().is_none() {
             return Err(Error::Graph(format!(
                 "no node with the tags `{}` has a size, so an epoch never ends: add a dataset or use steps",
@@ -131,7 +148,7 @@ impl TaskItem for Task {
                 outcome => outcome?,
             }
         }
-        Ok(())
+        if timed { run.write_timers() } else { Ok(()) }
     }
 
     fn is_finished(&self) -> bool {

@@ -44,13 +44,7 @@ pub(crate) fn on_ranks<T: Send, K: TaskItem>(
 ) -> Vec<T> {
     let out = tempfile::tempdir().unwrap();
     as_ranks(world_size, |worker| {
-        let config = RunConfig {
-            seed: 7,
-            out_dir: out.path().to_owned(),
-            save_every_steps: None,
-            resume_from: None,
-            checkpoints: Default::default(),
-        };
+        let config = RunConfig { seed: 7, out_dir: out.path().to_owned(), ..RunConfig::default() };
         let (graph, tasks, result) = make(worker.rank());
         Run::execute(&graph, &tasks, Rc::new(worker), config).unwrap();
         result()

@@ -29,6 +29,7 @@ pub struct ModuleNode<M, T> {
     groups: Groups,
     clip: Option<f64>,
     broadcast_buffers: bool,
+    histograms: bool,
     options: ReducerOptions,
     ready: Option<Ready<M>>,
 }
@@ -59,6 +60,7 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
             groups: Groups::default(),
             clip: None,
             broadcast_buffers: true,
+            histograms: false,
             options: ReducerOptions::default(),
             ready: None,
         }
@@ -107,6 +109,13 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
     #[must_use]
     pub fn broadcast_buffers(mut self, broadcast: bool) -> Self {
         self.broadcast_buffers = broadcast;
+        self
+    }
+
+    /// Whether to show how the parameters with an optimizer and their last gradients are spread, at the end of each training epoch.
+    #[must_use]
+    pub fn histograms(mut self, show: bool) -> Self {
+        self.histograms = show;
         self
     }
 
@@ -218,6 +227,17 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         });
         let norm = self.ready.as_ref().and_then(|ready| ready.norm.as_ref());
         rates.chain(norm.map(|norm| ("gradient norm".to_owned(), norm.double_value(&[])))).collect()
+    }
+
+    fn histograms(&self) -> Vec<(String, Tensor)> {
+        let Some(ready) = self.ready.as_ref().filter(|_| self.histograms) else { return Vec::new() };
+        let trained = in_order(&ready.store).into_iter().filter(|(_, tensor)| tensor.requires_grad());
+        let with_gradient = |(name, tensor): (String, Tensor)| {
+            let gradient = Some(tensor.grad()).filter(Tensor::defined);
+            let gradient = gradient.map(|gradient| (format!("{name}.gradient"), gradient));
+            std::iter::once((name, tensor)).chain(gradient)
+        };
+        trained.flat_map(with_gradient).collect()
     }
 
     fn state(&self) -> NodeState {

@@ -1,0 +1,100 @@
+//! What a run shows of itself: event files as TensorBoard reads them, at the root of the run's folder, written by rank 0.
+//!
+//! The x of everything is the number of training steps, so that a run that goes on from a checkpoint takes back exactly what it does
+//! again. This module knows nothing of graphs and ranks.
+
+mod histogram;
+mod hparams;
+mod messages;
+mod records;
+mod wire;
+mod writer;
+
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::time::{Instant, SystemTime};
+
+pub(crate) use histogram::Histogram;
+pub use hparams::HParam;
+use messages::{Content, Event, Item};
+use writer::Writer;
+
+/// The event file of a run, on rank 0, and when there is something to write to it, on all ranks.
+pub(crate) struct Board {
+    writer: Option<Writer>,
+    every: Option<NonZeroU64>,
+    since: Instant,
+    samples: u64,
+}
+
+impl Board {
+    /// Nothing is written before [`Board::open`]. Steps are shown every so often.
+    pub(crate) fn new(every: Option<NonZeroU64>) -> Self {
+        Self { writer: None, every, since: Instant::now(), samples: 0 }
+    }
+
+    /// Begins a new file in the folder. Where there are others of this run, they count up to `step`, in which the run goes on.
+    pub(crate) fn open(&mut self, folder: &Path, step: u64, hparams: &[(String, HParam)]) {
+        let (writer, is_first) = match Writer::open(folder) {
+            Ok(opened) => opened,
+            // What is shown of a run is not worth its end.
+            Err(error) => return tracing::warn!("no TensorBoard events in {}: {error}", folder.display()),
+        };
+        self.writer = Some(writer);
+        self.write(0, Content::Version);
+        if !is_first || step > 0 {
+            self.write(step + 1, Content::SessionStart);
+        }
+        if !hparams.is_empty() {
+            self.write(step, Content::Summary(vec![hparams::start(hparams, seconds())]));
+        }
+        self.since = Instant::now();
+    }
+
+    /// Counts the samples of a step, of all ranks, and says whether it is one to be shown: the same on all ranks.
+    pub(crate) fn count(&mut self, step: u64, samples: u64) -> bool {
+        self.samples += samples;
+        self.every.is_some_and(|every| step.is_multiple_of(every.get()))
+    }
+
+    /// Samples per second since the last call.
+    pub(crate) fn rate(&mut self) -> f64 {
+        let seconds = self.since.elapsed().as_secs_f64().max(1e-6);
+        self.since = Instant::now();
+        std::mem::take(&mut self.samples) as f64 / seconds
+    }
+
+    pub(crate) fn scalars(&self, step: u64, scalars: impl IntoIterator<Item = (String, f64)>) {
+        let item = |(tag, value): (String, f64)| Item::Scalar { tag: clean(&tag), value: value as f32 };
+        self.write(step, Content::Summary(scalars.into_iter().map(item).collect()));
+    }
+
+    pub(crate) fn histogram(&self, step: u64, tag: &str, histogram: Histogram) {
+        self.write(step, Content::Summary(vec![Item::Histogram { tag: clean(tag), histogram }]));
+    }
+
+    /// Says how the run ended, unless it goes on another time, and waits until everything is written.
+    pub(crate) fn finish(&mut self, step: u64, succeeded: Option<bool>) {
+        if let Some(succeeded) = succeeded {
+            self.write(step, Content::Summary(vec![hparams::end(succeeded, seconds())]));
+        }
+        self.writer = None;
+    }
+
+    fn write(&self, step: u64, content: Content) {
+        if let Some(writer) = &self.writer {
+            writer.write(Event { wall_time: seconds(), step, content });
+        }
+    }
+}
+
+/// Seconds since the Unix epoch.
+fn seconds() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |passed| passed.as_secs_f64())
+}
+
+/// A tag as TensorFlow allows it.
+fn clean(tag: &str) -> String {
+    let allowed = |c: char| c.is_alphanumeric() || "-_./".contains(c);
+    tag.chars().map(|c| if allowed(c) { c } else { '_' }).collect()
+}

@@ -1,0 +1,115 @@
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::{self, JoinHandle};
+
+use super::messages::Event;
+use super::records::frame;
+
+const PREFIX: &str = "events.out.tfevents.";
+
+/// A thread that writes to a file, so that no step waits for the disk. It hands over to the operating system whatever there is as soon
+/// as it has nothing else to do: of a process that is killed, what it was just about to write is lost and no more.
+pub(super) struct Writer {
+    events: Option<Sender<Event>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Writer {
+    /// A new file in the folder, whose name comes after those that are there. Says whether it is the first.
+    pub(super) fn open(folder: &Path) -> io::Result<(Self, bool)> {
+        fs::create_dir_all(folder)?;
+        let newest = fs::read_dir(folder)?
+            .filter_map(|entry| started(&entry.ok()?.file_name().to_string_lossy()))
+            .max();
+        let now = super::seconds() as u64;
+        // Readers go by the names, and a restart may take less than a second.
+        let time = newest.map_or(now, |newest| now.max(newest + 1));
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let host = super::clean(host.trim()).replace('/', "_");
+        let path = folder.join(format!("{PREFIX}{time:010}.{host}.{}.0", std::process::id()));
+        let file = File::create_new(&path)?;
+        let (events, written) = channel();
+        let write = move || {
+            if let Err(error) = write_all(&written, BufWriter::new(file)) {
+                tracing::warn!("{}: {error}: no more TensorBoard events are written", path.display());
+            }
+        };
+        let thread = thread::Builder::new().name("ice-board".into()).spawn(write)?;
+        Ok((Self { events: Some(events), thread: Some(thread) }, newest.is_none()))
+    }
+
+    pub(super) fn write(&self, event: Event) {
+        if let Some(events) = &self.events {
+            // The thread has said why it is gone.
+            let _ = events.send(event);
+        }
+    }
+}
+
+impl Drop for Writer {
+    /// Waits until everything is written.
+    fn drop(&mut self) {
+        self.events = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// When the run of an event file started, by its name.
+fn started(name: &str) -> Option<u64> {
+    name.strip_prefix(PREFIX)?.split('.').next()?.parse().ok()
+}
+
+fn write_all(events: &Receiver<Event>, mut file: impl Write) -> io::Result<()> {
+    loop {
+        let event = match events.try_recv() {
+            Ok(event) => event,
+            Err(TryRecvError::Disconnected) => break,
+            Err(TryRecvError::Empty) => {
+                file.flush()?;
+                let Ok(event) = events.recv() else { break };
+                event
+            }
+        };
+        // In one piece, so that what is cut off is cut off between two records wherever possible.
+        file.write_all(&frame(&event.encoded()))?;
+    }
+    file.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::messages::Content;
+    use super::*;
+
+    #[test]
+    fn each_file_comes_after_those_that_are_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let firsts: Vec<_> = (0..3).map(|_| Writer::open(folder.path()).unwrap().1).collect();
+        assert_eq!(firsts, [true, false, false]);
+        let mut names: Vec<_> =
+            fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        let times: Vec<_> = names.iter().map(|name| started(&name.to_string_lossy()).unwrap()).collect();
+        assert!(times.len() == 3 && times[0] < times[1] && times[1] < times[2], "{times:?}");
+    }
+
+    #[test]
+    fn a_disk_that_fails_ends_the_thread_and_holds_nobody_up() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let (sender, receiver) = channel();
+        sender.send(Event { wall_time: 0.0, step: 0, content: Content::Version }).unwrap();
+        assert_eq!(write_all(&receiver, Full).unwrap_err().kind(), io::ErrorKind::StorageFull);
+    }
+}

@@ -1,0 +1,96 @@
+//! What a run shows in TensorBoard: see `docs/metrics.md`.
+
+use std::rc::Rc;
+
+use super::Timers;
+use crate::board::{Board, Histogram};
+use crate::graph::ExecutableGraph;
+use crate::{Measure, Result, Run, Tags};
+
+impl Run<'_> {
+    /// Shows a value of one's own at the present training step. Rank 0 alone writes; other ranks may call it or not.
+    pub fn show_scalar(&self, tag: &str, value: f64) {
+        self.board.borrow().scalars(self.counters.train_steps(), [(tag.to_owned(), value)]);
+    }
+
+    pub(super) fn open_board(&self) {
+        if !self.is_main() {
+            return;
+        }
+        let own = [("seed", self.config.seed as f64), ("world_size", self.worker.world_size() as f64)];
+        let own = own.map(|(name, value)| (name.to_owned(), value.into()));
+        let given = self.graph.hparams();
+        let own = own.into_iter().filter(|(name, _)| given.iter().all(|(given, _)| given != name));
+        let hparams: Vec<_> = given.iter().cloned().chain(own).collect();
+        self.board.borrow_mut().open(&self.folder, self.counters.train_steps(), &hparams);
+    }
+
+    /// A run that was stopped has neither succeeded nor failed.
+    pub(super) fn close_board(&self, is_ok: bool) {
+        let succeeded = (!is_ok || self.tasks.is_finished()).then_some(is_ok);
+        self.board.borrow_mut().finish(self.counters.train_steps(), succeeded);
+    }
+
+    /// What a task is timed with. Rank 0 alone measures.
+    pub(crate) fn timers(&self, task: &Tags) -> Option<Rc<Timers>> {
+        self.is_main().then(|| self.timers.of(&task.to_string(), self.worker.device()))
+    }
+
+    /// Writes all times so far to `timers.csv` of the run's folder.
+    pub(crate) fn write_timers(&self) -> Result<()> {
+        self.timers.write(&self.folder.join("timers.csv"))
+    }
+
+    /// After a training step over so many samples. Collective where the step is one to be shown.
+    pub(crate) fn show_step(&self, tags: &Tags, graph: &ExecutableGraph, samples: u64) -> Result<()> {
+        let step = self.counters.train_steps();
+        let mut board = self.board.borrow_mut();
+        if !board.count(step, samples) {
+            return Ok(());
+        }
+        let losses = graph.step_losses(&self.worker)?;
+        if self.is_main() {
+            let of_nodes = graph.entries().iter().flat_map(|entry| {
+                let scalars = entry.node.borrow().scalars();
+                scalars.into_iter().map(|(scalar, value)| (format!("{}.{scalar}", entry.name), value))
+            });
+            let rate = ("samples_per_second".to_owned(), board.rate());
+            let all = losses.into_iter().chain(of_nodes).chain([rate]);
+            board.scalars(step, all.map(|(name, value)| (format!("{tags}_step/{name}"), value)));
+        }
+        Ok(())
+    }
+
+    /// After an epoch, with what was measured in it by uid.
+    pub(crate) fn show_epoch(
+        &self,
+        tags: &Tags,
+        train: bool,
+        graph: &ExecutableGraph,
+        measures: &[(String, Measure)],
+    ) -> Result<()> {
+        if !self.is_main() {
+            return Ok(());
+        }
+        self.write_timers()?;
+        let (step, board) = (self.counters.train_steps(), self.board.borrow());
+        let named = measures.iter().flat_map(|(uid, measure)| {
+            let name = uid.rsplit('/').next().unwrap_or(uid);
+            measure.named(name).map(|(name, value)| (format!("{tags}/{name}"), value))
+        });
+        let epoch = (format!("{tags}/epoch"), self.counters.epochs(train) as f64);
+        board.scalars(step, named.chain([epoch]));
+        if train { show_histograms(&board, step, graph) } else { Ok(()) }
+    }
+}
+
+fn show_histograms(board: &Board, step: u64, graph: &ExecutableGraph) -> Result<()> {
+    for entry in graph.entries() {
+        for (name, tensor) in entry.node.borrow().histograms() {
+            if let Some(histogram) = Histogram::of(&tensor)? {
+                board.histogram(step, &format!("{}/{name}", entry.name), histogram);
+            }
+        }
+    }
+    Ok(())
+}
