@@ -1,6 +1,6 @@
 //! What the store holds, and its answers.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::store::codec::Request;
 
@@ -44,15 +44,25 @@ pub struct Replies {
     pub woken: Vec<Connection>,
 }
 
+/// What a client waits for.
+#[derive(Debug)]
+struct Wait {
+    /// Its turn among all waits.
+    turn: u64,
+    /// Keys that have not come yet.
+    missing: BTreeSet<Vec<u8>>,
+}
+
 /// The keys, their values, and who waits for what.
 #[derive(Debug)]
 pub struct Store {
     values: HashMap<Vec<u8>, Vec<u8>>,
     queues: HashMap<Vec<u8>, VecDeque<Vec<u8>>>,
-    /// Keys that a client still waits for.
-    waiting: HashMap<Connection, BTreeSet<Vec<u8>>>,
-    /// The same by key.
-    waiters: HashMap<Vec<u8>, BTreeSet<Connection>>,
+    waiting: HashMap<Connection, Wait>,
+    /// The same by key, in turn.
+    waiters: HashMap<Vec<u8>, BTreeMap<u64, Connection>>,
+    /// How many waits have begun.
+    waits: u64,
     /// Bytes of all that.
     held: usize,
     limit: usize,
@@ -66,6 +76,7 @@ impl Store {
             queues: HashMap::new(),
             waiting: HashMap::new(),
             waiters: HashMap::new(),
+            waits: 0,
             held: 0,
             limit,
         }
@@ -119,6 +130,8 @@ impl Store {
                     Some(value) => {
                         value.extend(more);
                         self.held += more.len();
+                        // Who waits although there is a value is in a barrier that counts here.
+                        self.wake(key, replies);
                     }
                     None => self.set(key, more.to_vec(), replies)?,
                 }
@@ -142,9 +155,7 @@ impl Store {
                 self.room_for(key.len() + value.len() + ENTRY)?;
                 self.held += key.len() + value.len() + ENTRY;
                 self.queues.entry(key.to_vec()).or_default().push_back(value.to_vec());
-                // One element serves one client.
-                let first = self.waiters.get(key).and_then(|clients| clients.first().copied());
-                first.into_iter().for_each(|waiter| self.arrived(waiter, key, replies));
+                self.wake_one(key, replies);
             }
             Request::QueuePop(key) => self.queue_pop(key, &mut replies.own),
             Request::QueueLen(key) => {
@@ -206,11 +217,22 @@ impl Store {
     }
 
     fn wake(&mut self, key: &[u8], replies: &mut Replies) {
-        if let Some(waiters) = self.waiters.get(key) {
-            for waiter in waiters.clone() {
-                self.arrived(waiter, key, replies);
+        let waiters = self.waiters.remove(key).unwrap_or_default();
+        self.held -= waiters.len() * waiting_size(key);
+        for client in waiters.into_values() {
+            self.arrived(client, key, replies);
+        }
+    }
+
+    /// One element serves one client: the first that waits for nothing else.
+    fn wake_one(&mut self, key: &[u8], replies: &mut Replies) {
+        while let Some((_, client)) = self.waiters.get_mut(key).and_then(BTreeMap::pop_first) {
+            self.held -= waiting_size(key);
+            if self.arrived(client, key, replies) {
+                break;
             }
         }
+        self.forget_key_without_waiters(key);
     }
 
     /// A queue of that name stays, as in torch's server.
@@ -268,38 +290,39 @@ impl Store {
         let size = missing.iter().map(|key| waiting_size(key)).sum();
         self.room_for(size)?;
         self.held += size;
+        let turn = self.waits;
+        self.waits += 1;
         for key in &missing {
-            self.waiters.entry(key.clone()).or_default().insert(client);
+            self.waiters.entry(key.clone()).or_default().insert(turn, client);
         }
-        self.waiting.insert(client, missing);
+        self.waiting.insert(client, Wait { turn, missing });
         Ok(())
     }
 
-    /// A key that a client waits for is there.
-    fn arrived(&mut self, client: Connection, key: &[u8], replies: &mut Replies) {
-        self.forget_waiter(client, key);
-        let Some(missing) = self.waiting.get_mut(&client) else { return };
-        missing.remove(key);
-        if missing.is_empty() {
+    /// A key that a client waits for is there; whether that was the last.
+    fn arrived(&mut self, client: Connection, key: &[u8], replies: &mut Replies) -> bool {
+        let Some(wait) = self.waiting.get_mut(&client) else { return false };
+        wait.missing.remove(key);
+        let last = wait.missing.is_empty();
+        if last {
             self.waiting.remove(&client);
             replies.woken.push(client);
         }
+        last
     }
 
     fn stop_waiting(&mut self, client: Connection) {
-        for key in self.waiting.remove(&client).unwrap_or_default() {
-            self.forget_waiter(client, &key);
+        let Some(Wait { turn, missing }) = self.waiting.remove(&client) else { return };
+        for key in missing {
+            self.held -= waiting_size(&key);
+            self.waiters.get_mut(&key).and_then(|waiters| waiters.remove(&turn));
+            self.forget_key_without_waiters(&key);
         }
     }
 
-    fn forget_waiter(&mut self, client: Connection, key: &[u8]) {
-        if let Some(clients) = self.waiters.get_mut(key) {
-            if clients.remove(&client) {
-                self.held -= waiting_size(key);
-            }
-            if clients.is_empty() {
-                self.waiters.remove(key);
-            }
+    fn forget_key_without_waiters(&mut self, key: &[u8]) {
+        if self.waiters.get(key).is_some_and(BTreeMap::is_empty) {
+            self.waiters.remove(key);
         }
     }
 }
@@ -311,7 +334,8 @@ fn waiting_size(key: &[u8]) -> usize {
 
 /// What `std::stoll` reads, which torch's server counts with.
 fn leading_number(value: &[u8]) -> Option<i64> {
-    let text = value.trim_ascii_start();
+    let blank = |byte: &u8| matches!(byte, b' ' | b'\t'..=b'\r');
+    let text = &value[value.iter().take_while(|byte| blank(byte)).count()..];
     let sign = usize::from(matches!(text.first(), Some(b'+' | b'-')));
     let digits = text[sign..].iter().take_while(|byte| byte.is_ascii_digit()).count();
     std::str::from_utf8(&text[..sign + digits]).ok()?.parse().ok()
@@ -409,9 +433,29 @@ mod tests {
     }
 
     #[test]
+    fn a_queue_serves_those_that_wait_in_turn() {
+        let mut store = Store::new(MAX_HELD);
+        let push = |store: &mut Store| handle(store, 9, Request::QueuePush(b"q", b"v"));
+        handle(&mut store, 3, Request::Wait(vec![b"q", b"x"]));
+        handle(&mut store, 2, Request::Wait(vec![b"q"]));
+        handle(&mut store, 1, Request::Wait(vec![b"q"]));
+        assert_eq!(push(&mut store), [(2, vec![READY])]);
+        // Again, behind the other.
+        handle(&mut store, 2, Request::QueuePop(b"q"));
+        handle(&mut store, 2, Request::Wait(vec![b"q"]));
+        assert_eq!(push(&mut store), [(1, vec![READY])]);
+        handle(&mut store, 1, Request::QueuePop(b"q"));
+        assert_eq!(push(&mut store), [(2, vec![READY])]);
+        assert_eq!(set(&mut store, "x", ""), [(3, vec![READY])]);
+        assert!(store.waiters.is_empty() && store.waiting.is_empty());
+    }
+
+    #[test]
     fn add_refuses_what_torch_refuses() {
         let mut store = Store::new(MAX_HELD);
-        for (value, sum) in [("41abc", 42), (" 7", 8), ("+5", 6), ("-3", -2), ("0x10", 1)] {
+        for (value, sum) in
+            [("41abc", 42), (" 7", 8), ("\t\n\u{b}\u{c}\r7", 8), ("+5", 6), ("-3", -2), ("0x10", 1)]
+        {
             set(&mut store, "n", value);
             let sent = handle(&mut store, 1, Request::Add(b"n", 1));
             assert_eq!(sent, [(1, i64::to_le_bytes(sum).to_vec())], "{value}");
@@ -442,6 +486,7 @@ mod tests {
         assert_eq!(barrier(&mut store, 3), [(3, vec![READY])]);
         handle(&mut store, 1, Request::Delete(b"b"));
         assert_eq!(barrier(&mut store, 1), []);
+        assert_eq!(handle(&mut store, 2, Request::Append(b"b", b"0")), [(1, vec![READY])]);
     }
 
     #[test]
