@@ -75,8 +75,8 @@ pub enum ToCoordinator {
     Hello(Hello),
     /// The agent has no rank running and wants to be in the next round.
     Join,
-    /// A rank of this agent failed. It is said again on the next connection, and to the next coordinator, until it is answered: by the end
-    /// of the round or of the job.
+    /// A rank of this agent failed. It is said again on the next connection, and to the next coordinator, until another round starts or
+    /// the job is over.
     Failed {
         /// The round that it failed in.
         round: u64,

@@ -126,8 +126,10 @@ pub(crate) struct Agent {
     met: bool,
     /// The last round that started.
     round: u64,
-    /// The report of a failure in it, until the coordinator has answered.
+    /// The report of a failure in it, until the next one starts. That it is over is no answer: it may be so for another reason.
     unanswered: Option<ToCoordinator>,
+    /// Which round was over, and why, as the coordinator said last.
+    heard: Option<(u64, String)>,
     alive: BTreeSet<u32>,
     started: Duration,
     /// How ranks of this attempt have ended.
@@ -146,6 +148,7 @@ impl Agent {
             met: true,
             round: 0,
             unanswered: None,
+            heard: None,
             alive: BTreeSet::new(),
             started: Duration::ZERO,
             ends: Vec::new(),
@@ -207,7 +210,7 @@ impl Agent {
                 self.alive = (0..self.rules.local_world_size).collect();
                 self.started = now;
                 self.ends.clear();
-                self.unanswered = None;
+                (self.unanswered, self.heard) = (None, None);
                 self.round = round.number;
                 self.phase = Phase::Running;
                 vec![Action::Spawn(round)]
@@ -216,12 +219,13 @@ impl Agent {
                 if !matches!(phase, Phase::Stopping(Then::Exit(_))) =>
             {
                 let runs = matches!(phase, Phase::Running | Phase::Finished | Phase::Stopping(Then::Await));
-                let mut actions = vec![Action::Say(reason.clone())];
-                if round == self.round {
-                    self.unanswered = None;
-                    if runs {
-                        actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));
-                    }
+                // What was said on one connection may be said again on the next.
+                let heard = Some((round, reason.clone()));
+                let is_new = self.heard != heard;
+                let mut actions: Vec<_> = is_new.then(|| Action::Say(reason.clone())).into_iter().collect();
+                self.heard = heard;
+                if runs && round == self.round {
+                    actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));
                 }
                 actions
             }

@@ -9,7 +9,7 @@
 //! - **AG-4** Ranks that were asked to end are killed once the shutdown timeout is over.
 //! - **AG-5** An attempt that failed is reported once, with each rank that ended in it once and the first failure at the front.
 //! - **AG-6** An agent joins only while it has a coordinator; where it is looked for again, losing it ends the round and nothing else.
-//! - **AG-7** A failure is reported to each coordinator that is met until one has answered, before the agent joins.
+//! - **AG-7** A failure is reported on each connection, before the agent joins, until a round has started there.
 
 mod exit;
 mod hangs;

@@ -5,7 +5,8 @@
 //! | `leader` | `host:port` of the coordinator | as long as a silent agent is waited for |
 //! | `state` | the coordinator's record, as JSON | minutes; after the end seconds |
 //!
-//! The leader key is made in a transaction that finds it missing, and every record is written in one that finds it as its writer made it.
+//! The leader key is made in a transaction that finds it missing, and every record is written in one that finds it as its writer made it,
+//! and the record before as its writer knows it: what an earlier attempt sent may arrive after a later one.
 //! A coordinator whose key is gone can therefore write nothing, and nobody hears of a round before its record is written: of two that
 //! both believe to lead, one starts rounds. A coordinator also ends when it has not heard from etcd for as long as its lease lasts.
 
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use etcd_client::{
     Certificate, Client, Compare, CompareOp, ConnectOptions, Identity, PutOptions, TlsOptions, Txn, TxnOp,
+    TxnOpResponse,
 };
 use ice_proto::rendezvous::{Hello, KeepAlive};
 use tokio::sync::mpsc;
@@ -177,6 +179,7 @@ impl<'a> Etcd<'a> {
         }
         let revision = answer.header().map_or(0, |header| header.revision());
         let record = self.client.get(state.clone(), None).await.map_err(etcd)?;
+        let written = record.kvs().first().map_or(0, |kv| kv.mod_revision());
         let record = match record.kvs().first().map(|kv| serde_json::from_slice::<Record>(kv.value())) {
             None => None,
             Some(Ok(record)) => Some(record),
@@ -191,8 +194,8 @@ impl<'a> Etcd<'a> {
         let kept = self.client.lease_grant(keeping, None).await.map_err(etcd)?.id();
         let (ledger, entries) = mpsc::channel(1);
         let (ttl, answer) = (Duration::from_secs(ttl.unsigned_abs()), self.common.answer);
-        let office =
-            Office { client: self.client.clone(), leader, state, revision, lease, kept, ttl, answer };
+        let client = self.client.clone();
+        let office = Office { client, leader, state, revision, written, lease, kept, ttl, answer };
         let task = tokio::spawn(office.hold(entries, started + ttl));
         let host = Host::serve(listening, config, Some(Takeover { record, ledger }))?;
         Ok(Some(Leadership { host, client: self.client.clone(), lease, answer: self.common.answer, task }))
@@ -224,6 +227,8 @@ struct Office {
     state: String,
     /// The leader key is ours while it was created by this revision.
     revision: i64,
+    /// The revision that wrote the record; 0 where there is none.
+    written: i64,
     lease: i64,
     /// The lease of the record.
     kept: i64,
@@ -292,8 +297,23 @@ impl Office {
     async fn write(&mut self, json: &[u8], is_closed: bool) -> Result<bool, etcd_client::Error> {
         let lease = if is_closed { self.client.lease_grant(OVER, None).await?.id() } else { self.kept };
         let ours = Compare::create_revision(self.leader.clone(), CompareOp::Equal, self.revision);
+        let known = Compare::mod_revision(self.state.clone(), CompareOp::Equal, self.written);
         let put = TxnOp::put(self.state.clone(), json, Some(PutOptions::new().with_lease(lease)));
-        Ok(self.client.txn(Txn::new().when([ours]).and_then([put])).await?.succeeded())
+        let looks = [&self.leader, &self.state].map(|key| TxnOp::get(key.clone(), None));
+        let answer = self.client.txn(Txn::new().when([ours, known]).and_then([put]).or_else(looks)).await?;
+        if answer.succeeded() {
+            self.written = answer.header().map_or(0, |header| header.revision());
+            return Ok(true);
+        }
+        // An earlier attempt may have been heard, and its answer lost.
+        let responses = answer.op_responses();
+        let [TxnOpResponse::Get(leader), TxnOpResponse::Get(state)] = &responses[..] else {
+            return Ok(false);
+        };
+        let ours = leader.kvs().first().is_some_and(|kv| kv.create_revision() == self.revision);
+        let Some(kv) = state.kvs().first().filter(|kv| ours && kv.value() == json) else { return Ok(false) };
+        self.written = kv.mod_revision();
+        Ok(true)
     }
 }
 
@@ -333,16 +353,4 @@ fn failure(config: &EtcdConfig, error: &etcd_client::Error) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_are_split_and_leases_are_whole_seconds() {
-        assert_eq!(split("10.0.0.1:29400"), Some(("10.0.0.1".into(), 29400)));
-        assert_eq!(split("[fd00::1]:29400"), Some(("fd00::1".into(), 29400)));
-        assert_eq!(split("node0"), None);
-        let keep_alive = |millis, attempts| KeepAlive { interval: Duration::from_millis(millis), attempts };
-        assert_eq!(lease_seconds(keep_alive(5000, 3)), 15);
-        assert_eq!(lease_seconds(keep_alive(100, 3)), 2);
-    }
-}
+mod tests;
