@@ -216,3 +216,59 @@ fn remove_if_there(folder: &Path) -> Result<()> {
 fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io(folder))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Counts;
+
+    fn save(folder: &Path, step: u64) {
+        let counts = Counts { train_steps: step, ..Counts::default() };
+        Staging::begin(folder, "test")
+            .unwrap()
+            .commit(&Manifest::new("job", 1, 0, counts, ().into()))
+            .unwrap();
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_killed_processes_have_left_is_cleared() {
+        let out = tempfile::tempdir().unwrap();
+        save(&out.path().join("E0S1"), 1);
+        // Cut short: a save, a removal, a replacement after its first of two steps, and one before its end.
+        Staging::begin(&out.path().join("E0S2"), "killed").unwrap();
+        save(&out.path().join(".E0S0.removed"), 0);
+        save(&out.path().join(".E0S1.replaced"), 7);
+        save(&out.path().join(".E0S3.replaced"), 3);
+        fs::create_dir(out.path().join(".E0S4.replaced")).unwrap();
+        fs::create_dir(out.path().join(".somebody.else")).unwrap();
+        remove_leftovers(out.path()).unwrap();
+        let mut left = names(out.path());
+        left.retain(|name| !name.starts_with(".latest") && name != LATEST);
+        assert_eq!(left, [".somebody.else", "E0S1", "E0S3"]);
+        let step = |name: &str| Manifest::read(&out.path().join(name)).unwrap().counters.train_steps;
+        assert_eq!((step("E0S1"), step("E0S3")), (1, 3));
+    }
+
+    #[test]
+    fn a_checkpoint_of_the_same_name_is_replaced() {
+        let out = tempfile::tempdir().unwrap();
+        let folder = out.path().join("x");
+        for step in [1, 2] {
+            Staging::begin(&folder, "killed").unwrap();
+            let staging = Staging::begin(&folder, "test").unwrap();
+            staging.remove_others().unwrap();
+            save(&folder, step);
+            assert_eq!(Manifest::read(&folder).unwrap().counters.train_steps, step);
+            assert_eq!(names(out.path()), ["latest", "x"]);
+        }
+    }
+}

@@ -97,6 +97,13 @@ fn a_save_that_is_killed_costs_no_older_checkpoint() {
         child.wait().unwrap();
         done = lines.filter_map(|line| step_of(&line)).last().unwrap_or(done);
 
+        for entry in std::fs::read_dir(&holder).unwrap().map(Result::unwrap) {
+            let seen = !entry.file_name().as_encoded_bytes().starts_with(b".");
+            assert!(
+                !seen || Checkpoint::open(&entry.path()).is_ok(),
+                "kill {kill}: half of {entry:?} is to be seen"
+            );
+        }
         let newest = Checkpoint::find(&ResumeFrom::Latest, out.path(), "none").unwrap();
         let step = newest.manifest().counters.train_steps;
         assert!(step >= done, "kill {kill}: step {done} was saved and {step} was found");

@@ -161,3 +161,21 @@ fn interrupted_and_resumed_gives_the_same_bits() {
     assert!(resumed.stdout.contains("resuming from"), "{}", resumed.transcript());
     assert_same_bits(&whole, &halved);
 }
+
+#[test]
+fn a_checkpoint_that_all_ranks_wrote_gives_the_same_bits() {
+    let folder = tempdir().unwrap();
+    let run = |name: &str| Run::new(&folder.path().join(name)).steps(25);
+    let whole = run("whole");
+    whole.by_itself(&["--devices", "cpu:0-1"]).run(TRAINING).expect_code(0);
+
+    let split = run("split").args(["--split-checkpoints", "--save-every-steps", "20"]);
+    split.by_itself(&["--devices", "cpu:0-1"]).run(TRAINING).expect_code(0);
+    let saved = split.checkpoints().into_iter().find(|folder| folder.ends_with("E0S20")).unwrap();
+    for name in ["model-00001-of-00002.safetensors", "optimizer-00001-of-00002.safetensors"] {
+        assert!(saved.join(name).is_file(), "{name}");
+    }
+    let resumed = run("resumed").args(["--resume-from", saved.to_str().unwrap()]);
+    resumed.by_itself(&["--devices", "cpu:0-1"]).run(TRAINING).expect_code(0);
+    assert_same_bits(&whole, &resumed);
+}
