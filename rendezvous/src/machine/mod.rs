@@ -21,7 +21,6 @@ mod coordinator;
 mod nodes;
 mod places;
 #[cfg(test)]
-#[expect(dead_code, reason = "the storm uses the rest")]
 mod random;
 mod record;
 mod restarts;

@@ -1,0 +1,189 @@
+//! What ends a round, or the job.
+
+use std::time::Duration;
+
+use ice_proto::rendezvous::ToAgent;
+
+use super::super::nodes::Gathering;
+use super::super::record::Judged;
+use super::super::restarts::{Failure, Verdict};
+use super::{Action, Coordinator, Joining, Peer, Phase};
+
+/// Nodes that a message names; it goes to all of them.
+const NAMED: usize = 32;
+
+/// How a node has gone.
+pub(super) enum Gone {
+    Lost,
+    /// Its agent has another connection.
+    Replaced,
+    Left(String),
+}
+
+impl Coordinator {
+    /// Judges a failure, unless that of its round or of a later one was judged before. Whoever failed may have lost its coordinator, or
+    /// its connection, with its report on the way; it reports again where it comes back, and its round is over by then.
+    pub(super) fn failed(&mut self, now: Duration, peer: Peer, round: u64, failure: Failure) -> Vec<Action> {
+        let is_running = matches!(self.phase, Phase::Running { .. });
+        if self.is_closed() || round > self.round || (round == self.round && !is_running) {
+            return Vec::new();
+        }
+        match &self.judged {
+            Some(judged) if judged.round == round => return self.tell_verdict([peer]),
+            Some(judged) if judged.round > round => return Vec::new(),
+            _ => {}
+        }
+        let Some(policy) = self.nodes.get(peer).map(|node| node.hello.restarts) else { return Vec::new() };
+        let verdict = self.restarts.decide(&policy, now, &failure);
+        let what = format!("{}: {}", self.describe(peer), failure.reason);
+        let (after, said) = match verdict {
+            Verdict::GiveUp { why } => return self.end(false, what, why),
+            Verdict::Restart { after, note } => (after, format!("{what}; {note}")),
+        };
+        self.judged = Some(Judged { round, said: said.clone() });
+        match &mut self.phase {
+            Phase::Running { members, .. } if round == self.round => {
+                for member in members.iter() {
+                    if let Some(node) = self.nodes.get_mut(*member) {
+                        node.told = Some(round);
+                    }
+                }
+                let mut actions = self.next_round(now, after, &said);
+                // It may have come back before its first connection was missed.
+                actions.extend(self.tell_verdict([peer]));
+                actions
+            }
+            Phase::Joining(joining) => {
+                joining.not_before = joining.not_before.max(now + after);
+                let everybody: Vec<Peer> = self.nodes.all().keys().copied().collect();
+                self.tell_verdict(everybody)
+            }
+            // The ranks were started again since.
+            _ => self.tell_verdict([peer]),
+        }
+    }
+
+    /// Tells those that have not been told what became of the last failure.
+    fn tell_verdict(&mut self, peers: impl IntoIterator<Item = Peer>) -> Vec<Action> {
+        let Some(Judged { round, said }) = &self.judged else { return Vec::new() };
+        let mut actions = Vec::new();
+        for peer in peers {
+            let Some(node) = self.nodes.get_mut(peer).filter(|node| node.told != Some(*round)) else {
+                continue;
+            };
+            node.told = Some(*round);
+            actions.push(Action::Send(peer, ToAgent::RoundBroken { round: *round, reason: said.clone() }));
+        }
+        actions
+    }
+
+    pub(super) fn finished(&mut self, peer: Peer, round: u64) -> Vec<Action> {
+        if round != self.round || !self.is_member(peer) {
+            return Vec::new();
+        }
+        let Phase::Running { members, finished } = &mut self.phase else { return Vec::new() };
+        finished.insert(peer);
+        let all = members.is_subset(finished);
+        if all { self.end(true, "all ranks finished".into(), None) } else { Vec::new() }
+    }
+
+    /// A node is lost or leaves. An elastic job goes on with the others, or waits for more. One of a fixed size waits for a lost node
+    /// to come back where restarts are allowed.
+    pub(super) fn gone(&mut self, now: Duration, peer: Peer, how: Gone) -> Vec<Action> {
+        let who = self.describe(peer);
+        let Some(node) = self.nodes.remove(peer) else { return Vec::new() };
+        let (fewest, most) = node.hello.nnodes;
+        let told_to = matches!(how, Gone::Left(_));
+        let goes_on = fewest < most || (!told_to && node.hello.restarts.max_restarts > 0);
+        let reason = match how {
+            Gone::Lost => format!("lost {who}: its agent is gone"),
+            Gone::Replaced => format!("lost {who}: its agent has come back"),
+            Gone::Left(reason) => format!("{who} left: {reason}"),
+        };
+        match &mut self.phase {
+            Phase::Closed { .. } => Vec::new(),
+            // One that had finished is not missed, nor one that only waited.
+            Phase::Running { members, finished } if !members.contains(&peer) || finished.contains(&peer) => {
+                Vec::new()
+            }
+            Phase::Joining(joining) if self.round == 0 || node.place.is_none() || goes_on => {
+                joining.gathering.remove(peer, &node);
+                self.start_if_due(now)
+            }
+            // What the others have finished cannot be done again.
+            Phase::Running { finished, .. } if goes_on && finished.is_empty() => {
+                let left = self.nodes.len();
+                let note = match left >= fewest as usize {
+                    true => format!("{reason}; going on with {left} nodes"),
+                    false => format!("{reason}; waiting for another node, since {fewest} are needed"),
+                };
+                self.next_round(now, Duration::ZERO, &note)
+            }
+            _ => self.end(false, reason, None),
+        }
+    }
+
+    /// Ends the round for its members. Those that wait for a place are in already; one that has only said hello may have ranks that end.
+    pub(super) fn next_round(&mut self, now: Duration, pause: Duration, reason: &str) -> Vec<Action> {
+        let Phase::Running { members, .. } = &self.phase else { return Vec::new() };
+        let message = ToAgent::RoundBroken { round: self.round, reason: reason.to_owned() };
+        let there = members.iter().filter(|peer| self.nodes.get(**peer).is_some());
+        let mut actions: Vec<_> = there.map(|peer| Action::Send(*peer, message.clone())).collect();
+        self.round += 1;
+        let gathering = Gathering::of(&self.nodes);
+        self.phase =
+            Phase::Joining(Joining { since: now, not_before: now + pause, gathering, enough_since: None });
+        actions.extend(self.start_if_due(now));
+        actions
+    }
+
+    /// Too few have come in time.
+    pub(super) fn give_up(&mut self) -> Vec<Action> {
+        let (fewest, most) = self.nodes.any().map_or((0, 0), |node| node.hello.nnodes);
+        let wanted = if fewest == most { most.to_string() } else { format!("at least {fewest}") };
+        let there: Vec<&str> = self
+            .nodes
+            .all()
+            .values()
+            .filter(|node| node.waits)
+            .map(|node| node.hello.host.as_str())
+            .collect();
+        let missing: Vec<String> = (0..most)
+            .filter(|rank| self.nodes.asking(*rank).is_none())
+            .map(|rank| rank.to_string())
+            .take(NAMED + 1)
+            .collect();
+        let reason = format!(
+            "{} of {wanted} nodes came within {:?} (here: {}; not seen: --node-rank {})",
+            there.len(),
+            self.settings.join_timeout,
+            listed(&there),
+            listed(&missing)
+        );
+        self.end(false, reason, None)
+    }
+
+    fn end(&mut self, success: bool, reason: String, no_restart: Option<String>) -> Vec<Action> {
+        if self.is_closed() {
+            return Vec::new();
+        }
+        self.round += u64::from(matches!(self.phase, Phase::Running { .. }));
+        self.phase = Phase::Closed { success, reason, no_restart };
+        let Some(closed) = self.last_word() else { return Vec::new() };
+        self.nodes.all().keys().map(|peer| Action::Send(*peer, closed.clone())).collect()
+    }
+
+    /// What agents are told once the job is over.
+    pub(super) fn last_word(&self) -> Option<ToAgent> {
+        let Phase::Closed { success, reason, no_restart } = &self.phase else { return None };
+        let (reason, no_restart) = (reason.clone(), no_restart.clone());
+        Some(ToAgent::Closed { success: *success, reason, no_restart })
+    }
+}
+
+/// The first of them.
+fn listed<T: AsRef<str>>(names: &[T]) -> String {
+    let named: Vec<&str> = names.iter().take(NAMED).map(AsRef::as_ref).collect();
+    let more = if names.len() > NAMED { ", …" } else { "" };
+    format!("{}{more}", named.join(", "))
+}
