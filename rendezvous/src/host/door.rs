@@ -12,7 +12,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::AbortHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::agents::{self, Input, Speech};
 use super::{Shared, clients, locked};
@@ -21,8 +21,12 @@ use crate::tls;
 
 /// How long a stranger has to show what it is.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Strangers at a time; beyond them the one that has been silent for longest goes.
+/// Strangers at a time; beyond them the one that has been here for longest goes, once it has had the time that an honest one needs.
 const STRANGERS: usize = 1024;
+/// That time. All agents of a large job come at once, and are as many as there are nodes.
+const GRACE: Duration = Duration::from_secs(2);
+/// Strangers at a time, however new they are.
+const MOST_STRANGERS: usize = 32 << 10;
 
 /// Descriptors that are left to the rest of the process, where there are so many.
 const RESERVED: u64 = 512;
@@ -36,24 +40,31 @@ fn room() -> usize {
 
 /// Connections that have not shown what they are, by arrival.
 #[derive(Clone, Default)]
-struct Strangers(Arc<Mutex<BTreeMap<u64, AbortHandle>>>);
+struct Strangers(Arc<Mutex<BTreeMap<u64, (Instant, AbortHandle)>>>);
 
 impl Strangers {
     fn add(&self, id: u64, task: AbortHandle) {
         let mut strangers = locked(&self.0);
         // It may have been quick.
         if !task.is_finished() {
-            strangers.insert(id, task);
+            strangers.insert(id, (Instant::now(), task));
         }
-        drop(strangers);
-        if locked(&self.0).len() > STRANGERS {
-            self.send_away();
+        let first =
+            |strangers: &BTreeMap<_, (Instant, _)>| strangers.first_key_value().map(|(_, (since, _))| *since);
+        while let Some(since) = first(&strangers) {
+            let most = if since.elapsed() > GRACE { STRANGERS } else { MOST_STRANGERS };
+            if strangers.len() <= most {
+                break;
+            }
+            if let Some((_, (_, task))) = strangers.pop_first() {
+                task.abort();
+            }
         }
     }
 
     /// Ends the one that has been here for longest.
     fn send_away(&self) {
-        if let Some((_, task)) = locked(&self.0).pop_first() {
+        if let Some((_, (_, task))) = locked(&self.0).pop_first() {
             task.abort();
         }
     }
@@ -193,6 +204,25 @@ mod tests {
             }
             assert_eq!(strangers(&door), usize::from(!is_known));
         }
+    }
+
+    #[tokio::test]
+    async fn many_may_come_at_once_and_the_silent_ones_go_when_more_come() {
+        tokio::time::pause();
+        let strangers = Strangers::default();
+        let come = |ids: std::ops::Range<u64>| {
+            for id in ids {
+                strangers.add(id, tokio::spawn(std::future::pending::<()>()).abort_handle());
+            }
+            locked(&strangers.0).len()
+        };
+        let (many, all) = (STRANGERS as u64 * 3, MOST_STRANGERS as u64 + 9);
+        assert_eq!(come(0..many), many as usize);
+        tokio::time::advance(GRACE * 2).await;
+        // The old ones go, and what is left is the newest.
+        assert_eq!(come(many..many + 1), STRANGERS);
+        assert!(locked(&strangers.0).contains_key(&many) && !locked(&strangers.0).contains_key(&0));
+        assert_eq!(come(many + 1..many + all), MOST_STRANGERS);
     }
 
     #[tokio::test]
