@@ -69,11 +69,11 @@ impl Worker {
         Self { env, device, group: None, store: None, link: Link::default() }
     }
 
-    /// A rank of a group that the program made itself, without an agent.
-    pub fn of_group(group: ProcessGroup, device: Device) -> Self {
+    /// A rank of a group that the program made itself, without an agent. The ranks agree on checkpoints over the store.
+    pub fn of_group(group: ProcessGroup, store: Store, device: Device) -> Self {
         let mut worker = Self::alone(device);
         (worker.env.rank, worker.env.world_size) = (group.rank() as u32, group.world_size() as u32);
-        worker.group = Some(group);
+        (worker.group, worker.store) = (Some(group), Some(store));
         worker
     }
 
@@ -158,6 +158,16 @@ impl Worker {
         let Some(group) = &self.group else { return Ok(()) };
         self.link.tick();
         group.broadcast(tensor, 0).and_then(ice_c10d::Work::wait).map_err(collective("broadcast"))
+    }
+
+    /// Copies the tensor of each rank `i` into row `i` of `all`. Those of all ranks have the same shape and dtype.
+    ///
+    /// # Errors
+    /// [`Error::Collective`] when a rank is lost, or the shapes differ, or `all` has not one row per rank.
+    pub fn all_gather(&self, all: &[Tensor], own: &Tensor) -> Result<(), Error> {
+        let Some(group) = &self.group else { return Ok(()) };
+        self.link.tick();
+        group.all_gather(all, own).and_then(ice_c10d::Work::wait).map_err(collective("all-gather"))
     }
 
     /// Waits until every rank is here.

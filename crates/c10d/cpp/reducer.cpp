@@ -1,7 +1,7 @@
 // DistributedDataParallel's reducer: gradients averaged bucket by bucket while backward goes on.
 #include "shim_internal.h"
 
-#include <algorithm>
+#include <numeric>
 
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/engine.h>
@@ -10,6 +10,7 @@
 
 struct IceReducer {
   std::unique_ptr<c10d::Reducer> reducer;
+  std::unordered_map<const c10::TensorImpl*, int64_t> places;
   bool find_unused_parameters;
   // The first step of a static graph is still to come.
   bool learns_graph;
@@ -49,8 +50,10 @@ ICE_API int32_t ice_reducer_new(
   return ice::guarded(message, [&] {
     std::vector<at::Tensor> list = ice::tensors(parameters);
     std::unordered_map<size_t, std::string> names_by_index;
+    std::unordered_map<const c10::TensorImpl*, int64_t> places;
     for (size_t i = 0; i < list.size(); ++i) {
       names_by_index[i] = ice::text(names[i]);
+      places[list[i].unsafeGetTensorImpl()] = static_cast<int64_t>(i);
       if (!list[i].defined() || !list[i].requires_grad() || !list[i].is_leaf()) {
         throw ice::Failure(
             ICE_INVALID_ARGUMENT, "parameter " + names_by_index[i] + " is not a leaf that requires a gradient");
@@ -58,10 +61,13 @@ ICE_API int32_t ice_reducer_new(
     }
     verify(group, list);
     const std::vector<bool> dense(list.size(), false);
+    // Gradients become ready roughly in the reverse of the order in which forward uses the parameters. Grouped in that order, as they
+    // are again after the first step, they keep their places where it is right: sums over the ranks then have the same bits.
+    const std::vector<at::Tensor> arriving(list.rbegin(), list.rend());
+    std::vector<int64_t> indices(list.size());
+    std::iota(indices.rbegin(), indices.rend(), 0);
     auto buckets = std::get<0>(c10d::compute_bucket_assignment_by_size(
-        list, {options.first_bucket_bytes, options.bucket_cap_bytes}, dense));
-    // Gradients become ready roughly in the reverse of the order in which the parameters were made.
-    std::reverse(buckets.begin(), buckets.end());
+        arriving, {options.first_bucket_bytes, options.bucket_cap_bytes}, dense, indices));
     auto reducer = std::make_unique<c10d::Reducer>(
         list, std::move(buckets), group->group, dense, static_cast<int64_t>(options.bucket_cap_bytes),
         options.find_unused_parameters, options.gradient_as_bucket_view, std::move(names_by_index),
@@ -69,14 +75,31 @@ ICE_API int32_t ice_reducer_new(
     if (options.static_graph) {
       reducer->set_static_graph();
     }
-    *out = new IceReducer{std::move(reducer), options.find_unused_parameters, options.static_graph};
+    *out = new IceReducer{std::move(reducer), std::move(places), options.find_unused_parameters, options.static_graph};
   });
 }
 
-ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, char** message) {
+ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, bool* regrouped, char** message) {
   return ice::guarded(message, [&] {
     reducer->reducer->prepare_for_forward();
-    reducer->reducer->rebuild_buckets();
+    *regrouped = reducer->reducer->rebuild_buckets();
+  });
+}
+
+ICE_API int32_t ice_reducer_order(const IceReducer* reducer, int64_t* places, size_t count, char** message) {
+  return ice::guarded(message, [&] {
+    size_t next = 0;
+    for (const auto& bucket : reducer->reducer->get_grad_buckets(false)) {
+      for (const at::Tensor& parameter : bucket.getParameters()) {
+        if (next == count) {
+          throw ice::Failure(ICE_INVALID_ARGUMENT, "there are more parameters in the buckets than the reducer was made for");
+        }
+        places[next++] = reducer->places.at(parameter.unsafeGetTensorImpl());
+      }
+    }
+    if (next != count) {
+      throw ice::Failure(ICE_INVALID_ARGUMENT, "there are fewer parameters in the buckets than the reducer was made for");
+    }
   });
 }
 

@@ -44,6 +44,7 @@ impl Default for ReducerOptions {
 pub struct Reducer {
     handle: Handle<IceReducer>,
     group: ProcessGroup,
+    parameters: usize,
 }
 
 impl Reducer {
@@ -77,17 +78,37 @@ impl Reducer {
             unsafe { ffi::ice_reducer_new(tensors.list(), names.as_ptr(), pointer, options, out, message) }
         })?;
         drop(guard);
-        Ok(Self { handle, group: group.clone() })
+        Ok(Self { handle, group: group.clone(), parameters: parameters.len() })
     }
 
-    /// Starts a step. After the first step it regroups the gradients in the order in which they came, which is a collective.
+    /// Starts a step. After the first step it regroups the gradients in the order in which they came on rank 0, which is a
+    /// collective. Says whether it did.
     ///
     /// # Errors
     /// Those of the collectives.
-    pub fn prepare_forward(&self) -> Result<()> {
-        let _guard = self.group.lock();
-        // SAFETY: the handle is alive.
-        check(|message| unsafe { ffi::ice_reducer_prepare_forward(self.handle.pointer(), message) })
+    pub fn prepare_forward(&self) -> Result<bool> {
+        let (_guard, mut regrouped) = (self.group.lock(), false);
+        check(|message| {
+            // SAFETY: the handle is alive, and so is the flag.
+            unsafe { ffi::ice_reducer_prepare_forward(self.handle.pointer(), &mut regrouped, message) }
+        })?;
+        Ok(regrouped)
+    }
+
+    /// The order in which forward uses the parameters, as far as it is known, by their places in the list that the reducer was made
+    /// with. A reducer of a list in this order groups the gradients as this one does.
+    ///
+    /// # Errors
+    /// `Torch` where libtorch fails.
+    pub fn order(&self) -> Result<Vec<usize>> {
+        let mut places = vec![0_i64; self.parameters];
+        check(|message| {
+            // SAFETY: the handle is alive, and there is room for as many places as is said.
+            unsafe {
+                ffi::ice_reducer_order(self.handle.pointer(), places.as_mut_ptr(), places.len(), message)
+            }
+        })?;
+        Ok(places.into_iter().rev().filter_map(|place| usize::try_from(place).ok()).collect())
     }
 
     /// Arms the reducer for the backward pass that follows. `outputs` are what backward starts from; they matter only with

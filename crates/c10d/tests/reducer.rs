@@ -178,3 +178,41 @@ fn a_peer_that_leaves_during_backward_is_an_error() {
         }
     });
 }
+
+#[test]
+fn a_reducer_made_in_the_order_that_was_learned_groups_alike() {
+    ranks(2, |group| {
+        let options = ReducerOptions { bucket_cap_bytes: 300, first_bucket_bytes: 100, ..Default::default() };
+        let mut parameters = parameters();
+        // Not the order that forward uses them in.
+        parameters.rotate_left(1);
+        let mut orders = Vec::new();
+        for _ in 0..2 {
+            let mut reducer = Reducer::new(&parameters, group, &options).unwrap();
+            let mut regroupings = Vec::new();
+            for step in 0..3 {
+                regroupings.push(reducer.prepare_forward().unwrap());
+                let used: Vec<_> = ["first", "second", "extra"]
+                    .into_iter()
+                    .map(|name| parameters.iter().find(|(own, _)| own == name).unwrap())
+                    .map(|(name, parameter)| (name.clone(), parameter.shallow_clone()))
+                    .collect();
+                let loss = loss(&used, group.rank(), step, true);
+                reducer.prepare_backward(&[&loss]).unwrap();
+                run_backward(&loss).unwrap();
+            }
+            assert_eq!(regroupings, [false, true, false]);
+            let order = reducer.order().unwrap();
+            orders.push(order.clone());
+            parameters = order
+                .into_iter()
+                .map(|place| {
+                    let (name, parameter) = &parameters[place];
+                    (name.clone(), parameter.detach().set_requires_grad(true))
+                })
+                .collect();
+        }
+        assert_ne!(orders[0], [0, 1, 2]);
+        assert_eq!(orders[1], [0, 1, 2]);
+    });
+}

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use ice_checkpoint::{Checkpoint, Overlap, Part, Piece, Section};
 use ice_worker::Worker;
 use safetensors::Dtype;
+use serde_json::Value as Json;
 use tch::{Device, Kind, Tensor};
 
 use super::fit::Report;
@@ -140,7 +141,9 @@ impl Loading {
             }
             match manifest.nodes.get(&entry.uid) {
                 Some(values) => state.values = values.clone(),
-                None if state.values.is_null() => {}
+                None if state.values.is_null() || !entry.node.borrow().requires_values() => {
+                    state.values = Json::Null;
+                }
                 None => misfit.missing.push("its position or sums".into()),
             }
             if strict || manifest.nodes.contains_key(&entry.uid) {

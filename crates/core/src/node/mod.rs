@@ -204,6 +204,11 @@ pub trait Node: Any {
         false
     }
 
+    /// Whether a checkpoint without [`NodeState::values`] of this node, which has some, does not fit.
+    fn requires_values(&self) -> bool {
+        true
+    }
+
     /// Checks that [`Node::load_state`] will take these values. Nothing is changed.
     ///
     /// # Errors

@@ -60,7 +60,7 @@ pub(crate) fn as_ranks<T: Send>(world_size: usize, body: impl Fn(Worker) -> T + 
         let options =
             GlooOptions { timeout: TIMEOUT, hostname: Some("127.0.0.1".into()), ..GlooOptions::default() };
         let group = ProcessGroup::gloo(&store, rank, world_size, &options).unwrap();
-        body(Worker::of_group(group, Device::Cpu))
+        body(Worker::of_group(group, store, Device::Cpu))
     };
     let rank = &rank;
     thread::scope(|scope| {

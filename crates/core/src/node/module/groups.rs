@@ -1,9 +1,15 @@
 //! Which optimizer trains which parameters.
 
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use ice_checkpoint::Part;
+use ice_worker::Worker;
 use regex::Regex;
 use serde_json::Value as Json;
 use tch::Tensor;
 
+use super::sharding::Sharding;
 use crate::optim::Optimizer;
 use crate::{Error, Result};
 
@@ -14,6 +20,8 @@ struct Group {
     optimizer: Box<dyn Optimizer>,
     names: Vec<String>,
     parameters: Vec<Tensor>,
+    /// Where each rank has the state of its own elements alone.
+    sharding: Option<Sharding>,
 }
 
 /// The optimizers of a module. A parameter belongs to the first one whose pattern its name has.
@@ -27,11 +35,17 @@ impl Groups {
             optimizer: Box::new(optimizer),
             names: Vec::new(),
             parameters: Vec::new(),
+            sharding: None,
         });
     }
 
-    /// Gives each parameter to its optimizer, and returns those that none wants.
-    pub(super) fn set_up(&mut self, parameters: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+    /// Gives each parameter to its optimizer, whose state is divided over the ranks of a worker where there is one, and returns the
+    /// parameters that no optimizer wants.
+    pub(super) fn set_up(
+        &mut self,
+        parameters: &[(String, Tensor)],
+        sharded_over: Option<&Rc<Worker>>,
+    ) -> Result<Vec<(String, Tensor)>> {
         let patterns = self.0.iter().map(|group| {
             Regex::new(&group.pattern).map_err(|error| {
                 Error::Usage(format!("`{}` is no pattern of parameter names: {error}", group.pattern))
@@ -57,31 +71,53 @@ impl Groups {
                     names.join(", ")
                 );
             }
-            group.optimizer.set_up(&group.parameters);
+            group.sharding = match sharded_over {
+                Some(worker) => Some(Sharding::new(worker, &group.names, &group.parameters)?),
+                None => None,
+            };
+            match &group.sharding {
+                Some(sharding) => group.optimizer.set_up(&sharding.own_of(&group.parameters)?),
+                None => group.optimizer.set_up(&group.parameters),
+            }
         }
         Ok(left)
     }
 
     /// Applies the gradients.
     pub(super) fn step(&mut self) -> Result<()> {
-        for Group { optimizer, parameters, .. } in &mut self.0 {
+        for Group { optimizer, parameters, sharding, .. } in &mut self.0 {
             let gradients: Vec<_> = parameters.iter().map(Tensor::grad).collect();
-            let parameters: Vec<_> = parameters.iter().map(Tensor::detach).collect();
-            optimizer.step(&parameters, &gradients)?;
+            match sharding {
+                Some(sharding) => {
+                    optimizer.step(&sharding.own_of(parameters)?, &sharding.own_of(&gradients)?)?;
+                    sharding.share(parameters)?;
+                }
+                None => {
+                    let parameters: Vec<_> = parameters.iter().map(Tensor::detach).collect();
+                    optimizer.step(&parameters, &gradients)?;
+                }
+            }
         }
         Ok(())
     }
 
-    /// `<parameter>.<slot>` for all of them.
-    pub(super) fn state(&self) -> Vec<(String, Tensor)> {
-        let mut state = Vec::new();
-        for Group { optimizer, names, .. } in &self.0 {
-            for (slot, tensors) in optimizer.state() {
-                let named = names.iter().zip(tensors);
-                state.extend(named.map(|(name, tensor)| (format!("{name}.{slot}"), tensor.shallow_clone())));
+    /// `<parameter>.<slot>` for all of them, and which of them are parts.
+    pub(super) fn state(&self) -> (Vec<(String, Tensor)>, BTreeMap<String, Part>) {
+        let (mut state, mut parts) = (Vec::new(), BTreeMap::new());
+        for group in &self.0 {
+            for (slot, tensors) in group.optimizer.state() {
+                for (index, (name, tensor)) in group.names.iter().zip(tensors).enumerate() {
+                    let key = format!("{name}.{slot}");
+                    // Counters of steps are the same on every rank.
+                    if let Some(sharding) = group.sharding.as_ref().filter(|_| tensor.dim() > 0) {
+                        let start = sharding.own[index].start;
+                        parts.insert(key.clone(), Part::flat(start, &group.parameters[index].size()));
+                    }
+                    state.push((key, tensor.shallow_clone()));
+                }
             }
         }
-        state
+        (state, parts)
     }
 
     /// What else is to be saved, by pattern; null for nothing.

@@ -1,15 +1,19 @@
+mod averaging;
 mod groups;
+mod sharding;
 
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
+use ice_c10d::ReducerOptions;
 use ice_c10d::optim::{clear_gradients, clip_grad_norm};
-use ice_c10d::{Reducer, ReducerOptions};
 use ice_worker::Worker;
+use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use tch::Tensor;
 use tch::nn::{Path, VarStore};
 
+use self::averaging::Averaging;
 use self::groups::Groups;
 use crate::node::copy_tensors;
 use crate::optim::Optimizer;
@@ -28,6 +32,7 @@ pub struct ModuleNode<M, T> {
     forward: Box<Forward<M, T>>,
     groups: Groups,
     clip: Option<f64>,
+    sharded: bool,
     broadcast_buffers: bool,
     histograms: bool,
     options: ReducerOptions,
@@ -42,9 +47,19 @@ struct Ready<M> {
     /// What changes without gradients, as the statistics of a batch norm; none where nobody else could have others.
     buffers: Vec<Tensor>,
     worker: Rc<Worker>,
-    reducer: Option<Reducer>,
+    averaging: Option<Averaging>,
     /// Of the gradients of the last step, before clipping.
     norm: Option<Tensor>,
+}
+
+/// What a checkpoint holds of a module beside its tensors.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Values {
+    /// Positions of schedules, by pattern.
+    optimizers: Json,
+    /// The trained parameters in the order in which forward uses them; none where one rank has trained alone.
+    order: Vec<String>,
 }
 
 impl<M: 'static, T: 'static> ModuleNode<M, T> {
@@ -59,6 +74,7 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
             forward: Box::new(forward),
             groups: Groups::default(),
             clip: None,
+            sharded: false,
             broadcast_buffers: true,
             histograms: false,
             options: ReducerOptions::default(),
@@ -86,6 +102,18 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
     #[must_use]
     pub fn clip_grad_norm(mut self, largest: f64) -> Self {
         self.clip = Some(largest);
+        self
+    }
+
+    /// Whether each rank has the optimizers' state of an even part of the parameters alone, updates that part, and sends it to the
+    /// others: the first stage of ZeRO (Rajbhandari et al., 2020). The result is that of whole optimizers. A checkpoint has the whole
+    /// state, in files of all ranks, and can be loaded by any number of them, with or without this.
+    ///
+    /// An optimizer of your own then sees parameters and gradients as rows of elements, some of them empty, and must treat each element
+    /// alike, whatever its place.
+    #[must_use]
+    pub fn shard_optimizer(mut self, shard: bool) -> Self {
+        self.sharded = shard;
         self
     }
 
@@ -134,6 +162,16 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
         Ok(&self.ready()?.module)
     }
 
+    fn values(&self, ready: &Ready<M>) -> Json {
+        let optimizers = self.groups.values();
+        let order: Vec<_> =
+            ready.averaging.iter().flat_map(Averaging::order).map(ToOwned::to_owned).collect();
+        if optimizers.is_null() && order.is_empty() {
+            return Json::Null;
+        }
+        serde_json::to_value(Values { optimizers, order }).unwrap_or_default()
+    }
+
     fn ready(&self) -> Result<&Ready<M>> {
         self.ready.as_ref().ok_or_else(|| Error::Graph("the module was not set up".into()))
     }
@@ -155,7 +193,8 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
             tch::no_grad(|| worker.broadcast(&tensor.detach()))?;
         }
         let mut trainable = in_order(&store);
-        let frozen = self.groups.set_up(&trainable)?;
+        let sharded_over = Some(worker).filter(|worker| self.sharded && worker.world_size() > 1);
+        let frozen = self.groups.set_up(&trainable, sharded_over)?;
         for (_, parameter) in &frozen {
             let _ = parameter.set_requires_grad(false);
         }
@@ -164,17 +203,17 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         buffers.retain(|(_, tensor)| !parameters.contains(&tensor.data_ptr()));
         trainable.retain(|(_, parameter)| parameter.requires_grad());
         let group = worker.group().filter(|group| group.world_size() > 1);
-        let reducer = match group {
-            Some(group) if !trainable.is_empty() => Some(Reducer::new(&trainable, group, &self.options)?),
-            _ => None,
-        };
         if group.is_none() || !self.broadcast_buffers {
             buffers.clear();
         }
-        let tensors = |named: Vec<(String, Tensor)>| named.into_iter().map(|(_, tensor)| tensor).collect();
-        let (trainable, buffers) = (tensors(trainable), tensors(buffers));
+        let tensors = |named: &[(String, Tensor)]| named.iter().map(|(_, t)| t.shallow_clone()).collect();
+        let (in_use, buffers) = (tensors(&trainable), tensors(&buffers));
+        let averaging = match group {
+            Some(group) if !trainable.is_empty() => Some(Averaging::new(trainable, group, &self.options)?),
+            _ => None,
+        };
         let worker = Rc::clone(worker);
-        self.ready = Some(Ready { module, store, trainable, buffers, worker, reducer, norm: None });
+        self.ready = Some(Ready { module, store, trainable: in_use, buffers, worker, averaging, norm: None });
         Ok(())
     }
 
@@ -183,12 +222,12 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     }
 
     fn before_pass(&mut self, last: bool) -> Result<()> {
-        let ready = self.ready()?;
+        let ready = self.ready_mut()?;
         for buffer in &ready.buffers {
             ready.worker.broadcast(buffer)?;
         }
-        match &ready.reducer {
-            Some(reducer) if last => Ok(reducer.prepare_forward()?),
+        match &mut ready.averaging {
+            Some(averaging) if last => averaging.prepare_forward(),
             _ => Ok(()),
         }
     }
@@ -199,8 +238,8 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     }
 
     fn before_backward(&mut self, loss: &Tensor, last: bool) -> Result<()> {
-        match &mut self.ready_mut()?.reducer {
-            Some(reducer) if last => Ok(reducer.prepare_backward(&[loss])?),
+        match &mut self.ready_mut()?.averaging {
+            Some(averaging) if last => averaging.prepare_backward(loss),
             _ => Ok(()),
         }
     }
@@ -242,24 +281,50 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
 
     fn state(&self) -> NodeState {
         let Some(ready) = &self.ready else { return NodeState::default() };
+        let (optimizer, optimizer_parts) = self.groups.state();
         NodeState {
             model: named(&ready.store.variables()),
-            optimizer: self.groups.state(),
-            values: self.groups.values(),
+            optimizer,
+            optimizer_parts,
+            values: self.values(ready),
             ..NodeState::default()
         }
     }
 
+    fn requires_values(&self) -> bool {
+        !self.groups.values().is_null()
+    }
+
+    fn is_sharded(&self) -> bool {
+        self.sharded
+    }
+
     fn check_values(&self, values: &Json) -> Result<()> {
-        self.groups.check_values(values)
+        self.groups.check_values(&parse(values)?.optimizers)
     }
 
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {
         let state = self.state();
         copy_tensors(&saved.model, &state.model, "parameters")?;
         copy_tensors(&saved.optimizer, &state.optimizer, "optimizer's tensors")?;
-        self.groups.load_values(&saved.values)
+        let values = parse(&saved.values)?;
+        let ready = self.ready_mut()?;
+        if let Some(averaging) = &mut ready.averaging
+            && averaging.order() != values.order
+        {
+            averaging.resume(&values.order)?;
+        }
+        self.groups.load_values(&values.optimizers)
     }
+}
+
+/// A checkpoint that is loaded in part may have none.
+fn parse(values: &Json) -> Result<Values> {
+    if values.is_null() {
+        return Ok(Values::default());
+    }
+    Values::deserialize(values)
+        .map_err(|error| Error::Resume(format!("what is saved of the optimizers does not fit: {error}")))
 }
 
 /// The variables in order of their names.

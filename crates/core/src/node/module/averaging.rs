@@ -1,0 +1,60 @@
+//! Gradients averaged over the ranks, in an order that outlives the process.
+
+use ice_c10d::{ProcessGroup, Reducer, ReducerOptions};
+use tch::Tensor;
+
+use crate::Result;
+
+/// A reducer, and the order in which it learned that forward uses the parameters.
+///
+/// Where an element lies in its bucket decides in which order the ranks' gradients are added up, and so the last bit of the sum. A
+/// run that goes on must therefore know the order from its first step on.
+pub(super) struct Averaging {
+    reducer: Reducer,
+    group: ProcessGroup,
+    options: ReducerOptions,
+    /// In the order that the reducer was made with.
+    parameters: Vec<(String, Tensor)>,
+    order: Vec<usize>,
+}
+
+impl Averaging {
+    /// `parameters` in the order in which forward seems to use them. Collective.
+    pub(super) fn new(
+        parameters: Vec<(String, Tensor)>,
+        group: &ProcessGroup,
+        options: &ReducerOptions,
+    ) -> Result<Self> {
+        let reducer = Reducer::new(&parameters, group, options)?;
+        let order = (0..parameters.len()).collect();
+        Ok(Self { reducer, group: group.clone(), options: options.clone(), parameters, order })
+    }
+
+    pub(super) fn prepare_forward(&mut self) -> Result<()> {
+        if self.reducer.prepare_forward()? {
+            self.order = self.reducer.order()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn prepare_backward(&mut self, loss: &Tensor) -> Result<()> {
+        Ok(self.reducer.prepare_backward(&[loss])?)
+    }
+
+    /// The names of the parameters in the order in which forward uses them.
+    pub(super) fn order(&self) -> Vec<&str> {
+        self.order.iter().map(|&place| self.parameters[place].0.as_str()).collect()
+    }
+
+    /// Goes on in an order that was learned before. Parameters that it does not name come last. Collective.
+    pub(super) fn resume(&mut self, order: &[String]) -> Result<()> {
+        let place = |(name, _): &(String, Tensor)| {
+            order.iter().position(|known| known == name).unwrap_or(order.len())
+        };
+        let mut parameters: Vec<_> =
+            self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        parameters.sort_by_cached_key(place);
+        *self = Self::new(parameters, &self.group, &self.options)?;
+        Ok(())
+    }
+}
