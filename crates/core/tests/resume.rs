@@ -12,8 +12,8 @@ use std::sync::{Mutex, PoisonError};
 use ice_core::data::Dataset;
 use ice_core::optim::AdamW;
 use ice_core::{
-    Better, Checkpoint, CheckpointOptions, DatasetNode, HyperGraph, LoadCheckpoint, LossNode, ModuleNode,
-    Repeat, Result, ResumeFrom, Run, RunConfig, SaveBest, SaveCheckpoint, Task,
+    Better, Checkpoint, CheckpointOptions, DatasetNode, HyperGraph, LoadCheckpoint, LossNode, Manifest,
+    ModuleNode, Repeat, Result, ResumeFrom, Run, RunConfig, SaveBest, SaveCheckpoint, Task,
 };
 use ice_worker::Worker;
 use tch::{Device, Kind, Tensor, nn};
@@ -104,6 +104,40 @@ fn a_run_resumed_anywhere_ends_with_the_same_bits() {
         let from = Some(ResumeFrom::Path(saved(whole.path(), from)));
         Options { from, ..Options::new(resumed.path()) }.run().unwrap();
         assert_eq!(bits(whole.path(), "E3S18"), bits(resumed.path(), "E3S18"));
+    }
+}
+
+#[test]
+fn the_end_of_an_epoch_is_not_lost_where_steps_end_with_it() {
+    // 22 samples by 4 are 6 steps per pass: the first task ends with a pass, the second in the middle of one.
+    let tasks = || {
+        Repeat::new(2)
+            .then(Task::train("train").steps(6))
+            .then(Task::train("train").steps(8).simulate_epoch())
+            .then(SaveCheckpoint::new())
+    };
+    let run = |out: &Path, from: Option<PathBuf>| {
+        let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let config = RunConfig {
+            out_dir: out.to_owned(),
+            save_every_steps: Some(1),
+            resume_from: from.map(ResumeFrom::Path),
+            ..RunConfig::default()
+        };
+        Run::execute(&graph(22), &tasks(), Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
+        let Manifest { counters, tasks, measures, nodes, .. } =
+            Checkpoint::newest_in_run(&out.join("none_local")).unwrap().manifest().clone();
+        (counters, tasks, measures, nodes)
+    };
+    let whole = tempfile::tempdir().unwrap();
+    let expected = run(whole.path(), None);
+    assert_eq!((expected.0.train_steps, expected.0.train_epochs), (28, 4));
+    let all = names(&whole.path().join("none_local/ckpts"));
+    for from in all.iter().filter(|name| name.starts_with('E') && *name != "E4S28") {
+        let resumed = tempfile::tempdir().unwrap();
+        let from = saved(whole.path(), from);
+        assert_eq!(run(resumed.path(), Some(from.clone())), expected, "{}", from.display());
+        assert_eq!(bits(whole.path(), "E4S28"), bits(resumed.path(), "E4S28"));
     }
 }
 

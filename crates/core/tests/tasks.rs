@@ -12,8 +12,8 @@ use ice_core::optim::Sgd;
 use ice_core::{DatasetNode, Error, HyperGraph, LossNode, ModuleNode, Repeat, Run, Task};
 use tch::{Device, Kind, nn};
 
-/// A graph whose training fails in this step, counted from 1.
-fn graph(fails: Option<(u64, fn() -> Error)>) -> HyperGraph {
+/// A graph without a loss.
+fn net() -> HyperGraph {
     let mut graph = HyperGraph::new();
     graph.add("x", DatasetNode::new(Line(8)).batch_size(2), "*").unwrap();
     let net = ModuleNode::new(
@@ -21,6 +21,12 @@ fn graph(fails: Option<(u64, fn() -> Error)>) -> HyperGraph {
         |net: &nn::Linear, x| Ok(x.tensor("x")?.apply(net)),
     );
     graph.add("net", net.optimizer(Sgd::new(0.1)), "*").unwrap();
+    graph
+}
+
+/// A graph whose training fails in this step, counted from 1.
+fn graph(fails: Option<(u64, fn() -> Error)>) -> HyperGraph {
+    let mut graph = net();
     let step = Cell::new(0);
     let loss = LossNode::new(move |x| {
         step.set(step.get() + u64::from(x.is_training()));
@@ -78,4 +84,32 @@ fn a_graph_is_run_by_hand() {
     assert!(0.0 < second && second < first, "{losses:?}");
     let error = eager.forward("val", |x| x.tensor("nothing")).unwrap_err().to_string();
     assert!(error.contains("`*/net`"), "{error}");
+}
+
+#[test]
+fn steps_are_one_epoch_where_that_is_said() {
+    let seen = |whole: bool| {
+        let mut seen = on_ranks(2, |_| {
+            let seen = Rc::new(Cell::new((0_u64, f64::NAN)));
+            let see = Rc::clone(&seen);
+            let steps = Task::train("train").steps(5);
+            let tasks =
+                Repeat::once().then(if whole { steps.simulate_epoch() } else { steps }).call(move |run| {
+                    see.set((run.counters().train_epochs(), run.measure("*/loss")?));
+                    Ok(())
+                });
+            // Two steps are a pass, and each loss is the number of its step.
+            let mut graph = net();
+            let step = Cell::new(0.0);
+            let loss = LossNode::new(move |x| {
+                step.set(step.get() + 1.0);
+                Ok(x.tensor("net")?.sum(Kind::Float) * 0.0 + step.get())
+            });
+            graph.add("loss", loss, "*").unwrap();
+            (graph, tasks, Box::new(move || seen.get()) as Box<_>)
+        });
+        seen.remove(0)
+    };
+    assert_eq!(seen(true), (1_u64, 3.0));
+    assert_eq!(seen(false), (2_u64, 3.5));
 }

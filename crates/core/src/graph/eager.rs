@@ -73,7 +73,7 @@ impl Eager<'_> {
         let graph = self.graph.select(&query.into())?;
         self.graph.switch_to(graph.entries())?;
         if graph.remaining() == Some(0) {
-            graph.epoch_end(&self.worker)?;
+            graph.epoch_end(&self.worker, |_| true)?;
             graph.epoch_start();
         }
         Ok(graph)

@@ -82,10 +82,19 @@ impl ExecutableGraph {
         }
     }
 
-    /// Ends the epoch on every node and collects what they measured, by uid, synchronised over the ranks.
-    pub(crate) fn epoch_end(&self, worker: &Worker) -> Result<Vec<(String, Measure)>> {
+    /// Begins the next pass over the data within an epoch.
+    pub(crate) fn next_pass(&self, worker: &Worker) -> Result<()> {
+        self.epoch_end(worker, |node| node.remaining().is_some()).map(drop)
+    }
+
+    /// Ends the epoch on the nodes that are to and collects what they measured, by uid, synchronised over the ranks.
+    pub(crate) fn epoch_end(
+        &self,
+        worker: &Worker,
+        ends: impl Fn(&dyn Node) -> bool,
+    ) -> Result<Vec<(String, Measure)>> {
         let mut measures = Vec::new();
-        for entry in &self.entries {
+        for entry in self.entries.iter().filter(|entry| ends(&*entry.node.borrow())) {
             let measure = entry
                 .node
                 .borrow_mut()

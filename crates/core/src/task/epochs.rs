@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 
 use crate::graph::{ExecutableGraph, Tags};
 use crate::task::parse;
-use crate::{Error, Result, Run, TaskItem};
+use crate::{Error, Measure, Result, Run, TaskItem};
 
 /// How often rank 0 reports progress.
 const REPORT_EVERY: Duration = Duration::from_millis(500);
@@ -23,6 +23,8 @@ pub struct Task {
     train: bool,
     tags: Tags,
     length: Length,
+    /// Whether all steps together are one epoch.
+    whole: bool,
     timed: bool,
     progress: Cell<Progressed>,
 }
@@ -36,6 +38,9 @@ struct Progressed {
     iteration: u64,
     /// Whether it was left before its end.
     left: bool,
+    /// Whether the iterations of the epoch, or of the pass over the data, are done, and what comes after them is not.
+    #[serde(default)]
+    ending: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -59,7 +64,7 @@ impl Task {
     }
 
     fn new(train: bool, tags: Tags) -> Self {
-        Self { train, tags, length: Length::Epochs(1), timed: false, progress: Cell::default() }
+        Self { train, tags, length: Length::Epochs(1), whole: false, timed: false, progress: Cell::default() }
     }
 
     /// Runs this many epochs. An epoch ends with the dataset that ends first.
@@ -76,6 +81,14 @@ impl Task {
         self
     }
 
+    /// Makes all steps together one epoch, however often the datasets end meanwhile: losses and metrics are those of all steps. Without
+    /// effect on a task of epochs.
+    #[must_use]
+    pub fn simulate_epoch(mut self) -> Self {
+        self.whole = true;
+        self
+    }
+
     /// Measures how long each node takes in each phase, and writes it to `timers.csv` of the run's folder: by task, node and phase the
     /// count, mean, least, most and sum. A tag `timer` does the same. On a GPU each node is waited for, which costs time.
     #[must_use]
@@ -84,24 +97,61 @@ impl Task {
         self
     }
 
+    /// A pass over the data, and what comes after it.
     fn epoch(&self, run: &Run, graph: &ExecutableGraph) -> Result<()> {
         let mut report = Report::new(self, run, graph);
-        if self.progress.get().iteration == 0 {
-            graph.epoch_start();
+        let progress = self.progress.get();
+        match self.is_whole() {
+            true if progress.steps == 0 => graph.epoch_start(),
+            false if progress.iteration == 0 => graph.epoch_start(),
+            _ => {}
         }
-        while graph.remaining() != Some(0) && !self.is_finished() {
+        while graph.remaining() != Some(0) && !self.is_at_end() && !self.is_finished() {
             self.step(run, graph, &mut report)?;
         }
-        if graph.remaining() == Some(0) {
-            let measures = graph.epoch_end(run.worker())?;
-            let mut progress = self.progress.get();
-            (progress.epochs, progress.iteration) = (progress.epochs + 1, 0);
-            self.progress.set(progress);
-            run.counters().count_epoch(self.train);
-            run.epoch_ended(&measures, &report.heading(), report.started.elapsed());
-            run.show_epoch(&self.tags, self.train, graph, &measures)?;
+        if self.is_whole() {
+            if graph.remaining() == Some(0) {
+                graph.next_pass(run.worker())?;
+                self.pass_ended();
+            }
+            if self.is_at_end() {
+                let measures = graph.epoch_end(run.worker(), |node| node.remaining().is_none())?;
+                self.ended(run, graph, &report, &measures)?;
+            }
+        } else if graph.remaining() == Some(0) {
+            let measures = graph.epoch_end(run.worker(), |_| true)?;
+            self.pass_ended();
+            self.ended(run, graph, &report, &measures)?;
         }
         Ok(())
+    }
+
+    fn is_whole(&self) -> bool {
+        self.whole && matches!(self.length, Length::Steps(_))
+    }
+
+    /// Whether all steps are done.
+    fn is_at_end(&self) -> bool {
+        matches!(self.length, Length::Steps(steps) if self.progress.get().steps >= steps)
+    }
+
+    fn pass_ended(&self) {
+        let progress = self.progress.get();
+        let ending = self.is_whole() && self.is_at_end();
+        self.progress.set(Progressed { epochs: progress.epochs + 1, iteration: 0, ending, ..progress });
+    }
+
+    fn ended(
+        &self,
+        run: &Run,
+        graph: &ExecutableGraph,
+        report: &Report,
+        measures: &[(String, Measure)],
+    ) -> Result<()> {
+        self.progress.set(Progressed { ending: false, ..self.progress.get() });
+        run.counters().count_epoch(self.train);
+        run.epoch_ended(measures, &report.heading(), report.started.elapsed());
+        run.show_epoch(&self.tags, self.train, graph, measures)
     }
 
     fn step(&self, run: &Run, graph: &ExecutableGraph, report: &mut Report) -> Result<()> {
@@ -116,6 +166,9 @@ impl Task {
         };
         let mut progress = self.progress.get();
         (progress.steps, progress.iteration) = (progress.steps + 1, progress.iteration + passes);
+        self.progress.set(progress);
+        // A checkpoint of this step must not lose the end of the epoch.
+        progress.ending = graph.remaining() == Some(0) || (self.is_whole() && self.is_at_end());
         self.progress.set(progress);
         run.counters().count_step(self.train);
         run.worker().link().advance(run.counters().train_steps());
@@ -155,6 +208,7 @@ impl TaskItem for Task {
         let progress = self.progress.get();
         match self.length {
             _ if progress.left => true,
+            _ if progress.ending => false,
             Length::Epochs(epochs) => progress.epochs >= epochs,
             Length::Steps(steps) => progress.steps >= steps,
         }
@@ -187,6 +241,7 @@ impl TaskItem for Task {
     fn epochs(&self, train: bool) -> u64 {
         match self.length {
             Length::Epochs(epochs) if train == self.train => epochs,
+            Length::Steps(_) if train == self.train && self.whole => 1,
             _ => 0,
         }
     }
