@@ -193,7 +193,7 @@ fn train(options: Options) -> Result<(), ice::Error> {
     let (text, learned) = (Arc::new(text), options.context);
     let border = text.len() / 10 * 9;
     let mut graph = HyperGraph::new();
-    graph.accumulate_gradients(options.accumulate);
+    graph.accumulate_gradients(options.accumulate).backup_source_files(env!("CARGO_MANIFEST_DIR"));
     if options.bf16 {
         graph.autocast(Autocast::of(Kind::BFloat16));
     }

@@ -2,6 +2,7 @@ use std::any::Any;
 use std::cell::{RefCell, RefMut};
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use ice_worker::Worker;
@@ -35,6 +36,7 @@ pub struct HyperGraph {
     precision: Precision,
     passes: NonZeroU64,
     hparams: Vec<(String, HParam)>,
+    sources: Vec<PathBuf>,
     set_up: RefCell<bool>,
     /// By query.
     selections: RefCell<BTreeMap<Tags, Rc<ExecutableGraph>>>,
@@ -49,6 +51,7 @@ impl Default for HyperGraph {
             precision: Precision::default(),
             passes: NonZeroU64::MIN,
             hparams: Vec::new(),
+            sources: Vec::new(),
             set_up: RefCell::default(),
             selections: RefCell::default(),
             prepared: RefCell::default(),
@@ -88,6 +91,18 @@ impl HyperGraph {
         self.changed();
         self.entries.push(Rc::new(Entry { uid, name: name.into(), tags, node }));
         Ok(())
+    }
+
+    /// Copies a file, or a folder without what git ignores in it, to `src` in the run's folder when the run begins. May be called for
+    /// several. The sources of the program itself are in `env!("CARGO_MANIFEST_DIR")`. Files above 8 MiB are left out, and what cannot be
+    /// copied is a warning.
+    pub fn backup_source_files(&mut self, path: impl Into<PathBuf>) -> &mut Self {
+        self.sources.push(path.into());
+        self
+    }
+
+    pub(crate) fn sources(&self) -> &[PathBuf] {
+        &self.sources
     }
 
     /// Removes the nodes that a query selects, and returns their uids.

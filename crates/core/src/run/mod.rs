@@ -3,6 +3,7 @@
 mod resume;
 mod save;
 mod show;
+mod sources;
 mod timers;
 
 use std::cell::RefCell;
@@ -98,6 +99,7 @@ impl<'a> Run<'a> {
             kept: RefCell::default(),
         };
         run.remove_leftovers()?;
+        run.keep_sources();
         graph.set_up(&Context { worker: Rc::clone(&run.worker), seed: run.config.seed })?;
         run.resume()?;
         run.prepare_to_save();
