@@ -11,7 +11,11 @@ mod failures;
 mod forms;
 mod gpt;
 mod hostile;
+mod kills;
 mod python;
+#[path = "../../../rendezvous/src/machine/random.rs"]
+#[expect(dead_code, reason = "the simulation uses the rest")]
+mod random;
 mod stopping;
 mod store;
 mod support;

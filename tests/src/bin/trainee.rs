@@ -1,0 +1,151 @@
+//! A training with all that a checkpoint must hold, for tests that kill it: shuffled data from worker threads, dropout, statistics of
+//! batches, several optimizers, schedules, meters, tasks of every kind.
+//!
+//! Each rank appends the samples that it has trained on to `rank<N>.txt` in the folder `--seen`, a line per pass: the number of this
+//! process in the life of the training (`--life`), the number of the pass, and the indices. Rank 0 prints `pass <number>`.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use ice::core::{Context, Error, Node, NodeState, Result, Value};
+use ice::prelude::*;
+use tch::Device;
+
+#[derive(Parser)]
+struct Options {
+    #[arg(long)]
+    seen: PathBuf,
+    #[arg(long)]
+    life: u64,
+    #[arg(long)]
+    shard_optimizer: bool,
+    #[command(flatten)]
+    run: RunOptions,
+}
+
+/// Samples whose numbers do not fill their last batch, nor can be divided evenly.
+const SAMPLES: usize = 46;
+
+const TWO: NonZeroU64 = NonZeroU64::MIN.saturating_add(1);
+const FIVE: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4);
+
+/// Points of a curve: their indices, and f32 `[n, 4]`.
+struct Curve;
+
+impl Dataset for Curve {
+    type Batch = (Tensor, Tensor);
+
+    fn len(&self) -> usize {
+        SAMPLES
+    }
+
+    fn batch(&self, indices: &[i64], device: Device) -> Result<Self::Batch> {
+        let indices = Tensor::from_slice(indices);
+        let rates = Tensor::from_slice(&[0.1, 0.23, 0.37, 0.51]);
+        let points = (indices.unsqueeze(1).to_kind(Kind::Double) * rates).sin().to_kind(Kind::Float);
+        Ok((indices.to_device(device), points.to_device(device)))
+    }
+}
+
+/// Writes down what was trained on, and counts passes over kills.
+struct Seen {
+    folder: PathBuf,
+    life: u64,
+    out: Option<(File, bool)>,
+    passes: u64,
+    indices: Vec<i64>,
+}
+
+impl Seen {
+    fn new(folder: &Path, life: u64) -> Self {
+        Self { folder: folder.to_owned(), life, out: None, passes: 0, indices: Vec::new() }
+    }
+}
+
+impl Node for Seen {
+    fn set_up(&mut self, context: &Context) -> Result<()> {
+        let path = self.folder.join(format!("rank{}.txt", context.worker.rank()));
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.map_err(|source| Error::Io { path, source })?;
+        self.out = Some((file, context.worker.is_main()));
+        Ok(())
+    }
+
+    fn forward(&mut self, x: &Outputs) -> Result<Value> {
+        let (indices, _) = &*x.get::<(Tensor, Tensor)>("curve")?;
+        self.indices = Vec::try_from(indices)?;
+        Ok(Value::new(()))
+    }
+
+    fn iteration_end(&mut self) {
+        self.passes += 1;
+        let Some((file, is_main)) = &mut self.out else { return };
+        let line = format!("{} {} {:?}\n", self.life, self.passes, self.indices);
+        file.write_all(line.as_bytes()).unwrap_or_else(|error| panic!("{error}"));
+        if *is_main {
+            println!("pass {}", self.passes);
+        }
+    }
+
+    fn state(&self) -> NodeState {
+        NodeState { values: self.passes.into(), ..NodeState::default() }
+    }
+
+    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
+        self.passes = saved.values.as_u64().unwrap_or(0);
+        Ok(())
+    }
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    ice::main(|| train(&options))
+}
+
+fn train(options: &Options) -> Result<(), ice::Error> {
+    let mut graph = HyperGraph::new();
+    graph.accumulate_gradients(TWO);
+    graph.add("curve", DatasetNode::new(Curve).shuffle(true).in_total(8).workers(2), "train")?;
+    graph.add("curve", DatasetNode::new(Curve).in_total(10), "val")?;
+    graph.add("seen", Seen::new(&options.seen, options.life), "train")?;
+    let net = ModuleNode::new(
+        |path: &nn::Path| {
+            let first = nn::linear(path / "first", 4, 32, Default::default());
+            let norm = nn::batch_norm1d(path / "norm", 32, Default::default());
+            (first, norm, nn::linear(path / "last", 32, 4, Default::default()))
+        },
+        |(first, norm, last), x| {
+            let (_, points) = &*x.get::<(Tensor, Tensor)>("curve")?;
+            let hidden = points.apply(first).apply_t(norm, x.is_training()).tanh();
+            Ok(hidden.dropout(0.2, x.is_training()).apply(last))
+        },
+    );
+    let net = net
+        .optimizer_for("first", AdamW::new(0.02).schedule(Schedule::cosine(60, 0.1)))
+        .optimizer_for("norm", RmsProp::new(0.01))
+        .optimizer(Sgd::new(0.05).momentum(0.9).schedule(Schedule::step(9, 0.8)))
+        .clip_grad_norm(1.0)
+        .shard_optimizer(options.shard_optimizer);
+    graph.add("net", net, "*")?;
+    let error = |x: &Outputs| -> Result<Tensor> {
+        let (_, points) = &*x.get::<(Tensor, Tensor)>("curve")?;
+        Ok((x.tensor("net")? - points).square())
+    };
+    graph.add("loss", LossNode::new(move |x| Ok(error(x)?.mean(Kind::Float))), "*")?;
+    graph.add("error", MetricNode::average(move |x| Ok(error(x)?.mean_dim(1, false, Kind::Float))), "*")?;
+    let moving = MetricNode::moving_average(FIVE, move |x| Ok(error(x)?.mean_dim(1, false, Kind::Float)));
+    graph.add("moving", moving, "train")?;
+
+    let inner = Repeat::new(2).then(Task::train("train").steps(3)).then(Task::eval("val"));
+    let outer = Repeat::new(6)
+        .then(Task::train("train"))
+        .then(Task::eval("val"))
+        .then(SaveCheckpoint::new())
+        .then(inner)
+        .then(SaveBest::new("*/error", Better::Lower).max_keep(2));
+    let last = Task::train("train").steps(7).simulate_epoch();
+    graph.run(Repeat::once().then(outer).then(last).then(SaveCheckpoint::new()), &options.run)
+}

@@ -1,0 +1,184 @@
+//! A training that is killed at random, again and again, is as if it had never been killed.
+//!
+//! `ICE_KILL_SEED=<n>` replays the places; how much of a step is done when the signal comes is up to the machine.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::{TempDir, tempdir};
+
+use crate::random::Random;
+use crate::support::{Program, TRAINING, built};
+
+/// As the trainee has them.
+const SAMPLES: usize = 46;
+/// The longest wait between a pass and the signal, in microseconds: about as long as some steps, a save or an evaluation take.
+const LATER: u64 = 8_000;
+
+/// A training in several lives.
+struct Training {
+    folder: TempDir,
+    options: Vec<&'static str>,
+    lives: u64,
+}
+
+impl Training {
+    fn new(options: &[&'static str]) -> Self {
+        let folder = tempdir().unwrap();
+        fs::create_dir(folder.path().join("seen")).unwrap();
+        Self { folder, options: options.to_vec(), lives: 0 }
+    }
+
+    fn next_life(&mut self, devices: &str) -> Program {
+        self.lives += 1;
+        let path = |name: &str| self.folder.path().join(name).to_str().unwrap().to_owned();
+        let program = Program::ice_launch(["--devices", devices, "--run-id", "trainee"])
+            .arg(built("trainee"))
+            .args(["--seen", &path("seen"), "--life", &self.lives.to_string(), "--out-dir", &path("out")])
+            .args(["--save-every-steps", "1"])
+            .args(&self.options);
+        let resume = !self.checkpoints().is_empty();
+        program.args(if resume { &["--resume-from", "latest"][..] } else { &[] })
+    }
+
+    fn finish(&mut self, devices: &str) {
+        self.next_life(devices).run(TRAINING).expect_code(0);
+    }
+
+    /// Kills everything so many passes and some microseconds after the first pass of a life.
+    fn kill(&mut self, devices: &str, passes: u64, later: Duration) {
+        let job = self.next_life(devices).start();
+        let number = |line: &str| line.strip_prefix("pass ").and_then(|number| number.parse::<u64>().ok());
+        let first = job.wait_for_line(TRAINING, |line| number(line).is_some());
+        let wanted = number(&first).map(|first| first + passes);
+        job.wait_for_line(TRAINING, |line| number(line) == wanted);
+        thread::sleep(later);
+        drop(job);
+    }
+
+    /// All that is whole.
+    fn checkpoints(&self) -> Vec<PathBuf> {
+        let entries = |folder: &Path| -> Vec<PathBuf> {
+            fs::read_dir(folder).map_or(Vec::new(), |all| all.map(|entry| entry.unwrap().path()).collect())
+        };
+        let runs = entries(&self.folder.path().join("out"));
+        let all = runs.iter().flat_map(|run| entries(&run.join("ckpts")));
+        let is_named = |path: &Path| path.file_name().unwrap().to_str().unwrap().starts_with('E');
+        all.filter(|path| is_named(path) && path.join("manifest.json").is_file()).collect()
+    }
+
+    /// Half-written checkpoints that a kill has left.
+    fn partial(&self) -> usize {
+        let runs = fs::read_dir(self.folder.path().join("out")).unwrap();
+        let names =
+            runs.flat_map(|run| fs::read_dir(run.unwrap().path().join("ckpts")).into_iter().flatten());
+        names
+            .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().ends_with(".partial"))
+            .count()
+    }
+
+    /// What the last checkpoint holds: its files, and what its manifest says that a life before may not change.
+    fn end(&self) -> (BTreeMap<String, Vec<u8>>, Vec<Value>) {
+        let progress = |path: &PathBuf| {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let (epochs, steps) = name[1..].split_once('S').unwrap();
+            (steps.parse::<u64>().unwrap(), epochs.parse::<u64>().unwrap())
+        };
+        let last = self.checkpoints().into_iter().max_by_key(progress).unwrap();
+        let files = fs::read_dir(&last).unwrap().map(|entry| entry.unwrap().path());
+        let mut files: BTreeMap<_, _> = files
+            .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(path).unwrap()))
+            .collect();
+        let manifest: Value = serde_json::from_slice(&files.remove("manifest.json").unwrap()).unwrap();
+        (files, ["counters", "tasks", "measures", "nodes"].map(|key| manifest[key].clone()).into())
+    }
+
+    /// By the number of the pass what each rank saw in it: in the last life that got so far.
+    fn seen(&self) -> BTreeMap<u64, BTreeMap<usize, Vec<usize>>> {
+        let mut seen: BTreeMap<u64, (u64, BTreeMap<usize, Vec<usize>>)> = BTreeMap::new();
+        for rank in 0.. {
+            let path = self.folder.path().join(format!("seen/rank{rank}.txt"));
+            let Ok(text) = fs::read_to_string(path) else { break };
+            for line in text.lines() {
+                let mut parts = line.splitn(3, ' ');
+                let mut number = || parts.next().unwrap().parse::<u64>().unwrap();
+                let (life, pass) = (number(), number());
+                let indices = serde_json::from_str(parts.next().unwrap()).unwrap();
+                let known = seen.entry(pass).or_default();
+                if life > known.0 {
+                    *known = (life, BTreeMap::new());
+                }
+                if life == known.0 {
+                    known.1.insert(rank, indices);
+                }
+            }
+        }
+        seen.into_iter().map(|(pass, (_, ranks))| (pass, ranks)).collect()
+    }
+}
+
+fn random() -> Random {
+    let seed = std::env::var("ICE_KILL_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
+    println!("ICE_KILL_SEED={seed} replays it");
+    Random::new(seed)
+}
+
+fn is_never_killed(devices: &str, options: &[&'static str], kills: u64) {
+    let mut random = random();
+    let mut undisturbed = Training::new(options);
+    undisturbed.finish(devices);
+    let mut killed = Training::new(options);
+    for _ in 0..kills {
+        killed.kill(devices, random.below(5), Duration::from_micros(random.below(LATER)));
+    }
+    killed.finish(devices);
+    println!("{kills} kills, {} of them within a save", killed.partial());
+    assert_eq!(killed.seen(), undisturbed.seen());
+    let ((expected, said), (files, says)) = (undisturbed.end(), killed.end());
+    for (says, said) in says.iter().zip(&said) {
+        assert_eq!(says, said);
+    }
+    assert_eq!(files.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+    for (name, bytes) in &files {
+        assert!(*bytes == expected[name], "{name} has other bits");
+    }
+}
+
+#[test]
+fn twenty_kills_leave_no_trace() {
+    is_never_killed("cpu:0-1", &[], 20);
+}
+
+#[test]
+fn kills_leave_no_trace_where_three_ranks_share_the_state_and_the_writing() {
+    is_never_killed("cpu:0-2", &["--shard-optimizer", "--split-checkpoints"], 6);
+}
+
+#[test]
+fn every_sample_is_seen_once_an_epoch_whatever_the_number_of_ranks() {
+    let mut random = random();
+    let mut training = Training::new(&["--shard-optimizer"]);
+    for devices in ["cpu:0-1", "cpu:0-2", "cpu:0", "cpu:0-2", "cpu:0-1", "cpu:0"] {
+        training.kill(devices, 2 + random.below(5), Duration::from_micros(random.below(LATER)));
+    }
+    training.finish("cpu:0-1");
+    let order: Vec<usize> =
+        training.seen().into_values().flat_map(|ranks| ranks.into_values().flatten()).collect();
+    let epochs = order.chunks_exact(SAMPLES);
+    assert!(epochs.len() >= 10 && epochs.remainder().len() < SAMPLES, "{}", order.len());
+    for (number, epoch) in epochs.enumerate() {
+        let mut epoch = epoch.to_vec();
+        epoch.sort_unstable();
+        assert!(epoch.iter().copied().eq(0..SAMPLES), "epoch {number}: {epoch:?}");
+    }
+    let mut undisturbed = Training::new(&["--shard-optimizer"]);
+    undisturbed.finish("cpu:0");
+    let whole: Vec<usize> =
+        undisturbed.seen().into_values().flat_map(|ranks| ranks.into_values().flatten()).collect();
+    assert_eq!(order, whole, "the order does not depend on the ranks");
+}
