@@ -79,11 +79,12 @@ ICE_API int32_t ice_reducer_new(
   });
 }
 
-ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, bool* regrouped, char** message) {
-  return ice::guarded(message, [&] {
-    reducer->reducer->prepare_for_forward();
-    *regrouped = reducer->reducer->rebuild_buckets();
-  });
+ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, char** message) {
+  return ice::guarded(message, [&] { reducer->reducer->prepare_for_forward(); });
+}
+
+ICE_API int32_t ice_reducer_regroup(const IceReducer* reducer, bool* regrouped, char** message) {
+  return ice::guarded(message, [&] { *regrouped = reducer->reducer->rebuild_buckets(); });
 }
 
 ICE_API int32_t ice_reducer_order(const IceReducer* reducer, int64_t* places, size_t count, char** message) {

@@ -100,7 +100,8 @@ ICE_API void ice_work_free(IceWork* work);
 ICE_API int32_t ice_reducer_new(
     IceTensors parameters, const IceStr* names, const IceGroup* group, IceReducerOptions options, IceReducer** out,
     char** message);
-ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, bool* regrouped, char** message);
+ICE_API int32_t ice_reducer_prepare_forward(const IceReducer* reducer, char** message);
+ICE_API int32_t ice_reducer_regroup(const IceReducer* reducer, bool* regrouped, char** message);
 ICE_API int32_t ice_reducer_order(const IceReducer* reducer, int64_t* places, size_t count, char** message);
 ICE_API int32_t ice_reducer_prepare_backward(IceReducer* reducer, IceTensors outputs, char** message);
 ICE_API void ice_reducer_free(IceReducer* reducer);

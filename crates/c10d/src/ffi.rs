@@ -244,7 +244,8 @@ unsafe extern "C" {
     fn ice_work_free(work: *mut IceWork);
 
     pub(crate) fn ice_reducer_new(parameters: Tensors<'_>, names: *const IceStr<'_>, group: *const IceGroup, options: IceReducerOptions, out: *mut *mut IceReducer, message: Message) -> i32;
-    pub(crate) fn ice_reducer_prepare_forward(reducer: *const IceReducer, regrouped: *mut bool, message: Message) -> i32;
+    pub(crate) fn ice_reducer_prepare_forward(reducer: *const IceReducer, message: Message) -> i32;
+    pub(crate) fn ice_reducer_regroup(reducer: *const IceReducer, regrouped: *mut bool, message: Message) -> i32;
     pub(crate) fn ice_reducer_order(reducer: *const IceReducer, places: *mut i64, count: usize, message: Message) -> i32;
     pub(crate) fn ice_reducer_prepare_backward(reducer: *mut IceReducer, outputs: Tensors<'_>, message: Message) -> i32;
     fn ice_reducer_free(reducer: *mut IceReducer);

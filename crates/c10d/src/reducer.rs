@@ -38,8 +38,8 @@ impl Default for ReducerOptions {
 
 /// Averages the gradients of all ranks while backward computes them: the heart of PyTorch's `DistributedDataParallel`.
 ///
-/// In each step: [`prepare_forward`](Self::prepare_forward), the forward pass, [`prepare_backward`](Self::prepare_backward), then
-/// [`run_backward`]. A micro-batch whose gradients are only accumulated leaves out both preparations, before its last one.
+/// In each step: [`prepare_forward`](Self::prepare_forward), the forward pass, [`prepare_backward`](Self::prepare_backward),
+/// [`run_backward`], then [`regroup`](Self::regroup). A micro-batch whose gradients are only accumulated leaves out both preparations, before its last one.
 #[derive(Debug)]
 pub struct Reducer {
     handle: Handle<IceReducer>,
@@ -81,16 +81,26 @@ impl Reducer {
         Ok(Self { handle, group: group.clone(), parameters: parameters.len() })
     }
 
-    /// Starts a step. After the first step it regroups the gradients in the order in which they came on rank 0, which is a
-    /// collective. Says whether it did.
+    /// Starts a step.
     ///
     /// # Errors
     /// Those of the collectives.
-    pub fn prepare_forward(&self) -> Result<bool> {
+    pub fn prepare_forward(&self) -> Result<()> {
+        let _guard = self.group.lock();
+        // SAFETY: the handle is alive.
+        check(|message| unsafe { ffi::ice_reducer_prepare_forward(self.handle.pointer(), message) })
+    }
+
+    /// After the first backward pass with preparations, regroups the gradients in the order in which they came on rank 0, and says that
+    /// it did; later it does nothing. A collective, to be called on every rank after a backward pass.
+    ///
+    /// # Errors
+    /// Those of the collectives.
+    pub fn regroup(&self) -> Result<bool> {
         let (_guard, mut regrouped) = (self.group.lock(), false);
         check(|message| {
             // SAFETY: the handle is alive, and so is the flag.
-            unsafe { ffi::ice_reducer_prepare_forward(self.handle.pointer(), &mut regrouped, message) }
+            unsafe { ffi::ice_reducer_regroup(self.handle.pointer(), &mut regrouped, message) }
         })?;
         Ok(regrouped)
     }

@@ -57,6 +57,7 @@ fn averages_match(find_unused_parameters: bool, gradient_as_bucket_view: bool) {
             let loss = loss(&parameters, group.rank(), step, extra);
             reducer.prepare_backward(&[&loss]).unwrap();
             run_backward(&loss).unwrap();
+            reducer.regroup().unwrap();
             for ((name, parameter), expected) in parameters.iter().zip(&expected) {
                 let mut gradient = parameter.grad();
                 assert!(expected.abs().max().double_value(&[]) > 1e-4, "{name}: nothing to compare");
@@ -191,7 +192,7 @@ fn a_reducer_made_in_the_order_that_was_learned_groups_alike() {
             let mut reducer = Reducer::new(&parameters, group, &options).unwrap();
             let mut regroupings = Vec::new();
             for step in 0..3 {
-                regroupings.push(reducer.prepare_forward().unwrap());
+                reducer.prepare_forward().unwrap();
                 let used: Vec<_> = ["first", "second", "extra"]
                     .into_iter()
                     .map(|name| parameters.iter().find(|(own, _)| own == name).unwrap())
@@ -200,8 +201,9 @@ fn a_reducer_made_in_the_order_that_was_learned_groups_alike() {
                 let loss = loss(&used, group.rank(), step, true);
                 reducer.prepare_backward(&[&loss]).unwrap();
                 run_backward(&loss).unwrap();
+                regroupings.push(reducer.regroup().unwrap());
             }
-            assert_eq!(regroupings, [false, true, false]);
+            assert_eq!(regroupings, [true, false, false]);
             let order = reducer.order().unwrap();
             orders.push(order.clone());
             parameters = order

@@ -210,6 +210,7 @@ impl ExecutableGraph {
         worker.link().tick();
         // All nodes at once: the graph of libtorch does not know them.
         self.timed("*", "backward", || ice_c10d::run_backward(&start))?;
+        self.each("backward", |node| node.after_backward(last))?;
         self.iteration_end();
         Ok((samples, loss.detach()))
     }

@@ -78,7 +78,7 @@ impl From<f64> for Measure {
 /// A node of a [`HyperGraph`](crate::HyperGraph). Only [`Node::set_up`] and [`Node::forward`] must be written.
 ///
 /// In a training step the hooks run in this order, each on all nodes: `before_step`, for each pass `before_pass`, `forward` (lazily),
-/// `take_loss`, `before_backward` and `iteration_end`, then `update`. There is one pass, unless gradients are accumulated.
+/// `take_loss`, `before_backward`, `after_backward` and `iteration_end`, then `update`. There is one pass, unless gradients are accumulated.
 pub trait Node: Any {
     /// Makes the node ready on the device of the rank; called once, on every rank, in the same order.
     ///
@@ -151,6 +151,14 @@ pub trait Node: Any {
     /// # Errors
     /// The failure of a collective.
     fn before_backward(&mut self, _loss: &Tensor, _last: bool) -> Result<()> {
+        Ok(())
+    }
+
+    /// The backward pass is through.
+    ///
+    /// # Errors
+    /// The failure of a collective.
+    fn after_backward(&mut self, _last: bool) -> Result<()> {
         Ok(())
     }
 

@@ -30,15 +30,20 @@ impl Averaging {
         Ok(Self { reducer, group: group.clone(), options: options.clone(), parameters, order })
     }
 
-    pub(super) fn prepare_forward(&mut self) -> Result<()> {
-        if self.reducer.prepare_forward()? {
-            self.order = self.reducer.order()?;
-        }
-        Ok(())
+    pub(super) fn prepare_forward(&self) -> Result<()> {
+        Ok(self.reducer.prepare_forward()?)
     }
 
     pub(super) fn prepare_backward(&mut self, loss: &Tensor) -> Result<()> {
         Ok(self.reducer.prepare_backward(&[loss])?)
+    }
+
+    /// Learns the order once the first gradients are there. A checkpoint of the first step has it already.
+    pub(super) fn after_backward(&mut self) -> Result<()> {
+        if self.reducer.regroup()? {
+            self.order = self.reducer.order()?;
+        }
+        Ok(())
     }
 
     /// The names of the parameters in the order in which forward uses them.

@@ -132,8 +132,8 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
         self
     }
 
-    /// Whether all ranks take over rank 0's buffers, as the statistics of a batch norm, before each training step. True unless
-    /// given, as in DistributedDataParallel.
+    /// Whether all ranks take over rank 0's buffers, as the statistics of a batch norm, after each training pass. True unless given, as
+    /// in DistributedDataParallel.
     #[must_use]
     pub fn broadcast_buffers(mut self, broadcast: bool) -> Self {
         self.broadcast_buffers = broadcast;
@@ -222,11 +222,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     }
 
     fn before_pass(&mut self, last: bool) -> Result<()> {
-        let ready = self.ready_mut()?;
-        for buffer in &ready.buffers {
-            ready.worker.broadcast(buffer)?;
-        }
-        match &mut ready.averaging {
+        match &self.ready()?.averaging {
             Some(averaging) if last => averaging.prepare_forward(),
             _ => Ok(()),
         }
@@ -240,6 +236,18 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     fn before_backward(&mut self, loss: &Tensor, last: bool) -> Result<()> {
         match &mut self.ready_mut()?.averaging {
             Some(averaging) if last => averaging.prepare_backward(loss),
+            _ => Ok(()),
+        }
+    }
+
+    fn after_backward(&mut self, last: bool) -> Result<()> {
+        let ready = self.ready_mut()?;
+        // Now rather than before the next pass: an evaluation and a checkpoint see the same ones.
+        for buffer in &ready.buffers {
+            ready.worker.broadcast(buffer)?;
+        }
+        match &mut ready.averaging {
+            Some(averaging) if last => averaging.after_backward(),
             _ => Ok(()),
         }
     }
