@@ -4,6 +4,7 @@
 //! This crate knows nothing of what is trained. It meets the launcher only through the formats of `ice-proto`, so a rank
 //! runs under torchrun as well, without a link.
 
+mod agree;
 mod device;
 mod error;
 mod group;
@@ -13,5 +14,5 @@ mod rank;
 pub use error::Error;
 pub use ice_proto::backend::{DistBackend, RankDevice};
 pub use ice_proto::link::Progress;
-pub use link::{Hold, Link, Stop};
+pub use link::{Boundary, Hold, Link, Stop};
 pub use rank::Worker;

@@ -10,8 +10,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use ice_c10d::Store;
 use ice_proto::frame::{self, Decoder};
-use ice_proto::link::{Down, Up};
+use ice_proto::link::{Down, Request, Up};
+
+use crate::agree::{self, Boundaries, Part, Turn};
 
 /// How often the rank says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -36,6 +39,8 @@ struct Inner {
     leaving: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
+    /// Where all ranks are told of requests, once there is a round.
+    store: Mutex<Option<Store>>,
 }
 
 /// What the agent wants, and what the rank is about.
@@ -46,6 +51,11 @@ struct State {
     noticed: bool,
     /// Writes under way that are not to be cut off.
     holds: usize,
+    boundaries: Boundaries,
+    /// Rank of this node.
+    node: u32,
+    /// What was asked for before there was a round.
+    early: Vec<Request>,
 }
 
 /// Why a rank is to end.
@@ -54,6 +64,24 @@ pub enum Stop {
     /// The job is to end at the next step boundary.
     Requested,
     /// The round is over: another rank is gone, and no collective will succeed any more.
+    Broken,
+}
+
+/// What is to be done at a step boundary, by all ranks of the job at the same one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boundary {
+    /// Nothing: go on to the next step.
+    GoOn,
+    /// Save a checkpoint, and ask again.
+    Save,
+    /// Save a checkpoint where that is said, and end if this rank is one of those that are to.
+    Stop {
+        /// Whether this rank ends; others ask again, and will find the round broken.
+        here: bool,
+        /// Whether all ranks save.
+        save: bool,
+    },
+    /// The round is over: end.
     Broken,
 }
 
@@ -92,6 +120,7 @@ impl Link {
             leaving: AtomicBool::new(false),
             state: Mutex::default(),
             changed: Condvar::new(),
+            store: Mutex::default(),
         });
         let link = Self { inner: Some(Arc::clone(&inner)) };
         link.send(&Up::Hello { pid: process::id(), rank });
@@ -175,6 +204,82 @@ impl Link {
         Hold { inner: self.inner.clone() }
     }
 
+    /// Takes part in what the ranks of a round agree on over its store.
+    pub(crate) fn join_round(
+        &self,
+        store: &Store,
+        node: u32,
+        rank: usize,
+        world_size: usize,
+    ) -> io::Result<()> {
+        let Some(inner) = &self.inner else { return Ok(()) };
+        let hearing = store.reconnect().map_err(io::Error::other)?;
+        inner.state().node = node;
+        let part = Arc::clone(inner);
+        thread::Builder::new().name("ice-agree".into()).spawn(move || {
+            if let Err(error) = agree::take_part(&*part, &hearing, rank, world_size) {
+                tracing::debug!(%error, "no more requests will come");
+            }
+        })?;
+        *inner.store() = Some(store.clone());
+        let early = std::mem::take(&mut inner.state().early);
+        early.into_iter().for_each(|request| inner.asked(request));
+        Ok(())
+    }
+
+    /// To be called on every rank at the same places of its work. Waits while the job is paused, or while it is not clear yet which ranks
+    /// are how far.
+    pub fn boundary(&self) -> Boundary {
+        let Some(inner) = &self.inner else { return Boundary::GoOn };
+        let mut paused = false;
+        let mut state = inner.state();
+        let found = loop {
+            if state.stop == Some(Stop::Broken) {
+                state.noticed = true;
+                break Boundary::Broken;
+            }
+            let was_free = state.boundaries.is_free();
+            let turn = state.boundaries.arrive();
+            if !was_free && state.boundaries.is_free() {
+                inner.changed.notify_all();
+            }
+            match turn {
+                Turn::Pass => break Boundary::GoOn,
+                Turn::Do(Request::Stop { node, save }) => {
+                    let here = state.node == node;
+                    state.noticed |= here;
+                    break Boundary::Stop { here, save };
+                }
+                Turn::Do(_) => break Boundary::Save,
+                Turn::Wait => {
+                    if state.boundaries.is_paused() && !paused {
+                        paused = true;
+                        drop(state);
+                        self.rest();
+                        self.send(&Up::Paused);
+                        state = inner.state();
+                        continue;
+                    }
+                    state = inner.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        };
+        drop(state);
+        if paused {
+            self.send(&Up::Resumed);
+        }
+        found
+    }
+
+    /// Notes that no boundary will come any more.
+    pub fn end(&self) {
+        if let Some(inner) = &self.inner {
+            inner.state().boundaries.end();
+            inner.changed.notify_all();
+        }
+        self.rest();
+    }
+
     /// Says that the work is done; the agent may be gone from now on.
     pub(crate) fn finish(&self) {
         if let Some(inner) = &self.inner {
@@ -191,6 +296,21 @@ impl Link {
             self.send(&Up::Heartbeat { step, activity });
             thread::sleep(HEARTBEAT);
         }
+    }
+}
+
+impl Part for Inner {
+    fn ask(&self, request: Request) -> u64 {
+        let mut state = self
+            .changed
+            .wait_while(self.state(), |state| !state.boundaries.is_free())
+            .unwrap_or_else(PoisonError::into_inner);
+        state.boundaries.ask(request)
+    }
+
+    fn settle(&self, target: u64) {
+        self.state().boundaries.settle(target);
+        self.changed.notify_all();
     }
 }
 
@@ -211,12 +331,16 @@ impl Inner {
             }
             loop {
                 match decoder.next_message::<Down>() {
-                    Ok(Some(Down::Stop)) => self.told(Stop::Requested),
+                    Ok(Some(Down::Ask(request))) => {
+                        if matches!(request, Request::Stop { .. }) {
+                            self.told(Stop::Requested);
+                        }
+                        self.asked(request);
+                    }
                     Ok(Some(Down::RoundBroken { reason, .. })) => {
                         tracing::debug!(reason, "the round is over");
                         self.told(Stop::Broken);
                     }
-                    Ok(Some(other)) => tracing::debug!(?other, "not acted on"),
                     Ok(None) => break,
                     Err(error) => {
                         tracing::error!(%error, "the link to the agent is unusable");
@@ -228,6 +352,24 @@ impl Inner {
         if !self.leaving.load(Ordering::SeqCst) {
             tracing::error!("the agent is gone: leaving");
             process::exit(1);
+        }
+    }
+
+    fn store(&self) -> MutexGuard<'_, Option<Store>> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells all ranks what this one was told.
+    fn asked(&self, request: Request) {
+        match &*self.store() {
+            Some(store) => {
+                // The work of this rank may hold the connection while it waits for something else.
+                let told = store.reconnect().and_then(|store| agree::publish(&store, request));
+                if let Err(error) = told {
+                    tracing::warn!(%error, ?request, "the other ranks could not be told");
+                }
+            }
+            None => self.state().early.push(request),
         }
     }
 

@@ -32,6 +32,10 @@ pub enum Up {
         /// Applied steps that it holds.
         step: u64,
     },
+    /// The rank stands at a step boundary, with all others, until [`Down::Resume`].
+    Paused,
+    /// It goes on.
+    Resumed,
     /// The rank is about to fail and says why.
     Error {
         /// The error and its causes, one line each.
@@ -66,12 +70,25 @@ pub enum Down {
         /// Why, for a person.
         reason: String,
     },
-    /// Save a checkpoint at the next step boundary.
+    /// Something that the ranks of the job are to do together. It is enough to tell one of them.
+    Ask(Request),
+}
+
+/// What all ranks of a job do at the same step boundary. They agree over the store on which one that is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Save a checkpoint.
     Save,
-    /// Stop at the next step boundary and wait for [`Down::Resume`].
+    /// Wait for [`Request::Resume`].
     Pause,
     /// Go on.
     Resume,
-    /// End the run at the next step boundary, cleanly.
-    Stop,
+    /// The ranks of one node end, after a checkpoint of all.
+    Stop {
+        /// Rank of the node.
+        node: u32,
+        /// Whether to save one.
+        save: bool,
+    },
 }

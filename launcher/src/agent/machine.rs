@@ -30,7 +30,13 @@ pub(crate) enum Event {
         reason: String,
     },
     /// The user wants the job to end.
-    Stop(i32),
+    Stop {
+        signal: i32,
+        /// After a checkpoint, where the ranks know how.
+        save: bool,
+        /// Whether all ranks of this node will end together with a checkpoint of all nodes'.
+        together: bool,
+    },
     /// The user has a signal for the ranks.
     Forward(i32),
     Tick,
@@ -61,8 +67,8 @@ pub(crate) enum Action {
 /// Why ranks are asked to end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Ask {
-    /// The user wants it, by this signal.
-    Stop(i32),
+    /// The user wants it, by this signal, and with a checkpoint or without.
+    Stop(i32, bool),
     /// The round is over.
     Broken(String),
 }
@@ -70,7 +76,7 @@ pub(crate) enum Ask {
 impl Ask {
     pub(crate) fn signal(&self) -> i32 {
         match self {
-            Self::Stop(signal) => *signal,
+            Self::Stop(signal, _) => *signal,
             Self::Broken(_) => SIGTERM,
         }
     }
@@ -136,6 +142,8 @@ pub(crate) struct Agent {
     ends: Vec<End>,
     /// When the user first wanted the job to end.
     signalled: Option<Duration>,
+    /// That this node leaves, where the coordinator is not to know yet.
+    leave: Option<ToCoordinator>,
     terminate_at: Option<Duration>,
     kill_at: Option<Duration>,
 }
@@ -153,6 +161,7 @@ impl Agent {
             started: Duration::ZERO,
             ends: Vec::new(),
             signalled: None,
+            leave: None,
             terminate_at: None,
             kill_at: None,
         }
@@ -175,10 +184,10 @@ impl Agent {
         let mut actions = match event {
             Event::Coordinator(message) => self.coordinator(now, message),
             // It is how a job that this agent leaves anyway ends.
-            Event::CoordinatorLost(_) | Event::NotMet(_)
+            Event::CoordinatorLost(reason) | Event::NotMet(reason)
                 if matches!(self.phase, Phase::Stopping(Then::Exit(_))) =>
             {
-                Vec::new()
+                self.alone(&reason)
             }
             Event::CoordinatorLost(reason) if self.rules.looks_again => self.lost(now, &reason),
             Event::CoordinatorLost(reason) | Event::NotMet(reason) => {
@@ -193,7 +202,7 @@ impl Agent {
             }
             Event::Exited { local_rank, exit, failed_at } => self.exited(now, local_rank, exit, failed_at),
             Event::Hung { local_rank, reason } => self.hung(now, local_rank, reason),
-            Event::Stop(signal) => self.signal(now, signal),
+            Event::Stop { signal, save, together } => self.signal(now, signal, save, together),
             Event::Forward(signal) if self.alive.is_empty() => {
                 vec![Action::Say(format!("no rank runs that {} could be passed on to", name_of(signal)))]
             }
@@ -229,6 +238,7 @@ impl Agent {
                 }
                 actions
             }
+            (ToAgent::RoundBroken { round, reason }, _) if round == self.round => self.alone(&reason),
             (ToAgent::Waiting { reason, .. }, Phase::Joining) => vec![Action::Say(reason)],
             (ToAgent::Closed { success: true, .. }, Phase::Joining) => {
                 self.phase = Phase::Stopping(Then::Exit(Some(ExitCode::Success)));
@@ -256,7 +266,7 @@ impl Agent {
 
     fn over(&mut self, now: Duration, reason: &str, no_restart: Option<String>) -> Vec<Action> {
         if matches!(self.phase, Phase::Stopping(Then::Exit(_))) {
-            return Vec::new();
+            return self.alone(reason);
         }
         // The report says what failed here.
         let what = (!self.failed()).then(|| format!("the job is over: {reason}"));
@@ -288,7 +298,11 @@ impl Agent {
         let hopeless = self.hopeless(&exit);
         self.ends.push(End { local_rank, exit, asked, at });
         if !self.is_running() {
-            return Vec::new();
+            // What the ranks had to do together is done, or will not be.
+            return match success {
+                true => self.leave.take().map(Action::Send).into_iter().collect(),
+                false => self.alone(&what),
+            };
         }
         if success {
             if !self.alive.is_empty() {
@@ -314,6 +328,13 @@ impl Agent {
         actions
     }
 
+    /// Others that the ranks of this node were to end together with are gone: they end by themselves.
+    fn alone(&mut self, reason: &str) -> Vec<Action> {
+        let leave =
+            self.leave.take().map(|leave| [Action::Send(leave), Action::Ask(Ask::Broken(reason.into()))]);
+        leave.into_iter().flatten().collect()
+    }
+
     fn fail(&mut self, now: Duration, reason: String, hopeless: Option<String>) -> Vec<Action> {
         let uptime = now.saturating_sub(self.started);
         let ask = Ask::Broken(reason.clone());
@@ -335,33 +356,48 @@ impl Agent {
         }
     }
 
-    fn signal(&mut self, now: Duration, signal: i32) -> Vec<Action> {
+    fn signal(&mut self, now: Duration, signal: i32, save: bool, together: bool) -> Vec<Action> {
         if let Some(first) = self.signalled {
             if now.saturating_sub(first) < ECHO {
                 return Vec::new();
             }
-            return vec![Action::Say("told to stop again: killing".into()), Action::Kill];
+            let leave = self.leave.take().map(Action::Send);
+            return [Action::Say("told to stop again: killing".into()), Action::Kill]
+                .into_iter()
+                .chain(leave)
+                .collect();
         }
         self.signalled = Some(now);
         let reason = format!("told to stop by {}", name_of(signal));
-        let mut actions =
-            vec![Action::Send(ToCoordinator::Leave { reason: reason.clone() }), Action::Say(reason)];
-        actions.extend(self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), Ask::Stop(signal)));
+        self.leave = Some(ToCoordinator::Leave { reason: reason.clone() });
+        let mut actions = vec![Action::Say(reason)];
+        // Ranks that end together with a checkpoint of all need those of the other nodes until then.
+        if !together || self.alive.is_empty() || !self.is_running() {
+            actions.extend(self.leave.take().map(Action::Send));
+        }
+        actions.extend(self.stop(
+            now,
+            Then::Exit(Some(Exit::Signal(signal).code())),
+            Ask::Stop(signal, save),
+        ));
         actions
     }
 
     fn tick(&mut self, now: Duration) -> Vec<Action> {
         let due = |at: Option<Duration>| at.is_some_and(|at| now >= at);
+        let mut actions = Vec::new();
         if due(self.kill_at) {
             (self.terminate_at, self.kill_at) = (None, None);
             let what = "ranks did not end within the shutdown timeout: killing them";
-            return vec![Action::Say(what.into()), Action::Kill];
-        }
-        if due(self.terminate_at) {
+            actions.extend([Action::Say(what.into()), Action::Kill]);
+        } else if due(self.terminate_at) {
             self.terminate_at = None;
-            return vec![Action::Terminate];
+            actions.push(Action::Terminate);
         }
-        Vec::new()
+        if !actions.is_empty() {
+            actions.extend(self.leave.take().map(Action::Send));
+        }
+        actions
     }
 
     fn stop(&mut self, now: Duration, then: Then, ask: Ask) -> Vec<Action> {

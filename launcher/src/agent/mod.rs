@@ -10,6 +10,8 @@
 //! - **AG-5** An attempt that failed is reported once, with each rank that ended in it once and the first failure at the front.
 //! - **AG-6** An agent joins only while it has a coordinator; where it is looked for again, losing it ends the round and nothing else.
 //! - **AG-7** A failure is reported on each connection, before the agent joins, until a round has started there.
+//! - **AG-8** A node that was told to stop leaves: at once, or, where its ranks end together with a checkpoint of all nodes', when the
+//!   first of them has ended, or fails, or another node is lost, or they take too long.
 
 mod exit;
 mod hangs;

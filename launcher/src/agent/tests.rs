@@ -144,12 +144,45 @@ fn a_restart_waits_for_the_last_rank() {
     assert!(matches!(agent.handle(NOW, started(1))[..], [Action::Spawn(_)]));
 }
 
+fn stop(signal: i32) -> Event {
+    Event::Stop { signal, save: true, together: false }
+}
+
+#[test]
+fn ranks_that_end_together_are_waited_for_before_the_node_leaves() {
+    let leaves = |actions: &[Action]| {
+        actions.iter().any(|action| matches!(action, Action::Send(ToCoordinator::Leave { .. })))
+    };
+    let asked = |actions: &[Action]| actions.contains(&Action::Ask(Ask::Broken("r".into())));
+    let told = || {
+        let mut agent = agent();
+        agent.handle(NOW, started(0));
+        let actions = agent.handle(NOW, Event::Stop { signal: 15, save: true, together: true });
+        assert!(!leaves(&actions) && actions.contains(&Action::Ask(Ask::Stop(15, true))), "{actions:?}");
+        agent
+    };
+    assert_eq!(told().handle(NOW, exited(0, Exit::Code(0))).len(), 1);
+    assert!(leaves(&told().handle(NOW, exited(0, Exit::Code(0)))), "AG-8");
+    // One that fails holds up the others, and so does another node's.
+    let actions = told().handle(NOW, exited(0, Exit::Code(3)));
+    assert!(leaves(&actions) && matches!(actions[1], Action::Ask(Ask::Broken(_))), "AG-8: {actions:?}");
+    let broken = || Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into() });
+    let actions = told().handle(NOW, broken());
+    assert!(leaves(&actions) && asked(&actions), "AG-8: {actions:?}");
+    let actions = told().handle(NOW, Event::CoordinatorLost("r".into()));
+    assert!(asked(&actions), "AG-8: {actions:?}");
+    let mut agent = told();
+    let due = agent.deadline().unwrap();
+    assert!(leaves(&agent.handle(due, Event::Tick)), "AG-8");
+    assert!(leaves(&told().handle(NOW * 2, stop(15))), "AG-8");
+}
+
 #[test]
 fn ranks_that_do_not_end_are_asked_then_told_then_killed() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
-    let actions = agent.handle(NOW, Event::Stop(2));
-    assert!(actions.contains(&Action::Ask(Ask::Stop(2))), "{actions:?}");
+    let actions = agent.handle(NOW, stop(2));
+    assert!(actions.contains(&Action::Ask(Ask::Stop(2, true))), "{actions:?}");
     let told_at = agent.deadline().unwrap();
     assert!(told_at > NOW && told_at < NOW + TIMEOUT);
     assert_eq!(
@@ -170,9 +203,9 @@ fn ranks_that_do_not_end_are_asked_then_told_then_killed() {
 fn a_second_signal_kills_at_once() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
-    assert!(agent.handle(NOW, Event::Stop(2)).contains(&Action::Ask(Ask::Stop(2))));
-    assert_eq!(agent.handle(NOW, Event::Stop(2)), [], "an echo");
-    assert!(agent.handle(NOW * 2, Event::Stop(2)).contains(&Action::Kill));
+    assert!(agent.handle(NOW, stop(2)).contains(&Action::Ask(Ask::Stop(2, true))));
+    assert_eq!(agent.handle(NOW, stop(2)), [], "an echo");
+    assert!(agent.handle(NOW * 2, stop(2)).contains(&Action::Kill));
 }
 
 #[test]
@@ -246,7 +279,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (0_u64..3)
             .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into() })),
         1 => any::<bool>().prop_map(closed),
-        1 => Just(Event::Stop(15)),
+        1 => any::<bool>().prop_map(|together| Event::Stop { signal: 15, save: true, together }),
         1 => (0_u32..2).prop_map(|local_rank| Event::Hung { local_rank, reason: "h".into() }),
         1 => Just(Event::Forward(10)),
         1 => Just(Event::CoordinatorLost("l".into())),
@@ -264,7 +297,8 @@ proptest! {
         let mut met = true;
         let mut alive = BTreeSet::new();
         let mut done = false;
-        for event in events.into_iter().chain([Event::Stop(15), exited(0, Exit::Code(0)), exited(1, Exit::Code(0))]) {
+        let (mut asked, mut left) = (false, false);
+        for event in events.into_iter().chain([stop(15), exited(0, Exit::Code(0)), exited(1, Exit::Code(0))]) {
             let is_start = matches!(event, Event::Coordinator(ToAgent::RoundStarted(_)));
             match &event {
                 Event::CoordinatorLost(_) => met = false,
@@ -277,6 +311,8 @@ proptest! {
             for action in agent.handle(NOW, event) {
                 prop_assert!(!done, "AG-3");
                 match action {
+                    Action::Ask(Ask::Stop(..)) => asked = true,
+                    Action::Send(ToCoordinator::Leave { .. }) => left = true,
                     Action::Report(ends) => {
                         let ranks: BTreeSet<_> = ends.iter().map(|end| end.local_rank).collect();
                         prop_assert_eq!((ranks.len(), ends.len()), (2, 2), "AG-5");
@@ -295,6 +331,7 @@ proptest! {
                 }
             }
         }
+        prop_assert!(!asked || left, "AG-8");
         prop_assert!(done, "a signal and the end of all ranks always end the agent");
     }
 }

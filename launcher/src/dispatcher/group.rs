@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use ice_proto::exit::ExitCode;
-use ice_proto::link::{Down, Up};
+use ice_proto::link::{Down, Request, Up};
 use ice_proto::rendezvous::Round;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -235,7 +235,10 @@ impl<'a> Group<'a> {
 
     pub(super) fn ask(&mut self, ask: &Ask) {
         let message = match ask {
-            Ask::Stop(_) => Down::Stop,
+            Ask::Stop(_, save) => {
+                let node = self.round.as_ref().map_or(0, |round| round.you.group_rank);
+                Down::Ask(Request::Stop { node, save: *save })
+            }
             Ask::Broken(reason) => {
                 let round = self.round.as_ref().map_or(0, |round| round.number);
                 Down::RoundBroken { round, reason: reason.clone() }
@@ -243,6 +246,19 @@ impl<'a> Group<'a> {
         };
         let signal = Signal::try_from(ask.signal()).unwrap_or(Signal::SIGTERM);
         self.ranks.values_mut().for_each(|member| member.ask(&message, signal));
+    }
+
+    /// Whether the ranks do together what one of them is asked for: all live and know the link.
+    pub(super) fn agrees(&self) -> bool {
+        !self.ranks.is_empty() && self.ranks.values().all(Member::listens)
+    }
+
+    /// Asks one rank for something that all ranks of the job then do.
+    pub(super) fn request(&self, request: Request) {
+        let told = self.ranks.values().any(|member| member.send(&Down::Ask(request)));
+        if !told {
+            self.console.note("no rank could be told");
+        }
     }
 
     pub(super) fn terminate(&mut self) {

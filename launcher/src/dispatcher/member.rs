@@ -133,7 +133,13 @@ impl Member {
         handles(pid, signal as i32) && kill(Pid::from_raw(pid.cast_signed()), signal).is_ok()
     }
 
-    fn send(&self, message: &Down) -> bool {
+    /// Whether it lives and knows the link.
+    pub(super) fn listens(&self) -> bool {
+        self.alive && self.knows_link
+    }
+
+    /// Tells it something over the link; false where it is not to be had.
+    pub(super) fn send(&self, message: &Down) -> bool {
         let (Some(link), Ok(frame)) = (&self.link, frame::encode(message)) else { return false };
         link.try_write(&frame).is_ok_and(|written| written == frame.len())
     }

@@ -6,14 +6,16 @@ mod group;
 mod inspect;
 mod link;
 mod member;
+mod question;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ice_proto::exit::ExitCode;
-use ice_proto::link::Up;
+use ice_proto::link::{Request, Up};
 use ice_proto::rendezvous::{Hello, Round, ToAgent, ToCoordinator};
 use ice_rendezvous::{Meeting, Session, address};
 use nix::sys::signal::{Signal, raise};
@@ -26,6 +28,7 @@ use crate::supervise::{Caught, Orphans, Signals, cpu_times, raise_open_files};
 use crate::{Error, LaunchPlan};
 use clock::Clock;
 use group::Group;
+use question::Answer;
 
 /// How long what is left to write is waited for once the user wants the end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -36,6 +39,8 @@ const TICK: Duration = Duration::from_millis(10);
 pub(crate) enum RankEvent {
     Exited(u32, Exit),
     Said(u32, Up),
+    /// The user has answered the question.
+    Answered(Answer),
     /// The stacks of a job that hangs have been written; what there is.
     Inspected(Hang, String),
 }
@@ -137,6 +142,10 @@ struct Dispatcher<'a> {
     /// When CPU times are read next.
     sample_at: Duration,
     inspecting: bool,
+    /// Local ranks that stand at a boundary because the job is paused.
+    paused: BTreeSet<u32>,
+    /// Whether the user is being asked.
+    asking: bool,
     clock: Clock,
     plan: &'a LaunchPlan,
     meeting: Arc<Meeting>,
@@ -176,6 +185,8 @@ impl<'a> Dispatcher<'a> {
             hangs: HangWatch::new(plan.hang_timeout, plan.monitor_interval),
             sample_at: Duration::ZERO,
             inspecting: false,
+            paused: BTreeSet::new(),
+            asking: false,
             clock: Clock::start(),
             plan,
             meeting,
@@ -249,7 +260,12 @@ impl<'a> Dispatcher<'a> {
         match caught {
             Caught::Stop(signal) => {
                 self.log.add(&Happened::Signal { signal });
-                Some(Event::Stop(signal))
+                if signal == Signal::SIGINT as i32 && self.asks() {
+                    return None;
+                }
+                // Who is asked and answers with another signal wants the end.
+                let save = !(self.asking && signal == Signal::SIGINT as i32);
+                Some(self.stop(signal, save))
             }
             Caught::Forward(signal) => {
                 self.log.add(&Happened::Signal { signal });
@@ -259,6 +275,66 @@ impl<'a> Dispatcher<'a> {
                 self.suspend();
                 None
             }
+        }
+    }
+
+    fn stop(&self, signal: i32, save: bool) -> Event {
+        Event::Stop { signal, save, together: save && self.group.agrees() }
+    }
+
+    /// Pauses the job and asks the user what to do, where that can be done.
+    fn asks(&mut self) -> bool {
+        if self.asking || !self.agent.is_running() || !self.group.agrees() || !question::is_possible() {
+            return false;
+        }
+        if let Err(error) = question::ask(self.sender.clone()) {
+            tracing::warn!(%error, "the user cannot be asked");
+            return false;
+        }
+        self.asking = true;
+        if self.paused.is_empty() {
+            self.group.request(Request::Pause);
+            self.console.note("pausing at the next step boundary; Ctrl-C again ends the job at once");
+        } else {
+            self.prompt();
+        }
+        true
+    }
+
+    fn prompt(&self) {
+        self.console.say("Should I save the checkpoint? [Y/n] (c goes on) ");
+    }
+
+    fn answered(&mut self, answer: Answer) -> Option<Event> {
+        if !std::mem::take(&mut self.asking) {
+            return None;
+        }
+        let interrupt = Signal::SIGINT as i32;
+        match answer {
+            Answer::SaveAndEnd => Some(self.stop(interrupt, true)),
+            Answer::End => Some(self.stop(interrupt, false)),
+            Answer::GoOn => {
+                self.group.request(Request::Resume);
+                None
+            }
+        }
+    }
+
+    /// Notes that a rank was paused, or goes on.
+    fn rank_paused(&mut self, local_rank: u32, paused: bool) {
+        let (before, rank) = (self.paused.len(), self.group.rank(local_rank));
+        if paused {
+            self.paused.insert(local_rank);
+            self.log.add(&Happened::Paused { rank });
+        } else {
+            self.paused.remove(&local_rank);
+            self.log.add(&Happened::Resumed { rank });
+        }
+        match (before, self.paused.len()) {
+            (0, 1) if self.asking => self.prompt(),
+            (0, 1) => self.console.note("paused; SIGUSR2 goes on"),
+            (1, 0) if self.agent.is_running() => self.console.note("going on"),
+            _ => {}
         }
     }
 
@@ -277,6 +353,7 @@ impl<'a> Dispatcher<'a> {
                 let rank = self.group.rank(local_rank);
                 self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
                 self.hangs.gone(local_rank);
+                self.paused.remove(&local_rank);
                 let failed_at = self.group.exited(local_rank, &exit).map(|at| on_clock(now, at));
                 return Some(Event::Exited { local_rank, exit, failed_at });
             }
@@ -284,6 +361,9 @@ impl<'a> Dispatcher<'a> {
                 let reason = format!("{}; stacks of all ranks were written ({found})", hang.reason);
                 return Some(Event::Hung { local_rank: hang.local_rank, reason });
             }
+            RankEvent::Answered(answer) => return self.answered(answer),
+            RankEvent::Said(local_rank, Up::Paused) => self.rank_paused(local_rank, true),
+            RankEvent::Said(local_rank, Up::Resumed) => self.rank_paused(local_rank, false),
             RankEvent::Said(_, Up::Progress(progress)) => {
                 if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std()) {
                     self.console.say_if_idle(&line);
@@ -406,7 +486,16 @@ impl<'a> Dispatcher<'a> {
     fn forward(&mut self, signal: i32) {
         let Ok(signal) = Signal::try_from(signal) else { return };
         let refused = self.group.forward(signal);
-        if !refused.is_empty() {
+        let request = match signal {
+            Signal::SIGUSR1 => Request::Save,
+            _ if self.paused.is_empty() => Request::Pause,
+            _ => Request::Resume,
+        };
+        // Ranks of ours have no handlers; what such a signal is for, they do together.
+        if !refused.is_empty() && self.group.agrees() {
+            self.log.add(&Happened::Requested { request });
+            self.group.request(request);
+        } else if !refused.is_empty() {
             let ranks: Vec<_> = refused.iter().map(ToString::to_string).collect();
             self.console.note(&format!(
                 "{signal} was not passed on to rank {}: it has no handler and would end",

@@ -1,5 +1,6 @@
 //! `--events`: everything that happened, one JSON object per line. `docs/events.md` is its documentation.
 
+use ice_proto::link::Request;
 use serde::Serialize;
 
 use super::failure::ExitRecord;
@@ -29,6 +30,12 @@ pub(crate) enum Happened {
     CheckpointSaved { rank: u32, path: String, step: u64 },
     /// The agent was sent a signal.
     Signal { signal: i32 },
+    /// All ranks were asked for something by a signal.
+    Requested { request: Request },
+    /// A rank stands at a step boundary until the job goes on.
+    Paused { rank: u32 },
+    /// It goes on.
+    Resumed { rank: u32 },
     /// The job stands still.
     Hang { rank: u32, reason: String },
     /// The attempt failed on this node.

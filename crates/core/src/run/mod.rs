@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use ice_worker::Worker;
+use ice_worker::{Boundary, Worker};
 
 use self::timers::AllTimers;
 pub(crate) use self::timers::Timers;
@@ -105,15 +105,15 @@ impl<'a> Run<'a> {
         run.prepare_to_save();
         run.open_board();
         let outcome = match tasks.run(&run) {
-            Err(Error::Stopped) => run.save_before_stop(),
+            Err(Error::Stopped) => Ok(()),
             Err(error) if matches!(error.root(), Error::StopAllTasks) => Ok(()),
-            // The ranks do not see a request to stop at the same step.
+            // The ranks of a node that was told to stop have left, or are lost.
             Err(error) if error.is_collective() && run.worker.link().wait_for_stop(STOP_GRACE).is_some() => {
                 Ok(())
             }
             outcome => outcome,
         };
-        run.worker.link().rest();
+        run.worker.link().end();
         let outcome = outcome.and_then(|()| graph.switch_to(&[]));
         let written = run.writer.borrow_mut().finish();
         let outcome = outcome.and(match written {
@@ -168,8 +168,23 @@ impl<'a> Run<'a> {
         self.tasks.epochs(train)
     }
 
-    pub(crate) fn check_stop(&self) -> Result<()> {
-        if self.worker.link().stop().is_some() { Err(Error::Stopped) } else { Ok(()) }
+    /// At a step boundary: does what all ranks were asked for, and waits while the job is paused.
+    pub(crate) fn at_boundary(&self) -> Result<()> {
+        loop {
+            match self.worker.link().boundary() {
+                Boundary::GoOn => return Ok(()),
+                Boundary::Save => self.save_checkpoint(None, None)?,
+                Boundary::Stop { here, save } => {
+                    if save && self.counters.train_steps() > 0 {
+                        self.save_checkpoint(None, None)?;
+                    }
+                    if here {
+                        return Err(Error::Stopped);
+                    }
+                }
+                Boundary::Broken => return Err(Error::Stopped),
+            }
+        }
     }
 
     /// Makes the random numbers of a training step a function of the seed, the rank and the step, so that a resumed run

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use ice_checkpoint::{BEST, CHECKPOINTS, candidates, remove_leftovers};
-use ice_worker::Stop;
 
 use crate::checkpoint::{Best, Better, Keep, Manifest, Request, Selection, decide};
 use crate::{Result, Run, Tags};
@@ -17,11 +16,6 @@ impl Run<'_> {
     /// The failure of this save's copy or of the write before it.
     pub fn save_checkpoint(&self, save_to: Option<&Path>, tags: Option<&Tags>) -> Result<()> {
         self.graph.sync_measures(&self.worker)?;
-        self.save_as_it_is(save_to, tags)
-    }
-
-    /// Without what the other ranks have measured since the last save: they may not come.
-    fn save_as_it_is(&self, save_to: Option<&Path>, tags: Option<&Tags>) -> Result<()> {
         let folder =
             save_to.map_or_else(|| self.folder.join(CHECKPOINTS).join(self.checkpoint_name()), PathBuf::from);
         let keep = match self.config.checkpoints.keep_last {
@@ -72,12 +66,6 @@ impl Run<'_> {
             }
             _ => Ok(()),
         }
-    }
-
-    /// At a step boundary: what was done since the last checkpoint is not to be lost, unless another rank was.
-    pub(super) fn save_before_stop(&self) -> Result<()> {
-        let due = self.worker.link().stop() == Some(Stop::Requested) && self.counters.train_steps() > 0;
-        if due { self.save_as_it_is(None, None) } else { Ok(()) }
     }
 
     /// Removes what a killed process of this run has left half written.

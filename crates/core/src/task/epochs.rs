@@ -155,7 +155,7 @@ impl Task {
     }
 
     fn step(&self, run: &Run, graph: &ExecutableGraph, report: &mut Report) -> Result<()> {
-        run.check_stop()?;
+        run.at_boundary()?;
         graph.set_place((run.counters().train_epochs(), run.counters().train_steps()));
         let (passes, samples, loss) = if self.train {
             run.seed_step();

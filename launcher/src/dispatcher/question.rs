@@ -1,0 +1,58 @@
+//! Ctrl-C on a terminal: the job pauses, and the user is asked.
+
+use std::io::{self, IsTerminal};
+use std::thread;
+
+use nix::unistd::{getpgrp, tcgetpgrp};
+use tokio::sync::mpsc;
+
+use super::RankEvent;
+
+/// What the user wants of a job that is paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Answer {
+    SaveAndEnd,
+    End,
+    GoOn,
+}
+
+/// Whether somebody sits at a terminal who can be asked.
+pub(super) fn is_possible() -> bool {
+    let is_ours = || tcgetpgrp(io::stdin()).is_ok_and(|group| group == getpgrp());
+    io::stdin().is_terminal() && io::stderr().is_terminal() && is_ours()
+}
+
+/// Reads the answer, which comes as an event.
+pub(super) fn ask(events: mpsc::UnboundedSender<RankEvent>) -> io::Result<()> {
+    // A thread, since reading from a terminal cannot be given up; it goes with the process.
+    let read = move || {
+        let mut line = String::new();
+        let answer = match io::stdin().read_line(&mut line) {
+            Ok(_) => parse(&line),
+            Err(_) => Answer::SaveAndEnd,
+        };
+        let _ = events.send(RankEvent::Answered(answer));
+    };
+    thread::Builder::new().name("question".into()).spawn(read).map(drop)
+}
+
+fn parse(line: &str) -> Answer {
+    match line.trim().to_ascii_lowercase().as_str() {
+        "n" | "no" => Answer::End,
+        "c" | "continue" => Answer::GoOn,
+        _ => Answer::SaveAndEnd,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_clear_no_saves() {
+        let answers = ["", "\n", "y\n", "Y\n", "what\n"].map(parse);
+        assert_eq!(answers, [Answer::SaveAndEnd; 5]);
+        assert_eq!(["n\n", " No \n"].map(parse), [Answer::End; 2]);
+        assert_eq!(["c\n", "continue\n"].map(parse), [Answer::GoOn; 2]);
+    }
+}

@@ -1,0 +1,158 @@
+//! Many ranks, requests at any time, and a network that takes its time. `AGREE_SEED=<n>` replays one run.
+
+#[path = "../../../rendezvous/src/machine/random.rs"]
+#[expect(dead_code, reason = "other tests use the rest")]
+mod random;
+
+use ice_proto::link::Request;
+
+use self::random::Random;
+use super::boundaries::{Boundaries, END, Turn};
+
+/// A program, the same on all ranks: whether they wait for each other in the step after each boundary.
+struct Program(Vec<bool>);
+
+#[derive(Default)]
+struct Rank {
+    boundaries: Boundaries,
+    /// Boundaries left behind, counted by the program.
+    passed: usize,
+    /// Whether it is within a step.
+    inside: bool,
+    ended: bool,
+    /// The request that its thread is at, and whether it has answered that.
+    request: usize,
+    answered: bool,
+    /// What it did, and where.
+    done: Vec<(Request, usize)>,
+}
+
+#[derive(Default)]
+struct Asked {
+    request: Option<Request>,
+    answers: Vec<u64>,
+}
+
+struct Simulation {
+    program: Program,
+    ranks: Vec<Rank>,
+    requests: Vec<Asked>,
+    random: Random,
+}
+
+impl Simulation {
+    fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let waits = random.below(101);
+        let program = Program((0..random.below(30)).map(|_| random.chance(waits)).collect());
+        let ranks = (0..1 + random.below(6)).map(|_| Rank::default()).collect();
+        Self { program, ranks, requests: Vec::new(), random }
+    }
+
+    fn ask(&mut self, request: Request) {
+        self.requests.push(Asked { request: Some(request), answers: Vec::new() });
+    }
+
+    /// Lets the program of a rank take a step; false where it cannot.
+    fn run(&mut self, number: usize) -> bool {
+        let everybody = |at: usize| self.ranks.iter().all(|rank| rank.passed >= at);
+        let may_leave = {
+            let rank = &self.ranks[number];
+            rank.inside && (!self.program.0[rank.passed - 1] || everybody(rank.passed))
+        };
+        let length = self.program.0.len();
+        let rank = &mut self.ranks[number];
+        if rank.ended || (rank.inside && !may_leave) {
+            return false;
+        }
+        if rank.inside {
+            rank.inside = false;
+            return true;
+        }
+        if rank.passed == length {
+            rank.boundaries.end();
+            rank.ended = true;
+            return true;
+        }
+        match rank.boundaries.arrive() {
+            Turn::Wait => false,
+            Turn::Do(request) => {
+                rank.done.push((request, rank.passed));
+                true
+            }
+            Turn::Pass => {
+                (rank.passed, rank.inside) = (rank.passed + 1, true);
+                true
+            }
+        }
+    }
+
+    /// Lets the thread of a rank do what it is at; false where it waits.
+    fn talk(&mut self, number: usize) -> bool {
+        let (ranks, rank) = (self.ranks.len(), &mut self.ranks[number]);
+        let Some(asked) = self.requests.get_mut(rank.request) else { return false };
+        if !rank.answered {
+            if !rank.boundaries.is_free() {
+                return false;
+            }
+            asked.answers.push(asked.request.map_or(END, |request| rank.boundaries.ask(request)));
+            rank.answered = true;
+            return true;
+        }
+        if asked.answers.len() < ranks {
+            return false;
+        }
+        rank.boundaries.settle(asked.answers.iter().copied().max().unwrap_or(END));
+        (rank.request, rank.answered) = (rank.request + 1, false);
+        true
+    }
+
+    /// Until nothing moves any more.
+    fn settle(&mut self) {
+        loop {
+            let moves = |one: &mut Self, number| one.run(number) | one.talk(number);
+            if !(0..self.ranks.len()).fold(false, |any, number| moves(self, number) | any) {
+                return;
+            }
+        }
+    }
+}
+
+fn check(seed: u64) -> u64 {
+    let mut one = Simulation::new(seed);
+    for _ in 0..one.random.below(300) {
+        let number = one.random.below(one.ranks.len() as u64) as usize;
+        match one.random.below(40) {
+            0 => one.ask(Request::Save),
+            1 => one.ask(Request::Stop { node: 0, save: true }),
+            2 => one.ask(Request::Pause),
+            3 => one.ask(Request::Resume),
+            n if n % 2 == 0 => _ = one.run(number),
+            _ => _ = one.talk(number),
+        }
+    }
+    one.settle();
+    // Whoever is paused now is at one place, and goes on once that is asked for.
+    if one.ranks.iter().any(|rank| rank.boundaries.is_paused()) {
+        let passed: Vec<_> = one.ranks.iter().map(|rank| rank.passed).collect();
+        assert!(one.ranks.iter().all(|rank| rank.boundaries.is_paused()), "seed {seed}: {passed:?}");
+        assert!(passed.windows(2).all(|two| two[0] == two[1]), "seed {seed}: {passed:?}");
+        one.ask(Request::Resume);
+        one.settle();
+    }
+    for rank in &one.ranks {
+        assert!(rank.ended, "seed {seed}: a rank stays at {} of {}", rank.passed, one.program.0.len());
+        assert_eq!(rank.done, one.ranks[0].done, "seed {seed}");
+    }
+    one.ranks[0].done.len() as u64
+}
+
+#[test]
+fn all_ranks_do_the_same_at_the_same_boundary() {
+    if let Some(seed) = std::env::var("AGREE_SEED").ok().and_then(|seed| seed.parse().ok()) {
+        check(seed);
+        return;
+    }
+    let done: u64 = (0..20_000).map(check).sum();
+    assert!(done > 10_000, "{done} requests were acted on");
+}
