@@ -52,6 +52,8 @@ struct State {
     /// Writes under way that are not to be cut off.
     holds: usize,
     boundaries: Boundaries,
+    /// Whether the agent was told that this rank is paused.
+    rests: bool,
     /// Rank of this node.
     node: u32,
     /// What was asked for before there was a round.
@@ -231,7 +233,6 @@ impl Link {
     /// are how far.
     pub fn boundary(&self) -> Boundary {
         let Some(inner) = &self.inner else { return Boundary::GoOn };
-        let mut paused = false;
         let mut state = inner.state();
         let found = loop {
             if state.stop == Some(Stop::Broken) {
@@ -252,8 +253,8 @@ impl Link {
                 }
                 Turn::Do(_) => break Boundary::Save,
                 Turn::Wait => {
-                    if state.boundaries.is_paused() && !paused {
-                        paused = true;
+                    if state.boundaries.is_paused() && !state.rests {
+                        state.rests = true;
                         drop(state);
                         self.rest();
                         self.send(&Up::Paused);
@@ -264,8 +265,9 @@ impl Link {
                 }
             }
         };
+        let goes_on = found == Boundary::GoOn && std::mem::take(&mut state.rests);
         drop(state);
-        if paused {
+        if goes_on {
             self.send(&Up::Resumed);
         }
         found

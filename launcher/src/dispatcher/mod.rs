@@ -265,6 +265,9 @@ impl<'a> Dispatcher<'a> {
                 }
                 // Who is asked and answers with another signal wants the end.
                 let save = !(self.asking && signal == Signal::SIGINT as i32);
+                if std::mem::take(&mut self.asking) {
+                    self.console.say("\n");
+                }
                 Some(self.stop(signal, save))
             }
             Caught::Forward(signal) => {

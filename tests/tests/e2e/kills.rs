@@ -8,16 +8,20 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use ice_proto::exit::ExitCode;
+use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::{TempDir, tempdir};
 
 use crate::random::Random;
-use crate::support::{Program, TRAINING, built};
+use crate::support::{Job, Program, TRAINING, built};
 
 /// As the trainee has them.
 const SAMPLES: usize = 46;
 /// The longest wait between a pass and the signal, in microseconds: about as long as some steps, a save or an evaluation take.
 const LATER: u64 = 8_000;
+
+const EVERY_STEP: [&str; 2] = ["--save-every-steps", "1"];
 
 /// A training in several lives.
 struct Training {
@@ -39,7 +43,6 @@ impl Training {
         let program = Program::ice_launch(["--devices", devices, "--run-id", "trainee"])
             .arg(built("trainee"))
             .args(["--seen", &path("seen"), "--life", &self.lives.to_string(), "--out-dir", &path("out")])
-            .args(["--save-every-steps", "1"])
             .args(&self.options);
         let resume = !self.checkpoints().is_empty();
         program.args(if resume { &["--resume-from", "latest"][..] } else { &[] })
@@ -51,13 +54,17 @@ impl Training {
 
     /// Kills everything so many passes and some microseconds after the first pass of a life.
     fn kill(&mut self, devices: &str, passes: u64, later: Duration) {
+        drop(self.started(devices, passes, later));
+    }
+
+    fn started(&mut self, devices: &str, passes: u64, later: Duration) -> Job {
         let job = self.next_life(devices).start();
         let number = |line: &str| line.strip_prefix("pass ").and_then(|number| number.parse::<u64>().ok());
         let first = job.wait_for_line(TRAINING, |line| number(line).is_some());
         let wanted = number(&first).map(|first| first + passes);
         job.wait_for_line(TRAINING, |line| number(line) == wanted);
         thread::sleep(later);
-        drop(job);
+        job
     }
 
     /// All that is whole.
@@ -95,6 +102,16 @@ impl Training {
             .collect();
         let manifest: Value = serde_json::from_slice(&files.remove("manifest.json").unwrap()).unwrap();
         (files, ["counters", "tasks", "measures", "nodes"].map(|key| manifest[key].clone()).into())
+    }
+
+    /// Passes of rank 0 that were done again in a later life.
+    fn repeated(&self) -> usize {
+        let text = fs::read_to_string(self.folder.path().join("seen/rank0.txt")).unwrap();
+        let mut passes: Vec<_> = text.lines().map(|line| line.split(' ').nth(1).unwrap()).collect();
+        let all = passes.len();
+        passes.sort_unstable();
+        passes.dedup();
+        all - passes.len()
     }
 
     /// By the number of the pass what each rank saw in it: in the last life that got so far.
@@ -139,7 +156,11 @@ fn is_never_killed(devices: &str, options: &[&'static str], kills: u64) {
     killed.finish(devices);
     println!("{kills} kills, {} of them within a save", killed.partial());
     assert_eq!(killed.seen(), undisturbed.seen());
-    let ((expected, said), (files, says)) = (undisturbed.end(), killed.end());
+    assert_same_end(&killed, &undisturbed);
+}
+
+fn assert_same_end(disturbed: &Training, undisturbed: &Training) {
+    let ((expected, said), (files, says)) = (undisturbed.end(), disturbed.end());
     for (says, said) in says.iter().zip(&said) {
         assert_eq!(says, said);
     }
@@ -151,18 +172,37 @@ fn is_never_killed(devices: &str, options: &[&'static str], kills: u64) {
 
 #[test]
 fn twenty_kills_leave_no_trace() {
-    is_never_killed("cpu:0-1", &[], 20);
+    is_never_killed("cpu:0-1", &EVERY_STEP, 20);
 }
 
 #[test]
 fn kills_leave_no_trace_where_three_ranks_share_the_state_and_the_writing() {
-    is_never_killed("cpu:0-2", &["--shard-optimizer", "--split-checkpoints"], 6);
+    is_never_killed("cpu:0-2", &[&EVERY_STEP[..], &["--shard-optimizer", "--split-checkpoints"]].concat(), 6);
+}
+
+#[test]
+fn stops_leave_no_trace_and_lose_no_step() {
+    let mut random = random();
+    let options = ["--shard-optimizer"];
+    let mut undisturbed = Training::new(&options);
+    undisturbed.finish("cpu:0-2");
+    let mut stopped = Training::new(&options);
+    for _ in 0..6 {
+        let job =
+            stopped.started("cpu:0-2", 1 + random.below(12), Duration::from_micros(random.below(LATER)));
+        job.signal(Signal::TERM);
+        job.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
+    }
+    stopped.finish("cpu:0-2");
+    assert_eq!(stopped.seen(), undisturbed.seen());
+    assert_eq!(stopped.repeated(), 0, "what was done before a stop is in its checkpoint");
+    assert_same_end(&stopped, &undisturbed);
 }
 
 #[test]
 fn every_sample_is_seen_once_an_epoch_whatever_the_number_of_ranks() {
     let mut random = random();
-    let mut training = Training::new(&["--shard-optimizer"]);
+    let mut training = Training::new(&[&EVERY_STEP[..], &["--shard-optimizer"]].concat());
     for devices in ["cpu:0-1", "cpu:0-2", "cpu:0", "cpu:0-2", "cpu:0-1", "cpu:0"] {
         training.kill(devices, 2 + random.below(5), Duration::from_micros(random.below(LATER)));
     }
@@ -176,7 +216,7 @@ fn every_sample_is_seen_once_an_epoch_whatever_the_number_of_ranks() {
         epoch.sort_unstable();
         assert!(epoch.iter().copied().eq(0..SAMPLES), "epoch {number}: {epoch:?}");
     }
-    let mut undisturbed = Training::new(&["--shard-optimizer"]);
+    let mut undisturbed = Training::new(&[&EVERY_STEP[..], &["--shard-optimizer"]].concat());
     undisturbed.finish("cpu:0");
     let whole: Vec<usize> =
         undisturbed.seen().into_values().flat_map(|ranks| ranks.into_values().flatten()).collect();

@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::tempdir;
 
 use crate::forms::Run;
-use crate::support::{Program, SOON, TRAINING, built, wait_until};
+use crate::support::{Job, Program, SOON, TRAINING, built, wait_until};
 
 /// The events of this name.
 fn events(file: &Path, name: &str) -> Vec<Value> {
@@ -49,6 +49,68 @@ fn a_run_that_is_stopped_loses_no_step() {
     assert!(line.ends_with(last["path"].as_str().unwrap()), "{line}, and the last one is {last}");
     job.signal(Signal::TERM);
     job.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
+}
+
+/// Steps in the checkpoints so far.
+fn saved(log: &Path) -> Vec<u64> {
+    events(log, "checkpoint_saved").iter().map(|event| event["step"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn signals_save_pause_and_resume_all_ranks_at_one_step() {
+    let folder = tempdir().unwrap();
+    let (out, log) = (folder.path().join("out"), folder.path().join("events"));
+    let run = Run::new(&out).args(["--epochs", "1", "--steps", "100000"]);
+    let job = run.under_ice_launch(&["--devices", "cpu:0-1", "--events", log.to_str().unwrap()]).start();
+    job.wait_for_error_text(TRAINING, "step");
+    let save = |count: usize| {
+        job.signal(Signal::USR1);
+        wait_until(SOON, "a checkpoint", || saved(&log).len() == count);
+    };
+    save(1);
+    job.signal(Signal::USR2);
+    wait_until(SOON, "a pause", || events(&log, "paused").len() == 2);
+    save(2);
+    save(3);
+    job.signal(Signal::USR2);
+    wait_until(SOON, "the end of the pause", || events(&log, "resumed").len() == 2);
+    save(4);
+    let steps = saved(&log);
+    assert!(steps[0] < steps[1] && steps[1] == steps[2] && steps[2] < steps[3], "{steps:?}");
+    job.signal(Signal::TERM);
+    job.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
+    assert_eq!(events(&log, "paused").len(), 2);
+    assert_eq!(saved(&log).len(), 5, "SIGTERM saves without asking");
+}
+
+/// A job at a terminal that was interrupted and asks.
+fn interrupted(out: &Path, log: &Path) -> Job {
+    let run = Run::new(out).args(["--epochs", "1", "--steps", "100000"]);
+    let program = run.under_ice_launch(&["--devices", "cpu:0-1", "--events", log.to_str().unwrap()]);
+    let mut job = program.at_a_terminal().start();
+    job.wait_for_text(TRAINING, "step");
+    job.type_keys("\x03");
+    job.wait_for_text(SOON, "Should I save the checkpoint? [Y/n]");
+    job
+}
+
+#[test]
+fn ctrl_c_at_a_terminal_pauses_and_asks() {
+    let interrupt = ExitCode::Signal(2).code().into();
+    for (answer, checkpoints) in [("y\n", 1), ("\n", 1), ("n\n", 0), ("\x03", 0)] {
+        let folder = tempdir().unwrap();
+        let (out, log) = (folder.path().join("out"), folder.path().join("events"));
+        let mut job = interrupted(&out, &log);
+        job.type_keys(answer);
+        job.finish(TRAINING).expect_code(interrupt);
+        assert_eq!(saved(&log).len(), checkpoints, "{answer:?}");
+    }
+    let folder = tempdir().unwrap();
+    let (out, log) = (folder.path().join("out"), folder.path().join("events"));
+    let mut job = interrupted(&out, &log);
+    job.type_keys("c\n");
+    wait_until(SOON, "the end of the pause", || events(&log, "resumed").len() == 2);
+    drop(job);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
-use std::io::Read;
+use std::io::{Read, Write as _};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,8 +20,8 @@ use super::{built, root};
 /// How long after its end a job's other processes may still be seen.
 const AFTERMATH: Duration = Duration::from_secs(5);
 
-/// A program to start, with what differs from the tests' own environment.
-pub(crate) struct Program(Command);
+/// A program to start, with what differs from the tests' own environment, and whether it is to have an input.
+pub(crate) struct Program(Command, bool);
 
 impl Program {
     pub(crate) fn new(program: impl AsRef<OsStr>) -> Self {
@@ -31,7 +31,7 @@ impl Program {
         for (name, _) in ice_proto::env::ALL {
             command.env_remove(name);
         }
-        Self(command)
+        Self(command, false)
     }
 
     /// `ice-launch` with these arguments.
@@ -54,13 +54,28 @@ impl Program {
         self
     }
 
+    /// The same at a terminal of its own, whose keys [`Job::type_keys`] presses. What it prints is all on standard output.
+    pub(crate) fn at_a_terminal(self) -> Self {
+        let words = std::iter::once(self.0.get_program()).chain(self.0.get_args());
+        let words: Vec<_> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
+        let mut script = Self::new("script").args(["-qfec", &words.join(" "), "/dev/null"]);
+        for (name, value) in self.0.get_envs() {
+            if let Some(value) = value {
+                script.0.env(name, value);
+            }
+        }
+        script.1 = true;
+        script
+    }
+
     pub(crate) fn start(mut self) -> Job {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let mark = format!("{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
         // A failed job keeps its logs; those of the tests go with the test.
         let scratch = tempdir().unwrap();
         self.0.env(MARK, &mark).env("TMPDIR", scratch.path()).process_group(0);
-        self.0.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.0.stdin(if self.1 { Stdio::piped() } else { Stdio::null() });
+        self.0.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = self.0.spawn().unwrap_or_else(|error| panic!("cannot start {:?}: {error}", self.0));
         let stdout = Stream::read(child.stdout.take().unwrap());
         let stderr = Stream::read(child.stderr.take().unwrap());
@@ -134,6 +149,31 @@ impl Job {
         found.unwrap_or_else(|| {
             panic!("{} has not printed what was expected\n{}", self.command, self.transcript())
         })
+    }
+
+    /// Presses keys at its terminal.
+    pub(crate) fn type_keys(&mut self, keys: &str) {
+        self.child.stdin.as_mut().unwrap().write_all(keys.as_bytes()).unwrap();
+    }
+
+    /// Waits until its standard output has this text, however far the line is.
+    pub(crate) fn wait_for_text(&self, limit: Duration, wanted: &str) {
+        self.wait_for(&self.stdout, limit, wanted);
+    }
+
+    /// The same of its standard error.
+    pub(crate) fn wait_for_error_text(&self, limit: Duration, wanted: &str) {
+        self.wait_for(&self.stderr, limit, wanted);
+    }
+
+    fn wait_for(&self, stream: &Stream, limit: Duration, wanted: &str) {
+        stream.wait_until(limit, |text, open| text.contains(wanted) || !open);
+        assert!(
+            stream.text().contains(wanted),
+            "{} has not printed `{wanted}`\n{}",
+            self.command,
+            self.transcript()
+        );
     }
 
     pub(crate) fn pid(&self) -> Pid {

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub(crate) use built::{built, cargo, executables};
-pub(crate) use job::{Finished, Program};
+pub(crate) use job::{Finished, Job, Program};
 
 /// How long anything but training may take. It bounds a failure; no test waits for it to pass.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
