@@ -1,0 +1,49 @@
+"""The twin of examples/mnist.rs, without dropout.
+
+usage: ddp_mnist.py DATA --steps N --batch-size N --node net [--lr RATE] [--start FILE] [--save FILE] [--warm-up N]
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import twin
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 10, 5)
+        self.conv2 = nn.Conv2d(10, 20, 5)
+        self.fc1 = nn.Linear(320, 50)
+        self.fc2 = nn.Linear(50, 10)
+
+    def forward(self, images):
+        x = F.relu(F.max_pool2d(self.conv1(images), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(self.fc1(x.view(-1, 320)))
+        return F.log_softmax(self.fc2(x), -1)
+
+
+def main() -> None:
+    parser = twin.arguments()
+    parser.add_argument("--lr", type=float, default=2e-3)
+    options = parser.parse_args()
+    images = np.fromfile(f"{options.data}/train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)
+    labels = np.fromfile(f"{options.data}/train-labels-idx1-ubyte", np.uint8, offset=8)
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels).long()
+    batches = twin.forever(len(images), options)
+
+    def step(model):
+        # Quicker than a DataLoader, whose workers would take the cores.
+        indices = next(batches)
+        batch = ((images[indices].float() / 255 - 0.1307) / 0.3081).unsqueeze(1)
+        return F.nll_loss(model(batch), labels[indices])
+
+    def optimizer(model):
+        return torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
+
+    twin.train(options, Net(), optimizer, step)
+
+
+twin.run(main)
