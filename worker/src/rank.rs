@@ -33,6 +33,7 @@ impl Worker {
     /// # Errors
     /// [`Error`] says what is missing: a variable, the device, the store, or the other ranks.
     pub fn join() -> Result<Self, Error> {
+        ice_c10d::memory::keep_freed_memory();
         let lookup = |name: &str| env::var(name).ok();
         let Some(env) = RankEnv::read(lookup)? else {
             return Err(ice_proto::env::EnvError::Missing { name: ice_proto::env::RANK }.into());

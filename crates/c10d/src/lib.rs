@@ -20,6 +20,7 @@ mod error;
 mod ffi;
 mod group;
 pub mod inherit;
+pub mod memory;
 pub mod nccl;
 pub mod optim;
 mod reducer;
