@@ -77,7 +77,8 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
             sharded: false,
             broadcast_buffers: true,
             histograms: false,
-            options: ReducerOptions::default(),
+            // Gradients are made anew in each step, and nobody keeps them.
+            options: ReducerOptions { gradient_as_bucket_view: true, ..ReducerOptions::default() },
             ready: None,
         }
     }
