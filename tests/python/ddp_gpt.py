@@ -44,6 +44,13 @@ class Gpt(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                # The branches of all layers add up.
+                branch = re.search("project|contract", name)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * LAYERS) if branch else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens):
         x = self.tokens(tokens) + self.places(torch.arange(tokens.shape[1]))
@@ -56,6 +63,7 @@ def main() -> None:
     parser = twin.arguments()
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
+    torch.manual_seed(options.seed)
     text = np.fromfile(options.data, np.uint8)
     text = torch.from_numpy(text[: len(text) // 10 * 9])
     windows = torch.as_strided(text, ((len(text) - 1) // CONTEXT, CONTEXT + 1), (CONTEXT, 1))

@@ -29,16 +29,17 @@ def main() -> None:
     parser = twin.arguments()
     parser.add_argument("--lr", type=float, default=2e-3)
     options = parser.parse_args()
+    torch.manual_seed(options.seed)
     images = np.fromfile(f"{options.data}/train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)
     labels = np.fromfile(f"{options.data}/train-labels-idx1-ubyte", np.uint8, offset=8)
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels).long()
+    # All of them once, and then one indexing for a batch: quicker than a DataLoader, whose workers would take the cores.
+    images = ((torch.from_numpy(images).float() / 255 - 0.1307) / 0.3081).unsqueeze(1)
+    labels = torch.from_numpy(labels).long()
     batches = twin.forever(len(images), options)
 
     def step(model):
-        # Quicker than a DataLoader, whose workers would take the cores.
         indices = next(batches)
-        batch = ((images[indices].float() / 255 - 0.1307) / 0.3081).unsqueeze(1)
-        return F.nll_loss(model(batch), labels[indices])
+        return F.nll_loss(model(images[indices]), labels[indices])
 
     def optimizer(model):
         return torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)

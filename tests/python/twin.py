@@ -23,6 +23,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch-size", type=int, required=True, help="of each rank")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--make-start", help="where parameters to begin with go; nothing is trained")
     parser.add_argument("--start", help="safetensors file with the parameters to begin with")
     parser.add_argument("--save", help="where the parameters go in the end")
     parser.add_argument("--node", required=True, help="name of the module, which the keys start with")
@@ -70,7 +71,7 @@ class Order(torch.utils.data.Sampler):
         self.samples, self.batch, self.seed, self.rank, self.world, self.epoch = samples, batch, seed, rank, world, 0
 
     def __iter__(self):
-        order = permutation(self.samples, self.seed, self.epoch)
+        order = torch.tensor(permutation(self.samples, self.seed, self.epoch))
         self.epoch += 1
         whole = self.batch * self.world
         for first in range(0, self.samples, whole):
@@ -81,16 +82,18 @@ class Order(torch.utils.data.Sampler):
 
 
 def forever(samples: int, options: argparse.Namespace):
-    """The indices of this rank's batches, as tensors."""
+    """The indices of this rank's batches."""
     order = Order(samples, options.batch_size, options.seed, dist.get_rank(), dist.get_world_size())
     while True:
-        for indices in order:
-            yield torch.tensor(indices)
+        yield from order
 
 
 def train(options, model: nn.Module, optimizer_of, step, schedule_of=None, clip=None) -> None:
-    """Trains for so many steps. `step(model, number)` is the loss of the next batch."""
+    """Trains for so many steps. `step(model)` is the loss of the next batch."""
     prefix = options.node + "."
+    if options.make_start:
+        save(model, prefix, options.make_start)
+        return
     if options.start:
         saved = load_file(options.start)
         model.load_state_dict({key.removeprefix(prefix): value for key, value in saved.items()})
@@ -111,14 +114,22 @@ def train(options, model: nn.Module, optimizer_of, step, schedule_of=None, clip=
         if schedule:
             schedule.step()
     seconds = (time.perf_counter() - start) / max(1, options.steps - options.warm_up)
+    loss = loss.detach()
+    dist.all_reduce(loss)
     if dist.get_rank() == 0:
-        print(f"loss {loss.item():.6f}")
+        print(f"loss {loss.item() / dist.get_world_size():.9f}")
         print(f"step {seconds:.9f}", flush=True)
         if options.save:
-            save_file({prefix + key: value.contiguous() for key, value in model.state_dict().items()}, options.save)
+            save(model, prefix, options.save)
+
+
+def save(model: nn.Module, prefix: str, file: str) -> None:
+    save_file({prefix + key: value.contiguous() for key, value in model.state_dict().items()}, file)
 
 
 def run(main) -> None:
+    if "--make-start" in sys.argv:
+        return main()
     dist.init_process_group("gloo")
     main()
     dist.barrier()

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use crate::catalog::{Catalog, Section};
 use crate::header::Header;
-use crate::{CHUNK, Error, Manifest, Result, verify_file};
+use crate::stream::file_info;
+use crate::{CHUNK, Counts, Error, Manifest, Result, verify_file};
 
 /// A checkpoint that was read once, whole, and found to be what was written. Its tensors stay on the disk.
 #[derive(Debug)]
@@ -44,6 +45,31 @@ impl Checkpoint {
         }
         let catalog = Self::read_catalog(path, &manifest)?;
         Ok(Self { path: path.to_owned(), manifest, catalog })
+    }
+
+    /// A safetensors file that belongs to no checkpoint, as one that holds parameters alone. `prefix` is told their keys, and says
+    /// what is put before each.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] where there is no such file, [`Error::Checkpoint`] where it is no safetensors file.
+    pub fn of_parameters(file: &Path, prefix: impl FnOnce(&[&str]) -> String) -> Result<Self> {
+        let missing = |error: std::io::Error| Error::NotFound(format!("{}: {error}", file.display()));
+        let fail = |problem: String| Error::checkpoint(file, problem);
+        let info = file_info(&File::open(file).map_err(missing)?).map_err(|error| fail(error.to_string()))?;
+        let mut reader = BufReader::new(File::open(file).map_err(missing)?);
+        let mut header = Header::read(&mut reader, info.bytes).map_err(fail)?;
+        let keys: Vec<_> = header.tensors.iter().map(|tensor| tensor.entry.key.as_str()).collect();
+        let prefix = prefix(&keys);
+        for tensor in &mut header.tensors {
+            tensor.entry.key.insert_str(0, &prefix);
+        }
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut catalog = Catalog::default();
+        catalog.add(Section::Model, &name, header.data_start, header.tensors).map_err(fail)?;
+        catalog.complete().map_err(fail)?;
+        let mut manifest = Manifest::new("", 1, 0, Counts::default(), serde_json::Value::Null);
+        manifest.files.insert(name, info);
+        Ok(Self { path: file.parent().unwrap_or(Path::new("")).to_owned(), manifest, catalog })
     }
 
     /// All that is wrong with a checkpoint; nothing where it is whole.
@@ -123,10 +149,14 @@ impl Checkpoint {
 
     /// The order that [`Checkpoint::stream`] passes the elements in: file by file, from front to back.
     pub fn pieces(&self) -> impl Iterator<Item = (&str, Vec<(u64, Piece<'_>)>)> {
-        self.manifest.files.keys().filter_map(|name| {
-            let section = Section::of(name)?;
+        let tensors = || {
+            Section::ALL.into_iter().flat_map(|section| {
+                self.catalog.section(section).iter().map(move |(key, saved)| (section, key, saved))
+            })
+        };
+        self.manifest.files.keys().map(move |name| {
             let mut pieces = Vec::new();
-            for (key, saved) in self.catalog.section(section) {
+            for (section, key, saved) in tensors() {
                 // Elements of less than a byte go in one piece.
                 let width = saved.dtype.bitsize() as u64 / 8;
                 let most = (CHUNK as u64).checked_div(width).map_or(u64::MAX, |elements| elements.max(1));
@@ -141,7 +171,7 @@ impl Checkpoint {
                 }
             }
             pieces.sort_by_key(|(offset, _)| *offset);
-            Some((name.as_str(), pieces))
+            (name.as_str(), pieces)
         })
     }
 

@@ -74,6 +74,12 @@ pub fn forget_contents(path: &Path) {
     }
 }
 
+/// Reads the whole file for what it is.
+pub(crate) fn file_info(file: &File) -> std::io::Result<FileInfo> {
+    let bytes = file.metadata()?.len();
+    Ok(FileInfo { bytes, crc32c: checksum(file, bytes)? })
+}
+
 /// Reads the whole file and compares it with what was written.
 ///
 /// # Errors

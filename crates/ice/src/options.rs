@@ -28,6 +28,11 @@ pub struct RunOptions {
     #[arg(long, value_name = "PATH|latest", help_heading = "Run")]
     pub resume_from: Option<ResumeFrom>,
 
+    /// Begin with the parameters in a safetensors file, under the names of a checkpoint's model.safetensors, or PyTorch's alone where one
+    /// node has them all. A run that goes on from a checkpoint does not read it.
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    pub init_from: Option<PathBuf>,
+
     /// Start from the beginning, with a warning, where the checkpoint does not fit the program.
     #[arg(long, requires = "resume_from", help_heading = "Run")]
     pub resume_if_it_fits: bool,
@@ -55,6 +60,7 @@ impl RunOptions {
             out_dir: self.out_dir.clone(),
             save_every_steps: self.save_every_steps.map(NonZeroU64::get),
             resume_from: self.resume_from.clone(),
+            init_from: self.init_from.clone(),
             checkpoints: CheckpointOptions {
                 keep_last: self.keep_checkpoints,
                 split: self.split_checkpoints,

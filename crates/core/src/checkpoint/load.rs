@@ -1,6 +1,7 @@
 //! From the files into the tensors of the nodes. Everything is compared first, so that nothing is half loaded.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use ice_checkpoint::{Checkpoint, Overlap, Part, Piece, Section};
@@ -97,7 +98,58 @@ pub(crate) fn load(
     Ok(loading.keep)
 }
 
+/// Finds in a safetensors file the parameters of the graph: under the keys that a checkpoint has, or PyTorch's own where there is only
+/// one node with parameters.
+pub(crate) fn find_parameters(file: &Path, graph: &HyperGraph) -> Result<Checkpoint> {
+    let owners: Vec<_> = graph
+        .entries()
+        .iter()
+        .filter(|entry| !entry.node.borrow().state().model.is_empty())
+        .map(|entry| key_prefix(&entry.uid))
+        .collect();
+    Ok(Checkpoint::of_parameters(file, |keys| match &owners[..] {
+        [only] if !keys.iter().any(|key| key.starts_with(only.as_str())) => only.clone(),
+        _ => String::new(),
+    })?)
+}
+
+/// Loads all parameters and buffers of the graph on every rank, and nothing else; rank 0 reads for all.
+pub(crate) fn load_parameters(found: &Checkpoint, graph: &HyperGraph, worker: &Worker) -> Result<()> {
+    let (mut loading, report) = Loading::prepare_parameters(found, graph)?;
+    if !report.is_none() {
+        let files: Vec<_> = found.manifest().files.keys().map(|name| found.path().join(name)).collect();
+        let file = files.first().map_or(found.path(), PathBuf::as_path);
+        return Err(Error::Usage(format!(
+            "{} does not have the parameters of this program: {report}",
+            file.display()
+        )));
+    }
+    loading.fill(found, graph, &Selection::All, worker)
+}
+
 impl Loading {
+    fn prepare_parameters(found: &Checkpoint, graph: &HyperGraph) -> Result<(Self, Report)> {
+        let mut report = Report::default();
+        let mut loading = Self { targets: BTreeMap::new(), states: Vec::new(), keep: BTreeMap::new() };
+        let mut left: BTreeSet<_> = found.catalog().model.keys().collect();
+        for entry in graph.entries() {
+            let (prefix, misfit) = (key_prefix(&entry.uid), report.of(&entry.uid));
+            let state = entry.node.borrow().state();
+            for (key, tensor) in &state.model {
+                let (full, part) = (format!("{prefix}{key}"), state.model_parts.get(key));
+                left.remove(&full);
+                if misfit.check(key, tensor, part, found.catalog().model.get(&full)) {
+                    loading.targets.insert((Section::Model, full), Target::new(tensor, part)?);
+                }
+            }
+        }
+        for key in left {
+            let (node, rest) = key.split_once('.').unwrap_or((key, ""));
+            report.of(node).unexpected.push(rest.into());
+        }
+        Ok((loading, report))
+    }
+
     fn prepare(
         checkpoint: &Checkpoint,
         graph: &HyperGraph,

@@ -14,7 +14,7 @@ mod writer;
 pub use ice_checkpoint::{Best, Better, Checkpoint, Manifest, Part, ResumeFrom};
 pub use options::CheckpointOptions;
 
-pub(crate) use load::{Kept, Selection, is_misfit, load};
+pub(crate) use load::{Kept, Selection, find_parameters, is_misfit, load, load_parameters};
 pub(crate) use share::{decide, share};
 pub(crate) use writer::{Keep, Request, Writer};
 

@@ -36,6 +36,8 @@ pub struct RunConfig {
     pub save_every_steps: Option<u64>,
     /// The checkpoint to go on from.
     pub resume_from: Option<ResumeFrom>,
+    /// A safetensors file with the parameters to begin with, unless the run goes on from a checkpoint.
+    pub init_from: Option<PathBuf>,
     /// How to save and resume.
     pub checkpoints: CheckpointOptions,
     /// Shows the losses, learning rates and speed of every such training step as TensorBoard events; `None` for the ends of epochs
@@ -51,6 +53,7 @@ impl Default for RunConfig {
             out_dir: "out".into(),
             save_every_steps: None,
             resume_from: None,
+            init_from: None,
             checkpoints: CheckpointOptions::default(),
             log_every: NonZeroU64::new(50),
         }
@@ -101,7 +104,7 @@ impl<'a> Run<'a> {
         run.remove_leftovers()?;
         run.keep_sources();
         graph.set_up(&Context { worker: Rc::clone(&run.worker), seed: run.config.seed })?;
-        run.resume()?;
+        run.begin()?;
         run.prepare_to_save();
         run.open_board();
         let outcome = match tasks.run(&run) {

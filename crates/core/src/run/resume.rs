@@ -1,6 +1,6 @@
 //! Going on from a checkpoint.
 
-use crate::checkpoint::{Checkpoint, Selection, is_misfit, load, share};
+use crate::checkpoint::{Checkpoint, Selection, find_parameters, is_misfit, load, load_parameters, share};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
 
 impl Run<'_> {
@@ -22,8 +22,19 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Goes on from a checkpoint: the one of this run where the group was restarted, else the one asked for.
-    pub(super) fn resume(&self) -> Result<()> {
+    /// Goes on from a checkpoint, or begins with the parameters that were given.
+    pub(super) fn begin(&self) -> Result<()> {
+        if self.resume()? {
+            return Ok(());
+        }
+        let Some(file) = &self.config.init_from else { return Ok(()) };
+        let found = if self.is_main() { Some(find_parameters(file, self.graph)?) } else { None };
+        let Some(found) = share(found, &self.worker)? else { return Ok(()) };
+        load_parameters(&found, self.graph, &self.worker)
+    }
+
+    /// Goes on from a checkpoint: the one of this run where the group was restarted, else the one asked for. False where there is none.
+    fn resume(&self) -> Result<bool> {
         let from = || {
             let own =
                 (self.worker.restart_count() > 0).then(|| Checkpoint::newest_in_run(&self.folder)).flatten();
@@ -36,15 +47,15 @@ impl Run<'_> {
             }
         };
         let found = if self.is_main() { from()? } else { None };
-        let Some(checkpoint) = share(found, &self.worker)? else { return Ok(()) };
+        let Some(checkpoint) = share(found, &self.worker)? else { return Ok(false) };
         match self.resume_from(&checkpoint) {
             Err(error) if !self.config.checkpoints.strict && is_misfit(&error) => {
                 if self.is_main() {
                     tracing::warn!("starting from the beginning: {error}");
                 }
-                Ok(())
+                Ok(false)
             }
-            outcome => outcome,
+            outcome => outcome.map(|()| true),
         }
     }
 
