@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -39,8 +39,10 @@ struct Inner {
     leaving: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
-    /// Where all ranks are told of requests, once there is a round.
-    store: Mutex<Option<Store>>,
+    /// What all ranks are to be told.
+    requests: mpsc::Sender<Request>,
+    /// The same until there is a round.
+    waiting: Mutex<Option<mpsc::Receiver<Request>>>,
 }
 
 /// What the agent wants, and what the rank is about.
@@ -52,18 +54,16 @@ struct State {
     /// Writes under way that are not to be cut off.
     holds: usize,
     boundaries: Boundaries,
-    /// Whether the agent was told that this rank is paused.
-    rests: bool,
+    /// Where the agent was told that this rank is paused: how much it had got done.
+    rests: Option<u64>,
     /// Rank of this node.
     node: u32,
-    /// What was asked for before there was a round.
-    early: Vec<Request>,
 }
 
 /// Why a rank is to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// The job is to end at the next step boundary.
+    /// It has come to the step boundary at which the ranks of its node end.
     Requested,
     /// The round is over: another rank is gone, and no collective will succeed any more.
     Broken,
@@ -115,6 +115,7 @@ impl Link {
         let stream = UnixStream::from(ice_c10d::inherit::descriptor(fd)?);
         stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
         let reader = stream.try_clone()?;
+        let (requests, waiting) = mpsc::channel();
         let inner = Arc::new(Inner {
             stream: Mutex::new(stream),
             step: AtomicU64::new(0),
@@ -122,7 +123,8 @@ impl Link {
             leaving: AtomicBool::new(false),
             state: Mutex::default(),
             changed: Condvar::new(),
-            store: Mutex::default(),
+            requests,
+            waiting: Mutex::new(Some(waiting)),
         });
         let link = Self { inner: Some(Arc::clone(&inner)) };
         link.send(&Up::Hello { pid: process::id(), rank });
@@ -173,7 +175,7 @@ impl Link {
     /// Notes that no more is to be expected.
     pub fn rest(&self) {
         if let Some(inner) = &self.inner {
-            inner.activity.store(0, Ordering::Relaxed);
+            inner.rest();
         }
     }
 
@@ -207,25 +209,28 @@ impl Link {
     }
 
     /// Takes part in what the ranks of a round agree on over its store.
-    pub(crate) fn join_round(
-        &self,
-        store: &Store,
-        node: u32,
-        rank: usize,
-        world_size: usize,
-    ) -> io::Result<()> {
+    pub(crate) fn join_round(&self, store: &Store, node: u32, world_size: usize) -> io::Result<()> {
         let Some(inner) = &self.inner else { return Ok(()) };
         let hearing = store.reconnect().map_err(io::Error::other)?;
         inner.state().node = node;
         let part = Arc::clone(inner);
         thread::Builder::new().name("ice-agree".into()).spawn(move || {
-            if let Err(error) = agree::take_part(&*part, &hearing, rank, world_size) {
+            if let Err(error) = agree::take_part(&*part, &hearing, world_size) {
                 tracing::debug!(%error, "no more requests will come");
             }
         })?;
-        *inner.store() = Some(store.clone());
-        let early = std::mem::take(&mut inner.state().early);
-        early.into_iter().for_each(|request| inner.asked(request));
+        let waiting = inner.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (store, requests) = (store.clone(), waiting.into_iter().flatten());
+        // The listener must not wait for a store that is gone: it hears of that.
+        thread::Builder::new().name("ice-request".into()).spawn(move || {
+            for request in requests {
+                // The work of this rank may hold the connection while it waits for something else.
+                let told = store.reconnect().and_then(|store| agree::publish(&store, request));
+                if let Err(error) = told {
+                    tracing::warn!(%error, ?request, "the other ranks could not be told");
+                }
+            }
+        })?;
         Ok(())
     }
 
@@ -248,15 +253,16 @@ impl Link {
                 Turn::Pass => break Boundary::GoOn,
                 Turn::Do(Request::Stop { node, save }) => {
                     let here = state.node == node;
-                    state.noticed |= here;
+                    if here {
+                        (state.stop, state.noticed) = (Some(Stop::Requested), true);
+                    }
                     break Boundary::Stop { here, save };
                 }
                 Turn::Do(_) => break Boundary::Save,
                 Turn::Wait => {
-                    if state.boundaries.is_paused() && !state.rests {
-                        state.rests = true;
+                    if state.boundaries.is_paused() && state.rests.is_none() {
+                        state.rests = Some(inner.rest());
                         drop(state);
-                        self.rest();
                         self.send(&Up::Paused);
                         state = inner.state();
                         continue;
@@ -265,9 +271,11 @@ impl Link {
                 }
             }
         };
-        let goes_on = found == Boundary::GoOn && std::mem::take(&mut state.rests);
+        let done = if found == Boundary::GoOn { state.rests.take() } else { None };
         drop(state);
-        if goes_on {
+        if let Some(done) = done {
+            // It is at work again where it was before.
+            inner.activity.store(done + u64::from(done > 0), Ordering::Relaxed);
             self.send(&Up::Resumed);
         }
         found
@@ -333,15 +341,10 @@ impl Inner {
             }
             loop {
                 match decoder.next_message::<Down>() {
-                    Ok(Some(Down::Ask(request))) => {
-                        if matches!(request, Request::Stop { .. }) {
-                            self.told(Stop::Requested);
-                        }
-                        self.asked(request);
-                    }
+                    Ok(Some(Down::Ask(request))) => _ = self.requests.send(request),
                     Ok(Some(Down::RoundBroken { reason, .. })) => {
                         tracing::debug!(reason, "the round is over");
-                        self.told(Stop::Broken);
+                        self.broken();
                     }
                     Ok(None) => break,
                     Err(error) => {
@@ -357,33 +360,16 @@ impl Inner {
         }
     }
 
-    fn store(&self) -> MutexGuard<'_, Option<Store>> {
-        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Notes that no more is to be expected; returns how much the rank had got done.
+    fn rest(&self) -> u64 {
+        self.activity.swap(0, Ordering::Relaxed)
     }
 
-    /// Tells all ranks what this one was told.
-    fn asked(&self, request: Request) {
-        match &*self.store() {
-            Some(store) => {
-                // The work of this rank may hold the connection while it waits for something else.
-                let told = store.reconnect().and_then(|store| agree::publish(&store, request));
-                if let Err(error) = told {
-                    tracing::warn!(%error, ?request, "the other ranks could not be told");
-                }
-            }
-            None => self.state().early.push(request),
-        }
-    }
-
-    fn told(self: &Arc<Self>, stop: Stop) {
-        let first_broken = {
-            let mut state = self.state();
-            let before = state.stop.replace(stop);
-            stop == Stop::Broken && before != Some(Stop::Broken)
-        };
+    fn broken(self: &Arc<Self>) {
+        let before = self.state().stop.replace(Stop::Broken);
         self.changed.notify_all();
         let inner = Arc::clone(self);
-        if first_broken
+        if before != Some(Stop::Broken)
             && let Err(error) = thread::Builder::new().name("ice-stop".into()).spawn(move || inner.enforce())
         {
             tracing::warn!(%error, "the agent will have to end this rank");

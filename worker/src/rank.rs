@@ -45,7 +45,7 @@ impl Worker {
         let device = device::bind(env.device.unwrap_or(RankDevice::Cpu))?;
         let (group, store) = group::join(&env, device)?;
         if let Some(fd) = env.link_fd {
-            link.join_round(&store, env.group_rank, env.rank as usize, env.world_size as usize)
+            link.join_round(&store, env.group_rank, env.world_size as usize)
                 .map_err(|source| Error::Link { fd, source })?;
         }
         Ok(Self { env, device, group: Some(group), store: Some(store), link })

@@ -70,6 +70,9 @@ ICE_API int32_t ice_store_serve(IceStore** out, uint16_t* port, char** message);
 ICE_API int32_t ice_store_prefix(const IceStore* store, IceStr prefix, IceStore** out, char** message);
 ICE_API int32_t ice_store_reconnect(const IceStore* store, IceStore** out, char** message);
 ICE_API int32_t ice_store_set(const IceStore* store, IceStr key, const uint8_t* value, size_t size, char** message);
+ICE_API int32_t ice_store_compare_set(
+    const IceStore* store, IceStr key, IceStr expected, IceStr desired, uint8_t** value, size_t* size,
+    char** message);
 ICE_API int32_t ice_store_get(const IceStore* store, IceStr key, uint8_t** value, size_t* size, char** message);
 ICE_API int32_t ice_store_add(const IceStore* store, IceStr key, int64_t amount, int64_t* sum, char** message);
 ICE_API int32_t ice_store_check(const IceStore* store, const IceStr* keys, size_t count, bool* all, char** message);

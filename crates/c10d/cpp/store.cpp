@@ -20,6 +20,17 @@ std::vector<std::string> texts(const IceStr* keys, size_t count) {
   return all;
 }
 
+// A copy that ice_bytes_free frees.
+void hand_over(const std::vector<uint8_t>& bytes, uint8_t** value, size_t* size) {
+  auto* copy = static_cast<uint8_t*>(std::malloc(bytes.size() + 1));
+  if (copy == nullptr) {
+    throw std::bad_alloc();
+  }
+  std::copy(bytes.begin(), bytes.end(), copy);
+  *value = copy;
+  *size = bytes.size();
+}
+
 // c10d logs each failed attempt with a stack trace, on top of the error that it throws: the error is enough.
 void quieten() {
   static const bool once = [] {
@@ -75,17 +86,17 @@ ice_store_set(const IceStore* store, IceStr key, const uint8_t* value, size_t si
       message, [&] { store->store->set(ice::text(key), std::vector<uint8_t>(value, value + size)); });
 }
 
-ICE_API int32_t ice_store_get(const IceStore* store, IceStr key, uint8_t** value, size_t* size, char** message) {
+ICE_API int32_t ice_store_compare_set(
+    const IceStore* store, IceStr key, IceStr expected, IceStr desired, uint8_t** value, size_t* size,
+    char** message) {
   return ice::guarded(message, [&] {
-    const std::vector<uint8_t> bytes = store->store->get(ice::text(key));
-    auto* copy = static_cast<uint8_t*>(std::malloc(bytes.size() + 1));
-    if (copy == nullptr) {
-      throw std::bad_alloc();
-    }
-    std::copy(bytes.begin(), bytes.end(), copy);
-    *value = copy;
-    *size = bytes.size();
+    const auto bytes = [](IceStr text) { return std::vector<uint8_t>(text.data, text.data + text.size); };
+    hand_over(store->store->compareSet(ice::text(key), bytes(expected), bytes(desired)), value, size);
   });
+}
+
+ICE_API int32_t ice_store_get(const IceStore* store, IceStr key, uint8_t** value, size_t* size, char** message) {
+  return ice::guarded(message, [&] { hand_over(store->store->get(ice::text(key)), value, size); });
 }
 
 ICE_API int32_t ice_store_add(const IceStore* store, IceStr key, int64_t amount, int64_t* sum, char** message) {

@@ -224,6 +224,7 @@ unsafe extern "C" {
     pub(crate) fn ice_store_prefix(store: *const IceStore, prefix: IceStr<'_>, out: *mut *mut IceStore, message: Message) -> i32;
     pub(crate) fn ice_store_reconnect(store: *const IceStore, out: *mut *mut IceStore, message: Message) -> i32;
     pub(crate) fn ice_store_set(store: *const IceStore, key: IceStr<'_>, value: *const u8, size: usize, message: Message) -> i32;
+    pub(crate) fn ice_store_compare_set(store: *const IceStore, key: IceStr<'_>, expected: IceStr<'_>, desired: IceStr<'_>, value: *mut *mut u8, size: *mut usize, message: Message) -> i32;
     pub(crate) fn ice_store_get(store: *const IceStore, key: IceStr<'_>, value: *mut *mut u8, size: *mut usize, message: Message) -> i32;
     pub(crate) fn ice_store_add(store: *const IceStore, key: IceStr<'_>, amount: i64, sum: *mut i64, message: Message) -> i32;
     pub(crate) fn ice_store_check(store: *const IceStore, keys: *const IceStr<'_>, count: usize, all: *mut bool, message: Message) -> i32;

@@ -64,6 +64,31 @@ impl Store {
         })
     }
 
+    /// Sets a key to `desired` where its value is `expected`; an empty `expected` stands for no value as well. Returns the value that it has
+    /// then, which is `expected` where there is none and one was expected.
+    ///
+    /// # Errors
+    /// `Network` when the store is gone.
+    pub fn compare_set(&self, key: &str, expected: &str, desired: &str) -> Result<Vec<u8>> {
+        let (mut data, mut size) = (std::ptr::null_mut(), 0);
+        let [key, expected, desired] = [key, expected, desired].map(IceStr::new);
+        check(|message| {
+            // SAFETY: the handle is alive, the strings outlive the call, and the out-pointers are valid.
+            unsafe {
+                ffi::ice_store_compare_set(
+                    self.pointer(),
+                    key,
+                    expected,
+                    desired,
+                    &mut data,
+                    &mut size,
+                    message,
+                )
+            }
+        })?;
+        Ok(take_bytes(data, size))
+    }
+
     /// The value of a key, waiting until somebody sets it.
     ///
     /// # Errors

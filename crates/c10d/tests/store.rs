@@ -19,6 +19,9 @@ fn values_are_shared_between_clients() {
     assert_eq!(other.get("empty").unwrap(), b"");
     assert_eq!(one.add("count", 2).unwrap(), 2);
     assert_eq!(other.clone().add("count", -5).unwrap(), -3);
+    assert_eq!(one.compare_set("place", "", "1").unwrap(), b"1");
+    assert_eq!(other.compare_set("place", "", "2").unwrap(), b"1", "it is taken");
+    assert_eq!(other.compare_set("place", "1", "2").unwrap(), b"2");
     assert!(one.check(&["key", "count"]).unwrap());
     assert!(!one.check(&["key", "nothing"]).unwrap());
     assert!(one.delete("key").unwrap());

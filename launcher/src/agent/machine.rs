@@ -34,9 +34,11 @@ pub(crate) enum Event {
         signal: i32,
         /// After a checkpoint, where the ranks know how.
         save: bool,
-        /// Whether all ranks of this node will end together with a checkpoint of all nodes'.
+        /// Whether all ranks of this node will end at the same step boundary, which they agree on with those of other nodes.
         together: bool,
     },
+    /// The user wants the job to end at once.
+    Abort(i32),
     /// The user has a signal for the ranks.
     Forward(i32),
     Tick,
@@ -203,6 +205,7 @@ impl Agent {
             Event::Exited { local_rank, exit, failed_at } => self.exited(now, local_rank, exit, failed_at),
             Event::Hung { local_rank, reason } => self.hung(now, local_rank, reason),
             Event::Stop { signal, save, together } => self.signal(now, signal, save, together),
+            Event::Abort(signal) => self.abort(now, signal),
             Event::Forward(signal) if self.alive.is_empty() => {
                 vec![Action::Say(format!("no rank runs that {} could be passed on to", name_of(signal)))]
             }
@@ -361,17 +364,13 @@ impl Agent {
             if now.saturating_sub(first) < ECHO {
                 return Vec::new();
             }
-            let leave = self.leave.take().map(Action::Send);
-            return [Action::Say("told to stop again: killing".into()), Action::Kill]
-                .into_iter()
-                .chain(leave)
-                .collect();
+            return self.abort(now, signal);
         }
         self.signalled = Some(now);
         let reason = format!("told to stop by {}", name_of(signal));
         self.leave = Some(ToCoordinator::Leave { reason: reason.clone() });
         let mut actions = vec![Action::Say(reason)];
-        // Ranks that end together with a checkpoint of all need those of the other nodes until then.
+        // Ranks that end together need those of the other nodes until then.
         if !together || self.alive.is_empty() || !self.is_running() {
             actions.extend(self.leave.take().map(Action::Send));
         }
@@ -380,6 +379,19 @@ impl Agent {
             Then::Exit(Some(Exit::Signal(signal).code())),
             Ask::Stop(signal, save),
         ));
+        actions
+    }
+
+    fn abort(&mut self, now: Duration, signal: i32) -> Vec<Action> {
+        let reason = format!("told to stop by {}", name_of(signal));
+        let leave = match self.signalled.replace(now) {
+            Some(_) => self.leave.take(),
+            None => Some(ToCoordinator::Leave { reason }),
+        };
+        // They are not asked any more.
+        self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), Ask::Stop(signal, false));
+        let mut actions = vec![Action::Say("told to stop again: killing".into()), Action::Kill];
+        actions.extend(leave.map(Action::Send));
         actions
     }
 

@@ -209,6 +209,20 @@ fn a_second_signal_kills_at_once() {
 }
 
 #[test]
+fn who_does_not_wait_for_a_pause_ends_the_ranks_at_once() {
+    let mut agent = agent();
+    agent.handle(NOW, started(0));
+    let actions = agent.handle(NOW, Event::Abort(2));
+    assert!(
+        matches!(&actions[..], [Action::Say(_), Action::Kill, Action::Send(ToCoordinator::Leave { .. })]),
+        "{actions:?}"
+    );
+    agent.handle(NOW, exited(0, Exit::Signal(9)));
+    let end = agent.handle(NOW, exited(1, Exit::Signal(9)));
+    assert_eq!(end, [Action::Exit(ExitCode::Signal(2))], "AG-1");
+}
+
+#[test]
 fn other_signals_are_passed_on_while_ranks_live() {
     let mut agent = agent();
     assert!(matches!(agent.handle(NOW, Event::Forward(10))[..], [Action::Say(_)]));
@@ -280,6 +294,7 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into() })),
         1 => any::<bool>().prop_map(closed),
         1 => any::<bool>().prop_map(|together| Event::Stop { signal: 15, save: true, together }),
+        1 => Just(Event::Abort(2)),
         1 => (0_u32..2).prop_map(|local_rank| Event::Hung { local_rank, reason: "h".into() }),
         1 => Just(Event::Forward(10)),
         1 => Just(Event::CoordinatorLost("l".into())),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -31,6 +31,8 @@ pub(super) struct Group<'a> {
     console: Console,
     files: Files,
     events: mpsc::UnboundedSender<RankEvent>,
+    /// Whether a line of the terminal is rewritten, which all other output has to go around.
+    rewrites: bool,
     logs: Option<LogFolder>,
     round: Option<Round>,
     ranks: BTreeMap<u32, Member>,
@@ -50,10 +52,11 @@ impl<'a> Group<'a> {
         console: Console,
         files: Files,
         events: mpsc::UnboundedSender<RankEvent>,
+        rewrites: bool,
     ) -> Self {
         let summary = Summary::new(&plan.run_id);
         let (logs, round, ranks) = (None, None, BTreeMap::new());
-        Self { plan, host: hostname(), console, files, events, logs, round, ranks, summary }
+        Self { plan, host: hostname(), console, files, events, rewrites, logs, round, ranks, summary }
     }
 
     /// The node's rank in the last round.
@@ -169,7 +172,8 @@ impl<'a> Group<'a> {
             return Ok((Stdio::File(File::create(path)?), None));
         }
         // The report needs the last lines of stderr, so that goes through the agent in any case.
-        if !to_file && stream == Stream::Stdout {
+        let over_status = self.rewrites && to_console && io::stdout().is_terminal();
+        if !to_file && stream == Stream::Stdout && !over_status {
             return Ok((if to_console { Stdio::Inherit } else { Stdio::Null }, None));
         }
         let target = match stream {
@@ -234,16 +238,14 @@ impl<'a> Group<'a> {
     }
 
     pub(super) fn ask(&mut self, ask: &Ask) {
-        let message = match ask {
-            Ask::Stop(_, save) => {
-                let node = self.round.as_ref().map_or(0, |round| round.you.group_rank);
-                Down::Ask(Request::Stop { node, save: *save })
-            }
-            Ask::Broken(reason) => {
-                let round = self.round.as_ref().map_or(0, |round| round.number);
-                Down::RoundBroken { round, reason: reason.clone() }
-            }
+        let (round, node) = self.round.as_ref().map_or((0, 0), |round| (round.number, round.you.group_rank));
+        let reason = match ask {
+            Ask::Stop(_, save) if self.agrees() => return self.request(Request::Stop { node, save: *save }),
+            // Some rank is ended by a signal, and takes part in nothing any more.
+            Ask::Stop(..) => "told to stop".into(),
+            Ask::Broken(reason) => reason.clone(),
         };
+        let message = Down::RoundBroken { round, reason };
         let signal = Signal::try_from(ask.signal()).unwrap_or(Signal::SIGTERM);
         self.ranks.values_mut().for_each(|member| member.ask(&message, signal));
     }

@@ -7,6 +7,7 @@ mod inspect;
 mod link;
 mod member;
 mod question;
+mod screen;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -166,6 +167,7 @@ impl<'a> Dispatcher<'a> {
         orphans: &'a Orphans,
     ) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
+        let rewrites = screen::rewrites_progress(plan);
         let rules = Rules {
             local_world_size: plan.local_world_size(),
             shutdown_timeout: plan.shutdown_timeout,
@@ -174,14 +176,14 @@ impl<'a> Dispatcher<'a> {
         };
         Self {
             agent: Agent::new(rules),
-            group: Group::new(plan, console.clone(), files, sender.clone()),
+            group: Group::new(plan, console.clone(), files, sender.clone(), rewrites),
             console,
             log,
             orphans,
             session: Some(session),
             sender,
             events,
-            progress: ProgressLines::new(plan.progress_interval),
+            progress: ProgressLines::new(plan.progress_interval, rewrites),
             hangs: HangWatch::new(plan.hang_timeout, plan.monitor_interval),
             sample_at: Duration::ZERO,
             inspecting: false,
@@ -263,12 +265,16 @@ impl<'a> Dispatcher<'a> {
                 if signal == Signal::SIGINT as i32 && self.asks() {
                     return None;
                 }
-                // Who is asked and answers with another signal wants the end.
-                let save = !(self.asking && signal == Signal::SIGINT as i32);
+                let again = signal == Signal::SIGINT as i32 && self.asking;
                 if std::mem::take(&mut self.asking) {
                     self.console.say("\n");
                 }
-                Some(self.stop(signal, save))
+                Some(match again {
+                    // Who has seen the question says no.
+                    true if self.is_paused() => self.stop(signal, false),
+                    true => Event::Abort(signal),
+                    false => self.stop(signal, true),
+                })
             }
             Caught::Forward(signal) => {
                 self.log.add(&Happened::Signal { signal });
@@ -282,7 +288,11 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn stop(&self, signal: i32, save: bool) -> Event {
-        Event::Stop { signal, save, together: save && self.group.agrees() }
+        Event::Stop { signal, save, together: self.group.agrees() }
+    }
+
+    fn is_paused(&self) -> bool {
+        !self.paused.is_empty()
     }
 
     /// Pauses the job and asks the user what to do, where that can be done.
@@ -296,12 +306,17 @@ impl<'a> Dispatcher<'a> {
         }
         self.asking = true;
         if self.paused.is_empty() {
-            self.group.request(Request::Pause);
+            self.request(Request::Pause);
             self.console.note("pausing at the next step boundary; Ctrl-C again ends the job at once");
         } else {
             self.prompt();
         }
         true
+    }
+
+    fn request(&self, request: Request) {
+        self.log.add(&Happened::Requested { request });
+        self.group.request(request);
     }
 
     fn prompt(&self) {
@@ -317,7 +332,7 @@ impl<'a> Dispatcher<'a> {
             Answer::SaveAndEnd => Some(self.stop(interrupt, true)),
             Answer::End => Some(self.stop(interrupt, false)),
             Answer::GoOn => {
-                self.group.request(Request::Resume);
+                self.request(Request::Resume);
                 None
             }
         }
@@ -328,6 +343,8 @@ impl<'a> Dispatcher<'a> {
         let (before, rank) = (self.paused.len(), self.group.rank(local_rank));
         if paused {
             self.paused.insert(local_rank);
+            self.progress.pause();
+            self.console.no_status();
             self.log.add(&Happened::Paused { rank });
         } else {
             self.paused.remove(&local_rank);
@@ -345,6 +362,7 @@ impl<'a> Dispatcher<'a> {
     fn suspend(&mut self) {
         // They are in sessions of their own, which the terminal does not stop.
         self.group.signal(Signal::SIGSTOP);
+        self.progress.pause();
         self.clock.pause(|| _ = raise(Signal::SIGSTOP));
         self.group.signal(Signal::SIGCONT);
     }
@@ -357,6 +375,7 @@ impl<'a> Dispatcher<'a> {
                 self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
                 self.hangs.gone(local_rank);
                 self.paused.remove(&local_rank);
+                self.console.no_status();
                 let failed_at = self.group.exited(local_rank, &exit).map(|at| on_clock(now, at));
                 return Some(Event::Exited { local_rank, exit, failed_at });
             }
@@ -368,8 +387,14 @@ impl<'a> Dispatcher<'a> {
             RankEvent::Said(local_rank, Up::Paused) => self.rank_paused(local_rank, true),
             RankEvent::Said(local_rank, Up::Resumed) => self.rank_paused(local_rank, false),
             RankEvent::Said(_, Up::Progress(progress)) => {
-                if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std()) {
-                    self.console.say_if_idle(&line);
+                // What was said before a pause is not to come after it.
+                if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std())
+                    && self.agent.is_running()
+                {
+                    match self.progress.is_rewritten() {
+                        true => self.console.status_if_idle(&line),
+                        false => self.console.say_if_idle(&(line + "\n")),
+                    }
                 }
             }
             RankEvent::Said(local_rank, Up::Heartbeat { step, activity }) => {
@@ -426,6 +451,7 @@ impl<'a> Dispatcher<'a> {
                 }
                 Action::Spawn(round) => self.spawn(round)?,
                 Action::Ask(ask) => {
+                    self.console.no_status();
                     self.log.add(&Happened::Stopping { how: "asked" });
                     self.group.ask(&ask);
                 }
@@ -496,8 +522,7 @@ impl<'a> Dispatcher<'a> {
         };
         // Ranks of ours have no handlers; what such a signal is for, they do together.
         if !refused.is_empty() && self.group.agrees() {
-            self.log.add(&Happened::Requested { request });
-            self.group.request(request);
+            self.request(request);
         } else if !refused.is_empty() {
             let ranks: Vec<_> = refused.iter().map(ToString::to_string).collect();
             self.console.note(&format!(

@@ -5,6 +5,9 @@ use std::io::{self, IsTerminal, Write};
 use std::thread;
 use std::time::Duration;
 
+use rustix::termios::tcgetwinsize;
+
+use super::status::StatusLine;
 use super::writer::{Writer, Written};
 
 /// Pause before a console that was set to non-blocking is tried again.
@@ -15,6 +18,8 @@ const RETRY: Duration = Duration::from_millis(5);
 pub(crate) enum Target {
     Stdout,
     Stderr,
+    /// The line of a terminal that is rewritten in place.
+    Status,
 }
 
 impl Target {
@@ -22,7 +27,7 @@ impl Target {
     pub(crate) fn is_coloured(self) -> bool {
         let is_terminal = match self {
             Self::Stdout => io::stdout().is_terminal(),
-            Self::Stderr => io::stderr().is_terminal(),
+            Self::Stderr | Self::Status => io::stderr().is_terminal(),
         };
         is_terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
     }
@@ -35,7 +40,23 @@ pub(crate) struct Console(Writer<Target>);
 impl Console {
     /// Starts its thread.
     pub(crate) fn open() -> io::Result<(Self, Written)> {
-        Self::with(write)
+        let mut status = StatusLine::new();
+        let on_terminal = [io::stdout().is_terminal(), io::stderr().is_terminal()];
+        Self::with(move |target, bytes| {
+            // What goes elsewhere does not get into the line's way.
+            match target {
+                Target::Status => {
+                    let text = String::from_utf8_lossy(bytes).into_owned();
+                    write(Target::Stderr, status.set(text, columns()).as_bytes());
+                }
+                target if on_terminal[usize::from(target == Target::Stderr)] => {
+                    write(Target::Stderr, status.hide().as_bytes());
+                    write(target, bytes);
+                    write(Target::Stderr, status.wrote(bytes, columns()).as_bytes());
+                }
+                target => write(target, bytes),
+            }
+        })
     }
 
     fn with(write: impl FnMut(Target, &[u8]) + Send + 'static) -> io::Result<(Self, Written)> {
@@ -64,16 +85,42 @@ impl Console {
             self.say(text);
         }
     }
+
+    /// Rewrites the line at the bottom of the terminal, unless the console is behind.
+    pub(crate) fn status_if_idle(&self, text: &str) {
+        if self.0.is_idle() {
+            self.0.add(Target::Status, text.into());
+        }
+    }
+
+    /// Takes that line away.
+    pub(crate) fn no_status(&self) {
+        self.0.add(Target::Status, Vec::new());
+    }
+}
+
+/// Whether lines can be rewritten where stderr goes.
+pub(crate) fn can_rewrite() -> bool {
+    let is_dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
+    io::stderr().is_terminal() && !is_dumb
+}
+
+/// Columns of the terminal; 0 where it does not know.
+fn columns() -> usize {
+    tcgetwinsize(io::stderr()).map_or(0, |size| size.ws_col.into())
 }
 
 fn write(target: Target, bytes: &[u8]) {
+    if bytes.is_empty() {
+        return;
+    }
     // A console that is closed does not end the job.
     let _ = match target {
         Target::Stdout => {
             let mut console = io::stdout().lock();
             write_all(&mut console, bytes).and_then(|()| console.flush())
         }
-        Target::Stderr => write_all(&mut io::stderr().lock(), bytes),
+        Target::Stderr | Target::Status => write_all(&mut io::stderr().lock(), bytes),
     };
 }
 

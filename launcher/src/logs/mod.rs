@@ -5,9 +5,10 @@ mod files;
 mod folder;
 mod prefix;
 mod pump;
+mod status;
 mod writer;
 
-pub(crate) use console::{Console, Target};
+pub(crate) use console::{Console, Target, can_rewrite};
 pub(crate) use files::{Files, LogFile};
 pub(crate) use folder::{LogFolder, RankFiles};
 pub(crate) use prefix::{Names, coloured, prefix};

@@ -30,7 +30,7 @@ pub(crate) enum Happened {
     CheckpointSaved { rank: u32, path: String, step: u64 },
     /// The agent was sent a signal.
     Signal { signal: i32 },
-    /// All ranks were asked for something by a signal.
+    /// The user asked all ranks for something.
     Requested { request: Request },
     /// A rank stands at a step boundary until the job goes on.
     Paused { rank: u32 },

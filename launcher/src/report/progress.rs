@@ -2,69 +2,151 @@ use std::time::{Duration, Instant};
 
 use ice_proto::link::Progress;
 
-/// Says where the job is, now and then and at the end of each epoch.
+/// How much the last reports weigh against those before, in how fast a task is.
+const WEIGHT: f64 = 0.3;
+
+/// Says where the job is: now and then and at the end of each epoch, or always where the line is rewritten.
 pub(crate) struct ProgressLines {
     every: Duration,
+    rewritten: bool,
     last: Option<Instant>,
+    pace: Pace,
+}
+
+/// How fast a task gets on.
+#[derive(Default)]
+struct Pace {
+    task: String,
+    per_second: Option<f64>,
+    /// The last report: epoch, iterations, and when.
+    last: Option<(u64, u64, Instant)>,
 }
 
 impl ProgressLines {
-    pub(crate) fn new(every: Duration) -> Self {
-        Self { every, last: None }
+    /// None where `every` is 0.
+    pub(crate) fn new(every: Duration, rewritten: bool) -> Self {
+        Self { every, rewritten, last: None, pace: Pace::default() }
+    }
+
+    /// Whether there is one line that is rewritten.
+    pub(crate) fn is_rewritten(&self) -> bool {
+        self.rewritten
     }
 
     /// The line to print, where one is due.
     pub(crate) fn due(&mut self, progress: &Progress, now: Instant) -> Option<String> {
+        self.pace.report(progress, now);
         let (done, total) = progress.iteration;
-        let due = self.last.is_none_or(|last| now.duration_since(last) >= self.every);
-        if !due && done != total {
+        let due = self.rewritten
+            || done == total
+            || self.last.is_none_or(|last| now.duration_since(last) >= self.every);
+        if !due || self.every.is_zero() {
             return None;
         }
         self.last = Some(now);
-        Some(line(progress) + "\n")
+        Some(line(progress, self.pace.per_second))
+    }
+
+    /// The job stands still for a while, which says nothing of how fast it is.
+    pub(crate) fn pause(&mut self) {
+        self.pace.last = None;
     }
 }
 
-fn line(progress: &Progress) -> String {
+impl Pace {
+    fn report(&mut self, progress: &Progress, now: Instant) {
+        if self.task != progress.task {
+            *self = Self { task: progress.task.clone(), ..Self::default() };
+        }
+        let ((epoch, _), (done, _)) = (progress.epoch, progress.iteration);
+        if let Some((_, before, at)) = self.last.filter(|last| last.0 == epoch && last.1 < done) {
+            let new = (done - before) as f64 / now.duration_since(at).as_secs_f64().max(1e-6);
+            self.per_second = Some(self.per_second.map_or(new, |old| old + WEIGHT * (new - old)));
+        }
+        self.last = Some((epoch, done, now));
+    }
+}
+
+fn line(progress: &Progress, per_second: Option<f64>) -> String {
     let ((epoch, epochs), (done, total)) = (progress.epoch, progress.iteration);
     let loss = progress.loss.map(|loss| format!("  loss {loss:.4}")).unwrap_or_default();
     let rate = match progress.samples_per_second {
         rate if rate >= 10_000.0 => format!("{:.1}k", rate / 1000.0),
         rate => format!("{rate:.0}"),
     };
-    format!("{}  epoch {epoch}/{epochs}  step {done}/{total}{loss}  {rate} samples/s", progress.task)
+    let eta = per_second.map(|rate| eta(progress, rate)).unwrap_or_default();
+    format!("{}  epoch {epoch}/{epochs}  step {done}/{total}{loss}  {rate} samples/s{eta}", progress.task)
+}
+
+/// When the epoch will be over, and the last one, where the others are as long and nothing comes between them.
+fn eta(progress: &Progress, per_second: f64) -> String {
+    let ((epoch, epochs), (done, total)) = (progress.epoch, progress.iteration);
+    let left = total.saturating_sub(done);
+    let time = |iterations: u64| clock(iterations as f64 / per_second);
+    let later = epochs.saturating_sub(epoch);
+    match (left, later) {
+        (0, 0) => String::new(),
+        (_, 0) => format!("  ETA {}", time(left)),
+        _ => format!("  ETA {}, all epochs {}", time(left), time(left + later * total)),
+    }
+}
+
+fn clock(seconds: f64) -> String {
+    let seconds = seconds.round() as u64;
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    if hours > 0 { format!("{hours}:{minutes:02}:{seconds:02}") } else { format!("{minutes}:{seconds:02}") }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn at(epoch: (u64, u64), iteration: (u64, u64)) -> Progress {
+        Progress { task: "train".into(), epoch, iteration, samples_per_second: 1.0, loss: None }
+    }
+
+    const fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    /// Whether reports of so many iterations after so many seconds make a line.
+    fn due(mut lines: ProgressLines) -> [bool; 5] {
+        let start = Instant::now();
+        [(1, 0), (2, 1), (3, 2), (4, 3), (9, 3)]
+            .map(|(done, second)| lines.due(&at((1, 1), (done, 9)), start + s(second)).is_some())
+    }
+
     #[test]
     fn lines_come_now_and_then_and_at_the_end_of_an_epoch() {
-        let at = |done| Progress {
-            task: "train".into(),
-            epoch: (1, 1),
-            iteration: (done, 9),
-            samples_per_second: 1.0,
-            loss: None,
-        };
-        let mut lines = ProgressLines::new(Duration::from_secs(2));
-        let start = Instant::now();
-        let due: Vec<_> = [(1, 0), (2, 1), (3, 2), (4, 3), (9, 3)]
-            .map(|(done, second)| lines.due(&at(done), start + Duration::from_secs(second)).is_some())
-            .into();
-        assert_eq!(due, [true, false, true, false, true]);
+        assert_eq!(due(ProgressLines::new(s(2), false)), [true, false, true, false, true]);
+        assert_eq!(due(ProgressLines::new(s(2), true)), [true; 5], "a line that is rewritten costs no room");
+        assert_eq!(due(ProgressLines::new(s(0), false)), [false; 5]);
     }
 
     #[test]
     fn a_line_says_where_the_job_is() {
-        let progress = Progress {
-            task: "train".into(),
-            epoch: (1, 3),
-            iteration: (240, 469),
-            samples_per_second: 12_345.0,
-            loss: Some(0.21344),
+        let progress =
+            Progress { samples_per_second: 12_345.0, loss: Some(0.21344), ..at((1, 3), (240, 469)) };
+        let place = "train  epoch 1/3  step 240/469  loss 0.2134  12.3k samples/s";
+        assert_eq!(line(&progress, None), place);
+        assert_eq!(line(&progress, Some(2.0)), format!("{place}  ETA 1:55, all epochs 9:44"));
+    }
+
+    #[test]
+    fn what_is_left_is_told_from_the_pace() {
+        let start = Instant::now();
+        let mut lines = ProgressLines::new(s(1), false);
+        let mut eta = |epoch, done, second| {
+            let line = lines.due(&at((epoch, 2), (done, 7300)), start + s(second)).unwrap();
+            line.split_once("ETA ").map(|(_, eta)| eta.to_owned())
         };
-        assert_eq!(line(&progress), "train  epoch 1/3  step 240/469  loss 0.2134  12.3k samples/s");
+        assert_eq!(eta(1, 100, 0), None, "nothing to go by yet");
+        assert_eq!(eta(1, 110, 10).unwrap(), "1:59:50, all epochs 4:01:30");
+        // The next epoch goes on at the pace of this one.
+        assert_eq!(eta(2, 1, 20).unwrap(), "2:01:39");
+        lines.pause();
+        let line = lines.due(&at((2, 2), (11, 7300)), start + s(9000)).unwrap();
+        assert!(line.ends_with("ETA 2:01:29"), "a pause counts as time: {line}");
+        assert!(!lines.due(&at((2, 2), (7300, 7300)), start + s(20_000)).unwrap().contains("ETA"));
     }
 }

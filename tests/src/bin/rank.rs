@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use ice_worker::Worker;
+use ice_worker::{Boundary, Worker};
 use tch::{Kind, Tensor};
 
 fn main() -> ExitCode {
@@ -57,8 +57,9 @@ fn run() -> Result<(), ice::Error> {
 /// Steps until told to stop, or until a step, in which it may stay.
 fn step(worker: &Worker, last: Option<(u64, bool)>) -> Result<(), ice::Error> {
     for number in 1.. {
-        if worker.link().stop().is_some() {
-            break;
+        match worker.link().boundary() {
+            Boundary::GoOn | Boundary::Save | Boundary::Stop { here: false, .. } => {}
+            Boundary::Stop { here: true, .. } | Boundary::Broken => break,
         }
         match last {
             Some((last, true)) if number == last => stay(),

@@ -12,6 +12,7 @@ mod forms;
 mod gpt;
 mod hostile;
 mod kills;
+mod leaving;
 mod python;
 #[path = "../../../rendezvous/src/machine/random.rs"]
 #[expect(dead_code, reason = "the simulation uses the rest")]
@@ -19,6 +20,7 @@ mod random;
 mod stopping;
 mod store;
 mod support;
+mod terminal;
 mod torchrun;
 mod training;
 mod usage;

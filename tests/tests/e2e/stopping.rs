@@ -12,7 +12,7 @@ use crate::forms::Run;
 use crate::support::{Job, Program, SOON, TRAINING, built, wait_until};
 
 /// The events of this name.
-fn events(file: &Path, name: &str) -> Vec<Value> {
+pub(crate) fn events(file: &Path, name: &str) -> Vec<Value> {
     let text = fs::read_to_string(file).unwrap_or_default();
     let whole = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     whole.filter(|event| event["event"] == name).collect()

@@ -179,7 +179,8 @@ impl<'a> Run<'a> {
                 Boundary::Save => self.save_checkpoint(None, None)?,
                 Boundary::Stop { here, save } => {
                     if save && self.counters.train_steps() > 0 {
-                        self.save_checkpoint(None, None)?;
+                        let saved = self.save_checkpoint(None, None);
+                        saved.inspect_err(|error| tracing::warn!("ended without a checkpoint: {error}"))?;
                     }
                     if here {
                         return Err(Error::Stopped);

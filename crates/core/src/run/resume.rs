@@ -33,11 +33,12 @@ impl Run<'_> {
         load_parameters(&found, self.graph, &self.worker)
     }
 
-    /// Goes on from a checkpoint: the one of this run where the group was restarted, else the one asked for. False where there is none.
+    /// Goes on from a checkpoint: the one of this run where the group was started again, after a failure or because nodes have come or
+    /// gone; else the one asked for. False where there is none.
     fn resume(&self) -> Result<bool> {
         let from = || {
-            let own =
-                (self.worker.restart_count() > 0).then(|| Checkpoint::newest_in_run(&self.folder)).flatten();
+            let again = self.worker.restart_count() > 0 || self.worker.round() > 0;
+            let own = again.then(|| Checkpoint::newest_in_run(&self.folder)).flatten();
             match (own, &self.config.resume_from) {
                 (Some(own), _) => Ok(Some(own)),
                 (None, Some(from)) => {

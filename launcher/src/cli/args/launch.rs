@@ -245,7 +245,8 @@ pub struct LaunchArgs {
     /// Append everything that happens to this file, one JSON object per line
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub events: Option<PathBuf>,
-    /// Period of progress lines of ranks that report it
+    /// Period of progress lines of ranks that report it; 0 for none. On a terminal one line is rewritten in place where all output
+    /// passes through the launcher
     #[arg(
         long,
         alias = "progress_interval",

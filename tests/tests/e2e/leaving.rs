@@ -1,0 +1,83 @@
+//! A node of several that is told to stop: all ranks of the job save before its own end.
+
+use std::path::{Path, PathBuf};
+
+use ice_proto::exit::ExitCode;
+use rustix::process::Signal;
+use tempfile::tempdir;
+
+use crate::forms::Run;
+use crate::stopping::events;
+use crate::support::{Job, SOON, TRAINING, free_port, wait_until};
+
+/// Two agents whose ranks all write a share of each checkpoint.
+fn two_nodes(folder: &Path, nnodes: &str) -> [(Job, PathBuf); 2] {
+    let run =
+        Run::new(&folder.join("out")).args(["--epochs", "1", "--steps", "100000", "--split-checkpoints"]);
+    let endpoint = format!("127.0.0.1:{}", free_port());
+    let nodes = ["0", "1"].map(|node| {
+        let log = folder.join(node);
+        let options = ["--nnodes", nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", &endpoint];
+        let more = ["--node-rank", node, "--devices", "cpu:0", "--events", log.to_str().unwrap()];
+        (run.under_ice_launch(&[&options[..], &more[..]].concat()).start(), log)
+    });
+    nodes[0].0.wait_for_error_text(TRAINING, "step");
+    nodes
+}
+
+/// The only checkpoint that a node has told of; that all ranks have written their shares.
+fn checkpoint(log: &Path) -> String {
+    let saved = events(log, "checkpoint_saved");
+    assert_eq!(saved.len(), 1, "{saved:?}");
+    let path = saved[0]["path"].as_str().unwrap().to_owned();
+    for shard in ["model-00000-of-00002.safetensors", "model-00001-of-00002.safetensors"] {
+        assert!(Path::new(&path).join(shard).is_file(), "{path} has no {shard}");
+    }
+    path
+}
+
+#[test]
+fn a_node_leaves_once_the_ranks_of_all_nodes_have_saved() {
+    let folder = tempdir().unwrap();
+    let [(first, log), (second, other)] = two_nodes(folder.path(), "2");
+    second.signal(Signal::TERM);
+    second.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
+    let outcome = first.finish(TRAINING);
+    outcome.expect_code(ExitCode::Failure.code().into()).expect_in_stderr(&["left: told to stop by SIGTERM"]);
+    checkpoint(&log);
+    for rank in events(&log, "rank_ended").iter().chain(&events(&other, "rank_ended")) {
+        assert_eq!(rank["exit_code"], 0, "not ended by itself: {rank} {}", outcome.transcript());
+    }
+}
+
+#[test]
+fn what_was_saved_for_a_node_that_leaves_is_where_the_others_go_on() {
+    let folder = tempdir().unwrap();
+    let [(first, log), (second, _)] = two_nodes(folder.path(), "1:2");
+    second.signal(Signal::TERM);
+    second.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
+    let line = first.wait_for_line(TRAINING, |line| line.starts_with("resuming from"));
+    assert!(line.ends_with(&checkpoint(&log)), "{line}");
+    first.signal(Signal::TERM);
+    first.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
+}
+
+#[test]
+fn two_nodes_pause_together() {
+    let folder = tempdir().unwrap();
+    let [(first, log), (second, other)] = two_nodes(folder.path(), "2");
+    let both =
+        |name: &str| wait_until(SOON, name, || [&log, &other].map(|log| events(log, name).len()) == [1, 1]);
+    second.signal(Signal::USR2);
+    both("paused");
+    // Either node may let the job go on.
+    first.signal(Signal::USR2);
+    both("resumed");
+    // Told at once, each by its scheduler.
+    first.signal(Signal::TERM);
+    second.signal(Signal::TERM);
+    for job in [first, second] {
+        job.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
+    }
+    checkpoint(&log);
+}
