@@ -55,7 +55,9 @@ impl Node for LossNode {
                 None => row,
             });
             let scale = x.worker().world_size() as f64 * share.here as f64 / share.total as f64;
-            self.pending = Some(&loss * (self.weight * scale));
+            let factor = self.weight * scale;
+            // What would be multiplied by 1 is left as it is, forward and backward.
+            self.pending = Some(if factor == 1.0 { loss.shallow_clone() } else { &loss * factor });
         }
         Ok(Value::new(loss))
     }

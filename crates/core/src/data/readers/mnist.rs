@@ -77,8 +77,11 @@ impl Dataset for Mnist {
     }
 
     fn batch(&self, indices: &[i64], device: Device) -> Result<Labelled> {
-        let images = self.images.rows_at(indices)?.to_device(device).to_kind(Kind::Float);
+        let mut images = self.images.rows_at(indices)?.to_device(device).to_kind(Kind::Float);
         let labels = self.labels.rows_at(indices)?.to_device(device).to_kind(Kind::Int64);
-        Ok(Labelled { images: ((images / 255.0 - MEAN) / DEVIATION).unsqueeze(1), labels })
+        // In place: each new tensor of this size costs as much as its computation.
+        let images =
+            images.f_div_scalar_(255.0)?.f_sub_scalar_(MEAN)?.f_div_scalar_(DEVIATION)?.f_unsqueeze(1)?;
+        Ok(Labelled { images, labels })
     }
 }
