@@ -383,13 +383,14 @@ impl Agent {
     }
 
     fn abort(&mut self, now: Duration, signal: i32) -> Vec<Action> {
-        let reason = format!("told to stop by {}", name_of(signal));
         let leave = match self.signalled.replace(now) {
             Some(_) => self.leave.take(),
-            None => Some(ToCoordinator::Leave { reason }),
+            None => {
+                // They are not asked any more.
+                self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), Ask::Stop(signal, false));
+                Some(ToCoordinator::Leave { reason: format!("told to stop by {}", name_of(signal)) })
+            }
         };
-        // They are not asked any more.
-        self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), Ask::Stop(signal, false));
         let mut actions = vec![Action::Say("told to stop again: killing".into()), Action::Kill];
         actions.extend(leave.map(Action::Send));
         actions

@@ -205,7 +205,10 @@ fn a_second_signal_kills_at_once() {
     agent.handle(NOW, started(0));
     assert!(agent.handle(NOW, stop(2)).contains(&Action::Ask(Ask::Stop(2, true))));
     assert_eq!(agent.handle(NOW, stop(2)), [], "an echo");
-    assert!(agent.handle(NOW * 2, stop(2)).contains(&Action::Kill));
+    assert!(agent.handle(NOW * 2, stop(15)).contains(&Action::Kill));
+    agent.handle(NOW * 2, exited(0, Exit::Signal(9)));
+    let end = agent.handle(NOW * 2, exited(1, Exit::Signal(9)));
+    assert_eq!(end, [Action::Exit(ExitCode::Signal(2))], "the first one is the reason");
 }
 
 #[test]

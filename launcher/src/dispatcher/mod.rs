@@ -387,9 +387,10 @@ impl<'a> Dispatcher<'a> {
             RankEvent::Said(local_rank, Up::Paused) => self.rank_paused(local_rank, true),
             RankEvent::Said(local_rank, Up::Resumed) => self.rank_paused(local_rank, false),
             RankEvent::Said(_, Up::Progress(progress)) => {
-                // What was said before a pause is not to come after it.
+                // What another rank said just before it paused, or was ended, is out of date.
+                let is_current = self.agent.is_running() && !self.is_paused();
                 if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std())
-                    && self.agent.is_running()
+                    && is_current
                 {
                     match self.progress.is_rewritten() {
                         true => self.console.status_if_idle(&line),

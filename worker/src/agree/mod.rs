@@ -16,8 +16,8 @@ use ice_proto::link::Request;
 
 pub(crate) use boundaries::{Boundaries, END, Turn};
 
-/// A wait is begun anew so often: what lies between two nodes may forget a connection that is silent for some minutes.
-const RENEWAL: Duration = Duration::from_secs(100);
+/// A wait is begun anew so often: what lies between two nodes may forget a connection that is silent for some minutes. Tests see it happen.
+const RENEWAL: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 100_000 });
 
 /// The rank's side of an agreement.
 pub(crate) trait Part {
