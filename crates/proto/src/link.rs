@@ -32,7 +32,7 @@ pub enum Up {
         /// Applied steps that it holds.
         step: u64,
     },
-    /// The rank stands at a step boundary, with all others, until [`Down::Resume`].
+    /// The rank stands at a step boundary, with all others, until [`Request::Resume`].
     Paused,
     /// It goes on.
     Resumed,
