@@ -1,5 +1,5 @@
-//! The runtime inside a rank: it reads the environment contract, binds the one device, joins the process group, and talks
-//! to the agent over the link.
+//! The runtime inside a rank: it reads the environment contract, binds the one device, joins the process group, talks
+//! to the agent over the link, and agrees with the other ranks on what they do together.
 //!
 //! This crate knows nothing of what is trained. It meets the launcher only through the formats of `ice-proto`, so a rank
 //! runs under torchrun as well, without a link.

@@ -39,7 +39,8 @@ impl Default for ReducerOptions {
 /// Averages the gradients of all ranks while backward computes them: the heart of PyTorch's `DistributedDataParallel`.
 ///
 /// In each step: [`prepare_forward`](Self::prepare_forward), the forward pass, [`prepare_backward`](Self::prepare_backward),
-/// [`run_backward`], then [`regroup`](Self::regroup). A micro-batch whose gradients are only accumulated leaves out both preparations, before its last one.
+/// [`run_backward`], then [`regroup`](Self::regroup). A micro-batch whose gradients are only accumulated leaves out both preparations,
+/// before its last one.
 #[derive(Debug)]
 pub struct Reducer {
     handle: Handle<IceReducer>,

@@ -10,7 +10,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use tempfile::tempdir;
 
-use crate::support::{Program, TRAINING, built, free_port, mnist_data, wait_until};
+use crate::support::{Program, TRAINING, built, checkpoints, free_port, mnist_data, wait_until};
 
 /// Arguments of the example.
 #[derive(Clone)]
@@ -48,27 +48,13 @@ impl Run {
 
     /// The parameters in the checkpoint with the most training steps.
     pub(crate) fn newest_model(&self) -> PathBuf {
-        let mut checkpoints = self.checkpoints();
-        checkpoints.sort_by_key(|folder| {
-            let name = folder.file_name().unwrap().to_str().unwrap();
-            name.split('S').nth(1).and_then(|steps| steps.parse::<u64>().ok())
-        });
-        let newest = checkpoints.pop().unwrap_or_else(|| panic!("no checkpoint in {:?}", self.out_dir));
+        let newest =
+            self.checkpoints().pop().unwrap_or_else(|| panic!("no checkpoint in {:?}", self.out_dir));
         newest.join("model.safetensors")
     }
 
     fn checkpoints(&self) -> Vec<PathBuf> {
-        let entries = |folder: &Path| -> Vec<PathBuf> {
-            fs::read_dir(folder).map_or(Vec::new(), |all| all.map(|entry| entry.unwrap().path()).collect())
-        };
-        let runs = entries(&self.out_dir);
-        let all = runs.iter().flat_map(|run| entries(&run.join("ckpts")));
-        // A name with a dot is one that is still being written.
-        let whole = |folder: &PathBuf| {
-            !folder.file_name().unwrap().to_string_lossy().starts_with('.')
-                && folder.join("manifest.json").is_file()
-        };
-        all.filter(whole).collect()
+        checkpoints(&self.out_dir)
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::tempdir;
 
-use crate::support::{Program, TRAINING, built};
+use crate::support::{Program, TRAINING, built, checkpoints};
 
 fn train(out: &Path, more: &[&str]) -> Program {
     let text = concat!(env!("CARGO_MANIFEST_DIR"), "/../LICENSE-APACHE");
@@ -21,10 +21,11 @@ fn train(out: &Path, more: &[&str]) -> Program {
 
 /// The only run's checkpoint after so many steps.
 fn checkpoint(out: &Path, steps: u64) -> PathBuf {
-    let run = fs::read_dir(out).unwrap().next().unwrap().unwrap().path();
-    let all = fs::read_dir(run.join("ckpts")).unwrap().map(|entry| entry.unwrap().path());
-    let mut fitting = all.filter(|path| path.to_str().unwrap().ends_with(&format!("S{steps}")));
-    fitting.next().unwrap_or_else(|| panic!("no checkpoint after {steps} steps in {out:?}"))
+    let wanted = |path: &PathBuf| path.to_str().unwrap().ends_with(&format!("S{steps}"));
+    checkpoints(out)
+        .into_iter()
+        .find(wanted)
+        .unwrap_or_else(|| panic!("no checkpoint after {steps} steps in {out:?}"))
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use serde_json::Value;
 use tempfile::{TempDir, tempdir};
 
 use crate::random::Random;
-use crate::support::{Job, Program, TRAINING, built};
+use crate::support::{Job, Program, TRAINING, built, checkpoints};
 
 /// As the trainee has them.
 const SAMPLES: usize = 46;
@@ -67,15 +67,8 @@ impl Training {
         job
     }
 
-    /// All that is whole.
     fn checkpoints(&self) -> Vec<PathBuf> {
-        let entries = |folder: &Path| -> Vec<PathBuf> {
-            fs::read_dir(folder).map_or(Vec::new(), |all| all.map(|entry| entry.unwrap().path()).collect())
-        };
-        let runs = entries(&self.folder.path().join("out"));
-        let all = runs.iter().flat_map(|run| entries(&run.join("ckpts")));
-        let is_named = |path: &Path| path.file_name().unwrap().to_str().unwrap().starts_with('E');
-        all.filter(|path| is_named(path) && path.join("manifest.json").is_file()).collect()
+        checkpoints(&self.folder.path().join("out"))
     }
 
     /// Half-written checkpoints that a kill has left.
@@ -90,12 +83,7 @@ impl Training {
 
     /// What the last checkpoint holds: its files, and what its manifest says that a life before may not change.
     fn end(&self) -> (BTreeMap<String, Vec<u8>>, Vec<Value>) {
-        let progress = |path: &PathBuf| {
-            let name = path.file_name().unwrap().to_str().unwrap();
-            let (epochs, steps) = name[1..].split_once('S').unwrap();
-            (steps.parse::<u64>().unwrap(), epochs.parse::<u64>().unwrap())
-        };
-        let last = self.checkpoints().into_iter().max_by_key(progress).unwrap();
+        let last = self.checkpoints().pop().unwrap();
         let files = fs::read_dir(&last).unwrap().map(|entry| entry.unwrap().path());
         let mut files: BTreeMap<_, _> = files
             .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(path).unwrap()))

@@ -72,6 +72,12 @@ impl Report {
         self.0.values().all(Misfit::is_none)
     }
 
+    /// Notes a key of the checkpoint that no node has.
+    pub(super) fn nobodys(&mut self, key: &str) {
+        let (node, rest) = key.split_once('.').unwrap_or((key, ""));
+        self.of(node).unexpected.push(rest.into());
+    }
+
     pub(super) fn of(&mut self, uid: &str) -> &mut Misfit {
         self.0.entry(uid.into()).or_default()
     }

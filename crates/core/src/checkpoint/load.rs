@@ -1,7 +1,7 @@
 //! From the files into the tensors of the nodes. Everything is compared first, so that nothing is half loaded.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 
 use ice_checkpoint::{Checkpoint, Overlap, Part, Piece, Section};
@@ -113,12 +113,15 @@ pub(crate) fn find_parameters(file: &Path, graph: &HyperGraph) -> Result<Checkpo
     })?)
 }
 
-/// Loads all parameters and buffers of the graph on every rank, and nothing else; rank 0 reads for all.
-pub(crate) fn load_parameters(found: &Checkpoint, graph: &HyperGraph, worker: &Worker) -> Result<()> {
+/// Loads all parameters and buffers of the graph on every rank, and nothing else, from what was found in the file; rank 0 reads for all.
+pub(crate) fn load_parameters(
+    found: &Checkpoint,
+    file: &Path,
+    graph: &HyperGraph,
+    worker: &Worker,
+) -> Result<()> {
     let (mut loading, report) = Loading::prepare_parameters(found, graph)?;
     if !report.is_none() {
-        let files: Vec<_> = found.manifest().files.keys().map(|name| found.path().join(name)).collect();
-        let file = files.first().map_or(found.path(), PathBuf::as_path);
         return Err(Error::Usage(format!(
             "{} does not have the parameters of this program: {report}",
             file.display()
@@ -143,10 +146,7 @@ impl Loading {
                 }
             }
         }
-        for key in left {
-            let (node, rest) = key.split_once('.').unwrap_or((key, ""));
-            report.of(node).unexpected.push(rest.into());
-        }
+        left.into_iter().for_each(|key| report.nobodys(key));
         Ok((loading, report))
     }
 
@@ -209,10 +209,7 @@ impl Loading {
         }
         if selection.is_all() {
             let keys = catalog.model.keys().chain(catalog.optimizer.keys());
-            for key in keys.filter(|key| owner(graph, key).is_none()) {
-                let (node, rest) = key.split_once('.').unwrap_or((key, ""));
-                report.of(node).unexpected.push(rest.into());
-            }
+            keys.filter(|key| owner(graph, key).is_none()).for_each(|key| report.nobodys(key));
             for uid in manifest.nodes.keys().filter(|uid| !graph.uids().any(|own| own == uid.as_str())) {
                 report.of(uid).unexpected.push("the node itself".into());
             }

@@ -30,7 +30,7 @@ impl Run<'_> {
         let Some(file) = &self.config.init_from else { return Ok(()) };
         let found = if self.is_main() { Some(find_parameters(file, self.graph)?) } else { None };
         let Some(found) = share(found, &self.worker)? else { return Ok(()) };
-        load_parameters(&found, self.graph, &self.worker)
+        load_parameters(&found, file, self.graph, &self.worker)
     }
 
     /// Goes on from a checkpoint: the one of this run where the group was started again, after a failure or because nodes have come or

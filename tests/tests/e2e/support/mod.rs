@@ -3,6 +3,7 @@
 mod built;
 mod job;
 mod leftovers;
+mod saved;
 
 use std::fs;
 use std::net::TcpListener;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use built::{built, cargo, executables};
 pub(crate) use job::{Finished, Job, Program};
+pub(crate) use saved::checkpoints;
 
 /// How long anything but training may take. It bounds a failure; no test waits for it to pass.
 pub(crate) const SOON: Duration = Duration::from_secs(60);

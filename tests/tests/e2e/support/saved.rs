@@ -1,0 +1,25 @@
+//! What runs have saved.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The whole checkpoints of all runs in an output folder, by steps of training and then by epochs.
+pub(crate) fn checkpoints(out_dir: &Path) -> Vec<PathBuf> {
+    let runs = entries(out_dir);
+    let all = runs.iter().flat_map(|run| entries(&run.join("ckpts")));
+    // Others are links, or still being written.
+    let named = all.filter_map(|path| Some((progress(&path)?, path)));
+    let mut whole: Vec<_> = named.filter(|(_, path)| path.join("manifest.json").is_file()).collect();
+    whole.sort();
+    whole.into_iter().map(|(_, path)| path).collect()
+}
+
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    fs::read_dir(folder).map_or(Vec::new(), |all| all.map(|entry| entry.unwrap().path()).collect())
+}
+
+/// Steps and epochs of a checkpoint named `E<epochs>S<steps>`.
+fn progress(path: &Path) -> Option<(u64, u64)> {
+    let (epochs, steps) = path.file_name()?.to_str()?.strip_prefix('E')?.split_once('S')?;
+    Some((steps.parse().ok()?, epochs.parse().ok()?))
+}
