@@ -6,10 +6,10 @@ use crate::hosts::{Network, address};
 use crate::server::Etcd;
 use crate::support::{self, Job, run};
 
-/// Says where it is, reaches the store, and stays until its host has the file `stop`.
+/// Reaches the store, says where it is, and stays until its host has the file `stop`. In this order: once it is heard, the store may go.
 const SCRIPT: &str = "
-    echo \"$RANK of $WORLD_SIZE in round $ICE_ROUND at $MASTER_ADDR\"
     exec 3<> /dev/tcp/$MASTER_ADDR/$MASTER_PORT || exit 7
+    echo \"$RANK of $WORLD_SIZE in round $ICE_ROUND at $MASTER_ADDR\"
     until [ -e $STOP ]; do sleep 0.05; done";
 
 /// Silent agents are missed after about a second.
