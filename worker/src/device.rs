@@ -5,6 +5,12 @@ use tch::Device;
 
 use crate::Error;
 
+/// Loads what CUDA takes, and binds no GPU yet.
+pub(crate) fn load() -> Result<(), Error> {
+    ice_c10d::nccl::load()
+        .map_err(|error| Error::Device { device: "cuda".into(), problem: error.to_string() })
+}
+
 /// Binds the device, loading the CUDA half first where it is needed: libtorch settles whether it has CUDA at the first
 /// call that asks.
 pub(crate) fn bind(device: RankDevice) -> Result<Device, Error> {

@@ -25,11 +25,12 @@ pub enum Error {
         /// What c10d says.
         source: ice_c10d::Error,
     },
+    /// The round is over: another rank is gone, or nodes come and go.
+    #[error("the round is over")]
+    RoundOver,
     /// The link to the agent cannot be used.
-    #[error("cannot use the link to the agent (ICE_LINK_FD={fd}): {source}")]
+    #[error("cannot use the link to the agent (ICE_LINK_FD): {source}")]
     Link {
-        /// The descriptor.
-        fd: i32,
         /// Why.
         source: io::Error,
     },

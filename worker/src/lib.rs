@@ -10,6 +10,7 @@ mod error;
 mod group;
 mod link;
 mod rank;
+mod round;
 
 pub use error::Error;
 pub use ice_proto::backend::{DistBackend, RankDevice};

@@ -1,16 +1,18 @@
 //! The rank's end of the link.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ice_c10d::Store;
+use ice_c10d::{Connections, ProcessGroup, Store};
+use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
 use ice_proto::frame::{self, Decoder};
 use ice_proto::link::{Down, Request, Up};
 
@@ -23,6 +25,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a rank may take to find out by itself that its round is over.
 const BROKEN_PATIENCE: Duration = Duration::from_secs(5);
+/// Connections of a group that is being formed are cut this often, since it may open more of them.
+const CUT_AGAIN: Duration = Duration::from_millis(50);
 
 /// The connection to the agent. Without an agent that knows the link, everything here does nothing.
 ///
@@ -36,21 +40,35 @@ struct Inner {
     stream: Mutex<UnixStream>,
     step: AtomicU64,
     activity: AtomicU64,
+    applied_ms: AtomicU64,
     leaving: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
     /// What all ranks are to be told.
     requests: mpsc::Sender<Request>,
-    /// The same until there is a round.
-    waiting: Mutex<Option<mpsc::Receiver<Request>>>,
 }
 
 /// What the agent wants, and what the rank is about.
 #[derive(Default)]
 struct State {
-    stop: Option<Stop>,
-    /// Whether the rank's work has seen it.
+    /// The round that the rank is in, or was in last.
+    round: Option<u64>,
+    /// The last round that is known to be over.
+    over: Option<u64>,
+    /// The next one.
+    given: Option<RankEnv>,
+    /// No more rounds will come.
+    ended: bool,
+    /// Whether the rank stops at this boundary.
+    stopping: bool,
+    /// Whether the rank's work has seen that.
     noticed: bool,
+    /// Of the round, as far as they are there.
+    connections: Option<Connections>,
+    group: Option<ProcessGroup>,
+    store: Option<Store>,
+    /// Where the last words go.
+    error_file: Option<PathBuf>,
     /// Writes under way that are not to be cut off.
     holds: usize,
     boundaries: Boundaries,
@@ -83,8 +101,20 @@ pub enum Boundary {
         /// Whether all ranks save.
         save: bool,
     },
-    /// The round is over: end.
+    /// The round ends here, for all ranks: nodes are to come or to go.
+    Regroup,
+    /// The round is over: another rank is gone.
     Broken,
+}
+
+impl State {
+    fn stop(&self) -> Option<Stop> {
+        match self.stopping {
+            _ if self.ended || (self.over.is_some() && self.over >= self.round) => Some(Stop::Broken),
+            true => Some(Stop::Requested),
+            false => None,
+        }
+    }
 }
 
 /// Keeps the process alive, after its round is over, until this is dropped.
@@ -111,25 +141,28 @@ impl Link {
     }
 
     /// Takes over the inherited descriptor and says hello.
-    pub(crate) fn open(fd: RawFd, rank: u32) -> io::Result<Self> {
+    pub(crate) fn open(fd: RawFd, rank: Option<u32>, round: Option<u64>) -> io::Result<Self> {
         let stream = UnixStream::from(ice_c10d::inherit::descriptor(fd)?);
         stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
         let reader = stream.try_clone()?;
-        let (requests, waiting) = mpsc::channel();
+        let (requests, wanted) = mpsc::channel();
         let inner = Arc::new(Inner {
             stream: Mutex::new(stream),
             step: AtomicU64::new(0),
             activity: AtomicU64::new(0),
+            applied_ms: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
-            state: Mutex::default(),
+            state: Mutex::new(State { round, ..State::default() }),
             changed: Condvar::new(),
             requests,
-            waiting: Mutex::new(Some(waiting)),
         });
         let link = Self { inner: Some(Arc::clone(&inner)) };
         link.send(&Up::Hello { pid: process::id(), rank });
         let listening = Arc::clone(&inner);
         thread::Builder::new().name("ice-link".into()).spawn(move || listening.listen(reader))?;
+        // The listener must not wait for a store that is gone: it hears of that.
+        let asking = Arc::clone(&inner);
+        thread::Builder::new().name("ice-request".into()).spawn(move || asking.publish(wanted))?;
         let _ = OPEN.set(link.clone());
         let beating = link.clone();
         thread::Builder::new().name("ice-heartbeat".into()).spawn(move || beating.beat())?;
@@ -163,6 +196,20 @@ impl Link {
         }
     }
 
+    /// Notes that all ranks of the round are at work from here on, and have got as much done as each other.
+    pub fn begin(&self) {
+        if let Some(inner) = &self.inner {
+            inner.activity.store(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Notes how long a step took that was applied.
+    pub fn applied(&self, took: Duration) {
+        if let Some(inner) = &self.inner {
+            inner.applied_ms.fetch_add(took.as_millis() as u64, Ordering::Relaxed);
+        }
+    }
+
     /// Notes that something got done within a step: where a job stands still, the rank that got less done is behind.
     pub fn tick(&self) {
         if let Some(inner) = &self.inner {
@@ -186,7 +233,7 @@ impl Link {
 
     /// Whether the round is over. Unlike [`Link::stop`] it is no promise that the rank will end by itself.
     pub fn is_broken(&self) -> bool {
-        self.inner.as_ref().is_some_and(|inner| inner.state().stop == Some(Stop::Broken))
+        self.inner.as_ref().is_some_and(|inner| inner.state().stop() == Some(Stop::Broken))
     }
 
     /// As [`Link::stop`], giving a request that is under way this long to arrive.
@@ -194,10 +241,61 @@ impl Link {
         let inner = self.inner.as_ref()?;
         let (mut state, _) = inner
             .changed
-            .wait_timeout_while(inner.state(), timeout, |state| state.stop.is_none())
+            .wait_timeout_while(inner.state(), timeout, |state| state.stop().is_none())
             .unwrap_or_else(PoisonError::into_inner);
-        state.noticed |= state.stop.is_some();
-        state.stop
+        let stop = state.stop();
+        state.noticed |= stop.is_some();
+        stop
+    }
+
+    /// Waits until the round is over.
+    pub(crate) fn wait_for_the_end(&self) {
+        let Some(inner) = &self.inner else { return };
+        let goes_on = |state: &mut State| state.stop() != Some(Stop::Broken);
+        let mut state =
+            inner.changed.wait_while(inner.state(), goes_on).unwrap_or_else(PoisonError::into_inner);
+        state.noticed = true;
+    }
+
+    /// The round that the rank is in, or was in last.
+    pub(crate) fn round(&self) -> u64 {
+        self.inner.as_ref().and_then(|inner| inner.state().round).unwrap_or(0)
+    }
+
+    /// Whether there is an agent that can be told.
+    pub(crate) fn is_open(&self) -> bool {
+        self.inner.is_some()
+    }
+
+    /// Leaves the round, whose group is gone, and waits for the next one; `None` where the rank is to end.
+    pub(crate) fn next_round(&self) -> Option<RankEnv> {
+        let inner = self.inner.as_ref()?;
+        self.rest();
+        loop {
+            let mut state = inner.state();
+            state.noticed = true;
+            let (round, group, store) = (state.round, state.group.take(), state.store.take());
+            drop(state);
+            // Not under the lock: what is still under way is waited for, and must be cut.
+            drop((group, store));
+            inner.state().connections = None;
+            self.send(&Up::Parked { round });
+            let waits = |state: &mut State| state.given.is_none() && !state.ended;
+            let mut state =
+                inner.changed.wait_while(inner.state(), waits).unwrap_or_else(PoisonError::into_inner);
+            let given = state.given.take().filter(|_| !state.ended)?;
+            state.round = Some(given.round);
+            // One that is over before it began is left at once.
+            if state.stop() != Some(Stop::Broken) {
+                return Some(given);
+            }
+        }
+    }
+
+    /// Where a rank that fails leaves its last words.
+    pub(crate) fn error_file(&self) -> Option<PathBuf> {
+        let given = self.inner.as_ref().and_then(|inner| inner.state().error_file.clone());
+        given.or_else(|| std::env::var_os(TORCHELASTIC_ERROR_FILE).map(PathBuf::from))
     }
 
     /// To be held while something is written that is of no use half done.
@@ -208,27 +306,37 @@ impl Link {
         Hold { inner: self.inner.clone() }
     }
 
+    /// The connections that are opened from now on are those of a round.
+    pub(crate) fn begin_round(&self, env: &RankEnv) -> Connections {
+        let connections = Connections::watch();
+        if let Some(inner) = &self.inner {
+            let mut state = inner.state();
+            state.round = Some(env.round);
+            (state.boundaries, state.rests, state.noticed) = (Boundaries::default(), None, false);
+            (state.node, state.stopping) = (env.group_rank, false);
+            state.connections = Some(connections.clone());
+            drop(state);
+            // A rank that has been at work is expected to be so again.
+            if inner.step.load(Ordering::Relaxed) > 0 {
+                inner.activity.store(1, Ordering::Relaxed);
+            }
+        }
+        connections
+    }
+
     /// Takes part in what the ranks of a round agree on over its store.
-    pub(crate) fn join_round(&self, store: &Store, node: u32, world_size: usize) -> io::Result<()> {
+    pub(crate) fn join_round(&self, store: &Store, group: &ProcessGroup, env: &RankEnv) -> io::Result<()> {
         let Some(inner) = &self.inner else { return Ok(()) };
         let hearing = store.reconnect().map_err(io::Error::other)?;
-        inner.state().node = node;
-        let part = Arc::clone(inner);
+        let mut state = inner.state();
+        (state.group, state.store) = (Some(group.clone()), Some(store.clone()));
+        drop(state);
+        inner.changed.notify_all();
+        let part = InRound { inner: Arc::clone(inner), round: env.round };
+        let world_size = env.world_size as usize;
         thread::Builder::new().name("ice-agree".into()).spawn(move || {
-            if let Err(error) = agree::take_part(&*part, &hearing, world_size) {
+            if let Err(error) = agree::take_part(&part, &hearing, world_size) {
                 tracing::debug!(%error, "no more requests will come");
-            }
-        })?;
-        let waiting = inner.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (store, requests) = (store.clone(), waiting.into_iter().flatten());
-        // The listener must not wait for a store that is gone: it hears of that.
-        thread::Builder::new().name("ice-request".into()).spawn(move || {
-            for request in requests {
-                // The work of this rank may hold the connection while it waits for something else.
-                let told = store.reconnect().and_then(|store| agree::publish(&store, request));
-                if let Err(error) = told {
-                    tracing::warn!(%error, ?request, "the other ranks could not be told");
-                }
             }
         })?;
         Ok(())
@@ -240,7 +348,7 @@ impl Link {
         let Some(inner) = &self.inner else { return Boundary::GoOn };
         let mut state = inner.state();
         let found = loop {
-            if state.stop == Some(Stop::Broken) {
+            if state.stop() == Some(Stop::Broken) {
                 state.noticed = true;
                 break Boundary::Broken;
             }
@@ -254,9 +362,14 @@ impl Link {
                 Turn::Do(Request::Stop { node, save }) => {
                     let here = state.node == node;
                     if here {
-                        (state.stop, state.noticed) = (Some(Stop::Requested), true);
+                        (state.stopping, state.noticed) = (true, true);
                     }
                     break Boundary::Stop { here, save };
+                }
+                Turn::Do(Request::Regroup) => {
+                    // All ranks know.
+                    (state.over, state.noticed) = (state.over.max(state.round), true);
+                    break Boundary::Regroup;
                 }
                 Turn::Do(_) => break Boundary::Save,
                 Turn::Wait => {
@@ -294,6 +407,7 @@ impl Link {
     pub(crate) fn finish(&self) {
         if let Some(inner) = &self.inner {
             inner.leaving.store(true, Ordering::SeqCst);
+            self.send(&inner.heartbeat());
         }
         self.send(&Up::Done);
     }
@@ -301,32 +415,47 @@ impl Link {
     fn beat(&self) {
         let Some(inner) = &self.inner else { return };
         while !inner.leaving.load(Ordering::SeqCst) {
-            let (step, activity) =
-                (inner.step.load(Ordering::Relaxed), inner.activity.load(Ordering::Relaxed));
-            self.send(&Up::Heartbeat { step, activity });
+            self.send(&inner.heartbeat());
             thread::sleep(HEARTBEAT);
         }
     }
 }
 
-impl Part for Inner {
+/// The part that this process has in the agreements of one round.
+struct InRound {
+    inner: Arc<Inner>,
+    round: u64,
+}
+
+impl Part for InRound {
     fn ask(&self, request: Request) -> u64 {
-        let mut state = self
-            .changed
-            .wait_while(self.state(), |state| !state.boundaries.is_free())
-            .unwrap_or_else(PoisonError::into_inner);
-        state.boundaries.ask(request)
+        let busy = |state: &mut State| state.round == Some(self.round) && !state.boundaries.is_free();
+        let mut state =
+            self.inner.changed.wait_while(self.inner.state(), busy).unwrap_or_else(PoisonError::into_inner);
+        if state.round == Some(self.round) { state.boundaries.ask(request) } else { agree::END }
     }
 
     fn settle(&self, target: u64) {
-        self.state().boundaries.settle(target);
-        self.changed.notify_all();
+        let mut state = self.inner.state();
+        if state.round == Some(self.round) {
+            state.boundaries.settle(target);
+        }
+        drop(state);
+        self.inner.changed.notify_all();
     }
 }
 
 impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn heartbeat(&self) -> Up {
+        Up::Heartbeat {
+            step: self.step.load(Ordering::Relaxed),
+            activity: self.activity.load(Ordering::Relaxed),
+            applied_ms: self.applied_ms.load(Ordering::Relaxed),
+        }
     }
 
     fn listen(self: &Arc<Self>, mut stream: UnixStream) {
@@ -342,9 +471,18 @@ impl Inner {
             loop {
                 match decoder.next_message::<Down>() {
                     Ok(Some(Down::Ask(request))) => _ = self.requests.send(request),
-                    Ok(Some(Down::RoundBroken { reason, .. })) => {
-                        tracing::debug!(reason, "the round is over");
-                        self.broken();
+                    Ok(Some(Down::RoundBroken { round, reason })) => {
+                        tracing::debug!(round, reason, "the round is over");
+                        self.broken(round);
+                    }
+                    Ok(Some(Down::Round { variables })) => self.given(&variables),
+                    Ok(Some(Down::End { reason })) => {
+                        tracing::debug!(reason, "the job is over");
+                        let mut state = self.state();
+                        state.ended = true;
+                        let round = state.round.unwrap_or(0);
+                        drop(state);
+                        self.broken(round);
                     }
                     Ok(None) => break,
                     Err(error) => {
@@ -365,29 +503,97 @@ impl Inner {
         self.activity.swap(0, Ordering::Relaxed)
     }
 
-    fn broken(self: &Arc<Self>) {
-        let before = self.state().stop.replace(Stop::Broken);
+    fn given(&self, variables: &BTreeMap<String, String>) {
+        match RankEnv::read(|name| variables.get(name).cloned()) {
+            Ok(Some(env)) => {
+                let mut state = self.state();
+                state.error_file = variables.get(TORCHELASTIC_ERROR_FILE).map(PathBuf::from);
+                state.given = Some(env);
+                drop(state);
+                self.changed.notify_all();
+            }
+            wrong => {
+                tracing::error!(?wrong, "the agent's next round cannot be understood");
+                process::exit(1);
+            }
+        }
+    }
+
+    /// A round is over.
+    fn broken(self: &Arc<Self>, round: u64) {
+        let mut state = self.state();
+        state.over = state.over.max(Some(round));
+        let is_current = state.round.is_none_or(|current| current <= round);
+        drop(state);
         self.changed.notify_all();
+        if is_current {
+            self.part(round);
+        }
+    }
+
+    /// Ends what this rank waits for in a round that is over.
+    fn part(self: &Arc<Self>, round: u64) {
+        self.cut();
         let inner = Arc::clone(self);
-        if before != Some(Stop::Broken)
-            && let Err(error) = thread::Builder::new().name("ice-stop".into()).spawn(move || inner.enforce())
+        if let Err(error) = thread::Builder::new().name("ice-stop".into()).spawn(move || inner.enforce(round))
         {
             tracing::warn!(%error, "the agent will have to end this rank");
         }
     }
 
-    /// Ends a rank that waits in a collective for one that is gone, and would never learn of it; but not while it writes.
-    fn enforce(&self) {
-        let (state, _) = self
-            .changed
-            .wait_timeout_while(self.state(), BROKEN_PATIENCE, |state| !state.noticed)
-            .unwrap_or_else(PoisonError::into_inner);
-        if state.noticed {
-            return;
-        }
-        let state =
-            self.changed.wait_while(state, |state| state.holds > 0).unwrap_or_else(PoisonError::into_inner);
+    /// Wakes those who wait for other ranks, or for the store.
+    fn cut(&self) {
+        let state = self.state();
+        let (connections, group) = (state.connections.clone(), state.group.clone());
         drop(state);
+        if let Some(connections) = connections {
+            connections.cut();
+        }
+        if let Some(group) = group {
+            group.abort();
+        }
+    }
+
+    /// Ends a rank that waits for one that is gone and cannot be woken, and so would never learn of it; but not while it writes.
+    fn enforce(&self, round: u64) {
+        let unnoticed = |state: &mut State| {
+            !state.noticed && (state.ended || state.round.is_none_or(|current| current <= round))
+        };
+        let deadline = Instant::now() + BROKEN_PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let forming = self.state().connections.as_ref().is_some_and(Connections::are_coming);
+            let wait = if forming { left.min(CUT_AGAIN) } else { left };
+            let (mut state, _) = self
+                .changed
+                .wait_timeout_while(self.state(), wait, unnoticed)
+                .unwrap_or_else(PoisonError::into_inner);
+            if !unnoticed(&mut state) {
+                return;
+            }
+            if left.is_zero() {
+                break;
+            }
+            drop(state);
+            self.cut();
+        }
+        let state = self.changed.wait_while(self.state(), |state| state.holds > 0);
+        drop(state.unwrap_or_else(PoisonError::into_inner));
         process::exit(1);
+    }
+
+    /// Tells all ranks what this one was asked for, once there is a round.
+    fn publish(&self, wanted: mpsc::Receiver<Request>) {
+        for request in wanted {
+            let none = |state: &mut State| state.store.is_none() && !state.ended;
+            let state = self.changed.wait_while(self.state(), none).unwrap_or_else(PoisonError::into_inner);
+            let store = state.store.clone();
+            drop(state);
+            // The work of this rank may hold the connection while it waits for something else.
+            let told = store.map(|store| store.reconnect().and_then(|store| agree::publish(&store, request)));
+            if let Some(Err(error)) = told {
+                tracing::warn!(%error, ?request, "the other ranks could not be told");
+            }
+        }
     }
 }

@@ -1,31 +1,42 @@
 //! The rank as the rest of the runtime sees it.
 
+use std::cell::{Cell, RefCell};
 use std::env;
-use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use ice_c10d::{ProcessGroup, ReduceOp, Store};
 use ice_proto::backend::RankDevice;
-use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
+use ice_proto::env::{ICE_SPARE, RANK, RankEnv};
 use ice_proto::error_file::{self, ErrorRecord};
 use ice_proto::link::{Progress, Up};
 use tch::{Device, Tensor};
 
-use crate::{Error, Link, device, group};
+use crate::round::{Membership, settle};
+use crate::{Error, Link, device};
 
-/// One process of a job, bound to its device and a member of the process group; or a process on its own.
+/// One process of a job, bound to its device and a member of the process group of a round; or a process on its own.
 pub struct Worker {
-    env: RankEnv,
-    device: Device,
-    group: Option<ProcessGroup>,
-    store: Option<Store>,
+    device: Cell<Device>,
+    round: RefCell<Membership>,
+    /// Of the process, whichever round it is in.
+    job: Job,
+    /// Whether the process has yet to join the round that it was started for.
+    is_fresh: Cell<bool>,
+    /// Whether it is to bind a GPU that it does not know yet.
+    is_unbound: Cell<bool>,
     link: Link,
 }
 
+/// What does not change.
+struct Job {
+    run_id: String,
+    run_stamp: Option<String>,
+}
+
 impl Worker {
-    /// Whether this process was started as a rank.
+    /// Whether this process was started by a launcher: as a rank, or as a spare for one.
     pub fn is_rank() -> bool {
-        env::var_os(ice_proto::env::RANK).is_some()
+        env::var_os(RANK).is_some() || env::var_os(ICE_SPARE).is_some()
     }
 
     /// Joins the job that the environment describes. Blocks until all ranks of the round have joined.
@@ -33,108 +44,203 @@ impl Worker {
     /// # Errors
     /// [`Error`] says what is missing: a variable, the device, the store, or the other ranks.
     pub fn join() -> Result<Self, Error> {
+        let worker = Self::open(false)?;
+        let env = worker.round.borrow().env.clone();
+        let member = Membership::form(env, worker.device(), &worker.link)?;
+        worker.round.replace(member);
+        worker.is_fresh.set(false);
+        Ok(worker)
+    }
+
+    /// Becomes a process of the job that the environment describes: binds its device and opens the link, and is in no round yet.
+    ///
+    /// # Errors
+    /// [`Error`] says what is missing: a variable, or the device.
+    pub fn start() -> Result<Self, Error> {
+        Self::open(true)
+    }
+
+    fn open(stays: bool) -> Result<Self, Error> {
         ice_c10d::memory::keep_freed_memory();
         let lookup = |name: &str| env::var(name).ok();
-        let Some(env) = RankEnv::read(lookup)? else {
-            return Err(ice_proto::env::EnvError::Missing { name: ice_proto::env::RANK }.into());
+        let spare = env::var_os(ICE_SPARE).is_some();
+        let env = match RankEnv::read(lookup)? {
+            _ if spare => RankEnv::read_spare(lookup)?,
+            Some(env) => env,
+            None => return Err(ice_proto::env::EnvError::Missing { name: RANK }.into()),
         };
+        // Without an agent nobody would tell of the next round.
+        if stays && env.link_fd.is_some() && env.device.is_some_and(|device| device != RankDevice::Cpu) {
+            ice_c10d::nccl::keep_process_after_errors();
+        }
+        let (rank, round) = ((!spare).then_some(env.rank), (!spare).then_some(env.round));
         let link = match env.link_fd {
-            Some(fd) => Link::open(fd, env.rank).map_err(|source| Error::Link { fd, source })?,
+            Some(fd) => Link::open(fd, rank, round).map_err(|source| Error::Link { source })?,
             None => Link::default(),
         };
-        let device = device::bind(env.device.unwrap_or(RankDevice::Cpu))?;
-        let (group, store) = group::join(&env, device)?;
-        if let Some(fd) = env.link_fd {
-            link.join_round(&store, env.group_rank, env.world_size as usize)
-                .map_err(|source| Error::Link { fd, source })?;
-        }
-        Ok(Self { env, device, group: Some(group), store: Some(store), link })
+        let wanted = env.device.unwrap_or(RankDevice::Cpu);
+        let is_unbound = spare && wanted != RankDevice::Cpu;
+        let device = match is_unbound {
+            // What takes the time is there then.
+            true => device::load().map(|()| Device::Cpu)?,
+            false => device::bind(wanted)?,
+        };
+        Ok(Self {
+            device: Cell::new(device),
+            job: Job { run_id: env.run_id.clone(), run_stamp: env.run_stamp.clone() },
+            round: RefCell::new(Membership { env, group: None, store: None }),
+            is_fresh: Cell::new(!spare),
+            is_unbound: Cell::new(is_unbound),
+            link,
+        })
     }
 
     /// A process on its own: rank 0 of 1, without a group and without an agent. For eager use and tests.
     pub fn alone(device: Device) -> Self {
-        let env = RankEnv {
-            local_rank: 0,
-            rank: 0,
-            group_rank: 0,
-            local_world_size: 1,
-            world_size: 1,
-            group_world_size: 1,
-            role: "default".into(),
-            master_addr: String::new(),
-            master_port: 0,
-            restart_count: 0,
-            run_id: "none".into(),
-            device: None,
-            backend: None,
-            link_fd: None,
-            round: 0,
-            run_stamp: None,
-        };
-        Self { env, device, group: None, store: None, link: Link::default() }
+        let env = RankEnv::alone();
+        Self {
+            device: Cell::new(device),
+            job: Job { run_id: env.run_id.clone(), run_stamp: None },
+            round: RefCell::new(Membership { env, group: None, store: None }),
+            is_fresh: Cell::new(false),
+            is_unbound: Cell::new(false),
+            link: Link::default(),
+        }
     }
 
     /// A rank of a group that the program made itself, without an agent. The ranks agree on checkpoints over the store.
     pub fn of_group(group: ProcessGroup, store: Store, device: Device) -> Self {
         let mut worker = Self::alone(device);
-        (worker.env.rank, worker.env.world_size) = (group.rank() as u32, group.world_size() as u32);
-        (worker.group, worker.store) = (Some(group), Some(store));
+        let member = worker.round.get_mut();
+        (member.env.rank, member.env.world_size) = (group.rank() as u32, group.world_size() as u32);
+        (member.group, member.store) = (Some(group), Some(store));
         worker
+    }
+
+    /// Says that this process keeps its state when its round ends, and takes part in the next one: by [`Worker::enter_round`] after
+    /// [`Worker::leave_round`].
+    pub fn stay(&self) {
+        self.link.send(&Up::Stays);
+    }
+
+    /// Whether the process can take part in another round.
+    pub fn can_stay(&self) -> bool {
+        self.link.is_open()
+    }
+
+    /// Takes part in a round: the one that the process was started for, where it is in none yet, or the next one. Blocks until all its ranks
+    /// are there. Without a launcher there is nothing to do. False where no round will come any more, and the process is to end.
+    ///
+    /// # Errors
+    /// [`Error`] where the group cannot be formed, and not because other ranks are gone.
+    pub fn enter_round(&self) -> Result<bool, Error> {
+        let env = self.round.borrow().env.clone();
+        let is_fresh = self.is_fresh.replace(false);
+        if self.round.borrow().group.is_some() || (!is_fresh && !self.can_stay()) {
+            return Ok(true);
+        }
+        let formed = is_fresh.then(|| Membership::form(env, self.device(), &self.link)).transpose();
+        let next = || Membership::next(|env| self.bind(env), &self.link);
+        let member = match formed {
+            Ok(Some(member)) => Some(member),
+            Ok(None) => next()?,
+            Err(error @ (Error::Collective { .. } | Error::RoundOver)) if self.can_stay() => {
+                settle(&error.to_string(), &self.link);
+                next()?
+            }
+            Err(error) => return Err(error),
+        };
+        let is_there = member.is_some();
+        self.round.replace_with(|old| {
+            member.unwrap_or(Membership { env: old.env.clone(), group: None, store: None })
+        });
+        Ok(is_there)
+    }
+
+    /// The device of a rank; a spare learns it with its first round.
+    fn bind(&self, env: &RankEnv) -> Result<Device, Error> {
+        if self.is_unbound.replace(false) {
+            self.device.set(device::bind(env.device.unwrap_or(RankDevice::Cpu))?);
+        }
+        Ok(self.device())
+    }
+
+    /// Leaves the round, after a failure of one of its collectives or because it is over. Nobody else may hold its group any more. Waits
+    /// until the agents know that it is over.
+    pub fn leave_round(&self, why: &str) {
+        settle(why, &self.link);
+        self.drop_group();
+    }
+
+    /// As [`Worker::leave_round`], where other ranks leave it and their agent will say so once they have.
+    pub fn await_end_of_round(&self) {
+        self.link.wait_for_the_end();
+        self.drop_group();
+    }
+
+    fn drop_group(&self) {
+        let mut member = self.round.borrow_mut();
+        (member.group, member.store) = (None, None);
+    }
+
+    /// Whether this process waits to become a rank, and is to bind its GPU only then.
+    pub fn is_unbound(&self) -> bool {
+        self.is_unbound.get()
     }
 
     /// Rank within the job.
     pub fn rank(&self) -> usize {
-        self.env.rank as usize
+        self.round.borrow().env.rank as usize
     }
 
     /// Rank within the node.
     pub fn local_rank(&self) -> usize {
-        self.env.local_rank as usize
+        self.round.borrow().env.local_rank as usize
     }
 
     /// Ranks in the job.
     pub fn world_size(&self) -> usize {
-        self.env.world_size as usize
+        self.round.borrow().env.world_size as usize
     }
 
     /// Restarts of the worker group so far.
     pub fn restart_count(&self) -> usize {
-        self.env.restart_count as usize
+        self.round.borrow().env.restart_count as usize
     }
 
     /// Identifier of the job.
     pub fn run_id(&self) -> &str {
-        &self.env.run_id
+        &self.job.run_id
     }
 
     /// What tells two runs of one job apart, the same on all ranks and in all rounds; `None` where the launcher has none.
     pub fn run_stamp(&self) -> Option<&str> {
-        self.env.run_stamp.as_deref()
+        self.job.run_stamp.as_deref()
     }
 
     /// Whether this is rank 0, which prints and writes for all.
     pub fn is_main(&self) -> bool {
-        self.env.rank == 0
+        self.rank() == 0
     }
 
     /// The device that the rank is bound to.
     pub fn device(&self) -> Device {
-        self.device
+        self.device.get()
     }
 
-    /// The process group; `None` for a process on its own.
-    pub fn group(&self) -> Option<&ProcessGroup> {
-        self.group.as_ref()
+    /// The process group of the round; `None` for a process on its own, or between rounds.
+    pub fn group(&self) -> Option<ProcessGroup> {
+        self.round.borrow().group.clone()
     }
 
-    /// The store of the round, which all its ranks share; `None` for a process on its own.
-    pub fn store(&self) -> Option<&Store> {
-        self.store.as_ref()
+    /// The store of the round, which all its ranks share; `None` for a process on its own, or between rounds.
+    pub fn store(&self) -> Option<Store> {
+        self.round.borrow().store.clone()
     }
 
-    /// Number of the round that the rank was started in.
+    /// Number of the round.
     pub fn round(&self) -> u64 {
-        self.env.round
+        self.round.borrow().env.round
     }
 
     /// The connection to the agent.
@@ -147,7 +253,7 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<(), Error> {
-        let Some(group) = &self.group else { return Ok(()) };
+        let Some(group) = self.group() else { return Ok(()) };
         self.link.tick();
         group
             .all_reduce(tensor, ReduceOp::Sum)
@@ -160,9 +266,17 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn broadcast(&self, tensor: &Tensor) -> Result<(), Error> {
-        let Some(group) = &self.group else { return Ok(()) };
+        self.broadcast_from(0, tensor)
+    }
+
+    /// Overwrites the tensor on every rank with that of rank `source`.
+    ///
+    /// # Errors
+    /// [`Error::Collective`] when a rank is lost or the shapes differ.
+    pub fn broadcast_from(&self, source: usize, tensor: &Tensor) -> Result<(), Error> {
+        let Some(group) = self.group() else { return Ok(()) };
         self.link.tick();
-        group.broadcast(tensor, 0).and_then(ice_c10d::Work::wait).map_err(collective("broadcast"))
+        group.broadcast(tensor, source).and_then(ice_c10d::Work::wait).map_err(collective("broadcast"))
     }
 
     /// Copies the tensor of each rank `i` into row `i` of `all`. Those of all ranks have the same shape and dtype.
@@ -170,9 +284,23 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost, or the shapes differ, or `all` has not one row per rank.
     pub fn all_gather(&self, all: &[Tensor], own: &Tensor) -> Result<(), Error> {
-        let Some(group) = &self.group else { return Ok(()) };
+        let Some(group) = self.group() else { return Ok(()) };
         self.link.tick();
         group.all_gather(all, own).and_then(ice_c10d::Work::wait).map_err(collective("all-gather"))
+    }
+
+    /// Makes sure that what the ranks have exchanged so far is what they have computed. On a GPU a collective that is given up, since a rank is
+    /// lost, ends like any other and leaves anything behind.
+    ///
+    /// # Errors
+    /// [`Error::RoundOver`] where that may be so.
+    pub fn confirm(&self) -> Result<(), Error> {
+        let Device::Cuda(index) = self.device() else { return Ok(()) };
+        if !self.can_stay() || self.world_size() == 1 {
+            return Ok(());
+        }
+        tch::Cuda::synchronize(index as i64);
+        if self.link.is_broken() { Err(Error::RoundOver) } else { Ok(()) }
     }
 
     /// Waits until every rank is here.
@@ -180,9 +308,14 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost.
     pub fn barrier(&self) -> Result<(), Error> {
-        let Some(group) = &self.group else { return Ok(()) };
+        let Some(group) = self.group() else { return Ok(()) };
         self.link.tick();
         group.barrier().and_then(ice_c10d::Work::wait).map_err(collective("barrier"))
+    }
+
+    /// Tells the agent that the first training step in the round has been applied, `repeated` where it had been begun before.
+    pub fn first_step(&self, step: u64, repeated: bool) {
+        self.link.send(&Up::FirstStep { round: self.round(), step, repeated });
     }
 
     /// Reports progress to the agent.
@@ -190,23 +323,17 @@ impl Worker {
         self.link.send(&Up::Progress(progress));
     }
 
-    /// Leaves the job: waits for the other ranks, so that none sees a broken connection, and says so to the agent. A rank
-    /// that was told to stop waits for nobody, since the others may have come further.
-    ///
-    /// # Errors
-    /// [`Error::Collective`] when a rank is lost.
-    pub fn leave(&self) -> Result<(), Error> {
-        if self.link.stop().is_none() {
-            self.barrier()?;
-        }
+    /// Leaves the job, and says so to the agent. The ranks had better [wait for each other](Worker::barrier) before, so that none sees a
+    /// broken connection, unless this one was told to stop.
+    pub fn leave(&self) {
         self.link.finish();
-        Ok(())
     }
 
     /// Leaves word of a failure with the agent and in the error file. `message` is one line, `detail` may be many.
     pub fn report_failure(message: &str, detail: &str) {
-        Link::current().send(&Up::Error { message: message.into() });
-        let Some(path) = env::var_os(TORCHELASTIC_ERROR_FILE).map(PathBuf::from) else { return };
+        let link = Link::current();
+        link.send(&Up::Error { message: message.into() });
+        let Some(path) = link.error_file() else { return };
         let timestamp =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
         let record = ErrorRecord { message: message.into(), callstack: detail.into(), timestamp };

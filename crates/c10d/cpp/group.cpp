@@ -109,6 +109,15 @@ ICE_API int32_t ice_group_barrier(const IceGroup* group, IceWork** out, char** m
   });
 }
 
+ICE_API int32_t ice_group_abort(const IceGroup* group, char** message) {
+  return ice::guarded(message, [&] {
+    // Gloo's does nothing.
+    if (group->device.is_cuda()) {
+      group->group->getDefaultBackend()->abort();
+    }
+  });
+}
+
 ICE_API void ice_group_free(IceGroup* group) {
   ice::release(group);
 }

@@ -93,6 +93,7 @@ ice_group_all_gather(const IceGroup* group, IceTensors outputs, void* input, Ice
 ICE_API int32_t ice_group_reduce_scatter(
     const IceGroup* group, void* output, IceTensors inputs, uint8_t op, IceWork** out, char** message);
 ICE_API int32_t ice_group_barrier(const IceGroup* group, IceWork** out, char** message);
+ICE_API int32_t ice_group_abort(const IceGroup* group, char** message);
 ICE_API void ice_group_free(IceGroup* group);
 
 // A timeout of 0 means the group's.

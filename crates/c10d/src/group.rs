@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tch::Tensor;
 
+use crate::error::check;
 use crate::ffi::{self, Handle, IceGroup, IceStr, IceWork, Pointers, milliseconds, pointer};
 use crate::{Error, Result, Store, Work};
 
@@ -194,6 +195,17 @@ impl ProcessGroup {
             // SAFETY: the group is alive, and the out-pointers are valid.
             unsafe { ffi::ice_group_barrier(group, out, message) }
         })
+    }
+
+    /// Ends what is under way on the device, where the backend can: on CUDA, so that nobody waits for a peer that is gone. The group is of no
+    /// further use, and neither are tensors that took part in a collective. Gloo's collectives end with their [`Connections`].
+    ///
+    /// [`Connections`]: crate::Connections
+    pub fn abort(&self) {
+        // SAFETY: the group is alive; c10d lets any thread abort.
+        let outcome = check(|message| unsafe { ffi::ice_group_abort(self.shared.handle.pointer(), message) });
+        // One that was given up already cannot be given up again.
+        drop(outcome);
     }
 
     /// The group, for calls that submit collectives of their own.

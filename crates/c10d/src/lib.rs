@@ -24,6 +24,7 @@ pub mod memory;
 pub mod nccl;
 pub mod optim;
 mod reducer;
+mod sockets;
 mod store;
 #[doc(hidden)]
 pub mod testing;
@@ -32,6 +33,7 @@ mod work;
 pub use error::{Error, ErrorKind, Result};
 pub use group::{GlooOptions, ProcessGroup, ReduceOp};
 pub use reducer::{Reducer, ReducerOptions, run_backward};
+pub use sockets::Connections;
 pub use store::Store;
 pub use work::Work;
 

@@ -22,6 +22,7 @@ unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
     fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
     fn dlerror() -> *const c_char;
+    fn setenv(name: *const c_char, value: *const c_char, overwrite: c_int) -> c_int;
 }
 
 struct Library {
@@ -36,6 +37,13 @@ struct Library {
 /// `Unavailable` in a build without it or when it cannot be opened; `NoGpu` when this process sees no GPU.
 pub fn load() -> Result<()> {
     library().map(drop)
+}
+
+/// Keeps c10d's watchdog from ending this process when a collective fails: whoever calls this will give the group up and go on. To be
+/// called before this process has other threads, and before the first group is made.
+pub fn keep_process_after_errors() {
+    // SAFETY: both strings end in a zero, and no other thread reads the environment yet, as the caller promises.
+    unsafe { setenv(c"TORCH_NCCL_ASYNC_ERROR_HANDLING".as_ptr(), c"0".as_ptr(), 1) };
 }
 
 pub(crate) fn group(

@@ -24,6 +24,9 @@ pub struct Manifest {
     pub run_id: String,
     /// Ranks of the job.
     pub world_size: usize,
+    /// Ranks that it began with, which batches and learning rates of an elastic run refer to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_ranks: Option<usize>,
     /// Seed of the run. The random numbers of a step follow from it, the rank and the step.
     pub seed: u64,
     /// When it was saved, in milliseconds since the Unix epoch.
@@ -116,6 +119,7 @@ impl Manifest {
             format_version: FORMAT_VERSION,
             run_id: run_id.into(),
             world_size,
+            base_ranks: None,
             seed,
             saved_unix_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
             counters,

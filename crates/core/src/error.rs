@@ -1,6 +1,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use ice_c10d::ErrorKind;
 use tch::TchError;
 
 /// The result of everything here that can fail.
@@ -67,9 +68,15 @@ pub enum Error {
     /// A node or a closure ends the run, which counts as well done. All ranks must do so in the same step.
     #[error("the run was ended before its end")]
     StopAllTasks,
+    /// Gradients are not finite; says of which ranks.
+    #[error("{0}")]
+    NotFinite(String),
     /// The agent has asked the run to end.
     #[error("stopped on request")]
     Stopped,
+    /// Ranks of another node end at this step, as they were asked to; the others go on in the next round.
+    #[error("nodes leave")]
+    NodesLeave,
     /// The rank cannot go on.
     #[error(transparent)]
     Worker(#[from] ice_worker::Error),
@@ -107,6 +114,20 @@ impl Error {
         match self {
             Self::Node { source, .. } => source.root(),
             other => other,
+        }
+    }
+
+    /// Whether another rank, or the way to it, is lost.
+    pub(crate) fn is_lost(&self) -> bool {
+        let is_lost =
+            |error: &ice_c10d::Error| matches!(error.kind(), ErrorKind::Network | ErrorKind::Timeout);
+        match self {
+            Self::C10d(error) | Self::Worker(ice_worker::Error::Collective { source: error, .. }) => {
+                is_lost(error)
+            }
+            Self::Worker(ice_worker::Error::RoundOver) => true,
+            Self::Node { source, .. } => source.is_lost(),
+            _ => false,
         }
     }
 

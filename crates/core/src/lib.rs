@@ -25,9 +25,9 @@ pub use counters::Counters;
 pub use error::{Error, Result};
 pub use graph::{Eager, HyperGraph, Outputs, Tags};
 pub use node::{
-    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Probe, Share,
+    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Probe, Round, Share,
     StreamNode, Value,
 };
 pub use precision::{Autocast, GradScaler};
-pub use run::{Run, RunConfig};
+pub use run::{ElasticBatch, LrRule, Run, RunConfig};
 pub use task::{Call, LoadCheckpoint, Repeat, SaveBest, SaveCheckpoint, Task, TaskItem};

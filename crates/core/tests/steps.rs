@@ -8,9 +8,11 @@ use std::cell::{Cell, RefCell};
 use std::num::NonZeroU64;
 use std::rc::Rc;
 
-use common::{Line, on_ranks};
+use common::{Line, as_ranks, on_ranks};
 use ice_core::optim::{Optimizer, Schedule, Sgd};
-use ice_core::{Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, ModuleNode, Repeat, Task};
+use ice_core::{
+    Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, ModuleNode, Repeat, Run, RunConfig, Task,
+};
 use tch::{Kind, Tensor, nn};
 
 /// What a rank saw.
@@ -196,4 +198,36 @@ fn buffers_are_rank_0s_in_the_next_step() {
         (statistics[0] - statistics[1]).abs()
     };
     assert!(spread(true) == 0.0 && spread(false) > 0.05);
+}
+
+#[test]
+fn gradients_that_are_not_finite_are_not_applied_and_their_rank_is_named() {
+    let out = tempfile::tempdir().unwrap();
+    let errors = as_ranks(3, |worker| {
+        let rank = worker.rank();
+        let mut graph = HyperGraph::new();
+        graph.add("line", DatasetNode::new(Line(12)).batch_size(2), "*").unwrap();
+        let net = ModuleNode::new(
+            |path| nn::linear(path / "layer", 1, 1, nn::LinearConfig::default()),
+            |net, x| Ok(x.tensor("line")?.apply(net)),
+        );
+        graph.add("net", net.optimizer(Sgd::new(0.5)), "*").unwrap();
+        let loss = LossNode::new(move |x| {
+            let factor = if rank == 1 { f64::NAN } else { 1.0 };
+            Ok(x.tensor("net")?.square().mean(Kind::Float) * factor)
+        });
+        graph.add("loss", loss, "*").unwrap();
+        let config = RunConfig { out_dir: out.path().to_owned(), check_finite: true, ..RunConfig::default() };
+        let outcome = Run::execute(&graph, &Task::train("*"), Rc::new(worker), config);
+        let finite = {
+            let node = graph.node::<ModuleNode<nn::Linear, Tensor>>("net").unwrap();
+            node.module().unwrap().ws.double_value(&[0, 0]).is_finite()
+        };
+        (outcome.unwrap_err().to_string(), finite)
+    });
+    for (rank, (error, finite)) in errors.iter().enumerate() {
+        assert!(*finite, "{error}");
+        assert!(error.contains("of rank 1 in step 1"), "{error}");
+        assert_eq!(error.contains("here, on rank 1, those of `*/net`"), rank == 1, "{error}");
+    }
 }

@@ -11,7 +11,7 @@ mod options;
 mod run;
 
 pub use error::{Error, main};
-pub use options::RunOptions;
+pub use options::{BatchRule, RunOptions};
 pub use run::Launch;
 
 pub use ice_core as core;

@@ -1,8 +1,8 @@
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
-use clap::Args;
-use ice_core::{CheckpointOptions, ResumeFrom, RunConfig};
+use clap::{Args, ValueEnum};
+use ice_core::{CheckpointOptions, ElasticBatch, LrRule, ResumeFrom, RunConfig};
 use ice_launch::LaunchArgs;
 
 /// The options of every training program, to be flattened into its own.
@@ -48,9 +48,32 @@ pub struct RunOptions {
     /// Upload each checkpoint to an object store too, as s3://bucket/folder.
     #[arg(long, value_name = "ADDRESS", help_heading = "Run")]
     pub upload_checkpoints: Option<String>,
+
+    /// Look at the gradients of every step, and end the run before any are applied that are not finite, naming the rank.
+    #[arg(long, help_heading = "Run")]
+    pub check_finite: bool,
+
+    /// What becomes of batches that are given per rank when nodes come or go.
+    #[arg(long, value_name = "RULE", value_enum, default_value_t, help_heading = "Run")]
+    pub elastic_batch: BatchRule,
+
     /// Show the losses of every such training step as TensorBoard events, in the run's folder; 0 for the ends of epochs alone.
     #[arg(long, value_name = "STEPS", default_value_t = 50, help_heading = "Run")]
     pub log_every: u64,
+}
+
+/// What becomes of batches that are given per rank when nodes come or go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum BatchRule {
+    /// The global batch stays: fewer ranks take it in several passes.
+    #[default]
+    KeepGlobal,
+    /// The share of each rank stays, and so does the learning rate.
+    KeepLocal,
+    /// The share of each rank stays, and the learning rate is in proportion to the global batch.
+    KeepLocalLinear,
+    /// The share of each rank stays, and the learning rate is in proportion to the square root of the global batch.
+    KeepLocalSqrt,
 }
 
 impl RunOptions {
@@ -68,6 +91,13 @@ impl RunOptions {
                 strict: !self.resume_if_it_fits,
             },
             log_every: NonZeroU64::new(self.log_every),
+            check_finite: self.check_finite,
+            elastic_batch: match self.elastic_batch {
+                BatchRule::KeepGlobal => ElasticBatch::KeepGlobal,
+                BatchRule::KeepLocal => ElasticBatch::KeepLocal(LrRule::Keep),
+                BatchRule::KeepLocalLinear => ElasticBatch::KeepLocal(LrRule::Linear),
+                BatchRule::KeepLocalSqrt => ElasticBatch::KeepLocal(LrRule::Sqrt),
+            },
         }
     }
 }

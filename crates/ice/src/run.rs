@@ -30,13 +30,14 @@ impl Launch for HyperGraph {
                 failed => Err(Error::Job(failed)),
             };
         }
-        let worker = Rc::new(Worker::join()?);
+        let worker = Rc::new(Worker::start()?);
         let outcome = Run::execute(&self, &tasks, Rc::clone(&worker), options.config());
         if outcome.is_err() {
             // Stay in the group until the process ends: the others' errors about a rank that left would hide this one.
             std::mem::forget(Rc::clone(&worker));
         }
         outcome?;
-        Ok(worker.leave()?)
+        worker.leave();
+        Ok(())
     }
 }

@@ -62,6 +62,8 @@ variables! {
     ICE_DIST_BACKEND,
     /// Number of the round that the rank was started in, from 0.
     ICE_ROUND,
+    /// Set where the process is a spare: it is no rank yet, and waits for the agent to make it one.
+    ICE_SPARE,
     /// `<MMDDHHmm>_<random>`: the same for all ranks and rounds of one job, part of its folders' names.
     ICE_RUN_STAMP,
 }
@@ -170,6 +172,47 @@ impl RankEnv {
             });
         }
         Ok(Some(rank_env))
+    }
+}
+
+impl RankEnv {
+    /// What a spare knows before it becomes a rank: the job, its device where that is no GPU, and the link.
+    ///
+    /// # Errors
+    /// [`EnvError`] names the variable.
+    pub fn read_spare(lookup: impl Fn(&str) -> Option<String>) -> Result<Self, EnvError> {
+        let source = Source(&lookup);
+        Ok(Self {
+            run_id: source.or(TORCHELASTIC_RUN_ID, "none".into())?,
+            role: source.or(ROLE_NAME, "default".into())?,
+            device: source.optional(ICE_DEVICE)?,
+            backend: source.optional(ICE_DIST_BACKEND)?,
+            link_fd: Some(source.required(ICE_LINK_FD)?),
+            run_stamp: source.optional(ICE_RUN_STAMP)?,
+            ..Self::alone()
+        })
+    }
+
+    /// A process on its own.
+    pub fn alone() -> Self {
+        Self {
+            local_rank: 0,
+            rank: 0,
+            group_rank: 0,
+            local_world_size: 1,
+            world_size: 1,
+            group_world_size: 1,
+            role: "default".into(),
+            master_addr: String::new(),
+            master_port: 0,
+            restart_count: 0,
+            run_id: "none".into(),
+            device: None,
+            backend: None,
+            link_fd: None,
+            round: 0,
+            run_stamp: None,
+        }
     }
 }
 

@@ -155,7 +155,7 @@ mod tests {
     use crate::link::Up;
 
     fn message() -> Up {
-        Up::Heartbeat { step: 7, activity: 9 }
+        Up::Heartbeat { step: 7, activity: 9, applied_ms: 11 }
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! A program that does not know the link ignores the descriptor and is a plain worker. A rank whose link reads end of file
 //! has lost its agent and leaves.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// From a rank to its agent.
@@ -12,8 +14,31 @@ pub enum Up {
     Hello {
         /// The rank's process id.
         pid: u32,
-        /// The rank within the world, as the rank understood it.
-        rank: u32,
+        /// The rank within the world, as the rank understood it; `None` for a spare.
+        rank: Option<u32>,
+    },
+    /// From now on the rank keeps its state when its round ends, and takes part in the next one.
+    Stays,
+    /// The rank has no process group and waits for [`Down::Round`].
+    Parked {
+        /// The round that it was in, or was to be in; `None` for a spare that was in none yet.
+        round: Option<u64>,
+    },
+    /// The process group of the round does not work any more, and nobody has said that the round is over.
+    RoundLost {
+        /// Which round.
+        round: u64,
+        /// What failed.
+        reason: String,
+    },
+    /// The first training step in a round has been applied.
+    FirstStep {
+        /// Which round.
+        round: u64,
+        /// Applied steps.
+        step: u64,
+        /// Whether that step had been begun before, in a round that ended.
+        repeated: bool,
     },
     /// Sent every second: the rank is alive and has applied this many optimizer steps.
     Heartbeat {
@@ -22,6 +47,8 @@ pub enum Up {
         /// Grows with everything that the rank gets done; 0 where nothing is to be expected of it, as before the first
         /// step and after the last one.
         activity: u64,
+        /// Milliseconds that this process has spent in steps that were applied.
+        applied_ms: u64,
     },
     /// Where the rank is in its work; rank 0 sends it for the console.
     Progress(Progress),
@@ -63,10 +90,20 @@ pub struct Progress {
 /// From an agent to its rank.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Down {
-    /// The agents have declared the round over: drop the process group.
+    /// The agents have declared the round over: drop the process group. A rank that [stays](Up::Stays) says [`Up::Parked`] then, others end.
     RoundBroken {
         /// The round that ended.
         round: u64,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// The next round: what the environment of a rank that is started now would say.
+    Round {
+        /// By name.
+        variables: BTreeMap<String, String>,
+    },
+    /// The job is over: end.
+    End {
         /// Why, for a person.
         reason: String,
     },
@@ -91,4 +128,6 @@ pub enum Request {
         /// Whether to save one.
         save: bool,
     },
+    /// End the round, though no rank is lost: nodes are to come or to go.
+    Regroup,
 }

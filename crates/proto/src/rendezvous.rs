@@ -149,12 +149,14 @@ pub enum ToAgent {
     },
     /// The round is agreed: start the ranks.
     RoundStarted(Round),
-    /// The round is over: stop the ranks, where they run, and join the next one.
+    /// The round is over: stop the ranks, where they run, or let those that can leave it, and join the next one.
     RoundBroken {
         /// The round that ended.
         round: u64,
         /// Why, in one line.
         reason: String,
+        /// Whether no rank is gone, so that ranks which agree on it may leave the round after a step that all of them do.
+        gentle: bool,
     },
     /// The job is over: stop the ranks and leave.
     Closed {

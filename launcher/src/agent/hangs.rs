@@ -42,21 +42,28 @@ pub(crate) struct Hang {
     /// The rank that is behind, as far as can be seen from here.
     pub(crate) local_rank: u32,
     pub(crate) reason: String,
+    /// When the last rank still did something.
+    pub(crate) since: Duration,
+    /// Whether it does not even say that it lives: how it got there is not to be seen then.
+    pub(crate) is_silent: bool,
 }
 
 pub(crate) struct HangWatch {
     timeout: HangTimeout,
     ranks: BTreeMap<u32, Pulse>,
     period: Duration,
+    /// Whether other nodes have ranks, too.
+    several_nodes: bool,
 }
 
 impl HangWatch {
     pub(crate) fn new(timeout: HangTimeout, monitor_interval: Duration) -> Self {
-        Self { timeout, ranks: BTreeMap::new(), period: monitor_interval }
+        Self { timeout, ranks: BTreeMap::new(), period: monitor_interval, several_nodes: false }
     }
 
-    /// An attempt begins.
-    pub(crate) fn start(&mut self, ranks: u32) {
+    /// A round begins, with so many ranks on this node, and others where there are several nodes.
+    pub(crate) fn start(&mut self, ranks: u32, nodes: u32) {
+        self.several_nodes = nodes > 1;
         self.ranks = (0..ranks).map(|rank| (rank, Pulse::None)).collect();
     }
 
@@ -117,8 +124,27 @@ impl HangWatch {
         matches!(pulse, Pulse::Steps { step: 0, activity: 0, .. }) || self.timeout_of(pulse).is_some()
     }
 
-    /// When the last rank that still did something will have stood still for too long.
+    /// When a rank will have been silent for too long, or the last one that still did something will have stood still.
     pub(crate) fn deadline(&self) -> Option<Duration> {
+        self.silence().map(|(due, _)| due).into_iter().chain(self.standstill()).min()
+    }
+
+    /// When a rank will have been silent for too long, and which one: whatever it is doing, a process that runs says so.
+    pub(crate) fn silence(&self) -> Option<(Duration, u32)> {
+        let timeout = match self.timeout {
+            HangTimeout::Never => return None,
+            HangTimeout::Default => DEFAULT,
+            HangTimeout::After(timeout) => timeout.max(SHORTEST),
+        };
+        let due = |(rank, pulse): (&u32, &Pulse)| match pulse {
+            Pulse::Steps { heard, .. } => Some((*heard + timeout, *rank)),
+            _ => None,
+        };
+        self.ranks.iter().filter_map(due).min()
+    }
+
+    /// When the last rank that still did something will have stood still for too long.
+    fn standstill(&self) -> Option<Duration> {
         let due = |pulse: &Pulse| {
             let timeout = self.timeout_of(pulse)?;
             match pulse {
@@ -126,13 +152,41 @@ impl HangWatch {
                 Pulse::Steps { changed, .. } | Pulse::Cpu { changed, .. } => Some(*changed + timeout),
             }
         };
-        self.ranks.values().filter_map(due).max()
+        let due = self.ranks.values().filter_map(due).max()?;
+        // The agent that sees which rank is behind acts first; others only guess.
+        let guesses = self.several_nodes && !self.is_evident(due);
+        let patience = self.ranks.values().find_map(|pulse| self.timeout_of(pulse)).filter(|_| guesses);
+        Some(due + patience.unwrap_or_default())
     }
 
-    /// Whether all ranks that are at work have stood still for too long.
+    /// Whether one of the ranks of this node differs from the others, or is silent.
+    fn is_evident(&self, at: Duration) -> bool {
+        let mut known = None;
+        self.ranks.values().any(|pulse| match *pulse {
+            Pulse::Steps { step, activity, heard, .. } => {
+                heard + SILENT < at || *known.get_or_insert((step, activity)) != (step, activity)
+            }
+            // How much of the CPU a rank uses says little of others.
+            Pulse::Cpu { .. } => true,
+            Pulse::None => false,
+        })
+    }
+
+    /// Whether a rank is silent for too long.
+    pub(crate) fn check_silence(&self, now: Duration) -> Option<Hang> {
+        let (_, local_rank) = self.silence().filter(|(due, _)| *due <= now)?;
+        let Some(Pulse::Steps { step, heard, .. }) = self.ranks.get(&local_rank) else { return None };
+        let silent = now.saturating_sub(*heard).as_secs_f64();
+        let reason = format!(
+            "it is at step {step}, and has been silent for {silent:.0} s: it is stopped, or gets no CPU"
+        );
+        Some(Hang { local_rank, reason, since: *heard, is_silent: true })
+    }
+
+    /// Whether a rank is silent, or all that are at work stand still, for too long.
     pub(crate) fn check(&self, now: Duration) -> Option<Hang> {
-        if self.deadline().is_none_or(|at| now < at) {
-            return None;
+        if self.standstill().is_none_or(|at| now < at) {
+            return self.check_silence(now);
         }
         let watched: Vec<_> = self.ranks.iter().filter(|(_, pulse)| self.may_be_behind(pulse)).collect();
         let (behind, pulse) = watched.iter().min_by_key(|(_, pulse)| match pulse {
@@ -141,6 +195,11 @@ impl HangWatch {
             Pulse::None => (u64::MAX, u64::MAX, Duration::MAX),
         })?;
         let still = self.ranks.values().find_map(|pulse| self.timeout_of(pulse))?.as_secs_f64();
+        let last = self.ranks.values().filter_map(|pulse| match pulse {
+            Pulse::None => None,
+            Pulse::Steps { changed, .. } | Pulse::Cpu { changed, .. } => Some(*changed),
+        });
+        let since = last.max().unwrap_or(now);
         let reason = match pulse {
             Pulse::Steps { step, heard, .. } => {
                 let silent = match now.saturating_sub(*heard) {
@@ -156,7 +215,7 @@ impl HangWatch {
             }
             _ => format!("no rank used the CPU for {still} s"),
         };
-        Some(Hang { local_rank: **behind, reason })
+        Some(Hang { local_rank: **behind, reason, since, is_silent: false })
     }
 }
 
@@ -170,7 +229,7 @@ mod tests {
 
     fn watch(timeout: HangTimeout) -> HangWatch {
         let mut watch = HangWatch::new(timeout, Duration::from_millis(100));
-        watch.start(2);
+        watch.start(2, 1);
         watch
     }
 
@@ -196,14 +255,28 @@ mod tests {
         let mut watch = watch(HangTimeout::Default);
         watch.heartbeat(s(1), 0, 0, 0);
         watch.heartbeat(s(1), 1, 0, 0);
-        assert_eq!(watch.deadline(), None, "before the first step");
+        assert_eq!(watch.standstill(), None, "before the first step");
         watch.heartbeat(s(2), 0, 1, 1);
-        assert_eq!(watch.deadline(), Some(s(2) + DEFAULT));
+        assert_eq!(watch.standstill(), Some(s(2) + DEFAULT));
         watch.heartbeat(s(3), 0, 1, 0);
-        assert_eq!(watch.deadline(), None, "after the last one");
+        assert_eq!(watch.standstill(), None, "after the last one");
         watch.heartbeat(s(4), 0, 1, 1);
         watch.gone(0);
-        assert_eq!(watch.deadline(), None);
+        assert_eq!(watch.standstill(), None);
+    }
+
+    #[test]
+    fn a_rank_that_is_silent_hangs_whatever_it_was_doing() {
+        let mut watch = watch(HangTimeout::After(s(10)));
+        for now in 1..20 {
+            watch.heartbeat(s(now), 0, 7, 0);
+            if now <= 4 {
+                watch.heartbeat(s(now), 1, 7, 0);
+            }
+            let hang = watch.check(s(now));
+            assert_eq!(hang.as_ref().map(|hang| hang.local_rank), (now >= 14).then_some(1), "{now}");
+            assert!(hang.is_none_or(|hang| hang.reason.contains("silent for") && hang.since == s(4)));
+        }
     }
 
     #[test]
@@ -223,6 +296,25 @@ mod tests {
             watch.heartbeat(s(now), 0, 7, now);
             watch.heartbeat(s(now), 1, 7, 7);
             assert_eq!(watch.check(s(now)), None);
+        }
+    }
+
+    #[test]
+    fn of_several_nodes_the_one_acts_first_that_sees_which_rank_is_behind() {
+        let (mut here, mut there) = (watch(HangTimeout::After(s(10))), watch(HangTimeout::After(s(10))));
+        for watch in [&mut here, &mut there] {
+            watch.start(2, 2);
+        }
+        for now in 1..30 {
+            // The first rank of the other node is stopped.
+            here.heartbeat(s(now), 0, now.min(5), now.min(5));
+            here.heartbeat(s(now), 1, now.min(5), now.min(5));
+            there.heartbeat(s(now), 1, now.min(5), now.min(5));
+            if now <= 5 {
+                there.heartbeat(s(now), 0, now, now);
+            }
+            assert_eq!(there.check(s(now)).map(|hang| hang.local_rank), (now >= 15).then_some(0), "{now}");
+            assert_eq!(here.check(s(now)).is_some(), now >= 25, "{now}");
         }
     }
 

@@ -7,6 +7,8 @@ use ice_proto::rendezvous::{Round, ToAgent, ToCoordinator};
 use super::exit::{Exit, signal_name};
 
 const SIGTERM: i32 = 15;
+/// For how long a round counts as having run at least, once a step was applied in it.
+const PROGRESS: Duration = Duration::from_secs(60);
 /// A signal that comes so soon after the first is no second wish: schedulers signal a process, its group and what it was started by.
 const ECHO: Duration = Duration::from_millis(250);
 
@@ -23,6 +25,23 @@ pub(crate) enum Event {
         local_rank: u32,
         exit: Exit,
         failed_at: Option<Duration>,
+    },
+    /// A rank will keep its state when its round ends, and take part in the next one.
+    Stays(u32),
+    /// One that stays has left this round.
+    Parked {
+        local_rank: u32,
+        round: u64,
+    },
+    /// The first training step in a round is applied.
+    FirstStep {
+        round: u64,
+    },
+    /// A rank's process group does not work any more, though its round is not known to be over.
+    RoundLost {
+        local_rank: u32,
+        round: u64,
+        reason: String,
     },
     /// The job stands still, and this rank is behind.
     Hung {
@@ -49,14 +68,18 @@ pub(crate) enum Action {
     Send(ToCoordinator),
     /// Look for the coordinator again.
     Meet,
-    /// Start all ranks of this node.
+    /// Start the ranks of this node, and tell those that live of the round.
     Spawn(Round),
     /// Ask all ranks that live to end: over the link those that know it, by a signal the others.
     Ask(Ask),
-    /// Send SIGTERM to those that have not had it.
+    /// Send SIGTERM to those that have not had it, and still have to end.
     Terminate,
+    /// Send SIGTERM to this rank.
+    TerminateRank(u32),
     /// End them now.
     Kill,
+    /// End those now that do not wait for the next round.
+    KillUnparked,
     /// Pass a signal on to the ranks that handle it.
     Forward(i32),
     /// Tell the user how the ranks ended, the one that failed first at the front.
@@ -71,15 +94,19 @@ pub(crate) enum Action {
 pub(crate) enum Ask {
     /// The user wants it, by this signal, and with a checkpoint or without.
     Stop(i32, bool),
-    /// The round is over.
+    /// The round is over: those that stay leave it, the others end.
     Broken(String),
+    /// The round ends once the ranks have agreed on a step for that.
+    Regroup,
+    /// The job is over.
+    End(String),
 }
 
 impl Ask {
     pub(crate) fn signal(&self) -> i32 {
         match self {
             Self::Stop(signal, _) => *signal,
-            Self::Broken(_) => SIGTERM,
+            Self::Broken(_) | Self::Regroup | Self::End(_) => SIGTERM,
         }
     }
 }
@@ -139,6 +166,14 @@ pub(crate) struct Agent {
     /// Which round was over, and why, as the coordinator said last.
     heard: Option<(u64, String)>,
     alive: BTreeSet<u32>,
+    /// Those of them that keep their state when the round ends.
+    stays: BTreeSet<u32>,
+    /// Those of these that have left the round.
+    parked: BTreeSet<u32>,
+    /// Whether the ranks end the round by themselves.
+    gentle: bool,
+    /// Whether a training step was applied in the round.
+    progressed: bool,
     started: Duration,
     /// How ranks of this attempt have ended.
     ends: Vec<End>,
@@ -160,6 +195,10 @@ impl Agent {
             unanswered: None,
             heard: None,
             alive: BTreeSet::new(),
+            stays: BTreeSet::new(),
+            parked: BTreeSet::new(),
+            gentle: false,
+            progressed: false,
             started: Duration::ZERO,
             ends: Vec::new(),
             signalled: None,
@@ -177,6 +216,12 @@ impl Agent {
     /// Whether the ranks are to be watched for a standstill.
     pub(crate) fn is_running(&self) -> bool {
         matches!(self.phase, Phase::Running)
+    }
+
+    /// Whether ranks are on their way out of a round, into the next one or to their end.
+    pub(crate) fn is_regrouping(&self) -> bool {
+        matches!(self.phase, Phase::Stopping(Then::Await | Then::Rejoin))
+            && !self.alive.is_subset(&self.parked)
     }
 
     pub(crate) fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
@@ -203,6 +248,23 @@ impl Agent {
                 self.unanswered.clone().into_iter().chain(join).map(Action::Send).collect()
             }
             Event::Exited { local_rank, exit, failed_at } => self.exited(now, local_rank, exit, failed_at),
+            Event::Stays(local_rank) => {
+                self.stays.insert(local_rank);
+                Vec::new()
+            }
+            Event::Parked { local_rank, round } => {
+                if round == self.round && self.alive.contains(&local_rank) {
+                    self.parked.insert(local_rank);
+                }
+                Vec::new()
+            }
+            Event::FirstStep { round } => {
+                self.progressed |= round == self.round;
+                Vec::new()
+            }
+            Event::RoundLost { local_rank, round, reason } => {
+                self.round_lost(now, local_rank, round, &reason)
+            }
             Event::Hung { local_rank, reason } => self.hung(now, local_rank, reason),
             Event::Stop { signal, save, together } => self.signal(now, signal, save, together),
             Event::Abort(signal) => self.abort(now, signal),
@@ -219,7 +281,11 @@ impl Agent {
     fn coordinator(&mut self, now: Duration, message: ToAgent) -> Vec<Action> {
         match (message, &self.phase) {
             (ToAgent::RoundStarted(round), Phase::Joining) => {
-                self.alive = (0..self.rules.local_world_size).collect();
+                let survivors =
+                    std::mem::replace(&mut self.alive, (0..self.rules.local_world_size).collect());
+                self.stays.retain(|local_rank| survivors.contains(local_rank));
+                self.parked.clear();
+                (self.gentle, self.progressed) = (false, false);
                 self.started = now;
                 self.ends.clear();
                 (self.unanswered, self.heard) = (None, None);
@@ -227,21 +293,24 @@ impl Agent {
                 self.phase = Phase::Running;
                 vec![Action::Spawn(round)]
             }
-            (ToAgent::RoundBroken { round, reason }, phase)
+            (ToAgent::RoundBroken { round, reason, gentle }, phase)
                 if !matches!(phase, Phase::Stopping(Then::Exit(_))) =>
             {
-                let runs = matches!(phase, Phase::Running | Phase::Finished | Phase::Stopping(Then::Await));
+                let runs = matches!(phase, Phase::Running | Phase::Finished | Phase::Stopping(Then::Await))
+                    || (self.gentle && !gentle);
                 // What was said on one connection may be said again on the next.
                 let heard = Some((round, reason.clone()));
                 let is_new = self.heard != heard;
                 let mut actions: Vec<_> = is_new.then(|| Action::Say(reason.clone())).into_iter().collect();
                 self.heard = heard;
                 if runs && round == self.round {
-                    actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));
+                    let gentle = gentle && self.alive.is_subset(&self.stays);
+                    let ask = if gentle { Ask::Regroup } else { Ask::Broken(reason) };
+                    actions.extend(self.stop(now, Then::Rejoin, ask));
                 }
                 actions
             }
-            (ToAgent::RoundBroken { round, reason }, _) if round == self.round => self.alone(&reason),
+            (ToAgent::RoundBroken { round, reason, .. }, _) if round == self.round => self.alone(&reason),
             (ToAgent::Waiting { reason, .. }, Phase::Joining) => vec![Action::Say(reason)],
             (ToAgent::Closed { success: true, .. }, Phase::Joining) => {
                 self.phase = Phase::Stopping(Then::Exit(Some(ExitCode::Success)));
@@ -293,13 +362,18 @@ impl Agent {
         if !self.alive.remove(&local_rank) {
             return Vec::new();
         }
+        self.stays.remove(&local_rank);
+        self.parked.remove(&local_rank);
         let success = exit.is_success();
-        let asked = matches!(self.phase, Phase::Stopping(_));
+        let asked = matches!(self.phase, Phase::Stopping(_)) && !self.gentle;
         // One that was asked to end is a cause only where it had failed before.
         let at = failed_at.unwrap_or(if asked { Duration::MAX } else { now });
         let what = format!("local rank {local_rank}: {exit}");
         let hopeless = self.hopeless(&exit);
         self.ends.push(End { local_rank, exit, asked, at });
+        if self.gentle && !success {
+            return self.fail(now, what, hopeless);
+        }
         if !self.is_running() {
             // What the ranks had to do together is done, or will not be.
             return match success {
@@ -318,28 +392,47 @@ impl Agent {
     }
 
     fn hung(&mut self, now: Duration, local_rank: u32, reason: String) -> Vec<Action> {
-        if !self.is_running() || !self.alive.contains(&local_rank) {
+        if !self.alive.contains(&local_rank) {
             return Vec::new();
         }
         let what = format!("local rank {local_rank} hangs: {reason}");
+        if self.is_regrouping() {
+            return vec![Action::Say(what), Action::TerminateRank(local_rank)];
+        }
+        if !self.is_running() {
+            return Vec::new();
+        }
         // It has not ended, but that it is behind is the cause of all ends that follow.
         self.ends.push(End { local_rank, exit: Exit::Hung(reason), asked: false, at: Duration::ZERO });
         let mut actions = vec![Action::Say(what.clone())];
         actions.extend(self.fail(now, what, None));
         // One that is stopped, or that waits for ever, is not asked in vain.
-        actions.push(Action::Terminate);
+        actions.push(Action::TerminateRank(local_rank));
         actions
     }
 
     /// Others that the ranks of this node were to end together with are gone: they end by themselves.
     fn alone(&mut self, reason: &str) -> Vec<Action> {
         let leave =
-            self.leave.take().map(|leave| [Action::Send(leave), Action::Ask(Ask::Broken(reason.into()))]);
+            self.leave.take().map(|leave| [Action::Send(leave), Action::Ask(Ask::End(reason.into()))]);
         leave.into_iter().flatten().collect()
+    }
+
+    /// Where nobody else knows that the round is over, it is this rank's failure that ends it.
+    fn round_lost(&mut self, now: Duration, local_rank: u32, round: u64, reason: &str) -> Vec<Action> {
+        if round != self.round || !self.alive.contains(&local_rank) || !(self.is_running() || self.gentle) {
+            return Vec::new();
+        }
+        let what = format!("local rank {local_rank} has lost the others: {reason}");
+        let mut actions = vec![Action::Say(what.clone())];
+        actions.extend(self.fail(now, what, None));
+        actions
     }
 
     fn fail(&mut self, now: Duration, reason: String, hopeless: Option<String>) -> Vec<Action> {
         let uptime = now.saturating_sub(self.started);
+        // What gets something done does not fail right at its start.
+        let uptime = if self.progressed { uptime.max(PROGRESS) } else { uptime };
         let ask = Ask::Broken(reason.clone());
         let failed = ToCoordinator::Failed { round: self.round, reason, uptime, hopeless };
         self.unanswered = Some(failed.clone());
@@ -402,7 +495,9 @@ impl Agent {
         if due(self.kill_at) {
             (self.terminate_at, self.kill_at) = (None, None);
             let what = "ranks did not end within the shutdown timeout: killing them";
-            actions.extend([Action::Say(what.into()), Action::Kill]);
+            let is_last = matches!(self.phase, Phase::Stopping(Then::Exit(_)));
+            let kill = if is_last { Action::Kill } else { Action::KillUnparked };
+            actions.extend([Action::Say(what.into()), kill]);
         } else if due(self.terminate_at) {
             self.terminate_at = None;
             actions.push(Action::Terminate);
@@ -415,8 +510,26 @@ impl Agent {
 
     fn stop(&mut self, now: Duration, then: Then, ask: Ask) -> Vec<Action> {
         let already = matches!(self.phase, Phase::Stopping(_));
+        let was_gentle = std::mem::take(&mut self.gentle);
+        let was_last = matches!(self.phase, Phase::Stopping(Then::Exit(_)));
+        let is_last = matches!(then, Then::Exit(_));
         self.phase = Phase::Stopping(then);
-        if self.alive.is_empty() || already {
+        if self.alive.is_empty() {
+            return Vec::new();
+        }
+        let ask = match ask {
+            Ask::Regroup => {
+                // They take as long as their step does.
+                self.gentle = true;
+                return vec![Action::Ask(Ask::Regroup)];
+            }
+            // Those that wait for a round wait in vain now.
+            Ask::Stop(..) if !self.parked.is_empty() => Ask::End("told to stop".into()),
+            Ask::Broken(reason) if is_last => Ask::End(reason),
+            _ if already && !was_gentle && !is_last => return Vec::new(),
+            ask => ask,
+        };
+        if already && (was_last || (is_last && self.stays.is_empty() && !was_gentle)) {
             return Vec::new();
         }
         let timeout = self.rules.shutdown_timeout;
@@ -425,9 +538,10 @@ impl Agent {
         vec![Action::Ask(ask)]
     }
 
-    /// Goes on once the last rank has ended.
+    /// Goes on once the last rank has ended, or has left the round.
     fn settle(&mut self) -> Vec<Action> {
-        if !self.alive.is_empty() {
+        let goes_on = !matches!(self.phase, Phase::Stopping(Then::Exit(_)));
+        if !(self.alive.is_empty() || (goes_on && self.alive.is_subset(&self.parked))) {
             return Vec::new();
         }
         (self.terminate_at, self.kill_at) = (None, None);

@@ -120,7 +120,7 @@ fn a_hang_is_the_cause_of_what_follows() {
     assert!(
         matches!(
             &actions[..],
-            [Action::Say(_), Action::Send(_), Action::Ask(Ask::Broken(_)), Action::Terminate]
+            [Action::Say(_), Action::Send(_), Action::Ask(Ask::Broken(_)), Action::TerminateRank(1)]
         ),
         "{actions:?}"
     );
@@ -132,12 +132,120 @@ fn a_hang_is_the_cause_of_what_follows() {
     assert_eq!(actions[1], Action::Exit(ExitCode::Failure));
 }
 
+fn broken(round: u64, gentle: bool) -> Event {
+    Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle })
+}
+
+/// An agent whose ranks stay when their round ends.
+fn staying() -> Agent {
+    let mut agent = agent();
+    agent.handle(NOW, started(0));
+    for local_rank in 0..2 {
+        assert_eq!(agent.handle(NOW, Event::Stays(local_rank)), []);
+    }
+    agent
+}
+
+fn parked(local_rank: u32, round: u64) -> Event {
+    Event::Parked { local_rank, round }
+}
+
+#[test]
+fn a_rank_that_stays_is_waited_for_until_it_has_left_the_round() {
+    let mut agent = staying();
+    let actions = agent.handle(NOW, exited(0, Exit::Signal(9)));
+    assert!(matches!(actions[..], [Action::Send(_), Action::Ask(Ask::Broken(_))]), "{actions:?}");
+    assert_eq!(agent.handle(NOW, broken(0, false)), [Action::Say("r".into())]);
+    assert_eq!(agent.handle(NOW, parked(1, 9)), [], "of another round");
+    let actions = agent.handle(NOW, parked(1, 0));
+    assert!(matches!(actions[..], [Action::Report(_), Action::Send(ToCoordinator::Join)]), "{actions:?}");
+    assert!(matches!(agent.handle(NOW, started(1))[..], [Action::Spawn(_)]));
+    // The next round fails before the new rank has said anything.
+    assert!(!agent.handle(NOW, exited(0, Exit::Code(1))).is_empty());
+    agent.handle(NOW, broken(1, false));
+    let actions = agent.handle(NOW, parked(1, 1));
+    assert!(matches!(actions[..], [Action::Report(_), Action::Send(ToCoordinator::Join)]), "{actions:?}");
+}
+
+#[test]
+fn ranks_that_wait_for_a_round_are_told_when_there_is_none() {
+    let mut agent = staying();
+    agent.handle(NOW, exited(0, Exit::Signal(9)));
+    agent.handle(NOW, parked(1, 0));
+    let actions = agent.handle(NOW, closed(false));
+    assert!(
+        matches!(actions[..], [Action::Say(_), .., Action::Ask(Ask::End(_))] | [Action::Ask(Ask::End(_))]),
+        "{actions:?}"
+    );
+    let actions = agent.handle(NOW, exited(1, Exit::Code(0)));
+    assert!(matches!(actions[..], [Action::Report(_), Action::Exit(_)]), "{actions:?}");
+}
+
+#[test]
+fn where_no_rank_is_gone_they_end_the_round_by_themselves_and_take_their_time() {
+    let mut agent = staying();
+    let actions = agent.handle(NOW, broken(0, true));
+    assert_eq!(actions, [Action::Say("r".into()), Action::Ask(Ask::Regroup)]);
+    assert_eq!(agent.deadline(), None, "a step may be long");
+    assert_eq!(agent.handle(NOW, parked(0, 0)), []);
+    assert_eq!(agent.handle(NOW, parked(1, 0)), [Action::Send(ToCoordinator::Join)]);
+
+    // One that dies meanwhile is a failure like any other.
+    let mut agent = staying();
+    agent.handle(NOW, broken(0, true));
+    let actions = agent.handle(NOW, exited(0, Exit::Signal(9)));
+    assert!(
+        matches!(actions[..], [Action::Send(ToCoordinator::Failed { .. }), Action::Ask(Ask::Broken(_))]),
+        "{actions:?}"
+    );
+    assert!(agent.deadline().is_some());
+
+    // Where another node has lost one, these hear of it.
+    let mut agent = staying();
+    agent.handle(NOW, broken(0, true));
+    let again = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "lost".into(), gentle: false });
+    let actions = agent.handle(NOW, again);
+    assert!(matches!(&actions[..], [Action::Say(_), Action::Ask(Ask::Broken(_))]), "{actions:?}");
+}
+
+#[test]
+fn a_group_that_nobody_else_knows_to_be_lost_ends_the_round() {
+    let mut agent = staying();
+    let lost = |round| Event::RoundLost { local_rank: 1, round, reason: "no route".into() };
+    assert_eq!(agent.handle(NOW, lost(7)), []);
+    let actions = agent.handle(NOW, lost(0));
+    let [Action::Say(_), Action::Send(ToCoordinator::Failed { reason, .. }), Action::Ask(Ask::Broken(_))] =
+        &actions[..]
+    else {
+        panic!("{actions:?}");
+    };
+    assert!(reason.contains("local rank 1 has lost the others: no route"), "{reason}");
+    assert_eq!(agent.handle(NOW, lost(0)), [], "once");
+}
+
+#[test]
+fn what_makes_progress_is_no_crash_loop() {
+    let uptime = |progress: bool| {
+        let mut agent = staying();
+        if progress {
+            agent.handle(NOW, Event::FirstStep { round: 0 });
+        }
+        let actions = agent.handle(NOW + Duration::from_secs(1), exited(0, Exit::Signal(9)));
+        let [Action::Send(ToCoordinator::Failed { uptime, .. }), ..] = &actions[..] else {
+            panic!("{actions:?}")
+        };
+        *uptime
+    };
+    assert_eq!(uptime(false), Duration::from_secs(1));
+    assert!(uptime(true) > Duration::from_secs(10));
+}
+
 #[test]
 fn a_restart_waits_for_the_last_rank() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
     agent.handle(NOW, exited(0, Exit::Signal(9)));
-    let broken = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into() });
+    let broken = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into(), gentle: false });
     assert_eq!(agent.handle(NOW, broken), [Action::Say("r".into())]);
     let actions = agent.handle(NOW, exited(1, Exit::Signal(15)));
     assert!(matches!(actions[..], [Action::Report { .. }, Action::Send(ToCoordinator::Join)]), "{actions:?}");
@@ -165,8 +273,8 @@ fn ranks_that_end_together_are_waited_for_before_the_node_leaves() {
     assert!(leaves(&told().handle(NOW, exited(0, Exit::Code(0)))), "AG-8");
     // One that fails holds up the others, and so does another node's.
     let actions = told().handle(NOW, exited(0, Exit::Code(3)));
-    assert!(leaves(&actions) && matches!(actions[1], Action::Ask(Ask::Broken(_))), "AG-8: {actions:?}");
-    let broken = || Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into() });
+    assert!(leaves(&actions) && matches!(actions[1], Action::Ask(Ask::End(_))), "AG-8: {actions:?}");
+    let broken = || Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into(), gentle: false });
     let actions = told().handle(NOW, broken());
     assert!(leaves(&actions) && asked(&actions), "AG-8: {actions:?}");
     let actions = told().handle(NOW, Event::CoordinatorLost("r".into()));
@@ -262,7 +370,8 @@ fn another_coordinator_is_looked_for_and_joined_once_the_ranks_have_ended() {
 #[test]
 fn a_failure_is_reported_until_the_next_round_starts() {
     let lost = || Event::CoordinatorLost("lost".into());
-    let broken = |round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into() });
+    let broken =
+        |round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle: false });
     let mut agent = Agent::new(Rules { looks_again: true, ..rules() });
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW * 3, exited(0, Exit::Code(3)));
@@ -294,7 +403,7 @@ fn event() -> impl Strategy<Value = Event> {
         4 => (0_u32..2, exit).prop_map(|(rank, exit)| exited(rank, exit)),
         2 => (0_u64..3).prop_map(started),
         1 => (0_u64..3)
-            .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into() })),
+            .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle: false })),
         1 => any::<bool>().prop_map(closed),
         1 => any::<bool>().prop_map(|together| Event::Stop { signal: 15, save: true, together }),
         1 => Just(Event::Abort(2)),

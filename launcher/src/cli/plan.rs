@@ -54,6 +54,8 @@ pub struct LaunchPlan {
     /// Exit codes that end the job whatever restarts are left.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
     pub(crate) hang_timeout: HangTimeout,
+    /// How many processes wait to take the place of a rank that dies.
+    pub(crate) spares: u32,
     /// How often ranks are looked at for hangs.
     pub(crate) monitor_interval: Duration,
     /// From the request to end to SIGKILL.
@@ -154,6 +156,13 @@ impl LaunchPlan {
             placement::bind_ranks(binding, &devices)
         });
         let cpus = cpus.transpose().map_err(named("--numa-binding"))?;
+        let fixed = [("--numa-binding", cpus.is_some()), ("--virtual-local-rank", args.virtual_local_rank)];
+        if let Some((other, _)) = fixed.into_iter().find(|(_, given)| *given && args.spares > 0) {
+            return Err(UsageError::new(
+                "--spares",
+                format!("with {other}: a spare does not know its rank when it starts"),
+            ));
+        }
         let codes = args.fatal_exit_codes.as_deref().unwrap_or_default();
         Ok(Self {
             program,
@@ -176,6 +185,7 @@ impl LaunchPlan {
                 Some(0.0) => HangTimeout::Never,
                 Some(value) => HangTimeout::After(seconds("--hang-timeout", value)?),
             },
+            spares: args.spares,
             monitor_interval: seconds("--monitor-interval", args.monitor_interval)?,
             shutdown_timeout,
             signals: lists::signals(&args.signals_to_handle).map_err(named("--signals-to-handle"))?,

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use ice_proto::exit::ExitCode;
 use ice_proto::link::{Down, Request, Up};
@@ -16,11 +16,12 @@ use nix::sys::signal::Signal;
 use tokio::sync::{mpsc, watch};
 
 use super::member::Member;
-use super::{RankEvent, hostname};
+use super::spares::{Spare, Spares};
+use super::{ProcessId, RankEvent, hostname};
 use crate::agent::{Ask, End, Exit};
 use crate::logs::{Console, Files, Filtered, LogFile, LogFolder, Names, Pump, RankFiles, Sink, Target};
 use crate::logs::{coloured, prefix};
-use crate::report::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, Summary};
+use crate::report::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary};
 use crate::supervise::{Environment, Stdio, spawn};
 use crate::{Error, LaunchPlan};
 
@@ -36,6 +37,9 @@ pub(super) struct Group<'a> {
     logs: Option<LogFolder>,
     round: Option<Round>,
     ranks: BTreeMap<u32, Member>,
+    spares: Spares,
+    /// How many processes were started.
+    started: ProcessId,
     summary: Summary,
 }
 
@@ -44,6 +48,15 @@ pub(super) struct Group<'a> {
 enum Stream {
     Stdout,
     Stderr,
+}
+
+/// Where one of them is wanted.
+struct Route {
+    target: Target,
+    to_file: bool,
+    to_console: bool,
+    prefix: String,
+    filtered: Option<Filtered>,
 }
 
 impl<'a> Group<'a> {
@@ -56,7 +69,14 @@ impl<'a> Group<'a> {
     ) -> Self {
         let summary = Summary::new(&plan.run_id);
         let (logs, round, ranks) = (None, None, BTreeMap::new());
-        Self { plan, host: hostname(), console, files, events, rewrites, logs, round, ranks, summary }
+        let host = hostname();
+        let spares = Spares::new(plan.spares);
+        Self { plan, host, console, files, events, rewrites, logs, round, ranks, spares, started: 0, summary }
+    }
+
+    /// The number of the last round.
+    pub(super) fn round(&self) -> Option<u64> {
+        self.round.as_ref().map(|round| round.number)
     }
 
     /// The node's rank in the last round.
@@ -64,19 +84,25 @@ impl<'a> Group<'a> {
         self.round.as_ref().map(|round| round.you.group_rank)
     }
 
-    /// Starts all ranks. One that cannot be started counts as one that ended.
-    pub(super) fn spawn(&mut self, round: Round, store: (&str, u16)) -> Result<(), Error> {
+    /// Begins a round: tells it to the ranks that live, and starts the others. One that cannot be started counts as one that ended. Returns
+    /// the local ranks that were started.
+    pub(super) fn spawn(&mut self, round: Round, store: (&str, u16)) -> Result<Vec<u32>, Error> {
         let mut logs = match self.logs.take() {
             Some(logs) => logs,
             None => LogFolder::make(self.plan, &round)?,
         };
         logs.begin(&round);
-        self.ranks.clear();
         let environment = Environment::new(self.plan, &round, store);
-        let mut members = BTreeMap::new();
-        let mut ranks = Vec::new();
+        let mut missing = Vec::new();
         for local_rank in 0..self.plan.local_world_size() {
-            ranks.push((local_rank, logs.rank(local_rank)?));
+            let told = self.ranks.get(&local_rank).is_some_and(|member| {
+                let variables = environment.of(local_rank, &member.files.error);
+                let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+                member.living().is_some() && member.send(&Down::Round { variables })
+            });
+            if !told {
+                missing.push((local_rank, logs.rank(local_rank)?));
+            }
         }
         let filtered = [(0, "stdout"), (1, "stderr")].map(|(at, stream)| {
             let texts: &[String] = &self.plan.logs.filters[at];
@@ -88,19 +114,103 @@ impl<'a> Group<'a> {
         });
         let [stdout, stderr] = filtered;
         let filtered = [stdout?, stderr?];
-        for (local_rank, files) in ranks {
-            let member = match self.start(&round, &environment, local_rank, &files, &filtered) {
+        let started = missing.iter().map(|(local_rank, _)| *local_rank).collect();
+        for (local_rank, files) in missing {
+            if let Some(spare) = self.spares.take() {
+                match self.promote(spare, &round, &environment, local_rank, &files, &filtered) {
+                    Ok(member) => {
+                        self.ranks.insert(local_rank, member);
+                        continue;
+                    }
+                    Err(error) => self.console.note(&format!("a spare could not be used: {error}")),
+                }
+            }
+            self.started += 1;
+            let id = self.started;
+            let member = match self.start(&round, &environment, (id, local_rank), &files, &filtered) {
                 Ok(member) => member,
                 Err(error) => {
                     let exit = self.not_started(&error);
-                    let _ = self.events.send(RankEvent::Exited(local_rank, exit));
-                    Member::not_started(files)
+                    let _ = self.events.send(RankEvent::Exited(id, exit));
+                    Member::not_started(id, files)
                 }
             };
-            members.insert(local_rank, member);
+            self.ranks.insert(local_rank, member);
         }
-        (self.ranks, self.logs, self.round) = (members, Some(logs), Some(round));
-        Ok(())
+        (self.logs, self.round) = (Some(logs), Some(round));
+        Ok(started)
+    }
+
+    /// Starts what is missing of the spares; their processes.
+    pub(super) fn start_spares(&mut self, store: (&str, u16)) -> Vec<u32> {
+        let Some(round) = self.round.clone() else { return Vec::new() };
+        let mut started = Vec::new();
+        for _ in 0..self.spares.missing() {
+            self.started += 1;
+            let variables = Environment::new(self.plan, &round, store).of_spare();
+            match self.spares.start(self.started, &self.plan.program, variables, &self.events) {
+                Ok(pid) => started.push(pid),
+                Err(error) => {
+                    self.console.note(&format!("a spare could not be started: {error}"));
+                    break;
+                }
+            }
+        }
+        started
+    }
+
+    /// Notes the end of a spare.
+    pub(super) fn spare_exited(&mut self, process: ProcessId, exit: &Exit) {
+        if let Some(note) = self.spares.exited(process, exit) {
+            self.console.note(&note);
+        }
+    }
+
+    /// Makes a spare a rank.
+    fn promote(
+        &self,
+        spare: Spare,
+        round: &Round,
+        environment: &Environment,
+        local_rank: u32,
+        files: &RankFiles,
+        filtered: &[Option<LogFile>; 2],
+    ) -> io::Result<Member> {
+        let Spare { mut member, streams: [stdout, stderr], ended } = spare;
+        let prefix = self.prefix(round, local_rank);
+        let [out_filter, err_filter] = filtered;
+        let out = self.route(Stream::Stdout, local_rank, &prefix, out_filter.as_ref());
+        let err = self.route(Stream::Stderr, local_rank, &prefix, err_filter.as_ref());
+        // Nobody asks the pump of stdout for anything.
+        Pump::start(stdout, self.sink(out, &files.stdout)?, ended.clone())?;
+        member.become_rank(files.clone(), Pump::start(stderr, self.sink(err, &files.stderr)?, ended)?);
+        let variables = environment.of(local_rank, &files.error).into_iter();
+        let variables = variables.map(|(name, value)| (name.to_owned(), value)).collect();
+        match member.send(&Down::Round { variables }) {
+            true => {
+                // It said so before it was anybody.
+                let _ = self.events.send(RankEvent::Said(member.id, Up::Stays));
+                Ok(member)
+            }
+            false => Err(io::Error::other("it does not listen")),
+        }
+    }
+
+    fn prefix(&self, round: &Round, local_rank: u32) -> String {
+        let names = Names {
+            role_name: &self.plan.role,
+            rank: round.you.first_rank + local_rank,
+            local_rank,
+            node_rank: round.you.group_rank,
+            host: &self.host,
+            run_id: &self.plan.run_id,
+        };
+        prefix(&self.plan.logs.prefix, &names)
+    }
+
+    /// The local rank of a process, unless another one has taken its place.
+    pub(super) fn local_rank(&self, process: ProcessId) -> Option<u32> {
+        self.ranks.iter().find(|(_, member)| member.id == process).map(|(local_rank, _)| *local_rank)
     }
 
     fn not_started(&self, error: &io::Error) -> Exit {
@@ -120,20 +230,12 @@ impl<'a> Group<'a> {
         &self,
         round: &Round,
         environment: &Environment,
-        local_rank: u32,
+        (id, local_rank): (ProcessId, u32),
         files: &RankFiles,
         filtered: &[Option<LogFile>; 2],
     ) -> io::Result<Member> {
         let (ours, theirs) = UnixStream::pair()?;
-        let names = Names {
-            role_name: &self.plan.role,
-            rank: round.you.first_rank + local_rank,
-            local_rank,
-            node_rank: round.you.group_rank,
-            host: &self.host,
-            run_id: &self.plan.run_id,
-        };
-        let prefix = prefix(&self.plan.logs.prefix, &names);
+        let prefix = self.prefix(round, local_rank);
         let (lives, ended) = watch::channel(());
         let [out_filter, err_filter] = filtered;
         let stream = |stream, path: &Path, filter: &Option<LogFile>| {
@@ -145,7 +247,7 @@ impl<'a> Group<'a> {
         let variables = environment.of(local_rank, &files.error);
         let cpus = self.plan.cpus.as_ref().and_then(|cpus| cpus.get(local_rank as usize));
         let rank = spawn(&self.plan.program, local_rank, cpus, variables, &theirs, [stdout, stderr])?;
-        Member::started(local_rank, rank, ours, stderr_pump, lives, files.clone(), &self.events)
+        Member::started(id, rank, ours, stderr_pump, lives, files.clone(), &self.events)
     }
 
     /// Where a stream of a rank goes, and what carries it there.
@@ -158,6 +260,24 @@ impl<'a> Group<'a> {
         filter: Option<&LogFile>,
         ended: &watch::Receiver<()>,
     ) -> io::Result<(Stdio, Option<Pump>)> {
+        let route = self.route(stream, local_rank, prefix, filter);
+        if route.to_file && !route.to_console && route.filtered.is_none() && self.plan.logs.rotation.is_none()
+        {
+            return Ok((Stdio::File(File::create(path)?), None));
+        }
+        // The report needs the last lines of stderr, so that goes through the agent in any case.
+        let over_status = self.rewrites && route.to_console && io::stdout().is_terminal();
+        if !route.to_file && stream == Stream::Stdout && !over_status {
+            return Ok((if route.to_console { Stdio::Inherit } else { Stdio::Null }, None));
+        }
+        let (reader, writer): (OwnedFd, OwnedFd) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let sink = self.sink(route, path)?;
+        Ok((Stdio::Pipe(writer), Some(Pump::start(reader, sink, ended.clone())?)))
+    }
+
+    /// Where a stream of a rank is wanted.
+    fn route(&self, stream: Stream, local_rank: u32, prefix: &str, filter: Option<&LogFile>) -> Route {
         let logs = &self.plan.logs;
         let pick = |streams: &crate::cli::PerRank| {
             let streams = streams.of(local_rank);
@@ -166,16 +286,6 @@ impl<'a> Group<'a> {
         let (redirected, teed) = (pick(&logs.redirects), pick(&logs.tee));
         let shown = logs.console_ranks.as_ref().is_none_or(|ranks| ranks.contains(&local_rank));
         let to_file = redirected || teed;
-        let to_console = shown && (teed || !redirected);
-        let filter = filter.filter(|_| to_file);
-        if to_file && !to_console && filter.is_none() && logs.rotation.is_none() {
-            return Ok((Stdio::File(File::create(path)?), None));
-        }
-        // The report needs the last lines of stderr, so that goes through the agent in any case.
-        let over_status = self.rewrites && to_console && io::stdout().is_terminal();
-        if !to_file && stream == Stream::Stdout && !over_status {
-            return Ok((if to_console { Stdio::Inherit } else { Stdio::Null }, None));
-        }
         let target = match stream {
             Stream::Stdout => Target::Stdout,
             Stream::Stderr => Target::Stderr,
@@ -186,23 +296,25 @@ impl<'a> Group<'a> {
             (true, true) => coloured(prefix, local_rank),
         };
         let texts = &logs.filters[usize::from(stream == Stream::Stderr)];
-        let filtered = filter.map(|file| Filtered {
+        let filtered = filter.filter(|_| to_file).map(|file| Filtered {
             texts: texts.clone(),
             prefix: prefix.to_owned(),
             file: file.clone(),
         });
-        let file = if to_file { Some(self.files.append_to(path, logs.rotation)?) } else { None };
-        let (reader, writer): (OwnedFd, OwnedFd) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        let sink = Sink {
+        Route { target, to_file, to_console: shown && (teed || !redirected), prefix: shown_prefix, filtered }
+    }
+
+    fn sink(&self, route: Route, path: &Path) -> io::Result<Sink> {
+        let rotation = self.plan.logs.rotation;
+        let file = if route.to_file { Some(self.files.append_to(path, rotation)?) } else { None };
+        Ok(Sink {
             console: self.console.clone(),
-            target: to_console.then_some(target),
-            prefix: shown_prefix,
+            target: route.to_console.then_some(route.target),
+            prefix: route.prefix,
             file,
-            filtered,
+            filtered: route.filtered,
             files: self.files.clone(),
-        };
-        Ok((Stdio::Pipe(writer), Some(Pump::start(reader, sink, ended.clone())?)))
+        })
     }
 
     /// Rank within the job.
@@ -210,11 +322,14 @@ impl<'a> Group<'a> {
         self.round.as_ref().map_or(0, |round| round.you.first_rank) + local_rank
     }
 
-    /// Notes what a rank said.
-    pub(super) fn said(&mut self, local_rank: u32, message: &Up) {
-        if let Some(member) = self.ranks.get_mut(&local_rank) {
-            member.said(message);
+    /// Notes what a process said; its local rank, where it is one.
+    pub(super) fn said(&mut self, process: ProcessId, message: &Up) -> Option<u32> {
+        if self.spares.said(process, message) {
+            return None;
         }
+        let local_rank = self.local_rank(process)?;
+        self.ranks.get_mut(&local_rank)?.said(message);
+        Some(local_rank)
     }
 
     /// Notes the end of a rank; returns when it failed by its own account.
@@ -229,6 +344,11 @@ impl<'a> Group<'a> {
         self.ranks.iter().filter_map(|(rank, member)| Some((*rank, member.living()?))).collect()
     }
 
+    /// All processes that live, spares included.
+    pub(super) fn processes(&self) -> impl Iterator<Item = u32> {
+        self.living().into_values().chain(self.spares.living())
+    }
+
     /// Processes and where their stacks are to be written.
     pub(super) fn stack_files(&self) -> Vec<(u32, u32, std::path::PathBuf)> {
         let file = |(rank, member): (&u32, &Member)| {
@@ -239,13 +359,16 @@ impl<'a> Group<'a> {
 
     pub(super) fn ask(&mut self, ask: &Ask) {
         let (round, node) = self.round.as_ref().map_or((0, 0), |round| (round.number, round.you.group_rank));
-        let reason = match ask {
+        let message = match ask {
             Ask::Stop(_, save) if self.agrees() => return self.request(Request::Stop { node, save: *save }),
             // Some rank is ended by a signal, and takes part in nothing any more.
-            Ask::Stop(..) => "told to stop".into(),
-            Ask::Broken(reason) => reason.clone(),
+            Ask::Stop(..) => Down::End { reason: "told to stop".into() },
+            Ask::End(reason) => Down::End { reason: reason.clone() },
+            Ask::Broken(reason) => Down::RoundBroken { round, reason: reason.clone() },
+            // It is enough that one node does.
+            Ask::Regroup if node > 0 => return,
+            Ask::Regroup => return self.request(Request::Regroup),
         };
-        let message = Down::RoundBroken { round, reason };
         let signal = Signal::try_from(ask.signal()).unwrap_or(Signal::SIGTERM);
         self.ranks.values_mut().for_each(|member| member.ask(&message, signal));
     }
@@ -263,8 +386,19 @@ impl<'a> Group<'a> {
         }
     }
 
+    /// Sends SIGTERM to those that have not had it; not to those that wait for the next round.
     pub(super) fn terminate(&mut self) {
         self.ranks.values_mut().for_each(Member::terminate);
+    }
+
+    /// Kills those that do not wait for the next round.
+    pub(super) fn kill_unparked(&self) {
+        let stuck = self.ranks.values().filter(|member| !member.is_parked());
+        stuck.for_each(|member| member.signal(Signal::SIGKILL));
+    }
+
+    pub(super) fn terminate_rank(&mut self, local_rank: u32) {
+        self.ranks.get_mut(&local_rank).into_iter().for_each(Member::terminate);
     }
 
     /// Signals the process groups of all ranks that live.
@@ -337,9 +471,22 @@ impl<'a> Group<'a> {
         }
     }
 
+    /// Adds a round to `rounds.jsonl` in the folder of the job.
+    pub(super) fn write_round(&self, record: &RoundRecord) {
+        let Some(logs) = &self.logs else { return };
+        let path = logs.path().join("rounds.jsonl");
+        let file = File::options().create(true).append(true).open(&path);
+        let line = serde_json::to_vec(record).map_err(io::Error::other);
+        let written = file.and_then(|mut file| file.write_all(&[line?, b"\n".to_vec()].concat()));
+        if let Err(error) = written {
+            self.console.note(&format!("{} was not written: {error}", path.display()));
+        }
+    }
+
     /// The job is over: a temporary folder goes unless somebody may want it.
-    pub(super) fn finish(&mut self, code: ExitCode) {
+    pub(super) fn finish(&mut self, code: ExitCode, rounds: &Rounds, now: Duration) {
         self.summary.end(code.code());
+        self.summary.set_rounds(rounds.past(), rounds.goodput(now));
         let plan = &self.plan.logs;
         let wanted = code != ExitCode::Success || !plan.redirects.is_empty() || !plan.tee.is_empty();
         if self.logs.as_ref().is_some_and(LogFolder::is_named) || self.summary.has_failures() {

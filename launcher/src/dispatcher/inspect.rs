@@ -12,6 +12,7 @@ const AT_ONCE: usize = 4;
 
 /// Writes the stacks of all ranks, given as rank, process and file, and says so.
 pub(super) async fn inspect(
+    round: u64,
     hang: Hang,
     ranks: Vec<(u32, u32, PathBuf)>,
     events: mpsc::UnboundedSender<RankEvent>,
@@ -30,5 +31,5 @@ pub(super) async fn inspect(
     let mut found: Vec<String> = found.into_iter().flatten().collect();
     found.sort();
     found.dedup();
-    let _ = events.send(RankEvent::Inspected(hang, found.join("; ")));
+    let _ = events.send(RankEvent::Inspected(round, hang, found.join("; ")));
 }

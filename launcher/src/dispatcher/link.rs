@@ -6,12 +6,12 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::mpsc;
 
-use super::RankEvent;
+use super::{ProcessId, RankEvent};
 
 /// Passes on what a rank says. The link stays open until the rank closes it or the task is aborted; a rank that sees its end
 /// leaves.
 pub(super) async fn listen(
-    local_rank: u32,
+    process: ProcessId,
     mut stream: OwnedReadHalf,
     events: mpsc::UnboundedSender<RankEvent>,
 ) {
@@ -22,13 +22,13 @@ pub(super) async fn listen(
         loop {
             match decoder.next_message::<Up>() {
                 Ok(Some(message)) => {
-                    if events.send(RankEvent::Said(local_rank, message)).is_err() {
+                    if events.send(RankEvent::Said(process, message)).is_err() {
                         return;
                     }
                 }
                 Ok(None) => break,
                 Err(error) => {
-                    tracing::warn!(local_rank, %error, "what the rank says cannot be understood: not listening any more");
+                    tracing::warn!(process, %error, "what the rank says cannot be understood: not listening any more");
                     // Held open, since the rank would take its end for the agent's.
                     return std::future::pending().await;
                 }

@@ -1,5 +1,6 @@
 //! A rank of the round, living or not, with all that hangs on it.
 
+use std::cell::Cell;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::SystemTime;
@@ -13,11 +14,13 @@ use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::{RankEvent, link};
+use super::{ProcessId, RankEvent, link};
 use crate::logs::{Pump, RankFiles, TAIL_LINES};
 use crate::supervise::{Rank, handles};
 
 pub(super) struct Member {
+    /// Which of all processes that the agent has started.
+    pub(super) id: ProcessId,
     pub(super) files: RankFiles,
     process: Option<(u32, Pid)>,
     alive: bool,
@@ -25,6 +28,8 @@ pub(super) struct Member {
     stderr: Option<Pump>,
     link: Option<OwnedWriteHalf>,
     knows_link: bool,
+    /// Whether it has left its round and waits for the next one.
+    parked: Cell<bool>,
     /// Whether it was sent SIGTERM.
     terminated: bool,
     /// What waits for its end, and what listens to it.
@@ -39,14 +44,16 @@ impl Drop for Member {
 }
 
 impl Member {
-    pub(super) fn not_started(files: RankFiles) -> Self {
+    pub(super) fn not_started(id: ProcessId, files: RankFiles) -> Self {
         Self {
+            id,
             files,
             process: None,
             alive: false,
             stderr: None,
             link: None,
             knows_link: false,
+            parked: Cell::new(false),
             terminated: false,
             tasks: Vec::new(),
             message: None,
@@ -55,7 +62,7 @@ impl Member {
 
     /// Watches over a rank that was started. `lives` is dropped when it ends.
     pub(super) fn started(
-        local_rank: u32,
+        id: ProcessId,
         rank: Rank,
         link: UnixStream,
         stderr: Option<Pump>,
@@ -70,13 +77,18 @@ impl Member {
         let wait = tokio::spawn(async move {
             let exit = rank.wait().await;
             drop(lives);
-            let _ = ended.send(RankEvent::Exited(local_rank, exit));
+            let _ = ended.send(RankEvent::Exited(id, exit));
         });
-        let listen = tokio::spawn(link::listen(local_rank, from_rank, events.clone()));
-        let mut member = Self::not_started(files);
+        let listen = tokio::spawn(link::listen(id, from_rank, events.clone()));
+        let mut member = Self::not_started(id, files);
         (member.process, member.alive) = (process, true);
         (member.stderr, member.link, member.tasks) = (stderr, Some(to_rank), vec![wait, listen]);
         Ok(member)
+    }
+
+    /// What was a spare is a rank now.
+    pub(super) fn become_rank(&mut self, files: RankFiles, stderr: Pump) {
+        (self.files, self.stderr) = (files, Some(stderr));
     }
 
     /// Its process while it lives.
@@ -96,6 +108,7 @@ impl Member {
     pub(super) fn said(&mut self, message: &Up) {
         match message {
             Up::Hello { .. } => self.knows_link = true,
+            Up::Parked { .. } => self.parked.set(true),
             Up::Error { message } => self.message = Some(message.clone()),
             _ => {}
         }
@@ -112,9 +125,9 @@ impl Member {
         self.signal(Signal::SIGCONT);
     }
 
-    /// Sends SIGTERM unless it had that.
+    /// Sends SIGTERM unless it had that, or waits for the next round.
     pub(super) fn terminate(&mut self) {
-        if !std::mem::replace(&mut self.terminated, true) {
+        if !self.is_parked() && !std::mem::replace(&mut self.terminated, true) {
             self.signal(Signal::SIGTERM);
             self.signal(Signal::SIGCONT);
         }
@@ -141,7 +154,15 @@ impl Member {
     /// Tells it something over the link; false where it is not to be had.
     pub(super) fn send(&self, message: &Down) -> bool {
         let (Some(link), Ok(frame)) = (&self.link, frame::encode(message)) else { return false };
+        if matches!(message, Down::Round { .. } | Down::End { .. }) {
+            self.parked.set(false);
+        }
         link.try_write(&frame).is_ok_and(|written| written == frame.len())
+    }
+
+    /// Whether it waits for the next round.
+    pub(super) fn is_parked(&self) -> bool {
+        self.parked.get()
     }
 
     /// What the rank left about its failure.

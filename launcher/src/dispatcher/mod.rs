@@ -8,6 +8,7 @@ mod link;
 mod member;
 mod question;
 mod screen;
+mod spares;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -24,7 +25,7 @@ use tokio::sync::mpsc;
 
 use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
-use crate::report::{Events, ExitRecord, Happened, ProgressLines};
+use crate::report::{Events, ExitRecord, Happened, ProgressLines, Rounds};
 use crate::supervise::{Caught, Orphans, Signals, cpu_times, raise_open_files};
 use crate::{Error, LaunchPlan};
 use clock::Clock;
@@ -36,14 +37,17 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Resolution of the times of files.
 const TICK: Duration = Duration::from_millis(10);
 
+/// A process that the agent has started, counted from 1.
+pub(crate) type ProcessId = u64;
+
 /// What ranks do.
 pub(crate) enum RankEvent {
-    Exited(u32, Exit),
-    Said(u32, Up),
+    Exited(ProcessId, Exit),
+    Said(ProcessId, Up),
     /// The user has answered the question.
     Answered(Answer),
-    /// The stacks of a job that hangs have been written; what there is.
-    Inspected(Hang, String),
+    /// The stacks of a job that hung in this round have been written; what there is.
+    Inspected(u64, Hang, String),
 }
 
 /// Carries out a plan.
@@ -88,7 +92,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         .run(&mut signals)
         .await;
     // After an error ranks may still live; their supervision has ended with the dispatcher.
-    orphans.end();
+    orphans.end(&BTreeSet::new());
     let mut all_written = std::pin::pin!(async {
         written.wait().await;
         said.wait().await;
@@ -140,6 +144,9 @@ struct Dispatcher<'a> {
     events: mpsc::UnboundedReceiver<RankEvent>,
     progress: ProgressLines,
     hangs: HangWatch,
+    rounds: Rounds,
+    /// When what happened that may end the round.
+    trouble: Option<Duration>,
     /// When CPU times are read next.
     sample_at: Duration,
     inspecting: bool,
@@ -185,6 +192,8 @@ impl<'a> Dispatcher<'a> {
             events,
             progress: ProgressLines::new(plan.progress_interval, rewrites),
             hangs: HangWatch::new(plan.hang_timeout, plan.monitor_interval),
+            rounds: Rounds::default(),
+            trouble: None,
             sample_at: Duration::ZERO,
             inspecting: false,
             paused: BTreeSet::new(),
@@ -216,10 +225,14 @@ impl<'a> Dispatcher<'a> {
                         {
                             self.run_stamp = Some(run_stamp.clone());
                         }
+                        if let ToAgent::RoundBroken { reason, .. } | ToAgent::Closed { reason, .. } = &message {
+                            self.end_round(reason);
+                        }
                         Event::Coordinator(message)
                     }
                     Err(error) => {
                         self.session = None;
+                        self.end_round(&error.to_string());
                         Event::CoordinatorLost(error.to_string())
                     }
                 }),
@@ -235,8 +248,7 @@ impl<'a> Dispatcher<'a> {
                 }
                 () = tokio::time::sleep_until(wake), if deadline.is_some() => {
                     self.clock.woke(deadline.unwrap_or_default());
-                    self.look();
-                    Some(Event::Tick)
+                    self.look().or(Some(Event::Tick))
                 }
             };
             let Some(event) = event else { continue };
@@ -253,7 +265,8 @@ impl<'a> Dispatcher<'a> {
     /// When time alone changes something.
     fn deadline(&self) -> Option<Duration> {
         let watching = self.agent.is_running() && !self.inspecting;
-        let hang = self.hangs.deadline().filter(|_| watching);
+        let silence = self.hangs.silence().filter(|_| self.agent.is_regrouping()).map(|(due, _)| due);
+        let hang = self.hangs.deadline().filter(|_| watching).or(silence);
         let sample = self.hangs.sampling().filter(|_| watching).map(|_| self.sample_at);
         [self.agent.deadline(), hang, sample].into_iter().flatten().min()
     }
@@ -370,23 +383,55 @@ impl<'a> Dispatcher<'a> {
     fn rank_event(&mut self, event: RankEvent) -> Option<Event> {
         let now = self.clock.now();
         match event {
-            RankEvent::Exited(local_rank, exit) => {
+            RankEvent::Exited(process, exit) => {
+                let Some(local_rank) = self.group.local_rank(process) else {
+                    self.group.spare_exited(process, &exit);
+                    return None;
+                };
                 let rank = self.group.rank(local_rank);
                 self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
                 self.hangs.gone(local_rank);
+                if !exit.is_success() {
+                    self.trouble.get_or_insert(now);
+                }
                 self.paused.remove(&local_rank);
                 self.console.no_status();
                 let failed_at = self.group.exited(local_rank, &exit).map(|at| on_clock(now, at));
-                return Some(Event::Exited { local_rank, exit, failed_at });
+                Some(Event::Exited { local_rank, exit, failed_at })
             }
-            RankEvent::Inspected(hang, found) => {
+            // The round is over, and another one has begun.
+            RankEvent::Inspected(round, ..) if Some(round) != self.group.round() => None,
+            RankEvent::Inspected(_, hang, found) => {
+                self.trouble.get_or_insert(hang.since);
                 let reason = format!("{}; stacks of all ranks were written ({found})", hang.reason);
-                return Some(Event::Hung { local_rank: hang.local_rank, reason });
+                Some(Event::Hung { local_rank: hang.local_rank, reason })
             }
-            RankEvent::Answered(answer) => return self.answered(answer),
-            RankEvent::Said(local_rank, Up::Paused) => self.rank_paused(local_rank, true),
-            RankEvent::Said(local_rank, Up::Resumed) => self.rank_paused(local_rank, false),
-            RankEvent::Said(_, Up::Progress(progress)) => {
+            RankEvent::Answered(answer) => self.answered(answer),
+            RankEvent::Said(process, message) => {
+                let local_rank = self.group.said(process, &message)?;
+                if let Up::Heartbeat { applied_ms, .. } = message {
+                    self.rounds.applied(process, local_rank, Duration::from_millis(applied_ms));
+                }
+                self.said(now, local_rank, message)
+            }
+        }
+    }
+
+    fn said(&mut self, now: Duration, local_rank: u32, message: Up) -> Option<Event> {
+        match message {
+            Up::Paused => self.rank_paused(local_rank, true),
+            Up::Resumed => self.rank_paused(local_rank, false),
+            Up::Stays => return Some(Event::Stays(local_rank)),
+            Up::Parked { round: Some(round) } => return Some(Event::Parked { local_rank, round }),
+            Up::RoundLost { round, reason } => return Some(Event::RoundLost { local_rank, round, reason }),
+            Up::FirstStep { round, step, repeated } => {
+                if self.rounds.first_step(now, round, step, repeated) {
+                    self.log.add(&Happened::FirstStep { round, step, repeated });
+                }
+                self.start_spares();
+                return Some(Event::FirstStep { round });
+            }
+            Up::Progress(progress) => {
                 // What another rank said just before it paused, or was ended, is out of date.
                 let is_current = self.agent.is_running() && !self.is_paused();
                 if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std())
@@ -398,24 +443,32 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
             }
-            RankEvent::Said(local_rank, Up::Heartbeat { step, activity }) => {
+            Up::Heartbeat { step, activity, .. } => {
                 self.hangs.heartbeat(now, local_rank, step, activity);
             }
-            RankEvent::Said(local_rank, Up::CheckpointSaved { path, step }) => {
+            Up::CheckpointSaved { path, step } => {
                 let rank = self.group.rank(local_rank);
                 self.log.add(&Happened::CheckpointSaved { rank, path, step });
             }
-            RankEvent::Said(local_rank, message) => self.group.said(local_rank, &message),
+            Up::Hello { .. } | Up::Error { .. } | Up::Done | Up::Parked { round: None } => {}
         }
         None
     }
 
-    /// Looks whether the ranks still do something.
-    fn look(&mut self) {
-        if !self.agent.is_running() || self.inspecting {
-            return;
-        }
+    /// Looks whether the ranks still do something; one that is silent is not looked into.
+    fn look(&mut self) -> Option<Event> {
         let now = self.clock.now();
+        let hang = match (self.agent.is_running(), self.agent.is_regrouping()) {
+            (true, _) if self.inspecting => None,
+            (true, _) => self.sampled(now).check(now),
+            (false, true) => self.hangs.check_silence(now),
+            (false, false) => None,
+        };
+        hang.and_then(|hang| self.hung(hang))
+    }
+
+    /// What is known of the ranks, CPU times included.
+    fn sampled(&mut self, now: Duration) -> &HangWatch {
         if let Some(period) = self.hangs.sampling().filter(|_| now >= self.sample_at) {
             self.sample_at = now + period;
             let living = self.group.living();
@@ -424,13 +477,23 @@ impl<'a> Dispatcher<'a> {
                 self.hangs.cpu_time(now, local_rank, times.get(&pid).copied().unwrap_or_default());
             }
         }
-        if let Some(hang) = self.hangs.check(now) {
-            self.inspecting = true;
-            let rank = self.group.rank(hang.local_rank);
-            self.log.add(&Happened::Hang { rank, reason: hang.reason.clone() });
-            self.console.note(&format!("rank {rank}: {}: writing the stacks", hang.reason));
-            tokio::spawn(inspect::inspect(hang, self.group.stack_files(), self.sender.clone()));
+        &self.hangs
+    }
+
+    /// Finds out how a rank got where it hangs, unless it is silent.
+    fn hung(&mut self, hang: Hang) -> Option<Event> {
+        let rank = self.group.rank(hang.local_rank);
+        self.log.add(&Happened::Hang { rank, reason: hang.reason.clone() });
+        if hang.is_silent {
+            self.hangs.gone(hang.local_rank);
+            self.trouble.get_or_insert(hang.since);
+            return Some(Event::Hung { local_rank: hang.local_rank, reason: hang.reason });
         }
+        self.inspecting = true;
+        self.console.note(&format!("rank {rank}: {}: writing the stacks", hang.reason));
+        let round = self.group.round().unwrap_or_default();
+        tokio::spawn(inspect::inspect(round, hang, self.group.stack_files(), self.sender.clone()));
+        None
     }
 
     /// Carries out what an event leads to; the exit code once the agent is done.
@@ -460,14 +523,19 @@ impl<'a> Dispatcher<'a> {
                     self.log.add(&Happened::Stopping { how: "terminated" });
                     self.group.terminate();
                 }
+                Action::TerminateRank(local_rank) => self.group.terminate_rank(local_rank),
                 Action::Kill => {
                     self.log.add(&Happened::Stopping { how: "killed" });
                     self.group.signal(Signal::SIGKILL);
                 }
+                Action::KillUnparked => {
+                    self.log.add(&Happened::Stopping { how: "killed" });
+                    self.group.kill_unparked();
+                }
                 Action::Forward(signal) => self.forward(signal),
                 Action::Report(ends) => {
-                    // No rank lives any more, and what they left behind may hold the pipes open.
-                    self.orphans.end();
+                    // What those that failed left behind may hold the pipes open.
+                    self.end_orphans();
                     if let Some(failure) = self.group.report(ends).await {
                         let cause = failure.root_cause;
                         let (rank, exit, message) = (cause.rank, cause.exit.exit, cause.message);
@@ -484,7 +552,12 @@ impl<'a> Dispatcher<'a> {
                     self.log.add(&Happened::Decision { text });
                 }
                 Action::Exit(code) => {
-                    self.group.finish(code);
+                    self.end_round("this node leaves");
+                    let now = self.clock.now();
+                    if let Some(summary) = self.rounds.summary(now) {
+                        self.console.note(&summary);
+                    }
+                    self.group.finish(code, &self.rounds, now);
                     return Ok(Some(code));
                 }
             }
@@ -494,7 +567,7 @@ impl<'a> Dispatcher<'a> {
 
     fn spawn(&mut self, round: Round) -> Result<(), Error> {
         // What the last attempt left behind must not meet the next one.
-        self.orphans.end();
+        self.end_orphans();
         self.log.add(&Happened::RoundStarted {
             round: round.number,
             attempt: round.restart_count,
@@ -502,15 +575,40 @@ impl<'a> Dispatcher<'a> {
             node: round.you.group_rank,
             world_size: round.world_size,
         });
+        let nodes = round.nodes;
         let (host, port) = self.meeting.address();
-        self.group.spawn(round, (&host, port))?;
+        let began = round.clone();
+        let started = self.group.spawn(round, (&host, port))?;
+        self.trouble = None;
+        self.rounds.start(self.clock.now(), &began, started.clone());
         (self.inspecting, self.sample_at) = (false, self.clock.now());
-        self.hangs.start(self.plan.local_world_size());
+        self.hangs.start(self.plan.local_world_size(), nodes);
         for (local_rank, pid) in self.group.living() {
+            if !started.contains(&local_rank) {
+                continue;
+            }
             let rank = self.group.rank(local_rank);
             self.log.add(&Happened::RankStarted { rank, local_rank, pid });
         }
         Ok(())
+    }
+
+    /// Writes down what became of the round, where one runs.
+    fn end_round(&mut self, reason: &str) {
+        if let Some(record) = self.rounds.end(self.clock.now(), self.trouble.take(), reason) {
+            self.group.write_round(record);
+        }
+    }
+
+    fn start_spares(&mut self) {
+        let (host, port) = self.meeting.address();
+        for pid in self.group.start_spares((&host, port)) {
+            self.log.add(&Happened::SpareStarted { pid });
+        }
+    }
+
+    fn end_orphans(&self) {
+        self.orphans.end(&self.group.processes().collect());
     }
 
     fn forward(&mut self, signal: i32) {

@@ -19,7 +19,7 @@ pub(crate) struct LogFolder {
 }
 
 /// The files of a rank in an attempt.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct RankFiles {
     pub(crate) stdout: PathBuf,
     pub(crate) stderr: PathBuf,

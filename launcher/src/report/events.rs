@@ -19,6 +19,8 @@ pub(crate) enum Happened {
     RoundStarted { round: u64, attempt: u32, nodes: u32, node: u32, world_size: u32 },
     /// A process was started.
     RankStarted { rank: u32, local_rank: u32, pid: u32 },
+    /// A process was started that waits to become a rank.
+    SpareStarted { pid: u32 },
     /// A process ended.
     RankEnded {
         rank: u32,
@@ -26,6 +28,8 @@ pub(crate) enum Happened {
         #[serde(flatten)]
         exit: ExitRecord,
     },
+    /// The first training step in a round was applied.
+    FirstStep { round: u64, step: u64, repeated: bool },
     /// A rank wrote a checkpoint.
     CheckpointSaved { rank: u32, path: String, step: u64 },
     /// The agent was sent a signal.

@@ -3,9 +3,11 @@
 mod events;
 mod failure;
 mod progress;
+mod rounds;
 mod summary;
 
 pub(crate) use events::{Events, Happened};
 pub(crate) use failure::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure};
 pub(crate) use progress::ProgressLines;
+pub(crate) use rounds::{RoundRecord, Rounds};
 pub(crate) use summary::Summary;

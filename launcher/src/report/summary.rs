@@ -5,7 +5,7 @@ use std::{fs, io};
 
 use serde::Serialize;
 
-use super::Failure;
+use super::{Failure, RoundRecord};
 
 /// Grows when a field changes its meaning or goes.
 const VERSION: u32 = 1;
@@ -20,16 +20,25 @@ pub(crate) struct Summary {
     exit_code: Option<u8>,
     /// The attempts that failed on this node, in order.
     failures: Vec<Failure>,
+    /// The rounds, as this node saw them, in order.
+    rounds: Vec<RoundRecord>,
+    /// The share of the time in steps that were applied, from 0 to 1; null for a program that tells of no steps.
+    goodput: Option<f64>,
 }
 
 impl Summary {
     pub(crate) fn new(run_id: &str) -> Self {
-        let (run_id, failures) = (run_id.to_owned(), Vec::new());
-        Self { version: VERSION, run_id, outcome: "running", exit_code: None, failures }
+        let (failures, rounds) = (Vec::new(), Vec::new());
+        let (run_id, outcome) = (run_id.to_owned(), "running");
+        Self { version: VERSION, run_id, outcome, exit_code: None, failures, rounds, goodput: None }
     }
 
     pub(crate) fn add(&mut self, failure: Failure) {
         self.failures.push(failure);
+    }
+
+    pub(crate) fn set_rounds(&mut self, rounds: &[RoundRecord], goodput: Option<f64>) {
+        (self.rounds, self.goodput) = (rounds.to_vec(), goodput);
     }
 
     pub(crate) fn has_failures(&self) -> bool {

@@ -24,6 +24,22 @@ impl<'a> Environment<'a> {
         Self { plan, round, store, placed, threads: threads(plan, round) }
     }
 
+    /// The variables of a spare: none that would make a program take itself for a rank.
+    pub(crate) fn of_spare(&self) -> Vec<(&'static str, String)> {
+        let (plan, round) = (self.plan, self.round);
+        let device = self.placed.first().map(|placed| placed.device.to_string());
+        let mut variables = vec![
+            (names::ICE_SPARE, "1".into()),
+            (names::ROLE_NAME, plan.role.clone()),
+            (names::TORCHELASTIC_RUN_ID, plan.run_id.clone()),
+            (names::ICE_DEVICE, device.unwrap_or_default()),
+            (names::ICE_DIST_BACKEND, plan.backend.to_string()),
+            (names::ICE_RUN_STAMP, round.run_stamp.clone()),
+        ];
+        variables.extend(self.threads.map(|threads| (names::OMP_NUM_THREADS, threads.to_string())));
+        variables
+    }
+
     /// The variables of a rank.
     pub(crate) fn of(&self, local_rank: u32, error_file: &Path) -> Vec<(&'static str, String)> {
         let (plan, round) = (self.plan, self.round);

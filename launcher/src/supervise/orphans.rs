@@ -26,13 +26,19 @@ impl Orphans {
         Self { bystanders }
     }
 
-    /// Ends all that ranks left behind. To be called when no rank lives.
-    pub(crate) fn end(&self) {
+    /// Ends all that ranks left behind, but for these ranks and what is in their sessions.
+    pub(crate) fn end(&self, living: &BTreeSet<u32>) {
         let own_session = getsid(None).ok();
         loop {
             // Each pass may hand down the children of those that it ended.
             let left: Vec<_> = children()
-                .filter(|child| !self.bystanders.contains(child) && getsid(Some(*child)).ok() != own_session)
+                .filter(|child| !self.bystanders.contains(child))
+                .filter(|child| {
+                    let session = getsid(Some(*child)).ok();
+                    let is_living =
+                        session.is_some_and(|leader| living.contains(&leader.as_raw().cast_unsigned()));
+                    session != own_session && !is_living
+                })
                 .collect();
             if left.is_empty() {
                 return;

@@ -257,7 +257,7 @@ impl Coordinator {
                 // Once a node has finished, the others soon will.
                 if members.len() < most as usize && finished.is_empty() {
                     let reason = format!("{} has come", self.describe(peer));
-                    return self.next_round(now, Duration::ZERO, &reason);
+                    return self.next_round(now, Duration::ZERO, &reason, true);
                 }
                 let nodes = members.len();
                 let reason =

@@ -51,7 +51,11 @@ fn run() -> Result<(), ice::Error> {
         }
         _ => panic!("unknown arguments {arguments:?}"),
     }
-    Ok(worker.leave()?)
+    if worker.link().stop().is_none() {
+        worker.barrier()?;
+    }
+    worker.leave();
+    Ok(())
 }
 
 /// Steps until told to stop, or until a step, in which it may stay.
@@ -59,7 +63,7 @@ fn step(worker: &Worker, last: Option<(u64, bool)>) -> Result<(), ice::Error> {
     for number in 1.. {
         match worker.link().boundary() {
             Boundary::GoOn | Boundary::Save | Boundary::Stop { here: false, .. } => {}
-            Boundary::Stop { here: true, .. } | Boundary::Broken => break,
+            Boundary::Stop { here: true, .. } | Boundary::Regroup | Boundary::Broken => break,
         }
         match last {
             Some((last, true)) if number == last => stay(),

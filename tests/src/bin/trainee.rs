@@ -10,7 +10,7 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use ice::core::{Context, Error, Node, NodeState, Result, Value};
+use ice::core::{Context, Error, Node, NodeState, Result, Round, Value};
 use ice::prelude::*;
 use tch::Device;
 
@@ -22,6 +22,12 @@ struct Options {
     life: u64,
     #[arg(long)]
     shard_optimizer: bool,
+    /// Samples of a batch for each rank, instead of 8 for all of them.
+    #[arg(long)]
+    per_rank: Option<usize>,
+    /// How often the tasks are done.
+    #[arg(long, default_value_t = 6)]
+    repeats: u64,
     #[command(flatten)]
     run: RunOptions,
 }
@@ -56,22 +62,40 @@ struct Seen {
     life: u64,
     out: Option<(File, bool)>,
     passes: u64,
+    /// When the step began.
+    mark: u64,
     indices: Vec<i64>,
 }
 
 impl Seen {
     fn new(folder: &Path, life: u64) -> Self {
-        Self { folder: folder.to_owned(), life, out: None, passes: 0, indices: Vec::new() }
+        Self { folder: folder.to_owned(), life, out: None, passes: 0, mark: 0, indices: Vec::new() }
     }
 }
 
 impl Node for Seen {
-    fn set_up(&mut self, context: &Context) -> Result<()> {
-        let path = self.folder.join(format!("rank{}.txt", context.worker.rank()));
+    fn set_up(&mut self, _: &Context) -> Result<()> {
+        Ok(())
+    }
+
+    fn enter_round(&mut self, round: &Round) -> Result<()> {
+        let path = self.folder.join(format!("rank{}.txt", round.worker.rank()));
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.map_err(|source| Error::Io { path, source })?;
-        self.out = Some((file, context.worker.is_main()));
+        self.out = Some((file, round.worker.is_main()));
+        if round.worker.is_main() {
+            println!("world size {}", round.worker.world_size());
+        }
         Ok(())
+    }
+
+    fn before_step(&mut self) -> Result<()> {
+        self.mark = self.passes;
+        Ok(())
+    }
+
+    fn roll_back(&mut self) {
+        self.passes = self.mark;
     }
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
@@ -108,7 +132,12 @@ fn main() -> ExitCode {
 fn train(options: &Options) -> Result<(), ice::Error> {
     let mut graph = HyperGraph::new();
     graph.accumulate_gradients(TWO);
-    graph.add("curve", DatasetNode::new(Curve).shuffle(true).in_total(8).workers(2), "train")?;
+    let curve = DatasetNode::new(Curve).shuffle(true).workers(2);
+    let curve = match options.per_rank {
+        Some(samples) => curve.batch_size(samples),
+        None => curve.in_total(8),
+    };
+    graph.add("curve", curve, "train")?;
     graph.add("curve", DatasetNode::new(Curve).in_total(10), "val")?;
     graph.add("seen", Seen::new(&options.seen, options.life), "train")?;
     let net = ModuleNode::new(
@@ -140,7 +169,7 @@ fn train(options: &Options) -> Result<(), ice::Error> {
     graph.add("moving", moving, "train")?;
 
     let inner = Repeat::new(2).then(Task::train("train").steps(3)).then(Task::eval("val"));
-    let outer = Repeat::new(6)
+    let outer = Repeat::new(options.repeats)
         .then(Task::train("train"))
         .then(Task::eval("val"))
         .then(SaveCheckpoint::new())

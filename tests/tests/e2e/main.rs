@@ -7,6 +7,8 @@
 
 mod arrows;
 mod board;
+mod chaos;
+mod elastic;
 mod failures;
 mod forms;
 mod gpt;

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use ice_checkpoint::{Catalog, Checkpoint, Manifest};
 use ice_worker::Worker;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
@@ -16,7 +18,7 @@ pub(crate) fn share(found: Option<Checkpoint>, worker: &Worker) -> Result<Option
     let fail = |error: serde_json::Error| Error::Resume(error.to_string());
     let head = found.as_ref().map(|found| (found.path(), found.manifest(), found.catalog()));
     let head = if worker.is_main() { serde_json::to_vec(&head).map_err(fail)? } else { Vec::new() };
-    let head = broadcast(&head, worker)?;
+    let head = broadcast_bytes(&head, 0, worker)?;
     if worker.is_main() {
         return Ok(found);
     }
@@ -31,18 +33,29 @@ pub(crate) fn decide(decision: bool, worker: &Worker) -> Result<bool> {
     Ok(decision.f_int64_value(&[0])? != 0)
 }
 
-/// The bytes of rank 0, on every rank.
-fn broadcast(bytes: &[u8], worker: &Worker) -> Result<Vec<u8>> {
+/// What one rank has, on every rank.
+pub(crate) fn broadcast<T: Serialize + DeserializeOwned>(
+    own: Option<T>,
+    source: usize,
+    worker: &Worker,
+) -> Result<T> {
+    let fail = |error: serde_json::Error| Error::Resume(error.to_string());
+    let bytes = own.map_or(Ok(Vec::new()), |own| serde_json::to_vec(&own)).map_err(fail)?;
+    serde_json::from_slice(&broadcast_bytes(&bytes, source, worker)?).map_err(fail)
+}
+
+/// The bytes of one rank, on every rank.
+fn broadcast_bytes(bytes: &[u8], source: usize, worker: &Worker) -> Result<Vec<u8>> {
     let len = Tensor::from_slice(&[bytes.len() as i64]).to_device(worker.device());
-    worker.broadcast(&len)?;
+    worker.broadcast_from(source, &len)?;
     let len = len.f_int64_value(&[0])?;
-    let data = match worker.is_main() {
+    let data = match worker.rank() == source {
         true => Tensor::from_slice(bytes),
         false => Tensor::zeros([len], (Kind::Uint8, Device::Cpu)),
     };
     let data = data.to_device(worker.device());
     if len > 0 {
-        worker.broadcast(&data)?;
+        worker.broadcast_from(source, &data)?;
     }
     let mut bytes = vec![0; len as usize];
     data.f_copy_data_u8(&mut bytes, len as usize)?;

@@ -69,7 +69,6 @@ struct Job {
 
 impl Writer {
     pub(crate) fn new(worker: &Worker, options: &CheckpointOptions) -> Self {
-        let alone = worker.store().is_none();
         let link = worker.link().clone();
         Self {
             is_over: Arc::new({
@@ -81,7 +80,7 @@ impl Writer {
             world_size: worker.world_size(),
             split: options.split,
             upload_to: options.upload_to.clone(),
-            attempt: if alone { std::process::id().to_string() } else { format!("round{}", worker.round()) },
+            attempt: attempt_of(worker),
             shared_saves: 0,
             exchange: None,
             memory: Memory::There(Buffers::default()),
@@ -124,6 +123,15 @@ impl Writer {
         if let Ok(thread) = Buffers::prepare(lengths) {
             self.memory = Memory::Coming(thread);
         }
+    }
+
+    /// The ranks are others now. What several of them were writing together will not be finished.
+    pub(crate) fn enter_round(&mut self, worker: &Worker) {
+        if let Err(error) = self.finish() {
+            tracing::warn!("the checkpoint that was being written when the round ended is lost: {error}");
+        }
+        (self.rank, self.world_size) = (worker.rank(), worker.world_size());
+        (self.attempt, self.shared_saves, self.exchange) = (attempt_of(worker), 0, None);
     }
 
     /// Notes what the run went on from: it stays until there is something newer.
@@ -213,6 +221,11 @@ impl Writer {
             Memory::Coming(thread) => thread.join().unwrap_or_default(),
         }
     }
+}
+
+/// What tells the attempts of this round from those of others; the same on all ranks.
+fn attempt_of(worker: &Worker) -> String {
+    if worker.store().is_none() { std::process::id().to_string() } else { format!("round{}", worker.round()) }
 }
 
 /// What a rank has written, or why it could not.

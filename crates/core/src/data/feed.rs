@@ -50,6 +50,17 @@ impl BatchSize {
     }
 }
 
+impl BatchSize {
+    /// How many batches an iteration is divided into, so that no rank of fewer than a batch was made for has more samples at a time than it is
+    /// given.
+    pub(crate) fn parts(self, batch_ranks: u64, world_size: u64) -> u64 {
+        match self {
+            Self::PerRank(_) => batch_ranks.div_ceil(world_size).max(1),
+            Self::InTotal(_) => 1,
+        }
+    }
+}
+
 /// Which rank of how many is fed, and where it computes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Seat {
@@ -74,7 +85,12 @@ pub(crate) struct Feed<D: Dataset> {
     /// Where the next batch to plan starts.
     planner: Sampler,
     /// The places of the batches that are under way.
-    planned: VecDeque<Place>,
+    planned: VecDeque<(Place, u64)>,
+    /// How many batches an iteration is divided into, and which is the next one.
+    parts: u64,
+    part: u64,
+    /// The part that is planned next.
+    planner_part: u64,
     ahead: Ahead,
     seat: Seat,
     _stop: StopOnDrop,
@@ -94,6 +110,7 @@ impl<D: Dataset + 'static> Feed<D> {
         seed: u64,
         ahead: Ahead,
         seat: Seat,
+        parts: u64,
     ) -> Result<Self> {
         let stop = StopOnDrop::default();
         let flag = Arc::clone(&stop.0);
@@ -112,6 +129,9 @@ impl<D: Dataset + 'static> Feed<D> {
             planner: sampler.clone(),
             sampler,
             planned: VecDeque::new(),
+            parts,
+            part: 0,
+            planner_part: 0,
             ahead,
             seat,
             _stop: stop,
@@ -123,8 +143,26 @@ impl<D: Dataset + 'static> Feed<D> {
         &self.sampler
     }
 
-    pub(crate) fn sampler_mut(&mut self) -> &mut Sampler {
-        &mut self.sampler
+    /// Goes to a place.
+    pub(crate) fn seek(&mut self, place: Place) {
+        self.sampler.seek(place);
+        self.part = 0;
+    }
+
+    /// Goes to the start of the next epoch.
+    pub(crate) fn next_epoch(&mut self) {
+        self.sampler.next_epoch();
+        self.part = 0;
+    }
+
+    /// Consumes the batch.
+    pub(crate) fn advance(&mut self) {
+        self.part = next_part(&mut self.sampler, self.part, self.parts);
+    }
+
+    /// Batches of the iteration that were not consumed yet.
+    pub(crate) fn parts_left(&self) -> u64 {
+        self.sampler.parts(self.parts) - self.part
     }
 
     /// The batch of this rank at the place of the sampler.
@@ -133,22 +171,32 @@ impl<D: Dataset + 'static> Feed<D> {
         if self.sampler.remaining() == 0 {
             return Err(Error::Graph("a batch was asked for after the last one of the epoch".into()));
         }
-        if self.planned.front() != Some(&self.sampler.place()) {
+        if self.planned.front() != Some(&(self.sampler.place(), self.part)) {
             self.lane.clear();
             self.planned.clear();
-            self.planner = self.sampler.clone();
+            (self.planner, self.planner_part) = (self.sampler.clone(), self.part);
         }
         while self.planned.len() <= self.ahead.batches()
             && (self.planned.is_empty() || self.planner.remaining() > 0)
         {
-            let (indices, _) = self.planner.batch(rank, world_size);
-            self.lane.submit(Job { pass: self.planner.place().pass, indices });
-            self.planned.push_back(self.planner.place());
-            self.planner.advance();
+            let (place, part) = (self.planner.place(), self.planner_part);
+            let (indices, _) = self.planner.part(part, self.parts, rank, world_size);
+            self.lane.submit(Job { pass: place.pass, indices });
+            self.planned.push_back((place, part));
+            self.planner_part = next_part(&mut self.planner, part, self.parts);
         }
         self.planned.pop_front();
-        let (_, share) = self.sampler.batch(rank, world_size);
+        let (_, share) = self.sampler.part(self.part, self.parts, rank, world_size);
         let batch = self.lane.take()?;
         Ok((to_device(batch, device)?, share))
     }
+}
+
+/// Goes on to the part after one: that of the next iteration after the last.
+fn next_part(sampler: &mut Sampler, part: u64, parts: u64) -> u64 {
+    if part + 1 < sampler.parts(parts) {
+        return part + 1;
+    }
+    sampler.advance();
+    0
 }

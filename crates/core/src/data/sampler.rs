@@ -132,8 +132,19 @@ impl Sampler {
     /// The samples of a rank in the batch at the cursor, and how the batch is shared. A rank without a share gets one
     /// sample that counts for nothing.
     pub fn batch(&self, rank: u64, world_size: u64) -> (Vec<i64>, Share) {
-        let cursor = self.place.cursor;
-        let total = self.global_batch.min(self.samples - cursor);
+        self.part(0, 1, rank, world_size)
+    }
+
+    /// How many parts the batch at the cursor has, of at most so many: each has a sample.
+    pub(crate) fn parts(&self, most: u64) -> u64 {
+        most.min(self.global_batch.min(self.samples - self.place.cursor)).max(1)
+    }
+
+    /// As [`Sampler::batch`], of one of several parts of the batch, which are as equal as it goes.
+    pub(crate) fn part(&self, part: u64, most: u64, rank: u64, world_size: u64) -> (Vec<i64>, Share) {
+        let batch = self.global_batch.min(self.samples - self.place.cursor);
+        let (of_part, part) = share_of(batch, part, self.parts(most));
+        let (cursor, total) = (self.place.cursor + of_part.start, part.here);
         let (range, share) = share_of(total, rank, world_size);
         let indices = range
             .filter_map(|at| self.order.get((cursor + at) as usize))
@@ -240,6 +251,29 @@ mod tests {
                 }
             }
             prop_assert_eq!(next, total);
+        }
+
+        #[test]
+        fn parts_of_a_batch_are_the_batch_in_its_order(
+            samples in 1_u64..100, global in 1_u64..40, most in 1_u64..7, world_size in 1_u64..5, seed: u64,
+        ) {
+            let mut sampler = Sampler::new(samples, global, Some(seed), false);
+            while sampler.remaining() > 0 {
+                let (whole, share) = sampler.batch(0, 1);
+                let mut seen: Vec<i64> = Vec::new();
+                let mut total = 0;
+                for part in 0..sampler.parts(most) {
+                    for rank in 0..world_size {
+                        let (indices, share) = sampler.part(part, most, rank, world_size);
+                        prop_assert!(share.total > 0);
+                        seen.extend(&indices[..share.here as usize]);
+                        total += share.here;
+                    }
+                }
+                prop_assert_eq!(seen, whole);
+                prop_assert_eq!(total, share.total);
+                sampler.advance();
+            }
         }
 
         #[test]

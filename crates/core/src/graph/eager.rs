@@ -4,7 +4,7 @@ use ice_worker::Worker;
 use tch::Device;
 
 use crate::graph::{ExecutableGraph, Outputs};
-use crate::{Context, HyperGraph, Result, Tags};
+use crate::{Context, HyperGraph, Result, Round, Tags};
 
 /// A graph that is run by hand, in this process alone: for tests of single nodes, and for using what was trained.
 ///
@@ -41,6 +41,7 @@ impl HyperGraph {
     pub fn eager(&self, device: Device, seed: u64) -> Result<Eager<'_>> {
         let worker = Rc::new(Worker::alone(device));
         self.set_up(&Context { worker: Rc::clone(&worker), seed })?;
+        self.enter_round(&Round { worker: Rc::clone(&worker), batch_ranks: 1, lr_factor: 1.0 })?;
         Ok(Eager { graph: self, worker })
     }
 }
@@ -65,7 +66,8 @@ impl Eager<'_> {
     /// The query selects no nodes or no loss, or a node fails.
     pub fn train_step(&self, query: impl Into<Tags>) -> Result<f64> {
         let graph = self.begin(query)?;
-        Ok(graph.train_step(&self.worker)?.loss.f_double_value(&[])?)
+        let step = graph.train_step(&self.worker, false)?;
+        Ok(step.map_or(Ok(f64::NAN), |step| step.loss.f_double_value(&[]))?)
     }
 
     /// After the last batch of an epoch comes the first one of the next.

@@ -1,10 +1,12 @@
 use std::cell::Cell;
 use std::num::NonZeroU64;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
+use ice_c10d::amp::unscale;
 use ice_c10d::optim::scale;
 use ice_worker::Worker;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::graph::Outputs;
 use crate::graph::hyper::Entry;
@@ -12,10 +14,13 @@ use crate::precision::Precision;
 use crate::run::Timers;
 use crate::{Error, Measure, Node, Result};
 
+/// Nodes that run together.
+pub(crate) type Entries = Rc<[Rc<Entry>]>;
+
 /// The nodes that one task runs, and how their steps are computed.
 #[derive(Clone)]
 pub(crate) struct ExecutableGraph {
-    entries: Vec<Rc<Entry>>,
+    entries: Entries,
     precision: Precision,
     /// Passes of a training step.
     passes: NonZeroU64,
@@ -31,11 +36,23 @@ pub(crate) struct Step {
     pub(crate) samples: u64,
     /// This rank's, a scalar.
     pub(crate) loss: Tensor,
+    /// What this rank took by itself, before it waited for others.
+    pub(crate) own: Duration,
+}
+
+/// The passes of a step.
+struct Passes {
+    passes: u64,
+    samples: u64,
+    /// Samples of the first one.
+    first: u64,
+    loss: Tensor,
+    own: Duration,
 }
 
 impl ExecutableGraph {
     pub(super) fn new(entries: Vec<Rc<Entry>>, precision: Precision, passes: NonZeroU64) -> Self {
-        Self { entries, precision, passes, timers: None, place: Cell::default() }
+        Self { entries: entries.into(), precision, passes, timers: None, place: Cell::default() }
     }
 
     pub(crate) fn with_timers(&self, timers: Option<Rc<Timers>>) -> Self {
@@ -63,7 +80,7 @@ impl ExecutableGraph {
         self.passes.get()
     }
 
-    pub(crate) fn entries(&self) -> &[Rc<Entry>] {
+    pub(crate) fn entries(&self) -> &Entries {
         &self.entries
     }
 
@@ -76,8 +93,13 @@ impl ExecutableGraph {
         self.entries.iter().filter_map(|entry| entry.node.borrow().remaining()).min()
     }
 
+    /// Batches that the iteration still has.
+    fn parts_left(&self) -> u64 {
+        self.entries.iter().map(|entry| entry.node.borrow().parts_left()).max().unwrap_or(1)
+    }
+
     pub(crate) fn epoch_start(&self) {
-        for entry in &self.entries {
+        for entry in self.entries.iter() {
             entry.node.borrow_mut().epoch_start();
         }
     }
@@ -93,8 +115,16 @@ impl ExecutableGraph {
         worker: &Worker,
         ends: impl Fn(&dyn Node) -> bool,
     ) -> Result<Vec<(String, Measure)>> {
+        let ending: Vec<_> = self.entries.iter().filter(|entry| ends(&*entry.node.borrow())).collect();
+        // What may fail comes first. Where it does, since a rank is lost, the epoch has not ended, and is ended again.
+        for entry in &ending {
+            let synced = entry.node.borrow_mut().sync_measures(worker);
+            synced.map_err(|error| error.at(&entry.uid, "epoch end"))?;
+        }
+        let (data, others): (Vec<_>, Vec<_>) =
+            ending.into_iter().partition(|entry| entry.node.borrow().remaining().is_some());
         let mut measures = Vec::new();
-        for entry in self.entries.iter().filter(|entry| ends(&*entry.node.borrow())) {
+        for entry in others.into_iter().chain(data) {
             let measure = entry
                 .node
                 .borrow_mut()
@@ -121,11 +151,19 @@ impl ExecutableGraph {
     /// Runs every node once, without gradients. Returns the samples of all ranks.
     pub(crate) fn eval_step(&self, worker: &Worker) -> Result<u64> {
         tch::no_grad(|| {
-            let samples = self.forward(worker, |outputs| {
-                outputs.run_all()?;
-                Ok(outputs.samples())
-            })?;
-            self.iteration_end();
+            let mut samples = 0;
+            loop {
+                samples += self.forward(worker, |outputs| {
+                    outputs.run_all()?;
+                    Ok(outputs.samples())
+                })?;
+                let was_last = self.parts_left() == 1;
+                self.iteration_end();
+                if was_last {
+                    break;
+                }
+            }
+            self.each("step end", |node| node.step_end())?;
             Ok(samples)
         })
     }
@@ -141,27 +179,14 @@ impl ExecutableGraph {
         look(&outputs)
     }
 
-    /// Runs every node once per pass, goes back from the sum of the losses, and applies the optimizers.
+    /// Runs every node once per pass, goes back from the sum of the losses, and applies the optimizers. With `check` nothing is applied where
+    /// gradients are not finite, and there is no step.
     ///
     /// The passes of a step weigh as their samples do: each loss is scaled by its samples over those of the first pass, and the
     /// gradients at the end by those of the first pass over those of all.
-    pub(crate) fn train_step(&self, worker: &Worker) -> Result<Step> {
-        self.each("before the step", |node| node.before_step())?;
-        let (mut samples, mut first, mut sum) = (0, None, None);
-        let mut passes = 0;
-        loop {
-            passes += 1;
-            let last = passes == self.passes.get() || self.remaining() == Some(1);
-            let (here, loss) = self.pass(worker, last, first)?;
-            samples += here;
-            first.get_or_insert(here);
-            sum = Some(sum.map_or_else(|| loss.shallow_clone(), |sum: Tensor| sum + &loss));
-            if last {
-                break;
-            }
-        }
-        let mut loss = sum.unwrap_or_default();
-        let first = first.unwrap_or(samples);
+    pub(crate) fn train_step(&self, worker: &Worker, check: bool) -> Result<Option<Step>> {
+        let Passes { passes, samples, first, mut loss, own } = self.passes_of_step(worker, true)?;
+        worker.confirm()?;
         let gradients: Vec<_> =
             self.entries.iter().flat_map(|entry| entry.node.borrow().gradients()).collect();
         if samples != first {
@@ -171,18 +196,74 @@ impl ExecutableGraph {
         }
         let counts = match &self.precision.scaler {
             Some(scaler) => scaler.borrow().unscale(&gradients)?,
+            None if check && !are_finite(&gradients)? => return Ok(None),
             None => true,
         };
         drop(gradients);
         if counts {
             self.each("update", |node| node.update())?;
         }
-        Ok(Step { passes, samples, loss })
+        self.each("step end", |node| node.step_end())?;
+        Ok(Some(Step { passes, samples, loss, own }))
+    }
+
+    /// All passes of a step; the ranks exchange gradients in the last one, or not at all.
+    fn passes_of_step(&self, worker: &Worker, exchange: bool) -> Result<Passes> {
+        self.each("before the step", |node| node.before_step())?;
+        let (mut samples, mut first, mut sum, mut own) = (0, None, None, Duration::ZERO);
+        let mut passes = 0;
+        loop {
+            // Parts of an iteration are passes of their own that nobody else counts.
+            let ends = self.parts_left() == 1;
+            passes += u64::from(ends);
+            let last = ends && (passes == self.passes.get() || self.remaining() == Some(1));
+            let (here, loss, took) = self.pass(worker, last && exchange, first)?;
+            (samples, own) = (samples + here, own + took);
+            first.get_or_insert(here);
+            sum = Some(sum.map_or_else(|| loss.shallow_clone(), |sum: Tensor| sum + &loss));
+            if last {
+                let first = first.unwrap_or(samples);
+                return Ok(Passes { passes, samples, first, loss: sum.unwrap_or_default(), own });
+            }
+        }
+    }
+
+    /// Does a step anew whose gradients were not finite, each rank by itself, and says which ranks they came from. Collective.
+    pub(crate) fn blame(&self, worker: &Worker, step: u64) -> Result<Error> {
+        self.entries.iter().for_each(|entry| entry.node.borrow_mut().roll_back());
+        let loss = self.passes_of_step(worker, false)?.loss.f_double_value(&[])?;
+        let mut bad = Vec::new();
+        for entry in self.entries.iter() {
+            if !are_finite(&entry.node.borrow().gradients())? {
+                bad.push(entry.uid.clone());
+            }
+        }
+        let (rank, ranks) = (worker.rank(), worker.world_size());
+        let flags = Tensor::f_zeros([ranks as i64], (Kind::Int64, worker.device()))?;
+        let _ = flags.f_get(rank as i64)?.f_fill_(i64::from(!bad.is_empty()))?;
+        worker.all_reduce_sum(&flags)?;
+        let flags: Vec<i64> = Vec::try_from(flags.f_to_device(Device::Cpu)?)?;
+        let named: Vec<String> =
+            (0..ranks).filter(|rank| flags[*rank] > 0).map(|rank| rank.to_string()).collect();
+        let here = match bad.is_empty() {
+            true => String::new(),
+            false => {
+                format!("; here, on rank {rank}, those of `{}`, with a loss of {loss}", bad.join("`, `"))
+            }
+        };
+        let ranks = match named.is_empty() {
+            true => "of all ranks together, though of none by itself,".into(),
+            false => format!("of rank {}", named.join(", ")),
+        };
+        Ok(Error::NotFinite(format!(
+            "the gradients {ranks} in step {step} are not finite, and were not applied{here}"
+        )))
     }
 
     /// Forward and backward over one batch, whose weight is relative to a first one of so many samples. Returns the samples of all
-    /// ranks and the weighted loss.
-    fn pass(&self, worker: &Worker, last: bool, first: Option<u64>) -> Result<(u64, Tensor)> {
+    /// ranks, the weighted loss, and the time before this rank waited for others.
+    fn pass(&self, worker: &Worker, last: bool, first: Option<u64>) -> Result<(u64, Tensor, Duration)> {
+        let begun = Instant::now();
         self.each("before the pass", |node| node.before_pass(last))?;
         let outputs = Outputs::new(self, worker, true);
         let range = self.precision.begin(worker.device())?;
@@ -208,16 +289,17 @@ impl ExecutableGraph {
         self.each("backward", |node| node.before_backward(&start, last))?;
         // From here on this rank waits for the others; one that did not come so far is behind.
         worker.link().tick();
+        let own = begun.elapsed();
         // All nodes at once: the graph of libtorch does not know them.
         self.timed("*", "backward", || ice_c10d::run_backward(&start))?;
         self.each("backward", |node| node.after_backward(last))?;
         self.iteration_end();
-        Ok((samples, loss.detach()))
+        Ok((samples, loss.detach(), own))
     }
 
     /// Calls a hook of all nodes.
     fn each(&self, phase: &'static str, hook: impl Fn(&mut dyn Node) -> Result<()>) -> Result<()> {
-        for entry in &self.entries {
+        for entry in self.entries.iter() {
             let run = || hook(&mut *entry.node.borrow_mut());
             let outcome = if phase == "update" { self.timed(&entry.uid, phase, run) } else { run() };
             outcome.map_err(|error| error.at(&entry.uid, phase))?;
@@ -226,8 +308,16 @@ impl ExecutableGraph {
     }
 
     fn iteration_end(&self) {
-        for entry in &self.entries {
+        for entry in self.entries.iter() {
             entry.node.borrow_mut().iteration_end();
         }
     }
+}
+
+/// Whether all elements are finite. Waits for the device.
+fn are_finite(gradients: &[Tensor]) -> Result<bool> {
+    let Some(first) = gradients.first() else { return Ok(true) };
+    let found = Tensor::f_zeros([], (Kind::Float, first.device()))?;
+    unscale(gradients, &found, &found.f_ones_like()?)?;
+    Ok(found.f_double_value(&[])? == 0.0)
 }

@@ -9,7 +9,7 @@ use ice_worker::Worker;
 
 use crate::graph::{ExecutableGraph, Tags};
 use crate::precision::Precision;
-use crate::{Autocast, Context, Error, GradScaler, HParam, Node, Probe, Result};
+use crate::{Autocast, Context, Error, GradScaler, HParam, Node, Probe, Result, Round};
 
 /// The uid of the gradient scaler.
 const SCALER: &str = "*/grad_scaler";
@@ -306,6 +306,15 @@ impl HyperGraph {
         }
         for entry in &self.entries {
             entry.node.borrow_mut().set_up(context).map_err(|error| error.at(&entry.uid, "set-up"))?;
+        }
+        Ok(())
+    }
+
+    /// Makes every node ready for the ranks of a round. Collective.
+    pub(crate) fn enter_round(&self, round: &Round) -> Result<()> {
+        for entry in &self.entries {
+            let entered = entry.node.borrow_mut().enter_round(round);
+            entered.map_err(|error| error.at(&entry.uid, "start of a round"))?;
         }
         Ok(())
     }

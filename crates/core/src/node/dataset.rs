@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::data::{Ahead, BatchSize, Dataset, Feed, Place, Sampler, Seat};
-use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
+use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
 /// Feeds a [`Dataset`] to the graph, batch by batch, each rank its own share.
 ///
@@ -33,7 +33,10 @@ pub struct DatasetNode<D: Dataset> {
     drop_last: bool,
     iterations: Option<u64>,
     ahead: Ahead,
+    seed: u64,
     feed: Option<Feed<D>>,
+    /// Where the step began, or the epoch.
+    mark: Place,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -57,7 +60,9 @@ impl<D: Dataset> DatasetNode<D> {
             drop_last: false,
             iterations: None,
             ahead: Ahead::default(),
+            seed: 0,
             feed: None,
+            mark: Place::default(),
         }
     }
 
@@ -118,24 +123,15 @@ impl<D: Dataset> DatasetNode<D> {
         self
     }
 
-    fn feed(&mut self) -> Result<&mut Feed<D>> {
-        self.feed.as_mut().ok_or_else(|| Error::Graph("the dataset was not set up".into()))
-    }
-}
-
-impl<D: Dataset + 'static> Node for DatasetNode<D> {
-    fn set_up(&mut self, context: &Context) -> Result<()> {
-        let seat = Seat::of(&context.worker);
-        let global_batch = self.batch_size.global(seat.world_size)?;
+    /// At the start of the data, for a rank of so many.
+    fn make_feed(&self, seat: Seat, batch_ranks: u64) -> Result<Feed<D>>
+    where
+        D: 'static,
+    {
+        let global_batch = self.batch_size.global(batch_ranks)?;
         let samples = self.dataset.len() as u64;
-        if samples > Sampler::MAX_SAMPLES {
-            return Err(Error::Usage(format!(
-                "{samples} samples are more than the {} that can be shuffled: divide the dataset, or make larger samples",
-                Sampler::MAX_SAMPLES
-            )));
-        }
         let mut sampler =
-            Sampler::new(samples, global_batch, self.shuffle.then_some(context.seed), self.drop_last);
+            Sampler::new(samples, global_batch, self.shuffle.then_some(self.seed), self.drop_last);
         if sampler.remaining() == 0 {
             return Err(Error::Usage(format!(
                 "{samples} samples do not fill one batch of {global_batch} on {} ranks",
@@ -148,8 +144,55 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
             }
             sampler = sampler.iterations(iterations);
         }
-        self.feed = Some(Feed::new(Arc::clone(&self.dataset), sampler, context.seed, self.ahead, seat)?);
+        let parts = self.batch_size.parts(batch_ranks, seat.world_size);
+        Feed::new(Arc::clone(&self.dataset), sampler, self.seed, self.ahead, seat, parts)
+    }
+
+    fn feed(&mut self) -> Result<&mut Feed<D>> {
+        self.feed.as_mut().ok_or_else(|| Error::Graph("the dataset was not set up".into()))
+    }
+}
+
+impl<D: Dataset + 'static> Node for DatasetNode<D> {
+    fn set_up(&mut self, context: &Context) -> Result<()> {
+        let samples = self.dataset.len() as u64;
+        if samples > Sampler::MAX_SAMPLES {
+            return Err(Error::Usage(format!(
+                "{samples} samples are more than the {} that can be shuffled: divide the dataset, or make larger samples",
+                Sampler::MAX_SAMPLES
+            )));
+        }
+        self.seed = context.seed;
+        let alone = Seat { rank: 0, world_size: 1, device: context.worker.device() };
+        self.feed = Some(self.make_feed(alone, 1)?);
         Ok(())
+    }
+
+    fn enter_round(&mut self, round: &Round) -> Result<()> {
+        let mut feed = self.make_feed(Seat::of(&round.worker), round.batch_ranks as u64)?;
+        feed.seek(self.feed()?.sampler().place());
+        self.feed = Some(feed);
+        Ok(())
+    }
+
+    fn before_step(&mut self) -> Result<()> {
+        self.mark = self.feed()?.sampler().place();
+        Ok(())
+    }
+
+    fn epoch_start(&mut self) {
+        self.mark = self.feed.as_ref().map(|feed| feed.sampler().place()).unwrap_or_default();
+    }
+
+    fn roll_back(&mut self) {
+        let mark = self.mark;
+        if let Some(feed) = &mut self.feed {
+            feed.seek(mark);
+        }
+    }
+
+    fn parts_left(&self) -> u64 {
+        self.feed.as_ref().map_or(1, Feed::parts_left)
     }
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
@@ -164,13 +207,13 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
 
     fn iteration_end(&mut self) {
         if let Some(feed) = &mut self.feed {
-            feed.sampler_mut().advance();
+            feed.advance();
         }
     }
 
     fn epoch_end(&mut self, _: &ice_worker::Worker) -> Result<Option<crate::Measure>> {
         if let Some(feed) = &mut self.feed {
-            feed.sampler_mut().next_epoch();
+            feed.next_epoch();
         }
         Ok(None)
     }
@@ -210,7 +253,7 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
         let position =
             Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
         let Position { pass, cursor, iteration, .. } = position;
-        self.feed()?.sampler_mut().seek(Place { pass, cursor, iteration });
+        self.feed()?.seek(Place { pass, cursor, iteration });
         Ok(())
     }
 }

@@ -16,14 +16,23 @@ pub struct LossNode {
     pending: Option<Tensor>,
     /// Of the epoch: the loss, summed over samples, and the samples.
     epoch: Sums,
-    /// The same of the passes of one training step.
+    /// The same of the passes of one step.
     step: Option<Tensor>,
+    /// Whether it is in the sums of the epoch.
+    is_counted: bool,
 }
 
 impl LossNode {
     /// A loss from the outputs of other nodes.
     pub fn new(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
-        Self { function: Box::new(function), weight: 1.0, pending: None, epoch: Sums::doubles(2), step: None }
+        Self {
+            function: Box::new(function),
+            weight: 1.0,
+            pending: None,
+            epoch: Sums::doubles(2),
+            step: None,
+            is_counted: false,
+        }
     }
 
     /// The factor of this loss in the sum.
@@ -46,14 +55,12 @@ impl Node for LossNode {
         }
         let share = x.share();
         let row = sum_and_samples(&loss, share.here)?;
-        if share.here > 0 {
-            self.epoch.add(&row)?;
-        }
+        let is_new = std::mem::take(&mut self.is_counted);
+        self.step = Some(match self.step.take().filter(|_| !is_new) {
+            Some(passes) => passes + row,
+            None => row,
+        });
         if x.is_training() {
-            self.step = Some(match self.step.take() {
-                Some(passes) => passes + row,
-                None => row,
-            });
             let scale = x.worker().world_size() as f64 * share.here as f64 / share.total as f64;
             let factor = self.weight * scale;
             // What would be multiplied by 1 is left as it is, forward and backward.
@@ -71,6 +78,24 @@ impl Node for LossNode {
         self.step.as_ref().map(Tensor::shallow_clone)
     }
 
+    fn step_end(&mut self) -> Result<()> {
+        match &self.step {
+            Some(step) if !self.is_counted => {
+                self.is_counted = true;
+                self.epoch.add(step)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn roll_back(&mut self) {
+        (self.step, self.pending) = (None, None);
+    }
+
+    fn is_measure(&self) -> bool {
+        true
+    }
+
     fn take_loss(&mut self) -> Option<Tensor> {
         self.pending.take()
     }
@@ -79,8 +104,7 @@ impl Node for LossNode {
         self.epoch.clear();
     }
 
-    fn epoch_end(&mut self, worker: &Worker) -> Result<Option<Measure>> {
-        self.sync_measures(worker)?;
+    fn epoch_end(&mut self, _: &Worker) -> Result<Option<Measure>> {
         let sums = self.epoch.values()?;
         Ok(Some((sums[0] / sums[1]).into()))
     }

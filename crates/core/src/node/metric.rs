@@ -25,12 +25,14 @@ type Function<I> = dyn Fn(&Outputs) -> Result<I>;
 pub struct MetricNode<M: Meter = Average> {
     function: Box<Function<M::Input>>,
     meter: Rc<RefCell<M>>,
+    /// What was made in the step that does not count yet; nothing of a batch that this rank had no share of.
+    step: Vec<Option<Value>>,
 }
 
 impl<M: Meter> MetricNode<M> {
     /// Measures what `function` makes of each step, without gradients.
     pub fn new(meter: M, function: impl Fn(&Outputs) -> Result<M::Input> + 'static) -> Self {
-        Self { function: Box::new(function), meter: Rc::new(RefCell::new(meter)) }
+        Self { function: Box::new(function), meter: Rc::new(RefCell::new(meter)), step: Vec::new() }
     }
 
     /// The meter, to be read after an epoch: it is reset when the next one begins.
@@ -129,21 +131,35 @@ impl<M: Meter + 'static> Node for MetricNode<M> {
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
         let values = tch::no_grad(|| (self.function)(x))?;
+        let values = Value::new(values);
+        self.step.push((x.share().here > 0).then(|| values.clone()));
+        Ok(values)
+    }
+
+    fn step_end(&mut self) -> Result<()> {
         let mut meter = self.meter.borrow_mut();
-        if x.share().here > 0 {
-            meter.update(&values)?;
-        } else {
-            meter.skip();
+        for values in self.step.drain(..) {
+            match values.and_then(|values| values.downcast::<M::Input>().ok()) {
+                Some(values) => meter.update(&values)?,
+                None => meter.skip(),
+            }
         }
-        Ok(Value::new(values))
+        Ok(())
+    }
+
+    fn roll_back(&mut self) {
+        self.step.clear();
+    }
+
+    fn is_measure(&self) -> bool {
+        true
     }
 
     fn epoch_start(&mut self) {
         self.meter.borrow_mut().reset();
     }
 
-    fn epoch_end(&mut self, worker: &Worker) -> Result<Option<Measure>> {
-        self.sync_measures(worker)?;
+    fn epoch_end(&mut self, _: &Worker) -> Result<Option<Measure>> {
         self.meter.borrow().evaluate().map(Some)
     }
 

@@ -36,6 +36,18 @@ pub struct Context {
     pub seed: u64,
 }
 
+/// A round that begins: a time in which the ranks stay the same.
+#[derive(Clone)]
+pub struct Round {
+    /// The rank that the graph runs on: which one of how many it is now, and its process group.
+    pub worker: Rc<Worker>,
+    /// How many ranks a batch that is given per rank is multiplied by. More than there are after nodes have left a run that keeps its global
+    /// batch.
+    pub batch_ranks: usize,
+    /// What learning rates are multiplied by, compared with what the program gave. 1 unless the global batch changes with the ranks.
+    pub lr_factor: f64,
+}
+
 /// How the samples of one iteration are spread over the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Share {
@@ -77,10 +89,15 @@ impl From<f64> for Measure {
 
 /// A node of a [`HyperGraph`](crate::HyperGraph). Only [`Node::set_up`] and [`Node::forward`] must be written.
 ///
+/// A run has one round or several: when a rank is lost, or nodes come or go, the others keep their nodes and go on with them in the next
+/// round. All ranks have the same state when [`Node::enter_round`] is called, but for what each has measured alone.
+///
 /// In a training step the hooks run in this order, each on all nodes: `before_step`, for each pass `before_pass`, `forward` (lazily),
-/// `take_loss`, `before_backward`, `after_backward` and `iteration_end`, then `update`. There is one pass, unless gradients are accumulated.
+/// `take_loss`, `before_backward`, `after_backward` and `iteration_end`, then `update` and `step_end`. There is one pass, unless gradients are
+/// accumulated. A step that is not finished, since a rank is lost, ends with `roll_back` instead, and is done again.
 pub trait Node: Any {
-    /// Makes the node ready on the device of the rank; called once, on every rank, in the same order.
+    /// Makes the node ready on the device of the rank; called once, on every rank, in the same order. Which rank that is of how many may not
+    /// be known yet, and there are no collectives.
     ///
     /// # Errors
     /// Whatever keeps it from being ready.
@@ -91,6 +108,17 @@ pub trait Node: Any {
     /// # Errors
     /// Whatever keeps it from being made.
     fn forward(&mut self, x: &Outputs) -> Result<Value>;
+
+    /// A round begins. Collective.
+    ///
+    /// # Errors
+    /// Whatever keeps the node from taking part in it.
+    fn enter_round(&mut self, _round: &Round) -> Result<()> {
+        Ok(())
+    }
+
+    /// The round is over: drop all that holds on to its process group.
+    fn leave_round(&mut self) {}
 
     /// A task begins that runs this node, and the one before it did not.
     ///
@@ -116,7 +144,8 @@ pub trait Node: Any {
     /// An epoch begins.
     fn epoch_start(&mut self) {}
 
-    /// An epoch ended: what was measured, over all ranks. Called on every rank, in the same order.
+    /// An epoch ended: what was measured, over all ranks. Called on every rank, in the same order, after [`Node::sync_measures`] of all
+    /// nodes, and on those with a size last.
     ///
     /// # Errors
     /// The failure of a collective.
@@ -175,11 +204,32 @@ pub trait Node: Any {
         Ok(())
     }
 
-    /// The iteration is over and counts.
+    /// The batch is used up.
     fn iteration_end(&mut self) {}
 
+    /// Batches that the iteration still has, the present one included. More than one where it has more samples than the ranks take at a time.
+    fn parts_left(&self) -> u64 {
+        1
+    }
+
+    /// The training step, or the iteration of an evaluation, counts. What was measured in it becomes a part of the state.
+    ///
+    /// # Errors
+    /// Whatever keeps it from counting.
+    fn step_end(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The training step that was begun does not count, or the epoch of an evaluation: go back to where it began.
+    fn roll_back(&mut self) {}
+
+    /// Whether [`NodeState::values`] are sums of all ranks up to the last synchronisation, beside which each rank has its own.
+    fn is_measure(&self) -> bool {
+        false
+    }
+
     /// Takes in what the other ranks have measured so far in the epoch, so that the state of each rank holds for all. Called before a
-    /// checkpoint, on every rank, in the same order.
+    /// checkpoint and at the end of an epoch, on every rank, in the same order; again where it failed on one of them.
     ///
     /// # Errors
     /// The failure of a collective.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::data::{Ahead, BatchSize, BatchStream, Place, Seat, StreamFeed, StreamOrder};
-use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
+use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
 /// Feeds a [`Stream`](crate::data::Stream) to the graph, batch by batch, each rank its own share.
 ///
@@ -21,7 +21,10 @@ pub struct StreamNode<S: BatchStream> {
     drop_last: bool,
     iterations: Option<u64>,
     ahead: Ahead,
+    seed: u64,
     feed: Option<StreamFeed<S>>,
+    /// Where the step began, or the epoch.
+    mark: Place,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -52,7 +55,9 @@ impl<S: BatchStream> StreamNode<S> {
             drop_last: false,
             iterations: None,
             ahead: Ahead::default(),
+            seed: 0,
             feed: None,
+            mark: Place::default(),
         }
     }
 
@@ -110,24 +115,18 @@ impl<S: BatchStream> StreamNode<S> {
         Order { shards: self.stream.shards(), samples: self.stream.samples(), buffer: self.buffer }
     }
 
-    fn feed(&mut self) -> Result<&mut StreamFeed<S>> {
-        self.feed.as_mut().ok_or_else(|| Error::Graph("the stream was not set up".into()))
-    }
-}
-
-impl<S: BatchStream + 'static> Node for StreamNode<S> {
-    fn set_up(&mut self, context: &Context) -> Result<()> {
-        let seat = Seat::of(&context.worker);
+    /// At the start of the stream, for a rank of so many.
+    fn make_feed(&self, seat: Seat, batch_ranks: u64) -> Result<StreamFeed<S>>
+    where
+        S: 'static,
+    {
         let order = StreamOrder {
-            shuffled: self.buffer.map(|buffer| (context.seed, buffer)),
-            global_batch: self.batch_size.global(seat.world_size)?,
+            shuffled: self.buffer.map(|buffer| (self.seed, buffer)),
+            global_batch: self.batch_size.global(batch_ranks)?,
             drop_last: self.drop_last,
         };
-        if self.iterations == Some(0) {
-            return Err(Error::Usage("an epoch of 0 iterations: give at least 1".into()));
-        }
         let stream = Arc::clone(&self.stream);
-        let feed = StreamFeed::new(stream, order, self.iterations, context.seed, self.ahead, seat)?;
+        let feed = StreamFeed::new(stream, order, self.iterations, self.seed, self.ahead, seat)?;
         if feed.remaining() == Some(0) {
             return Err(Error::Usage(format!(
                 "{} samples do not fill one batch of {} on {} ranks",
@@ -136,8 +135,46 @@ impl<S: BatchStream + 'static> Node for StreamNode<S> {
                 seat.world_size
             )));
         }
+        Ok(feed)
+    }
+
+    fn feed(&mut self) -> Result<&mut StreamFeed<S>> {
+        self.feed.as_mut().ok_or_else(|| Error::Graph("the stream was not set up".into()))
+    }
+}
+
+impl<S: BatchStream + 'static> Node for StreamNode<S> {
+    fn set_up(&mut self, context: &Context) -> Result<()> {
+        if self.iterations == Some(0) {
+            return Err(Error::Usage("an epoch of 0 iterations: give at least 1".into()));
+        }
+        self.seed = context.seed;
+        let alone = Seat { rank: 0, world_size: 1, device: context.worker.device() };
+        self.feed = Some(self.make_feed(alone, 1)?);
+        Ok(())
+    }
+
+    fn enter_round(&mut self, round: &Round) -> Result<()> {
+        let mut feed = self.make_feed(Seat::of(&round.worker), round.batch_ranks as u64)?;
+        feed.seek(self.feed()?.place());
         self.feed = Some(feed);
         Ok(())
+    }
+
+    fn before_step(&mut self) -> Result<()> {
+        self.mark = self.feed()?.place();
+        Ok(())
+    }
+
+    fn epoch_start(&mut self) {
+        self.mark = self.feed.as_ref().map(StreamFeed::place).unwrap_or_default();
+    }
+
+    fn roll_back(&mut self) {
+        let mark = self.mark;
+        if let Some(feed) = &mut self.feed {
+            feed.seek(mark);
+        }
     }
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {

@@ -49,6 +49,11 @@ pub trait Optimizer {
     /// Sets the learning rate of the steps to come.
     fn set_learning_rate(&mut self, learning_rate: f64);
 
+    /// Multiplies the learning rate of all steps to come, that of a schedule included.
+    fn scale_learning_rate(&mut self, factor: f64) {
+        self.set_learning_rate(self.learning_rate() * factor);
+    }
+
     /// Lets the learning rate follow a schedule.
     ///
     /// ```

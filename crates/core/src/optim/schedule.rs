@@ -162,6 +162,10 @@ impl<O: Optimizer> Optimizer for Scheduled<O> {
         self.optimizer.learning_rate()
     }
 
+    fn scale_learning_rate(&mut self, factor: f64) {
+        self.set_learning_rate(self.highest * factor);
+    }
+
     /// Sets what the schedule's factors refer to.
     fn set_learning_rate(&mut self, learning_rate: f64) {
         self.highest = learning_rate;

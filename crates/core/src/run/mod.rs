@@ -1,5 +1,7 @@
 //! A run: a graph, its tasks, and the rank that they run on.
 
+mod pace;
+mod regroup;
 mod resume;
 mod save;
 mod show;
@@ -11,14 +13,18 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ice_worker::{Boundary, Worker};
+use ice_worker::{Boundary, Stop, Worker};
 
+use self::pace::Pace;
+use self::regroup::Progress;
+pub use self::regroup::{ElasticBatch, LrRule};
 use self::timers::AllTimers;
 pub(crate) use self::timers::Timers;
 use crate::board::Board;
 use crate::checkpoint::{Kept, Writer};
+use crate::graph::{ExecutableGraph, Step};
 use crate::{CheckpointOptions, Context, Counters, Error, HyperGraph, Measure, Result, ResumeFrom, TaskItem};
 
 /// After a collective failed, how long a request to stop may take to arrive that would explain it: the other ranks may have
@@ -43,6 +49,11 @@ pub struct RunConfig {
     /// Shows the losses, learning rates and speed of every such training step as TensorBoard events; `None` for the ends of epochs
     /// alone.
     pub log_every: Option<NonZeroU64>,
+    /// What becomes of the batches when nodes come or go.
+    pub elastic_batch: ElasticBatch,
+    /// Looks at the gradients of every step, and ends the run before any that are not finite are applied, naming the ranks that they came
+    /// from. Without effect where losses are scaled, which leaves such steps out. A GPU is waited for in every step.
+    pub check_finite: bool,
 }
 
 impl Default for RunConfig {
@@ -56,6 +67,8 @@ impl Default for RunConfig {
             init_from: None,
             checkpoints: CheckpointOptions::default(),
             log_every: NonZeroU64::new(50),
+            elastic_batch: ElasticBatch::default(),
+            check_finite: false,
         }
     }
 }
@@ -73,6 +86,8 @@ pub struct Run<'a> {
     kept: RefCell<Kept>,
     board: RefCell<Board>,
     timers: AllTimers,
+    progress: Progress,
+    pace: Pace,
 }
 
 impl<'a> Run<'a> {
@@ -100,23 +115,32 @@ impl<'a> Run<'a> {
             counters: Counters::default(),
             measures: RefCell::default(),
             kept: RefCell::default(),
+            progress: Progress::default(),
+            pace: Pace::default(),
         };
-        run.remove_leftovers()?;
-        run.keep_sources();
-        graph.set_up(&Context { worker: Rc::clone(&run.worker), seed: run.config.seed })?;
-        run.begin()?;
-        run.prepare_to_save();
-        run.open_board();
-        let outcome = match tasks.run(&run) {
-            Err(Error::Stopped) => Ok(()),
-            Err(error) if matches!(error.root(), Error::StopAllTasks) => Ok(()),
-            // The ranks of a node that was told to stop have left, or are lost.
-            Err(error) if error.is_collective() && run.worker.link().wait_for_stop(STOP_GRACE).is_some() => {
-                Ok(())
+        let worker = &run.worker;
+        worker.stay();
+        // A spare does what takes long before it is needed, where that does not take a GPU.
+        let mut is_in = if worker.is_unbound() { worker.enter_round()? } else { true };
+        graph.set_up(&Context { worker: Rc::clone(worker), seed: run.config.seed })?;
+        is_in = is_in && worker.enter_round()?;
+        let mut outcome = Ok(());
+        while is_in {
+            outcome = run.take_part();
+            match &outcome {
+                // The ranks of a node that was told to stop leave, whatever becomes of the others.
+                Err(error) if error.is_collective() && worker.link().stop() == Some(Stop::Requested) => {
+                    outcome = Ok(());
+                    break;
+                }
+                Err(error) if run.is_over_for_all(error) => is_in = run.change_round(error)?,
+                _ => break,
             }
-            outcome => outcome,
-        };
-        run.worker.link().end();
+        }
+        if !is_in {
+            outcome = Ok(());
+        }
+        worker.link().end();
         let outcome = outcome.and_then(|()| graph.switch_to(&[]));
         let written = run.writer.borrow_mut().finish();
         let outcome = outcome.and(match written {
@@ -126,6 +150,41 @@ impl<'a> Run<'a> {
         });
         run.close_board(outcome.is_ok());
         outcome
+    }
+
+    /// Runs the tasks in one round, to their end if it lasts so long.
+    fn take_part(&self) -> Result<()> {
+        self.begin_round()?;
+        if self.is_main() {
+            self.remove_leftovers()?;
+            self.keep_sources();
+            self.open_board();
+        }
+        self.prepare_to_save();
+        self.worker.link().begin();
+        match self.tasks.run(self) {
+            Err(Error::Stopped) if !self.worker.link().is_broken() => return Ok(()),
+            Err(error) if matches!(error.root(), Error::StopAllTasks) => {}
+            outcome => outcome?,
+        }
+        // A rank may be lost in the very last step, and the others are needed for it then.
+        self.worker.link().end();
+        Ok(self.worker.barrier()?)
+    }
+
+    /// Whether an error means that the ranks go on in another round.
+    fn is_over_for_all(&self, error: &Error) -> bool {
+        let link = self.worker.link();
+        if !self.worker.can_stay() {
+            return false;
+        }
+        match error.root() {
+            Error::Stopped => link.is_broken(),
+            Error::NodesLeave => true,
+            error if error.is_lost() => true,
+            // The others may have been told first.
+            error => error.is_collective() && link.wait_for_stop(STOP_GRACE) == Some(Stop::Broken),
+        }
     }
 
     /// The graph.
@@ -185,15 +244,36 @@ impl<'a> Run<'a> {
                     if here {
                         return Err(Error::Stopped);
                     }
+                    if self.worker.can_stay() {
+                        return Err(Error::NodesLeave);
+                    }
                 }
-                Boundary::Broken => return Err(Error::Stopped),
+                Boundary::Regroup | Boundary::Broken => return Err(ice_worker::Error::RoundOver.into()),
             }
         }
     }
 
+    /// The training step that this run is at, on these nodes.
+    pub(crate) fn train_step(&self, graph: &ExecutableGraph) -> Result<Step> {
+        self.seed_step();
+        self.step_begins(graph.entries());
+        let begun = Instant::now();
+        let step = match graph.train_step(&self.worker, self.config.check_finite)? {
+            Some(step) => step,
+            None => {
+                // Whose they were is seen where each rank does the step by itself.
+                self.seed_step();
+                return Err(graph.blame(&self.worker, self.counters.train_steps() + 1)?);
+            }
+        };
+        self.worker.link().applied(begun.elapsed());
+        self.took(step.own);
+        Ok(step)
+    }
+
     /// Makes the random numbers of a training step a function of the seed, the rank and the step, so that a resumed run
     /// draws what an undisturbed one would have drawn.
-    pub(crate) fn seed_step(&self) {
+    fn seed_step(&self) {
         let mut bytes = [0; 24];
         bytes[..8].copy_from_slice(&self.config.seed.to_le_bytes());
         bytes[8..16].copy_from_slice(&(self.worker.rank() as u64).to_le_bytes());

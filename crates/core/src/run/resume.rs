@@ -22,10 +22,17 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Goes on from a checkpoint, or begins with the parameters that were given.
-    pub(super) fn begin(&self) -> Result<()> {
+    /// Goes on from a checkpoint, or begins with the parameters that were given. A run that has begun needs a checkpoint.
+    pub(super) fn begin(&self, has_begun: bool) -> Result<()> {
         if self.resume()? {
             return Ok(());
+        }
+        if has_begun {
+            return Err(Error::Resume(
+                "a rank is gone with its part of the optimizer's state, and no checkpoint has been saved yet: \
+                 save more often (--save-every-steps)"
+                    .into(),
+            ));
         }
         let Some(file) = &self.config.init_from else { return Ok(()) };
         let found = if self.is_main() { Some(find_parameters(file, self.graph)?) } else { None };

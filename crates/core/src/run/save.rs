@@ -1,5 +1,6 @@
 //! When and where a run saves.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ice_checkpoint::{BEST, CHECKPOINTS, candidates, remove_leftovers};
@@ -16,6 +17,7 @@ impl Run<'_> {
     /// The failure of this save's copy or of the write before it.
     pub fn save_checkpoint(&self, save_to: Option<&Path>, tags: Option<&Tags>) -> Result<()> {
         self.graph.sync_measures(&self.worker)?;
+        self.synced();
         let folder =
             save_to.map_or_else(|| self.folder.join(CHECKPOINTS).join(self.checkpoint_name()), PathBuf::from);
         let keep = match self.config.checkpoints.keep_last {
@@ -44,6 +46,7 @@ impl Run<'_> {
             return Ok(false);
         }
         self.graph.sync_measures(&self.worker)?;
+        self.synced();
         let mut manifest = self.manifest(None);
         manifest.best = Some(Best { measure: measure.into(), value, better });
         let keep = Keep::Best { measure: measure.into(), keep };
@@ -87,11 +90,16 @@ impl Run<'_> {
     fn save(&self, request: Request, tags: Option<&Tags>) -> Result<()> {
         let selection = tags.map_or(Selection::All, |tags| Selection::Tags(tags.clone()));
         let mut writer = self.writer.borrow_mut();
-        writer.save(request, self.graph, &selection, &self.kept.borrow(), self.worker.store())
+        writer.save(request, self.graph, &selection, &self.kept.borrow(), self.worker.store().as_ref())
     }
 
     fn checkpoint_name(&self) -> String {
         format!("E{}S{}", self.counters.train_epochs(), self.counters.train_steps())
+    }
+
+    /// What was measured last; JSON has no word for what is no number.
+    pub(super) fn finite_measures(&self) -> BTreeMap<String, f64> {
+        self.measures.borrow().clone().into_iter().filter(|(_, value)| value.is_finite()).collect()
     }
 
     fn manifest(&self, tags: Option<&Tags>) -> Manifest {
@@ -102,8 +110,8 @@ impl Run<'_> {
             self.counters.saved(),
             self.tasks.state(),
         );
-        let finite = self.measures.borrow().clone().into_iter().filter(|(_, value)| value.is_finite());
-        manifest.measures = finite.collect();
+        manifest.measures = self.finite_measures();
+        manifest.base_ranks = Some(self.progress.base_ranks.get()).filter(|ranks| *ranks > 0);
         manifest.tags = tags.map(ToString::to_string);
         manifest
     }

@@ -49,6 +49,7 @@ impl Run<'_> {
             return Ok(());
         }
         let losses = graph.step_losses(&self.worker)?;
+        self.look_for_stragglers()?;
         if self.is_main() {
             let of_nodes = graph.entries().iter().flat_map(|entry| {
                 let scalars = entry.node.borrow().scalars();
@@ -85,7 +86,7 @@ impl Run<'_> {
 }
 
 fn show_histograms(board: &Board, step: u64, graph: &ExecutableGraph) -> Result<()> {
-    for entry in graph.entries() {
+    for entry in graph.entries().iter() {
         for (name, tensor) in entry.node.borrow().histograms() {
             if let Some(histogram) = Histogram::of(&tensor)? {
                 board.histogram(step, &format!("{}/{name}", entry.name), histogram);

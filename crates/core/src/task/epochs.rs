@@ -29,7 +29,7 @@ pub struct Task {
     progress: Cell<Progressed>,
 }
 
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Progressed {
     epochs: u64,
@@ -101,6 +101,9 @@ impl Task {
     fn epoch(&self, run: &Run, graph: &ExecutableGraph) -> Result<()> {
         let mut report = Report::new(self, run, graph);
         let progress = self.progress.get();
+        if !self.train && progress.iteration == 0 && !progress.ending {
+            run.mark(graph.entries());
+        }
         match self.is_whole() {
             true if progress.steps == 0 => graph.epoch_start(),
             false if progress.iteration == 0 => graph.epoch_start(),
@@ -149,6 +152,8 @@ impl Task {
         measures: &[(String, Measure)],
     ) -> Result<()> {
         self.progress.set(Progressed { ending: false, ..self.progress.get() });
+        run.unmark();
+        run.synced();
         run.counters().count_epoch(self.train);
         run.epoch_ended(measures, &report.heading(), report.started.elapsed());
         run.show_epoch(&self.tags, self.train, graph, measures)
@@ -158,8 +163,7 @@ impl Task {
         run.at_boundary()?;
         graph.set_place((run.counters().train_epochs(), run.counters().train_steps()));
         let (passes, samples, loss) = if self.train {
-            run.seed_step();
-            let step = graph.train_step(run.worker())?;
+            let step = run.train_step(graph)?;
             (step.passes, step.samples, Some(step.loss))
         } else {
             (1, graph.eval_step(run.worker())?, None)
@@ -170,7 +174,13 @@ impl Task {
         // A checkpoint of this step must not lose the end of the epoch.
         progress.ending = graph.remaining() == Some(0) || (self.is_whole() && self.is_at_end());
         self.progress.set(progress);
-        run.counters().count_step(self.train);
+        match self.train {
+            true => run.step_counts(),
+            false => {
+                run.counters().count_step(false);
+                run.passed();
+            }
+        }
         run.worker().link().advance(run.counters().train_steps());
         report.step(samples, loss.as_ref());
         if !self.train {
@@ -194,11 +204,18 @@ impl TaskItem for Task {
         }
         run.graph().switch_to(graph.entries())?;
         while !self.is_finished() {
+            let before = self.progress.get();
             match self.epoch(run, &graph) {
                 Err(error) if matches!(error.root(), Error::StopTask) => {
                     self.progress.set(Progressed { left: true, ..self.progress.get() });
                 }
                 outcome => outcome?,
+            }
+            if self.progress.get() == before {
+                return Err(Error::Graph(format!(
+                    "the task `{}` gets nowhere: its data are at another place than it is itself ({before:?})",
+                    self.tags
+                )));
             }
         }
         if timed { run.write_timers() } else { Ok(()) }

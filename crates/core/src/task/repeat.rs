@@ -62,6 +62,7 @@ impl TaskItem for Repeat {
                 item.run(run)?;
             }
             self.done.set(self.done.get() + 1);
+            run.passed();
             if !self.is_finished() {
                 self.items.iter().for_each(|item| item.reset());
             }

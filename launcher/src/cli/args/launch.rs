@@ -124,6 +124,9 @@ pub struct LaunchArgs {
     /// A job without a step for so long has failed; 0 for never [default: 600 for ranks that report their steps, never for others]
     #[arg(long, alias = "hang_timeout", value_name = "SECONDS", help_heading = "Failures")]
     pub hang_timeout: Option<f64>,
+    /// Processes that wait, started and loaded, to take the place of a rank of this node that dies; for programs made with ice
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Failures")]
+    pub spares: u32,
     /// How often ranks are looked at for --hang-timeout; failures are seen at once
     #[arg(
         long,

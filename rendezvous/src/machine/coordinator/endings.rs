@@ -48,7 +48,7 @@ impl Coordinator {
                         node.told = Some(round);
                     }
                 }
-                let mut actions = self.next_round(now, after, &said);
+                let mut actions = self.next_round(now, after, &said, false);
                 // It may have come back before its first connection was missed.
                 actions.extend(self.tell_verdict([peer]));
                 actions
@@ -72,7 +72,8 @@ impl Coordinator {
                 continue;
             };
             node.told = Some(*round);
-            actions.push(Action::Send(peer, ToAgent::RoundBroken { round: *round, reason: said.clone() }));
+            let broken = ToAgent::RoundBroken { round: *round, reason: said.clone(), gentle: false };
+            actions.push(Action::Send(peer, broken));
         }
         actions
     }
@@ -117,16 +118,22 @@ impl Coordinator {
                     true => format!("{reason}; going on with {left} nodes"),
                     false => format!("{reason}; waiting for another node, since {fewest} are needed"),
                 };
-                self.next_round(now, Duration::ZERO, &note)
+                self.next_round(now, Duration::ZERO, &note, false)
             }
             _ => self.end(false, reason, None),
         }
     }
 
     /// Ends the round for its members. Those that wait for a place are in already; one that has only said hello may have ranks that end.
-    pub(super) fn next_round(&mut self, now: Duration, pause: Duration, reason: &str) -> Vec<Action> {
+    pub(super) fn next_round(
+        &mut self,
+        now: Duration,
+        pause: Duration,
+        reason: &str,
+        gentle: bool,
+    ) -> Vec<Action> {
         let Phase::Running { members, .. } = &self.phase else { return Vec::new() };
-        let message = ToAgent::RoundBroken { round: self.round, reason: reason.to_owned() };
+        let message = ToAgent::RoundBroken { round: self.round, reason: reason.to_owned(), gentle };
         let there = members.iter().filter(|peer| self.nodes.get(**peer).is_some());
         let mut actions: Vec<_> = there.map(|peer| Action::Send(*peer, message.clone())).collect();
         self.round += 1;

@@ -315,7 +315,7 @@ impl World {
                 let takes = if well { self.job.work } else { self.random.below(60_000) };
                 self.plan_in(takes, 20_000, Happening::RanksEnd { host, epoch, well });
             }
-            ToAgent::RoundBroken { round, reason } => {
+            ToAgent::RoundBroken { round, reason, .. } => {
                 assert!(!reason.is_empty(), "RV-4");
                 if self.agents[host].is_running(round) {
                     match state {

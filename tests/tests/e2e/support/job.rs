@@ -151,6 +151,21 @@ impl Job {
         })
     }
 
+    /// Waits until what it has printed so far is as wanted.
+    pub(crate) fn wait_for_output(&self, limit: Duration, wanted: impl Fn(&str) -> bool) {
+        let mut found = false;
+        self.stdout.wait_until(limit, |text, open| {
+            found = wanted(text);
+            found || !open
+        });
+        assert!(found, "{} has not printed what was expected\n{}", self.command, self.transcript());
+    }
+
+    /// What it has printed so far.
+    pub(crate) fn output(&self) -> String {
+        self.stdout.text()
+    }
+
     /// Presses keys at its terminal.
     pub(crate) fn type_keys(&mut self, keys: &str) {
         self.child.stdin.as_mut().unwrap().write_all(keys.as_bytes()).unwrap();

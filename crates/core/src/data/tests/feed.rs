@@ -43,7 +43,7 @@ impl Setting {
             if let Some(iterations) = self.iterations {
                 sampler = sampler.iterations(iterations);
             }
-            Feed::new(Arc::new(Numbers(self.samples)), sampler, 5, self.ahead, seat(rank, world_size))
+            Feed::new(Arc::new(Numbers(self.samples)), sampler, 5, self.ahead, seat(rank, world_size), 1)
                 .unwrap()
         };
         (0..world_size).map(feed).collect()
@@ -57,7 +57,7 @@ fn step(feeds: &mut [Feed<Numbers>]) -> Vec<(i64, u64)> {
         let (batch, Share { here, .. }) = feed.next().unwrap();
         assert_eq!(batch.len() as u64, here.max(1));
         samples.extend(&batch[..here as usize]);
-        feed.sampler_mut().advance();
+        feed.advance();
     }
     samples
 }
@@ -69,7 +69,7 @@ fn epochs(feeds: &mut [Feed<Numbers>], epochs: usize) -> Vec<Vec<(i64, u64)>> {
         while feeds[0].sampler().remaining() > 0 {
             steps.push(step(feeds));
         }
-        feeds.iter_mut().for_each(|feed| feed.sampler_mut().next_epoch());
+        feeds.iter_mut().for_each(|feed| feed.next_epoch());
     }
     steps
 }
@@ -116,7 +116,7 @@ proptest! {
         };
         let next_of = |feeds: &mut [Feed<Numbers>]| {
             if feeds[0].sampler().remaining() == 0 {
-                feeds.iter_mut().for_each(|feed| feed.sampler_mut().next_epoch());
+                feeds.iter_mut().for_each(|feed| feed.next_epoch());
             }
             step(feeds)
         };
@@ -128,7 +128,7 @@ proptest! {
         // What was made before the checkpoint was loaded is forgotten.
         next_of(&mut resumed);
         let place = whole[0].sampler().place();
-        resumed.iter_mut().for_each(|feed| feed.sampler_mut().seek(place));
+        resumed.iter_mut().for_each(|feed| feed.seek(place));
         for _ in 0..8 {
             prop_assert_eq!(next_of(&mut resumed), next_of(&mut whole));
         }
@@ -147,7 +147,7 @@ fn a_step_that_is_made_again_gets_the_same_batch() {
     let feed = &mut setting.feeds(1)[0];
     let first = feed.next().unwrap();
     assert_eq!(feed.next().unwrap(), first);
-    feed.sampler_mut().advance();
+    feed.advance();
     assert_ne!(feed.next().unwrap(), first);
 }
 
@@ -175,7 +175,7 @@ fn a_batch_size_in_total_is_divided_unevenly() {
         for feed in &mut feeds {
             let Share { here, total } = feed.next().unwrap().1;
             shares.push((here, total));
-            feed.sampler_mut().advance();
+            feed.advance();
         }
     }
     assert_eq!(shares, [(2, 5), (2, 5), (1, 5), (2, 5), (2, 5), (1, 5), (1, 1), (0, 1), (0, 1)]);
@@ -215,11 +215,11 @@ fn la_3_as_many_batches_as_asked_for_are_made_ahead_and_never_more() {
         let counted = Arc::new(Counted::default());
         let sampler = Sampler::new(100, 1, None, false);
         let ahead = Ahead { workers, prefetch };
-        let mut feed = Feed::new(Arc::new(Arc::clone(&counted)), sampler, 0, ahead, seat(0, 1)).unwrap();
+        let mut feed = Feed::new(Arc::new(Arc::clone(&counted)), sampler, 0, ahead, seat(0, 1), 1).unwrap();
         for step in 1..=100 {
             counted.wanted.store(step, Ordering::SeqCst);
             feed.next().unwrap();
-            feed.sampler_mut().advance();
+            feed.advance();
             // All that may be made is made while the step computes.
             let due = (step + bound).min(100);
             let begun = counted.begun.lock().unwrap();
@@ -265,7 +265,8 @@ fn la_5_a_feed_dropped_while_its_workers_are_busy_ends_them() {
         let dataset = Arc::new(Endless(Mutex::new(begun)));
         let ahead = Ahead { workers: 3, prefetch: Some(8) };
         let mut feed =
-            Feed::new(Arc::clone(&dataset), Sampler::new(100, 1, None, false), 0, ahead, seat(0, 1)).unwrap();
+            Feed::new(Arc::clone(&dataset), Sampler::new(100, 1, None, false), 0, ahead, seat(0, 1), 1)
+                .unwrap();
         feed.next().unwrap();
         (0..3).for_each(|_| begins.recv().unwrap());
         drop(feed);
@@ -297,14 +298,14 @@ fn la_4_errors_and_panics_reach_the_step_that_wanted_the_batch() {
     for workers in [0, 1, 4] {
         let ahead = Ahead { workers, prefetch: Some(5) };
         let mut feed =
-            Feed::new(Arc::new(Faulty), Sampler::new(12, 1, None, false), 0, ahead, seat(0, 1)).unwrap();
+            Feed::new(Arc::new(Faulty), Sampler::new(12, 1, None, false), 0, ahead, seat(0, 1), 1).unwrap();
         for index in 0..12 {
             match (index, feed.next()) {
                 (7, Err(error)) => assert_eq!(error.to_string(), "batch of samples 7: a hole"),
                 (9, Err(error)) => assert_eq!(error.to_string(), "batch of samples 9: panicked: a bug at 9"),
                 (_, made) => assert_eq!(made.unwrap().0, index),
             }
-            feed.sampler_mut().advance();
+            feed.advance();
         }
     }
 }

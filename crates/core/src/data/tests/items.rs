@@ -20,10 +20,10 @@ fn errors_and_panics_name_the_sample_with_any_number_of_workers() {
         let dataset = items(12, faulty).map(|number| Ok(number * 2)).stack();
         let ahead = Ahead { workers, prefetch: None };
         let mut feed =
-            Feed::new(Arc::new(dataset), Sampler::new(12, 4, None, false), 0, ahead, seat(0, 1)).unwrap();
+            Feed::new(Arc::new(dataset), Sampler::new(12, 4, None, false), 0, ahead, seat(0, 1), 1).unwrap();
         let mut next = || {
             let made = feed.next().map(|(batch, _)| Vec::<i64>::try_from(batch).unwrap());
-            feed.sampler_mut().advance();
+            feed.advance();
             made
         };
         assert_eq!(next().unwrap(), [0, 2, 4, 6]);

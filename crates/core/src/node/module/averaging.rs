@@ -11,23 +11,29 @@ use crate::Result;
 /// run that goes on must therefore know the order from its first step on.
 pub(super) struct Averaging {
     reducer: Reducer,
-    group: ProcessGroup,
-    options: ReducerOptions,
     /// In the order that the reducer was made with.
     parameters: Vec<(String, Tensor)>,
     order: Vec<usize>,
 }
 
 impl Averaging {
-    /// `parameters` in the order in which forward seems to use them. Collective.
+    /// In an order that was learned before; parameters that it does not name come last, in the order in which forward seems to use them.
+    /// Collective.
     pub(super) fn new(
-        parameters: Vec<(String, Tensor)>,
+        parameters: &[(String, Tensor)],
+        order: &[String],
         group: &ProcessGroup,
         options: &ReducerOptions,
     ) -> Result<Self> {
+        let place = |(name, _): &(String, Tensor)| {
+            order.iter().position(|known| known == name).unwrap_or(order.len())
+        };
+        let mut parameters: Vec<_> =
+            parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        parameters.sort_by_cached_key(place);
         let reducer = Reducer::new(&parameters, group, options)?;
         let order = (0..parameters.len()).collect();
-        Ok(Self { reducer, group: group.clone(), options: options.clone(), parameters, order })
+        Ok(Self { reducer, parameters, order })
     }
 
     pub(super) fn prepare_forward(&self) -> Result<()> {
@@ -49,17 +55,5 @@ impl Averaging {
     /// The names of the parameters in the order in which forward uses them.
     pub(super) fn order(&self) -> Vec<&str> {
         self.order.iter().map(|&place| self.parameters[place].0.as_str()).collect()
-    }
-
-    /// Goes on in an order that was learned before. Parameters that it does not name come last. Collective.
-    pub(super) fn resume(&mut self, order: &[String]) -> Result<()> {
-        let place = |(name, _): &(String, Tensor)| {
-            order.iter().position(|known| known == name).unwrap_or(order.len())
-        };
-        let mut parameters: Vec<_> =
-            self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
-        parameters.sort_by_cached_key(place);
-        *self = Self::new(parameters, &self.group, &self.options)?;
-        Ok(())
     }
 }

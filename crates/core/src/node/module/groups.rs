@@ -26,11 +26,15 @@ struct Group {
 
 /// The optimizers of a module. A parameter belongs to the first one whose pattern its name has.
 #[derive(Default)]
-pub(super) struct Groups(Vec<Group>);
+pub(super) struct Groups {
+    groups: Vec<Group>,
+    /// Which of how many parts of the state is here, once it is.
+    division: Option<(usize, usize)>,
+}
 
 impl Groups {
     pub(super) fn add(&mut self, pattern: &str, optimizer: impl Optimizer + 'static) {
-        self.0.push(Group {
+        self.groups.push(Group {
             pattern: pattern.into(),
             optimizer: Box::new(optimizer),
             names: Vec::new(),
@@ -39,14 +43,9 @@ impl Groups {
         });
     }
 
-    /// Gives each parameter to its optimizer, whose state is divided over the ranks of a worker where there is one, and returns the
-    /// parameters that no optimizer wants.
-    pub(super) fn set_up(
-        &mut self,
-        parameters: &[(String, Tensor)],
-        sharded_over: Option<&Rc<Worker>>,
-    ) -> Result<Vec<(String, Tensor)>> {
-        let patterns = self.0.iter().map(|group| {
+    /// Gives each parameter to its optimizer, and returns the parameters that no optimizer wants.
+    pub(super) fn set_up(&mut self, parameters: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
+        let patterns = self.groups.iter().map(|group| {
             Regex::new(&group.pattern).map_err(|error| {
                 Error::Usage(format!("`{}` is no pattern of parameter names: {error}", group.pattern))
             })
@@ -56,13 +55,13 @@ impl Groups {
         for (name, parameter) in parameters {
             match patterns.iter().position(|pattern| pattern.is_match(name)) {
                 Some(index) => {
-                    self.0[index].names.push(name.clone());
-                    self.0[index].parameters.push(parameter.shallow_clone());
+                    self.groups[index].names.push(name.clone());
+                    self.groups[index].parameters.push(parameter.shallow_clone());
                 }
                 None => left.push((name.clone(), parameter.shallow_clone())),
             }
         }
-        for group in &mut self.0 {
+        for group in &mut self.groups {
             if group.parameters.is_empty() && !parameters.is_empty() {
                 let names: Vec<_> = parameters.iter().map(|(name, _)| name.as_str()).collect();
                 tracing::warn!(
@@ -71,6 +70,18 @@ impl Groups {
                     names.join(", ")
                 );
             }
+        }
+        Ok(left)
+    }
+
+    /// Makes the optimizers' state, divided over the ranks of a worker where there is one. State that is there is kept where it is divided in
+    /// the same way.
+    pub(super) fn begin(&mut self, sharded_over: Option<&Rc<Worker>>) -> Result<()> {
+        let division = sharded_over.map_or((0, 1), |worker| (worker.rank(), worker.world_size()));
+        if self.division.replace(division) == Some(division) {
+            return Ok(());
+        }
+        for group in &mut self.groups {
             group.sharding = match sharded_over {
                 Some(worker) => Some(Sharding::new(worker, &group.names, &group.parameters)?),
                 None => None,
@@ -80,12 +91,12 @@ impl Groups {
                 None => group.optimizer.set_up(&group.parameters),
             }
         }
-        Ok(left)
+        Ok(())
     }
 
     /// Applies the gradients.
     pub(super) fn step(&mut self) -> Result<()> {
-        for Group { optimizer, parameters, sharding, .. } in &mut self.0 {
+        for Group { optimizer, parameters, sharding, .. } in &mut self.groups {
             let gradients: Vec<_> = parameters.iter().map(Tensor::grad).collect();
             match sharding {
                 Some(sharding) => {
@@ -104,7 +115,7 @@ impl Groups {
     /// `<parameter>.<slot>` for all of them, and which of them are parts.
     pub(super) fn state(&self) -> (Vec<(String, Tensor)>, BTreeMap<String, Part>) {
         let (mut state, mut parts) = (Vec::new(), BTreeMap::new());
-        for group in &self.0 {
+        for group in &self.groups {
             for (slot, tensors) in group.optimizer.state() {
                 for (index, (name, tensor)) in group.names.iter().zip(tensors).enumerate() {
                     let key = format!("{name}.{slot}");
@@ -123,7 +134,7 @@ impl Groups {
     /// What else is to be saved, by pattern; null for nothing.
     pub(super) fn values(&self) -> Json {
         let values: serde_json::Map<_, _> = self
-            .0
+            .groups
             .iter()
             .map(|group| (group.pattern.clone(), group.optimizer.values()))
             .filter(|(_, values)| !values.is_null())
@@ -132,7 +143,7 @@ impl Groups {
     }
 
     pub(super) fn check_values(&self, saved: &Json) -> Result<()> {
-        let scheduled = self.0.iter().filter(|group| !group.optimizer.values().is_null());
+        let scheduled = self.groups.iter().filter(|group| !group.optimizer.values().is_null());
         match scheduled.map(|group| &group.pattern).find(|pattern| saved.get(pattern.as_str()).is_none()) {
             Some(pattern) => Err(Error::Resume(format!(
                 "the checkpoint has nothing of an optimizer for `{pattern}` that follows a schedule"
@@ -143,7 +154,7 @@ impl Groups {
 
     pub(super) fn load_values(&mut self, saved: &Json) -> Result<()> {
         self.check_values(saved)?;
-        for Group { pattern, optimizer, .. } in &mut self.0 {
+        for Group { pattern, optimizer, .. } in &mut self.groups {
             if let Some(values) = saved.get(pattern.as_str()) {
                 optimizer.load_values(values)?;
             }
@@ -151,8 +162,13 @@ impl Groups {
         Ok(())
     }
 
+    /// Multiplies all learning rates.
+    pub(super) fn scale_learning_rates(&mut self, factor: f64) {
+        self.groups.iter_mut().for_each(|group| group.optimizer.scale_learning_rate(factor));
+    }
+
     /// By pattern.
     pub(super) fn learning_rates(&self) -> impl Iterator<Item = (&str, f64)> {
-        self.0.iter().map(|group| (group.pattern.as_str(), group.optimizer.learning_rate()))
+        self.groups.iter().map(|group| (group.pattern.as_str(), group.optimizer.learning_rate()))
     }
 }

@@ -17,7 +17,7 @@ use self::averaging::Averaging;
 use self::groups::Groups;
 use crate::node::copy_tensors;
 use crate::optim::Optimizer;
-use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
+use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
 type Build<M> = dyn FnOnce(&Path) -> M;
 type Forward<M, T> = dyn Fn(&M, &Outputs) -> Result<T>;
@@ -43,13 +43,20 @@ struct Ready<M> {
     module: M,
     store: VarStore,
     /// In order of creation.
-    trainable: Vec<Tensor>,
-    /// What changes without gradients, as the statistics of a batch norm; none where nobody else could have others.
+    trainable: Vec<(String, Tensor)>,
+    /// What changes without gradients, as the statistics of a batch norm.
     buffers: Vec<Tensor>,
+    /// What they were when the step began, where it may have to be done again.
+    before: Vec<Tensor>,
+    in_step: bool,
     worker: Rc<Worker>,
     averaging: Option<Averaging>,
+    /// The order in which forward uses the parameters, as it was learned.
+    order: Vec<String>,
     /// Of the gradients of the last step, before clipping.
     norm: Option<Tensor>,
+    /// What the learning rates are multiplied by, for the number of ranks.
+    lr_factor: f64,
 }
 
 /// What a checkpoint holds of a module beside its tensors.
@@ -165,8 +172,7 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
 
     fn values(&self, ready: &Ready<M>) -> Json {
         let optimizers = self.groups.values();
-        let order: Vec<_> =
-            ready.averaging.iter().flat_map(Averaging::order).map(ToOwned::to_owned).collect();
+        let order = ready.order();
         if optimizers.is_null() && order.is_empty() {
             return Json::Null;
         }
@@ -189,37 +195,90 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         let worker = &context.worker;
         let store = VarStore::new(worker.device());
         let module = build(&store.root());
-        let variables = named(&store.variables());
-        for (_, tensor) in &variables {
-            tch::no_grad(|| worker.broadcast(&tensor.detach()))?;
-        }
         let mut trainable = in_order(&store);
-        let sharded_over = Some(worker).filter(|worker| self.sharded && worker.world_size() > 1);
-        let frozen = self.groups.set_up(&trainable, sharded_over)?;
+        let frozen = self.groups.set_up(&trainable)?;
+        if !self.sharded {
+            self.groups.begin(None)?;
+        }
         for (_, parameter) in &frozen {
             let _ = parameter.set_requires_grad(false);
         }
         let parameters: HashSet<_> = trainable.iter().map(|(_, tensor)| tensor.data_ptr()).collect();
-        let mut buffers = variables;
+        let mut buffers = named(&store.variables());
         buffers.retain(|(_, tensor)| !parameters.contains(&tensor.data_ptr()));
         trainable.retain(|(_, parameter)| parameter.requires_grad());
-        let group = worker.group().filter(|group| group.world_size() > 1);
-        if group.is_none() || !self.broadcast_buffers {
-            buffers.clear();
-        }
-        let tensors = |named: &[(String, Tensor)]| named.iter().map(|(_, t)| t.shallow_clone()).collect();
-        let (in_use, buffers) = (tensors(&trainable), tensors(&buffers));
-        let averaging = match group {
-            Some(group) if !trainable.is_empty() => Some(Averaging::new(trainable, group, &self.options)?),
-            _ => None,
-        };
+        let buffers: Vec<_> = buffers.into_iter().map(|(_, tensor)| tensor).collect();
+        let copies = |buffers: &[Tensor]| buffers.iter().map(Tensor::copy).collect();
+        let before = if worker.can_stay() { copies(&buffers) } else { Vec::new() };
         let worker = Rc::clone(worker);
-        self.ready = Some(Ready { module, store, trainable: in_use, buffers, worker, averaging, norm: None });
+        let (averaging, order, norm) = (None, Vec::new(), None);
+        self.ready = Some(Ready {
+            module,
+            store,
+            trainable,
+            buffers,
+            before,
+            in_step: false,
+            worker,
+            averaging,
+            order,
+            norm,
+            lr_factor: 1.0,
+        });
         Ok(())
     }
 
+    fn enter_round(&mut self, round: &Round) -> Result<()> {
+        if self.sharded {
+            self.groups.begin(Some(&round.worker).filter(|worker| worker.world_size() > 1))?;
+        }
+        let options = self.options.clone();
+        let before = std::mem::replace(&mut self.ready_mut()?.lr_factor, round.lr_factor);
+        if before != round.lr_factor {
+            self.groups.scale_learning_rates(round.lr_factor / before);
+        }
+        let ready = self.ready_mut()?;
+        ready.averaging = match round.worker.group().filter(|group| group.world_size() > 1) {
+            Some(group) if !ready.trainable.is_empty() => {
+                Some(Averaging::new(&ready.trainable, &ready.order, &group, &options)?)
+            }
+            _ => None,
+        };
+        Ok(())
+    }
+
+    fn leave_round(&mut self) {
+        if let Some(ready) = &mut self.ready {
+            ready.order = ready.order();
+            // Gradients are views of the buckets.
+            let cleared = clear_gradients(&ready.tensors());
+            drop((cleared, ready.averaging.take()));
+        }
+    }
+
     fn before_step(&mut self) -> Result<()> {
-        Ok(clear_gradients(&self.ready()?.trainable)?)
+        let ready = self.ready_mut()?;
+        ready.in_step = true;
+        for (before, buffer) in ready.before.iter().zip(&ready.buffers) {
+            before.shallow_clone().f_copy_(buffer)?;
+        }
+        Ok(clear_gradients(&ready.tensors())?)
+    }
+
+    fn step_end(&mut self) -> Result<()> {
+        self.ready_mut()?.in_step = false;
+        Ok(())
+    }
+
+    fn roll_back(&mut self) {
+        // An evaluation changes no buffers.
+        if let Some(ready) = self.ready.as_mut().filter(|ready| ready.in_step) {
+            ready.in_step = false;
+            for (before, buffer) in ready.before.iter().zip(&ready.buffers) {
+                // What cannot be copied on its own device cannot be used in the step that follows, which says so.
+                drop(buffer.shallow_clone().f_copy_(before));
+            }
+        }
     }
 
     fn before_pass(&mut self, last: bool) -> Result<()> {
@@ -242,10 +301,13 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     }
 
     fn after_backward(&mut self, last: bool) -> Result<()> {
+        let broadcast_buffers = self.broadcast_buffers;
         let ready = self.ready_mut()?;
         // Now rather than before the next pass: an evaluation and a checkpoint see the same ones.
-        for buffer in &ready.buffers {
-            ready.worker.broadcast(buffer)?;
+        if broadcast_buffers && ready.worker.world_size() > 1 {
+            for buffer in &ready.buffers {
+                ready.worker.broadcast(buffer)?;
+            }
         }
         match &mut ready.averaging {
             Some(averaging) if last => averaging.after_backward(),
@@ -255,7 +317,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
 
     fn gradients(&self) -> Vec<Tensor> {
         let trainable = self.ready.iter().flat_map(|ready| &ready.trainable);
-        trainable.map(Tensor::grad).filter(Tensor::defined).collect()
+        trainable.map(|(_, tensor)| tensor.grad()).filter(Tensor::defined).collect()
     }
 
     fn update(&mut self) -> Result<()> {
@@ -317,13 +379,29 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         copy_tensors(&saved.model, &state.model, "parameters")?;
         copy_tensors(&saved.optimizer, &state.optimizer, "optimizer's tensors")?;
         let values = parse(&saved.values)?;
+        let options = self.options.clone();
         let ready = self.ready_mut()?;
-        if let Some(averaging) = &mut ready.averaging
-            && averaging.order() != values.order
-        {
-            averaging.resume(&values.order)?;
+        if ready.order() != values.order {
+            ready.order = values.order;
+            if let (Some(_), Some(group)) = (ready.averaging.take(), ready.worker.group()) {
+                ready.averaging = Some(Averaging::new(&ready.trainable, &ready.order, &group, &options)?);
+            }
         }
         self.groups.load_values(&values.optimizers)
+    }
+}
+
+impl<M> Ready<M> {
+    /// The names of the trained parameters in the order in which forward uses them; none where that is not known.
+    fn order(&self) -> Vec<String> {
+        match &self.averaging {
+            Some(averaging) => averaging.order().into_iter().map(ToOwned::to_owned).collect(),
+            None => self.order.clone(),
+        }
+    }
+
+    fn tensors(&self) -> Vec<Tensor> {
+        self.trainable.iter().map(|(_, tensor)| tensor.shallow_clone()).collect()
     }
 }
 

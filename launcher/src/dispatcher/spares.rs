@@ -1,0 +1,93 @@
+//! Processes that wait to take the place of a rank that dies: started, loaded, and parked.
+//!
+//! They are started once the program has shown that it can use them, by a first step in a round.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use ice_proto::link::Up;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::sync::{mpsc, watch};
+
+use super::member::Member;
+use super::{ProcessId, RankEvent};
+use crate::agent::Exit;
+use crate::cli::Program;
+use crate::logs::RankFiles;
+use crate::supervise::{Stdio, spawn};
+
+/// A spare, and the ends of what is read once it is a rank: its output, and that it lives.
+pub(super) struct Spare {
+    pub(super) member: Member,
+    pub(super) streams: [OwnedFd; 2],
+    pub(super) ended: watch::Receiver<()>,
+}
+
+#[derive(Default)]
+pub(super) struct Spares {
+    wanted: usize,
+    all: Vec<Spare>,
+}
+
+impl Spares {
+    pub(super) fn new(wanted: u32) -> Self {
+        Self { wanted: wanted as usize, all: Vec::new() }
+    }
+
+    /// How many are missing.
+    pub(super) fn missing(&self) -> usize {
+        self.wanted.saturating_sub(self.all.len())
+    }
+
+    /// Starts one.
+    pub(super) fn start(
+        &mut self,
+        id: ProcessId,
+        program: &Program,
+        variables: Vec<(&'static str, String)>,
+        events: &mpsc::UnboundedSender<RankEvent>,
+    ) -> io::Result<u32> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let (lives, ended) = watch::channel(());
+        let pipe = || -> io::Result<(OwnedFd, Stdio)> {
+            let (reader, writer): (OwnedFd, OwnedFd) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+            fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+            Ok((reader, Stdio::Pipe(writer)))
+        };
+        let ((stdout, to_stdout), (stderr, to_stderr)) = (pipe()?, pipe()?);
+        let rank = spawn(program, 0, None, variables, &theirs, [to_stdout, to_stderr])?;
+        let pid = rank.pid();
+        let member = Member::started(id, rank, ours, None, lives, RankFiles::default(), events)?;
+        self.all.push(Spare { member, streams: [stdout, stderr], ended });
+        Ok(pid)
+    }
+
+    /// Notes what one said; false where none has this number.
+    pub(super) fn said(&mut self, process: ProcessId, message: &Up) -> bool {
+        let spare = self.all.iter_mut().find(|spare| spare.member.id == process);
+        spare.map(|spare| spare.member.said(message)).is_some()
+    }
+
+    /// Notes the end of one. One that never was ready would end again: there are none any more then, and a note for the user.
+    pub(super) fn exited(&mut self, process: ProcessId, exit: &Exit) -> Option<String> {
+        let at = self.all.iter().position(|spare| spare.member.id == process)?;
+        let spare = self.all.remove(at);
+        if spare.member.is_parked() {
+            return Some(format!("a spare ended ({exit}); another one is started with the next round"));
+        }
+        self.wanted = 0;
+        Some(format!("a spare ended before it was ready ({exit}): going on without spares"))
+    }
+
+    /// One that is ready.
+    pub(super) fn take(&mut self) -> Option<Spare> {
+        let at = self.all.iter().position(|spare| spare.member.is_parked())?;
+        Some(self.all.remove(at))
+    }
+
+    /// Their processes.
+    pub(super) fn living(&self) -> impl Iterator<Item = u32> {
+        self.all.iter().filter_map(|spare| spare.member.living())
+    }
+}

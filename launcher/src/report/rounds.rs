@@ -1,0 +1,186 @@
+//! What became of each round, and how much of the time was spent in steps that count.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ice_proto::rendezvous::Round;
+use serde::Serialize;
+
+/// A round, as this node saw it. Times are in seconds; `docs/events.md` is their documentation.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct RoundRecord {
+    round: u64,
+    /// When it began, RFC 3339, UTC.
+    time: String,
+    nodes: u32,
+    node: u32,
+    world_size: u32,
+    /// Failures of the job before it.
+    restarts: u32,
+    /// Local ranks whose processes were started for it, or had been spares; the others went on.
+    new_ranks: Vec<u32>,
+    /// From the end of the round before to its start.
+    formed_after: Option<f64>,
+    /// From the end of the round before to the first step applied in this one.
+    recovered_after: Option<f64>,
+    /// The first step applied in it.
+    first_step: Option<u64>,
+    /// Steps that were begun in an earlier round, and done again.
+    repeated_steps: u64,
+    lasted: f64,
+    /// From what ended it to the end, where that was a failure of this node: a hang is found late.
+    detected_after: Option<f64>,
+    /// Why it ended.
+    ended_by: Option<String>,
+}
+
+/// The rounds so far.
+#[derive(Default)]
+pub(crate) struct Rounds {
+    current: Option<(Duration, RoundRecord)>,
+    /// When the last round ended.
+    broken: Option<Duration>,
+    first: Option<Duration>,
+    past: Vec<RoundRecord>,
+    /// By process: its local rank, and for how long it has been in steps that were applied.
+    applied: BTreeMap<u64, (u32, Duration)>,
+}
+
+impl Rounds {
+    pub(crate) fn start(&mut self, now: Duration, round: &Round, new_ranks: Vec<u32>) {
+        self.first.get_or_insert(now);
+        let formed_after = self.broken.map(|broken| now.saturating_sub(broken).as_secs_f64());
+        let record = RoundRecord {
+            round: round.number,
+            time: jiff::Timestamp::now().to_string(),
+            nodes: round.nodes,
+            node: round.you.group_rank,
+            world_size: round.world_size,
+            restarts: round.restart_count,
+            new_ranks,
+            formed_after,
+            recovered_after: None,
+            first_step: None,
+            repeated_steps: 0,
+            lasted: 0.0,
+            detected_after: None,
+            ended_by: None,
+        };
+        self.current = Some((now, record));
+    }
+
+    /// The first training step in a round was applied; every rank says so. Whether this one is the first to.
+    pub(crate) fn first_step(&mut self, now: Duration, round: u64, step: u64, repeated: bool) -> bool {
+        let Some((_, record)) = self.current.as_mut().filter(|(_, record)| record.round == round) else {
+            return false;
+        };
+        record.repeated_steps = record.repeated_steps.max(repeated.into());
+        let is_first = record.first_step.is_none();
+        if is_first {
+            record.first_step = Some(step);
+            record.recovered_after = self.broken.map(|broken| now.saturating_sub(broken).as_secs_f64());
+        }
+        is_first
+    }
+
+    /// A process has been in applied steps for so long.
+    pub(crate) fn applied(&mut self, process: u64, local_rank: u32, time: Duration) {
+        self.applied.insert(process, (local_rank, time));
+    }
+
+    /// The round ends, since something happened at a time; returns what became of it.
+    pub(crate) fn end(
+        &mut self,
+        now: Duration,
+        since: Option<Duration>,
+        reason: &str,
+    ) -> Option<&RoundRecord> {
+        let (started, mut record) = self.current.take()?;
+        self.broken = Some(since.unwrap_or(now));
+        record.lasted = now.saturating_sub(started).as_secs_f64();
+        record.detected_after = since.map(|since| now.saturating_sub(since).as_secs_f64());
+        record.ended_by = Some(reason.to_owned());
+        self.past.push(record);
+        self.past.last()
+    }
+
+    pub(crate) fn past(&self) -> &[RoundRecord] {
+        &self.past
+    }
+
+    /// The share of the time since the first round that the ranks of this node have spent in steps that were applied; `None` where they
+    /// have told of no step.
+    pub(crate) fn goodput(&self, now: Duration) -> Option<f64> {
+        let mut of_ranks: BTreeMap<u32, Duration> = BTreeMap::new();
+        for (local_rank, time) in self.applied.values() {
+            *of_ranks.entry(*local_rank).or_default() += *time;
+        }
+        let all = now.checked_sub(self.first?)?.as_secs_f64() * of_ranks.len() as f64;
+        let applied: f64 = of_ranks.values().map(Duration::as_secs_f64).sum();
+        (applied > 0.0 && all > 0.0).then(|| applied / all)
+    }
+
+    /// For a person, at the end; nothing where no steps were told of.
+    pub(crate) fn summary(&self, now: Duration) -> Option<String> {
+        let goodput = self.goodput(now)? * 100.0;
+        let recoveries: Vec<f64> = self.past.iter().filter_map(|record| record.recovered_after).collect();
+        let repeated: u64 = self.past.iter().map(|record| record.repeated_steps).sum();
+        let mean = recoveries.iter().sum::<f64>() / recoveries.len().max(1) as f64;
+        let recovered = match recoveries.len() {
+            0 => String::new(),
+            1 => format!("; 1 recovery in {mean:.2} s, {repeated} steps repeated"),
+            n => format!("; {n} recoveries in {mean:.2} s on average, {repeated} steps repeated"),
+        };
+        Some(format!("goodput {goodput:.1} %: the share of the time in steps that count{recovered}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ice_proto::rendezvous::Member;
+
+    use super::*;
+
+    const fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn round(number: u64) -> Round {
+        let you = Member { group_rank: 1, first_rank: 2, local_world_size: 2, ranks_on_host: 2 };
+        Round { number, restart_count: 0, nodes: 2, world_size: 4, run_stamp: "s".into(), you }
+    }
+
+    #[test]
+    fn a_recovery_is_measured_from_what_ended_the_round_to_the_next_step() {
+        let mut rounds = Rounds::default();
+        rounds.start(s(1), &round(0), vec![0, 1]);
+        rounds.first_step(s(3), 0, 1, false);
+        rounds.applied(1, 0, s(4));
+        rounds.applied(2, 1, s(4));
+        let ended = rounds.end(s(10), Some(s(7)), "local rank 1 hangs").unwrap();
+        assert_eq!((ended.lasted, ended.detected_after, ended.recovered_after), (9.0, Some(3.0), None));
+        rounds.start(s(11), &round(1), vec![1]);
+        rounds.first_step(s(12), 1, 4, true);
+        rounds.first_step(s(13), 1, 4, false);
+        assert!(!rounds.first_step(s(13), 0, 9, true), "of another round");
+        rounds.applied(1, 0, s(12));
+        rounds.applied(3, 1, s(8));
+        let ended = rounds.end(s(21), None, "all is done").unwrap();
+        assert_eq!((ended.formed_after, ended.recovered_after), (Some(4.0), Some(5.0)));
+        assert_eq!((ended.first_step, ended.repeated_steps), (Some(4), 1));
+        assert_eq!(rounds.goodput(s(21)), Some((12.0 + 12.0) / 40.0));
+        let summary = rounds.summary(s(21)).unwrap();
+        assert!(
+            summary.contains("goodput 60.0 %") && summary.contains("1 recovery in 5.00 s, 1 steps"),
+            "{summary}"
+        );
+    }
+
+    #[test]
+    fn a_program_that_tells_of_no_steps_has_no_goodput() {
+        let mut rounds = Rounds::default();
+        rounds.start(s(1), &round(0), vec![0]);
+        rounds.end(s(2), None, "all is done");
+        assert_eq!(rounds.summary(s(2)), None);
+    }
+}

@@ -1,0 +1,148 @@
+"""Kills a rank of a running job again and again, and prints how long it took until the next step was applied.
+
+usage: recovery.py ice|torchrun KILLS OUT -- COMMAND...
+
+ice: COMMAND is an ice-launch with --events OUT/events.jsonl and --log-dir OUT/logs; what it wrote down of its rounds is printed.
+torchrun: COMMAND's ranks print `step <n>`, and `pid <rank> <pid>` when they start.
+"""
+
+import json
+import os
+import pathlib
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+# A job that has not gone on after so many seconds counts as failed.
+PATIENCE = 60
+
+
+def lines_of(stream):
+    lines = queue.Queue()
+
+    def read():
+        for line in stream:
+            lines.put((time.time(), line))
+        lines.put((time.time(), None))
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def wait_for(lines, wanted):
+    """The time of the next line that is wanted, and the line; none at the end."""
+    deadline = time.time() + PATIENCE
+    while True:
+        try:
+            at, line = lines.get(timeout=max(0.1, deadline - time.time()))
+        except queue.Empty:
+            return time.time(), None
+        if line is None or wanted(line):
+            return at, line
+
+
+def follow(path, process):
+    """What is appended to a file, line by line."""
+    while not path.exists():
+        if process.poll() is not None:
+            return
+        time.sleep(0.01)
+    with path.open() as file:
+        rest = ""
+        while True:
+            part = file.readline()
+            if part:
+                rest += part
+                if rest.endswith("\n"):
+                    yield rest
+                    rest = ""
+            elif process.poll() is not None:
+                return
+            else:
+                time.sleep(0.002)
+
+
+def ice(kills, out, process):
+    events = lines_of(follow(out / "events.jsonl", process))
+    done = 0
+    first = {}
+    while done < kills:
+        _, line = wait_for(events, lambda line: '"rank_started"' in line or '"first_step"' in line)
+        if line is None:
+            break
+        event = json.loads(line)
+        if event["event"] == "rank_started":
+            first[event["rank"]] = event["pid"]
+            continue
+        # Where there are to be spares they have the time to become ready.
+        time.sleep(float(os.environ.get("ICE_BENCH_PAUSE", "1.5")))
+        os.kill(first[max(first)], signal.SIGKILL)
+        done += 1
+        wait_for(events, lambda line: '"round_started"' in line)
+    wait_for(events, lambda line: '"first_step"' in line)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=PATIENCE)
+    for path in out.glob("logs/*/rounds.jsonl"):
+        for line in path.read_text().splitlines():
+            after = json.loads(line)["recovered_after"]
+            if after is not None:
+                print(f"{after:.4f}")
+
+
+def torchrun(kills, process, ranks):
+    lines = lines_of(process.stdout)
+
+    def note(line):
+        found = re.match(r"pid (\d+) (\d+)", line)
+        if found:
+            ranks[int(found[1])] = int(found[2])
+        return line.startswith("step ")
+
+    for _ in range(kills):
+        for _ in range(20):
+            _, line = wait_for(lines, note)
+            if line is None:
+                print("failed")
+                return
+        killed = time.time()
+        os.kill(ranks[max(ranks)], signal.SIGKILL)
+        # Lines of the attempt that is over are still on their way; the next one says who it is.
+        wait_for(lines, lambda line: note(line) or line.startswith("pid "))
+        wait_for(lines, lambda line: line.startswith("pid "))
+        at, line = wait_for(lines, note)
+        if line is None:
+            print("failed")
+            return
+        print(f"{at - killed:.4f}")
+
+
+def main():
+    kind, kills, out = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+    command = sys.argv[sys.argv.index("--") + 1 :]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "stderr").open("w") as errors:
+        to = subprocess.PIPE if kind == "torchrun" else (out / "stdout").open("w")
+        process = subprocess.Popen(command, stdout=to, stderr=errors, text=True, start_new_session=True)
+        ranks = {}
+        try:
+            ice(kills, out, process) if kind == "ice" else torchrun(kills, process, ranks)
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=40)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            # Ranks of ice-launch end with it; those of torchrun may not.
+            for pid in ranks.values():
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+
+
+main()
