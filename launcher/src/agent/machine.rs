@@ -392,7 +392,8 @@ impl Agent {
     }
 
     fn hung(&mut self, now: Duration, local_rank: u32, reason: String) -> Vec<Action> {
-        if !self.alive.contains(&local_rank) {
+        let is_known = |end: &End| end.local_rank == local_rank && matches!(end.exit, Exit::Hung(_));
+        if !self.alive.contains(&local_rank) || self.ends.iter().any(is_known) {
             return Vec::new();
         }
         let what = format!("local rank {local_rank} hangs: {reason}");

@@ -261,7 +261,7 @@ fn ranks_that_end_together_are_waited_for_before_the_node_leaves() {
     let leaves = |actions: &[Action]| {
         actions.iter().any(|action| matches!(action, Action::Send(ToCoordinator::Leave { .. })))
     };
-    let asked = |actions: &[Action]| actions.contains(&Action::Ask(Ask::Broken("r".into())));
+    let asked = |actions: &[Action]| actions.contains(&Action::Ask(Ask::End("r".into())));
     let told = || {
         let mut agent = agent();
         agent.handle(NOW, started(0));
