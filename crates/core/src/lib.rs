@@ -16,6 +16,7 @@ pub mod meter;
 mod node;
 pub mod optim;
 mod precision;
+mod ranks;
 mod run;
 mod task;
 

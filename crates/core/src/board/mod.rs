@@ -51,6 +51,11 @@ impl Board {
         self.since = Instant::now();
     }
 
+    /// Whether events are written.
+    pub(crate) fn is_open(&self) -> bool {
+        self.writer.is_some()
+    }
+
     /// Counts the samples of a step, of all ranks, and says whether it is one to be shown: the same on all ranks.
     pub(crate) fn count(&mut self, step: u64, samples: u64) -> bool {
         self.samples += samples;

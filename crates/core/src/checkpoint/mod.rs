@@ -15,7 +15,7 @@ pub use ice_checkpoint::{Best, Better, Checkpoint, Manifest, Part, ResumeFrom};
 pub use options::CheckpointOptions;
 
 pub(crate) use load::{Kept, Selection, find_parameters, is_misfit, load, load_parameters};
-pub(crate) use share::{broadcast, decide, share};
+pub(crate) use share::share;
 pub(crate) use writer::{Keep, Request, Writer};
 
 #[cfg(test)]

@@ -56,6 +56,10 @@ impl Buffers {
         thread::Builder::new().name("ice-checkpoint-memory".into()).spawn(touch)
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn of(&self, file: usize) -> &[u8] {
         &self.0[file]
     }

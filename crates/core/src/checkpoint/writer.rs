@@ -112,8 +112,11 @@ impl Writer {
         }
     }
 
-    /// Provides the memory for the saves to come while the run begins.
+    /// Provides the memory for the saves to come while the run begins, where there is none yet.
     pub(crate) fn prepare(&mut self, graph: &HyperGraph) {
+        if !matches!(&self.memory, Memory::There(buffers) if buffers.is_empty()) {
+            return;
+        }
         let share = self.share(graph, &Selection::All);
         if share.rank >= share.writers {
             return;

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use ice_c10d::amp::unscale;
 use ice_c10d::optim::scale;
 use ice_worker::Worker;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::graph::Outputs;
 use crate::graph::hyper::Entry;
 use crate::precision::Precision;
+use crate::ranks::gather;
 use crate::run::Timers;
 use crate::{Error, Measure, Node, Result};
 
@@ -238,13 +239,13 @@ impl ExecutableGraph {
                 bad.push(entry.uid.clone());
             }
         }
-        let (rank, ranks) = (worker.rank(), worker.world_size());
-        let flags = Tensor::f_zeros([ranks as i64], (Kind::Int64, worker.device()))?;
-        let _ = flags.f_get(rank as i64)?.f_fill_(i64::from(!bad.is_empty()))?;
-        worker.all_reduce_sum(&flags)?;
-        let flags: Vec<i64> = Vec::try_from(flags.f_to_device(Device::Cpu)?)?;
-        let named: Vec<String> =
-            (0..ranks).filter(|rank| flags[*rank] > 0).map(|rank| rank.to_string()).collect();
+        let rank = worker.rank();
+        let flags = gather(&[i64::from(!bad.is_empty())], worker)?.concat();
+        let named: Vec<String> = (0..)
+            .zip(flags)
+            .filter(|(_, flag)| *flag > 0)
+            .map(|(rank, _): (usize, _)| rank.to_string())
+            .collect();
         let here = match bad.is_empty() {
             true => String::new(),
             false => {

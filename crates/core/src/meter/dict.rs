@@ -1,9 +1,9 @@
 use ice_worker::Worker;
 use serde_json::Value as Json;
-use tch::{Device, Kind, Tensor};
 
 use super::sums::parse;
 use super::{Average, Meter};
+use crate::ranks::gather;
 use crate::{Measure, Result};
 
 /// Several named values from one function, each with a meter of its own. The first one named is also the value of the whole: with a
@@ -64,7 +64,7 @@ impl<M: Meter> Meter for Dict<M> {
     fn sync(&mut self, worker: &Worker) -> Result<()> {
         let own: Vec<_> = self.meters.iter().map(|(name, _)| name.as_str()).collect();
         let mut order: Vec<String> = Vec::new();
-        for name in gather(&own, worker)?.into_iter().flatten() {
+        for name in names_of_all(&own, worker)?.into_iter().flatten() {
             if !order.contains(&name) {
                 order.push(name);
             }
@@ -99,20 +99,11 @@ impl<M: Meter> Meter for Dict<M> {
 }
 
 /// The names of all ranks, in order of rank. Collective.
-fn gather(own: &[&str], worker: &Worker) -> Result<Vec<Vec<String>>> {
-    let (rank, ranks) = (worker.rank() as i64, worker.world_size() as i64);
-    let own = serde_json::to_vec(own).unwrap_or_default();
-    let lengths = Tensor::zeros([ranks], (Kind::Int64, Device::Cpu));
-    let _ = lengths.f_get(rank)?.f_fill_(own.len() as i64)?;
-    let lengths = lengths.f_to_device(worker.device())?;
-    worker.all_reduce_sum(&lengths)?;
-    let lengths: Vec<i64> = Vec::try_from(lengths.f_to_device(Device::Cpu)?)?;
-    let longest = lengths.iter().copied().max().unwrap_or(0);
-    let bytes = Tensor::zeros([ranks, longest], (Kind::Uint8, Device::Cpu));
-    bytes.f_get(rank)?.f_narrow(0, 0, own.len() as i64)?.f_copy_(&Tensor::from_slice(&own))?;
-    let bytes = bytes.f_to_device(worker.device())?;
-    worker.all_reduce_sum(&bytes)?;
-    let bytes: Vec<u8> = Vec::try_from(bytes.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?;
-    let rows = bytes.chunks_exact(longest as usize).zip(&lengths);
-    Ok(rows.map(|(row, len)| serde_json::from_slice(&row[..*len as usize]).unwrap_or_default()).collect())
+fn names_of_all(own: &[&str], worker: &Worker) -> Result<Vec<Vec<String>>> {
+    let mut own = serde_json::to_vec(own).unwrap_or_default();
+    let lengths: Vec<usize> =
+        gather(&[own.len() as i64], worker)?.into_iter().flatten().map(|len| len as usize).collect();
+    own.resize(lengths.iter().copied().max().unwrap_or(0), 0);
+    let rows = gather(&own, worker)?.into_iter().zip(lengths);
+    Ok(rows.map(|(row, len)| serde_json::from_slice(&row[..len]).unwrap_or_default()).collect())
 }

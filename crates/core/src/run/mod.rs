@@ -1,5 +1,6 @@
 //! A run: a graph, its tasks, and the rank that they run on.
 
+mod elastic;
 mod pace;
 mod regroup;
 mod resume;
@@ -7,6 +8,7 @@ mod save;
 mod show;
 mod sources;
 mod timers;
+mod transfer;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -17,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use ice_worker::{Boundary, Stop, Worker};
 
+pub use self::elastic::{ElasticBatch, LrRule};
 use self::pace::Pace;
 use self::regroup::Progress;
-pub use self::regroup::{ElasticBatch, LrRule};
 use self::timers::AllTimers;
 pub(crate) use self::timers::Timers;
 use crate::board::Board;
@@ -154,8 +156,11 @@ impl<'a> Run<'a> {
 
     /// Runs the tasks in one round, to their end if it lasts so long.
     fn take_part(&self) -> Result<()> {
-        self.begin_round()?;
-        if self.is_main() {
+        let from_memory = self.begin_round()?;
+        if !self.is_main() {
+            // It may have been.
+            self.board.borrow_mut().finish(self.counters.train_steps(), None);
+        } else if !from_memory || !self.board.borrow().is_open() {
             self.remove_leftovers()?;
             self.keep_sources();
             self.open_board();

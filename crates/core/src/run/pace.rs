@@ -3,8 +3,7 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use tch::{Device, Kind, Tensor};
-
+use crate::ranks::gather;
 use crate::{Result, Run};
 
 /// A rank is slow that takes so many times as long as the median of the others.
@@ -33,18 +32,11 @@ impl Run<'_> {
     /// Compares the ranks, and names one that is slow. Collective.
     pub(super) fn look_for_stragglers(&self) -> Result<()> {
         let (steps, own) = (self.pace.steps.replace(0), self.pace.own.take());
-        let world_size = self.worker.world_size();
-        if world_size == 1 {
-            return Ok(());
-        }
         let mean = own.as_secs_f64() * 1e3 / f64::from(steps.max(1));
-        let device = self.worker.device();
-        let all = Tensor::f_zeros([world_size as i64, 1], (Kind::Double, device))?.f_unbind(0)?;
-        self.worker.all_gather(&all, &Tensor::from_slice(&[mean]).f_to_device(device)?)?;
+        let all = gather(&[mean], &self.worker)?.concat();
         if !self.is_main() {
             return Ok(());
         }
-        let all: Vec<f64> = Vec::try_from(Tensor::f_cat(&all, 0)?.f_to_device(Device::Cpu)?)?;
         let Some((rank, own, others)) = straggler(&all) else {
             self.pace.slow.set(None);
             return Ok(());

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use ice_checkpoint::{BEST, CHECKPOINTS, candidates, remove_leftovers};
 
-use crate::checkpoint::{Best, Better, Keep, Manifest, Request, Selection, decide};
+use crate::checkpoint::{Best, Better, Keep, Manifest, Request, Selection};
+use crate::ranks::decide;
 use crate::{Result, Run, Tags};
 
 impl Run<'_> {
@@ -73,10 +74,8 @@ impl Run<'_> {
 
     /// Removes what a killed process of this run has left half written.
     pub(super) fn remove_leftovers(&self) -> Result<()> {
-        if self.is_main() {
-            for holder in [CHECKPOINTS, BEST] {
-                remove_leftovers(&self.folder.join(holder))?;
-            }
+        for holder in [CHECKPOINTS, BEST] {
+            remove_leftovers(&self.folder.join(holder))?;
         }
         Ok(())
     }

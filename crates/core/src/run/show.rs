@@ -14,9 +14,6 @@ impl Run<'_> {
     }
 
     pub(super) fn open_board(&self) {
-        if !self.is_main() {
-            return;
-        }
         let own = [("seed", self.config.seed as f64), ("world_size", self.worker.world_size() as f64)];
         let own = own.map(|(name, value)| (name.to_owned(), value.into()));
         let given = self.graph.hparams();

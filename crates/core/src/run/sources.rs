@@ -18,7 +18,7 @@ impl Run<'_> {
     /// was not kept is no reason not to train.
     pub(super) fn keep_sources(&self) {
         let to = self.folder.join(SOURCES);
-        if !self.is_main() || self.graph.sources().is_empty() || to.exists() {
+        if self.graph.sources().is_empty() || to.exists() {
             return;
         }
         if let Err(error) = self.copy_sources(&to) {

@@ -208,8 +208,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         buffers.retain(|(_, tensor)| !parameters.contains(&tensor.data_ptr()));
         trainable.retain(|(_, parameter)| parameter.requires_grad());
         let buffers: Vec<_> = buffers.into_iter().map(|(_, tensor)| tensor).collect();
-        let copies = |buffers: &[Tensor]| buffers.iter().map(Tensor::copy).collect();
-        let before = if worker.can_stay() { copies(&buffers) } else { Vec::new() };
+        let before = if worker.can_stay() { buffers.iter().map(Tensor::copy).collect() } else { Vec::new() };
         let worker = Rc::clone(worker);
         let (averaging, order, norm) = (None, Vec::new(), None);
         self.ready = Some(Ready {
