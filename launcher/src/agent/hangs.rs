@@ -36,6 +36,16 @@ enum Pulse {
     },
 }
 
+impl Pulse {
+    /// When the rank last did something.
+    fn changed(&self) -> Option<Duration> {
+        match self {
+            Self::None => None,
+            Self::Steps { changed, .. } | Self::Cpu { changed, .. } => Some(*changed),
+        }
+    }
+}
+
 /// A job that stands still.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hang {
@@ -109,13 +119,20 @@ impl HangWatch {
 
     fn timeout_of(&self, pulse: &Pulse) -> Option<Duration> {
         match (self.timeout, pulse) {
-            (HangTimeout::Never, _) | (_, Pulse::None) => None,
             // Not at work: before the first step, or after the last one.
-            (_, Pulse::Steps { activity: 0, .. }) => None,
-            (HangTimeout::After(timeout), Pulse::Steps { .. }) => Some(timeout.max(SHORTEST)),
+            (_, Pulse::None | Pulse::Steps { activity: 0, .. }) => None,
+            (_, Pulse::Steps { .. }) => self.timeout_of_steps(),
             (HangTimeout::After(timeout), Pulse::Cpu { .. }) => Some(timeout),
-            (HangTimeout::Default, Pulse::Steps { .. }) => Some(DEFAULT),
-            (HangTimeout::Default, Pulse::Cpu { .. }) => None,
+            (HangTimeout::Default | HangTimeout::Never, Pulse::Cpu { .. }) => None,
+        }
+    }
+
+    /// For ranks that know the link.
+    fn timeout_of_steps(&self) -> Option<Duration> {
+        match self.timeout {
+            HangTimeout::Never => None,
+            HangTimeout::Default => Some(DEFAULT),
+            HangTimeout::After(timeout) => Some(timeout.max(SHORTEST)),
         }
     }
 
@@ -131,11 +148,7 @@ impl HangWatch {
 
     /// When a rank will have been silent for too long, and which one: whatever it is doing, a process that runs says so.
     pub(crate) fn silence(&self) -> Option<(Duration, u32)> {
-        let timeout = match self.timeout {
-            HangTimeout::Never => return None,
-            HangTimeout::Default => DEFAULT,
-            HangTimeout::After(timeout) => timeout.max(SHORTEST),
-        };
+        let timeout = self.timeout_of_steps()?;
         let due = |(rank, pulse): (&u32, &Pulse)| match pulse {
             Pulse::Steps { heard, .. } => Some((*heard + timeout, *rank)),
             _ => None,
@@ -145,13 +158,7 @@ impl HangWatch {
 
     /// When the last rank that still did something will have stood still for too long.
     fn standstill(&self) -> Option<Duration> {
-        let due = |pulse: &Pulse| {
-            let timeout = self.timeout_of(pulse)?;
-            match pulse {
-                Pulse::None => None,
-                Pulse::Steps { changed, .. } | Pulse::Cpu { changed, .. } => Some(*changed + timeout),
-            }
-        };
+        let due = |pulse: &Pulse| Some(pulse.changed()? + self.timeout_of(pulse)?);
         let due = self.ranks.values().filter_map(due).max()?;
         // The agent that sees which rank is behind acts first; others only guess.
         let guesses = self.several_nodes && !self.is_evident(due);
@@ -195,11 +202,7 @@ impl HangWatch {
             Pulse::None => (u64::MAX, u64::MAX, Duration::MAX),
         })?;
         let still = self.ranks.values().find_map(|pulse| self.timeout_of(pulse))?.as_secs_f64();
-        let last = self.ranks.values().filter_map(|pulse| match pulse {
-            Pulse::None => None,
-            Pulse::Steps { changed, .. } | Pulse::Cpu { changed, .. } => Some(*changed),
-        });
-        let since = last.max().unwrap_or(now);
+        let since = self.ranks.values().filter_map(Pulse::changed).max().unwrap_or(now);
         let reason = match pulse {
             Pulse::Steps { step, heard, .. } => {
                 let silent = match now.saturating_sub(*heard) {

@@ -218,6 +218,11 @@ impl Agent {
         matches!(self.phase, Phase::Running)
     }
 
+    /// Whether the agent ends once its ranks have.
+    fn is_leaving(&self) -> bool {
+        matches!(self.phase, Phase::Stopping(Then::Exit(_)))
+    }
+
     /// Whether ranks are on their way out of a round, into the next one or to their end.
     pub(crate) fn is_regrouping(&self) -> bool {
         matches!(self.phase, Phase::Stopping(Then::Await | Then::Rejoin))
@@ -231,9 +236,7 @@ impl Agent {
         let mut actions = match event {
             Event::Coordinator(message) => self.coordinator(now, message),
             // It is how a job that this agent leaves anyway ends.
-            Event::CoordinatorLost(reason) | Event::NotMet(reason)
-                if matches!(self.phase, Phase::Stopping(Then::Exit(_))) =>
-            {
+            Event::CoordinatorLost(reason) | Event::NotMet(reason) if self.is_leaving() => {
                 self.alone(&reason)
             }
             Event::CoordinatorLost(reason) if self.rules.looks_again => self.lost(now, &reason),
@@ -337,7 +340,7 @@ impl Agent {
     }
 
     fn over(&mut self, now: Duration, reason: &str, no_restart: Option<String>) -> Vec<Action> {
-        if matches!(self.phase, Phase::Stopping(Then::Exit(_))) {
+        if self.is_leaving() {
             return self.alone(reason);
         }
         // The report says what failed here.
@@ -496,8 +499,7 @@ impl Agent {
         if due(self.kill_at) {
             (self.terminate_at, self.kill_at) = (None, None);
             let what = "ranks did not end within the shutdown timeout: killing them";
-            let is_last = matches!(self.phase, Phase::Stopping(Then::Exit(_)));
-            let kill = if is_last { Action::Kill } else { Action::KillUnparked };
+            let kill = if self.is_leaving() { Action::Kill } else { Action::KillUnparked };
             actions.extend([Action::Say(what.into()), kill]);
         } else if due(self.terminate_at) {
             self.terminate_at = None;
@@ -512,7 +514,7 @@ impl Agent {
     fn stop(&mut self, now: Duration, then: Then, ask: Ask) -> Vec<Action> {
         let already = matches!(self.phase, Phase::Stopping(_));
         let was_gentle = std::mem::take(&mut self.gentle);
-        let was_last = matches!(self.phase, Phase::Stopping(Then::Exit(_)));
+        let was_leaving = self.is_leaving();
         let is_last = matches!(then, Then::Exit(_));
         self.phase = Phase::Stopping(then);
         if self.alive.is_empty() {
@@ -530,7 +532,7 @@ impl Agent {
             _ if already && !was_gentle && !is_last => return Vec::new(),
             ask => ask,
         };
-        if already && (was_last || (is_last && self.stays.is_empty() && !was_gentle)) {
+        if already && (was_leaving || (is_last && self.stays.is_empty() && !was_gentle)) {
             return Vec::new();
         }
         let timeout = self.rules.shutdown_timeout;
@@ -541,8 +543,8 @@ impl Agent {
 
     /// Goes on once the last rank has ended, or has left the round.
     fn settle(&mut self) -> Vec<Action> {
-        let goes_on = !matches!(self.phase, Phase::Stopping(Then::Exit(_)));
-        if !(self.alive.is_empty() || (goes_on && self.alive.is_subset(&self.parked))) {
+        let is_ready = self.alive.is_empty() || (!self.is_leaving() && self.alive.is_subset(&self.parked));
+        if !is_ready {
             return Vec::new();
         }
         (self.terminate_at, self.kill_at) = (None, None);

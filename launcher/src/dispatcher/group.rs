@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -11,7 +10,6 @@ use std::time::{Duration, SystemTime};
 use ice_proto::exit::ExitCode;
 use ice_proto::link::{Down, Request, Up};
 use ice_proto::rendezvous::Round;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use tokio::sync::{mpsc, watch};
 
@@ -20,7 +18,7 @@ use super::spares::{Spare, Spares};
 use super::{ProcessId, RankEvent, hostname};
 use crate::agent::{Ask, End, Exit};
 use crate::logs::{Console, Files, Filtered, LogFile, LogFolder, Names, Pump, RankFiles, Sink, Target};
-use crate::logs::{coloured, prefix};
+use crate::logs::{coloured, pipe, prefix};
 use crate::report::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary};
 use crate::supervise::{Environment, Stdio, spawn};
 use crate::{Error, LaunchPlan};
@@ -96,9 +94,8 @@ impl<'a> Group<'a> {
         let mut missing = Vec::new();
         for local_rank in 0..self.plan.local_world_size() {
             let told = self.ranks.get(&local_rank).is_some_and(|member| {
-                let variables = environment.of(local_rank, &member.files.error);
-                let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-                member.living().is_some() && member.send(&Down::Round { variables })
+                member.living().is_some()
+                    && member.send(&environment.as_message(local_rank, &member.files.error))
             });
             if !told {
                 missing.push((local_rank, logs.rank(local_rank)?));
@@ -184,9 +181,7 @@ impl<'a> Group<'a> {
         // Nobody asks the pump of stdout for anything.
         Pump::start(stdout, self.sink(out, &files.stdout)?, ended.clone())?;
         member.become_rank(files.clone(), Pump::start(stderr, self.sink(err, &files.stderr)?, ended)?);
-        let variables = environment.of(local_rank, &files.error).into_iter();
-        let variables = variables.map(|(name, value)| (name.to_owned(), value)).collect();
-        match member.send(&Down::Round { variables }) {
+        match member.send(&environment.as_message(local_rank, &files.error)) {
             true => {
                 // It said so before it was anybody.
                 let _ = self.events.send(RankEvent::Said(member.id, Up::Stays));
@@ -270,8 +265,7 @@ impl<'a> Group<'a> {
         if !route.to_file && stream == Stream::Stdout && !over_status {
             return Ok((if route.to_console { Stdio::Inherit } else { Stdio::Null }, None));
         }
-        let (reader, writer): (OwnedFd, OwnedFd) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let (reader, writer) = pipe()?;
         let sink = self.sink(route, path)?;
         Ok((Stdio::Pipe(writer), Some(Pump::start(reader, sink, ended.clone())?)))
     }

@@ -6,9 +6,11 @@ mod group;
 mod inspect;
 mod link;
 mod member;
+mod pausing;
 mod question;
 mod screen;
 mod spares;
+mod watching;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -26,7 +28,7 @@ use tokio::sync::mpsc;
 use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
 use crate::report::{Events, ExitRecord, Happened, ProgressLines, Rounds};
-use crate::supervise::{Caught, Orphans, Signals, cpu_times, raise_open_files};
+use crate::supervise::{Caught, Orphans, Signals, raise_open_files};
 use crate::{Error, LaunchPlan};
 use clock::Clock;
 use group::Group;
@@ -225,8 +227,13 @@ impl<'a> Dispatcher<'a> {
                         {
                             self.run_stamp = Some(run_stamp.clone());
                         }
-                        if let ToAgent::RoundBroken { reason, .. } | ToAgent::Closed { reason, .. } = &message {
-                            self.end_round(reason);
+                        match &message {
+                            // What was said of an earlier round may be said again.
+                            ToAgent::RoundBroken { round, reason, .. } if self.rounds.current() == Some(*round) => {
+                                self.end_round(reason);
+                            }
+                            ToAgent::Closed { reason, .. } => self.end_round(reason),
+                            _ => {}
                         }
                         Event::Coordinator(message)
                     }
@@ -302,73 +309,6 @@ impl<'a> Dispatcher<'a> {
 
     fn stop(&self, signal: i32, save: bool) -> Event {
         Event::Stop { signal, save, together: self.group.agrees() }
-    }
-
-    fn is_paused(&self) -> bool {
-        !self.paused.is_empty()
-    }
-
-    /// Pauses the job and asks the user what to do, where that can be done.
-    fn asks(&mut self) -> bool {
-        if self.asking || !self.agent.is_running() || !self.group.agrees() || !question::is_possible() {
-            return false;
-        }
-        if let Err(error) = question::ask(self.sender.clone()) {
-            tracing::warn!(%error, "the user cannot be asked");
-            return false;
-        }
-        self.asking = true;
-        if self.paused.is_empty() {
-            self.request(Request::Pause);
-            self.console.note("pausing at the next step boundary; Ctrl-C again ends the job at once");
-        } else {
-            self.prompt();
-        }
-        true
-    }
-
-    fn request(&self, request: Request) {
-        self.log.add(&Happened::Requested { request });
-        self.group.request(request);
-    }
-
-    fn prompt(&self) {
-        self.console.say("Should I save the checkpoint? [Y/n] (c goes on) ");
-    }
-
-    fn answered(&mut self, answer: Answer) -> Option<Event> {
-        if !std::mem::take(&mut self.asking) {
-            return None;
-        }
-        let interrupt = Signal::SIGINT as i32;
-        match answer {
-            Answer::SaveAndEnd => Some(self.stop(interrupt, true)),
-            Answer::End => Some(self.stop(interrupt, false)),
-            Answer::GoOn => {
-                self.request(Request::Resume);
-                None
-            }
-        }
-    }
-
-    /// Notes that a rank was paused, or goes on.
-    fn rank_paused(&mut self, local_rank: u32, paused: bool) {
-        let (before, rank) = (self.paused.len(), self.group.rank(local_rank));
-        if paused {
-            self.paused.insert(local_rank);
-            self.progress.pause();
-            self.console.no_status();
-            self.log.add(&Happened::Paused { rank });
-        } else {
-            self.paused.remove(&local_rank);
-            self.log.add(&Happened::Resumed { rank });
-        }
-        match (before, self.paused.len()) {
-            (0, 1) if self.asking => self.prompt(),
-            (0, 1) => self.console.note("paused; SIGUSR2 goes on"),
-            (1, 0) if self.agent.is_running() => self.console.note("going on"),
-            _ => {}
-        }
     }
 
     /// Stops all ranks and then this process; goes on when it is continued.
@@ -452,47 +392,6 @@ impl<'a> Dispatcher<'a> {
             }
             Up::Hello { .. } | Up::Error { .. } | Up::Done | Up::Parked { round: None } => {}
         }
-        None
-    }
-
-    /// Looks whether the ranks still do something; one that is silent is not looked into.
-    fn look(&mut self) -> Option<Event> {
-        let now = self.clock.now();
-        let hang = match (self.agent.is_running(), self.agent.is_regrouping()) {
-            (true, _) if self.inspecting => None,
-            (true, _) => self.sampled(now).check(now),
-            (false, true) => self.hangs.check_silence(now),
-            (false, false) => None,
-        };
-        hang.and_then(|hang| self.hung(hang))
-    }
-
-    /// What is known of the ranks, CPU times included.
-    fn sampled(&mut self, now: Duration) -> &HangWatch {
-        if let Some(period) = self.hangs.sampling().filter(|_| now >= self.sample_at) {
-            self.sample_at = now + period;
-            let living = self.group.living();
-            let times = cpu_times(living.values().copied());
-            for (local_rank, pid) in living {
-                self.hangs.cpu_time(now, local_rank, times.get(&pid).copied().unwrap_or_default());
-            }
-        }
-        &self.hangs
-    }
-
-    /// Finds out how a rank got where it hangs, unless it is silent.
-    fn hung(&mut self, hang: Hang) -> Option<Event> {
-        let rank = self.group.rank(hang.local_rank);
-        self.log.add(&Happened::Hang { rank, reason: hang.reason.clone() });
-        if hang.is_silent {
-            self.hangs.gone(hang.local_rank);
-            self.trouble.get_or_insert(hang.since);
-            return Some(Event::Hung { local_rank: hang.local_rank, reason: hang.reason });
-        }
-        self.inspecting = true;
-        self.console.note(&format!("rank {rank}: {}: writing the stacks", hang.reason));
-        let round = self.group.round().unwrap_or_default();
-        tokio::spawn(inspect::inspect(round, hang, self.group.stack_files(), self.sender.clone()));
         None
     }
 

@@ -7,14 +7,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use ice_proto::link::Up;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::sync::{mpsc, watch};
 
 use super::member::Member;
 use super::{ProcessId, RankEvent};
 use crate::agent::Exit;
 use crate::cli::Program;
-use crate::logs::RankFiles;
+use crate::logs::{RankFiles, pipe};
 use crate::supervise::{Stdio, spawn};
 
 /// A spare, and the ends of what is read once it is a rank: its output, and that it lives.
@@ -24,7 +23,6 @@ pub(super) struct Spare {
     pub(super) ended: watch::Receiver<()>,
 }
 
-#[derive(Default)]
 pub(super) struct Spares {
     wanted: usize,
     all: Vec<Spare>,
@@ -50,13 +48,9 @@ impl Spares {
     ) -> io::Result<u32> {
         let (ours, theirs) = UnixStream::pair()?;
         let (lives, ended) = watch::channel(());
-        let pipe = || -> io::Result<(OwnedFd, Stdio)> {
-            let (reader, writer): (OwnedFd, OwnedFd) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-            fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-            Ok((reader, Stdio::Pipe(writer)))
-        };
         let ((stdout, to_stdout), (stderr, to_stderr)) = (pipe()?, pipe()?);
-        let rank = spawn(program, 0, None, variables, &theirs, [to_stdout, to_stderr])?;
+        let streams = [to_stdout, to_stderr].map(Stdio::Pipe);
+        let rank = spawn(program, 0, None, variables, &theirs, streams)?;
         let pid = rank.pid();
         let member = Member::started(id, rank, ours, None, lives, RankFiles::default(), events)?;
         self.all.push(Spare { member, streams: [stdout, stderr], ended });

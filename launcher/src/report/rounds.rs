@@ -88,6 +88,11 @@ impl Rounds {
         self.applied.insert(process, (local_rank, time));
     }
 
+    /// The number of the round that runs.
+    pub(crate) fn current(&self) -> Option<u64> {
+        self.current.as_ref().map(|(_, record)| record.round)
+    }
+
     /// The round ends, since something happened at a time; returns what became of it.
     pub(crate) fn end(
         &mut self,

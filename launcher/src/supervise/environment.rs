@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use ice_proto::env as names;
+use ice_proto::link::Down;
 use ice_proto::rendezvous::Round;
 
 use crate::LaunchPlan;
@@ -22,6 +23,12 @@ impl<'a> Environment<'a> {
     pub(crate) fn new(plan: &'a LaunchPlan, round: &'a Round, store: (&'a str, u16)) -> Self {
         let placed = place(&plan.devices, visible_devices().as_deref(), plan.virtual_local_rank);
         Self { plan, round, store, placed, threads: threads(plan, round) }
+    }
+
+    /// The variables of a rank, for one that lives.
+    pub(crate) fn as_message(&self, local_rank: u32, error_file: &Path) -> Down {
+        let variables = self.of(local_rank, error_file).into_iter();
+        Down::Round { variables: variables.map(|(name, value)| (name.to_owned(), value)).collect() }
     }
 
     /// The variables of a spare: none that would make a program take itself for a rank.

@@ -1,0 +1,78 @@
+//! What the user asks all ranks for: to pause, to go on, to save, to end.
+
+use ice_proto::link::Request;
+use nix::sys::signal::Signal;
+
+use super::Dispatcher;
+use super::question::{self, Answer};
+use crate::agent::Event;
+use crate::report::Happened;
+
+impl Dispatcher<'_> {
+    pub(super) fn is_paused(&self) -> bool {
+        !self.paused.is_empty()
+    }
+
+    /// Pauses the job and asks the user what to do, where that can be done.
+    pub(super) fn asks(&mut self) -> bool {
+        if self.asking || !self.agent.is_running() || !self.group.agrees() || !question::is_possible() {
+            return false;
+        }
+        if let Err(error) = question::ask(self.sender.clone()) {
+            tracing::warn!(%error, "the user cannot be asked");
+            return false;
+        }
+        self.asking = true;
+        if self.paused.is_empty() {
+            self.request(Request::Pause);
+            self.console.note("pausing at the next step boundary; Ctrl-C again ends the job at once");
+        } else {
+            self.prompt();
+        }
+        true
+    }
+
+    pub(super) fn request(&self, request: Request) {
+        self.log.add(&Happened::Requested { request });
+        self.group.request(request);
+    }
+
+    pub(super) fn prompt(&self) {
+        self.console.say("Should I save the checkpoint? [Y/n] (c goes on) ");
+    }
+
+    pub(super) fn answered(&mut self, answer: Answer) -> Option<Event> {
+        if !std::mem::take(&mut self.asking) {
+            return None;
+        }
+        let interrupt = Signal::SIGINT as i32;
+        match answer {
+            Answer::SaveAndEnd => Some(self.stop(interrupt, true)),
+            Answer::End => Some(self.stop(interrupt, false)),
+            Answer::GoOn => {
+                self.request(Request::Resume);
+                None
+            }
+        }
+    }
+
+    /// Notes that a rank was paused, or goes on.
+    pub(super) fn rank_paused(&mut self, local_rank: u32, paused: bool) {
+        let (before, rank) = (self.paused.len(), self.group.rank(local_rank));
+        if paused {
+            self.paused.insert(local_rank);
+            self.progress.pause();
+            self.console.no_status();
+            self.log.add(&Happened::Paused { rank });
+        } else {
+            self.paused.remove(&local_rank);
+            self.log.add(&Happened::Resumed { rank });
+        }
+        match (before, self.paused.len()) {
+            (0, 1) if self.asking => self.prompt(),
+            (0, 1) => self.console.note("paused; SIGUSR2 goes on"),
+            (1, 0) if self.agent.is_running() => self.console.note("going on"),
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! Whether the ranks of this node still do something.
+
+use std::time::Duration;
+
+use super::{Dispatcher, inspect};
+use crate::agent::{Event, Hang, HangWatch};
+use crate::report::Happened;
+use crate::supervise::cpu_times;
+
+impl Dispatcher<'_> {
+    /// Looks whether the ranks still do something; one that is silent is not looked into.
+    pub(super) fn look(&mut self) -> Option<Event> {
+        let now = self.clock.now();
+        let hang = match (self.agent.is_running(), self.agent.is_regrouping()) {
+            (true, _) if self.inspecting => None,
+            (true, _) => self.sampled(now).check(now),
+            (false, true) => self.hangs.check_silence(now),
+            (false, false) => None,
+        };
+        hang.and_then(|hang| self.hung(hang))
+    }
+
+    /// What is known of the ranks, CPU times included.
+    fn sampled(&mut self, now: Duration) -> &HangWatch {
+        if let Some(period) = self.hangs.sampling().filter(|_| now >= self.sample_at) {
+            self.sample_at = now + period;
+            let living = self.group.living();
+            let times = cpu_times(living.values().copied());
+            for (local_rank, pid) in living {
+                self.hangs.cpu_time(now, local_rank, times.get(&pid).copied().unwrap_or_default());
+            }
+        }
+        &self.hangs
+    }
+
+    /// Finds out how a rank got where it hangs, unless it is silent.
+    fn hung(&mut self, hang: Hang) -> Option<Event> {
+        let rank = self.group.rank(hang.local_rank);
+        self.log.add(&Happened::Hang { rank, reason: hang.reason.clone() });
+        if hang.is_silent {
+            self.hangs.gone(hang.local_rank);
+            self.trouble.get_or_insert(hang.since);
+            return Some(Event::Hung { local_rank: hang.local_rank, reason: hang.reason });
+        }
+        self.inspecting = true;
+        self.console.note(&format!("rank {rank}: {}: writing the stacks", hang.reason));
+        let round = self.group.round().unwrap_or_default();
+        tokio::spawn(inspect::inspect(round, hang, self.group.stack_files(), self.sender.clone()));
+        None
+    }
+}
