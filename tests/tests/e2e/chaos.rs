@@ -4,16 +4,13 @@
 //! more or fewer.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use tempfile::{TempDir, tempdir};
 
 use crate::random::Random;
-use crate::support::{Job, Program, TRAINING, built, checkpoints, free_port};
+use crate::support::{Job, Program, TRAINING, Traces, free_port, last_pass, random};
 
 /// Passes of a step, and of a repetition of the trainee's tasks.
 const PASSES: u64 = 2;
@@ -23,101 +20,41 @@ const LATER: u64 = 8_000;
 const TOGETHER: u64 = 400_000;
 
 struct Training {
-    folder: TempDir,
+    traces: Traces,
     repeats: u64,
     port: u16,
 }
 
 impl Training {
     fn new(repeats: u64) -> Self {
-        let mut folder = tempdir().unwrap();
-        folder.disable_cleanup(std::env::var_os("ICE_CHAOS_KEEP").is_some());
-        fs::create_dir(folder.path().join("seen")).unwrap();
-        Self { folder, repeats, port: free_port() }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).to_str().unwrap().to_owned()
+        Self { traces: Traces::new(), repeats, port: free_port() }
     }
 
     /// An agent with two ranks.
-    fn agent(&self, nodes: &str, node_rank: Option<&str>, devices: &str) -> Program {
-        let endpoint = format!("127.0.0.1:{}", self.port);
-        let of_node = node_rank.map_or(Vec::new(), |rank| vec!["--node-rank", rank]);
-        Program::ice_launch(["--nnodes", nodes, "--rdzv-endpoint", &endpoint])
-            .args(of_node)
-            .args(["--devices", devices, "--run-id", "chaos", "--log-dir", &self.path("logs")])
-            .args(["--max-restarts", "1000000"])
-            .args([
-                "--restart-backoff",
-                "0",
-                "--crash-loop-limit",
-                "0",
-                "--hang-timeout",
-                "3",
-                "--rdzv-conf",
-                "last_call_timeout=1",
-            ])
-            .arg(built("trainee"))
-            .args(["--seen", &self.path("seen"), "--life", "1", "--out-dir", &self.path("out")])
-            .args(["--repeats", &self.repeats.to_string()])
+    fn agent(&self, node_rank: &str) -> Program {
+        let (endpoint, logs) = (format!("127.0.0.1:{}", self.port), self.traces.path("logs"));
+        let launcher = Program::ice_launch(["--nnodes", "2", "--rdzv-endpoint", &endpoint])
+            .args(["--node-rank", node_rank, "--devices", "cpu:0-1", "--run-id", "chaos", "--log-dir", &logs])
+            .args(["--max-restarts", "1000000", "--restart-backoff", "0", "--crash-loop-limit", "0"])
+            .args(["--hang-timeout", "3", "--rdzv-conf", "last_call_timeout=1"]);
+        self.traces.trainee(launcher, 1).args(["--repeats", &self.repeats.to_string()])
     }
 
     /// By the number of the pass and the rank what was seen in it. Whatever is done again is the same again.
     fn seen(&self) -> BTreeMap<(u64, usize), Vec<usize>> {
         let mut seen = BTreeMap::new();
-        for rank in 0.. {
-            let Ok(text) = fs::read_to_string(Path::new(&self.path("seen")).join(format!("rank{rank}.txt")))
-            else {
-                break;
-            };
-            for line in text.lines() {
-                let mut parts = line.splitn(3, ' ');
-                let pass = parts.nth(1).unwrap().parse().unwrap();
-                // A rank that was killed may have left half a line.
-                let Some(Ok(indices)) = parts.next().map(serde_json::from_str::<Vec<usize>>) else {
-                    continue;
-                };
-                let before = seen.insert((pass, rank), indices.clone());
-                assert!(before.is_none_or(|before| before == indices), "pass {pass} of rank {rank}");
-            }
+        for pass in self.traces.passes() {
+            let Some(indices) = pass.indices else { continue };
+            let before = seen.insert((pass.number, pass.rank), indices.clone());
+            assert!(
+                before.is_none_or(|before| before == indices),
+                "pass {} of rank {}",
+                pass.number,
+                pass.rank
+            );
         }
         seen
     }
-
-    /// Files of the last checkpoint, and what its manifest says that a fault may not change.
-    fn end(&self) -> (BTreeMap<String, Vec<u8>>, BTreeMap<&'static str, serde_json::Value>) {
-        let last = checkpoints(Path::new(&self.path("out"))).pop().unwrap();
-        let files = fs::read_dir(&last).unwrap().map(|entry| entry.unwrap().path());
-        let mut files: BTreeMap<_, _> = files
-            .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(path).unwrap()))
-            .collect();
-        let manifest: serde_json::Value =
-            serde_json::from_slice(&files.remove("manifest.json").unwrap()).unwrap();
-        (files, ["counters", "tasks"].map(|key| (key, manifest[key].clone())).into())
-    }
-}
-
-impl Training {
-    /// What the agents have written down of the rounds.
-    fn rounds(&self) -> Vec<serde_json::Value> {
-        let folders = fs::read_dir(self.path("logs")).unwrap().map(|entry| entry.unwrap().path());
-        let texts = folders.filter_map(|folder| fs::read_to_string(folder.join("rounds.jsonl")).ok());
-        let rounds = texts.flat_map(|text| text.lines().map(serde_json::from_str).collect::<Vec<_>>());
-        rounds.filter_map(Result::ok).collect()
-    }
-}
-
-fn last_pass(text: &str) -> u64 {
-    let numbers = text.lines().filter_map(|line| line.strip_prefix("pass ")?.parse().ok());
-    numbers.max().unwrap_or(0)
-}
-
-fn random() -> Random {
-    let seed = std::env::var("ICE_CHAOS_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
-    println!("ICE_CHAOS_SEED={seed} replays it");
-    Random::new(seed)
 }
 
 fn pick(ranks: &[Pid], random: &mut Random) -> Option<Pid> {
@@ -130,17 +67,17 @@ fn ranks_of(job: &Job) -> Vec<Pid> {
 
 #[test]
 fn two_hundred_faults_leave_no_trace() {
-    let mut random = random();
+    let mut random = random("ICE_CHAOS_SEED");
     let faults = std::env::var("ICE_CHAOS_FAULTS").ok().and_then(|faults| faults.parse().ok()).unwrap_or(200);
     let repeats = faults / 4 + 6;
     let undisturbed = Training::new(repeats);
-    let other = undisturbed.agent("2", Some("1"), "cpu:0-1").start();
-    undisturbed.agent("2", Some("0"), "cpu:0-1").run(TRAINING).expect_code(0);
+    let other = undisturbed.agent("1").start();
+    undisturbed.agent("0").run(TRAINING).expect_code(0);
     other.finish(TRAINING).expect_code(0);
 
     let training = Training::new(repeats);
-    let first = training.agent("2", Some("0"), "cpu:0-1").start();
-    let mut second = training.agent("2", Some("1"), "cpu:0-1").start();
+    let first = training.agent("0").start();
+    let mut second = training.agent("1").start();
     let (mut killed, mut stopped, mut agents, mut together) = (0, 0, 0, 0);
     let mut pass = 0;
     for _ in 0..faults {
@@ -161,7 +98,7 @@ fn two_hundred_faults_leave_no_trace() {
             }
             2..6 => {
                 agents += 1;
-                drop(std::mem::replace(&mut second, training.agent("2", Some("1"), "cpu:0-1").start()));
+                drop(std::mem::replace(&mut second, training.agent("1").start()));
             }
             _ => {
                 killed += 1;
@@ -175,7 +112,7 @@ fn two_hundred_faults_leave_no_trace() {
     );
     first.expect_code(0);
     second.finish(TRAINING).expect_code(0);
-    let rounds = training.rounds();
+    let rounds = training.traces.rounds();
     assert!(rounds.iter().all(|round| round["repeated_steps"].as_u64().unwrap() <= 1), "{rounds:?}");
     let mut recoveries: Vec<_> =
         rounds.iter().filter_map(|round| round["recovered_after"].as_f64()).collect();
@@ -194,9 +131,5 @@ fn two_hundred_faults_leave_no_trace() {
         seen.iter().filter(|(place, indices)| expected.get(place) != Some(indices)).collect();
     assert!(others.is_empty(), "{others:?}\n{}", first.transcript());
     assert!(expected.len() - seen.len() <= faults as usize, "{} of {}", seen.len(), expected.len());
-    let ((files, says), (bits, said)) = (training.end(), undisturbed.end());
-    assert_eq!(says, said, "{}", first.transcript());
-    for (name, bytes) in &files {
-        assert!(*bytes == bits[name], "{name} has other bits\n{}", first.transcript());
-    }
+    training.traces.assert_same_end(&undisturbed.traces, &["counters", "tasks"], &first.transcript());
 }

@@ -1,68 +1,38 @@
 //! Nodes that leave and come while a training goes on: nothing is done again, and no sample is left out or seen twice.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
 
 use rustix::process::Signal;
-use tempfile::{TempDir, tempdir};
 
-use crate::support::{Job, Program, TRAINING, built, free_port};
-
-/// As the trainee has them.
-const SAMPLES: usize = 46;
+use crate::support::{Job, Program, SAMPLES, TRAINING, Traces, assert_epochs, free_port, last_pass};
 
 struct Training {
-    folder: TempDir,
+    traces: Traces,
     port: u16,
 }
 
 impl Training {
-    fn new() -> Self {
-        let folder = tempdir().unwrap();
-        fs::create_dir(folder.path().join("seen")).unwrap();
-        Self { folder, port: free_port() }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).to_str().unwrap().to_owned()
-    }
-
     fn agent(&self, node_rank: &str, options: &[&str]) -> Program {
-        let endpoint = format!("127.0.0.1:{}", self.port);
-        let (seen, out, logs) = (self.path("seen"), self.path("out"), self.path("logs"));
-        Program::ice_launch(["--nnodes", "1:4", "--rdzv-backend", "c10d", "--rdzv-endpoint", &endpoint])
-            .args(["--node-rank", node_rank, "--devices", "cpu:0", "--run-id", "elastic", "--log-dir", &logs])
-            .arg(built("trainee"))
-            .args(["--seen", &seen, "--life", "1", "--out-dir", &out])
-            .args(options)
+        let (endpoint, logs) = (format!("127.0.0.1:{}", self.port), self.traces.path("logs"));
+        let launcher = Program::ice_launch(["--nnodes", "1:4", "--rdzv-backend", "c10d"])
+            .args(["--rdzv-endpoint", &endpoint, "--node-rank", node_rank, "--devices", "cpu:0"])
+            .args(["--run-id", "elastic", "--log-dir", &logs]);
+        self.traces.trainee(launcher, 1).args(options)
     }
 
     /// All indices in the order in which they were trained on, and how many passes were done twice.
     fn order(&self) -> (Vec<usize>, usize) {
         let mut seen: BTreeMap<(u64, usize), Vec<usize>> = BTreeMap::new();
         let mut twice = 0;
-        for rank in 0..4 {
-            let Ok(text) = fs::read_to_string(Path::new(&self.path("seen")).join(format!("rank{rank}.txt")))
-            else {
-                break;
-            };
-            for line in text.lines() {
-                let mut parts = line.splitn(3, ' ');
-                let pass = parts.nth(1).unwrap().parse().unwrap();
-                let indices: Vec<usize> = serde_json::from_str(parts.next().unwrap()).unwrap();
-                if let Some(before) = seen.insert((pass, rank), indices.clone()) {
-                    assert_eq!(before, indices, "pass {pass} of rank {rank}");
-                    twice += 1;
-                }
+        for pass in self.traces.passes() {
+            let indices = pass.indices.unwrap();
+            if let Some(before) = seen.insert((pass.number, pass.rank), indices.clone()) {
+                assert_eq!(before, indices, "pass {} of rank {}", pass.number, pass.rank);
+                twice += 1;
             }
         }
         (seen.into_values().flatten().collect(), twice)
     }
-}
-
-fn last_pass(text: &str) -> u64 {
-    text.lines().filter_map(|line| line.strip_prefix("pass ")?.parse().ok()).max().unwrap_or(0)
 }
 
 /// Waits until rank 0, which is this agent's, has gone on a little.
@@ -82,7 +52,7 @@ fn world_size(job: &Job, ranks: usize) {
 #[test]
 fn a_training_shrinks_from_four_nodes_to_one_and_grows_again_without_doing_anything_twice() {
     let options = ["--per-rank", "4", "--repeats", "400"];
-    let training = Training::new();
+    let training = Training { traces: Traces::new(), port: free_port() };
     let agent = |node_rank: &str| training.agent(node_rank, &options).start();
     let first = agent("0");
     let mut others = ["1", "2", "3"].map(agent).into_iter().collect::<Vec<Job>>();
@@ -107,21 +77,14 @@ fn a_training_shrinks_from_four_nodes_to_one_and_grows_again_without_doing_anyth
     let (order, twice) = training.order();
     assert_eq!(twice, 0, "{}", first.transcript());
     assert!(order.len() > 4 * SAMPLES, "{}", order.len());
-    for (number, epoch) in order.chunks_exact(SAMPLES).enumerate() {
-        let mut epoch = epoch.to_vec();
-        epoch.sort_unstable();
-        assert!(epoch.iter().copied().eq(0..SAMPLES), "epoch {number}: {epoch:?}");
-    }
+    assert_epochs(&order);
     first.expect_in_stderr(&["going on with 1 nodes"]);
     assert!(
         first.stdout.contains("1 ranks share the batches of the 4 that the run began with"),
         "{}",
         first.transcript()
     );
-    let rounds = fs::read_dir(training.path("logs")).unwrap().map(|entry| entry.unwrap().path());
-    let rounds: Vec<_> =
-        rounds.filter_map(|folder| fs::read_to_string(folder.join("rounds.jsonl")).ok()).collect();
-    let records = rounds.iter().flat_map(|text| text.lines()).map(|line| serde_json::from_str(line).unwrap());
-    let repeated = records.map(|record: serde_json::Value| record["repeated_steps"].as_u64().unwrap());
+    let repeated = training.traces.rounds();
+    let repeated = repeated.iter().map(|record| record["repeated_steps"].as_u64().unwrap());
     assert_eq!(repeated.sum::<u64>(), 0);
 }

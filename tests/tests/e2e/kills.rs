@@ -4,20 +4,15 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
 use ice_proto::exit::ExitCode;
 use rustix::process::Signal;
-use serde_json::Value;
-use tempfile::{TempDir, tempdir};
 
-use crate::random::Random;
-use crate::support::{Job, Program, TRAINING, built, checkpoints};
+use crate::support::{Job, Program, SAMPLES, TRAINING, Traces, assert_epochs, random};
 
-/// As the trainee has them.
-const SAMPLES: usize = 46;
+const SEED: &str = "ICE_KILL_SEED";
 /// The longest wait between a pass and the signal, in microseconds: about as long as some steps, a save or an evaluation take.
 const LATER: u64 = 8_000;
 
@@ -25,26 +20,21 @@ const EVERY_STEP: [&str; 2] = ["--save-every-steps", "1"];
 
 /// A training in several lives.
 struct Training {
-    folder: TempDir,
+    traces: Traces,
     options: Vec<&'static str>,
     lives: u64,
 }
 
 impl Training {
     fn new(options: &[&'static str]) -> Self {
-        let folder = tempdir().unwrap();
-        fs::create_dir(folder.path().join("seen")).unwrap();
-        Self { folder, options: options.to_vec(), lives: 0 }
+        Self { traces: Traces::new(), options: options.to_vec(), lives: 0 }
     }
 
     fn next_life(&mut self, devices: &str) -> Program {
         self.lives += 1;
-        let path = |name: &str| self.folder.path().join(name).to_str().unwrap().to_owned();
-        let program = Program::ice_launch(["--devices", devices, "--run-id", "trainee"])
-            .arg(built("trainee"))
-            .args(["--seen", &path("seen"), "--life", &self.lives.to_string(), "--out-dir", &path("out")])
-            .args(&self.options);
-        let resume = !self.checkpoints().is_empty();
+        let launcher = Program::ice_launch(["--devices", devices, "--run-id", "trainee"]);
+        let program = self.traces.trainee(launcher, self.lives).args(&self.options);
+        let resume = !self.traces.checkpoints().is_empty();
         program.args(if resume { &["--resume-from", "latest"][..] } else { &[] })
     }
 
@@ -67,13 +57,9 @@ impl Training {
         job
     }
 
-    fn checkpoints(&self) -> Vec<PathBuf> {
-        checkpoints(&self.folder.path().join("out"))
-    }
-
     /// Half-written checkpoints that a kill has left.
     fn partial(&self) -> usize {
-        let runs = fs::read_dir(self.folder.path().join("out")).unwrap();
+        let runs = fs::read_dir(self.traces.path("out")).unwrap();
         let names =
             runs.flat_map(|run| fs::read_dir(run.unwrap().path().join("ckpts")).into_iter().flatten());
         names
@@ -81,21 +67,10 @@ impl Training {
             .count()
     }
 
-    /// What the last checkpoint holds: its files, and what its manifest says that a life before may not change.
-    fn end(&self) -> (BTreeMap<String, Vec<u8>>, Vec<Value>) {
-        let last = self.checkpoints().pop().unwrap();
-        let files = fs::read_dir(&last).unwrap().map(|entry| entry.unwrap().path());
-        let mut files: BTreeMap<_, _> = files
-            .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(path).unwrap()))
-            .collect();
-        let manifest: Value = serde_json::from_slice(&files.remove("manifest.json").unwrap()).unwrap();
-        (files, ["counters", "tasks", "measures", "nodes"].map(|key| manifest[key].clone()).into())
-    }
-
     /// Passes of rank 0 that were done again in a later life.
     fn repeated(&self) -> usize {
-        let text = fs::read_to_string(self.folder.path().join("seen/rank0.txt")).unwrap();
-        let mut passes: Vec<_> = text.lines().map(|line| line.split(' ').nth(1).unwrap()).collect();
+        let of_main = self.traces.passes().into_iter().filter(|pass| pass.rank == 0);
+        let mut passes: Vec<_> = of_main.map(|pass| pass.number).collect();
         let all = passes.len();
         passes.sort_unstable();
         passes.dedup();
@@ -105,36 +80,22 @@ impl Training {
     /// By the number of the pass what each rank saw in it: in the last life that got so far.
     fn seen(&self) -> BTreeMap<u64, BTreeMap<usize, Vec<usize>>> {
         let mut seen: BTreeMap<u64, (u64, BTreeMap<usize, Vec<usize>>)> = BTreeMap::new();
-        for rank in 0.. {
-            let path = self.folder.path().join(format!("seen/rank{rank}.txt"));
-            let Ok(text) = fs::read_to_string(path) else { break };
-            for line in text.lines() {
-                let mut parts = line.splitn(3, ' ');
-                let mut number = || parts.next().unwrap().parse::<u64>().unwrap();
-                let (life, pass) = (number(), number());
-                let indices = serde_json::from_str(parts.next().unwrap()).unwrap();
-                let known = seen.entry(pass).or_default();
-                if life > known.0 {
-                    *known = (life, BTreeMap::new());
-                }
-                if life == known.0 {
-                    known.1.insert(rank, indices);
-                }
+        for pass in self.traces.passes() {
+            let indices = pass.indices.unwrap();
+            let known = seen.entry(pass.number).or_default();
+            if pass.life > known.0 {
+                *known = (pass.life, BTreeMap::new());
+            }
+            if pass.life == known.0 {
+                known.1.insert(pass.rank, indices);
             }
         }
         seen.into_iter().map(|(pass, (_, ranks))| (pass, ranks)).collect()
     }
 }
 
-fn random() -> Random {
-    let seed = std::env::var("ICE_KILL_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
-    println!("ICE_KILL_SEED={seed} replays it");
-    Random::new(seed)
-}
-
 fn is_never_killed(devices: &str, options: &[&'static str], kills: u64) {
-    let mut random = random();
+    let mut random = random(SEED);
     let mut undisturbed = Training::new(options);
     undisturbed.finish(devices);
     let mut killed = Training::new(options);
@@ -148,14 +109,8 @@ fn is_never_killed(devices: &str, options: &[&'static str], kills: u64) {
 }
 
 fn assert_same_end(disturbed: &Training, undisturbed: &Training) {
-    let ((expected, said), (files, says)) = (undisturbed.end(), disturbed.end());
-    for (says, said) in says.iter().zip(&said) {
-        assert_eq!(says, said);
-    }
-    assert_eq!(files.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
-    for (name, bytes) in &files {
-        assert!(*bytes == expected[name], "{name} has other bits");
-    }
+    let keys = ["counters", "tasks", "measures", "nodes"];
+    disturbed.traces.assert_same_end(&undisturbed.traces, &keys, "");
 }
 
 #[test]
@@ -170,7 +125,7 @@ fn kills_leave_no_trace_where_three_ranks_share_the_state_and_the_writing() {
 
 #[test]
 fn stops_leave_no_trace_and_lose_no_step() {
-    let mut random = random();
+    let mut random = random(SEED);
     let options = ["--shard-optimizer"];
     let mut undisturbed = Training::new(&options);
     undisturbed.finish("cpu:0-2");
@@ -189,7 +144,7 @@ fn stops_leave_no_trace_and_lose_no_step() {
 
 #[test]
 fn every_sample_is_seen_once_an_epoch_whatever_the_number_of_ranks() {
-    let mut random = random();
+    let mut random = random(SEED);
     let mut training = Training::new(&[&EVERY_STEP[..], &["--shard-optimizer"]].concat());
     for devices in ["cpu:0-1", "cpu:0-2", "cpu:0", "cpu:0-2", "cpu:0-1", "cpu:0"] {
         training.kill(devices, 2 + random.below(5), Duration::from_micros(random.below(LATER)));
@@ -199,11 +154,7 @@ fn every_sample_is_seen_once_an_epoch_whatever_the_number_of_ranks() {
         training.seen().into_values().flat_map(|ranks| ranks.into_values().flatten()).collect();
     let epochs = order.chunks_exact(SAMPLES);
     assert!(epochs.len() >= 10 && epochs.remainder().len() < SAMPLES, "{}", order.len());
-    for (number, epoch) in epochs.enumerate() {
-        let mut epoch = epoch.to_vec();
-        epoch.sort_unstable();
-        assert!(epoch.iter().copied().eq(0..SAMPLES), "epoch {number}: {epoch:?}");
-    }
+    assert_epochs(&order);
     let mut undisturbed = Training::new(&[&EVERY_STEP[..], &["--shard-optimizer"]].concat());
     undisturbed.finish("cpu:0");
     let whole: Vec<usize> =

@@ -4,6 +4,7 @@ mod built;
 mod job;
 mod leftovers;
 mod saved;
+mod traces;
 
 use std::fs;
 use std::net::TcpListener;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 pub(crate) use built::{built, cargo, executables};
 pub(crate) use job::{Finished, Job, Program};
 pub(crate) use saved::checkpoints;
+pub(crate) use traces::{SAMPLES, Traces, assert_epochs, last_pass, random};
 
 /// How long anything but training may take. It bounds a failure; no test waits for it to pass.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
