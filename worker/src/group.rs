@@ -52,7 +52,7 @@ pub(crate) fn join(env: &RankEnv, device: Device) -> Result<(ProcessGroup, Store
 
 /// The address of this host on the way to the store: the one that the other ranks can reach it by. A host's own name often
 /// resolves to loopback, which they cannot.
-fn local_address(master_addr: &str, master_port: u16) -> Option<String> {
+pub(crate) fn local_address(master_addr: &str, master_port: u16) -> Option<String> {
     let any = if master_addr.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
     let probe = UdpSocket::bind(any).ok()?;
     probe.connect((master_addr, master_port)).ok()?;

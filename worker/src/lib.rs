@@ -5,6 +5,7 @@
 //! runs under torchrun as well, without a link.
 
 mod agree;
+pub mod copies;
 mod device;
 mod error;
 mod group;

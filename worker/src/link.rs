@@ -48,6 +48,9 @@ struct Inner {
     requests: mpsc::Sender<Request>,
 }
 
+/// Ends what somebody may wait for.
+type Cut = Arc<dyn Fn() + Send + Sync>;
+
 /// What the agent wants, and what the rank is about.
 #[derive(Default)]
 struct State {
@@ -65,6 +68,8 @@ struct State {
     noticed: bool,
     /// Of the round, as far as they are there.
     connections: Option<Connections>,
+    /// What else of the round is to be cut.
+    cuts: Vec<Cut>,
     group: Option<ProcessGroup>,
     store: Option<Store>,
     /// Where the last words go.
@@ -314,7 +319,7 @@ impl Link {
             state.round = Some(env.round);
             (state.boundaries, state.rests, state.noticed) = (Boundaries::default(), None, false);
             (state.node, state.stopping) = (env.group_rank, false);
-            state.connections = Some(connections.clone());
+            (state.connections, state.cuts) = (Some(connections.clone()), Vec::new());
             drop(state);
             // A rank that has been at work is expected to be so again.
             if inner.step.load(Ordering::Relaxed) > 0 {
@@ -322,6 +327,17 @@ impl Link {
             }
         }
         connections
+    }
+
+    /// Has this called when the round that the rank is in is over; at once where it is.
+    pub(crate) fn cut_with_round(&self, cut: impl Fn() + Send + Sync + 'static) {
+        let Some(inner) = &self.inner else { return };
+        let mut state = inner.state();
+        if state.stop() == Some(Stop::Broken) {
+            drop(state);
+            return cut();
+        }
+        state.cuts.push(Arc::new(cut));
     }
 
     /// Takes part in what the ranks of a round agree on over its store.
@@ -545,7 +561,9 @@ impl Inner {
     fn cut(&self) {
         let state = self.state();
         let (connections, group) = (state.connections.clone(), state.group.clone());
+        let cuts = state.cuts.clone();
         drop(state);
+        cuts.iter().for_each(|cut| cut());
         if let Some(connections) = connections {
             connections.cut();
         }

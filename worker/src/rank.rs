@@ -12,7 +12,7 @@ use ice_proto::link::{Progress, Up};
 use tch::{Device, Tensor};
 
 use crate::round::{Membership, settle};
-use crate::{Error, Link, device};
+use crate::{Error, Link, device, group};
 
 /// One process of a job, bound to its device and a member of the process group of a round; or a process on its own.
 pub struct Worker {
@@ -238,6 +238,17 @@ impl Worker {
         self.round.borrow().store.clone()
     }
 
+    /// The node that this rank is on, counted from 0.
+    pub fn node(&self) -> u32 {
+        self.round.borrow().env.group_rank
+    }
+
+    /// The address of this host on the way to the store.
+    pub(crate) fn local_address(&self) -> Option<String> {
+        let member = self.round.borrow();
+        group::local_address(&member.env.master_addr, member.env.master_port)
+    }
+
     /// Number of the round.
     pub fn round(&self) -> u64 {
         self.round.borrow().env.round
@@ -313,8 +324,8 @@ impl Worker {
         group.barrier().and_then(ice_c10d::Work::wait).map_err(collective("barrier"))
     }
 
-    /// Tells the agent that the first training step in the round has been applied, `repeated` where it had been begun before.
-    pub fn first_step(&self, step: u64, repeated: bool) {
+    /// Tells the agent that the first training step in the round has been applied, and how many had been begun before and are done again.
+    pub fn first_step(&self, step: u64, repeated: u64) {
         self.link.send(&Up::FirstStep { round: self.round(), step, repeated });
     }
 

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
@@ -6,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::catalog::{Catalog, Section};
 use crate::header::Header;
 use crate::stream::file_info;
-use crate::{CHUNK, Counts, Error, Manifest, Result, verify_file};
+use crate::{CHUNK, Counts, Error, FileInfo, Manifest, Result, verify_file};
 
 /// A checkpoint that was read once, whole, and found to be what was written. Its tensors stay on the disk.
 #[derive(Debug)]
@@ -92,6 +93,29 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] for headers that are damaged or do not fit each other.
     pub fn headers(path: &Path, manifest: &Manifest) -> Result<Catalog> {
         Self::read_catalog(path, manifest)
+    }
+
+    /// A checkpoint whose files are in memory: by name the header and the length, with the header, of each. `place` says so where a path would
+    /// stand.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for headers that are damaged or do not fit each other.
+    pub fn in_memory(
+        place: PathBuf,
+        mut manifest: Manifest,
+        files: BTreeMap<String, (Vec<u8>, u64)>,
+    ) -> Result<Self> {
+        let mut catalog = Catalog::default();
+        manifest.files.clear();
+        for (name, (header, bytes)) in files {
+            let fail = |problem: String| Error::checkpoint(&place, format!("{name} {problem}"));
+            let Some(section) = Section::of(&name) else { continue };
+            let header = Header::read(&mut header.as_slice(), bytes).map_err(fail)?;
+            catalog.add(section, &name, header.data_start, header.tensors).map_err(fail)?;
+            manifest.files.insert(name, FileInfo { bytes, crc32c: 0 });
+        }
+        catalog.complete().map_err(|problem| Error::checkpoint(&place, problem))?;
+        Ok(Self { path: place, manifest, catalog })
     }
 
     /// A checkpoint that another process has opened.

@@ -44,6 +44,17 @@ pub(crate) fn broadcast_bytes(bytes: &[u8], source: usize, worker: &Worker) -> R
     Ok(bytes)
 }
 
+/// What each rank has, on every rank, in order of rank.
+pub(crate) fn gather_all<T: Serialize + DeserializeOwned>(own: &T, worker: &Worker) -> Result<Vec<T>> {
+    let fail = |error: serde_json::Error| Error::Resume(error.to_string());
+    let mut bytes = serde_json::to_vec(own).map_err(fail)?;
+    let lens = gather(&[bytes.len() as i64], worker)?.concat();
+    let longest = lens.iter().max().map_or(0, |len| *len as usize);
+    bytes.resize(longest, 0);
+    let rows = gather(&bytes, worker)?.into_iter().zip(lens);
+    rows.map(|(row, len)| serde_json::from_slice(&row[..len as usize]).map_err(fail)).collect()
+}
+
 /// The rows of all ranks, in order of rank. All are as long.
 pub(crate) fn gather<T: Element + Clone>(own: &[T], worker: &Worker) -> Result<Vec<Vec<T>>>
 where

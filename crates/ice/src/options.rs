@@ -57,6 +57,11 @@ pub struct RunOptions {
     #[arg(long, value_name = "RULE", value_enum, default_value_t, help_heading = "Run")]
     pub elastic_batch: BatchRule,
 
+    /// Where optimizers are sharded, give another rank a copy of each rank's part every so many training steps, so that none is lost with a
+    /// rank; 0 for going back to the newest checkpoint instead.
+    #[arg(long, value_name = "STEPS", default_value_t = 20, help_heading = "Run")]
+    pub copy_shards_every: u64,
+
     /// Show the losses of every such training step as TensorBoard events, in the run's folder; 0 for the ends of epochs alone.
     #[arg(long, value_name = "STEPS", default_value_t = 50, help_heading = "Run")]
     pub log_every: u64,
@@ -91,6 +96,7 @@ impl RunOptions {
                 strict: !self.resume_if_it_fits,
             },
             log_every: NonZeroU64::new(self.log_every),
+            copy_shards_every: NonZeroU64::new(self.copy_shards_every),
             check_finite: self.check_finite,
             elastic_batch: match self.elastic_batch {
                 BatchRule::KeepGlobal => ElasticBatch::KeepGlobal,

@@ -13,6 +13,8 @@
 //! The decoder is fed bytes as they come and trusts none of them: the length is checked against the limit of the
 //! channel before anything is allocated, and the first bad byte poisons the stream.
 
+use std::io::{self, Read};
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -138,6 +140,25 @@ impl Decoder {
         self.consumed += HEADER_LEN + len;
         Ok(Some(message))
     }
+}
+
+/// Reads one message from a stream, and nothing after it: what is no message may follow. Blocks.
+///
+/// # Errors
+/// That of the stream, or of kind `InvalidData` a [`FrameError`].
+pub fn read<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<T> {
+    let invalid = |error: FrameError| io::Error::new(io::ErrorKind::InvalidData, error);
+    let (mut decoder, mut header) = (Decoder::new(), [0; HEADER_LEN]);
+    from.read_exact(&mut header)?;
+    decoder.feed(&header);
+    if let Some(message) = decoder.next_message().map_err(invalid)? {
+        return Ok(message);
+    }
+    // The decoder has found it to be within the limit.
+    let mut body = vec![0; u32::from_le_bytes([header[8], header[9], header[10], header[11]]) as usize];
+    from.read_exact(&mut body)?;
+    decoder.feed(&body);
+    decoder.next_message().map_err(invalid)?.ok_or_else(|| invalid(FrameError::Damaged))
 }
 
 fn bad_magic(bytes: &[u8]) -> FrameError {

@@ -6,6 +6,7 @@
 
 pub mod auth;
 pub mod backend;
+pub mod copies;
 pub mod env;
 pub mod error_file;
 pub mod exit;

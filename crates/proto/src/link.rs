@@ -37,8 +37,8 @@ pub enum Up {
         round: u64,
         /// Applied steps.
         step: u64,
-        /// Whether that step had been begun before, in a round that ended.
-        repeated: bool,
+        /// Steps that are done again, that one included: they were begun before, in a round that ended.
+        repeated: u64,
     },
     /// Sent every second: the rank is alive and has applied this many optimizer steps.
     Heartbeat {

@@ -29,7 +29,7 @@ pub(crate) enum Happened {
         exit: ExitRecord,
     },
     /// The first training step in a round was applied.
-    FirstStep { round: u64, step: u64, repeated: bool },
+    FirstStep { round: u64, step: u64, repeated: u64 },
     /// A rank wrote a checkpoint.
     CheckpointSaved { rank: u32, path: String, step: u64 },
     /// The agent was sent a signal.

@@ -70,11 +70,11 @@ impl Rounds {
     }
 
     /// The first training step in a round was applied; every rank says so. Whether this one is the first to.
-    pub(crate) fn first_step(&mut self, now: Duration, round: u64, step: u64, repeated: bool) -> bool {
+    pub(crate) fn first_step(&mut self, now: Duration, round: u64, step: u64, repeated: u64) -> bool {
         let Some((_, record)) = self.current.as_mut().filter(|(_, record)| record.round == round) else {
             return false;
         };
-        record.repeated_steps = record.repeated_steps.max(repeated.into());
+        record.repeated_steps = record.repeated_steps.max(repeated);
         let is_first = record.first_step.is_none();
         if is_first {
             record.first_step = Some(step);
@@ -159,15 +159,15 @@ mod tests {
     fn a_recovery_is_measured_from_what_ended_the_round_to_the_next_step() {
         let mut rounds = Rounds::default();
         rounds.start(s(1), &round(0), vec![0, 1]);
-        rounds.first_step(s(3), 0, 1, false);
+        rounds.first_step(s(3), 0, 1, 0);
         rounds.applied(1, 0, s(4));
         rounds.applied(2, 1, s(4));
         let ended = rounds.end(s(10), Some(s(7)), "local rank 1 hangs").unwrap();
         assert_eq!((ended.lasted, ended.detected_after, ended.recovered_after), (9.0, Some(3.0), None));
         rounds.start(s(11), &round(1), vec![1]);
-        rounds.first_step(s(12), 1, 4, true);
-        rounds.first_step(s(13), 1, 4, false);
-        assert!(!rounds.first_step(s(13), 0, 9, true), "of another round");
+        rounds.first_step(s(12), 1, 4, 1);
+        rounds.first_step(s(13), 1, 4, 0);
+        assert!(!rounds.first_step(s(13), 0, 9, 7), "of another round");
         rounds.applied(1, 0, s(12));
         rounds.applied(3, 1, s(8));
         let ended = rounds.end(s(21), None, "all is done").unwrap();

@@ -3,12 +3,15 @@
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
-use crate::support::{SOON, free_port};
+use crate::support::free_port;
+
+/// As long as etcd may take to start, or a job to have a coordinator.
+const SOON: Duration = Duration::from_secs(60);
 
 pub(crate) struct Etcd {
     child: Child,

@@ -4,19 +4,22 @@ use std::collections::BTreeMap;
 
 use rustix::process::Signal;
 
+use crate::server::Etcd;
 use crate::support::{Job, Program, SAMPLES, TRAINING, Traces, assert_epochs, free_port, last_pass};
 
 struct Training {
     traces: Traces,
-    port: u16,
+    backend: &'static str,
+    endpoint: String,
 }
 
 impl Training {
     fn agent(&self, node_rank: &str, options: &[&str]) -> Program {
-        let (endpoint, logs) = (format!("127.0.0.1:{}", self.port), self.traces.path("logs"));
-        let launcher = Program::ice_launch(["--nnodes", "1:4", "--rdzv-backend", "c10d"])
-            .args(["--rdzv-endpoint", &endpoint, "--node-rank", node_rank, "--devices", "cpu:0"])
-            .args(["--run-id", "elastic", "--log-dir", &logs]);
+        let logs = self.traces.path("logs");
+        let launcher = Program::ice_launch(["--nnodes", "1:4", "--rdzv-backend", self.backend])
+            .args(["--rdzv-endpoint", &self.endpoint, "--node-rank", node_rank, "--devices", "cpu:0"])
+            .args(["--run-id", "elastic", "--log-dir", &logs, "--max-restarts", "9"])
+            .args(["--rdzv-conf", "keep_alive_interval=1,last_call_timeout=1"]);
         self.traces.trainee(launcher, 1).args(options)
     }
 
@@ -52,7 +55,8 @@ fn world_size(job: &Job, ranks: usize) {
 #[test]
 fn a_training_shrinks_from_four_nodes_to_one_and_grows_again_without_doing_anything_twice() {
     let options = ["--per-rank", "4", "--repeats", "400"];
-    let training = Training { traces: Traces::new(), port: free_port() };
+    let endpoint = format!("127.0.0.1:{}", free_port());
+    let training = Training { traces: Traces::new(), backend: "c10d", endpoint };
     let agent = |node_rank: &str| training.agent(node_rank, &options).start();
     let first = agent("0");
     let mut others = ["1", "2", "3"].map(agent).into_iter().collect::<Vec<Job>>();
@@ -87,4 +91,43 @@ fn a_training_shrinks_from_four_nodes_to_one_and_grows_again_without_doing_anyth
     let repeated = training.traces.rounds();
     let repeated = repeated.iter().map(|record| record["repeated_steps"].as_u64().unwrap());
     assert_eq!(repeated.sum::<u64>(), 0);
+}
+
+#[test]
+fn a_training_goes_on_from_memory_when_the_node_that_coordinates_is_killed() {
+    let Some(etcd) = Etcd::start() else { return };
+    let options = ["--per-rank", "4", "--repeats", "100"];
+    let training = Training { traces: Traces::new(), backend: "etcd", endpoint: etcd.endpoint.clone() };
+    let agent = |node_rank: &str| training.agent(node_rank, &options).start();
+    // The first one that is there coordinates.
+    let first = agent("0");
+    first.wait_for_line(TRAINING, |line| line.starts_with("pass"));
+    let second = agent("1");
+    let third = agent("2");
+    world_size(&first, 3);
+    first.signal(Signal::KILL);
+    drop(first);
+    world_size(&second, 2);
+    let second = second.finish(TRAINING);
+    second.expect_code(0);
+    third.finish(TRAINING).expect_code(0);
+    assert!(second.stdout.contains("on 2 ranks, from the memory of rank"), "{}", second.transcript());
+    assert!(!second.stdout.contains("resuming from"), "{}", second.transcript());
+    let passes = second.stdout.lines().skip_while(|line| !line.starts_with("world size 2"));
+    let first_again = passes.filter_map(|line| line.strip_prefix("pass ")?.parse().ok()).next().unwrap();
+    // Of the step that was under way, and is done again, the ranks may have written down what counts no more.
+    let mut seen = BTreeMap::new();
+    let (mut twice, mut last) = (0, 0);
+    for pass in training.traces.passes() {
+        if pass.number < first_again || pass.rank < 2 {
+            let before = seen.insert((pass.number, pass.rank), pass.indices.unwrap());
+            twice += usize::from(before.is_some());
+        }
+        last = last.max(pass.number);
+    }
+    assert!(twice <= 4, "{twice} passes were done twice\n{}", second.transcript());
+    assert!(first_again < last, "{}", second.transcript());
+    let order: Vec<_> = seen.into_values().flatten().collect();
+    assert!(order.len() > 4 * SAMPLES, "{}", order.len());
+    assert_epochs(&order);
 }

@@ -19,6 +19,9 @@ mod python;
 #[path = "../../../rendezvous/src/machine/random.rs"]
 #[expect(dead_code, reason = "the simulation uses the rest")]
 mod random;
+#[path = "../../../launcher/tests/nodes/server.rs"]
+#[expect(dead_code, reason = "the launcher's tests use the rest")]
+mod server;
 mod stopping;
 mod store;
 mod support;

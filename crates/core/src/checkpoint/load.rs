@@ -36,6 +36,19 @@ impl Selection {
     }
 }
 
+/// Where the data of a file are that lies in a rank's memory.
+pub(crate) struct Supply<'a> {
+    /// The rank that has it.
+    pub(crate) source: usize,
+    /// Length of the header, which offsets in the file count.
+    pub(crate) header: u64,
+    /// What follows the header, where this is that rank.
+    pub(crate) data: Option<&'a [u8]>,
+}
+
+/// By name, the files of a checkpoint in memory.
+pub(crate) type Supplies<'a> = BTreeMap<String, Supply<'a>>;
+
 /// State of optimizers that no node has a use for now, by key. Rank 0 keeps it for the checkpoints to come.
 pub(crate) type Kept = BTreeMap<String, KeptTensor>;
 
@@ -72,10 +85,11 @@ struct Loading {
     keep: BTreeMap<String, KeptTensor>,
 }
 
-/// Loads the state of the selected nodes on every rank; rank 0 reads for all. Where something does not fit, `strict` makes it an
+/// Loads the state of the selected nodes on every rank; rank 0 reads for all, unless the checkpoint is in memory. Where something does not fit, `strict` makes it an
 /// error that names it all, before anything is loaded; otherwise it is a warning, and what fits is loaded.
 pub(crate) fn load(
     checkpoint: &Checkpoint,
+    in_memory: Option<&Supplies>,
     graph: &HyperGraph,
     selection: &Selection,
     strict: bool,
@@ -91,7 +105,7 @@ pub(crate) fn load(
             tracing::warn!("{problem}");
         }
     }
-    loading.fill(checkpoint, graph, selection, worker)?;
+    loading.fill(checkpoint, in_memory, graph, selection, worker)?;
     for (entry, state) in &loading.states {
         entry.node.borrow_mut().load_state(state).map_err(|error| error.at(&entry.uid, "load"))?;
     }
@@ -127,7 +141,7 @@ pub(crate) fn load_parameters(
             file.display()
         )));
     }
-    loading.fill(found, graph, &Selection::All, worker)
+    loading.fill(found, None, graph, &Selection::All, worker)
 }
 
 impl Loading {
@@ -221,6 +235,7 @@ impl Loading {
     fn fill(
         &mut self,
         checkpoint: &Checkpoint,
+        in_memory: Option<&Supplies>,
         graph: &HyperGraph,
         selection: &Selection,
         worker: &Worker,
@@ -228,23 +243,30 @@ impl Loading {
         let selected: Vec<_> = selection.of(graph).map(|entry| entry.uid.as_str()).collect();
         let passes =
             |piece: &Piece| owner(graph, piece.key).is_some_and(|uid| selected.contains(&uid.as_str()));
-        if worker.is_main() {
+        if !worker.is_main() {
+            self.keep.clear();
+        }
+        let row = |bytes: &[u8]| Tensor::f_from_data_size(bytes, &[bytes.len() as i64], Kind::Uint8);
+        if in_memory.is_none() && worker.is_main() {
             checkpoint.stream(|piece, bytes| {
                 if !passes(&piece) {
                     return Ok(());
                 }
-                self.keep(&piece, bytes);
-                let data = Tensor::f_from_data_size(bytes, &[bytes.len() as i64], Kind::Uint8)?;
-                self.take(&piece, data, checkpoint, worker)
+                self.take(&piece, row(bytes)?, 0, checkpoint, worker)
             })?;
         } else {
-            self.keep.clear();
-            let all = checkpoint.pieces().flat_map(|(_, pieces)| pieces);
-            for (_, piece) in all.filter(|(_, piece)| passes(piece)) {
-                let dtype = checkpoint.catalog().section(piece.section)[piece.key].dtype;
-                let bytes = piece.len as i64 * dtype.bitsize() as i64 / 8;
-                let data = Tensor::f_empty([bytes], (Kind::Uint8, Device::Cpu))?;
-                self.take(&piece, data, checkpoint, worker)?;
+            for (name, pieces) in checkpoint.pieces() {
+                let supply = in_memory.and_then(|files| files.get(name));
+                let source = supply.map_or(0, |supply| supply.source);
+                for (offset, piece) in pieces.into_iter().filter(|(_, piece)| passes(piece)) {
+                    let dtype = checkpoint.catalog().section(piece.section)[piece.key].dtype;
+                    let bytes = piece.len as usize * dtype.bitsize() / 8;
+                    let data = match supply.and_then(|supply| Some((supply.data?, supply.header))) {
+                        Some((data, header)) => row(&data[(offset - header) as usize..][..bytes])?,
+                        None => Tensor::f_empty([bytes as i64], (Kind::Uint8, Device::Cpu))?,
+                    };
+                    self.take(&piece, data, source, checkpoint, worker)?;
+                }
             }
         }
         for target in self.targets.values() {
@@ -256,28 +278,38 @@ impl Loading {
         Ok(())
     }
 
-    fn keep(&mut self, piece: &Piece, bytes: &[u8]) {
+    fn keep(&mut self, piece: &Piece, data: &Tensor) -> Result<()> {
         if piece.section == Section::Optimizer
             && let Some(kept) = self.keep.get_mut(piece.key)
         {
             let start = piece.start as usize * kept.dtype.bitsize() / 8;
-            let end = start + bytes.len();
+            let end = start + data.numel();
             if kept.bytes.len() < end {
                 kept.bytes.resize(end, 0);
             }
-            kept.bytes[start..end].copy_from_slice(bytes);
+            data.f_copy_data_u8(&mut kept.bytes[start..end], end - start)?;
         }
+        Ok(())
     }
 
-    fn take(&self, piece: &Piece, data: Tensor, checkpoint: &Checkpoint, worker: &Worker) -> Result<()> {
+    /// Passes on what rank `source` has of a piece.
+    fn take(
+        &mut self,
+        piece: &Piece,
+        data: Tensor,
+        source: usize,
+        checkpoint: &Checkpoint,
+        worker: &Worker,
+    ) -> Result<()> {
         let data = if worker.world_size() > 1 {
             // As bytes, since not every kind can be sent.
             let data = data.f_to_device(worker.device())?;
-            worker.broadcast(&data)?;
+            worker.broadcast_from(source, &data)?;
             data
         } else {
             data
         };
+        self.keep(piece, &data)?;
         let Some(target) = self.targets.get(&(piece.section, piece.key.to_owned())) else { return Ok(()) };
         let own = (target.start, target.elements.numel() as u64);
         let Some(common) = Overlap::of((piece.start, piece.len), own) else { return Ok(()) };

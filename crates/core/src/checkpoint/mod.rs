@@ -6,6 +6,7 @@ mod exchange;
 mod fit;
 mod kinds;
 mod load;
+mod memory;
 mod options;
 mod share;
 mod snapshot;
@@ -15,6 +16,7 @@ pub use ice_checkpoint::{Best, Better, Checkpoint, Manifest, Part, ResumeFrom};
 pub use options::CheckpointOptions;
 
 pub(crate) use load::{Kept, Selection, find_parameters, is_misfit, load, load_parameters};
+pub(crate) use memory::{Label, pack, unpack};
 pub(crate) use share::share;
 pub(crate) use writer::{Keep, Request, Writer};
 

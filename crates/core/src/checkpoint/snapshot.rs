@@ -56,11 +56,21 @@ impl Buffers {
         thread::Builder::new().name("ice-checkpoint-memory".into()).spawn(touch)
     }
 
+    /// Memory that is there already.
+    pub(super) fn of(buffers: Vec<Vec<u8>>) -> Self {
+        Self(buffers)
+    }
+
+    /// The memory, by file.
+    pub(super) fn into_inner(self) -> Vec<Vec<u8>> {
+        self.0
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    pub(super) fn of(&self, file: usize) -> &[u8] {
+    pub(super) fn file(&self, file: usize) -> &[u8] {
         &self.0[file]
     }
 

@@ -260,7 +260,7 @@ impl Job {
     fn write(&self, staging: &Staging, buffers: &Buffers) -> Result<BTreeMap<String, FileInfo>> {
         let mut files = BTreeMap::new();
         for (number, file) in self.snapshot.files.iter().enumerate() {
-            let info = staging.write(&file.name, &[file.layout.header(), buffers.of(number)])?;
+            let info = staging.write(&file.name, &[file.layout.header(), buffers.file(number)])?;
             files.insert(file.name.clone(), info);
         }
         if let Some(index) = &self.snapshot.index {

@@ -46,6 +46,8 @@ pub struct Round {
     pub batch_ranks: usize,
     /// What learning rates are multiplied by, compared with what the program gave. 1 unless the global batch changes with the ranks.
     pub lr_factor: f64,
+    /// Whether the state comes later, by [`Node::load_state`], or is that of the beginning. Otherwise it is the same on all ranks now.
+    pub is_fresh: bool,
 }
 
 /// How the samples of one iteration are spread over the ranks.
@@ -90,7 +92,7 @@ impl From<f64> for Measure {
 /// A node of a [`HyperGraph`](crate::HyperGraph). Only [`Node::set_up`] and [`Node::forward`] must be written.
 ///
 /// A run has one round or several: when a rank is lost, or nodes come or go, the others keep their nodes and go on with them in the next
-/// round. All ranks have the same state when [`Node::enter_round`] is called, but for what each has measured alone.
+/// round. All ranks have the same state when [`Node::enter_round`] is called, but for what each has measured alone, unless it comes later.
 ///
 /// In a training step the hooks run in this order, each on all nodes: `before_step`, for each pass `before_pass`, `forward` (lazily),
 /// `take_loss`, `before_backward`, `after_backward` and `iteration_end`, then `update` and `step_end`. There is one pass, unless gradients are
@@ -259,6 +261,12 @@ pub trait Node: Any {
 
     /// Whether ranks hold different parts of this node's state. The same on every rank.
     fn is_sharded(&self) -> bool {
+        false
+    }
+
+    /// Whether the step that was begun has changed the state in a way that [`Node::roll_back`] cannot undo, which only a node whose update is
+    /// collective needs to do. The state is then of no use.
+    fn is_torn(&self) -> bool {
         false
     }
 

@@ -1,7 +1,9 @@
 //! A run: a graph, its tasks, and the rank that they run on.
 
+mod copies;
 mod elastic;
 mod pace;
+mod parts;
 mod regroup;
 mod resume;
 mod save;
@@ -19,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use ice_worker::{Boundary, Stop, Worker};
 
+use self::copies::Copies;
 pub use self::elastic::{ElasticBatch, LrRule};
 use self::pace::Pace;
 use self::regroup::Progress;
@@ -53,13 +56,16 @@ pub struct RunConfig {
     pub log_every: Option<NonZeroU64>,
     /// What becomes of the batches when nodes come or go.
     pub elastic_batch: ElasticBatch,
+    /// Whenever so many training steps are done, each rank gives another, of another node where there is one, a copy of what it alone has of
+    /// the state. If it is lost, all go back to that and not to a checkpoint. Without effect where nothing is sharded.
+    pub copy_shards_every: Option<NonZeroU64>,
     /// Looks at the gradients of every step, and ends the run before any that are not finite are applied, naming the ranks that they came
     /// from. Without effect where losses are scaled, which leaves such steps out. A GPU is waited for in every step.
     pub check_finite: bool,
 }
 
 impl Default for RunConfig {
-    /// Seed 0, folders in `out`, no checkpoints but those of the tasks, every 50th step shown.
+    /// Seed 0, folders in `out`, no checkpoints but those of the tasks, copies of shards every 20 steps, every 50th step shown.
     fn default() -> Self {
         Self {
             seed: 0,
@@ -70,6 +76,7 @@ impl Default for RunConfig {
             checkpoints: CheckpointOptions::default(),
             log_every: NonZeroU64::new(50),
             elastic_batch: ElasticBatch::default(),
+            copy_shards_every: NonZeroU64::new(20),
             check_finite: false,
         }
     }
@@ -89,6 +96,7 @@ pub struct Run<'a> {
     board: RefCell<Board>,
     timers: AllTimers,
     progress: Progress,
+    copies: Copies,
     pace: Pace,
 }
 
@@ -118,6 +126,7 @@ impl<'a> Run<'a> {
             measures: RefCell::default(),
             kept: RefCell::default(),
             progress: Progress::default(),
+            copies: Copies::default(),
             pace: Pace::default(),
         };
         let worker = &run.worker;
@@ -166,6 +175,7 @@ impl<'a> Run<'a> {
             self.open_board();
         }
         self.prepare_to_save();
+        self.copy_parts()?;
         self.worker.link().begin();
         match self.tasks.run(self) {
             Err(Error::Stopped) if !self.worker.link().is_broken() => return Ok(()),

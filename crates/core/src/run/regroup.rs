@@ -33,8 +33,8 @@ pub(super) struct Progress {
     pub(super) base_ranks: Cell<usize>,
     /// What to go back to when an evaluation is disturbed.
     pub(super) mark: RefCell<Option<Mark>>,
-    /// Whether the first step of the round is still to be applied, and if so whether it was begun before.
-    pub(super) first_step: Cell<Option<bool>>,
+    /// Whether the first step of the round is still to be applied, and if so how many are done again, it included.
+    pub(super) first_step: Cell<Option<u64>>,
 }
 
 /// Where an epoch of an evaluation began. Its iterations need no other rank, so ranks are anywhere in it, and it is cheap to begin anew.
@@ -125,6 +125,7 @@ impl Run<'_> {
     /// Leaves a round that failed or is over, and takes part in the next one. False where there will be none.
     pub(super) fn change_round(&self, why: &Error) -> Result<bool> {
         tracing::debug!(%why, "leaving the round");
+        self.end_copies();
         for entry in self.graph.entries() {
             entry.node.borrow_mut().leave_round();
         }
@@ -146,12 +147,17 @@ impl Run<'_> {
     pub(super) fn begin_round(&self) -> Result<bool> {
         let began = Instant::now();
         self.writer.borrow_mut().enter_round(&self.worker);
-        let sharded = self.graph.entries().iter().any(|entry| entry.node.borrow().is_sharded());
         let was_running = self.progress.has_state.get();
-        if was_running && sharded {
-            // The part of a rank that is gone is gone.
-            self.progress.has_state.set(false);
-        }
+        let begun = self.progress.in_step.borrow().is_some();
+        let steps_begun = self.counters.train_steps() + u64::from(begun);
+        let parts = match self.is_sharded() {
+            true => {
+                // A part that is ahead of others is of no use, so that nobody need know how its step ended.
+                self.leave_step();
+                self.find_parts()?
+            }
+            false => None,
+        };
         let standings = self.standings()?;
         let own = standings[self.worker.rank()];
         let newest = standings.iter().max_by_key(|standing| standing.place()).copied().unwrap_or(own);
@@ -161,10 +167,12 @@ impl Run<'_> {
             Some(base) => base,
             None => self.saved_base()?.unwrap_or(self.worker.world_size()),
         };
-        let repeated = self.progress.in_step.borrow().is_some() && own == newest;
+        let repeats = begun && own == newest;
         if !newest.has_state {
             self.leave_step();
-            self.broadcast_tensors(source, true, false)?;
+            if parts.is_none() {
+                self.broadcast_tensors(source, true, false)?;
+            }
         } else if standings.iter().any(|standing| standing.place() != newest.place()) {
             self.catch_up(source, &own, &newest)?;
         } else {
@@ -173,15 +181,28 @@ impl Run<'_> {
         let (batch_ranks, lr_factor) = self.config.elastic_batch.on(self.worker.world_size(), base);
         self.tell_batch(base, lr_factor);
         self.progress.base_ranks.set(base);
-        let round = Round { worker: Rc::clone(&self.worker), batch_ranks, lr_factor };
+        let round = Round { worker: Rc::clone(&self.worker), batch_ranks, lr_factor, is_fresh: !newest.has_state };
         self.graph.enter_round(&round)?;
+        let from = match &parts {
+            Some(parts) => {
+                self.put_together(parts)?;
+                Some(if parts.are_copies { "copies in memory".into() } else { "the parts of all".into() })
+            }
+            None if newest.has_state => Some(format!("the memory of rank {source}")),
+            None => {
+                self.begin(was_running)?;
+                None
+            }
+        };
         if !newest.has_state {
-            self.begin(was_running)?;
             self.progress.position.set(0);
             self.progress.syncs.set(0);
-        } else if self.is_main() {
+        }
+        if let Some(from) = &from
+            && self.is_main()
+        {
             println!(
-                "round {}: going on after step {} on {} ranks, from the memory of rank {source} ({:.0} ms)",
+                "round {}: going on after step {} on {} ranks, from {from} ({:.0} ms)",
                 self.worker.round(),
                 self.counters.train_steps(),
                 self.worker.world_size(),
@@ -189,8 +210,13 @@ impl Run<'_> {
             );
         }
         self.progress.has_state.set(true);
-        self.progress.first_step.set(Some(repeated));
-        Ok(newest.has_state)
+        let again = match newest.has_state {
+            true => u64::from(repeats),
+            false if was_running => steps_begun.saturating_sub(self.counters.train_steps()),
+            false => 0,
+        };
+        self.progress.first_step.set(Some(again));
+        Ok(from.is_some())
     }
 
     /// The step that was begun does not count.

@@ -1,6 +1,6 @@
 //! Going on from a checkpoint.
 
-use crate::checkpoint::{Checkpoint, Selection, find_parameters, is_misfit, load, load_parameters, share};
+use crate::checkpoint::{Checkpoint, Manifest, Selection, find_parameters, is_misfit, load, load_parameters, share};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
 
 impl Run<'_> {
@@ -18,7 +18,7 @@ impl Run<'_> {
         };
         let Some(checkpoint) = share(found, &self.worker)? else { return Ok(()) };
         let selection = tags.map_or(Selection::All, |tags| Selection::Tags(tags.clone()));
-        self.kept.borrow_mut().extend(load(&checkpoint, self.graph, &selection, strict, &self.worker)?);
+        self.kept.borrow_mut().extend(load(&checkpoint, None, self.graph, &selection, strict, &self.worker)?);
         Ok(())
     }
 
@@ -82,15 +82,21 @@ impl Run<'_> {
             )));
         }
         self.tasks.load_state(&manifest.tasks, true)?;
-        let kept = load(checkpoint, self.graph, &Selection::All, true, &self.worker)?;
+        let kept = load(checkpoint, None, self.graph, &Selection::All, true, &self.worker)?;
         self.kept.borrow_mut().extend(kept);
-        self.tasks.load_state(&manifest.tasks, false)?;
-        self.counters.restore(manifest.counters);
-        self.measures.borrow_mut().extend(manifest.measures.clone());
+        self.take_up(manifest)?;
         self.writer.borrow_mut().resumed(checkpoint.path(), manifest);
         if self.is_main() {
             println!("resuming from {}", checkpoint.path().display());
         }
+        Ok(())
+    }
+
+    /// Is where the state is that was loaded.
+    pub(super) fn take_up(&self, manifest: &Manifest) -> Result<()> {
+        self.tasks.load_state(&manifest.tasks, false)?;
+        self.counters.restore(manifest.counters);
+        self.measures.borrow_mut().extend(manifest.measures.clone());
         Ok(())
     }
 }

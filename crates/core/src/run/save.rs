@@ -101,7 +101,7 @@ impl Run<'_> {
         self.measures.borrow().clone().into_iter().filter(|(_, value)| value.is_finite()).collect()
     }
 
-    fn manifest(&self, tags: Option<&Tags>) -> Manifest {
+    pub(super) fn manifest(&self, tags: Option<&Tags>) -> Manifest {
         let mut manifest = Manifest::new(
             self.worker.run_id(),
             self.worker.world_size(),

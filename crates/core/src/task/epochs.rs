@@ -187,6 +187,7 @@ impl Task {
             return Ok(());
         }
         run.show_step(&self.tags, graph, samples)?;
+        run.copy_if_due()?;
         run.save_if_due()
     }
 }

@@ -30,6 +30,8 @@ pub(super) struct Groups {
     groups: Vec<Group>,
     /// Which of how many parts of the state is here, once it is.
     division: Option<(usize, usize)>,
+    /// Whether gradients were applied, to parts, in a step that does not count yet.
+    torn: bool,
 }
 
 impl Groups {
@@ -78,6 +80,8 @@ impl Groups {
     /// the same way.
     pub(super) fn begin(&mut self, sharded_over: Option<&Rc<Worker>>) -> Result<()> {
         let division = sharded_over.map_or((0, 1), |worker| (worker.rank(), worker.world_size()));
+        // What is torn is loaded anew.
+        self.torn = false;
         if self.division.replace(division) == Some(division) {
             return Ok(());
         }
@@ -96,6 +100,7 @@ impl Groups {
 
     /// Applies the gradients.
     pub(super) fn step(&mut self) -> Result<()> {
+        self.torn = self.groups.iter().any(|group| group.sharding.is_some());
         for Group { optimizer, parameters, sharding, .. } in &mut self.groups {
             let gradients: Vec<_> = parameters.iter().map(Tensor::grad).collect();
             match sharding {
@@ -110,6 +115,15 @@ impl Groups {
             }
         }
         Ok(())
+    }
+
+    /// The step in which gradients were applied counts.
+    pub(super) fn step_counts(&mut self) {
+        self.torn = false;
+    }
+
+    pub(super) fn are_torn(&self) -> bool {
+        self.torn
     }
 
     /// `<parameter>.<slot>` for all of them, and which of them are parts.

@@ -237,6 +237,10 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
             self.groups.scale_learning_rates(round.lr_factor / before);
         }
         let ready = self.ready_mut()?;
+        if round.is_fresh {
+            // Others do not know it.
+            ready.order.clear();
+        }
         ready.averaging = match round.worker.group().filter(|group| group.world_size() > 1) {
             Some(group) if !ready.trainable.is_empty() => {
                 Some(Averaging::new(&ready.trainable, &ready.order, &group, &options)?)
@@ -265,6 +269,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     }
 
     fn step_end(&mut self) -> Result<()> {
+        self.groups.step_counts();
         self.ready_mut()?.in_step = false;
         Ok(())
     }
@@ -367,6 +372,10 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
 
     fn is_sharded(&self) -> bool {
         self.sharded
+    }
+
+    fn is_torn(&self) -> bool {
+        self.groups.are_torn()
     }
 
     fn check_values(&self, values: &Json) -> Result<()> {

@@ -1,0 +1,101 @@
+//! Checkpoints that are in the memory of the ranks, each of which has a part. What is in the parts is what would be in files.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ice_checkpoint::{Checkpoint, Manifest};
+use ice_worker::Worker;
+use ice_worker::copies::Parcel;
+
+use super::load::Supply;
+use super::snapshot::{Buffers, Share, Snapshot};
+use super::{Kept, Selection, load};
+use crate::ranks::{broadcast, gather_all};
+use crate::{Error, HyperGraph, Result};
+
+/// The part of a parcel that says what the state is.
+const ABOUT: &str = "manifest";
+/// What the name of a file's header has behind that of the file.
+const HEADER: &str = ".header";
+
+/// Which part of which copy.
+pub(crate) struct Label {
+    pub(crate) number: u64,
+    pub(crate) owner: usize,
+    pub(crate) of: usize,
+}
+
+/// Copies the part of the state that is this owner's, of all tensors that every rank has its share. Uses the memory of old copies.
+pub(crate) fn pack(
+    label: &Label,
+    mut manifest: Manifest,
+    graph: &HyperGraph,
+    kept: &Kept,
+    old: Vec<Parcel>,
+) -> Result<Parcel> {
+    let share = Share { rank: label.owner, writers: label.of, split: true };
+    let files = old.into_iter().flat_map(|parcel| parcel.parts);
+    let is_data = |name: &str| name != ABOUT && !name.ends_with(HEADER);
+    let mut buffers = Buffers::of(files.filter(|(name, _)| is_data(name)).map(|(_, bytes)| bytes).collect());
+    let snapshot =
+        Snapshot::take(graph, &Selection::All, kept, share, &mut buffers).map_err(Error::Save)?;
+    manifest.nodes = snapshot.nodes;
+    let about = serde_json::to_vec(&manifest).map_err(|error| Error::Save(error.to_string()))?;
+    let mut parts = vec![(ABOUT.to_owned(), about)];
+    for (file, data) in snapshot.files.into_iter().zip(buffers.into_inner()) {
+        parts.push((format!("{}{HEADER}", file.name), file.layout.header().to_vec()));
+        parts.push((file.name, data));
+    }
+    let step = manifest.counters.train_steps;
+    Ok(Parcel { number: label.number, owner: label.owner, of: label.of, step, parts })
+}
+
+/// Puts the state together, on every rank: what this one wants of it goes into its nodes. `suppliers` says for each part which rank has it, and
+/// `parcels` are those of this rank. Returns what the state is, and what no node has a use for. Collective.
+pub(crate) fn unpack(
+    parcels: &[Arc<Parcel>],
+    suppliers: &[usize],
+    graph: &HyperGraph,
+    worker: &Worker,
+) -> Result<(Manifest, Kept)> {
+    let own = |owner: &usize| suppliers[*owner] == worker.rank();
+    let own: Vec<_> = (0..suppliers.len()).filter(own).collect();
+    let own: Vec<_> = own.iter().filter_map(|owner| parcels.iter().find(|parcel| parcel.owner == *owner)).collect();
+    let headers = own.iter().flat_map(|parcel| headers_of(parcel)).collect::<Vec<_>>();
+    let headers = gather_all(&headers, worker)?;
+    let about = own.first().and_then(|parcel| parcel.part(ABOUT)).map(serde_json::from_slice::<Manifest>);
+    let about = about.transpose().map_err(damaged)?;
+    let manifest = broadcast(about, suppliers[0], worker)?;
+
+    let mut files = BTreeMap::new();
+    let mut supply = BTreeMap::new();
+    for (source, (name, text, len)) in
+        (0..).zip(headers).flat_map(|(rank, headers)| headers.into_iter().map(move |header| (rank, header)))
+    {
+        let header = [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+        let data = own.iter().find_map(|parcel| parcel.part(&name)).filter(|_| source == worker.rank());
+        supply.insert(name.clone(), Supply { source, header: header.len() as u64, data });
+        files.insert(name, (header, len));
+    }
+    let place = PathBuf::from(format!("the copies of step {} in memory", manifest.counters.train_steps));
+    let checkpoint = Checkpoint::in_memory(place, manifest, files)?;
+    let kept = load(&checkpoint, Some(&supply), graph, &Selection::All, true, worker)?;
+    Ok((checkpoint.manifest().clone(), kept))
+}
+
+/// Of each file of a parcel: its name, the text of its header, and its length with the header.
+fn headers_of(parcel: &Parcel) -> Vec<(String, String, u64)> {
+    let file = |(name, header): &(String, Vec<u8>)| {
+        let name = name.strip_suffix(HEADER)?;
+        let len = header.len() + parcel.part(name)?.len();
+        // Behind its length it is text.
+        let text = String::from_utf8(header.get(8..)?.to_vec()).ok()?;
+        Some((name.to_owned(), text, len as u64))
+    };
+    parcel.parts.iter().filter_map(file).collect()
+}
+
+fn damaged(error: serde_json::Error) -> Error {
+    Error::Resume(format!("a copy in memory cannot be understood: {error}"))
+}

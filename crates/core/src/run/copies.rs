@@ -1,0 +1,159 @@
+//! Copies of sharded state in the memory of other ranks, and going on with them.
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+
+use ice_checkpoint::{CHECKPOINTS, candidates};
+use ice_worker::copies::{Exchange, Parcel, Shelf, holders};
+
+use super::Run;
+use super::parts::{Copy, Found, Live, Offer, find};
+use crate::Result;
+use crate::checkpoint::{Label, pack, unpack};
+use crate::ranks::{broadcast, gather, gather_all};
+
+/// The copies of a run on this rank.
+#[derive(Default)]
+pub(super) struct Copies {
+    shelf: Shelf,
+    /// Of the round, where there are copies in it.
+    exchange: RefCell<Option<Exchange>>,
+    /// Number of the next copy, the same on all ranks; 0 before the first round.
+    next: Cell<u64>,
+    /// The last copy that is known to be whole, and the one that is under way.
+    whole: Cell<Option<u64>>,
+    under_way: Cell<Option<u64>>,
+    /// As which rank of how many this one has its part of the state.
+    part: Cell<Option<(usize, usize)>>,
+}
+
+/// Parts of a state that the ranks are about to go on with.
+pub(super) struct Parts {
+    parcels: Vec<Arc<Parcel>>,
+    /// By owner, the ranks that have them.
+    suppliers: Vec<usize>,
+    pub(super) are_copies: bool,
+}
+
+impl Run<'_> {
+    /// Whether ranks have parts of the state that no other has.
+    pub(super) fn is_sharded(&self) -> bool {
+        self.graph.entries().iter().any(|entry| entry.node.borrow().is_sharded())
+    }
+
+    /// Finds, at the beginning of a round, the state to go on with where it is sharded, and opens the way for copies of it. Parts in memory
+    /// that are to be put together are returned; where there are none, the run has a state still, or needs a checkpoint. Collective.
+    pub(super) fn find_parts(&self) -> Result<Option<Parts>> {
+        let copies = &self.copies;
+        let is_torn = self.graph.entries().iter().any(|entry| entry.node.borrow().is_torn());
+        let in_use = copies.part.get().filter(|_| self.progress.has_state.get() && !is_torn);
+        let live = in_use.map(|(owner, of)| Live { position: self.progress.position.get(), owner, of });
+        let parcels = copies.shelf.parcels();
+        let copy = |parcel: &Arc<Parcel>| Copy {
+            number: parcel.number,
+            step: parcel.step,
+            owner: parcel.owner,
+            of: parcel.of,
+        };
+        let own = Offer {
+            node: self.worker.node(),
+            live,
+            copies: parcels.iter().map(copy).collect(),
+            next: copies.next.get(),
+        };
+        let offers = gather_all(&own, &self.worker)?;
+        let (mut found, whole) = find(&offers);
+        if let Found::Copied { step, .. } = found {
+            let newest = self.is_main().then(|| self.newest_saved_step());
+            // What a node has saved before it left is newer.
+            if broadcast(newest, 0, &self.worker)? > step {
+                found = Found::Lost;
+            }
+        }
+        tracing::debug!(?found, ?whole, "the parts of the state");
+        copies.next.set(offers.iter().map(|offer| offer.next).max().unwrap_or(0).max(1));
+        (copies.whole.set(whole), copies.under_way.set(None));
+        copies.part.set(Some((self.worker.rank(), self.worker.world_size())));
+        copies.shelf.keep(whole);
+        if found != Found::AsItWas {
+            self.progress.has_state.set(false);
+        }
+        let parts = match found {
+            Found::Nothing | Found::AsItWas | Found::Lost => None,
+            Found::Live(suppliers) => {
+                let packed = live.map(|live| self.pack(0, live.owner, live.of, Vec::new())).transpose()?;
+                let parcels = packed.into_iter().map(Arc::new).collect();
+                Some(Parts { parcels, suppliers, are_copies: false })
+            }
+            Found::Copied { number, suppliers, .. } => {
+                let parcels = copies.shelf.parcels().into_iter().filter(|parcel| parcel.number == number);
+                Some(Parts { parcels: parcels.collect(), suppliers, are_copies: true })
+            }
+        };
+        if self.config.copy_shards_every.is_some() && self.worker.can_stay() && offers.len() > 1 {
+            let nodes: Vec<_> = offers.iter().map(|offer| offer.node).collect();
+            let exchange = Exchange::open(&self.worker, &holders(&nodes), &copies.shelf)?;
+            copies.exchange.replace(Some(exchange));
+        }
+        Ok(parts)
+    }
+
+    /// Goes on with parts that are in memory. Collective.
+    pub(super) fn put_together(&self, parts: &Parts) -> Result<()> {
+        let (manifest, kept) = unpack(&parts.parcels, &parts.suppliers, self.graph, &self.worker)?;
+        self.kept.borrow_mut().extend(kept);
+        self.take_up(&manifest)
+    }
+
+    /// Makes a copy of this rank's part, and sends it to the rank that holds it, while training goes on. Waits for the copy before. Collective;
+    /// does nothing where the state is not sharded, or copies are not wanted.
+    pub(super) fn copy_parts(&self) -> Result<()> {
+        let copies = &self.copies;
+        let exchange = copies.exchange.borrow();
+        let Some(exchange) = &*exchange else { return Ok(()) };
+        if let Some(number) = copies.under_way.take() {
+            let outcome = exchange.wait();
+            if let Err(problem) = &outcome {
+                tracing::warn!("{problem}; should a rank be lost, all would go back to an older copy or a checkpoint");
+            }
+            let is_whole = gather(&[i64::from(outcome.is_ok())], &self.worker)?.concat().iter().all(|ok| *ok != 0);
+            if is_whole {
+                copies.whole.set(Some(number));
+            }
+        }
+        self.graph.sync_measures(&self.worker)?;
+        self.synced();
+        let (number, whole) = (copies.next.get(), copies.whole.get());
+        let (rank, ranks) = (self.worker.rank(), self.worker.world_size());
+        let old = copies.shelf.give_up(rank, whole);
+        let parcel = Arc::new(self.pack(number, rank, ranks, old)?);
+        copies.next.set(number + 1);
+        copies.under_way.set(Some(number));
+        copies.shelf.put(Arc::clone(&parcel));
+        exchange.send(parcel, whole);
+        Ok(())
+    }
+
+    /// As [`Run::copy_parts`], whenever so many steps are done as was asked for.
+    pub(crate) fn copy_if_due(&self) -> Result<()> {
+        match self.config.copy_shards_every {
+            Some(every) if self.counters.train_steps().is_multiple_of(every.get()) => self.copy_parts(),
+            _ => Ok(()),
+        }
+    }
+
+    /// No copies go over connections of a round that is over.
+    pub(super) fn end_copies(&self) {
+        self.copies.exchange.replace(None);
+    }
+
+    fn pack(&self, number: u64, owner: usize, of: usize, old: Vec<Parcel>) -> Result<Parcel> {
+        pack(&Label { number, owner, of }, self.manifest(None), self.graph, &self.kept.borrow(), old)
+    }
+
+    /// The step of the newest checkpoint of the run, 0 where there is none.
+    fn newest_saved_step(&self) -> u64 {
+        let newest = candidates(&self.folder.join(CHECKPOINTS)).pop();
+        newest.and_then(|newest| newest.manifest.ok()).map_or(0, |manifest| manifest.counters.train_steps)
+    }
+}
