@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use ice_proto::auth::{Answer, Challenge, Greeting};
+use ice_proto::copies;
 use ice_proto::frame::{self, Decoder};
 use ice_proto::link::{Down, Up};
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
@@ -27,6 +28,9 @@ pub fn frames(bytes: &[u8]) {
     messages::<ToAgent>(bytes, size);
     messages::<Up>(bytes, size);
     messages::<Down>(bytes, size);
+    messages::<copies::Hello>(bytes, size);
+    messages::<copies::Parcel>(bytes, size);
+    messages::<copies::Kept>(bytes, size);
 }
 
 fn messages<T: serde_like::Message>(bytes: &[u8], size: usize) {

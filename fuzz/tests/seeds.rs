@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ice_proto::auth::{Answer, Challenge, Greeting};
+use ice_proto::copies;
 use ice_proto::frame;
 use ice_proto::rendezvous::{Hello, KeepAlive, Member, RestartPolicy, Round, ToAgent, ToCoordinator};
 use ice_rendezvous::store::codec::{Request, encode};
@@ -100,6 +101,16 @@ fn make() {
     ];
     for (number, frame) in frames.iter().chain(&answers).enumerate() {
         write("frames", number, &[&[number as u8 * 9], &frame[..]].concat());
+    }
+    let part = copies::Part { name: "model".into(), bytes: 9, crc32c: 7 };
+    let parcel = copies::Parcel { number: 3, whole: Some(2), owner: 1, of: 4, step: 70, parts: vec![part] };
+    let of_copies = [
+        frame::encode(&copies::Hello { token: [4; 32], owner: 1 }).unwrap(),
+        frame::encode(&parcel).unwrap(),
+        frame::encode(&copies::Kept { number: 3 }).unwrap(),
+    ];
+    for (number, frame) in of_copies.iter().enumerate() {
+        write("frames", 60 + number, &[&[7], &frame[..]].concat());
     }
     write("frames", 50, &[&[5], &frames.concat()[..]].concat());
 

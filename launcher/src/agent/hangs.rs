@@ -218,7 +218,8 @@ impl HangWatch {
             }
             _ => format!("no rank used the CPU for {still} s"),
         };
-        Some(Hang { local_rank: **behind, reason, since, is_silent: false })
+        let is_silent = self.silence().is_some_and(|(due, rank)| due <= now && rank == **behind);
+        Some(Hang { local_rank: **behind, reason, since, is_silent })
     }
 }
 

@@ -54,10 +54,25 @@ fn world_size(job: &Job, ranks: usize) {
 
 #[test]
 fn a_training_shrinks_from_four_nodes_to_one_and_grows_again_without_doing_anything_twice() {
-    let options = ["--per-rank", "4", "--repeats", "400"];
+    let first = shrinks_and_grows(&["--per-rank", "4", "--repeats", "400"]);
+    assert!(first.contains("from the memory of rank") && !first.contains("resuming from"), "{first}");
+}
+
+/// Nodes that leave save what only they have; of those that come none has anything.
+#[test]
+fn so_does_one_of_whose_state_each_rank_has_a_part() {
+    let first = shrinks_and_grows(&["--per-rank", "4", "--repeats", "400", "--shard-optimizer"]);
+    assert!(first.contains("resuming from"), "{first}");
+    for ranks in [2, 3, 4] {
+        assert!(first.contains(&format!("on {ranks} ranks, from the parts of all")), "{first}");
+    }
+}
+
+/// Returns what rank 0 has printed.
+fn shrinks_and_grows(options: &[&str]) -> String {
     let endpoint = format!("127.0.0.1:{}", free_port());
     let training = Training { traces: Traces::new(), backend: "c10d", endpoint };
-    let agent = |node_rank: &str| training.agent(node_rank, &options).start();
+    let agent = |node_rank: &str| training.agent(node_rank, options).start();
     let first = agent("0");
     let mut others = ["1", "2", "3"].map(agent).into_iter().collect::<Vec<Job>>();
     world_size(&first, 4);
@@ -91,6 +106,7 @@ fn a_training_shrinks_from_four_nodes_to_one_and_grows_again_without_doing_anyth
     let repeated = training.traces.rounds();
     let repeated = repeated.iter().map(|record| record["repeated_steps"].as_u64().unwrap());
     assert_eq!(repeated.sum::<u64>(), 0);
+    first.stdout
 }
 
 #[test]
@@ -102,18 +118,18 @@ fn a_training_goes_on_from_memory_when_the_node_that_coordinates_is_killed() {
     // The first one that is there coordinates.
     let first = agent("0");
     first.wait_for_line(TRAINING, |line| line.starts_with("pass"));
-    let second = agent("1");
-    let third = agent("2");
+    let others = [agent("1"), agent("2")];
     world_size(&first, 3);
     first.signal(Signal::KILL);
     drop(first);
-    world_size(&second, 2);
-    let second = second.finish(TRAINING);
-    second.expect_code(0);
-    third.finish(TRAINING).expect_code(0);
-    assert!(second.stdout.contains("on 2 ranks, from the memory of rank"), "{}", second.transcript());
-    assert!(!second.stdout.contains("resuming from"), "{}", second.transcript());
-    let passes = second.stdout.lines().skip_while(|line| !line.starts_with("world size 2"));
+    // Node 1 keeps its ranks, and the other one becomes node 0.
+    world_size(&others[1], 2);
+    let [other, main] = others.map(|job| job.finish(TRAINING));
+    other.expect_code(0);
+    main.expect_code(0);
+    assert!(main.stdout.contains("on 2 ranks, from the memory of rank"), "{}", main.transcript());
+    assert!(!main.stdout.contains("resuming from"), "{}", main.transcript());
+    let passes = main.stdout.lines().skip_while(|line| !line.starts_with("world size 2"));
     let first_again = passes.filter_map(|line| line.strip_prefix("pass ")?.parse().ok()).next().unwrap();
     // Of the step that was under way, and is done again, the ranks may have written down what counts no more.
     let mut seen = BTreeMap::new();
@@ -125,8 +141,8 @@ fn a_training_goes_on_from_memory_when_the_node_that_coordinates_is_killed() {
         }
         last = last.max(pass.number);
     }
-    assert!(twice <= 4, "{twice} passes were done twice\n{}", second.transcript());
-    assert!(first_again < last, "{}", second.transcript());
+    assert!(twice <= 4, "{twice} passes were done twice\n{}", main.transcript());
+    assert!(first_again < last, "{}", main.transcript());
     let order: Vec<_> = seen.into_values().flatten().collect();
     assert!(order.len() > 4 * SAMPLES, "{}", order.len());
     assert_epochs(&order);

@@ -186,3 +186,39 @@ impl Groups {
         self.groups.iter().map(|group| (group.pattern.as_str(), group.optimizer.learning_rate()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use ice_c10d::testing::serve_store;
+    use ice_c10d::{GlooOptions, ProcessGroup, Store};
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::optim::Sgd;
+
+    #[test]
+    fn parts_are_torn_from_their_update_until_the_step_counts() {
+        let (_server, port) = serve_store().unwrap();
+        let store = Store::tcp("127.0.0.1", port, Duration::from_secs(60)).unwrap();
+        let group = ProcessGroup::gloo(&store, 0, 1, &GlooOptions::default()).unwrap();
+        let worker = Rc::new(Worker::of_group(group, store, Device::Cpu));
+        for (sharded_over, torn) in [(None, false), (Some(&worker), true)] {
+            let mut groups = Groups::default();
+            groups.add("", Sgd::new(0.5));
+            let parameter = Tensor::ones([3], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+            groups.set_up(&[("w".into(), parameter.shallow_clone())]).unwrap();
+            groups.begin(sharded_over).unwrap();
+            parameter.sum(Kind::Float).backward();
+            groups.step().unwrap();
+            assert_eq!(groups.are_torn(), torn);
+            groups.step_counts();
+            assert!(!groups.are_torn());
+            groups.step().unwrap();
+            // A new round loads them.
+            groups.begin(sharded_over).unwrap();
+            assert!(!groups.are_torn());
+        }
+    }
+}
