@@ -17,4 +17,4 @@ pub use error::Error;
 pub use ice_proto::backend::{DistBackend, RankDevice};
 pub use ice_proto::link::Progress;
 pub use link::{Boundary, Hold, Link, Stop};
-pub use rank::Worker;
+pub use rank::{Begun, Worker};

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::env;
 use std::time::{Duration, SystemTime};
 
-use ice_c10d::{ProcessGroup, ReduceOp, Store};
+use ice_c10d::{ProcessGroup, ReduceOp, Store, Work};
 use ice_proto::backend::RankDevice;
 use ice_proto::env::{ICE_SPARE, RANK, RankEnv};
 use ice_proto::error_file::{self, ErrorRecord};
@@ -25,6 +25,20 @@ pub struct Worker {
     /// Whether it is to bind a GPU that it does not know yet.
     is_unbound: Cell<bool>,
     link: Link,
+}
+
+/// A broadcast under way.
+#[must_use]
+pub struct Begun(Option<Work>);
+
+impl Begun {
+    /// Waits until it is done.
+    ///
+    /// # Errors
+    /// [`Error::Collective`] when a rank is lost or the shapes differ.
+    pub fn wait(self) -> Result<(), Error> {
+        self.0.map_or(Ok(()), Work::wait).map_err(collective("broadcast"))
+    }
 }
 
 /// What does not change.
@@ -268,7 +282,7 @@ impl Worker {
         self.link.tick();
         group
             .all_reduce(tensor, ReduceOp::Sum)
-            .and_then(ice_c10d::Work::wait)
+            .and_then(Work::wait)
             .map_err(collective("all-reduce"))
     }
 
@@ -285,9 +299,18 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn broadcast_from(&self, source: usize, tensor: &Tensor) -> Result<(), Error> {
-        let Some(group) = self.group() else { return Ok(()) };
+        self.begin_broadcast(source, tensor)?.wait()
+    }
+
+    /// Begins what [`Worker::broadcast_from`] does. The tensor must not be touched until it is done. All ranks begin theirs in the same order;
+    /// several under way take less time than one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Collective`] when it cannot be begun.
+    pub fn begin_broadcast(&self, source: usize, tensor: &Tensor) -> Result<Begun, Error> {
+        let Some(group) = self.group() else { return Ok(Begun(None)) };
         self.link.tick();
-        group.broadcast(tensor, source).and_then(ice_c10d::Work::wait).map_err(collective("broadcast"))
+        group.broadcast(tensor, source).map(|work| Begun(Some(work))).map_err(collective("broadcast"))
     }
 
     /// Copies the tensor of each rank `i` into row `i` of `all`. Those of all ranks have the same shape and dtype.
@@ -297,7 +320,7 @@ impl Worker {
     pub fn all_gather(&self, all: &[Tensor], own: &Tensor) -> Result<(), Error> {
         let Some(group) = self.group() else { return Ok(()) };
         self.link.tick();
-        group.all_gather(all, own).and_then(ice_c10d::Work::wait).map_err(collective("all-gather"))
+        group.all_gather(all, own).and_then(Work::wait).map_err(collective("all-gather"))
     }
 
     /// Makes sure that what the ranks have exchanged so far is what they have computed. On a GPU a collective that is given up, since a rank is
@@ -321,7 +344,7 @@ impl Worker {
     pub fn barrier(&self) -> Result<(), Error> {
         let Some(group) = self.group() else { return Ok(()) };
         self.link.tick();
-        group.barrier().and_then(ice_c10d::Work::wait).map_err(collective("barrier"))
+        group.barrier().and_then(Work::wait).map_err(collective("barrier"))
     }
 
     /// Tells the agent that the first training step in the round has been applied, and how many had been begun before and are done again.

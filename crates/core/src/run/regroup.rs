@@ -7,7 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
@@ -178,6 +178,7 @@ impl Run<'_> {
         } else {
             self.leave_step();
         }
+        let mut transferred = began.elapsed();
         let (batch_ranks, lr_factor) = self.config.elastic_batch.on(self.worker.world_size(), base);
         self.tell_batch(base, lr_factor);
         self.progress.base_ranks.set(base);
@@ -185,7 +186,9 @@ impl Run<'_> {
         self.graph.enter_round(&round)?;
         let from = match &parts {
             Some(parts) => {
+                let begun = Instant::now();
                 self.put_together(parts)?;
+                transferred += begun.elapsed();
                 Some(if parts.are_copies { "copies in memory".into() } else { "the parts of all".into() })
             }
             None if newest.has_state => Some(format!("the memory of rank {source}")),
@@ -201,12 +204,14 @@ impl Run<'_> {
         if let Some(from) = &from
             && self.is_main()
         {
+            let ms = |time: Duration| time.as_secs_f64() * 1e3;
             println!(
-                "round {}: going on after step {} on {} ranks, from {from} ({:.0} ms)",
+                "round {}: going on after step {} on {} ranks, from {from} (after {:.0} ms, {:.0} of them for the state)",
                 self.worker.round(),
                 self.counters.train_steps(),
                 self.worker.world_size(),
-                began.elapsed().as_secs_f64() * 1e3
+                ms(began.elapsed()),
+                ms(transferred)
             );
         }
         self.progress.has_state.set(true);
