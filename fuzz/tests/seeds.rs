@@ -85,14 +85,20 @@ fn make() {
             hopeless: Some(reason()),
         },
         ToCoordinator::Finished { round: 0 },
-        ToCoordinator::Leave { reason: reason() },
+        ToCoordinator::Leave { reason: reason(), preempted: true },
         ToCoordinator::KeepAlive,
     ];
     let frames: Vec<Vec<u8>> = said.iter().map(|message| frame::encode(message).unwrap()).collect();
     let answers = [
         frame::encode(&ToAgent::Refused { reason: reason() }).unwrap(),
         frame::encode(&ToAgent::RoundBroken { round: 3, reason: reason(), gentle: true }).unwrap(),
-        frame::encode(&ToAgent::Closed { success: true, reason: reason(), no_restart: None }).unwrap(),
+        frame::encode(&ToAgent::Closed {
+            success: true,
+            reason: reason(),
+            no_restart: None,
+            preempted: false,
+        })
+        .unwrap(),
         frame::encode(&Greeting { nonce: [1; 32] }).unwrap(),
         frame::encode(&Challenge { nonce: [2; 32], proof: Some([3; 32]) }).unwrap(),
         frame::encode(&Answer { proof: None }).unwrap(),

@@ -8,6 +8,7 @@ mod dispatcher;
 mod error;
 mod logs;
 mod placement;
+mod preempt;
 mod report;
 mod supervise;
 

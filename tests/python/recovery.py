@@ -37,6 +37,8 @@ def wait_for(lines, wanted):
     """The time of the next line that is wanted, and the line; none at the end."""
     deadline = time.time() + PATIENCE
     while True:
+        if time.time() > deadline:
+            return time.time(), None
         try:
             at, line = lines.get(timeout=max(0.1, deadline - time.time()))
         except queue.Empty:
@@ -108,12 +110,16 @@ def torchrun(kills, process, ranks):
             if line is None:
                 print("failed")
                 return
+        before = dict(ranks)
         killed = time.time()
         os.kill(ranks[max(ranks)], signal.SIGKILL)
-        # Lines of the attempt that is over are still on their way; the next one says who it is.
-        wait_for(lines, lambda line: note(line) or line.startswith("pid "))
-        wait_for(lines, lambda line: line.startswith("pid "))
-        at, line = wait_for(lines, note)
+
+        # Lines of the attempt that is over are still on their way; all ranks of the next one say who they are.
+        def goes_on(line):
+            is_step = note(line)
+            return is_step and all(ranks[rank] != pid for rank, pid in before.items())
+
+        at, line = wait_for(lines, goes_on)
         if line is None:
             print("failed")
             return

@@ -280,10 +280,7 @@ impl Worker {
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<(), Error> {
         let Some(group) = self.group() else { return Ok(()) };
         self.link.tick();
-        group
-            .all_reduce(tensor, ReduceOp::Sum)
-            .and_then(Work::wait)
-            .map_err(collective("all-reduce"))
+        group.all_reduce(tensor, ReduceOp::Sum).and_then(Work::wait).map_err(collective("all-reduce"))
     }
 
     /// Overwrites the tensor on every rank with rank 0's.

@@ -11,6 +11,7 @@ use std::process;
 /// | 2 | nothing was started: the command line, the environment or a file it names is wrong |
 /// | 126 | the program is there and cannot be executed |
 /// | 127 | the program was not found |
+/// | 75, or `--requeue-exit-code` | the job, or this node, was preempted and saved what it could: start it again |
 /// | 128 + n | the root-cause rank was killed by signal n, or the agent was told to stop by signal n |
 /// | other | the root-cause rank's own exit code |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub enum ExitCode {
     NotFound,
     /// A rank's own exit code, never 0.
     Rank(u8),
+    /// Preempted: to be started again; with the number that says so.
+    Requeue(u8),
     /// Ended by this signal.
     Signal(u8),
 }
@@ -40,7 +43,7 @@ impl ExitCode {
             Self::Usage => 2,
             Self::NotExecutable => 126,
             Self::NotFound => 127,
-            Self::Rank(code) => code,
+            Self::Rank(code) | Self::Requeue(code) => code,
             Self::Signal(signal) => 128_u8.saturating_add(signal),
         }
     }

@@ -96,6 +96,8 @@ pub enum ToCoordinator {
     Leave {
         /// Why, in one line.
         reason: String,
+        /// Whether its machine, or its time, is taken away, so that the job is to be started again where it cannot go on.
+        preempted: bool,
     },
     /// Nothing to say.
     KeepAlive,
@@ -166,6 +168,8 @@ pub enum ToAgent {
         reason: String,
         /// Why there is no restart, where there might have been one.
         no_restart: Option<String>,
+        /// Whether it ended because a node was preempted.
+        preempted: bool,
     },
     /// Nothing to say.
     KeepAlive,

@@ -55,6 +55,8 @@ pub(crate) enum Event {
         save: bool,
         /// Whether all ranks of this node will end at the same step boundary, which they agree on with those of other nodes.
         together: bool,
+        /// What says that this node's machine, or the job's time, will be taken away, where that is why.
+        notice: Option<String>,
     },
     /// The user wants the job to end at once.
     Abort(i32),
@@ -131,6 +133,8 @@ pub(crate) struct Rules {
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
     /// Whether the coordinator is looked for when it is lost: it may be another agent then, or be reached again.
     pub(crate) looks_again: bool,
+    /// What the agent of a job that was preempted ends with.
+    pub(crate) requeue_exit_code: u8,
 }
 
 #[derive(Debug, Clone)]
@@ -179,6 +183,8 @@ pub(crate) struct Agent {
     ends: Vec<End>,
     /// When the user first wanted the job to end.
     signalled: Option<Duration>,
+    /// Whether there was a notice before.
+    preempted: bool,
     /// That this node leaves, where the coordinator is not to know yet.
     leave: Option<ToCoordinator>,
     terminate_at: Option<Duration>,
@@ -202,6 +208,7 @@ impl Agent {
             started: Duration::ZERO,
             ends: Vec::new(),
             signalled: None,
+            preempted: false,
             leave: None,
             terminate_at: None,
             kill_at: None,
@@ -269,7 +276,8 @@ impl Agent {
                 self.round_lost(now, local_rank, round, &reason)
             }
             Event::Hung { local_rank, reason } => self.hung(now, local_rank, reason),
-            Event::Stop { signal, save, together } => self.signal(now, signal, save, together),
+            Event::Stop { notice: Some(notice), together, .. } => self.preempted(now, &notice, together),
+            Event::Stop { signal, save, together, notice: None } => self.signal(now, signal, save, together),
             Event::Abort(signal) => self.abort(now, signal),
             Event::Forward(signal) if self.alive.is_empty() => {
                 vec![Action::Say(format!("no rank runs that {} could be passed on to", name_of(signal)))]
@@ -322,8 +330,10 @@ impl Agent {
             (ToAgent::Closed { success: true, .. }, Phase::Finished) => {
                 self.stop(now, Then::Exit(Some(ExitCode::Success)), Ask::Broken("all is done".into()))
             }
-            (ToAgent::Closed { reason, no_restart, .. }, _) => self.over(now, &reason, no_restart),
-            (ToAgent::Refused { reason }, _) => self.over(now, &reason, None),
+            (ToAgent::Closed { reason, no_restart, preempted, .. }, _) => {
+                self.over(now, &reason, no_restart, preempted)
+            }
+            (ToAgent::Refused { reason }, _) => self.over(now, &reason, None, false),
             _ => Vec::new(),
         }
     }
@@ -339,7 +349,13 @@ impl Agent {
         actions
     }
 
-    fn over(&mut self, now: Duration, reason: &str, no_restart: Option<String>) -> Vec<Action> {
+    fn over(
+        &mut self,
+        now: Duration,
+        reason: &str,
+        no_restart: Option<String>,
+        preempted: bool,
+    ) -> Vec<Action> {
         if self.is_leaving() {
             return self.alone(reason);
         }
@@ -351,7 +367,8 @@ impl Agent {
         if !said.is_empty() {
             actions.push(Action::Say(said));
         }
-        actions.extend(self.stop(now, Then::Exit(None), Ask::Broken(reason.to_owned())));
+        let code = preempted.then_some(ExitCode::Requeue(self.rules.requeue_exit_code));
+        actions.extend(self.stop(now, Then::Exit(code), Ask::Broken(reason.to_owned())));
         actions
     }
 
@@ -465,17 +482,39 @@ impl Agent {
         }
         self.signalled = Some(now);
         let reason = format!("told to stop by {}", name_of(signal));
-        self.leave = Some(ToCoordinator::Leave { reason: reason.clone() });
+        if self.preempted {
+            // Whoever gives notice sends a signal later, and what was begun then goes on.
+            return vec![Action::Say(format!("{reason}, as was noticed before"))];
+        }
+        let code = Exit::Signal(signal).code();
+        self.end_ranks(now, reason, code, Ask::Stop(signal, save), together)
+    }
+
+    /// There is some time yet, and then there is none.
+    fn preempted(&mut self, now: Duration, notice: &str, together: bool) -> Vec<Action> {
+        if self.signalled.is_some() || std::mem::replace(&mut self.preempted, true) {
+            return Vec::new();
+        }
+        let code = ExitCode::Requeue(self.rules.requeue_exit_code);
+        self.end_ranks(now, format!("preempted: {notice}"), code, Ask::Stop(SIGTERM, true), together)
+    }
+
+    /// Ends the ranks of this node, and then the agent.
+    fn end_ranks(
+        &mut self,
+        now: Duration,
+        reason: String,
+        code: ExitCode,
+        ask: Ask,
+        together: bool,
+    ) -> Vec<Action> {
+        self.leave = Some(ToCoordinator::Leave { reason: reason.clone(), preempted: self.preempted });
         let mut actions = vec![Action::Say(reason)];
         // Ranks that end together need those of the other nodes until then.
         if !together || self.alive.is_empty() || !self.is_running() {
             actions.extend(self.leave.take().map(Action::Send));
         }
-        actions.extend(self.stop(
-            now,
-            Then::Exit(Some(Exit::Signal(signal).code())),
-            Ask::Stop(signal, save),
-        ));
+        actions.extend(self.stop(now, Then::Exit(Some(code)), ask));
         actions
     }
 
@@ -485,7 +524,8 @@ impl Agent {
             None => {
                 // They are not asked any more.
                 self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), Ask::Stop(signal, false));
-                Some(ToCoordinator::Leave { reason: format!("told to stop by {}", name_of(signal)) })
+                let reason = format!("told to stop by {}", name_of(signal));
+                Some(ToCoordinator::Leave { reason, preempted: false })
             }
         };
         let mut actions = vec![Action::Say("told to stop again: killing".into()), Action::Kill];

@@ -18,7 +18,7 @@ fn started(number: u64) -> Event {
 }
 
 fn closed(success: bool) -> Event {
-    Event::Coordinator(ToAgent::Closed { success, reason: "r".into(), no_restart: None })
+    Event::Coordinator(ToAgent::Closed { success, reason: "r".into(), no_restart: None, preempted: false })
 }
 
 fn exited(local_rank: u32, exit: Exit) -> Event {
@@ -27,7 +27,13 @@ fn exited(local_rank: u32, exit: Exit) -> Event {
 
 fn rules() -> Rules {
     let (local_world_size, shutdown_timeout) = (2, TIMEOUT);
-    Rules { local_world_size, shutdown_timeout, fatal_exit_codes: BTreeSet::new(), looks_again: false }
+    Rules {
+        local_world_size,
+        shutdown_timeout,
+        fatal_exit_codes: BTreeSet::new(),
+        looks_again: false,
+        requeue_exit_code: 75,
+    }
 }
 
 fn agent() -> Agent {
@@ -105,7 +111,7 @@ fn why_there_is_no_restart_is_said() {
             panic!("{actions:?}")
         };
         let no_restart = Some(why.clone());
-        let over = ToAgent::Closed { success: false, reason: "r".into(), no_restart };
+        let over = ToAgent::Closed { success: false, reason: "r".into(), no_restart, preempted: false };
         let said = agent.handle(NOW, Event::Coordinator(over));
         assert_eq!(said, [Action::Say(format!("no restart: {why}"))]);
     }
@@ -253,7 +259,7 @@ fn a_restart_waits_for_the_last_rank() {
 }
 
 fn stop(signal: i32) -> Event {
-    Event::Stop { signal, save: true, together: false }
+    Event::Stop { signal, save: true, together: false, notice: None }
 }
 
 #[test]
@@ -265,7 +271,7 @@ fn ranks_that_end_together_are_waited_for_before_the_node_leaves() {
     let told = || {
         let mut agent = agent();
         agent.handle(NOW, started(0));
-        let actions = agent.handle(NOW, Event::Stop { signal: 15, save: true, together: true });
+        let actions = agent.handle(NOW, Event::Stop { signal: 15, save: true, together: true, notice: None });
         assert!(!leaves(&actions) && actions.contains(&Action::Ask(Ask::Stop(15, true))), "{actions:?}");
         agent
     };
@@ -405,7 +411,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (0_u64..3)
             .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle: false })),
         1 => any::<bool>().prop_map(closed),
-        1 => any::<bool>().prop_map(|together| Event::Stop { signal: 15, save: true, together }),
+        1 => any::<bool>().prop_map(|together| Event::Stop { signal: 15, save: true, together, notice: None }),
         1 => Just(Event::Abort(2)),
         1 => (0_u32..2).prop_map(|local_rank| Event::Hung { local_rank, reason: "h".into() }),
         1 => Just(Event::Forward(10)),

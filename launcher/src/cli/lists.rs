@@ -47,7 +47,7 @@ pub(super) fn texts(text: &str) -> Vec<String> {
 }
 
 /// `SIGTERM,usr1`: signals that a process can handle.
-pub(super) fn signals(text: &str) -> Result<Vec<Signal>, String> {
+pub(crate) fn signals(text: &str) -> Result<Vec<Signal>, String> {
     let mut found = Vec::new();
     for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
         let upper = name.to_ascii_uppercase();

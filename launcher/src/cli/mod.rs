@@ -13,6 +13,7 @@ mod streams;
 
 pub use args::{Cli, Generate, LaunchArgs, TorchrunArgs};
 pub use generate::generate;
+pub(crate) use lists::signals;
 pub(crate) use plan::{HangTimeout, Rotation};
 pub use plan::{LaunchPlan, UsageError};
 pub use program::Program;

@@ -8,6 +8,7 @@ use ice_rendezvous::{MeetingConfig, Place};
 use nix::sys::signal::Signal;
 
 use crate::placement::{self, NumaBinding};
+use crate::preempt::Source;
 
 use super::{LaunchArgs, PerRank, Program, devices, fill, lists, meeting};
 
@@ -62,6 +63,9 @@ pub struct LaunchPlan {
     pub(crate) shutdown_timeout: Duration,
     /// Signals that stop the job.
     pub(crate) signals: Vec<Signal>,
+    /// What gives notice of the end.
+    pub(crate) notices: Vec<Source>,
+    pub(crate) requeue_exit_code: u8,
     pub(crate) logs: LogPlan,
     /// File for the events, where given.
     pub(crate) events: Option<PathBuf>,
@@ -119,6 +123,15 @@ impl LaunchPlan {
     /// How many ranks this node has.
     pub(crate) fn local_world_size(&self) -> u32 {
         u32::try_from(self.devices.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Signals that give notice.
+    pub(crate) fn notice_signals(&self) -> Vec<Signal> {
+        let signal = |source: &Source| match source {
+            Source::Signal(signal) => Some(*signal),
+            _ => None,
+        };
+        self.notices.iter().filter_map(signal).collect()
     }
 
     /// Whether the job goes on, or waits, when a node is lost.
@@ -189,6 +202,12 @@ impl LaunchPlan {
             monitor_interval: seconds("--monitor-interval", args.monitor_interval)?,
             shutdown_timeout,
             signals: lists::signals(&args.signals_to_handle).map_err(named("--signals-to-handle"))?,
+            notices: args
+                .preempt_notice
+                .iter()
+                .map(|text| Source::parse(text).map_err(named("--preempt-notice")))
+                .collect::<Result<_, _>>()?,
+            requeue_exit_code: args.requeue_exit_code,
             logs: logs(args)?,
             events: args.events.clone(),
             progress_interval: seconds("--progress-interval", args.progress_interval)?,

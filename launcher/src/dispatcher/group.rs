@@ -479,7 +479,7 @@ impl<'a> Group<'a> {
 
     /// The job is over: a temporary folder goes unless somebody may want it.
     pub(super) fn finish(&mut self, code: ExitCode, rounds: &Rounds, now: Duration) {
-        self.summary.end(code.code());
+        self.summary.end(code);
         self.summary.set_rounds(rounds.past(), rounds.goodput(now));
         let plan = &self.plan.logs;
         let wanted = code != ExitCode::Success || !plan.redirects.is_empty() || !plan.tee.is_empty();

@@ -29,7 +29,7 @@ use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
 use crate::report::{Events, ExitRecord, Happened, ProgressLines, Rounds};
 use crate::supervise::{Caught, Orphans, Signals, raise_open_files};
-use crate::{Error, LaunchPlan};
+use crate::{Error, LaunchPlan, preempt};
 use clock::Clock;
 use group::Group;
 use question::Answer;
@@ -48,13 +48,17 @@ pub(crate) enum RankEvent {
     Said(ProcessId, Up),
     /// The user has answered the question.
     Answered(Answer),
+    /// This machine, or the job's time, is about to be taken away; what says so.
+    Noticed(String),
+    /// Something that the user should know.
+    Warned(String),
     /// The stacks of a job that hung in this round have been written; what there is.
     Inspected(u64, Hang, String),
 }
 
 /// Carries out a plan.
 pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
-    let mut signals = Signals::new(&plan.signals).map_err(Error::Runtime)?;
+    let mut signals = Signals::new(&plan.signals, &plan.notice_signals()).map_err(Error::Runtime)?;
     let orphans = Orphans::adopt();
     raise_open_files();
     let meeting = Arc::new(Meeting::open(plan.meeting.clone(), plan.place.clone()).await?);
@@ -86,7 +90,10 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     };
     let session = tokio::select! {
         session = meeting.meet(hello(&plan, meeting.agent())) => session?,
-        signal = signals.stop() => return Ok(Exit::Signal(signal).code()),
+        caught = signals.stop() => return Ok(match caught {
+            Caught::Stop(signal) => Exit::Signal(signal).code(),
+            _ => ExitCode::Requeue(plan.requeue_exit_code),
+        }),
     };
     session.send(ToCoordinator::Join);
     let events = Events::new(&plan.run_id, events);
@@ -161,6 +168,8 @@ struct Dispatcher<'a> {
     meeting: Arc<Meeting>,
     /// Of the job, once the coordinator has told it.
     run_stamp: Option<String>,
+    /// The last checkpoint that a rank of this node has saved, and the steps that it holds.
+    saved: Option<(String, u64)>,
     /// Looks for the coordinator again.
     looking: Option<Looking>,
 }
@@ -176,11 +185,13 @@ impl<'a> Dispatcher<'a> {
         orphans: &'a Orphans,
     ) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
+        preempt::watch(&plan.notices, &sender);
         let rewrites = screen::rewrites_progress(plan);
         let rules = Rules {
             local_world_size: plan.local_world_size(),
             shutdown_timeout: plan.shutdown_timeout,
             fatal_exit_codes: plan.fatal_exit_codes.clone(),
+            requeue_exit_code: plan.requeue_exit_code,
             looks_again: meeting.moves() || (!meeting.is_host() && plan.outlives_nodes()),
         };
         Self {
@@ -204,6 +215,7 @@ impl<'a> Dispatcher<'a> {
             plan,
             meeting,
             run_stamp: None,
+            saved: None,
             looking: None,
         }
     }
@@ -296,6 +308,10 @@ impl<'a> Dispatcher<'a> {
                     false => self.stop(signal, true),
                 })
             }
+            Caught::Notice(signal) => {
+                self.log.add(&Happened::Signal { signal: signal as i32 });
+                Some(self.noticed(signal.as_str().into()))
+            }
             Caught::Forward(signal) => {
                 self.log.add(&Happened::Signal { signal });
                 Some(Event::Forward(signal))
@@ -308,7 +324,12 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn stop(&self, signal: i32, save: bool) -> Event {
-        Event::Stop { signal, save, together: self.group.agrees() }
+        Event::Stop { signal, save, together: self.group.agrees(), notice: None }
+    }
+
+    fn noticed(&self, what: String) -> Event {
+        let (signal, together) = (Signal::SIGTERM as i32, self.group.agrees());
+        Event::Stop { signal, save: true, together, notice: Some(what) }
     }
 
     /// Stops all ranks and then this process; goes on when it is continued.
@@ -347,6 +368,11 @@ impl<'a> Dispatcher<'a> {
                 Some(Event::Hung { local_rank: hang.local_rank, reason })
             }
             RankEvent::Answered(answer) => self.answered(answer),
+            RankEvent::Warned(what) => {
+                self.console.note(&what);
+                None
+            }
+            RankEvent::Noticed(what) => Some(self.noticed(what)),
             RankEvent::Said(process, message) => {
                 let local_rank = self.group.said(process, &message)?;
                 if let Up::Heartbeat { applied_ms, .. } = message {
@@ -388,6 +414,7 @@ impl<'a> Dispatcher<'a> {
             }
             Up::CheckpointSaved { path, step } => {
                 let rank = self.group.rank(local_rank);
+                self.saved = Some((path.clone(), step));
                 self.log.add(&Happened::CheckpointSaved { rank, path, step });
             }
             Up::Hello { .. } | Up::Error { .. } | Up::Done | Up::Parked { round: None } => {}
@@ -455,6 +482,14 @@ impl<'a> Dispatcher<'a> {
                     let now = self.clock.now();
                     if let Some(summary) = self.rounds.summary(now) {
                         self.console.note(&summary);
+                    }
+                    if let ExitCode::Requeue(number) = code {
+                        let from = match &self.saved {
+                            Some((path, step)) => format!(", and it can go on after step {step} from {path}"),
+                            None => String::new(),
+                        };
+                        let what = format!("preempted: start the job again (exit code {number}){from}");
+                        self.console.note(&what);
                     }
                     self.group.finish(code, &self.rounds, now);
                     return Ok(Some(code));

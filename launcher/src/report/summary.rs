@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::{fs, io};
 
+use ice_proto::exit::ExitCode;
 use serde::Serialize;
 
 use super::{Failure, RoundRecord};
@@ -15,7 +16,7 @@ const VERSION: u32 = 1;
 pub(crate) struct Summary {
     version: u32,
     run_id: String,
-    /// `running`, `succeeded` or `failed`.
+    /// `running`, `succeeded`, `preempted` or `failed`.
     outcome: &'static str,
     exit_code: Option<u8>,
     /// The attempts that failed on this node, in order.
@@ -45,9 +46,13 @@ impl Summary {
         !self.failures.is_empty()
     }
 
-    pub(crate) fn end(&mut self, code: u8) {
-        self.outcome = if code == 0 { "succeeded" } else { "failed" };
-        self.exit_code = Some(code);
+    pub(crate) fn end(&mut self, code: ExitCode) {
+        self.outcome = match code {
+            ExitCode::Success => "succeeded",
+            ExitCode::Requeue(_) => "preempted",
+            _ => "failed",
+        };
+        self.exit_code = Some(code.code());
     }
 
     /// Writes it whole into a folder: beside, then renamed.

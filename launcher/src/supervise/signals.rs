@@ -14,6 +14,8 @@ use super::proc::ignores;
 pub(crate) enum Caught {
     /// Stop the job.
     Stop(i32),
+    /// The job will have to stop soon.
+    Notice(Signal),
     /// Pass it on to the ranks.
     Forward(i32),
     /// The terminal wants the job to pause.
@@ -23,18 +25,22 @@ pub(crate) enum Caught {
 pub(crate) struct Signals(Vec<(Caught, unix::Signal)>);
 
 impl Signals {
-    /// Listens; these stop the job. One that was ignored when the agent was started, as SIGHUP is under nohup, stays so.
-    pub(crate) fn new(stop: &[Signal]) -> io::Result<Self> {
+    /// Listens; these stop the job, or give notice of its end. One that was ignored when the agent was started, as SIGHUP is under nohup, stays so.
+    pub(crate) fn new(stop: &[Signal], notice: &[Signal]) -> io::Result<Self> {
         let ignorable = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT];
         let stop: Vec<Signal> = stop
             .iter()
             .copied()
+            .filter(|signal| !notice.contains(signal))
             .filter(|signal| !(ignorable.contains(signal) && ignores(*signal as i32)))
             .collect();
-        let forward = [Signal::SIGUSR1, Signal::SIGUSR2].into_iter().filter(|signal| !stop.contains(signal));
+        let forward = [Signal::SIGUSR1, Signal::SIGUSR2]
+            .into_iter()
+            .filter(|signal| !stop.contains(signal) && !notice.contains(signal));
         let meanings = stop
             .iter()
             .map(|signal| (*signal, Caught::Stop(*signal as i32)))
+            .chain(notice.iter().map(|signal| (*signal, Caught::Notice(*signal))))
             .chain(forward.map(|signal| (signal, Caught::Forward(signal as i32))))
             .chain([(Signal::SIGTSTP, Caught::Suspend)]);
         let listen = |(signal, meaning)| Ok((meaning, unix::signal(SignalKind::from_raw(signal as i32))?));
@@ -52,11 +58,12 @@ impl Signals {
         .await
     }
 
-    /// The next signal that stops the job.
-    pub(crate) async fn stop(&mut self) -> i32 {
+    /// The next signal that stops the job, or gives notice.
+    pub(crate) async fn stop(&mut self) -> Caught {
         loop {
-            if let Caught::Stop(signal) = self.next().await {
-                return signal;
+            let caught = self.next().await;
+            if matches!(caught, Caught::Stop(_) | Caught::Notice(_)) {
+                return caught;
             }
         }
     }

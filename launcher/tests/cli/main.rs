@@ -9,6 +9,7 @@ mod hangs;
 mod nodes;
 mod options;
 mod output;
+mod preempt;
 mod reports;
 mod restarts;
 mod signals;

@@ -83,6 +83,20 @@ impl Job {
         Self { child, mark, stdout, stderr, reader: None, seen: Vec::new() }
     }
 
+    /// Waits until its standard error, which nobody reads yet, has this text.
+    #[track_caller]
+    pub(crate) fn expect_error(&mut self, wanted: &str) {
+        let stderr = self.stderr.as_mut().unwrap();
+        let mut text = String::new();
+        while !text.contains(wanted) {
+            let ready = poll(&mut [PollFd::new(stderr, PollFlags::IN)], Some(&SOON.try_into().unwrap()));
+            let mut bytes = [0; 4096];
+            let len = if ready == Ok(0) { 0 } else { stderr.read(&mut bytes).unwrap() };
+            assert!(len > 0, "no `{wanted}` came: {text}");
+            text += &String::from_utf8_lossy(&bytes[..len]);
+        }
+    }
+
     pub(crate) fn read_stderr(&mut self) {
         if let Some(mut stderr) = self.stderr.take() {
             self.reader = Some(thread::spawn(move || {

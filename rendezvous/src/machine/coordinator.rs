@@ -6,7 +6,7 @@ use std::time::Duration;
 use ice_proto::rendezvous::{Hello, Member, Round, ToAgent, ToCoordinator};
 
 use super::nodes::{Gathering, Node, Nodes};
-use super::record::Judged;
+use super::record::{Ending, Judged};
 use super::restarts::{Failure, Restarts};
 use super::{Record, admission, places};
 use endings::Gone;
@@ -55,7 +55,7 @@ enum Phase {
     /// The round runs.
     Running { members: BTreeSet<Peer>, finished: BTreeSet<Peer> },
     /// The job is over.
-    Closed { success: bool, reason: String, no_restart: Option<String> },
+    Closed(Ending),
 }
 
 #[derive(Default)]
@@ -89,13 +89,14 @@ impl Coordinator {
     /// A job that another coordinator had, as it was when that wrote its record. The clock goes on from there.
     pub fn resume(settings: Settings, record: Record) -> Self {
         let phase = match record.closed {
-            Some((success, reason, no_restart)) => Phase::Closed { success, reason, no_restart },
-            None if record.finished => Phase::Closed {
+            Some(ending) => Phase::Closed(ending),
+            None if record.finished => Phase::Closed(Ending {
                 success: false,
                 reason: "the coordinator was lost while nodes finished: what they did cannot be done again"
                     .into(),
                 no_restart: None,
-            },
+                preempted: false,
+            }),
             None => Phase::Joining(Joining {
                 since: record.now,
                 not_before: record.not_before,
@@ -122,9 +123,7 @@ impl Coordinator {
             run_stamp: self.settings.run_stamp.clone(),
             finished: matches!(&self.phase, Phase::Running { finished, .. } if !finished.is_empty()),
             closed: match &self.phase {
-                Phase::Closed { success, reason, no_restart } => {
-                    Some((*success, reason.clone(), no_restart.clone()))
-                }
+                Phase::Closed(ending) => Some(ending.clone()),
                 _ => None,
             },
         }
@@ -154,7 +153,7 @@ impl Coordinator {
 
     /// Whether the job is over.
     pub fn is_closed(&self) -> bool {
-        matches!(self.phase, Phase::Closed { .. })
+        matches!(self.phase, Phase::Closed(_))
     }
 
     /// Takes in an event at a time, measured from the start.
@@ -180,9 +179,9 @@ impl Coordinator {
                 self.failed(now, peer, round, Failure { reason, uptime, hopeless })
             }
             ToCoordinator::Finished { round } => self.finished(peer, round),
-            ToCoordinator::Leave { reason } => {
+            ToCoordinator::Leave { reason, preempted } => {
                 let mut actions = vec![Action::Close(peer)];
-                actions.extend(self.gone(now, peer, Gone::Left(reason)));
+                actions.extend(self.gone(now, peer, Gone::Left { reason, preempted }));
                 actions
             }
         }
@@ -264,7 +263,7 @@ impl Coordinator {
                     format!("the job has its {nodes} nodes; this one takes the place of one that goes");
                 vec![self.put_off(peer, reason)]
             }
-            Phase::Closed { .. } => Vec::new(),
+            Phase::Closed(_) => Vec::new(),
         }
     }
 

@@ -29,8 +29,19 @@ pub struct Record {
     pub(super) run_stamp: String,
     /// Whether a node has finished the round that runs.
     pub(super) finished: bool,
-    /// How the job ended: whether well, why, and why without a restart.
-    pub(super) closed: Option<(bool, String, Option<String>)>,
+    /// How the job ended.
+    pub(super) closed: Option<Ending>,
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Ending {
+    pub(super) success: bool,
+    pub(super) reason: String,
+    /// Why there was no restart, where there might have been one.
+    pub(super) no_restart: Option<String>,
+    /// Whether it is to be started again.
+    pub(super) preempted: bool,
 }
 
 impl Record {

@@ -476,7 +476,7 @@ fn an_agent_that_comes_back_before_it_is_missed_takes_the_place_of_its_first_con
 
 #[test]
 fn a_node_that_leaves_ends_a_job_of_a_fixed_size() {
-    let leave = || ToCoordinator::Leave { reason: "told to stop".into() };
+    let leave = || ToCoordinator::Leave { reason: "told to stop".into(), preempted: false };
     let mut machine = coordinator();
     enter(&mut machine, 1, hello(None, 2, 1));
     enter(&mut machine, 2, hello(None, 2, 1));

@@ -10,15 +10,19 @@ use crate::forms::Run;
 use crate::stopping::events;
 use crate::support::{Job, SOON, TRAINING, free_port, wait_until};
 
+fn training(folder: &Path) -> Run {
+    Run::new(&folder.join("out")).args(["--epochs", "1", "--steps", "100000", "--split-checkpoints"])
+}
+
 /// Two agents whose ranks all write a share of each checkpoint.
 fn two_nodes(folder: &Path, nnodes: &str) -> [(Job, PathBuf); 2] {
-    let run =
-        Run::new(&folder.join("out")).args(["--epochs", "1", "--steps", "100000", "--split-checkpoints"]);
+    let run = training(folder);
     let endpoint = format!("127.0.0.1:{}", free_port());
     let nodes = ["0", "1"].map(|node| {
         let log = folder.join(node);
         let options = ["--nnodes", nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", &endpoint];
         let more = ["--node-rank", node, "--devices", "cpu:0", "--events", log.to_str().unwrap()];
+        let more = [&more[..], &["--preempt-notice", "HUP"]].concat();
         (run.under_ice_launch(&[&options[..], &more[..]].concat()).start(), log)
     });
     nodes[0].0.wait_for_error_text(TRAINING, "step");
@@ -85,4 +89,23 @@ fn two_nodes_pause_together() {
         job.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
     }
     checkpoint(&log);
+}
+
+#[test]
+fn a_job_that_is_preempted_saves_says_so_and_goes_on_there_when_it_is_started_again() {
+    let folder = tempdir().unwrap();
+    let [(first, log), (second, _)] = two_nodes(folder.path(), "2");
+    second.signal(Signal::HUP);
+    second.finish(TRAINING).expect_code(75).expect_in_stderr(&["preempted: SIGHUP"]);
+    let first = first.finish(TRAINING);
+    let saved = checkpoint(&log);
+    let (_, step) = saved.rsplit_once('S').unwrap();
+    let again =
+        format!("start the job again (exit code 75), and it can go on after step {step} from {saved}");
+    first.expect_code(75).expect_in_stderr(&["left: preempted: SIGHUP", &again]);
+    let again = training(folder.path()).args(["--resume-from", "latest"]);
+    let again = again.under_ice_launch(&["--devices", "cpu:0-1"]).start();
+    again.wait_for_line(TRAINING, |line| line == format!("resuming from {saved}"));
+    again.signal(Signal::TERM);
+    again.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
 }

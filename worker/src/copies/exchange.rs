@@ -53,12 +53,14 @@ impl Exchange {
         let listening = receive::listen(address, owners, shelf, &sockets);
         let card = listening.unwrap_or_else(|error| Card::Nobody(error.to_string()));
         let met = meet(store, own, holders[own], &card);
-        let way = met.map_err(|source| Error::Collective { doing: "cannot meet for copies".into(), source })?;
+        let way =
+            met.map_err(|source| Error::Collective { doing: "cannot meet for copies".into(), source })?;
         let (wanted, parcels) = mpsc::channel();
         let progress = Arc::new(Progress::default());
         let sender = Sender { own, holder: holders[own], way, sockets: Arc::clone(&sockets), stream: None };
         let told = Arc::clone(&progress);
-        let spawned = thread::Builder::new().name("ice-copies".into()).spawn(move || sender.run(parcels, &told));
+        let spawned =
+            thread::Builder::new().name("ice-copies".into()).spawn(move || sender.run(parcels, &told));
         spawned.map_err(|source| Error::Link { source })?;
         Ok(Self { wanted, progress, sockets })
     }
@@ -208,7 +210,10 @@ impl Sender {
         }
         let kept: Kept = frame::read(&mut &stream)?;
         if kept.number != parcel.number {
-            return Err(io::Error::other(format!("it has kept copy {} instead of {}", kept.number, parcel.number)));
+            return Err(io::Error::other(format!(
+                "it has kept copy {} instead of {}",
+                kept.number, parcel.number
+            )));
         }
         self.stream = Some(stream);
         Ok(())

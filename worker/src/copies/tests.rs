@@ -114,7 +114,8 @@ fn strangers_get_nothing_and_ranks_are_served_beside_them() {
     let (address, token) = card.split_once(' ').unwrap();
     let idle: Vec<_> = (0..20).map(|_| TcpStream::connect(address).unwrap()).collect();
     let hello = |token: [u8; 32], owner| frame::encode(&Hello { token, owner }).unwrap();
-    let token: Vec<u8> = (0..32).map(|at| u8::from_str_radix(&token[2 * at..2 * at + 2], 16).unwrap()).collect();
+    let token: Vec<u8> =
+        (0..32).map(|at| u8::from_str_radix(&token[2 * at..2 * at + 2], 16).unwrap()).collect();
     let token: [u8; 32] = token.try_into().unwrap();
     let mut wrong = token;
     wrong[31] ^= 1;

@@ -38,8 +38,7 @@ pub(crate) fn pack(
     let files = old.into_iter().flat_map(|parcel| parcel.parts);
     let is_data = |name: &str| name != ABOUT && !name.ends_with(HEADER);
     let mut buffers = Buffers::of(files.filter(|(name, _)| is_data(name)).map(|(_, bytes)| bytes).collect());
-    let snapshot =
-        Snapshot::take(graph, &Selection::All, kept, share, &mut buffers).map_err(Error::Save)?;
+    let snapshot = Snapshot::take(graph, &Selection::All, kept, share, &mut buffers).map_err(Error::Save)?;
     manifest.nodes = snapshot.nodes;
     let about = serde_json::to_vec(&manifest).map_err(|error| Error::Save(error.to_string()))?;
     let mut parts = vec![(ABOUT.to_owned(), about)];
@@ -61,7 +60,8 @@ pub(crate) fn unpack(
 ) -> Result<(Manifest, Kept)> {
     let own = |owner: &usize| suppliers[*owner] == worker.rank();
     let own: Vec<_> = (0..suppliers.len()).filter(own).collect();
-    let own: Vec<_> = own.iter().filter_map(|owner| parcels.iter().find(|parcel| parcel.owner == *owner)).collect();
+    let own: Vec<_> =
+        own.iter().filter_map(|owner| parcels.iter().find(|parcel| parcel.owner == *owner)).collect();
     let headers = own.iter().flat_map(|parcel| headers_of(parcel)).collect::<Vec<_>>();
     let headers = gather_all(&headers, worker)?;
     let about = own.first().and_then(|parcel| parcel.part(ABOUT)).map(serde_json::from_slice::<Manifest>);

@@ -41,7 +41,12 @@ impl HyperGraph {
     pub fn eager(&self, device: Device, seed: u64) -> Result<Eager<'_>> {
         let worker = Rc::new(Worker::alone(device));
         self.set_up(&Context { worker: Rc::clone(&worker), seed })?;
-        self.enter_round(&Round { worker: Rc::clone(&worker), batch_ranks: 1, lr_factor: 1.0, is_fresh: true })?;
+        self.enter_round(&Round {
+            worker: Rc::clone(&worker),
+            batch_ranks: 1,
+            lr_factor: 1.0,
+            is_fresh: true,
+        })?;
         Ok(Eager { graph: self, worker })
     }
 }

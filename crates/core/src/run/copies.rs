@@ -72,7 +72,8 @@ impl Run<'_> {
         }
         tracing::debug!(?found, ?whole, "the parts of the state");
         copies.next.set(offers.iter().map(|offer| offer.next).max().unwrap_or(0).max(1));
-        (copies.whole.set(whole), copies.under_way.set(None));
+        copies.whole.set(whole);
+        copies.under_way.set(None);
         copies.part.set(Some((self.worker.rank(), self.worker.world_size())));
         copies.shelf.keep(whole);
         if found != Found::AsItWas {
@@ -114,9 +115,12 @@ impl Run<'_> {
         if let Some(number) = copies.under_way.take() {
             let outcome = exchange.wait();
             if let Err(problem) = &outcome {
-                tracing::warn!("{problem}; should a rank be lost, all would go back to an older copy or a checkpoint");
+                tracing::warn!(
+                    "{problem}; should a rank be lost, all would go back to an older copy or a checkpoint"
+                );
             }
-            let is_whole = gather(&[i64::from(outcome.is_ok())], &self.worker)?.concat().iter().all(|ok| *ok != 0);
+            let is_whole =
+                gather(&[i64::from(outcome.is_ok())], &self.worker)?.concat().iter().all(|ok| *ok != 0);
             if is_whole {
                 copies.whole.set(Some(number));
             }

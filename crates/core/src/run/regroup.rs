@@ -182,7 +182,8 @@ impl Run<'_> {
         let (batch_ranks, lr_factor) = self.config.elastic_batch.on(self.worker.world_size(), base);
         self.tell_batch(base, lr_factor);
         self.progress.base_ranks.set(base);
-        let round = Round { worker: Rc::clone(&self.worker), batch_ranks, lr_factor, is_fresh: !newest.has_state };
+        let round =
+            Round { worker: Rc::clone(&self.worker), batch_ranks, lr_factor, is_fresh: !newest.has_state };
         self.graph.enter_round(&round)?;
         let from = match &parts {
             Some(parts) => {

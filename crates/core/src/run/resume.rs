@@ -1,6 +1,8 @@
 //! Going on from a checkpoint.
 
-use crate::checkpoint::{Checkpoint, Manifest, Selection, find_parameters, is_misfit, load, load_parameters, share};
+use crate::checkpoint::{
+    Checkpoint, Manifest, Selection, find_parameters, is_misfit, load, load_parameters, share,
+};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
 
 impl Run<'_> {

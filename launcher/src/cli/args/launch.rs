@@ -159,6 +159,20 @@ pub struct LaunchArgs {
         help_heading = "Failures"
     )]
     pub signals_to_handle: String,
+    /// What gives notice that this machine, or the job's time, is taken away: a file that comes, http://… (status 200), aws, azure, gcp, or a
+    /// signal; may be given again. The node leaves after a checkpoint, as on SIGTERM
+    #[arg(long, alias = "preempt_notice", value_name = "SOURCE", help_heading = "Failures")]
+    pub preempt_notice: Vec<String>,
+    /// Exit code of a job that has to be started again because it was preempted
+    #[arg(
+        long,
+        alias = "requeue_exit_code",
+        value_name = "CODE",
+        default_value_t = 75,
+        value_parser = clap::value_parser!(u8).range(1..),
+        help_heading = "Failures"
+    )]
+    pub requeue_exit_code: u8,
 
     /// Streams that go to files: 0 none, 1 stdout, 2 stderr, 3 both, or rank:value,…
     #[arg(

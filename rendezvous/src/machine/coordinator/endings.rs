@@ -5,7 +5,7 @@ use std::time::Duration;
 use ice_proto::rendezvous::ToAgent;
 
 use super::super::nodes::Gathering;
-use super::super::record::Judged;
+use super::super::record::{Ending, Judged};
 use super::super::restarts::{Failure, Verdict};
 use super::{Action, Coordinator, Joining, Peer, Phase};
 
@@ -17,7 +17,10 @@ pub(super) enum Gone {
     Lost,
     /// Its agent has another connection.
     Replaced,
-    Left(String),
+    Left {
+        reason: String,
+        preempted: bool,
+    },
 }
 
 impl Coordinator {
@@ -94,15 +97,16 @@ impl Coordinator {
         let who = self.describe(peer);
         let Some(node) = self.nodes.remove(peer) else { return Vec::new() };
         let (fewest, most) = node.hello.nnodes;
-        let told_to = matches!(how, Gone::Left(_));
+        let told_to = matches!(how, Gone::Left { .. });
+        let preempted = matches!(how, Gone::Left { preempted: true, .. });
         let goes_on = fewest < most || (!told_to && node.hello.restarts.max_restarts > 0);
         let reason = match how {
             Gone::Lost => format!("lost {who}: its agent is gone"),
             Gone::Replaced => format!("lost {who}: its agent has come back"),
-            Gone::Left(reason) => format!("{who} left: {reason}"),
+            Gone::Left { reason, .. } => format!("{who} left: {reason}"),
         };
         match &mut self.phase {
-            Phase::Closed { .. } => Vec::new(),
+            Phase::Closed(_) => Vec::new(),
             // One that had finished is not missed, nor one that only waited.
             Phase::Running { members, finished } if !members.contains(&peer) || finished.contains(&peer) => {
                 Vec::new()
@@ -120,7 +124,7 @@ impl Coordinator {
                 };
                 self.next_round(now, Duration::ZERO, &note, false)
             }
-            _ => self.end(false, reason, None),
+            _ => self.close(Ending { success: false, reason, no_restart: None, preempted }),
         }
     }
 
@@ -171,20 +175,24 @@ impl Coordinator {
     }
 
     fn end(&mut self, success: bool, reason: String, no_restart: Option<String>) -> Vec<Action> {
+        self.close(Ending { success, reason, no_restart, preempted: false })
+    }
+
+    fn close(&mut self, ending: Ending) -> Vec<Action> {
         if self.is_closed() {
             return Vec::new();
         }
         self.round += u64::from(matches!(self.phase, Phase::Running { .. }));
-        self.phase = Phase::Closed { success, reason, no_restart };
+        self.phase = Phase::Closed(ending);
         let Some(closed) = self.last_word() else { return Vec::new() };
         self.nodes.all().keys().map(|peer| Action::Send(*peer, closed.clone())).collect()
     }
 
     /// What agents are told once the job is over.
     pub(super) fn last_word(&self) -> Option<ToAgent> {
-        let Phase::Closed { success, reason, no_restart } = &self.phase else { return None };
-        let (reason, no_restart) = (reason.clone(), no_restart.clone());
-        Some(ToAgent::Closed { success: *success, reason, no_restart })
+        let Phase::Closed(ending) = &self.phase else { return None };
+        let Ending { success, reason, no_restart, preempted } = ending.clone();
+        Some(ToAgent::Closed { success, reason, no_restart, preempted })
     }
 }
 

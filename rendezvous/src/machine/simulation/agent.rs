@@ -409,7 +409,7 @@ impl World {
     pub(super) fn told_to_stop(&mut self, host: usize) {
         if self.agents[host].is_there() {
             self.tell(|| format!("agent {host} is told to stop"));
-            self.say(host, ToCoordinator::Leave { reason: "told to".into() });
+            self.say(host, ToCoordinator::Leave { reason: "told to".into(), preempted: false });
             self.done(host);
         }
     }

@@ -1,0 +1,111 @@
+//! A notice by a web server: the metadata service of a cloud, or one of the user's.
+
+use std::thread;
+use std::time::Duration;
+
+use ureq::Agent;
+
+/// How often it is asked. Clouds give notice 30 s (Google, Azure) to 2 minutes (AWS) ahead.
+const INTERVAL: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(3);
+/// The most that is read of an answer, in bytes.
+const MOST: u64 = 64 << 10;
+/// How long a token of AWS holds, in seconds.
+const TOKEN_SECONDS: &str = "21600";
+
+/// What is asked, and which answer is a notice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Question {
+    pub(super) url: String,
+    header: Option<(&'static str, &'static str)>,
+    /// Where a token is to be had first, as AWS wants it (IMDSv2).
+    token: Option<String>,
+    /// What the body of an answer with status 200 must have in it; any is a notice where this is none.
+    body: Option<&'static str>,
+}
+
+impl Question {
+    /// A cloud's, by its name; none for another name. `base` stands in place of the metadata server's address.
+    pub(super) fn of_cloud(name: &str, base: Option<&str>) -> Result<Option<Self>, String> {
+        let server = match name {
+            "aws" | "azure" => "http://169.254.169.254",
+            "gcp" => "http://metadata.google.internal",
+            _ => return Ok(None),
+        };
+        let base = base.unwrap_or(server).trim_end_matches('/');
+        if !base.starts_with("http://") {
+            return Err(format!("`{base}` is no http:// address"));
+        }
+        let at = |path: &str| format!("{base}{path}");
+        Ok(Some(match name {
+            // 404 until there is one.
+            "aws" => Self {
+                url: at("/latest/meta-data/spot/instance-action"),
+                header: None,
+                token: Some(at("/latest/api/token")),
+                body: None,
+            },
+            "gcp" => Self {
+                url: at("/computeMetadata/v1/instance/preempted"),
+                header: Some(("Metadata-Flavor", "Google")),
+                token: None,
+                body: Some("TRUE"),
+            },
+            _ => Self {
+                url: at("/metadata/scheduledevents?api-version=2020-07-01"),
+                header: Some(("Metadata", "true")),
+                token: None,
+                body: Some("\"Preempt\""),
+            },
+        }))
+    }
+
+    /// Any address: status 200 is a notice.
+    pub(super) fn of_address(url: &str) -> Self {
+        Self { url: url.into(), header: None, token: None, body: None }
+    }
+
+    /// Asks until there is a notice; returns what was answered. A server that does not answer is warned of once.
+    pub(super) fn wait(&self, warn: &dyn Fn(String)) -> String {
+        let config = Agent::config_builder().timeout_global(Some(TIMEOUT)).http_status_as_error(false);
+        // A proxy knows nothing of this machine.
+        let agent: Agent = config.proxy(None).max_redirects(0).build().into();
+        let mut warned = false;
+        loop {
+            match self.ask(&agent) {
+                Ok(Some(notice)) => return notice,
+                Ok(None) => {}
+                Err(error) => {
+                    if !std::mem::replace(&mut warned, true) {
+                        warn(format!("{} gives no answer, and is asked again: {error}", self.url));
+                    }
+                }
+            }
+            thread::sleep(INTERVAL);
+        }
+    }
+
+    fn ask(&self, agent: &Agent) -> Result<Option<String>, ureq::Error> {
+        let mut request = agent.get(&self.url);
+        if let Some((name, value)) = self.header {
+            request = request.header(name, value);
+        }
+        if let Some(token) = &self.token {
+            let answer = agent.put(token).header("X-aws-ec2-metadata-token-ttl-seconds", TOKEN_SECONDS);
+            let mut answer = answer.send_empty()?;
+            let token = answer.body_mut().with_config().limit(MOST).read_to_string()?;
+            request = request.header("X-aws-ec2-metadata-token", token.trim());
+        }
+        let mut answer = request.call()?;
+        let status = answer.status().as_u16();
+        if status != 200 {
+            return match status {
+                404 => Ok(None),
+                status => Err(ureq::Error::StatusCode(status)),
+            };
+        }
+        let body = answer.body_mut().with_config().limit(MOST).read_to_string()?;
+        let is_notice = self.body.is_none_or(|wanted| body.contains(wanted));
+        Ok(is_notice.then(|| format!("{} says so", self.url)))
+    }
+}
