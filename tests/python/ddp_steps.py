@@ -10,15 +10,19 @@ import torch
 import torch.distributed as dist
 
 
+def network(megabytes):
+    """A network whose parameters, with AdamW's two moments, take so many megabytes; and the width of its input."""
+    width = 512
+    layers = max(1, int(megabytes * 1e6 / (12 * width * width)))
+    return torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(layers)]), width
+
+
 def main():
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     print(f"pid {rank} {os.getpid()}", flush=True)
     torch.manual_seed(0)
-    width = 512
-    # Parameters of four bytes, and twice as much in AdamW.
-    layers = max(1, int(float(sys.argv[1]) * 1e6 / (12 * width * width)))
-    net = torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(layers)])
+    net, width = network(float(sys.argv[1]))
     ddp = torch.nn.parallel.DistributedDataParallel(net)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-4)
     step = 0
@@ -31,4 +35,5 @@ def main():
             print(f"step {step}", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,10 @@
 """Kills a rank of a running job again and again, and prints how long it took until the next step was applied.
 
-usage: recovery.py ice|torchrun KILLS OUT -- COMMAND...
+usage: recovery.py ice|torchrun|torchft KILLS OUT -- COMMAND...
 
 ice: COMMAND is an ice-launch with --events OUT/events.jsonl and --log-dir OUT/logs; what it wrote down of its rounds is printed.
-torchrun: COMMAND's ranks print `step <n>`, and `pid <rank> <pid>` when they start.
+torchrun: COMMAND's ranks print `step <n>`, and `pid <rank> <pid>` when they start; all of them are started again.
+torchft: COMMAND runs one of two replica groups, and is run for each, with REPLICA_GROUP set; beside it is torchft_lighthouse.
 """
 
 import json
@@ -12,6 +13,7 @@ import pathlib
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,15 +23,16 @@ import time
 PATIENCE = 60
 
 
-def lines_of(stream):
+def lines_of(*streams):
     lines = queue.Queue()
 
-    def read():
+    def read(stream):
         for line in stream:
             lines.put((time.time(), line))
         lines.put((time.time(), None))
 
-    threading.Thread(target=read, daemon=True).start()
+    for stream in streams:
+        threading.Thread(target=read, args=(stream,), daemon=True).start()
     return lines
 
 
@@ -95,8 +98,8 @@ def ice(kills, out, process):
                 print(f"{after:.4f}")
 
 
-def torchrun(kills, process, ranks):
-    lines = lines_of(process.stdout)
+def printing(kills, lines, ranks, all_again):
+    """Kills the last of the ranks that say what they do, and prints the seconds until the next step of all."""
 
     def note(line):
         found = re.match(r"pid (\d+) (\d+)", line)
@@ -110,9 +113,10 @@ def torchrun(kills, process, ranks):
             if line is None:
                 print("failed")
                 return
-        before = dict(ranks)
+        last = max(ranks)
+        before = dict(ranks) if all_again else {last: ranks[last]}
         killed = time.time()
-        os.kill(ranks[max(ranks)], signal.SIGKILL)
+        os.kill(ranks[last], signal.SIGKILL)
 
         # Lines of the attempt that is over are still on their way; all ranks of the next one say who they are.
         def goes_on(line):
@@ -126,24 +130,52 @@ def torchrun(kills, process, ranks):
         print(f"{at - killed:.4f}")
 
 
+def end(process):
+    process.terminate()
+    try:
+        process.wait(timeout=40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def main():
     kind, kills, out = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
     command = sys.argv[sys.argv.index("--") + 1 :]
     out.mkdir(parents=True, exist_ok=True)
+    processes, ranks = [], {}
     with (out / "stderr").open("w") as errors:
-        to = subprocess.PIPE if kind == "torchrun" else (out / "stdout").open("w")
-        process = subprocess.Popen(command, stdout=to, stderr=errors, text=True, start_new_session=True)
-        ranks = {}
+
+        def start(command, stdout, **variables):
+            processes.append(
+                subprocess.Popen(
+                    command, stdout=stdout, stderr=errors, text=True, start_new_session=True, env={**os.environ, **variables}
+                )
+            )
+            return processes[-1]
+
         try:
-            ice(kills, out, process) if kind == "ice" else torchrun(kills, process, ranks)
+            if kind == "ice":
+                ice(kills, out, start(command, (out / "stdout").open("w")))
+            elif kind == "torchrun":
+                printing(kills, lines_of(start(command, subprocess.PIPE).stdout), ranks, True)
+            else:
+                port = free_port()
+                lighthouse = pathlib.Path(command[0]).with_name("torchft_lighthouse")
+                start([lighthouse, "--min_replicas", "1", "--join_timeout_ms", "10000", "--bind", f"[::]:{port}"], errors)
+                to = {"TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{port}"}
+                groups = [start(command, subprocess.PIPE, REPLICA_GROUP=str(group), **to) for group in range(2)]
+                printing(kills, lines_of(*(group.stdout for group in groups)), ranks, False)
         finally:
-            process.terminate()
-            try:
-                process.wait(timeout=40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            # Ranks of ice-launch end with it; those of torchrun may not.
+            for process in reversed(processes):
+                end(process)
+            # Ranks of ice-launch end with it; those of others may not.
             for pid in ranks.values():
                 try:
                     os.kill(pid, signal.SIGKILL)
