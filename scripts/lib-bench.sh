@@ -5,6 +5,20 @@
 # table has the median of ours and of a peer's, the least and the most of each, and the ratio of the medians: ours / peer's.
 # With BENCH_ROWS set, each row is also added to that file, tab separated, from which docs/benchmarks.md is made (scripts/bench).
 
+# prepare [SETUP-OPTION...] -- CARGO-ARGUMENT...: the peers and the programs of a benchmark; scripts/bench has made all of them at once
+prepare() {
+    local options=()
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    cd "$ROOT"
+    [ -z "${BENCH_ROWS:-}" ] || return 0
+    "$ROOT/scripts/setup" "${options[@]}"
+    step "build" cargo build --locked --release "$@"
+}
+
 # count VALUE SCRIPT: ends the script unless the value is a positive number
 count() { [[ $1 =~ ^[1-9][0-9]*$ ]] || die "'$1' is not a number" "scripts/$2 -h"; }
 
