@@ -66,3 +66,9 @@ place() {
     ln -sfn "$2" "$1.new"
     mv -fT "$1.new" "$1"
 }
+
+# for_others: from here on cargo builds what others run, into a folder of its own: without paths of this machine
+for_others() {
+    export RUSTFLAGS="--remap-path-prefix=$ROOT=/ice-launch --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo"
+    export CARGO_TARGET_DIR=$TARGET/package
+}

@@ -6,6 +6,7 @@
 //! bench idle PORT PID CONNECTIONS     memory of process PID per validated connection, in KiB
 //! bench join AGENTS [tls]             seconds until so many agents are in one round
 //! bench simulate [MIN:]AGENTS [ranks] the same without a network: seconds, and MB that would be sent; with `ranks` each asks for its place
+//! bench requests COUNT                decodes and carries out so many requests of the store, without a network; for scripts/check-instructions
 //! bench answers PORT CONNECTIONS      seconds until all of them had an answer, one after another
 //! bench waiters PORT CONNECTIONS      seconds from a set until all of them, which wait for its key, were told
 //! ```
@@ -21,7 +22,8 @@ use std::time::{Duration, Instant};
 use ice_proto::frame;
 use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, ToAgent, ToCoordinator};
 use ice_rendezvous::machine::{Action, Coordinator, Event, Settings};
-use ice_rendezvous::store::codec::{Request, encode};
+use ice_rendezvous::store::codec::{Request, decode, encode};
+use ice_rendezvous::store::state::{Replies, Store};
 use ice_rendezvous::{Host, HostConfig, Patience, Session, Token};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -48,6 +50,7 @@ async fn main() {
         }
         ["simulate", nnodes] => simulate(nnodes, false),
         ["simulate", nnodes, "ranks"] => simulate(nnodes, true),
+        ["requests", count] => requests(number(count)),
         ["answers", port, connections] => answers(number(port) as u16, number(connections)),
         ["waiters", port, connections] => waiters(number(port) as u16, number(connections)),
         _ => panic!("see the head of the file"),
@@ -226,4 +229,27 @@ fn simulate(nnodes: &str, ranks: bool) {
     }
     assert_eq!(started, agents);
     println!("{:.4} {:.1}", start.elapsed().as_secs_f64(), bytes as f64 / 1e6);
+}
+
+/// What ranks ask for when they form a group, again and again.
+fn requests(count: u64) {
+    let mut store = Store::new(1 << 30);
+    let mut replies = Replies::default();
+    let keys: Vec<String> =
+        (0..64).map(|number| format!("/worker/attempt_0/default_pg/0//cpu//rank{number}")).collect();
+    for (number, key) in (0..count).zip(keys.iter().cycle()) {
+        let key = key.as_bytes();
+        let request = match number % 4 {
+            0 => Request::Set(key, &[7; 100]),
+            1 => Request::Wait(vec![key]),
+            2 => Request::Get(key),
+            _ => Request::Add(b"/count", 1),
+        };
+        let mut bytes = Vec::new();
+        encode(&request, &mut bytes);
+        let (request, _) = decode(&bytes).unwrap().unwrap();
+        store.handle(number % 8, request, &mut replies).unwrap();
+        replies.own.clear();
+        replies.woken.clear();
+    }
 }

@@ -188,14 +188,14 @@ def names(bench, runs):
             with server(name) as port:
                 name_server.delay = 0.1
                 before = name_server.queries
-                note("20 connections, a name server that takes 0.1 s, s", name, [bench, "answers", port, "20"])
+                note("20 connections, a name server that takes 0.1 s", name, [bench, "answers", port, "20"])
                 asked = results.setdefault("look-ups of the server for them", {})
                 asked.setdefault(name, []).append(name_server.queries - before)
                 name_server.delay = None
-                note("20 connections once the name server has died, s", name, [bench, "answers", port, "20"])
+                note("20 connections once the name server has died", name, [bench, "answers", port, "20"])
             with server(name) as port:
                 name_server.delay = None
-                what = "one of torch's clients once it has died, s"
+                what = "one of torch's clients once it has died"
                 note(what, name, [sys.executable, __file__, "client", port])
     for what, values in results.items():
         print(what, *(f"{statistics.median(values[name]):g}" for name in commands), sep="\t")

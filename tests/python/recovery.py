@@ -20,7 +20,7 @@ import threading
 import time
 
 # A job that has not gone on after so many seconds counts as failed.
-PATIENCE = 60
+PATIENCE = 30
 
 
 def lines_of(*streams):

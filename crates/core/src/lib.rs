@@ -25,6 +25,7 @@ pub use checkpoint::{Best, Better, Checkpoint, CheckpointOptions, Manifest, Part
 pub use counters::Counters;
 pub use error::{Error, Result};
 pub use graph::{Eager, HyperGraph, Outputs, Tags};
+pub use ice_worker::Worker;
 pub use node::{
     Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Probe, Round, Share,
     StreamNode, Value,

@@ -8,6 +8,7 @@
 mod arrows;
 mod board;
 mod chaos;
+mod dependencies;
 mod elastic;
 mod failures;
 mod forms;
@@ -19,6 +20,7 @@ mod python;
 #[path = "../../../rendezvous/src/machine/random.rs"]
 #[expect(dead_code, reason = "the simulation uses the rest")]
 mod random;
+mod readme;
 #[path = "../../../launcher/tests/nodes/server.rs"]
 #[expect(dead_code, reason = "the launcher's tests use the rest")]
 mod server;

@@ -18,7 +18,10 @@ Every option has torchrun's second spelling with underscores, and most have a va
 Open MPI, PMI and Kubernetes what is not given is taken from the cluster's variables, and a line says so.
 
 Exit codes: 0 all ranks succeeded · 1 the job failed · 2 wrong usage, nothing was started · 126/127 the program cannot be \
-executed or found · 128+n ended by signal n · else the failed rank's own";
+executed or found · 75 preempted, start it again · 128+n ended by signal n · else the failed rank's own
+
+The book, in docs/ of the sources and of the release: docs/start.md to begin with, docs/torchrun.md for who comes from torchrun, \
+docs/clusters.md for job scripts, docs/elasticity.md, docs/troubleshooting.md for messages.";
 
 /// Starts a program once per device, on one or many nodes, and watches over it.
 #[derive(Parser, Debug)]

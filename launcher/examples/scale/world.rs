@@ -1,0 +1,299 @@
+//! A cluster in virtual time: the real coordinator, a real agent for each node, and between them a network and the time that the coordinator's
+//! one thread takes. Ranks are not there: they leave a round as soon as they are asked to.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::time::Duration;
+
+use ice_proto::frame;
+use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, Round, ToAgent, ToCoordinator};
+use ice_rendezvous::machine::{Action, Coordinator, Event, Peer, Settings};
+
+use crate::agent::{self, Agent, Exit, Rules};
+use crate::network::{Costs, Link, Network};
+use crate::random::Random;
+
+pub(crate) const RANKS_PER_NODE: u32 = 8;
+/// Of these the kernel keeps so many until they are accepted, as in `rendezvous/src/host`; it drops what comes then.
+const BACKLOG: usize = 4096;
+/// Between two tries of the kernel to connect; it is doubled each time.
+const RESEND: Duration = Duration::from_secs(1);
+/// An agent waits so long for its coordinator before it tries again, and so long between two tries, as in `rendezvous/src/backend`.
+const ANSWER: Duration = Duration::from_secs(5);
+const RETRY: Duration = Duration::from_millis(100);
+/// Connections that have not shown what they are: beyond so many the oldest goes, once it had this time. As in `rendezvous/src/host/door.rs`.
+const STRANGERS: usize = 1024;
+const GRACE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Config {
+    pub(crate) seed: u64,
+    pub(crate) nodes: u32,
+    /// Whether a round may have half as many.
+    pub(crate) elastic: bool,
+    pub(crate) network: Network,
+    pub(crate) costs: Costs,
+}
+
+/// What happens at a time.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum What {
+    /// The kernel of a node asks for a connection, as often before.
+    Connect {
+        node: usize,
+        tries: u32,
+    },
+    Accepted(Peer),
+    /// The agent has waited for long enough.
+    Impatient(Peer),
+    /// Something comes to the coordinator.
+    Comes(Input),
+    /// The coordinator's thread has time.
+    Works,
+    /// A message of the coordinator comes to an agent, by its number.
+    Heard(Peer, usize),
+    Greeted(Peer),
+    TurnedAway(Peer),
+    /// Whether it is time to say something.
+    AgentAlive(Peer),
+    HostAlive(Peer),
+    Silence(Peer),
+    Parked {
+        node: usize,
+        round: u64,
+    },
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Input {
+    Accept(Peer),
+    Greet(Peer),
+    /// By its number.
+    Said(Peer, usize),
+    KeepAlive(Peer),
+    Lost(Peer),
+    Tick,
+}
+
+struct Connection {
+    node: usize,
+    /// Both ends know of it.
+    open: bool,
+    heard: Duration,
+    /// When the coordinator, and the agent, said something last.
+    host_said: Duration,
+    agent_said: Duration,
+    /// A stream keeps its order.
+    to_host: Duration,
+    to_agent: Duration,
+}
+
+struct Node {
+    agent: Agent,
+    /// Drawn by the agent.
+    id: u64,
+    peer: Option<Peer>,
+    /// Nothing comes from it, and nothing reaches it.
+    dead: bool,
+    view: Option<Round>,
+    knows: Duration,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Trouble {
+    /// Requests for a connection that the kernel dropped.
+    pub(crate) dropped: u64,
+    /// Connections that were given up, by either end.
+    pub(crate) given_up: u64,
+    /// The longest that something waited for the coordinator's thread.
+    pub(crate) longest_wait: Duration,
+}
+
+pub(crate) struct World {
+    config: Config,
+    random: Random,
+    pub(crate) now: Duration,
+    events: BinaryHeap<Reverse<(Duration, u64, What)>>,
+    count: u64,
+    coordinator: Coordinator,
+    /// What waits for the coordinator's thread, since when.
+    queue: VecDeque<(Duration, Input)>,
+    to_accept: usize,
+    is_working: bool,
+    pub(crate) busy: Duration,
+    tick: Option<Duration>,
+    strangers: BTreeMap<Peer, Duration>,
+    connections: Vec<Connection>,
+    nodes: Vec<Node>,
+    alive: usize,
+    /// The round that started last, and how many nodes have heard of it.
+    started: (u64, usize),
+    pub(crate) incoming: Link,
+    pub(crate) outgoing: Link,
+    said: Vec<Option<ToCoordinator>>,
+    heard: Vec<Option<ToAgent>>,
+    pub(crate) lost: Option<Duration>,
+    pub(crate) trouble: Trouble,
+}
+
+impl World {
+    /// A cluster whose agents all start now.
+    pub(crate) fn new(config: Config) -> Self {
+        let settings = Settings {
+            run_id: "scale".into(),
+            join_timeout: Duration::from_secs(600),
+            last_call: Duration::from_secs(30),
+            run_stamp: "01010000_scale".into(),
+        };
+        let mut world = Self {
+            config,
+            random: Random::new(config.seed),
+            now: Duration::ZERO,
+            events: BinaryHeap::new(),
+            count: 0,
+            coordinator: Coordinator::new(settings),
+            queue: VecDeque::new(),
+            to_accept: 0,
+            is_working: false,
+            busy: Duration::ZERO,
+            tick: None,
+            strangers: BTreeMap::new(),
+            connections: Vec::new(),
+            nodes: Vec::new(),
+            alive: config.nodes as usize,
+            started: (0, 0),
+            incoming: Link::default(),
+            outgoing: Link::default(),
+            said: Vec::new(),
+            heard: Vec::new(),
+            lost: None,
+            trouble: Trouble::default(),
+        };
+        for _ in 0..config.nodes {
+            let node = world.new_node();
+            world.nodes.push(node);
+            world.connect(world.nodes.len() - 1, Duration::ZERO, 0);
+        }
+        world
+    }
+
+    fn new_node(&mut self) -> Node {
+        let rules = Rules {
+            local_world_size: RANKS_PER_NODE,
+            shutdown_timeout: Duration::from_secs(30),
+            fatal_exit_codes: BTreeSet::new(),
+            looks_again: true,
+            requeue_exit_code: 75,
+        };
+        let (agent, id) = (Agent::new(rules), self.random.next());
+        Node { agent, id, peer: None, dead: false, view: None, knows: Duration::ZERO }
+    }
+
+    /// Lets time pass until this holds, or a limit is reached.
+    pub(crate) fn run(&mut self, limit: Duration, mut until: impl FnMut(&Self) -> bool) -> bool {
+        let end = self.now + limit;
+        while !until(self) {
+            match self.events.peek() {
+                Some(Reverse((at, _, _))) if *at <= end => {}
+                _ => {
+                    self.now = end;
+                    return false;
+                }
+            }
+            if let Some(Reverse((at, _, what))) = self.events.pop() {
+                self.now = at;
+                self.happens(what);
+            }
+        }
+        true
+    }
+
+    /// A rank dies; its agent sees it at once.
+    pub(crate) fn kill_rank(&mut self, node: usize, local_rank: u32) {
+        let exit = Exit::Signal(9);
+        self.tell(node, agent::Event::Exited { local_rank, exit, failed_at: None });
+    }
+
+    /// A node falls silent, and no connection ends.
+    pub(crate) fn silence(&mut self, node: usize) {
+        self.nodes[node].dead = true;
+        self.alive -= 1;
+    }
+
+    /// Another agent starts in the place of one that is silent.
+    pub(crate) fn replace(&mut self, node: usize) {
+        self.nodes[node] = self.new_node();
+        self.alive += 1;
+        self.connect(node, Duration::ZERO, 0);
+    }
+
+    /// What the nodes that live were told of their last round.
+    pub(crate) fn views(&self) -> impl Iterator<Item = Option<&Round>> {
+        self.nodes.iter().filter(|node| !node.dead).map(|node| node.view.as_ref())
+    }
+
+    /// Whether all nodes that live have started the ranks of this round.
+    pub(crate) fn all_started(&self, round: u64) -> bool {
+        self.started == (round, self.alive)
+    }
+
+    /// When the last node that lives heard that a round is over.
+    pub(crate) fn all_know(&self) -> Duration {
+        let alive = self.nodes.iter().filter(|node| !node.dead);
+        alive.map(|node| node.knows).max().unwrap_or_default()
+    }
+
+    fn at(&mut self, at: Duration, what: What) {
+        self.count += 1;
+        self.events.push(Reverse((at, self.count, what)));
+    }
+
+    fn one_way(&mut self) -> Duration {
+        self.config.network.one_way(&mut self.random)
+    }
+
+    fn connect(&mut self, node: usize, after: Duration, tries: u32) {
+        let at = self.now + after + self.one_way();
+        self.at(at, What::Connect { node, tries });
+    }
+}
+
+mod coordinator;
+mod events;
+
+impl World {
+    fn hello(&self, node: usize) -> Hello {
+        let most = self.config.nodes;
+        let fewest = if self.config.elastic { most.div_ceil(2) } else { most };
+        Hello {
+            run_id: "scale".into(),
+            node_rank: None,
+            nnodes: (fewest, most),
+            local_world_size: RANKS_PER_NODE,
+            restarts: RestartPolicy {
+                max_restarts: 100,
+                window: None,
+                backoff: Duration::ZERO,
+                crash_loop: 0,
+            },
+            keep_alive: KeepAlive::default(),
+            agent: self.nodes[node].id,
+            run_stamp: None,
+            place: None,
+            addresses: Vec::new(),
+            host: format!("node{node}.cluster.example"),
+            pid: 4711,
+        }
+    }
+}
+
+/// Bytes of a message on its stream.
+fn frame_len(message: &impl serde::Serialize) -> usize {
+    frame::encode(message).map_or(0, |frame| frame.len())
+}
+
+/// How often each end says something, and how long a silence means that the other is gone.
+fn keep_alive() -> (Duration, Duration) {
+    let KeepAlive { interval, attempts } = KeepAlive::default();
+    (interval, interval * attempts)
+}

@@ -1,0 +1,196 @@
+//! The documentation: every page is in the book, every link and every part of an example that is shown leads somewhere, and the messages
+//! that the page of troubleshooting explains are those of the program.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::{fs, iter};
+
+use pulldown_cmark::{Event, Parser, Tag, TagEnd};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("..")
+        .canonicalize()
+        .unwrap_or_else(|error| panic!("the root: {error}"))
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The files of a folder with this extension; those of folders below as well, where asked for.
+fn files(folder: &Path, extension: &str, below: bool) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
+        let path = entry.unwrap_or_else(|error| panic!("{}: {error}", folder.display())).path();
+        if path.is_dir() && below {
+            found.extend(files(&path, extension, below));
+        } else if path.extension().is_some_and(|this| this == extension) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    found
+}
+
+/// All Markdown that a person reads: the pages of the book, and the papers in the root.
+fn pages() -> Vec<PathBuf> {
+    let mut pages = files(&root().join("docs"), "md", false);
+    pages.extend(files(&root(), "md", false));
+    pages
+}
+
+/// What a page refers to, and its headings as anchors and as texts.
+#[derive(Default)]
+struct Page {
+    links: Vec<String>,
+    anchors: BTreeSet<String>,
+    headings: Vec<String>,
+}
+
+/// The anchor of a heading, as mdBook and code hosts make it.
+fn anchor(heading: &str) -> String {
+    let kept = heading.chars().filter(|c| c.is_alphanumeric() || [' ', '-', '_'].contains(c));
+    kept.map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect()
+}
+
+fn parse(path: &Path) -> Page {
+    let mut page = Page::default();
+    let mut heading: Option<String> = None;
+    for event in Parser::new_ext(&read(path), pulldown_cmark::Options::ENABLE_TABLES) {
+        match event {
+            Event::Start(Tag::Link { dest_url, .. } | Tag::Image { dest_url, .. }) => {
+                page.links.push(dest_url.into_string())
+            }
+            Event::Start(Tag::Heading { .. }) => heading = Some(String::new()),
+            Event::End(TagEnd::Heading(_)) => {
+                let text = heading.take().unwrap_or_default();
+                page.anchors.insert(anchor(&text));
+                page.headings.push(text);
+            }
+            Event::Text(text) | Event::Code(text) => {
+                if let Some(heading) = &mut heading {
+                    heading.push_str(&text);
+                }
+            }
+            _ => {}
+        }
+    }
+    page
+}
+
+#[test]
+fn every_page_is_in_the_book_once() {
+    let docs = root().join("docs");
+    let listed: Vec<String> = parse(&docs.join("SUMMARY.md")).links;
+    for page in files(&docs, "md", false) {
+        let name = page.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let times = listed.iter().filter(|link| **link == name).count();
+        assert_eq!(times, usize::from(name != "SUMMARY.md"), "{name} is in docs/SUMMARY.md {times} times");
+    }
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    let parsed: BTreeMap<PathBuf, Page> =
+        pages().into_iter().map(|path| (path.clone(), parse(&path))).collect();
+    let mut dead = Vec::new();
+    for (path, page) in &parsed {
+        let from = path.parent().unwrap_or(path);
+        for link in page.links.iter().filter(|link| !link.contains("://")) {
+            let (file, fragment) =
+                link.split_once('#').map_or((link.as_str(), None), |(file, at)| (file, Some(at)));
+            let target = if file.is_empty() { path.clone() } else { from.join(file) };
+            let target = target.canonicalize().unwrap_or(target);
+            let has_heading = |at: &str| parsed.get(&target).is_some_and(|page| page.anchors.contains(at));
+            if !target.exists() || fragment.is_some_and(|at| !has_heading(at)) {
+                dead.push(format!("{}: {link}", path.display()));
+            }
+        }
+    }
+    assert!(dead.is_empty(), "dead links:\n{}", dead.join("\n"));
+}
+
+#[test]
+fn shown_parts_of_examples_are_there() {
+    let mut shown = 0;
+    for path in files(&root().join("docs"), "md", false) {
+        let text = read(&path);
+        for include in text.split("{{#include ").skip(1) {
+            let include = include.split("}}").next().unwrap_or_default();
+            let (file, name) = include
+                .split_once(':')
+                .unwrap_or_else(|| panic!("{}: {include} has no anchor", path.display()));
+            let source = read(&path.parent().unwrap_or(&path).join(file));
+            for mark in [format!("// ANCHOR: {name}\n"), format!("// ANCHOR_END: {name}\n")] {
+                assert_eq!(
+                    source.matches(&mark).count(),
+                    1,
+                    "{}: {file} and `{}`",
+                    path.display(),
+                    mark.trim()
+                );
+            }
+            shown += 1;
+        }
+    }
+    assert!(shown > 0, "no page shows a part of an example");
+}
+
+/// All code, with what a backslash at the end of a line joins joined.
+fn sources() -> String {
+    let folders =
+        ["launcher/src", "rendezvous/src", "worker/src", "crates"].map(|folder| root().join(folder));
+    let sources = folders.iter().flat_map(|folder| files(folder, "rs", true)).map(|path| read(&path));
+    let mut all = String::new();
+    for source in sources {
+        let mut lines = source.lines().peekable();
+        while let Some(line) = lines.next() {
+            let joined = line.strip_suffix('\\').filter(|_| lines.peek().is_some());
+            all.push_str(joined.unwrap_or(line).trim_start());
+            all.extend(iter::once('\n').filter(|_| joined.is_none()));
+        }
+    }
+    all
+}
+
+#[test]
+fn explained_messages_are_those_of_the_program() {
+    let sources = sources();
+    let headings = parse(&root().join("docs/troubleshooting.md")).headings;
+    let messages: Vec<&String> =
+        headings.iter().filter(|text| text.contains(['…', ':']) || text.contains("the ")).collect();
+    assert!(messages.len() > 30, "{} messages are explained", messages.len());
+    for message in messages {
+        let code = read(&root().join("docs/troubleshooting.md"));
+        // As it stands in the page: a heading's text has lost its backquotes.
+        let line = code.lines().find(|line| {
+            line.starts_with("## ") && line.replace('`', "").contains(&message.replace('`', ""))
+        });
+        let line = line
+            .unwrap_or_else(|| panic!("`{message}` is not a heading of the second level"))
+            .trim_start_matches("## ");
+        for fragment in line
+            .split('…')
+            .map(|part| part.trim_matches([' ', ':', '`', '(', ')', ',']))
+            .filter(|part| part.len() > 3)
+        {
+            assert!(
+                sources.contains(fragment),
+                "no message has `{fragment}`, of `{line}` in docs/troubleshooting.md"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_help_points_into_the_book() {
+    use clap::CommandFactory;
+    let help = ice_launch::cli::Cli::command().render_long_help().to_string();
+    let named: Vec<&str> = help.split_whitespace().filter(|word| word.starts_with("docs/")).collect();
+    assert!(named.len() >= 3, "the help names {named:?}");
+    for name in named {
+        let name = name.trim_end_matches([',', '.', ')', ';']);
+        assert!(root().join(name).exists(), "the help names {name}, which is not there");
+    }
+}
