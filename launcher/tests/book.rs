@@ -1,9 +1,12 @@
-//! The documentation: every page is in the book, every link and every part of an example that is shown leads somewhere, and the messages
-//! that the page of troubleshooting explains are those of the program.
+//! The documentation: every page is in the book, every link and every part of an example that is shown leads somewhere, the messages
+//! that the page of troubleshooting explains are those of the program, and no path is one of a single machine.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs;
+use std::iter::Peekable;
 use std::path::{Path, PathBuf};
-use std::{fs, iter};
+use std::str::Chars;
 
 use pulldown_cmark::{Event, Parser, Tag, TagEnd};
 
@@ -40,12 +43,11 @@ fn pages() -> Vec<PathBuf> {
     pages
 }
 
-/// What a page refers to, and its headings as anchors and as texts.
+/// What a page refers to, and the anchors of its headings.
 #[derive(Default)]
 struct Page {
     links: Vec<String>,
     anchors: BTreeSet<String>,
-    headings: Vec<String>,
 }
 
 /// The anchor of a heading, as mdBook and code hosts make it.
@@ -64,9 +66,7 @@ fn parse(path: &Path) -> Page {
             }
             Event::Start(Tag::Heading { .. }) => heading = Some(String::new()),
             Event::End(TagEnd::Heading(_)) => {
-                let text = heading.take().unwrap_or_default();
-                page.anchors.insert(anchor(&text));
-                page.headings.push(text);
+                page.anchors.insert(anchor(&heading.take().unwrap_or_default()));
             }
             Event::Text(text) | Event::Code(text) => {
                 if let Some(heading) = &mut heading {
@@ -116,8 +116,12 @@ fn shown_parts_of_examples_are_there() {
     let mut shown = 0;
     for path in files(&root().join("docs"), "md", false) {
         let text = read(&path);
-        for include in text.split("{{#include ").skip(1) {
-            let include = include.split("}}").next().unwrap_or_default();
+        for directive in text.split("{{#").skip(1) {
+            let directive = directive.split("}}").next().unwrap_or_default();
+            let include = directive
+                .strip_prefix("include ")
+                .or_else(|| directive.strip_prefix("rustdoc_include "))
+                .unwrap_or_else(|| panic!("{}: {directive} includes nothing", path.display()));
             let (file, name) = include
                 .split_once(':')
                 .unwrap_or_else(|| panic!("{}: {include} has no anchor", path.display()));
@@ -137,49 +141,81 @@ fn shown_parts_of_examples_are_there() {
     assert!(shown > 0, "no page shows a part of an example");
 }
 
-/// All code, with what a backslash at the end of a line joins joined.
-fn sources() -> String {
-    let folders =
-        ["launcher/src", "rendezvous/src", "worker/src", "crates"].map(|folder| root().join(folder));
-    let sources = folders.iter().flat_map(|folder| files(folder, "rs", true)).map(|path| read(&path));
-    let mut all = String::new();
-    for source in sources {
-        let mut lines = source.lines().peekable();
-        while let Some(line) = lines.next() {
-            let joined = line.strip_suffix('\\').filter(|_| lines.peek().is_some());
-            all.push_str(joined.unwrap_or(line).trim_start());
-            all.extend(iter::once('\n').filter(|_| joined.is_none()));
+/// Reads a string literal whose opening quote was taken, with … for each placeholder of a format.
+fn literal(code: &mut Peekable<Chars<'_>>) -> String {
+    let mut text = String::new();
+    while let Some(c) = code.next() {
+        match c {
+            '"' => break,
+            '\\' => match code.next() {
+                Some('\n') => while code.next_if(|c| c.is_whitespace()).is_some() {},
+                Some('n') => text.push('\n'),
+                Some(escaped) => text.push(escaped),
+                None => {}
+            },
+            '{' if code.next_if_eq(&'{').is_none() => {
+                while code.next_if(|c| *c != '}').is_some() {}
+                code.next();
+                text.push('…');
+            }
+            '}' if code.next_if_eq(&'}').is_some() => text.push('}'),
+            c => text.push(c),
         }
     }
-    all
+    text
+}
+
+/// The string literals of the code that is not a test.
+fn messages() -> Vec<String> {
+    let folders =
+        ["launcher/src", "rendezvous/src", "worker/src", "crates"].map(|folder| root().join(folder));
+    let sources = folders.iter().flat_map(|folder| files(folder, "rs", true));
+    let is_test = |path: &PathBuf| {
+        path.iter().any(|part| ["tests", "tests.rs", "simulation"].map(OsStr::new).contains(&part))
+    };
+    let mut messages = Vec::new();
+    for source in sources.filter(|path| !is_test(path)).map(|path| read(&path)) {
+        let code = source.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        let code: Vec<&str> = code.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+        let code = code.join("\n").replace("'\"'", "");
+        let mut rest = code.chars().peekable();
+        while let Some(c) = rest.next() {
+            if c == '"' {
+                messages.push(literal(&mut rest));
+            }
+        }
+    }
+    messages
 }
 
 #[test]
 fn explained_messages_are_those_of_the_program() {
-    let sources = sources();
-    let headings = parse(&root().join("docs/troubleshooting.md")).headings;
-    let messages: Vec<&String> =
-        headings.iter().filter(|text| text.contains(['…', ':']) || text.contains("the ")).collect();
-    assert!(messages.len() > 30, "{} messages are explained", messages.len());
-    for message in messages {
-        let code = read(&root().join("docs/troubleshooting.md"));
-        // As it stands in the page: a heading's text has lost its backquotes.
-        let line = code.lines().find(|line| {
-            line.starts_with("## ") && line.replace('`', "").contains(&message.replace('`', ""))
-        });
-        let line = line
-            .unwrap_or_else(|| panic!("`{message}` is not a heading of the second level"))
-            .trim_start_matches("## ");
-        for fragment in line
-            .split('…')
-            .map(|part| part.trim_matches([' ', ':', '`', '(', ')', ',']))
-            .filter(|part| part.len() > 3)
-        {
-            assert!(
-                sources.contains(fragment),
-                "no message has `{fragment}`, of `{line}` in docs/troubleshooting.md"
-            );
-        }
+    let messages = messages();
+    let page = read(&root().join("docs/troubleshooting.md"));
+    let explained: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+    assert!(explained.len() > 30, "{} messages are explained", explained.len());
+    let unknown: Vec<_> =
+        explained.iter().filter(|text| !messages.iter().any(|message| message.contains(**text))).collect();
+    assert!(
+        unknown.is_empty(),
+        "docs/troubleshooting.md explains what the program does not say: {unknown:#?}"
+    );
+}
+
+#[test]
+fn no_page_has_a_path_of_somebodys_machine() {
+    for path in pages() {
+        let text = read(&path);
+        let words = text.split(|c: char| c.is_whitespace() || "`\"'()=,:".contains(c));
+        let ours = root().display().to_string();
+        let is_ours = |word: &&str| {
+            word.starts_with(&ours)
+                || ["/home/", "/root/", "/Users/", "/work/", "/tmp/", "/mnt/"]
+                    .iter()
+                    .any(|at| word.starts_with(at))
+        };
+        let found: Vec<&str> = words.filter(is_ours).collect();
+        assert!(found.is_empty(), "{}: {found:?}", path.display());
     }
 }
 
