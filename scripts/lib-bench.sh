@@ -13,7 +13,7 @@ prepare() {
         shift
     done
     shift
-    cd "$ROOT"
+    cd "$ROOT" || return
     [ -z "${BENCH_ROWS:-}" ] || return 0
     "$ROOT/scripts/setup" "${options[@]}"
     step "build" cargo build --locked --release "$@"
