@@ -41,9 +41,19 @@ pub fn load() -> Result<()> {
 
 /// Keeps c10d's watchdog from ending this process when a collective fails: whoever calls this will give the group up and go on. To be
 /// called before this process has other threads, and before the first group is made.
+///
+/// It also keeps the watchdog from sleeping for four times `TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC`, a minute by default, before its thread can be
+/// joined, which giving the group up has to wait for: that time is meant for dumps of the flight recorder. Who wants those sets
+/// `TORCH_NCCL_DUMP_ON_TIMEOUT` and `TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC`, which stay as they were set.
 pub fn keep_process_after_errors() {
-    // SAFETY: both strings end in a zero, and no other thread reads the environment yet, as the caller promises.
-    unsafe { setenv(c"TORCH_NCCL_ASYNC_ERROR_HANDLING".as_ptr(), c"0".as_ptr(), 1) };
+    for (name, value, overwrite) in [
+        (c"TORCH_NCCL_ASYNC_ERROR_HANDLING", c"0", 1),
+        (c"TORCH_NCCL_DUMP_ON_TIMEOUT", c"0", 0),
+        (c"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", c"0", 0),
+    ] {
+        // SAFETY: both strings end in a zero, and no other thread reads the environment yet, as the caller promises.
+        unsafe { setenv(name.as_ptr(), value.as_ptr(), overwrite) };
+    }
 }
 
 pub(crate) fn group(

@@ -159,6 +159,8 @@ impl Run<'_> {
             false => None,
         };
         let standings = self.standings()?;
+        // Until here it may have been a wait for a rank that had yet to start.
+        let met = Instant::now();
         let own = standings[self.worker.rank()];
         let newest = standings.iter().max_by_key(|standing| standing.place()).copied().unwrap_or(own);
         let source = standings.iter().position(|standing| *standing == newest).unwrap_or(0);
@@ -178,7 +180,7 @@ impl Run<'_> {
         } else {
             self.leave_step();
         }
-        let mut transferred = began.elapsed();
+        let mut transferred = met.elapsed();
         let (batch_ranks, lr_factor) = self.config.elastic_batch.on(self.worker.world_size(), base);
         self.tell_batch(base, lr_factor);
         self.progress.base_ranks.set(base);
