@@ -8,12 +8,15 @@ use tch::{Kind, Tensor};
 use super::Run;
 use crate::Result;
 
-/// Tensors below this size, in bytes, travel together.
-const SMALL: usize = 128 << 10;
-/// How much travels together.
+/// Tensors below this size, in bytes, travel together: gloo needs about half a millisecond for each broadcast beside its bytes, in which it could
+/// have sent two megabytes, and copying them costs less.
+const SMALL: usize = 4 << 20;
+/// How much travels together, in bytes, before the last tensor.
 const PORTION: usize = 8 << 20;
+/// Where a tensor begins in a portion, in bytes: where an element of any type may lie.
+const ALIGNED: usize = 16;
 /// Broadcasts that are under way at a time: while one waits for its turn, another uses the connection.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 4;
 
 impl Run<'_> {
     /// The tensors of one rank on all of them: of the modules, and of their optimizers unless they are at their beginnings.
@@ -45,6 +48,8 @@ struct Transfer<'a> {
     /// Small ones that will travel together.
     small: Vec<Tensor>,
     bytes: usize,
+    /// Memory for portions, to be used again: what is fresh would have to be mapped page by page.
+    buffers: Vec<Tensor>,
     under_way: VecDeque<(Begun, Portion)>,
     /// Whether what comes is kept apart until all is there: a state of one's own is not to be lost with a source that dies meanwhile.
     stages: bool,
@@ -55,14 +60,14 @@ struct Transfer<'a> {
 enum Portion {
     /// A tensor, in its place.
     Whole,
-    /// Several, one after the other as bytes.
-    Packed { all: Tensor, tensors: Vec<Tensor> },
+    /// Several, one after the other as bytes in a buffer.
+    Packed { buffer: Tensor, tensors: Vec<Tensor> },
 }
 
 impl<'a> Transfer<'a> {
     fn new(worker: &'a Worker, source: usize, stages: bool) -> Self {
-        let (small, under_way, staged) = (Vec::new(), VecDeque::new(), Vec::new());
-        Self { worker, source, small, bytes: 0, under_way, stages, staged }
+        let (small, buffers, under_way, staged) = (Vec::new(), Vec::new(), VecDeque::new(), Vec::new());
+        Self { worker, source, small, bytes: 0, buffers, under_way, stages, staged }
     }
 
     fn send(&mut self, tensor: &Tensor) -> Result<()> {
@@ -74,14 +79,14 @@ impl<'a> Transfer<'a> {
             }
             false => tensor.shallow_clone(),
         };
-        let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+        let bytes = size(tensor);
         if bytes >= SMALL && tensor.is_contiguous() && tensor.device() == self.worker.device() {
             let view = tensor.f_view([-1])?.f_view_dtype(Kind::Uint8)?;
             return self.begin(&view, Portion::Whole);
         }
         if bytes > 0 {
             self.small.push(tensor.shallow_clone());
-            self.bytes += bytes;
+            self.bytes += bytes.next_multiple_of(ALIGNED);
         }
         if self.bytes >= PORTION { self.flush() } else { Ok(()) }
     }
@@ -89,17 +94,27 @@ impl<'a> Transfer<'a> {
     /// Sends the small ones.
     fn flush(&mut self) -> Result<()> {
         let tensors = std::mem::take(&mut self.small);
-        self.bytes = 0;
+        let bytes = std::mem::take(&mut self.bytes);
         if tensors.is_empty() {
             return Ok(());
         }
-        let device = self.worker.device();
-        let flat = |tensor: &Tensor| -> Result<Tensor> {
-            let row = tensor.f_contiguous()?.f_view([-1])?.f_view_dtype(Kind::Uint8)?;
-            Ok(row.f_to_device(device)?)
+        // Their buffers come back.
+        self.settle(AT_ONCE - 1)?;
+        let spare = self.buffers.iter().position(|buffer| buffer.numel() >= bytes);
+        let buffer = match spare {
+            Some(at) => self.buffers.swap_remove(at),
+            None => {
+                let len = bytes.max(PORTION + SMALL) as i64;
+                Tensor::f_empty([len], (Kind::Uint8, self.worker.device()))?
+            }
         };
-        let all = Tensor::f_cat(&tensors.iter().map(flat).collect::<Result<Vec<_>>>()?, 0)?;
-        self.begin(&all.shallow_clone(), Portion::Packed { all, tensors })
+        if self.worker.rank() == self.source {
+            for (tensor, mut place) in tensors.iter().zip(places(&buffer, &tensors)?) {
+                tch::no_grad(|| place.f_copy_(tensor))?;
+            }
+        }
+        let view = buffer.f_narrow(0, 0, bytes as i64)?;
+        self.begin(&view, Portion::Packed { buffer, tensors })
     }
 
     fn begin(&mut self, bytes: &Tensor, portion: Portion) -> Result<()> {
@@ -114,24 +129,33 @@ impl<'a> Transfer<'a> {
             && let Some((begun, portion)) = self.under_way.pop_front()
         {
             begun.wait()?;
-            if let Portion::Packed { all, tensors } = portion
-                && self.worker.rank() != self.source
-            {
-                unpack(&all, &tensors)?;
+            if let Portion::Packed { buffer, tensors } = portion {
+                if self.worker.rank() != self.source {
+                    for (tensor, place) in tensors.iter().zip(places(&buffer, &tensors)?) {
+                        tch::no_grad(|| tensor.shallow_clone().f_copy_(&place))?;
+                    }
+                }
+                self.buffers.push(buffer);
             }
         }
         Ok(())
     }
 }
 
-fn unpack(all: &Tensor, tensors: &[Tensor]) -> Result<()> {
+/// Bytes of a tensor.
+fn size(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
+}
+
+/// Where the tensors lie in the buffer, as tensors of their shapes and types.
+fn places(buffer: &Tensor, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
     let mut start = 0;
-    for tensor in tensors {
-        let len = (tensor.numel() * tensor.kind().elt_size_in_bytes()) as i64;
-        // A view of another type must begin where one of its elements could.
-        let bytes = all.f_narrow(0, start, len)?.copy().f_view_dtype(tensor.kind())?;
-        tch::no_grad(|| tensor.shallow_clone().f_copy_(&bytes.f_view_as(tensor)?))?;
-        start += len;
-    }
-    Ok(())
+    let place = |tensor: &Tensor| {
+        let bytes = size(tensor);
+        let place =
+            buffer.f_narrow(0, start as i64, bytes as i64)?.f_view_dtype(tensor.kind())?.f_view_as(tensor)?;
+        start += bytes.next_multiple_of(ALIGNED);
+        Ok(place)
+    };
+    tensors.iter().map(place).collect()
 }
