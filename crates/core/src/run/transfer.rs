@@ -159,3 +159,33 @@ fn places(buffer: &Tensor, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
     };
     tensors.iter().map(place).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn tensors_of_all_types_and_layouts_come_out_of_a_buffer_as_they_went_in() {
+        let cpu = |kind| (kind, Device::Cpu);
+        let tensors = [
+            Tensor::from_slice(&[true, false, true]),
+            Tensor::from_slice(&[0.5, -1.5]),
+            Tensor::from(7_i64),
+            Tensor::arange(6, cpu(Kind::Float)).view([2, 3]).transpose(0, 1),
+            Tensor::zeros([0], cpu(Kind::Float)),
+            Tensor::ones([5], cpu(Kind::BFloat16)),
+            Tensor::ones([1], cpu(Kind::ComplexDouble)),
+        ];
+        let bytes: usize = tensors.iter().map(|tensor| size(tensor).next_multiple_of(ALIGNED)).sum();
+        let buffer = Tensor::zeros([bytes as i64], cpu(Kind::Uint8));
+        for (tensor, mut place) in tensors.iter().zip(places(&buffer, &tensors).unwrap()) {
+            place.copy_(tensor);
+        }
+        for (tensor, place) in tensors.iter().zip(places(&buffer, &tensors).unwrap()) {
+            assert_eq!((tensor.kind(), tensor.size()), (place.kind(), place.size()));
+            assert!(tensor.equal(&place), "{tensor:?} became {place:?}");
+        }
+    }
+}
