@@ -27,9 +27,12 @@ pub struct Worker {
     link: Link,
 }
 
-/// A broadcast under way.
+/// An exchange with other ranks under way.
 #[must_use]
-pub struct Begun(Option<Work>);
+pub struct Begun {
+    doing: &'static str,
+    work: Option<Work>,
+}
 
 impl Begun {
     /// Waits until it is done.
@@ -37,7 +40,7 @@ impl Begun {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn wait(self) -> Result<(), Error> {
-        self.0.map_or(Ok(()), Work::wait).map_err(collective("broadcast"))
+        self.work.map_or(Ok(()), Work::wait).map_err(collective(self.doing))
     }
 }
 
@@ -305,9 +308,35 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when it cannot be begun.
     pub fn begin_broadcast(&self, source: usize, tensor: &Tensor) -> Result<Begun, Error> {
-        let Some(group) = self.group() else { return Ok(Begun(None)) };
+        self.begin("broadcast", |group| group.broadcast(tensor, source))
+    }
+
+    /// Begins to send the tensor, whose elements lie in a row, to another rank, which [receives](Worker::begin_receive) it. It must not be touched
+    /// until it is sent. What goes from one rank to another arrives in the order in which it was sent.
+    ///
+    /// # Errors
+    /// [`Error::Collective`] when it cannot be begun.
+    pub fn begin_send(&self, to: usize, tensor: &Tensor) -> Result<Begun, Error> {
+        self.begin("sending", |group| group.send(tensor, to))
+    }
+
+    /// Begins to overwrite the tensor, whose elements lie in a row, with the one of as many bytes that rank `from` sends.
+    ///
+    /// # Errors
+    /// [`Error::Collective`] when it cannot be begun.
+    pub fn begin_receive(&self, from: usize, tensor: &Tensor) -> Result<Begun, Error> {
+        self.begin("receiving", |group| group.receive(tensor, from))
+    }
+
+    fn begin(
+        &self,
+        doing: &'static str,
+        call: impl FnOnce(&ProcessGroup) -> ice_c10d::Result<Work>,
+    ) -> Result<Begun, Error> {
+        let Some(group) = self.group() else { return Ok(Begun { doing, work: None }) };
         self.link.tick();
-        group.broadcast(tensor, source).map(|work| Begun(Some(work))).map_err(collective("broadcast"))
+        let work = call(&group).map_err(collective(doing))?;
+        Ok(Begun { doing, work: Some(work) })
     }
 
     /// Copies the tensor of each rank `i` into row `i` of `all`. Those of all ranks have the same shape and dtype.

@@ -98,6 +98,22 @@ ICE_API int32_t ice_group_reduce_scatter(
   });
 }
 
+ICE_API int32_t ice_group_send(const IceGroup* group, void* tensor, int32_t to, IceWork** out, char** message) {
+  return ice::guarded(message, [&] {
+    std::vector<at::Tensor> list{ice::tensor(tensor)};
+    on_device(group, list[0]);
+    *out = new IceWork{group->group->send(list, to, 0)};
+  });
+}
+
+ICE_API int32_t ice_group_receive(const IceGroup* group, void* tensor, int32_t from, IceWork** out, char** message) {
+  return ice::guarded(message, [&] {
+    std::vector<at::Tensor> list{ice::tensor(tensor)};
+    on_device(group, list[0]);
+    *out = new IceWork{group->group->recv(list, from, 0)};
+  });
+}
+
 ICE_API int32_t ice_group_barrier(const IceGroup* group, IceWork** out, char** message) {
   return ice::guarded(message, [&] {
     c10d::BarrierOptions options;

@@ -92,6 +92,8 @@ ICE_API int32_t
 ice_group_all_gather(const IceGroup* group, IceTensors outputs, void* input, IceWork** out, char** message);
 ICE_API int32_t ice_group_reduce_scatter(
     const IceGroup* group, void* output, IceTensors inputs, uint8_t op, IceWork** out, char** message);
+ICE_API int32_t ice_group_send(const IceGroup* group, void* tensor, int32_t to, IceWork** out, char** message);
+ICE_API int32_t ice_group_receive(const IceGroup* group, void* tensor, int32_t from, IceWork** out, char** message);
 ICE_API int32_t ice_group_barrier(const IceGroup* group, IceWork** out, char** message);
 ICE_API int32_t ice_group_abort(const IceGroup* group, char** message);
 ICE_API void ice_group_free(IceGroup* group);

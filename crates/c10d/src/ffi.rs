@@ -237,6 +237,8 @@ unsafe extern "C" {
     pub(crate) fn ice_group_broadcast(group: *const IceGroup, tensor: *mut c_void, root: i64, out: *mut *mut IceWork, message: Message) -> i32;
     pub(crate) fn ice_group_all_gather(group: *const IceGroup, outputs: Tensors<'_>, input: *mut c_void, out: *mut *mut IceWork, message: Message) -> i32;
     pub(crate) fn ice_group_reduce_scatter(group: *const IceGroup, output: *mut c_void, inputs: Tensors<'_>, op: u8, out: *mut *mut IceWork, message: Message) -> i32;
+    pub(crate) fn ice_group_send(group: *const IceGroup, tensor: *mut c_void, to: i32, out: *mut *mut IceWork, message: Message) -> i32;
+    pub(crate) fn ice_group_receive(group: *const IceGroup, tensor: *mut c_void, from: i32, out: *mut *mut IceWork, message: Message) -> i32;
     pub(crate) fn ice_group_barrier(group: *const IceGroup, out: *mut *mut IceWork, message: Message) -> i32;
     pub(crate) fn ice_group_abort(group: *const IceGroup, message: Message) -> i32;
     fn ice_group_free(group: *mut IceGroup);

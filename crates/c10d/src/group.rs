@@ -186,6 +186,33 @@ impl ProcessGroup {
         })
     }
 
+    /// Sends `tensor` to another rank, which [receives](Self::receive) it. What goes from one rank to another arrives in the order of the calls.
+    ///
+    /// The operation is over once the tensor may be touched again, which says nothing of its arrival. Gloo's sends and receives cost less than its
+    /// collectives where many are under way; [`Work::is_completed`] does not see the end of those.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a `to` that is no other rank, a tensor whose elements do not lie in a row, or one on another kind of device.
+    pub fn send(&self, tensor: &Tensor, to: usize) -> Result<Work> {
+        let to = self.other(tensor, to)?;
+        self.submit(|group, out, message| {
+            // SAFETY: as in all_reduce.
+            unsafe { ffi::ice_group_send(group, pointer(tensor), to, out, message) }
+        })
+    }
+
+    /// Replaces `tensor` by what rank `from` [sends](Self::send), which has as many bytes.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub fn receive(&self, tensor: &Tensor, from: usize) -> Result<Work> {
+        let from = self.other(tensor, from)?;
+        self.submit(|group, out, message| {
+            // SAFETY: as in all_reduce.
+            unsafe { ffi::ice_group_receive(group, pointer(tensor), from, out, message) }
+        })
+    }
+
     /// Completes once every rank has called it.
     ///
     /// # Errors
@@ -220,6 +247,18 @@ impl ProcessGroup {
     ) -> Result<Work> {
         let (_guard, group) = self.lock();
         Handle::make(|out, message| call(group, out, message)).map(Work::new)
+    }
+
+    /// The number of another rank, that a tensor can be exchanged with.
+    fn other(&self, tensor: &Tensor, rank: usize) -> Result<i32> {
+        if rank >= self.world_size() || rank == self.rank() {
+            let (own, size) = (self.rank(), self.world_size());
+            return Err(Error::invalid(format!("rank {rank} is not another than {own} of {size} ranks")));
+        }
+        if !tensor.is_contiguous() {
+            return Err(Error::invalid("the elements of the tensor do not lie in a row: send a copy"));
+        }
+        Ok(rank as i32)
     }
 
     fn one_per_rank(&self, what: &str, count: usize) -> Result<()> {

@@ -92,6 +92,42 @@ fn reduce_scatter_leaves_each_rank_its_part() {
 }
 
 #[test]
+fn what_one_rank_sends_another_receives_in_order() {
+    ranks(3, |group| {
+        let [previous, next] = [(group.rank() + 2) % 3, (group.rank() + 1) % 3];
+        // Of different sizes: one taken for another would not fit.
+        let sent: Vec<_> =
+            (1..100).map(|n| tensor(&vec![(group.rank() * 100 + n) as f64; n], KINDS[n % 4])).collect();
+        let received: Vec<_> = (1..100).map(|n| tensor(&vec![-1.0; n], KINDS[n % 4])).collect();
+        let receives: Vec<_> = received.iter().map(|t| group.receive(t, previous).unwrap()).collect();
+        let sends: Vec<_> = sent.iter().map(|t| group.send(t, next).unwrap()).collect();
+        receives.into_iter().chain(sends).for_each(|work| work.wait().unwrap());
+        for (n, received) in (1..100).zip(&received) {
+            let sent = tensor(&vec![(previous * 100 + n) as f64; n], KINDS[n % 4]);
+            assert_eq!(values(received), values(&sent));
+        }
+    });
+}
+
+#[test]
+fn what_cannot_be_sent_is_refused() {
+    ranks(2, |group| {
+        let row = tensor(&[1.0, 2.0], Kind::Float);
+        let other = 1 - group.rank();
+        let column = Tensor::ones([2, 3], (Kind::Float, tch::Device::Cpu)).transpose(0, 1);
+        for error in [
+            group.send(&row, 2).unwrap_err(),
+            group.send(&row, group.rank()).unwrap_err(),
+            group.receive(&row, 2).unwrap_err(),
+            group.send(&column, other).unwrap_err(),
+            group.receive(&column, other).unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        }
+    });
+}
+
+#[test]
 fn a_barrier_holds_until_all_have_come() {
     let arrived = AtomicUsize::new(0);
     ranks(3, |group| {

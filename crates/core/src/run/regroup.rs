@@ -173,12 +173,16 @@ impl Run<'_> {
         if !newest.has_state {
             self.leave_step();
             if parts.is_none() {
-                self.broadcast_tensors(source, true, false)?;
+                let others: Vec<_> = (0..standings.len()).filter(|rank| *rank != source).collect();
+                self.transfer_tensors(source, &others, true, false)?;
             }
-        } else if standings.iter().any(|standing| standing.place() != newest.place()) {
-            self.catch_up(source, &own, &newest)?;
         } else {
-            self.leave_step();
+            let lacks = |rank: &usize| standings[*rank].place() != newest.place();
+            let lacking: Vec<_> = (0..standings.len()).filter(lacks).collect();
+            match lacking.is_empty() {
+                true => self.leave_step(),
+                false => self.catch_up(source, &lacking, &own, &newest)?,
+            }
         }
         let mut transferred = met.elapsed();
         let (batch_ranks, lr_factor) = self.config.elastic_batch.on(self.worker.world_size(), base);
@@ -250,8 +254,8 @@ impl Run<'_> {
         Ok(gather(&own, &self.worker)?.into_iter().map(standing).collect())
     }
 
-    /// The state of the rank that has come furthest, on all of them.
-    fn catch_up(&self, source: usize, own: &Standing, newest: &Standing) -> Result<()> {
+    /// The state of the rank that has come furthest, on those that lack it.
+    fn catch_up(&self, source: usize, lacking: &[usize], own: &Standing, newest: &Standing) -> Result<()> {
         let lacks = own.place() != newest.place();
         let has_measures = own.has_measures_of(newest);
         // Another rank got through the step that this one was in: so has this one but for the end, and what it measured counts.
@@ -266,7 +270,7 @@ impl Run<'_> {
         self.leave_step();
         let shared = if self.worker.rank() == source { Some(self.shared()) } else { None };
         let shared = broadcast(shared, source, &self.worker)?;
-        self.broadcast_tensors(source, false, lacks && own.has_state)?;
+        self.transfer_tensors(source, lacking, false, lacks && own.has_state)?;
         if !lacks {
             return Ok(());
         }

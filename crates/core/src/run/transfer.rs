@@ -1,4 +1,4 @@
-//! The tensors of one rank on all ranks.
+//! The tensors of one rank on those that lack them.
 
 use std::collections::VecDeque;
 
@@ -8,23 +8,27 @@ use tch::{Kind, Tensor};
 use super::Run;
 use crate::Result;
 
-/// Tensors below this size, in bytes, travel together: gloo needs about half a millisecond for each broadcast beside its bytes, in which it could
-/// have sent two megabytes, and copying them costs less.
-const SMALL: usize = 4 << 20;
+/// Tensors below this size, in bytes, travel together: to copy them costs less than to send each by itself.
+const SMALL: usize = 64 << 10;
 /// How much travels together, in bytes, before the last tensor.
-const PORTION: usize = 8 << 20;
+const PORTION: usize = 1 << 20;
 /// Where a tensor begins in a portion, in bytes: where an element of any type may lie.
 const ALIGNED: usize = 16;
-/// Broadcasts that are under way at a time: while one waits for its turn, another uses the connection.
-const AT_ONCE: usize = 4;
+/// Portions that are under way at a time, so that the connection is never without one.
+const AT_ONCE: usize = 64;
 
 impl Run<'_> {
-    /// The tensors of one rank on all of them: of the modules, and of their optimizers unless they are at their beginnings.
-    pub(super) fn broadcast_tensors(&self, source: usize, only_models: bool, stages: bool) -> Result<()> {
-        if self.worker.world_size() == 1 {
-            return Ok(());
-        }
-        let mut transfer = Transfer::new(&self.worker, source, stages);
+    /// The tensors of the rank `source` on those that lack them: of the modules, and of their optimizers unless they are at their beginnings.
+    /// `lacking` are other ranks in ascending order, the same on all; `stages` says to keep apart what comes until all is there.
+    pub(super) fn transfer_tensors(
+        &self,
+        source: usize,
+        lacking: &[usize],
+        only_models: bool,
+        stages: bool,
+    ) -> Result<()> {
+        let Some(way) = Way::of(&self.worker, source, lacking) else { return Ok(()) };
+        let mut transfer = Transfer::new(&self.worker, way, stages);
         for entry in self.graph.entries() {
             let state = entry.node.borrow().state();
             let optimizer = state.optimizer.iter().filter(|_| !only_models);
@@ -32,42 +36,107 @@ impl Run<'_> {
                 transfer.send(&tensor.detach())?;
             }
         }
-        transfer.flush()?;
-        transfer.settle(0)?;
-        for (tensor, staged) in transfer.staged {
-            tch::no_grad(|| tensor.shallow_clone().f_copy_(&staged))?;
+        transfer.finish()
+    }
+}
+
+/// How tensors reach this rank, and which ranks get them from it.
+enum Way {
+    /// To all ranks at once, in the collective that NCCL has for it. It would first have to connect each two ranks that send and receive.
+    Broadcast { source: usize, is_source: bool },
+    /// From rank to rank, each of which passes on what has come while the rest is on its way.
+    Tree { from: Option<usize>, to: Vec<usize> },
+}
+
+impl Way {
+    /// `None` for a rank that has no part in it.
+    fn of(worker: &Worker, source: usize, lacking: &[usize]) -> Option<Self> {
+        let own = worker.rank();
+        if lacking.is_empty() {
+            return None;
         }
-        Ok(())
+        if worker.device().is_cuda() {
+            return Some(Self::Broadcast { source, is_source: own == source });
+        }
+        let rank = |place: usize| if place == 0 { source } else { lacking[place - 1] };
+        let place = match own == source {
+            true => 0,
+            false => 1 + lacking.binary_search(&own).ok()?,
+        };
+        let (from, to) = neighbours(place, 1 + lacking.len());
+        Some(Self::Tree { from: from.map(rank), to: to.into_iter().map(rank).collect() })
+    }
+
+    /// Whether the tensors are here to begin with.
+    fn is_source(&self) -> bool {
+        match self {
+            Self::Broadcast { is_source, .. } => *is_source,
+            Self::Tree { from, .. } => from.is_none(),
+        }
+    }
+}
+
+/// The place in a binary tree of so many that `place` gets things from, and those that it passes them to. Whatever is below a place follows it
+/// without a gap, so that few branches cross from node to node where places are in the order of ranks.
+fn neighbours(place: usize, count: usize) -> (Option<usize>, Vec<usize>) {
+    let (mut at, mut end, mut from) = (0, count, None);
+    loop {
+        let below = at + 1;
+        let middle = below + (end - below).div_ceil(2);
+        if at == place {
+            let to = [below, middle].into_iter().filter(|child| *child < end);
+            return (from, to.collect());
+        }
+        from = Some(at);
+        (at, end) = if place < middle { (below, middle) } else { (middle, end) };
     }
 }
 
 /// Tensors on their way.
 struct Transfer<'a> {
     worker: &'a Worker,
-    source: usize,
+    way: Way,
     /// Small ones that will travel together.
     small: Vec<Tensor>,
     bytes: usize,
     /// Memory for portions, to be used again: what is fresh would have to be mapped page by page.
     buffers: Vec<Tensor>,
-    under_way: VecDeque<(Begun, Portion)>,
+    /// What comes, or is sent by the one that has it.
+    under_way: VecDeque<Portion>,
+    /// What came and is passed on.
+    passed_on: VecDeque<Portion>,
     /// Whether what comes is kept apart until all is there: a state of one's own is not to be lost with a source that dies meanwhile.
     stages: bool,
     staged: Vec<(Tensor, Tensor)>,
 }
 
-/// What a broadcast brings.
-enum Portion {
-    /// A tensor, in its place.
-    Whole,
-    /// Several, one after the other as bytes in a buffer.
-    Packed { buffer: Tensor, tensors: Vec<Tensor> },
+/// What travels as one.
+struct Portion {
+    begun: Vec<Begun>,
+    /// A tensor in its place, or several in a buffer.
+    view: Tensor,
+    packed: Option<Packed>,
+}
+
+/// Several tensors, one after the other as bytes in a buffer.
+struct Packed {
+    buffer: Tensor,
+    tensors: Vec<Tensor>,
 }
 
 impl<'a> Transfer<'a> {
-    fn new(worker: &'a Worker, source: usize, stages: bool) -> Self {
-        let (small, buffers, under_way, staged) = (Vec::new(), Vec::new(), VecDeque::new(), Vec::new());
-        Self { worker, source, small, bytes: 0, buffers, under_way, stages, staged }
+    fn new(worker: &'a Worker, way: Way, stages: bool) -> Self {
+        Self {
+            worker,
+            stages,
+            way,
+            small: Vec::new(),
+            bytes: 0,
+            buffers: Vec::new(),
+            under_way: VecDeque::new(),
+            passed_on: VecDeque::new(),
+            staged: Vec::new(),
+        }
     }
 
     fn send(&mut self, tensor: &Tensor) -> Result<()> {
@@ -82,7 +151,7 @@ impl<'a> Transfer<'a> {
         let bytes = size(tensor);
         if bytes >= SMALL && tensor.is_contiguous() && tensor.device() == self.worker.device() {
             let view = tensor.f_view([-1])?.f_view_dtype(Kind::Uint8)?;
-            return self.begin(&view, Portion::Whole);
+            return self.begin(view, None);
         }
         if bytes > 0 {
             self.small.push(tensor.shallow_clone());
@@ -108,38 +177,75 @@ impl<'a> Transfer<'a> {
                 Tensor::f_empty([len], (Kind::Uint8, self.worker.device()))?
             }
         };
-        if self.worker.rank() == self.source {
+        if self.way.is_source() {
             for (tensor, mut place) in tensors.iter().zip(places(&buffer, &tensors)?) {
                 tch::no_grad(|| place.f_copy_(tensor))?;
             }
         }
         let view = buffer.f_narrow(0, 0, bytes as i64)?;
-        self.begin(&view, Portion::Packed { buffer, tensors })
+        self.begin(view, Some(Packed { buffer, tensors }))
     }
 
-    fn begin(&mut self, bytes: &Tensor, portion: Portion) -> Result<()> {
+    fn begin(&mut self, view: Tensor, packed: Option<Packed>) -> Result<()> {
         self.settle(AT_ONCE - 1)?;
-        self.under_way.push_back((self.worker.begin_broadcast(self.source, bytes)?, portion));
+        let begun = match &self.way {
+            Way::Broadcast { source, .. } => vec![self.worker.begin_broadcast(*source, &view)?],
+            Way::Tree { from: Some(from), .. } => vec![self.worker.begin_receive(*from, &view)?],
+            Way::Tree { from: None, to } => send_to(self.worker, to, &view)?,
+        };
+        self.under_way.push_back(Portion { begun, view, packed });
         Ok(())
     }
 
     /// Waits until no more than so many are under way.
     fn settle(&mut self, most: usize) -> Result<()> {
         while self.under_way.len() > most
-            && let Some((begun, portion)) = self.under_way.pop_front()
+            && let Some(mut portion) = self.under_way.pop_front()
         {
-            begun.wait()?;
-            if let Portion::Packed { buffer, tensors } = portion {
-                if self.worker.rank() != self.source {
-                    for (tensor, place) in tensors.iter().zip(places(&buffer, &tensors)?) {
-                        tch::no_grad(|| tensor.shallow_clone().f_copy_(&place))?;
-                    }
-                }
-                self.buffers.push(buffer);
+            wait(&mut portion)?;
+            if self.way.is_source() {
+                self.take_back(portion);
+                continue;
             }
+            if let Some(Packed { buffer, tensors }) = &portion.packed {
+                for (tensor, place) in tensors.iter().zip(places(buffer, tensors)?) {
+                    tch::no_grad(|| tensor.shallow_clone().f_copy_(&place))?;
+                }
+            }
+            if let Way::Tree { to, .. } = &self.way {
+                portion.begun = send_to(self.worker, to, &portion.view)?;
+            }
+            self.passed_on.push_back(portion);
+        }
+        while self.passed_on.len() > most
+            && let Some(mut portion) = self.passed_on.pop_front()
+        {
+            wait(&mut portion)?;
+            self.take_back(portion);
         }
         Ok(())
     }
+
+    fn take_back(&mut self, portion: Portion) {
+        self.buffers.extend(portion.packed.map(|packed| packed.buffer));
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.flush()?;
+        self.settle(0)?;
+        for (tensor, staged) in self.staged {
+            tch::no_grad(|| tensor.shallow_clone().f_copy_(&staged))?;
+        }
+        Ok(())
+    }
+}
+
+fn send_to(worker: &Worker, ranks: &[usize], view: &Tensor) -> Result<Vec<Begun>> {
+    ranks.iter().map(|rank| Ok(worker.begin_send(*rank, view)?)).collect()
+}
+
+fn wait(portion: &mut Portion) -> Result<()> {
+    portion.begun.drain(..).try_for_each(|begun| Ok(begun.wait()?))
 }
 
 /// Bytes of a tensor.
@@ -165,6 +271,31 @@ mod tests {
     use tch::Device;
 
     use super::*;
+
+    #[test]
+    fn a_tree_reaches_every_place_once_and_is_not_deeper_than_it_must_be() {
+        for count in 1..200 {
+            assert_eq!(neighbours(0, count).0, None);
+            for place in 1..count {
+                let mut steps = 0;
+                let mut at = place;
+                while let (Some(from), _) = neighbours(at, count) {
+                    let (_, to) = neighbours(from, count);
+                    assert_eq!(
+                        to.iter().filter(|child| **child == at).count(),
+                        1,
+                        "{at} below {from} of {count}"
+                    );
+                    assert!(to.len() <= 2);
+                    (at, steps) = (from, steps + 1);
+                }
+                assert_eq!(at, 0);
+                assert!(steps <= count.ilog2(), "{place} of {count} is {steps} steps away");
+            }
+            let branches: usize = (0..count).map(|place| neighbours(place, count).1.len()).sum();
+            assert_eq!(branches, count - 1);
+        }
+    }
 
     #[test]
     fn tensors_of_all_types_and_layouts_come_out_of_a_buffer_as_they_went_in() {
