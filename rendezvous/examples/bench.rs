@@ -3,6 +3,7 @@
 //! ```text
 //! bench serve                         serves on a free port of loopback, printed; ends with its input
 //! bench adds PORT PID SECONDS         pipelined adds over 8 connections: adds per second of a core of process PID
+//! bench latency PORT CONNECTIONS RATE SECONDS  that many adds per second, over one connection after another: p50 and p99 in microseconds
 //! bench idle PORT PID CONNECTIONS     memory of process PID per validated connection, in KiB
 //! bench join AGENTS [tls]             seconds until so many agents are in one round
 //! bench simulate [MIN:]AGENTS [ranks] the same without a network: seconds, and MB that would be sent; with `ranks` each asks for its place
@@ -43,6 +44,10 @@ async fn main() {
             let _ = std::io::stdin().read(&mut [0]);
         }
         ["adds", port, pid, seconds] => adds(number(port) as u16, pid, Duration::from_secs(number(seconds))),
+        ["latency", port, connections, rate, seconds] => {
+            let time = Duration::from_secs(number(seconds));
+            latency(number(port) as u16, number(connections) as usize, number(rate), time);
+        }
         ["idle", port, pid, connections] => idle(number(port) as u16, pid, number(connections) as usize),
         ["join", agents] => join(number(agents) as u32, None).await,
         ["join", agents, "tls"] => {
@@ -152,6 +157,47 @@ fn adds(port: u16, pid: &str, time: Duration) {
         threads.into_iter().map(|thread| thread.join().unwrap()).sum()
     });
     println!("{:.0}", done as f64 / (cpu_seconds(pid) - before));
+}
+
+/// An add is due at its time, whether those before it were answered or not, and its latency counts from there: so a server that stands still is
+/// not spared the requests of the meantime, and what clients do with their time says nothing of the server.
+fn latency(port: u16, connections: usize, rate: u64, time: Duration) {
+    let mut streams: Vec<TcpStream> = (0..connections).map(|_| served(port)).collect();
+    let requests: Vec<Vec<u8>> = (0..connections)
+        .map(|number| {
+            let mut bytes = Vec::new();
+            encode(&Request::Add(format!("/bench{number}").as_bytes(), 1), &mut bytes);
+            bytes
+        })
+        .collect();
+    streams.iter().for_each(|stream| stream.set_nonblocking(true).unwrap());
+    let total = rate * time.as_secs();
+    let due = |number: u64| Duration::from_nanos(number * 1_000_000_000 / rate);
+    let place = |number: u64| number as usize % connections;
+    let (mut sent, mut waiting) = (0, Vec::<u64>::new());
+    let mut latencies = Vec::with_capacity(total as usize);
+    let start = Instant::now();
+    while latencies.len() < total as usize {
+        // A connection has one request at a time.
+        let is_free = waiting.first().is_none_or(|oldest| sent - oldest < connections as u64);
+        if sent < total && is_free && start.elapsed() >= due(sent) {
+            let at = place(sent);
+            streams[at].write_all(&requests[at]).unwrap();
+            waiting.push(sent);
+            sent += 1;
+        }
+        waiting.retain(|number| match streams[place(*number)].read(&mut [0; 8]) {
+            Ok(8) => {
+                latencies.push(start.elapsed() - due(*number));
+                false
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => true,
+            other => panic!("{other:?}"),
+        });
+    }
+    latencies.sort_unstable();
+    let at = |share: f64| latencies[(share * (latencies.len() - 1) as f64) as usize].as_secs_f64() * 1e6;
+    println!("{:.1} {:.1}", at(0.5), at(0.99));
 }
 
 fn idle(port: u16, pid: &str, connections: usize) {
