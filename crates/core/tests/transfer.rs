@@ -16,6 +16,8 @@ use tch::{Tensor, nn};
 const SIZES: [i64; 5] = [1, 1000, (16 << 10) - 1, 16 << 10, 100_000];
 /// More than are under way at a time.
 const TENSORS: i64 = 200;
+/// Of the last one, which travels in parts.
+const LARGE: i64 = 5_000_000;
 
 /// The least and the greatest element of each tensor that a rank begins with, having made others than every other rank.
 fn begin(worker: Worker) -> Vec<(f64, f64)> {
@@ -25,7 +27,8 @@ fn begin(worker: Worker) -> Vec<(f64, f64)> {
     let make = move |path: &nn::Path| {
         let tensor = |n: i64| {
             let value = nn::Init::Const((1000 * rank + n) as f64);
-            path.var(&format!("tensor{n}"), &[SIZES[n as usize % SIZES.len()]], value)
+            let size = if n == TENSORS - 1 { LARGE } else { SIZES[n as usize % SIZES.len()] };
+            path.var(&format!("tensor{n}"), &[size], value)
         };
         (0..TENSORS).map(tensor).collect::<Vec<_>>()
     };

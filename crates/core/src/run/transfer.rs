@@ -8,14 +8,25 @@ use tch::{Kind, Tensor};
 use super::Run;
 use crate::Result;
 
-/// Tensors below this size, in bytes, travel together: to copy them costs less than to send each by itself.
-const SMALL: usize = 64 << 10;
-/// How much travels together, in bytes, before the last tensor.
-const PORTION: usize = 1 << 20;
 /// Where a tensor begins in a portion, in bytes: where an element of any type may lie.
 const ALIGNED: usize = 16;
-/// Portions that are under way at a time, so that the connection is never without one.
-const AT_ONCE: usize = 64;
+
+/// What travels by itself, and what together.
+struct Sizes {
+    /// Tensors below this size, in bytes, travel together: to copy them costs less than to send each by itself.
+    small: usize,
+    /// How much travels together, in bytes, before the last tensor.
+    portion: usize,
+    /// What is larger travels in parts.
+    largest: usize,
+    /// Portions that are under way at a time, so that the connection is never without one.
+    at_once: usize,
+}
+
+/// A collective costs as much as megabytes do, and divides what is large itself.
+const BROADCAST: Sizes = Sizes { small: 4 << 20, portion: 8 << 20, largest: usize::MAX, at_once: 4 };
+/// A send costs little, and what is passed on early arrives early.
+const TREE: Sizes = Sizes { small: 64 << 10, portion: 1 << 20, largest: 8 << 20, at_once: 64 };
 
 impl Run<'_> {
     /// The tensors of the rank `source` on those that lack them: of the modules, and of their optimizers unless they are at their beginnings.
@@ -67,6 +78,21 @@ impl Way {
         Some(Self::Tree { from: from.map(rank), to: to.into_iter().map(rank).collect() })
     }
 
+    fn sizes(&self) -> &'static Sizes {
+        match self {
+            Self::Broadcast { .. } => &BROADCAST,
+            Self::Tree { .. } => &TREE,
+        }
+    }
+
+    /// Those that get from this rank what came to it.
+    fn next(&self) -> &[usize] {
+        match self {
+            Self::Tree { from: Some(_), to } => to,
+            _ => &[],
+        }
+    }
+
     /// Whether the tensors are here to begin with.
     fn is_source(&self) -> bool {
         match self {
@@ -96,6 +122,7 @@ fn neighbours(place: usize, count: usize) -> (Option<usize>, Vec<usize>) {
 struct Transfer<'a> {
     worker: &'a Worker,
     way: Way,
+    sizes: &'static Sizes,
     /// Small ones that will travel together.
     small: Vec<Tensor>,
     bytes: usize,
@@ -129,6 +156,7 @@ impl<'a> Transfer<'a> {
         Self {
             worker,
             stages,
+            sizes: way.sizes(),
             way,
             small: Vec::new(),
             bytes: 0,
@@ -149,15 +177,18 @@ impl<'a> Transfer<'a> {
             false => tensor.shallow_clone(),
         };
         let bytes = size(tensor);
-        if bytes >= SMALL && tensor.is_contiguous() && tensor.device() == self.worker.device() {
+        if bytes >= self.sizes.small && tensor.is_contiguous() && tensor.device() == self.worker.device() {
             let view = tensor.f_view([-1])?.f_view_dtype(Kind::Uint8)?;
-            return self.begin(view, None);
+            return (0..bytes).step_by(self.sizes.largest).try_for_each(|start| {
+                let len = self.sizes.largest.min(bytes - start);
+                self.begin(view.f_narrow(0, start as i64, len as i64)?, None)
+            });
         }
         if bytes > 0 {
             self.small.push(tensor.shallow_clone());
             self.bytes += bytes.next_multiple_of(ALIGNED);
         }
-        if self.bytes >= PORTION { self.flush() } else { Ok(()) }
+        if self.bytes >= self.sizes.portion { self.flush() } else { Ok(()) }
     }
 
     /// Sends the small ones.
@@ -168,12 +199,12 @@ impl<'a> Transfer<'a> {
             return Ok(());
         }
         // Their buffers come back.
-        self.settle(AT_ONCE - 1)?;
+        self.settle(self.sizes.at_once - 1)?;
         let spare = self.buffers.iter().position(|buffer| buffer.numel() >= bytes);
         let buffer = match spare {
             Some(at) => self.buffers.swap_remove(at),
             None => {
-                let len = bytes.max(PORTION + SMALL) as i64;
+                let len = bytes.max(self.sizes.portion + self.sizes.small) as i64;
                 Tensor::f_empty([len], (Kind::Uint8, self.worker.device()))?
             }
         };
@@ -187,7 +218,7 @@ impl<'a> Transfer<'a> {
     }
 
     fn begin(&mut self, view: Tensor, packed: Option<Packed>) -> Result<()> {
-        self.settle(AT_ONCE - 1)?;
+        self.settle(self.sizes.at_once - 1)?;
         let begun = match &self.way {
             Way::Broadcast { source, .. } => vec![self.worker.begin_broadcast(*source, &view)?],
             Way::Tree { from: Some(from), .. } => vec![self.worker.begin_receive(*from, &view)?],
@@ -203,19 +234,18 @@ impl<'a> Transfer<'a> {
             && let Some(mut portion) = self.under_way.pop_front()
         {
             wait(&mut portion)?;
-            if self.way.is_source() {
-                self.take_back(portion);
-                continue;
-            }
-            if let Some(Packed { buffer, tensors }) = &portion.packed {
+            if let Some(Packed { buffer, tensors }) = &portion.packed
+                && !self.way.is_source()
+            {
                 for (tensor, place) in tensors.iter().zip(places(buffer, tensors)?) {
                     tch::no_grad(|| tensor.shallow_clone().f_copy_(&place))?;
                 }
             }
-            if let Way::Tree { to, .. } = &self.way {
-                portion.begun = send_to(self.worker, to, &portion.view)?;
+            portion.begun = send_to(self.worker, self.way.next(), &portion.view)?;
+            match portion.begun.is_empty() {
+                true => self.take_back(portion),
+                false => self.passed_on.push_back(portion),
             }
-            self.passed_on.push_back(portion);
         }
         while self.passed_on.len() > most
             && let Some(mut portion) = self.passed_on.pop_front()
