@@ -66,6 +66,8 @@ struct Joining {
     gathering: Gathering,
     /// Since when there have been enough nodes.
     enough_since: Option<Duration>,
+    /// Whether a node is missed because it was preempted.
+    preempted: bool,
 }
 
 /// The machine. See the module for its invariants.
@@ -100,6 +102,7 @@ impl Coordinator {
             None => Phase::Joining(Joining {
                 since: record.now,
                 not_before: record.not_before,
+                preempted: record.preempted,
                 ..Joining::default()
             }),
         };
@@ -118,6 +121,7 @@ impl Coordinator {
                 Phase::Joining(joining) => joining.not_before,
                 _ => Duration::ZERO,
             },
+            preempted: matches!(&self.phase, Phase::Joining(joining) if joining.preempted),
             restarts: self.restarts.clone(),
             judged: self.judged.clone(),
             run_stamp: self.settings.run_stamp.clone(),

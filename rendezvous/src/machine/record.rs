@@ -24,6 +24,8 @@ pub struct Record {
     pub(super) next_round: u64,
     /// It does not start before.
     pub(super) not_before: Duration,
+    /// Whether a node is missed because it was preempted.
+    pub(super) preempted: bool,
     pub(super) restarts: Restarts,
     pub(super) judged: Option<Judged>,
     pub(super) run_stamp: String,
@@ -58,8 +60,10 @@ impl Record {
     /// Whether there is nothing in this one that is not in the other but the time.
     pub fn is_like(&self, other: &Self) -> bool {
         // It is asked at every message.
-        let Self { now: _, next_round, not_before, restarts, judged, run_stamp, finished, closed } = self;
-        (*next_round, *not_before, *finished) == (other.next_round, other.not_before, other.finished)
+        let Self { now: _, next_round, not_before, preempted, restarts, judged, run_stamp, finished, closed } =
+            self;
+        (*next_round, *not_before, *preempted, *finished)
+            == (other.next_round, other.not_before, other.preempted, other.finished)
             && (restarts, judged, run_stamp, closed)
                 == (&other.restarts, &other.judged, &other.run_stamp, &other.closed)
     }

@@ -491,6 +491,34 @@ fn a_node_that_leaves_ends_a_job_of_a_fixed_size() {
 }
 
 #[test]
+fn a_job_that_waits_in_vain_for_a_preempted_node_is_to_be_started_again() {
+    for preempted in [true, false] {
+        let mut machine = coordinator();
+        (1..=2).for_each(|peer| _ = enter(&mut machine, peer, elastic((2, 3))));
+        machine.handle(NOW + Duration::from_secs(60), Event::Tick);
+        let leave = ToCoordinator::Leave { reason: "told to".into(), preempted };
+        assert!(broken(&say(&mut machine, 2, leave)).contains("waiting for another node"));
+        say(&mut machine, 1, ToCoordinator::Join);
+        // Another coordinator knows it, too.
+        let mut next = taken_over(&machine, NOW);
+        enter(&mut next, 1, elastic((2, 3)));
+        for machine in [&mut machine, &mut next] {
+            let late = machine.deadline().unwrap();
+            let actions = machine.handle(late, Event::Tick);
+            let Some(ToAgent::Closed { success: false, preempted: said, .. }) =
+                actions.iter().find_map(|action| match action {
+                    Action::Send(1, message) => Some(message),
+                    _ => None,
+                })
+            else {
+                panic!("{actions:?}")
+            };
+            assert_eq!(*said, preempted);
+        }
+    }
+}
+
+#[test]
 fn a_node_that_has_finished_is_not_missed() {
     let mut machine = coordinator();
     enter(&mut machine, 1, hello(None, 2, 1));

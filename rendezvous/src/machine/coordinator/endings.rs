@@ -113,6 +113,7 @@ impl Coordinator {
             }
             Phase::Joining(joining) if self.round == 0 || node.place.is_none() || goes_on => {
                 joining.gathering.remove(peer, &node);
+                joining.preempted |= preempted;
                 self.start_if_due(now)
             }
             // What the others have finished cannot be done again.
@@ -122,7 +123,11 @@ impl Coordinator {
                     true => format!("{reason}; going on with {left} nodes"),
                     false => format!("{reason}; waiting for another node, since {fewest} are needed"),
                 };
-                self.next_round(now, Duration::ZERO, &note, false)
+                let actions = self.next_round(now, Duration::ZERO, &note, false);
+                if let Phase::Joining(joining) = &mut self.phase {
+                    joining.preempted = preempted;
+                }
+                actions
             }
             _ => self.close(Ending { success: false, reason, no_restart: None, preempted }),
         }
@@ -143,13 +148,14 @@ impl Coordinator {
         self.round += 1;
         let gathering = Gathering::of(&self.nodes);
         self.phase =
-            Phase::Joining(Joining { since: now, not_before: now + pause, gathering, enough_since: None });
+            Phase::Joining(Joining { since: now, not_before: now + pause, gathering, ..Joining::default() });
         actions.extend(self.start_if_due(now));
         actions
     }
 
-    /// Too few have come in time.
+    /// Too few have come in time. Where one of those that are missed was preempted, the job is to be started again.
     pub(super) fn give_up(&mut self) -> Vec<Action> {
+        let preempted = matches!(&self.phase, Phase::Joining(joining) if joining.preempted);
         let (fewest, most) = self.nodes.any().map_or((0, 0), |node| node.hello.nnodes);
         let wanted = if fewest == most { most.to_string() } else { format!("at least {fewest}") };
         let there: Vec<&str> = self
@@ -171,7 +177,7 @@ impl Coordinator {
             listed(&there),
             listed(&missing)
         );
-        self.end(false, reason, None)
+        self.close(Ending { success: false, reason, no_restart: None, preempted })
     }
 
     fn end(&mut self, success: bool, reason: String, no_restart: Option<String>) -> Vec<Action> {
