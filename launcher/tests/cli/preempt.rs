@@ -82,14 +82,16 @@ fn a_job_that_ends_well_is_not_to_be_started_again() {
 
 #[test]
 fn all_nodes_of_a_job_that_cannot_go_on_without_one_say_again_and_others_do_go_on() {
-    for (nnodes, code) in [("2", 75), ("1:2", 0)] {
+    // One that waits for a third, in vain, cannot go on either.
+    let wait = ["--rdzv-conf", "last_call_timeout=1,join_timeout=15"];
+    for (nnodes, conf, code) in [("2", &[][..], 75), ("1:2", &[], 0), ("2:3", &wait, 75)] {
         let port = free_port();
         let endpoint = format!("127.0.0.1:{port}");
         let job = |rank: &str| {
             let options = ["--devices", "cpu", "--nnodes", nnodes, "--rdzv-backend", "c10d"];
             let more = ["--rdzv-endpoint", &endpoint, "--node-rank", rank, "--preempt-notice", "USR1"];
             let script = "echo \"$RANK of $WORLD_SIZE\"; [ $WORLD_SIZE = 1 ] || exec sleep 600";
-            Job::start(launch(&[&options[..], &more].concat(), script))
+            Job::start(launch(&[&options[..], &more, conf].concat(), script))
         };
         let mut jobs = [job("0"), job("1")];
         // An elastic job may begin with one of them.
