@@ -9,7 +9,7 @@ use ice_proto::backend::DistBackend;
 use ice_proto::env::RankEnv;
 use tch::Device;
 
-use crate::Error;
+use crate::{Error, Link};
 
 /// How long the store may take to answer. It was bound before any rank started, so only a broken network needs longer.
 const STORE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -17,18 +17,20 @@ const STORE_TIMEOUT: Duration = Duration::from_secs(60);
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 /// Joins the group of the round that the rank was started in; and the store of the round.
-pub(crate) fn join(env: &RankEnv, device: Device) -> Result<(ProcessGroup, Store), Error> {
+pub(crate) fn join(env: &RankEnv, device: Device, link: &Link) -> Result<(ProcessGroup, Store), Error> {
     let (rank, world_size) = (env.rank as usize, env.world_size as usize);
+    let (host, port) = (env.master_addr.clone(), env.master_port);
+    let place = format!("at {host}:{port} as rank {rank} of {world_size}");
     let fail = |doing: &str| {
-        let doing =
-            format!("{doing} at {}:{} as rank {rank} of {world_size}", env.master_addr, env.master_port);
+        let doing = format!("{doing} {place}");
         move |source| Error::Collective { doing, source }
     };
-    let store = Store::tcp(&env.master_addr, env.master_port, STORE_TIMEOUT)
-        .map_err(fail("cannot reach the store"))?
-        .with_prefix(&format!("ice/round_{}", env.round));
+    let no_store = fail("cannot reach the store");
+    let reach = move || Store::tcp(&host, port, STORE_TIMEOUT).map_err(no_store);
+    let store = link.within_round(reach)?.with_prefix(&format!("ice/round_{}", env.round));
     let default = if device.is_cuda() { DistBackend::Nccl } else { DistBackend::Gloo };
     let group = match (env.backend.unwrap_or(default), device) {
+        // It meets the others in its first collective, and makes the GPU that of this thread.
         (DistBackend::Nccl, Device::Cuda(index)) => {
             ProcessGroup::nccl(&store, rank, world_size, index, COLLECTIVE_TIMEOUT)
                 .map_err(fail("cannot form the nccl group over the store"))
@@ -43,8 +45,11 @@ pub(crate) fn join(env: &RankEnv, device: Device) -> Result<(ProcessGroup, Store
                 interface: env::var("GLOO_SOCKET_IFNAME").ok(),
                 hostname: local_address(&env.master_addr, env.master_port),
             };
-            ProcessGroup::gloo(&store, rank, world_size, &options)
-                .map_err(fail("cannot form the gloo group over the store"))
+            let no_group = fail("cannot form the gloo group over the store");
+            let store = store.clone();
+            link.within_round(move || {
+                ProcessGroup::gloo(&store, rank, world_size, &options).map_err(no_group)
+            })
         }
     }?;
     Ok((group, store))

@@ -9,13 +9,14 @@ use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ice_c10d::{Connections, ProcessGroup, Store};
 use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
 use ice_proto::frame::{self, Decoder};
 use ice_proto::link::{Down, Request, Up};
 
+use crate::Error;
 use crate::agree::{self, Boundaries, Part, Turn};
 
 /// How often the rank says that it lives.
@@ -25,8 +26,6 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a rank may take to find out by itself that its round is over.
 const BROKEN_PATIENCE: Duration = Duration::from_secs(5);
-/// Connections of a group that is being formed are cut this often, since it may open more of them.
-const CUT_AGAIN: Duration = Duration::from_millis(50);
 
 /// The connection to the agent. Without an agent that knows the link, everything here does nothing.
 ///
@@ -340,6 +339,26 @@ impl Link {
         state.cuts.push(Arc::new(cut));
     }
 
+    /// Does this in a thread, and waits for it as long as the round lasts: of some waits within libtorch nothing can be cut, such as gloo's for a
+    /// connection from a rank that is gone. A thread that is left behind ends with the timeout of what it waits for.
+    ///
+    /// # Errors
+    /// Those of the work, and [`Error::RoundOver`].
+    pub(crate) fn within_round<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (tell, told) = mpsc::channel();
+        let over = tell.clone();
+        self.cut_with_round(move || _ = over.send(Err(Error::RoundOver)));
+        let done = move || _ = tell.send(work());
+        thread::Builder::new()
+            .name("ice-form".into())
+            .spawn(done)
+            .map_err(|source| Error::Link { source })?;
+        told.recv().unwrap_or(Err(Error::RoundOver))
+    }
+
     /// Takes part in what the ranks of a round agree on over its store.
     pub(crate) fn join_round(&self, store: &Store, group: &ProcessGroup, env: &RankEnv) -> io::Result<()> {
         let Some(inner) = &self.inner else { return Ok(()) };
@@ -577,24 +596,14 @@ impl Inner {
         let unnoticed = |state: &mut State| {
             !state.noticed && (state.ended || state.round.is_none_or(|current| current <= round))
         };
-        let deadline = Instant::now() + BROKEN_PATIENCE;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let forming = self.state().connections.as_ref().is_some_and(Connections::are_coming);
-            let wait = if forming { left.min(CUT_AGAIN) } else { left };
-            let (mut state, _) = self
-                .changed
-                .wait_timeout_while(self.state(), wait, unnoticed)
-                .unwrap_or_else(PoisonError::into_inner);
-            if !unnoticed(&mut state) {
-                return;
-            }
-            if left.is_zero() {
-                break;
-            }
-            drop(state);
-            self.cut();
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(self.state(), BROKEN_PATIENCE, unnoticed)
+            .unwrap_or_else(PoisonError::into_inner);
+        if !unnoticed(&mut state) {
+            return;
         }
+        drop(state);
         let state = self.changed.wait_while(self.state(), |state| state.holds > 0);
         drop(state.unwrap_or_else(PoisonError::into_inner));
         process::exit(1);

@@ -281,9 +281,7 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<(), Error> {
-        let Some(group) = self.group() else { return Ok(()) };
-        self.link.tick();
-        group.all_reduce(tensor, ReduceOp::Sum).and_then(Work::wait).map_err(collective("all-reduce"))
+        self.begin("all-reduce", |group| group.all_reduce(tensor, ReduceOp::Sum))?.wait()
     }
 
     /// Overwrites the tensor on every rank with rank 0's.
@@ -344,9 +342,7 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost, or the shapes differ, or `all` has not one row per rank.
     pub fn all_gather(&self, all: &[Tensor], own: &Tensor) -> Result<(), Error> {
-        let Some(group) = self.group() else { return Ok(()) };
-        self.link.tick();
-        group.all_gather(all, own).and_then(Work::wait).map_err(collective("all-gather"))
+        self.begin("all-gather", |group| group.all_gather(all, own))?.wait()
     }
 
     /// Makes sure that what the ranks have exchanged so far is what they have computed. On a GPU a collective that is given up, since a rank is
@@ -368,9 +364,7 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost.
     pub fn barrier(&self) -> Result<(), Error> {
-        let Some(group) = self.group() else { return Ok(()) };
-        self.link.tick();
-        group.barrier().and_then(Work::wait).map_err(collective("barrier"))
+        self.begin("barrier", ProcessGroup::barrier)?.wait()
     }
 
     /// Tells the agent that the first training step in the round has been applied, and how many had been begun before and are done again.

@@ -27,7 +27,7 @@ impl Membership {
         if link.is_broken() {
             return Err(Error::RoundOver);
         }
-        let formed = group::join(&env, device);
+        let formed = group::join(&env, device, link);
         connections.are_complete();
         let (group, store) = formed?;
         link.join_round(&store, &group, &env).map_err(|source| Error::Link { source })?;
@@ -59,5 +59,57 @@ pub(crate) fn settle(problem: &str, link: &Link) {
     if link.wait_for_stop(GRACE) != Some(Stop::Broken) {
         link.send(&Up::RoundLost { round: link.round(), reason: problem.into() });
         link.wait_for_the_end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::IntoRawFd;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    use ice_c10d::{GlooOptions, testing};
+    use ice_proto::frame;
+    use ice_proto::link::Down;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_round_that_ends_while_gloo_waits_for_a_lost_rank_is_left() {
+        let serve = || testing::serve_store().unwrap();
+        let ((_here, port), (_elsewhere, other_port)) = (serve(), serve());
+        let store = |port| Store::tcp("127.0.0.1", port, PATIENCE).unwrap().with_prefix("ice/round_0");
+        let (near, far) = (store(port), store(other_port));
+        // Of two ranks the one with the greater address connects. This one says where it is, and does not.
+        let late = thread::spawn({
+            let far = store(other_port);
+            let hostname = Some("127.0.0.2".into());
+            move || {
+                ProcessGroup::gloo(&far, 1, 2, &GlooOptions { timeout: PATIENCE, interface: None, hostname })
+            }
+        });
+        let (mut agent, rank) = UnixStream::pair().unwrap();
+        let link = Link::open(rank.into_raw_fd(), Some(0), Some(0)).unwrap();
+        let env =
+            RankEnv { world_size: 2, master_addr: "127.0.0.1".into(), master_port: port, ..RankEnv::alone() };
+        let forming = thread::spawn({
+            let link = link.clone();
+            move || Membership::form(env, Device::Cpu, &link).map(|_| ())
+        });
+        let address = near.get("0/0").unwrap();
+        near.set("0/1", &far.get("0/1").unwrap()).unwrap();
+        // The store serves all in turn: it has answered the rank, too.
+        (0..100).for_each(|_| _ = near.get("0/1").unwrap());
+        let over = Down::RoundBroken { round: 0, reason: "rank 1 is gone".into() };
+        agent.write_all(&frame::encode(&over).unwrap()).unwrap();
+        let error = forming.join().unwrap().unwrap_err();
+        assert!(matches!(error, Error::RoundOver), "{error}");
+        // What was left behind ends with its wait.
+        far.set("0/0", &address).unwrap();
+        late.join().unwrap().unwrap();
+        link.finish();
     }
 }

@@ -30,6 +30,15 @@ void on_device(const IceGroup* group, const at::Tensor& tensor) {
   }
 }
 
+// What is sent or received as it lies in memory.
+std::vector<at::Tensor> in_a_row(const IceGroup* group, const at::Tensor& tensor) {
+  on_device(group, tensor);
+  if (!tensor.is_contiguous()) {
+    throw ice::Failure(ICE_INVALID_ARGUMENT, "the elements of the tensor do not lie in a row: send a copy");
+  }
+  return {tensor};
+}
+
 } // namespace
 
 ICE_API int32_t ice_group_gloo(
@@ -100,16 +109,14 @@ ICE_API int32_t ice_group_reduce_scatter(
 
 ICE_API int32_t ice_group_send(const IceGroup* group, void* tensor, int32_t to, IceWork** out, char** message) {
   return ice::guarded(message, [&] {
-    std::vector<at::Tensor> list{ice::tensor(tensor)};
-    on_device(group, list[0]);
+    auto list = in_a_row(group, ice::tensor(tensor));
     *out = new IceWork{group->group->send(list, to, 0)};
   });
 }
 
 ICE_API int32_t ice_group_receive(const IceGroup* group, void* tensor, int32_t from, IceWork** out, char** message) {
   return ice::guarded(message, [&] {
-    std::vector<at::Tensor> list{ice::tensor(tensor)};
-    on_device(group, list[0]);
+    auto list = in_a_row(group, ice::tensor(tensor));
     *out = new IceWork{group->group->recv(list, from, 0)};
   });
 }

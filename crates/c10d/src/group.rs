@@ -194,7 +194,7 @@ impl ProcessGroup {
     /// # Errors
     /// `InvalidArgument` for a `to` that is no other rank, a tensor whose elements do not lie in a row, or one on another kind of device.
     pub fn send(&self, tensor: &Tensor, to: usize) -> Result<Work> {
-        let to = self.other(tensor, to)?;
+        let to = self.other(to)?;
         self.submit(|group, out, message| {
             // SAFETY: as in all_reduce.
             unsafe { ffi::ice_group_send(group, pointer(tensor), to, out, message) }
@@ -206,7 +206,7 @@ impl ProcessGroup {
     /// # Errors
     /// As [`send`](Self::send).
     pub fn receive(&self, tensor: &Tensor, from: usize) -> Result<Work> {
-        let from = self.other(tensor, from)?;
+        let from = self.other(from)?;
         self.submit(|group, out, message| {
             // SAFETY: as in all_reduce.
             unsafe { ffi::ice_group_receive(group, pointer(tensor), from, out, message) }
@@ -249,14 +249,11 @@ impl ProcessGroup {
         Handle::make(|out, message| call(group, out, message)).map(Work::new)
     }
 
-    /// The number of another rank, that a tensor can be exchanged with.
-    fn other(&self, tensor: &Tensor, rank: usize) -> Result<i32> {
+    /// The number of another rank.
+    fn other(&self, rank: usize) -> Result<i32> {
         if rank >= self.world_size() || rank == self.rank() {
             let (own, size) = (self.rank(), self.world_size());
             return Err(Error::invalid(format!("rank {rank} is not another than {own} of {size} ranks")));
-        }
-        if !tensor.is_contiguous() {
-            return Err(Error::invalid("the elements of the tensor do not lie in a row: send a copy"));
         }
         Ok(rank as i32)
     }

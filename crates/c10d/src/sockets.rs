@@ -66,11 +66,6 @@ impl Connections {
         state.own = Some(own);
     }
 
-    /// Whether more are being opened.
-    pub fn are_coming(&self) -> bool {
-        self.lock().own.is_none()
-    }
-
     /// Ends them. Whoever waits for something to come over one gets an error.
     pub fn cut(&self) {
         let state = self.lock();

@@ -121,6 +121,8 @@ fn what_cannot_be_sent_is_refused() {
             group.receive(&row, 2).unwrap_err(),
             group.send(&column, other).unwrap_err(),
             group.receive(&column, other).unwrap_err(),
+            group.send(&Tensor::new(), other).unwrap_err(),
+            group.receive(&Tensor::new(), other).unwrap_err(),
         ] {
             assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
         }

@@ -122,7 +122,6 @@ fn neighbours(place: usize, count: usize) -> (Option<usize>, Vec<usize>) {
 struct Transfer<'a> {
     worker: &'a Worker,
     way: Way,
-    sizes: &'static Sizes,
     /// Small ones that will travel together.
     small: Vec<Tensor>,
     bytes: usize,
@@ -155,9 +154,8 @@ impl<'a> Transfer<'a> {
     fn new(worker: &'a Worker, way: Way, stages: bool) -> Self {
         Self {
             worker,
-            stages,
-            sizes: way.sizes(),
             way,
+            stages,
             small: Vec::new(),
             bytes: 0,
             buffers: Vec::new(),
@@ -176,11 +174,11 @@ impl<'a> Transfer<'a> {
             }
             false => tensor.shallow_clone(),
         };
-        let bytes = size(tensor);
-        if bytes >= self.sizes.small && tensor.is_contiguous() && tensor.device() == self.worker.device() {
+        let (bytes, sizes) = (size(tensor), self.way.sizes());
+        if bytes >= sizes.small && tensor.is_contiguous() && tensor.device() == self.worker.device() {
             let view = tensor.f_view([-1])?.f_view_dtype(Kind::Uint8)?;
-            return (0..bytes).step_by(self.sizes.largest).try_for_each(|start| {
-                let len = self.sizes.largest.min(bytes - start);
+            return (0..bytes).step_by(sizes.largest).try_for_each(|start| {
+                let len = sizes.largest.min(bytes - start);
                 self.begin(view.f_narrow(0, start as i64, len as i64)?, None)
             });
         }
@@ -188,7 +186,7 @@ impl<'a> Transfer<'a> {
             self.small.push(tensor.shallow_clone());
             self.bytes += bytes.next_multiple_of(ALIGNED);
         }
-        if self.bytes >= self.sizes.portion { self.flush() } else { Ok(()) }
+        if self.bytes >= sizes.portion { self.flush() } else { Ok(()) }
     }
 
     /// Sends the small ones.
@@ -198,13 +196,14 @@ impl<'a> Transfer<'a> {
         if tensors.is_empty() {
             return Ok(());
         }
+        let sizes = self.way.sizes();
         // Their buffers come back.
-        self.settle(self.sizes.at_once - 1)?;
+        self.settle(sizes.at_once - 1)?;
         let spare = self.buffers.iter().position(|buffer| buffer.numel() >= bytes);
         let buffer = match spare {
             Some(at) => self.buffers.swap_remove(at),
             None => {
-                let len = bytes.max(self.sizes.portion + self.sizes.small) as i64;
+                let len = bytes.max(sizes.portion + sizes.small) as i64;
                 Tensor::f_empty([len], (Kind::Uint8, self.worker.device()))?
             }
         };
@@ -218,7 +217,7 @@ impl<'a> Transfer<'a> {
     }
 
     fn begin(&mut self, view: Tensor, packed: Option<Packed>) -> Result<()> {
-        self.settle(self.sizes.at_once - 1)?;
+        self.settle(self.way.sizes().at_once - 1)?;
         let begun = match &self.way {
             Way::Broadcast { source, .. } => vec![self.worker.begin_broadcast(*source, &view)?],
             Way::Tree { from: Some(from), .. } => vec![self.worker.begin_receive(*from, &view)?],
