@@ -1,5 +1,7 @@
 //! `ice-launch`: the agent of a node. It starts a program once per device, agrees with the other agents who is which rank, watches
 //! the ranks, and stops everything cleanly. Never linked to libtorch.
+//!
+//! In the book: `docs/torchrun.md`, `docs/clusters.md`, `docs/elasticity.md`.
 
 mod agent;
 pub mod cli;

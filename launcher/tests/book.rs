@@ -223,10 +223,59 @@ fn no_page_has_a_path_of_somebodys_machine() {
 fn the_help_points_into_the_book() {
     use clap::CommandFactory;
     let help = ice_launch::cli::Cli::command().render_long_help().to_string();
-    let named: Vec<&str> = help.split_whitespace().filter(|word| word.starts_with("docs/")).collect();
-    assert!(named.len() >= 3, "the help names {named:?}");
-    for name in named {
-        let name = name.trim_end_matches([',', '.', ')', ';']);
-        assert!(root().join(name).exists(), "the help names {name}, which is not there");
+    assert!(named_pages(&help, "the help") >= 3, "{help}");
+}
+
+/// How many pages a text names, all of which must be there, with the headings that it names.
+fn named_pages(text: &str, of: &str) -> usize {
+    let names = text.split(|c: char| c.is_whitespace() || "`(),;".contains(c));
+    let names: Vec<&str> = names.filter(|name| name.starts_with("docs/") && name.contains(".md")).collect();
+    for name in &names {
+        let name = name.trim_end_matches('.');
+        let (page, heading) = name.split_once('#').map_or((name, None), |(page, at)| (page, Some(at)));
+        let path = root().join(page);
+        assert!(path.exists(), "{of} names {page}, which is not there");
+        let is_there = heading.is_none_or(|at| parse(&path).anchors.contains(at));
+        assert!(is_there, "{of} names {name}, and there is no such heading");
     }
+    names.len()
+}
+
+/// The files of a public module and of those below it.
+fn public_modules(file: &Path, below: &Path) -> Vec<PathBuf> {
+    let mut found = vec![file.to_path_buf()];
+    let text = read(file);
+    for (before, line) in text.lines().zip(text.lines().skip(1)) {
+        let name = line.strip_prefix("pub mod ").and_then(|rest| rest.strip_suffix(';'));
+        if let Some(name) = name.filter(|_| before != "#[doc(hidden)]") {
+            let (alone, folder) = (below.join(format!("{name}.rs")), below.join(name));
+            let file = if alone.exists() { alone } else { folder.join("mod.rs") };
+            found.extend(public_modules(&file, &folder));
+        }
+    }
+    found
+}
+
+#[test]
+fn every_public_module_points_into_the_book() {
+    let crates = fs::read_dir(root().join("crates")).unwrap_or_else(|error| panic!("crates: {error}"));
+    let folders = crates.map(|entry| entry.unwrap_or_else(|error| panic!("crates: {error}")).path());
+    let mut modules = 0;
+    for folder in folders.chain(["launcher", "rendezvous", "worker"].map(|name| root().join(name))) {
+        let sources = folder.join("src");
+        for file in files(&sources, "rs", true) {
+            let text = read(&file);
+            let docs = text.lines().filter(|line| line.trim_start().starts_with("//"));
+            named_pages(&docs.collect::<Vec<_>>().join("\n"), &file.display().to_string());
+        }
+        let library = Some(sources.join("lib.rs")).filter(|library| library.exists());
+        for file in library.iter().flat_map(|library| public_modules(library, &sources)) {
+            let text = read(&file);
+            let docs: Vec<&str> = text.lines().take_while(|line| line.starts_with("//!")).collect();
+            let of = file.display().to_string();
+            assert!(named_pages(&docs.join("\n"), &of) > 0, "{of} points to no page of the book");
+            modules += 1;
+        }
+    }
+    assert!(modules > 20, "{modules} public modules");
 }

@@ -1,4 +1,6 @@
 //! Addresses: which are this host's, where to listen, and what was tried from where.
+//!
+//! In the book: `docs/clusters.md#addresses`.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};

@@ -3,6 +3,8 @@
 //! [`Host`] serves both on one port: the coordinator, a pure machine in [`machine`], and the key-value store, a pure machine in
 //! [`store`] that speaks c10d's TCPStore wire format. [`Session`] is an agent's connection to the coordinator, and
 //! [`Meeting`] its way there. This crate knows nothing of ranks as processes, of devices or of libtorch.
+//!
+//! In the book: `docs/clusters.md`.
 
 pub mod address;
 mod alive;

@@ -3,6 +3,8 @@
 //!
 //! This crate knows nothing of what is trained. It meets the launcher only through the formats of `ice-proto`, so a rank
 //! runs under torchrun as well, without a link.
+//!
+//! In the book: `docs/elasticity.md`, and `docs/placement.md` for devices.
 
 mod agree;
 pub mod copies;

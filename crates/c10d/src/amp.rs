@@ -1,4 +1,6 @@
 //! Mixed precision: operations in a smaller type, and the scale that keeps small gradients from vanishing in it.
+//!
+//! In the book: `docs/optimizers.md#precision`.
 #![expect(unsafe_code, reason = "calls the C++ shim")]
 
 use std::marker::PhantomData;

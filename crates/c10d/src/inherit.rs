@@ -1,4 +1,6 @@
 //! Descriptors that the parent process left open for this one.
+//!
+//! In the book: `docs/design.md#three-layers`.
 #![expect(unsafe_code, reason = "turns a number into an owned descriptor")]
 
 use std::ffi::c_int;

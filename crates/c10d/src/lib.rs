@@ -14,6 +14,9 @@
 //! group.all_reduce(&tensor, ReduceOp::Sum)?.wait()?;
 //! # Ok::<(), ice_c10d::Error>(())
 //! ```
+//!
+//! In the book: what groups and stores go through when a rank is lost (`docs/elasticity.md#rounds`), the place of this crate in the whole
+//! (`docs/design.md`).
 
 pub mod amp;
 mod error;

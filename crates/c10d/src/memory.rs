@@ -1,4 +1,6 @@
 //! What the C library does with memory that was freed.
+//!
+//! In the book: `docs/design.md#three-layers`.
 #![expect(unsafe_code, reason = "calls the C library")]
 
 use std::ffi::c_int;

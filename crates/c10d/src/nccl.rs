@@ -1,6 +1,8 @@
 //! The CUDA half: a shared object of its own, loaded only where CUDA is asked for.
 //!
 //! It knows nothing of collectives: an NCCL group is a [`ProcessGroup`](crate::ProcessGroup) like any other.
+//!
+//! In the book: which GPU is whose (`docs/placement.md#gpus`).
 #![expect(unsafe_code, reason = "opens a shared object and calls its functions")]
 
 use std::env;

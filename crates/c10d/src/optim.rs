@@ -1,4 +1,6 @@
 //! Optimizer steps that update whole lists of tensors in one fused, in-place call. The state stays with the caller.
+//!
+//! In the book: `docs/optimizers.md`.
 #![expect(unsafe_code, reason = "calls the C++ shim")]
 
 use tch::Tensor;

@@ -11,6 +11,8 @@
 //! reader sees whole tensors however many ranks wrote.
 //!
 //! This crate knows files and bytes. It knows nothing of libtorch, of ranks that talk to each other, or of what is trained.
+//!
+//! In the book: `docs/checkpoints.md`.
 
 mod catalog;
 mod error;

@@ -5,6 +5,15 @@
 //! tags and runs them step by step; a node asks for the output of another by name, and what is asked for first runs first.
 //!
 //! This crate knows nothing of launchers, and of other ranks only what `ice-worker` offers.
+//!
+//! # In the book
+//!
+//! - `docs/nodes.md`: [`HyperGraph`], [`Node`] and those that are there, [`Outputs`], [`Tags`], [`Task`]s, [`Run`], [`Eager`]
+//! - `docs/data.md`: [`data`]
+//! - `docs/optimizers.md`: [`optim`], [`Autocast`], [`GradScaler`]
+//! - `docs/metrics.md`: [`meter`], [`Measure`], [`HParam`], [`Probe`]
+//! - `docs/checkpoints.md`: [`SaveCheckpoint`], [`SaveBest`], [`LoadCheckpoint`], [`ResumeFrom`], [`Manifest`]
+//! - `docs/elasticity.md`: [`ElasticBatch`], and what becomes of a step when a rank is lost
 
 mod board;
 mod checkpoint;

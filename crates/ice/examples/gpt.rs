@@ -194,15 +194,18 @@ fn train(options: Options) -> Result<(), ice::Error> {
     let border = text.len() / 10 * 9;
     let mut graph = HyperGraph::new();
     graph.accumulate_gradients(options.accumulate).backup_source_files(env!("CARGO_MANIFEST_DIR"));
+    // ANCHOR: precision
     if options.bf16 {
         graph.autocast(Autocast::of(Kind::BFloat16));
     }
+    // ANCHOR_END: precision
     let (start, end) = (windows(&text, 0, border, learned), windows(&text, border, text.len(), learned));
     graph.add("text", DatasetNode::new(start).shuffle(true).batch_size(options.batch_size), "train")?;
     graph.add("text", DatasetNode::new(end).batch_size(64), "val")?;
 
     let (run, write, steps, every) =
         (options.run.clone(), options.write, options.steps, options.eval_every.max(1));
+    // ANCHOR: optimizer
     // Weights of norms, biases and embeddings are not drawn to zero.
     let optimizer = |decay: f64| {
         let warm = steps.min(100) / 2;
@@ -210,13 +213,16 @@ fn train(options: Options) -> Result<(), ice::Error> {
         AdamW::new(options.lr).betas(0.9, 0.95).weight_decay(decay).schedule(schedule)
     };
     let (plain, decayed) = (optimizer(0.0), optimizer(0.1));
+    // ANCHOR_END: optimizer
     let context = options.context as i64;
+    // ANCHOR: module
     let gpt = ModuleNode::new(
         move |path| Gpt::new(path, &options),
         move |gpt: &Gpt, x| Ok(gpt.forward(&x.tensor("text")?.narrow(1, 0, context))),
     );
     let gpt = gpt.optimizer_for(r"norm|bias$|tokens|places", plain).optimizer(decayed).clip_grad_norm(1.0);
     graph.add("gpt", gpt, "*")?;
+    // ANCHOR_END: module
 
     let loss = LossNode::new(move |x| {
         let next = x.tensor("text")?.narrow(1, 1, context).reshape([-1]);

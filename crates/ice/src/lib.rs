@@ -5,6 +5,8 @@
 //! launcher are options of the program: `--devices cuda:0-3`, `--nnodes 2`, `--max-restarts 3`.
 //!
 //! `examples/mnist.rs` is the five-minute read.
+//!
+//! In the book: `docs/start.md`, then `docs/nodes.md`.
 
 mod error;
 mod options;
@@ -18,7 +20,7 @@ pub use ice_core as core;
 pub use ice_core::{HyperGraph, Run};
 pub use tch;
 
-/// What a training program needs, in one import.
+/// What a training program needs, in one import. In the book: `docs/nodes.md#names-to-know`.
 pub mod prelude {
     pub use clap::Parser;
     pub use ice_core::data::{Dataset, Items, Labelled, Mnist, Split, Stream, items, stream};

@@ -3,6 +3,8 @@
 //!
 //! A proof is over who shows it, whether that is inside of TLS, both nonces and, inside of TLS, what tells this connection of TLS from all
 //! others (RFC 9266).
+//!
+//! In the book: `docs/clusters.md#who-may-join`.
 
 use serde::{Deserialize, Serialize};
 

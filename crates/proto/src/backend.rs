@@ -1,4 +1,6 @@
 //! The collective backends and device kinds that a job can name.
+//!
+//! In the book: `docs/placement.md`.
 
 use std::fmt;
 use std::str::FromStr;

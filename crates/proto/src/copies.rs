@@ -6,6 +6,8 @@
 //!   Parcel, then the bytes of its parts →            again and again
 //!                                       ←  Kept      once the copy is whole
 //! ```
+//!
+//! In the book: `docs/elasticity.md#sharded-optimizers`.
 
 use std::fmt;
 

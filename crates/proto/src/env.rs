@@ -2,6 +2,8 @@
 //!
 //! The names without `ICE_` are torchrun's and mean what they mean there, so that `init_method="env://"` and every
 //! program written for torchrun finds what it expects.
+//!
+//! In the book: `docs/torchrun.md#variables-of-a-worker`.
 
 use std::str::FromStr;
 

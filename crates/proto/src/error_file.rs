@@ -2,6 +2,8 @@
 //!
 //! `TORCHELASTIC_ERROR_FILE` names the file. Python's `@record` writes it, and so does a rank of this project:
 //! `{"message": {"message": "<Type>: <text>", "extraInfo": {"py_callstack": "…", "timestamp": "<unix seconds>"}}}`.
+//!
+//! In the book: `docs/events.md#reportjson`.
 
 use std::fs::{self, File};
 use std::io::{self, Read};

@@ -1,4 +1,6 @@
 //! Exit codes of `ice-launch`.
+//!
+//! `README.md` has what each is for. In the book: `docs/elasticity.md#preemption`, `docs/troubleshooting.md`.
 
 use std::process;
 

@@ -12,6 +12,8 @@
 //!
 //! The decoder is fed bytes as they come and trusts none of them: the length is checked against the limit of the
 //! channel before anything is allocated, and the first bad byte poisons the stream.
+//!
+//! In the book: `docs/design.md#the-network-is-hostile`.
 
 use std::io::{self, Read};
 

@@ -3,6 +3,8 @@
 //!
 //! This crate knows formats only. It opens no socket, spawns nothing and reads no clock. It is the only crate that names
 //! bincode, so the encoding of the messages can be replaced here.
+//!
+//! In the book: `docs/design.md#three-layers`.
 
 pub mod auth;
 pub mod backend;

@@ -2,6 +2,8 @@
 //!
 //! A program that does not know the link ignores the descriptor and is a plain worker. A rank whose link reads end of file
 //! has lost its agent and leaves.
+//!
+//! In the book: `docs/elasticity.md#rounds`.
 
 use std::collections::BTreeMap;
 

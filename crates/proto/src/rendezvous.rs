@@ -4,6 +4,8 @@
 //! and then [`ToCoordinator::Join`] once per round; the coordinator answers with [`ToAgent::RoundStarted`] when there are
 //! enough nodes, or with [`ToAgent::Waiting`]. Any loss, failure or arrival ends the round for everybody with
 //! [`ToAgent::RoundBroken`]; agents stop their ranks and join again. A connection that ends is a lost agent.
+//!
+//! In the book: `docs/clusters.md`.
 
 use std::net::IpAddr;
 use std::time::Duration;

@@ -1,5 +1,7 @@
 //! The command line: raw arguments become one validated [`LaunchPlan`]. All that can be known to be wrong is found here, before
 //! anything is started.
+//!
+//! In the book: `docs/torchrun.md#options`.
 
 mod args;
 mod devices;

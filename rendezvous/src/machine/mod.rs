@@ -15,6 +15,8 @@
 //!   closed.
 //! - **RV-11** The failure of a round counts once, whoever reports it, how often, and to which coordinator. It is forgotten only with the
 //!   agents that saw it, or where the failure of a later round has counted.
+//!
+//! In the book: `docs/design.md#decisions-are-made-by-machines-without-a-clock`; at which size one coordinator ends, `docs/scale.md`.
 
 mod admission;
 mod coordinator;

@@ -1,4 +1,6 @@
 //! A client of TCPStore, ours or torch's.
+//!
+//! In the book: `docs/clusters.md#who-may-join`.
 
 use std::io;
 use std::time::Duration;

@@ -1,6 +1,8 @@
 //! Requests as bytes. All integers are little-endian; a string is a u64 length and its bytes.
 //!
 //! Nothing is allocated before its length is within the limits, which are torch's own.
+//!
+//! In the book: `docs/clusters.md#who-may-join`.
 
 /// The value that a client's first request carries.
 pub const VALIDATION_MAGIC: u32 = 0x3C85_F7CE;

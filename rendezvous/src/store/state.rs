@@ -1,4 +1,6 @@
 //! What the store holds, and its answers.
+//!
+//! In the book: `docs/clusters.md#who-may-join`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 

@@ -2,6 +2,8 @@
 //!
 //! A [`Shelf`] holds them, those of the rank itself among them, and outlives rounds. In a round, an [`Exchange`] brings each rank's to the rank that
 //! holds it, over a connection of their own and in threads, since the process group is busy with training.
+//!
+//! In the book: `docs/elasticity.md#sharded-optimizers`.
 
 mod exchange;
 mod receive;

@@ -3,6 +3,8 @@
 //! - [`Items`] are samples one by one. They are transformed, kept on disk, and collated into a `Dataset`.
 //! - A [`Dataset`] makes batches of samples that can be had by index, for a [`DatasetNode`](crate::DatasetNode).
 //! - A [`Stream`] is read in order, in shards, for a [`StreamNode`](crate::StreamNode).
+//!
+//! In the book: `docs/data.md`.
 
 mod batch;
 mod feed;

@@ -5,6 +5,8 @@
 //! in f64 are added in an order that depends on the ranks, which is the only difference; counts are exact.
 //!
 //! What is added stays on the device until it is asked for, so that an update makes no rank wait for its GPU.
+//!
+//! In the book: `docs/metrics.md#metrics`, and how to write one (`docs/nodes.md#a-meter`).
 
 mod accuracy;
 mod confusion;

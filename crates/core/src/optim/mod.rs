@@ -1,4 +1,6 @@
 //! Optimizers whose state can be read, saved and loaded. They run libtorch's fused kernels.
+//!
+//! In the book: `docs/optimizers.md`.
 
 mod adam;
 mod rmsprop;

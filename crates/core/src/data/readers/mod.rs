@@ -1,4 +1,6 @@
 //! Readers of common formats, one per file. Those of feature-gated formats name the feature.
+//!
+//! In the book: `docs/data.md#formats`.
 
 #[cfg(feature = "csv")]
 mod csv;
