@@ -35,7 +35,8 @@ pub struct Begun {
 }
 
 impl Begun {
-    /// Waits until it is done.
+    /// Waits until it is done; on a GPU, until what is computed from now on comes after it. There [`Worker::confirm`] says whether
+    /// what it left may be used.
     ///
     /// # Errors
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
@@ -281,7 +282,7 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<(), Error> {
-        self.begin("all-reduce", |group| group.all_reduce(tensor, ReduceOp::Sum))?.wait()
+        self.exchange("all-reduce", |group| group.all_reduce(tensor, ReduceOp::Sum))
     }
 
     /// Overwrites the tensor on every rank with rank 0's.
@@ -297,7 +298,7 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn broadcast_from(&self, source: usize, tensor: &Tensor) -> Result<(), Error> {
-        self.begin_broadcast(source, tensor)?.wait()
+        self.exchange("broadcast", |group| group.broadcast(tensor, source))
     }
 
     /// Begins what [`Worker::broadcast_from`] does. The tensor must not be touched until it is done. All ranks begin theirs in the same order;
@@ -326,6 +327,15 @@ impl Worker {
         self.begin("receiving", |group| group.receive(tensor, from))
     }
 
+    fn exchange(
+        &self,
+        doing: &'static str,
+        call: impl FnOnce(&ProcessGroup) -> ice_c10d::Result<Work>,
+    ) -> Result<(), Error> {
+        self.begin(doing, call)?.wait()?;
+        self.confirm()
+    }
+
     fn begin(
         &self,
         doing: &'static str,
@@ -342,11 +352,12 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost, or the shapes differ, or `all` has not one row per rank.
     pub fn all_gather(&self, all: &[Tensor], own: &Tensor) -> Result<(), Error> {
-        self.begin("all-gather", |group| group.all_gather(all, own))?.wait()
+        self.exchange("all-gather", |group| group.all_gather(all, own))
     }
 
     /// Makes sure that what the ranks have exchanged so far is what they have computed. On a GPU a collective that is given up, since a rank is
-    /// lost, ends like any other and leaves anything behind.
+    /// lost, ends like any other and leaves anything behind. What is [begun](Begun) needs this before its result counts; the others do it
+    /// themselves.
     ///
     /// # Errors
     /// [`Error::RoundOver`] where that may be so.
@@ -364,7 +375,7 @@ impl Worker {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost.
     pub fn barrier(&self) -> Result<(), Error> {
-        self.begin("barrier", ProcessGroup::barrier)?.wait()
+        self.exchange("barrier", ProcessGroup::barrier)
     }
 
     /// Tells the agent that the first training step in the round has been applied, and how many had been begun before and are done again.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use ice_worker::{Begun, Worker};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::Run;
 use crate::Result;
@@ -38,7 +38,9 @@ impl Run<'_> {
         only_models: bool,
         stages: bool,
     ) -> Result<()> {
-        let Some(way) = Way::of(&self.worker, source, lacking) else { return Ok(()) };
+        let Some(way) = Way::of(self.worker.rank(), self.worker.device(), source, lacking) else {
+            return Ok(());
+        };
         let mut transfer = Transfer::new(&self.worker, way, stages);
         for entry in self.graph.entries() {
             let state = entry.node.borrow().state();
@@ -51,23 +53,36 @@ impl Run<'_> {
     }
 }
 
+/// What a rank has to do with a broadcast.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Source,
+    Lacks,
+    /// It has what comes, and need not take it: the collective may be given up on the way, and would leave anything behind.
+    Beside,
+}
+
 /// How tensors reach this rank, and which ranks get them from it.
 enum Way {
     /// To all ranks at once, in the collective that NCCL has for it. It would first have to connect each two ranks that send and receive.
-    Broadcast { source: usize, is_source: bool },
+    Broadcast { source: usize, role: Role },
     /// From rank to rank, each of which passes on what has come while the rest is on its way.
     Tree { from: Option<usize>, to: Vec<usize> },
 }
 
 impl Way {
     /// `None` for a rank that has no part in it.
-    fn of(worker: &Worker, source: usize, lacking: &[usize]) -> Option<Self> {
-        let own = worker.rank();
+    fn of(own: usize, device: Device, source: usize, lacking: &[usize]) -> Option<Self> {
         if lacking.is_empty() {
             return None;
         }
-        if worker.device().is_cuda() {
-            return Some(Self::Broadcast { source, is_source: own == source });
+        if device.is_cuda() {
+            let role = match own == source {
+                true => Role::Source,
+                false if lacking.contains(&own) => Role::Lacks,
+                false => Role::Beside,
+            };
+            return Some(Self::Broadcast { source, role });
         }
         let rank = |place: usize| if place == 0 { source } else { lacking[place - 1] };
         let place = match own == source {
@@ -96,8 +111,16 @@ impl Way {
     /// Whether the tensors are here to begin with.
     fn is_source(&self) -> bool {
         match self {
-            Self::Broadcast { is_source, .. } => *is_source,
+            Self::Broadcast { role, .. } => *role == Role::Source,
             Self::Tree { from, .. } => from.is_none(),
+        }
+    }
+
+    /// Whether what comes is for this rank.
+    fn is_for_this(&self) -> bool {
+        match self {
+            Self::Broadcast { role, .. } => *role == Role::Lacks,
+            Self::Tree { from, .. } => from.is_some(),
         }
     }
 }
@@ -166,13 +189,16 @@ impl<'a> Transfer<'a> {
     }
 
     fn send(&mut self, tensor: &Tensor) -> Result<()> {
-        let tensor = &match self.stages {
-            true => {
-                let place = tensor.f_empty_like()?;
-                self.staged.push((tensor.shallow_clone(), place.shallow_clone()));
-                place
-            }
-            false => tensor.shallow_clone(),
+        let tensor = &if self.way.is_source() {
+            tensor.shallow_clone()
+        } else if !self.way.is_for_this() {
+            tensor.f_empty_like()?
+        } else if self.stages {
+            let place = tensor.f_empty_like()?;
+            self.staged.push((tensor.shallow_clone(), place.shallow_clone()));
+            place
+        } else {
+            tensor.shallow_clone()
         };
         let (bytes, sizes) = (size(tensor), self.way.sizes());
         if bytes >= sizes.small && tensor.is_contiguous() && tensor.device() == self.worker.device() {
@@ -234,7 +260,7 @@ impl<'a> Transfer<'a> {
         {
             wait(&mut portion)?;
             if let Some(Packed { buffer, tensors }) = &portion.packed
-                && !self.way.is_source()
+                && self.way.is_for_this()
             {
                 for (tensor, place) in tensors.iter().zip(places(buffer, tensors)?) {
                     tch::no_grad(|| tensor.shallow_clone().f_copy_(&place))?;
@@ -262,6 +288,7 @@ impl<'a> Transfer<'a> {
     fn finish(mut self) -> Result<()> {
         self.flush()?;
         self.settle(0)?;
+        self.worker.confirm()?;
         for (tensor, staged) in self.staged {
             tch::no_grad(|| tensor.shallow_clone().f_copy_(&staged))?;
         }
@@ -297,7 +324,10 @@ fn places(buffer: &Tensor, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
+    use std::thread;
+    use std::time::Duration;
+
+    use ice_c10d::{GlooOptions, ProcessGroup, Store, testing};
 
     use super::*;
 
@@ -324,6 +354,29 @@ mod tests {
             let branches: usize = (0..count).map(|place| neighbours(place, count).1.len()).sum();
             assert_eq!(branches, count - 1);
         }
+    }
+
+    #[test]
+    fn a_broadcast_is_taken_by_those_alone_that_lack_what_comes() {
+        const PATIENCE: Duration = Duration::from_secs(30);
+        let (_server, port) = testing::serve_store().unwrap();
+        let rank = |rank: usize| {
+            let store = Store::tcp("127.0.0.1", port, PATIENCE).unwrap();
+            let group = ProcessGroup::gloo(&store, rank, 4, &GlooOptions::default()).unwrap();
+            let worker = Worker::of_group(group, store, Device::Cpu);
+            let make = |len| Tensor::full([len], rank as f64, (Kind::Float, Device::Cpu));
+            let tensors = [make(10), make(BROADCAST.small as i64), make(0), make(1000)];
+            let way = Way::of(rank, Device::Cuda(0), 1, &[0, 3]).unwrap();
+            let mut transfer = Transfer::new(&worker, way, rank == 3);
+            tensors.iter().try_for_each(|tensor| transfer.send(tensor)).unwrap();
+            transfer.finish().unwrap();
+            let has = if rank == 2 { 2.0 } else { 1.0 };
+            assert!(tensors.iter().all(|tensor| tensor.eq(has).all().int64_value(&[]) == 1), "rank {rank}");
+        };
+        thread::scope(|scope| {
+            let ranks: Vec<_> = (0..4).map(|number| scope.spawn(move || rank(number))).collect();
+            ranks.into_iter().for_each(|rank| rank.join().unwrap());
+        });
     }
 
     #[test]

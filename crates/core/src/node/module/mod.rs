@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use ice_c10d::ReducerOptions;
 use ice_c10d::optim::{clear_gradients, clip_grad_norm};
-use ice_worker::Worker;
+use ice_worker::{Begun, Worker};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use tch::Tensor;
@@ -309,9 +309,9 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         let ready = self.ready_mut()?;
         // Now rather than before the next pass: an evaluation and a checkpoint see the same ones.
         if broadcast_buffers && ready.worker.world_size() > 1 {
-            for buffer in &ready.buffers {
-                ready.worker.broadcast(buffer)?;
-            }
+            let begin = |buffer| ready.worker.begin_broadcast(0, buffer);
+            let begun = ready.buffers.iter().map(begin).collect::<Result<Vec<_>, _>>()?;
+            begun.into_iter().try_for_each(Begun::wait)?;
         }
         match &mut ready.averaging {
             Some(averaging) if last => averaging.after_backward(),
