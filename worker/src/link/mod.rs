@@ -1,31 +1,33 @@
 //! The rank's end of the link.
 
-use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+mod listen;
+mod state;
+
+use std::io::{self, Write};
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use ice_c10d::{Connections, ProcessGroup, Store};
 use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
-use ice_proto::frame::{self, Decoder};
-use ice_proto::link::{Down, Request, Up};
+use ice_proto::frame;
+use ice_proto::link::{Request, Up};
 
 use crate::Error;
 use crate::agree::{self, Boundaries, Part, Turn};
+
+use state::State;
+pub use state::{Boundary, Stop};
 
 /// How often the rank says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// An agent that reads nothing for so long is given up on; a message is then dropped rather than the step held up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long a rank may take to find out by itself that its round is over.
-const BROKEN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The connection to the agent. Without an agent that knows the link, everything here does nothing.
 ///
@@ -45,80 +47,6 @@ struct Inner {
     changed: Condvar,
     /// What all ranks are to be told.
     requests: mpsc::Sender<Request>,
-}
-
-/// Ends what somebody may wait for.
-type Cut = Arc<dyn Fn() + Send + Sync>;
-
-/// What the agent wants, and what the rank is about.
-#[derive(Default)]
-struct State {
-    /// The round that the rank is in, or was in last.
-    round: Option<u64>,
-    /// The last round that is known to be over.
-    over: Option<u64>,
-    /// The next one.
-    given: Option<RankEnv>,
-    /// No more rounds will come.
-    ended: bool,
-    /// Whether the rank stops at this boundary.
-    stopping: bool,
-    /// Whether the rank's work has seen that.
-    noticed: bool,
-    /// Of the round, as far as they are there.
-    connections: Option<Connections>,
-    /// What else of the round is to be cut.
-    cuts: Vec<Cut>,
-    group: Option<ProcessGroup>,
-    store: Option<Store>,
-    /// Where the last words go.
-    error_file: Option<PathBuf>,
-    /// Writes under way that are not to be cut off.
-    holds: usize,
-    boundaries: Boundaries,
-    /// Where the agent was told that this rank is paused: how much it had got done.
-    rests: Option<u64>,
-    /// Rank of this node.
-    node: u32,
-}
-
-/// Why a rank is to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stop {
-    /// It has come to the step boundary at which the ranks of its node end.
-    Requested,
-    /// The round is over: another rank is gone, and no collective will succeed any more.
-    Broken,
-}
-
-/// What is to be done at a step boundary, by all ranks of the job at the same one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Boundary {
-    /// Nothing: go on to the next step.
-    GoOn,
-    /// Save a checkpoint, and ask again.
-    Save,
-    /// Save a checkpoint where that is said, and end if this rank is one of those that are to.
-    Stop {
-        /// Whether this rank ends; others ask again, and will find the round broken.
-        here: bool,
-        /// Whether all ranks save.
-        save: bool,
-    },
-    /// The round ends here, for all ranks: nodes are to come or to go.
-    Regroup,
-    /// The round is over: another rank is gone.
-    Broken,
-}
-
-impl State {
-    fn stop(&self) -> Option<Stop> {
-        match self.stopping {
-            _ if self.ended || (self.over.is_some() && self.over >= self.round) => Some(Stop::Broken),
-            true => Some(Stop::Requested),
-            false => None,
-        }
-    }
 }
 
 /// Keeps the process alive, after its round is over, until this is dropped.
@@ -477,150 +405,5 @@ impl Part for InRound {
         }
         drop(state);
         self.inner.changed.notify_all();
-    }
-}
-
-impl Inner {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn heartbeat(&self) -> Up {
-        Up::Heartbeat {
-            step: self.step.load(Ordering::Relaxed),
-            activity: self.activity.load(Ordering::Relaxed),
-            applied_ms: self.applied_ms.load(Ordering::Relaxed),
-        }
-    }
-
-    fn listen(self: &Arc<Self>, mut stream: UnixStream) {
-        let mut decoder = Decoder::new();
-        let mut buffer = [0; 4096];
-        loop {
-            match stream.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(n) => decoder.feed(&buffer[..n]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => break,
-            }
-            loop {
-                match decoder.next_message::<Down>() {
-                    Ok(Some(Down::Ask(request))) => _ = self.requests.send(request),
-                    Ok(Some(Down::RoundBroken { round, reason })) => {
-                        tracing::debug!(round, reason, "the round is over");
-                        self.broken(round);
-                    }
-                    Ok(Some(Down::Round { variables })) => self.given(&variables),
-                    Ok(Some(Down::End { reason })) => {
-                        tracing::debug!(reason, "the job is over");
-                        let mut state = self.state();
-                        state.ended = true;
-                        let round = state.round.unwrap_or(0);
-                        drop(state);
-                        self.broken(round);
-                    }
-                    Ok(None) => break,
-                    Err(error) => {
-                        tracing::error!(%error, "the link to the agent is unusable");
-                        process::exit(1);
-                    }
-                }
-            }
-        }
-        if !self.leaving.load(Ordering::SeqCst) {
-            tracing::error!("the agent is gone: leaving");
-            process::exit(1);
-        }
-    }
-
-    /// Notes that no more is to be expected; returns how much the rank had got done.
-    fn rest(&self) -> u64 {
-        self.activity.swap(0, Ordering::Relaxed)
-    }
-
-    fn given(&self, variables: &BTreeMap<String, String>) {
-        match RankEnv::read(|name| variables.get(name).cloned()) {
-            Ok(Some(env)) => {
-                let mut state = self.state();
-                state.error_file = variables.get(TORCHELASTIC_ERROR_FILE).map(PathBuf::from);
-                state.given = Some(env);
-                drop(state);
-                self.changed.notify_all();
-            }
-            wrong => {
-                tracing::error!(?wrong, "the agent's next round cannot be understood");
-                process::exit(1);
-            }
-        }
-    }
-
-    /// A round is over.
-    fn broken(self: &Arc<Self>, round: u64) {
-        let mut state = self.state();
-        state.over = state.over.max(Some(round));
-        let is_current = state.round.is_none_or(|current| current <= round);
-        drop(state);
-        self.changed.notify_all();
-        if is_current {
-            self.part(round);
-        }
-    }
-
-    /// Ends what this rank waits for in a round that is over.
-    fn part(self: &Arc<Self>, round: u64) {
-        self.cut();
-        let inner = Arc::clone(self);
-        if let Err(error) = thread::Builder::new().name("ice-stop".into()).spawn(move || inner.enforce(round))
-        {
-            tracing::warn!(%error, "the agent will have to end this rank");
-        }
-    }
-
-    /// Wakes those who wait for other ranks, or for the store.
-    fn cut(&self) {
-        let state = self.state();
-        let (connections, group) = (state.connections.clone(), state.group.clone());
-        let cuts = state.cuts.clone();
-        drop(state);
-        cuts.iter().for_each(|cut| cut());
-        if let Some(connections) = connections {
-            connections.cut();
-        }
-        if let Some(group) = group {
-            group.abort();
-        }
-    }
-
-    /// Ends a rank that waits for one that is gone and cannot be woken, and so would never learn of it; but not while it writes.
-    fn enforce(&self, round: u64) {
-        let unnoticed = |state: &mut State| {
-            !state.noticed && (state.ended || state.round.is_none_or(|current| current <= round))
-        };
-        let (mut state, _) = self
-            .changed
-            .wait_timeout_while(self.state(), BROKEN_PATIENCE, unnoticed)
-            .unwrap_or_else(PoisonError::into_inner);
-        if !unnoticed(&mut state) {
-            return;
-        }
-        drop(state);
-        let state = self.changed.wait_while(self.state(), |state| state.holds > 0);
-        drop(state.unwrap_or_else(PoisonError::into_inner));
-        process::exit(1);
-    }
-
-    /// Tells all ranks what this one was asked for, once there is a round.
-    fn publish(&self, wanted: mpsc::Receiver<Request>) {
-        for request in wanted {
-            let none = |state: &mut State| state.store.is_none() && !state.ended;
-            let state = self.changed.wait_while(self.state(), none).unwrap_or_else(PoisonError::into_inner);
-            let store = state.store.clone();
-            drop(state);
-            // The work of this rank may hold the connection while it waits for something else.
-            let told = store.map(|store| store.reconnect().and_then(|store| agree::publish(&store, request)));
-            if let Some(Err(error)) = told {
-                tracing::warn!(%error, ?request, "the other ranks could not be told");
-            }
-        }
     }
 }

@@ -1,0 +1,312 @@
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, Round, ToAgent, ToCoordinator};
+use proptest::prelude::*;
+
+use super::*;
+
+mod elastic;
+mod successor;
+
+const NOW: Duration = Duration::from_secs(1);
+
+const POLICY: RestartPolicy =
+    RestartPolicy { max_restarts: 1, window: None, backoff: Duration::from_secs(5), crash_loop: 0 };
+
+fn failed(round: u64, reason: &str) -> ToCoordinator {
+    ToCoordinator::Failed { round, reason: reason.into(), uptime: Duration::ZERO, hopeless: None }
+}
+
+fn hello(node_rank: Option<u32>, nnodes: u32, local_world_size: u32) -> Hello {
+    Hello {
+        run_id: "job".into(),
+        node_rank,
+        nnodes: (nnodes, nnodes),
+        local_world_size,
+        restarts: POLICY,
+        host: format!("host{local_world_size}"),
+        keep_alive: KeepAlive::default(),
+        agent: 0,
+        run_stamp: None,
+        place: None,
+        addresses: Vec::new(),
+        pid: 7,
+    }
+}
+
+fn coordinator() -> Coordinator {
+    Coordinator::new(Settings {
+        run_id: "job".into(),
+        join_timeout: Duration::from_secs(600),
+        last_call: Duration::from_secs(30),
+        run_stamp: "stamp".into(),
+    })
+}
+
+/// Each peer is an agent of its own, unless it says something else.
+fn say(machine: &mut Coordinator, peer: Peer, mut message: ToCoordinator) -> Vec<Action> {
+    if let ToCoordinator::Hello(hello) = &mut message
+        && hello.agent == 0
+    {
+        hello.agent = peer;
+    }
+    machine.handle(NOW, Event::Message(peer, message))
+}
+
+fn enter(machine: &mut Coordinator, peer: Peer, hello: Hello) -> Vec<Action> {
+    let mut actions = say(machine, peer, ToCoordinator::Hello(hello));
+    actions.extend(say(machine, peer, ToCoordinator::Join));
+    actions
+}
+
+fn rounds(actions: &[Action]) -> BTreeMap<Peer, Round> {
+    let round = |action: &Action| match action {
+        Action::Send(peer, ToAgent::RoundStarted(round)) => Some((*peer, round.clone())),
+        _ => None,
+    };
+    let rounds: BTreeMap<Peer, Round> = actions.iter().filter_map(round).collect();
+    check_views(rounds.values()).unwrap();
+    rounds
+}
+
+/// The group rank of a peer.
+fn place(started: &BTreeMap<Peer, Round>, peer: Peer) -> u32 {
+    started[&peer].you.group_rank
+}
+
+fn refusal(actions: &[Action]) -> String {
+    match &actions[0] {
+        Action::Send(_, ToAgent::Refused { reason }) => reason.clone(),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn a_job_runs_restarts_once_and_closes() {
+    let mut machine = coordinator();
+    assert_eq!(enter(&mut machine, 1, hello(Some(1), 2, 3)), []);
+    let actions = enter(&mut machine, 2, hello(Some(0), 2, 2));
+    assert_eq!(actions[0], Action::ClearStore);
+    let started = rounds(&actions);
+    assert_eq!((place(&started, 2), place(&started, 1)), (0, 1));
+    assert_eq!(started[&1].you.first_rank, 2);
+
+    let failed = |round| failed(round, "rank 3 exited with code 1");
+    let broken = say(&mut machine, 1, failed(0));
+    assert_eq!(broken.len(), 2);
+    assert!(broken.iter().all(|a| matches!(a, Action::Send(_, ToAgent::RoundBroken { round: 0, .. }))));
+    assert_eq!(say(&mut machine, 2, failed(0)), [], "an old round's failure counts once");
+    assert_eq!(say(&mut machine, 2, ToCoordinator::Join), []);
+    let started = rounds(&say(&mut machine, 1, ToCoordinator::Join));
+    assert_eq!((started[&1].number, started[&1].restart_count), (1, 1));
+
+    let closed = say(&mut machine, 1, failed(1));
+    let Action::Send(_, ToAgent::Closed { success: false, reason, .. }) = &closed[0] else {
+        panic!("{closed:?}")
+    };
+    assert!(reason.contains("node 1 (host host3") && reason.contains("code 1"), "{reason}");
+    assert!(rounds(&enter(&mut machine, 3, hello(None, 2, 1))).is_empty(), "RV-5");
+}
+
+#[test]
+fn a_pause_before_a_restart_is_kept() {
+    let mut machine = coordinator();
+    let hello = Hello { restarts: RestartPolicy { max_restarts: 9, ..POLICY }, ..hello(None, 1, 1) };
+    enter(&mut machine, 1, hello);
+    say(&mut machine, 1, failed(0, "r"));
+    assert_eq!(
+        rounds(&say(&mut machine, 1, ToCoordinator::Join)).len(),
+        1,
+        "the first restart comes at once"
+    );
+    let broken = say(&mut machine, 1, failed(1, "r"));
+    let [Action::Send(1, ToAgent::RoundBroken { reason, .. })] = &broken[..] else { panic!("{broken:?}") };
+    assert!(reason.contains("restart 2 of 9, after a pause of 5 s"), "{reason}");
+    assert_eq!(say(&mut machine, 1, ToCoordinator::Join), []);
+    let due = machine.deadline().unwrap();
+    assert_eq!(due, NOW + Duration::from_secs(5));
+    assert_eq!(machine.handle(due - Duration::from_millis(1), Event::Tick), []);
+    assert_eq!(rounds(&machine.handle(due, Event::Tick)).len(), 1);
+}
+
+#[test]
+fn all_must_finish() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(None, 2, 1));
+    enter(&mut machine, 2, hello(None, 2, 1));
+    assert_eq!(say(&mut machine, 1, ToCoordinator::Finished { round: 0 }), []);
+    let actions = say(&mut machine, 2, ToCoordinator::Finished { round: 0 });
+    assert!(actions.iter().all(|a| matches!(a, Action::Send(_, ToAgent::Closed { success: true, .. }))));
+    assert_eq!(actions.len(), 2);
+}
+
+/// What a coordinator on another node goes on from, having been written to etcd and read.
+fn taken_over(machine: &Coordinator, now: Duration) -> Coordinator {
+    let json = serde_json::to_string(&machine.record(now)).unwrap();
+    let settings = Settings {
+        run_id: "job".into(),
+        join_timeout: Duration::from_secs(600),
+        last_call: Duration::from_secs(30),
+        run_stamp: "another".into(),
+    };
+    Coordinator::resume(settings, serde_json::from_str(&json).unwrap())
+}
+
+/// A node of a job of two that had a place, and may restart so often.
+fn back(place: u32, max_restarts: u32) -> Hello {
+    Hello { place: Some(place), restarts: RestartPolicy { max_restarts, ..POLICY }, ..hello(None, 2, 1) }
+}
+
+/// A node of an elastic job.
+fn elastic(nnodes: (u32, u32)) -> Hello {
+    Hello { nnodes, restarts: RestartPolicy { max_restarts: 0, ..POLICY }, ..hello(None, 2, 1) }
+}
+
+/// The only reason in these actions.
+fn broken(actions: &[Action]) -> String {
+    let reasons = actions.iter().filter_map(|action| match action {
+        Action::Send(_, ToAgent::RoundBroken { reason, .. }) => Some(reason.clone()),
+        _ => None,
+    });
+    reasons.reduce(|first, second| if first == second { first } else { panic!("{first}, {second}") }).unwrap()
+}
+
+#[test]
+fn a_node_that_has_finished_is_not_missed() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(None, 2, 1));
+    enter(&mut machine, 2, hello(None, 2, 1));
+    say(&mut machine, 1, ToCoordinator::Finished { round: 0 });
+    assert_eq!(machine.handle(NOW, Event::Lost(1)), []);
+    let actions = say(&mut machine, 2, ToCoordinator::Finished { round: 0 });
+    assert!(matches!(&actions[..], [Action::Send(2, ToAgent::Closed { success: true, .. })]), "{actions:?}");
+}
+
+#[test]
+fn newcomers_that_do_not_fit_are_refused_with_both_values() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(Some(0), 2, 1));
+    let twice = refusal(&enter(&mut machine, 2, hello(Some(0), 2, 3)));
+    assert!(twice.contains("host1") && twice.contains("host3"), "{twice}");
+    let nodes = refusal(&enter(&mut machine, 3, hello(Some(1), 4, 1)));
+    assert!(nodes.contains("--nnodes is 4") && nodes.contains("and 2"), "{nodes}");
+    let other = Hello { run_id: "other".into(), ..hello(Some(1), 2, 1) };
+    let other = refusal(&enter(&mut machine, 4, other));
+    assert!(other.contains("`job`") && other.contains("`other`"), "{other}");
+    let rank = refusal(&enter(&mut machine, 5, hello(Some(2), 2, 1)));
+    assert!(rank.contains("0 to 1"), "{rank}");
+    for nonsense in [
+        Hello { nnodes: (0, 0), node_rank: Some(0), ..hello(None, 2, 1) },
+        Hello { local_world_size: u32::MAX, ..hello(Some(1), 2, 1) },
+    ] {
+        let nonsense = refusal(&enter(&mut coordinator(), 7, nonsense));
+        assert!(nonsense.contains("makes no job"), "{nonsense}");
+    }
+    let stranger = refusal(&say(&mut machine, 6, ToCoordinator::Join));
+    assert!(stranger.contains("hello"), "{stranger}");
+}
+
+#[test]
+fn nodes_that_do_not_come_are_counted() {
+    let mut machine = coordinator();
+    enter(&mut machine, 1, hello(Some(1), 3, 1));
+    assert_eq!(machine.handle(Duration::from_secs(599), Event::Tick), []);
+    let actions = machine.handle(Duration::from_secs(600), Event::Tick);
+    let [Action::Send(1, ToAgent::Closed { success: false, reason, .. })] = &actions[..] else {
+        panic!("{actions:?}")
+    };
+    assert!(reason.contains("1 of 3 nodes") && reason.contains("host1"), "{reason}");
+    assert!(reason.contains("--node-rank 0, 2"), "{reason}");
+}
+
+#[test]
+fn a_big_job_comes_in_any_order_and_each_node_is_told_its_own_part() {
+    let (nodes, mut machine) = (3000, coordinator());
+    let hello = |peer: u64| Hello {
+        // The last third asks for the places in reverse order.
+        node_rank: (peer > 2000).then(|| nodes - peer as u32),
+        local_world_size: 1 + peer as u32 % 3,
+        host: format!("host{}", peer / 10),
+        ..elastic((2, nodes))
+    };
+    let mut started = BTreeMap::new();
+    for peer in 1..=u64::from(nodes) {
+        assert!(started.is_empty(), "before {peer}");
+        started = rounds(&enter(&mut machine, peer, hello(peer)));
+    }
+    assert_eq!(started.len(), nodes as usize);
+    assert_eq!((place(&started, 3000), place(&started, 2001), place(&started, 1)), (0, 999, 1000));
+    let ranks = |peers: std::ops::Range<u64>| peers.map(|peer| 1 + peer as u32 % 3).sum::<u32>();
+    for (peer, peers) in [(5, 1..10), (1239, 1230..1240), (3000, 3000..3001)] {
+        assert_eq!(started[&peer].you.ranks_on_host, ranks(peers));
+    }
+    let sizes: Vec<_> = [started[&1].clone(), Round { nodes: 1, ..started[&2].clone() }]
+        .map(|round| ice_proto::frame::encode(&ToAgent::RoundStarted(round)).unwrap().len())
+        .into();
+    assert!(sizes[0] == sizes[1] && sizes[0] < 200, "{sizes:?}");
+    // All but one are lost, one by one, and the last one goes on waiting.
+    let first = machine.handle(NOW, Event::Lost(1));
+    assert_eq!(first.len(), nodes as usize - 1);
+    (2..u64::from(nodes)).for_each(|peer| assert_eq!(machine.handle(NOW, Event::Lost(peer)), []));
+    assert_eq!(say(&mut machine, u64::from(nodes), ToCoordinator::Join), [], "RV-3");
+}
+
+#[test]
+fn an_agent_that_was_in_a_job_gets_into_no_other() {
+    let mut machine = coordinator();
+    let other = Hello { run_stamp: Some("another".into()), ..back(1, 9) };
+    enter(&mut machine, 0, back(0, 9));
+    assert!(refusal(&enter(&mut machine, 1, other.clone())).contains("start the agent again"), "RV-10");
+    // One that only waited was told of it, too.
+    enter(&mut machine, 1, back(1, 9));
+    let waiting = enter(&mut machine, 2, back(1, 9));
+    let [Action::Send(2, ToAgent::Waiting { run_stamp, .. })] = &waiting[..] else { panic!("{waiting:?}") };
+    assert_eq!(run_stamp, "stamp");
+    // It is not told how the other one ended, either.
+    (0..2).for_each(|peer| _ = say(&mut machine, peer, ToCoordinator::Finished { round: 0 }));
+    assert!(machine.is_closed());
+    assert!(refusal(&enter(&mut machine, 3, other)).contains("is gone"));
+    let own = Hello { run_stamp: Some("stamp".into()), ..back(1, 9) };
+    assert!(matches!(
+        &enter(&mut machine, 4, own)[0],
+        Action::Send(4, ToAgent::Closed { success: true, .. })
+    ));
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let peer = 1_u64..5;
+    let round = 0_u64..4;
+    prop_oneof![
+        (peer.clone(), 1_u64..5, proptest::option::of(0_u32..3), 1_u32..4).prop_map(
+            |(peer, agent, rank, local)| {
+                Event::Message(peer, ToCoordinator::Hello(Hello { agent, ..hello(rank, 2, local) }))
+            }
+        ),
+        peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
+        peer.clone().prop_map(|peer| Event::Message(peer, ToCoordinator::Join)),
+        (peer.clone(), round.clone()).prop_map(|(peer, round)| { Event::Message(peer, failed(round, "r")) }),
+        (peer.clone(), round)
+            .prop_map(|(peer, round)| Event::Message(peer, ToCoordinator::Finished { round })),
+        peer.prop_map(Event::Lost),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn invariants_hold_for_every_sequence(events in proptest::collection::vec(event(), 0..60)) {
+        let mut machine = coordinator();
+        for event in events {
+            let closed = machine.is_closed();
+            let actions = machine.handle(NOW, event);
+            let started = rounds(&actions);
+            if started.is_empty() {
+                continue;
+            }
+            prop_assert!(!closed, "RV-5");
+            prop_assert_eq!(started.len(), 2, "RV-3, RV-6");
+            let restarts: Vec<_> = started.values().map(|round| round.restart_count).collect();
+            prop_assert!(restarts.iter().all(|count| *count <= 1), "RV-4");
+        }
+    }
+}
