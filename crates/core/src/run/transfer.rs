@@ -23,8 +23,8 @@ struct Sizes {
     at_once: usize,
 }
 
-/// A collective costs as much as megabytes do, and divides what is large itself.
-const BROADCAST: Sizes = Sizes { small: 4 << 20, portion: 8 << 20, largest: usize::MAX, at_once: 4 };
+/// A collective costs as much as megabytes do. Parts are small enough that there is room on a GPU for those that are not received in their place.
+const BROADCAST: Sizes = Sizes { small: 4 << 20, portion: 8 << 20, largest: 64 << 20, at_once: 4 };
 /// A send costs little, and what is passed on early arrives early.
 const TREE: Sizes = Sizes { small: 64 << 10, portion: 1 << 20, largest: 8 << 20, at_once: 64 };
 
@@ -116,6 +116,14 @@ impl Way {
         }
     }
 
+    /// Whether a large tensor is sent from, or received in, its place.
+    fn comes_in_place(&self, stages: bool) -> bool {
+        match self {
+            Self::Broadcast { role, .. } => *role == Role::Source || (*role == Role::Lacks && !stages),
+            Self::Tree { .. } => true,
+        }
+    }
+
     /// Whether what comes is for this rank.
     fn is_for_this(&self) -> bool {
         match self {
@@ -154,7 +162,8 @@ struct Transfer<'a> {
     under_way: VecDeque<Portion>,
     /// What came and is passed on.
     passed_on: VecDeque<Portion>,
-    /// Whether what comes is kept apart until all is there: a state of one's own is not to be lost with a source that dies meanwhile.
+    /// Whether what comes is kept apart until all is there: a state of one's own is not to be lost with a source that dies meanwhile. In the
+    /// host's memory, since a GPU may have no room for two states.
     stages: bool,
     staged: Vec<(Tensor, Tensor)>,
 }
@@ -189,27 +198,28 @@ impl<'a> Transfer<'a> {
     }
 
     fn send(&mut self, tensor: &Tensor) -> Result<()> {
-        let tensor = &if self.way.is_source() {
-            tensor.shallow_clone()
-        } else if !self.way.is_for_this() {
-            tensor.f_empty_like()?
-        } else if self.stages {
-            let place = tensor.f_empty_like()?;
-            self.staged.push((tensor.shallow_clone(), place.shallow_clone()));
-            place
-        } else {
-            tensor.shallow_clone()
-        };
         let (bytes, sizes) = (size(tensor), self.way.sizes());
-        if bytes >= sizes.small && tensor.is_contiguous() && tensor.device() == self.worker.device() {
+        let is_large =
+            bytes >= sizes.small && tensor.is_contiguous() && tensor.device() == self.worker.device();
+        let tensor = match self.stages && self.way.is_for_this() {
+            true => {
+                let place = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu))?;
+                self.staged.push((tensor.shallow_clone(), place.shallow_clone()));
+                place
+            }
+            false => tensor.shallow_clone(),
+        };
+        if is_large {
             let view = tensor.f_view([-1])?.f_view_dtype(Kind::Uint8)?;
+            let comes_in_place = self.way.comes_in_place(self.stages);
             return (0..bytes).step_by(sizes.largest).try_for_each(|start| {
                 let len = sizes.largest.min(bytes - start);
-                self.begin(view.f_narrow(0, start as i64, len as i64)?, None)
+                let part = view.f_narrow(0, start as i64, len as i64)?;
+                if comes_in_place { self.begin(part, None) } else { self.begin_packed(vec![part], len) }
             });
         }
         if bytes > 0 {
-            self.small.push(tensor.shallow_clone());
+            self.small.push(tensor);
             self.bytes += bytes.next_multiple_of(ALIGNED);
         }
         if self.bytes >= sizes.portion { self.flush() } else { Ok(()) }
@@ -219,9 +229,10 @@ impl<'a> Transfer<'a> {
     fn flush(&mut self) -> Result<()> {
         let tensors = std::mem::take(&mut self.small);
         let bytes = std::mem::take(&mut self.bytes);
-        if tensors.is_empty() {
-            return Ok(());
-        }
+        if tensors.is_empty() { Ok(()) } else { self.begin_packed(tensors, bytes) }
+    }
+
+    fn begin_packed(&mut self, tensors: Vec<Tensor>, bytes: usize) -> Result<()> {
         let sizes = self.way.sizes();
         // Their buffers come back.
         self.settle(sizes.at_once - 1)?;
@@ -365,7 +376,7 @@ mod tests {
             let group = ProcessGroup::gloo(&store, rank, 4, &GlooOptions::default()).unwrap();
             let worker = Worker::of_group(group, store, Device::Cpu);
             let make = |len| Tensor::full([len], rank as f64, (Kind::Float, Device::Cpu));
-            let tensors = [make(10), make(BROADCAST.small as i64), make(0), make(1000)];
+            let tensors = [make(10), make(BROADCAST.largest as i64 / 3), make(0), make(1000)];
             let way = Way::of(rank, Device::Cuda(0), 1, &[0, 3]).unwrap();
             let mut transfer = Transfer::new(&worker, way, rank == 3);
             tensors.iter().try_for_each(|tensor| transfer.send(tensor)).unwrap();
