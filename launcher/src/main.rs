@@ -1,6 +1,6 @@
 //! The command line of `ice-launch`.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process;
 
 use clap::Parser;
@@ -19,6 +19,7 @@ fn main() -> process::ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .without_time()
         // It would panic where stderr is closed.
         .log_internal_errors(false)

@@ -1,3 +1,4 @@
+use std::io::IsTerminal;
 use std::process;
 
 use ice_proto::exit::ExitCode;
@@ -48,6 +49,7 @@ pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
             tracing_subscriber::EnvFilter::try_from_env("ICE_LOG").unwrap_or_else(|_| "warn".into()),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .without_time()
         .init();
     if Worker::is_rank() {

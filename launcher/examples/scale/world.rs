@@ -179,6 +179,7 @@ impl World {
 
     fn new_node(&mut self) -> Node {
         let rules = Rules {
+            may_restart: true,
             local_world_size: RANKS_PER_NODE,
             shutdown_timeout: Duration::from_secs(30),
             fatal_exit_codes: BTreeSet::new(),

@@ -126,6 +126,7 @@ pub(crate) struct End {
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
     pub(crate) local_world_size: u32,
+    pub(crate) may_restart: bool,
     pub(crate) shutdown_timeout: Duration,
     /// Exit codes that no restart can help.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,

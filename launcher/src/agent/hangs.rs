@@ -185,7 +185,7 @@ impl HangWatch {
         let Some(Pulse::Steps { step, heard, .. }) = self.ranks.get(&local_rank) else { return None };
         let silent = now.saturating_sub(*heard).as_secs_f64();
         let reason = format!(
-            "it is at step {step}, and has been silent for {silent:.0} s: it is stopped, or gets no CPU"
+            "it was at step {step} when it was last heard of, and has been silent for {silent:.0} s: it is stopped, or gets no CPU"
         );
         Some(Hang { local_rank, reason, since: *heard, is_silent: true })
     }

@@ -237,7 +237,11 @@ impl Agent {
         }
         // The report says what failed here.
         let what = (!self.failed()).then(|| format!("the job is over: {reason}"));
-        let why = no_restart.map(|why| format!("no restart: {why}"));
+        let could_stay = self.failed() && !self.rules.may_restart && !self.stays.is_empty();
+        let hint = || {
+            "without --max-restarts a failure ends the job; with it, ranks that live go on from memory".into()
+        };
+        let why = no_restart.or_else(|| could_stay.then(hint)).map(|why| format!("no restart: {why}"));
         let said = [what, why].into_iter().flatten().collect::<Vec<_>>().join("; ");
         let mut actions = Vec::new();
         if !said.is_empty() {

@@ -28,6 +28,7 @@ fn exited(local_rank: u32, exit: Exit) -> Event {
 fn rules() -> Rules {
     let (local_world_size, shutdown_timeout) = (2, TIMEOUT);
     Rules {
+        may_restart: true,
         local_world_size,
         shutdown_timeout,
         fatal_exit_codes: BTreeSet::new(),

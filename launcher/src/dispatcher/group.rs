@@ -1,7 +1,7 @@
 //! The ranks of this node in a round: starting them, signalling them, and reporting on them.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -416,10 +416,13 @@ impl<'a> Group<'a> {
         let rank = self.rank(first.local_rank);
         let member = self.ranks.get_mut(&first.local_rank)?;
         let record = member.record();
-        let mut logs = member.files.error.parent().unwrap_or(Path::new("")).to_owned();
-        if matches!(first.exit, Exit::Hung(_)) {
-            logs = member.files.stacks.clone();
-        }
+        // Of processes that are stopped there are no stacks, and where nothing is redirected there may be no file.
+        let stacks = Some(&member.files.stacks).filter(|_| matches!(first.exit, Exit::Hung(_)));
+        let folder = member.files.error.parent();
+        let logs = match stacks.filter(|stacks| stacks.exists()) {
+            Some(stacks) => Some(stacks.clone()),
+            None => folder.filter(|folder| has_files(folder)).map(Path::to_owned),
+        };
         let root_cause = RankFailure {
             rank,
             local_rank: first.local_rank,
@@ -492,4 +495,8 @@ impl<'a> Group<'a> {
             logs.keep();
         }
     }
+}
+
+fn has_files(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some())
 }

@@ -170,6 +170,8 @@ struct Dispatcher<'a> {
     run_stamp: Option<String>,
     /// The last checkpoint that a rank of this node has saved, and the steps that it holds.
     saved: Option<(String, u64)>,
+    /// Why this node leaves the job.
+    left: Option<String>,
     /// Looks for the coordinator again.
     looking: Option<Looking>,
 }
@@ -188,6 +190,7 @@ impl<'a> Dispatcher<'a> {
         preempt::watch(&plan.notices, &sender);
         let rewrites = screen::rewrites_progress(plan);
         let rules = Rules {
+            may_restart: plan.restarts.max_restarts > 0,
             local_world_size: plan.local_world_size(),
             shutdown_timeout: plan.shutdown_timeout,
             fatal_exit_codes: plan.fatal_exit_codes.clone(),
@@ -216,6 +219,7 @@ impl<'a> Dispatcher<'a> {
             meeting,
             run_stamp: None,
             saved: None,
+            left: None,
             looking: None,
         }
     }
@@ -429,6 +433,9 @@ impl<'a> Dispatcher<'a> {
             tracing::debug!(?action, "action");
             match action {
                 Action::Send(message) => {
+                    if let ToCoordinator::Leave { reason, .. } = &message {
+                        self.left = Some(reason.clone());
+                    }
                     if let Some(session) = &self.session {
                         session.send(message);
                     }
@@ -490,6 +497,10 @@ impl<'a> Dispatcher<'a> {
                         };
                         let what = format!("preempted: start the job again (exit code {number}){from}");
                         self.console.note(&what);
+                    } else if code != ExitCode::Success
+                        && let Some((path, step)) = &self.saved
+                    {
+                        self.console.note(&format!("the newest checkpoint, after step {step}, is {path}"));
                     }
                     self.group.finish(code, &self.rounds, now);
                     return Ok(Some(code));
@@ -529,6 +540,8 @@ impl<'a> Dispatcher<'a> {
 
     /// Writes down what became of the round, where one runs.
     fn end_round(&mut self, reason: &str) {
+        // What follows from that is no reason of its own.
+        let reason = self.left.as_deref().unwrap_or(reason);
         if let Some(record) = self.rounds.end(self.clock.now(), self.trouble.take(), reason) {
             self.group.write_round(record);
         }

@@ -32,7 +32,8 @@ pub(crate) struct RankFailure {
     pub(crate) callstack: Option<String>,
     /// Its last lines.
     pub(crate) stderr: Vec<String>,
-    pub(crate) logs: PathBuf,
+    /// Where something is kept that it wrote, or that was found out about it.
+    pub(crate) logs: Option<PathBuf>,
 }
 
 /// A rank that did not fail first.
@@ -94,7 +95,10 @@ impl fmt::Display for Failure {
                 writeln!(f, "    {line}")?;
             }
         }
-        writeln!(f, "  logs     {}", root.logs.display())?;
+        match &root.logs {
+            Some(logs) => writeln!(f, "  logs     {}", logs.display())?,
+            None => writeln!(f, "  logs     none: --tee 3 and --redirects 3 keep what ranks write")?,
+        }
         let those = |end| self.others.iter().filter(move |other| other.end == end);
         for other in those(OtherEnd::Failed) {
             let message = other.message.as_deref().map(|text| format!(": {text}")).unwrap_or_default();
@@ -102,8 +106,10 @@ impl fmt::Display for Failure {
         }
         for (end, word) in [(OtherEnd::Stopped, "stopped"), (OtherEnd::Finished, "finished")] {
             let ranks: Vec<_> = those(end).map(|other| other.rank.to_string()).collect();
-            if !ranks.is_empty() {
-                writeln!(f, "  {word:<8} ranks {}", ranks.join(", "))?;
+            match &ranks[..] {
+                [] => {}
+                [rank] => writeln!(f, "  {word:<8} rank {rank}")?,
+                ranks => writeln!(f, "  {word:<8} ranks {}", ranks.join(", "))?,
             }
         }
         Ok(())

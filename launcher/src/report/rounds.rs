@@ -130,11 +130,12 @@ impl Rounds {
         let goodput = self.goodput(now)? * 100.0;
         let recoveries: Vec<f64> = self.past.iter().filter_map(|record| record.recovered_after).collect();
         let repeated: u64 = self.past.iter().map(|record| record.repeated_steps).sum();
+        let steps = if repeated == 1 { "step" } else { "steps" };
         let mean = recoveries.iter().sum::<f64>() / recoveries.len().max(1) as f64;
         let recovered = match recoveries.len() {
             0 => String::new(),
-            1 => format!("; 1 recovery in {mean:.2} s, {repeated} steps repeated"),
-            n => format!("; {n} recoveries in {mean:.2} s on average, {repeated} steps repeated"),
+            1 => format!("; 1 recovery in {mean:.2} s, {repeated} {steps} repeated"),
+            n => format!("; {n} recoveries in {mean:.2} s on average, {repeated} {steps} repeated"),
         };
         Some(format!("goodput {goodput:.1} %: the share of the time in steps that count{recovered}"))
     }
@@ -176,7 +177,7 @@ mod tests {
         assert_eq!(rounds.goodput(s(21)), Some((12.0 + 12.0) / 40.0));
         let summary = rounds.summary(s(21)).unwrap();
         assert!(
-            summary.contains("goodput 60.0 %") && summary.contains("1 recovery in 5.00 s, 1 steps"),
+            summary.contains("goodput 60.0 %") && summary.contains("1 recovery in 5.00 s, 1 step "),
             "{summary}"
         );
     }

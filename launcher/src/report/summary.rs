@@ -50,6 +50,7 @@ impl Summary {
         self.outcome = match code {
             ExitCode::Success => "succeeded",
             ExitCode::Requeue(_) => "preempted",
+            ExitCode::Signal(_) if self.failures.is_empty() => "stopped",
             _ => "failed",
         };
         self.exit_code = Some(code.code());

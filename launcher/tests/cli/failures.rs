@@ -20,7 +20,7 @@ fn a_failed_rank_is_reported_and_its_code_passes_through() {
             "ice-launch: rank 1 failed: exit code 3",
             &format!("1 (local rank 1), pid {pid}"),
             "    out of paper",
-            "stopped  ranks 0",
+            "stopped  rank 0",
         ],
     );
 }

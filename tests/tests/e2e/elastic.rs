@@ -99,7 +99,7 @@ fn shrinks_and_grows(options: &[&str]) -> String {
     assert_epochs(&order);
     first.expect_in_stderr(&["going on with 1 nodes"]);
     assert!(
-        first.stdout.contains("1 ranks share the batches of the 4 that the run began with"),
+        first.stdout.contains("1 rank has the batches of the 4 that the run began with"),
         "{}",
         first.transcript()
     );

@@ -72,7 +72,7 @@ fn check_report(outcome: &Finished, rank: u32, ended: &str, pid: Option<&str>, l
 fn a_rank_that_exits_3() {
     let ranks = TwoRanks::run(&format!("[ $RANK = 0 ] && {STAY}\necho 'out of paper' >&2\nexit 3"));
     check_report(ranks.outcome.expect_code(3), 1, "exit code 3", Some(&ranks.pid(1)), "out of paper");
-    assert_eq!(ranks.outcome.report("stopped"), "ranks 0");
+    assert_eq!(ranks.outcome.report("stopped"), "rank 0");
 }
 
 #[test]

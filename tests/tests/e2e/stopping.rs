@@ -138,6 +138,7 @@ fn a_rank_that_is_suspended_is_found() {
     kill_process(pid, Signal::STOP).unwrap();
     let outcome = job.finish(SOON);
     outcome.expect_code(1).expect_in_stderr(&["rank 1 failed: hung", "silent for"]);
-    let stacks = fs::read_to_string(outcome.report("logs"));
-    assert!(stacks.is_err() || stacks.unwrap().contains("T (stopped)"));
+    // Of a process that is stopped there may be none; what is named is there.
+    let logs = outcome.report("logs");
+    assert!(logs.starts_with("none") || fs::read_to_string(logs).unwrap().contains("T (stopped)"), "{logs}");
 }

@@ -43,20 +43,23 @@ impl ElasticBatch {
 }
 
 impl Run<'_> {
-    /// Says what the batches are where there are other ranks than the run began with, or where there were.
+    /// Says what the batches are where there are other ranks than before, or, in a new process, than the run began with.
     pub(super) fn tell_batch(&self, base: usize, lr_factor: f64) {
         let ranks = self.worker.world_size();
-        if !self.is_main() || (ranks == base && self.progress.base_ranks.get() == 0) {
+        let before = self.progress.ranks.replace(Some(ranks)).unwrap_or(base);
+        if !self.is_main() || ranks == before {
             return;
         }
         match self.config.elastic_batch {
             ElasticBatch::KeepGlobal => println!(
-                "{ranks} ranks share the batches of the {base} that the run began with: the global batch stays"
+                "{ranks} {noun} the batches of the {base} that the run began with: the global batch stays",
+                noun = if ranks == 1 { "rank has" } else { "ranks share" }
             ),
             ElasticBatch::KeepLocal(_) => println!(
-                "{ranks} ranks instead of the {base} that the run began with: the global batch of datasets that give one per rank is {:.3} \
+                "{ranks} {noun} instead of the {base} that the run began with: the global batch of datasets that give one per rank is {:.3} \
                  times what it was, learning rates {lr_factor:.3} times",
-                ranks as f64 / base as f64
+                ranks as f64 / base as f64,
+                noun = if ranks == 1 { "rank" } else { "ranks" }
             ),
         }
     }

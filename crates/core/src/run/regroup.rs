@@ -31,6 +31,8 @@ pub(super) struct Progress {
     pub(super) in_step: RefCell<Option<Entries>>,
     /// Ranks that the run began with; 0 as long as there was no round.
     pub(super) base_ranks: Cell<usize>,
+    /// Ranks of the round before.
+    pub(super) ranks: Cell<Option<usize>>,
     /// What to go back to when an evaluation is disturbed.
     pub(super) mark: RefCell<Option<Mark>>,
     /// Whether the first step of the round is still to be applied, and if so how many are done again, it included.
@@ -213,10 +215,13 @@ impl Run<'_> {
         {
             let ms = |time: Duration| time.as_secs_f64() * 1e3;
             println!(
-                "round {}: going on after step {} on {} ranks, from {from} (after {:.0} ms, {:.0} of them for the state)",
+                "round {}: going on after step {} on {}, from {from} ({:.0} ms into the round, {:.0} of them for the state)",
                 self.worker.round(),
                 self.counters.train_steps(),
-                self.worker.world_size(),
+                match self.worker.world_size() {
+                    1 => "1 rank".into(),
+                    ranks => format!("{ranks} ranks"),
+                },
                 ms(began.elapsed()),
                 ms(transferred)
             );
