@@ -119,6 +119,22 @@ fn why_there_is_no_restart_is_said() {
 }
 
 #[test]
+fn who_could_have_gone_on_from_memory_is_told_how() {
+    for (may_restart, stays) in [(false, true), (true, true), (false, false)] {
+        let mut agent = Agent::new(Rules { may_restart, ..rules() });
+        agent.handle(NOW, started(0));
+        if stays {
+            agent.handle(NOW, Event::Stays(0));
+        }
+        agent.handle(NOW, exited(1, Exit::Signal(9)));
+        let said = agent.handle(NOW, closed(false));
+        let is_told =
+            said.iter().any(|action| matches!(action, Action::Say(text) if text.contains("--max-restarts")));
+        assert_eq!(is_told, !may_restart && stays, "{said:?}");
+    }
+}
+
+#[test]
 fn a_hang_is_the_cause_of_what_follows() {
     let mut agent = agent();
     agent.handle(NOW, started(0));

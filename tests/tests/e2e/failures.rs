@@ -141,8 +141,10 @@ fn a_program_whose_interpreter_is_missing() {
 
 #[test]
 fn a_failure_restarts_all_ranks_as_often_as_allowed() {
-    let body = "[ $RANK = 0 ] || exit 7\nexec sleep 600";
-    let ranks = TwoRanks::run_with(&["--max-restarts", "2"], body);
+    // Not before the other one has come so far: it is ended with it.
+    let fails = "until [ -s \"${0%/*}/pid.0.$TORCHELASTIC_RESTART_COUNT\" ]; do sleep 0.02; done; exit 7";
+    let body = format!("[ $RANK = 0 ] || {{ {fails}; }}\n{STAY}");
+    let ranks = TwoRanks::run_with(&["--max-restarts", "2"], &body);
     ranks.outcome.expect_code(7);
     for attempt in 0..=2 {
         for rank in 0..=1 {

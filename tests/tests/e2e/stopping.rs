@@ -61,7 +61,9 @@ fn signals_save_pause_and_resume_all_ranks_at_one_step() {
     let folder = tempdir().unwrap();
     let (out, log) = (folder.path().join("out"), folder.path().join("events"));
     let run = Run::new(&out).args(["--epochs", "1", "--steps", "100000"]);
-    let job = run.under_ice_launch(&["--devices", "cpu:0-1", "--events", log.to_str().unwrap()]).start();
+    let logs = folder.path().join("logs");
+    let options = ["--events", log.to_str().unwrap(), "--log-dir", logs.to_str().unwrap()];
+    let job = run.under_ice_launch(&[&["--devices", "cpu:0-1"], &options[..]].concat()).start();
     job.wait_for_error_text(TRAINING, "step");
     let save = |count: usize| {
         job.signal(Signal::USR1);
@@ -78,9 +80,16 @@ fn signals_save_pause_and_resume_all_ranks_at_one_step() {
     let steps = saved(&log);
     assert!(steps[0] < steps[1] && steps[1] == steps[2] && steps[2] < steps[3], "{steps:?}");
     job.signal(Signal::TERM);
-    job.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
+    let outcome = job.finish(TRAINING);
     assert_eq!(events(&log, "paused").len(), 2);
-    assert_eq!(saved(&log).len(), 5, "SIGTERM saves without asking");
+    let steps = saved(&log);
+    assert_eq!(steps.len(), 5, "SIGTERM saves without asking");
+    let newest = format!("the newest checkpoint, after step {}, is ", steps[4]);
+    outcome.expect_code(ExitCode::Signal(15).code().into()).expect_in_stderr(&[&newest]);
+    let run = fs::read_dir(&logs).unwrap().next().unwrap().unwrap().path();
+    let report: Value = serde_json::from_slice(&fs::read(run.join("report.json")).unwrap()).unwrap();
+    assert_eq!(report["outcome"], "stopped");
+    assert_eq!(report["rounds"][0]["ended_by"], "told to stop by SIGTERM");
 }
 
 /// A job at a terminal that was interrupted and asks.

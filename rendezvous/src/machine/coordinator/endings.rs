@@ -120,6 +120,7 @@ impl Coordinator {
             Phase::Running { finished, .. } if goes_on && finished.is_empty() => {
                 let left = self.nodes.len();
                 let note = match left >= fewest as usize {
+                    true if left == 1 => format!("{reason}; going on with 1 node"),
                     true => format!("{reason}; going on with {left} nodes"),
                     false => format!("{reason}; waiting for another node, since {fewest} are needed"),
                 };
