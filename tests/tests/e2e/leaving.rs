@@ -64,7 +64,7 @@ fn what_was_saved_for_a_node_that_leaves_is_where_the_others_go_on() {
     let saved = checkpoint(&log);
     let (_, step) = saved.rsplit_once('S').unwrap();
     assert!(
-        line.contains(&format!("after step {step} on 1 ranks, from the memory of rank 0")),
+        line.contains(&format!("after step {step} on 1 rank, from the memory of rank 0")),
         "{line} {saved}"
     );
     first.signal(Signal::TERM);
