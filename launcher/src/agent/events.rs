@@ -8,7 +8,7 @@ use ice_proto::rendezvous::{Round, ToAgent, ToCoordinator};
 
 use super::exit::Exit;
 
-const SIGTERM: i32 = 15;
+pub(super) const SIGTERM: i32 = 15;
 
 #[derive(Debug, Clone)]
 pub(crate) enum Event {

@@ -4,10 +4,9 @@ use std::time::Duration;
 use ice_proto::exit::ExitCode;
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
 
-use super::events::{Action, Ask, End, Event, Rules};
+use super::events::{Action, Ask, End, Event, Rules, SIGTERM};
 use super::exit::{Exit, signal_name};
 
-const SIGTERM: i32 = 15;
 /// For how long a round counts as having run at least, once a step was applied in it.
 const PROGRESS: Duration = Duration::from_secs(60);
 /// A signal that comes so soon after the first is no second wish: schedulers signal a process, its group and what it was started by.

@@ -106,10 +106,9 @@ impl fmt::Display for Failure {
         }
         for (end, word) in [(OtherEnd::Stopped, "stopped"), (OtherEnd::Finished, "finished")] {
             let ranks: Vec<_> = those(end).map(|other| other.rank.to_string()).collect();
-            match &ranks[..] {
-                [] => {}
-                [rank] => writeln!(f, "  {word:<8} rank {rank}")?,
-                ranks => writeln!(f, "  {word:<8} ranks {}", ranks.join(", "))?,
+            let noun = if ranks.len() == 1 { "rank" } else { "ranks" };
+            if !ranks.is_empty() {
+                writeln!(f, "  {word:<8} {noun} {}", ranks.join(", "))?;
             }
         }
         Ok(())

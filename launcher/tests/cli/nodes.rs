@@ -143,7 +143,7 @@ fn an_elastic_job_shrinks_and_grows() {
     wait_for_text(&events, "takes the place of one that goes");
     gates.iter().for_each(|(_, gate)| gate.open());
     late.finish().expect(0, &[]);
-    host.finish().expect(0, &["has come", "lost node 1", "going on with 1 node"]);
+    host.finish().expect(0, &["has come", "lost node 1", "going on with 1 node\n"]);
     assert!(spare.finish().expect(0, &[]).stdout.is_empty());
 
     let rounds = |text: &str| {

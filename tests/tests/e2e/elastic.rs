@@ -97,7 +97,7 @@ fn shrinks_and_grows(options: &[&str]) -> String {
     assert_eq!(twice, 0, "{}", first.transcript());
     assert!(order.len() > 4 * SAMPLES, "{}", order.len());
     assert_epochs(&order);
-    first.expect_in_stderr(&["going on with 1 node"]);
+    first.expect_in_stderr(&["going on with 1 node\n"]);
     assert!(
         first.stdout.contains("1 rank has the batches of the 4 that the run began with"),
         "{}",

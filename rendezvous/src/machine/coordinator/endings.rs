@@ -120,8 +120,9 @@ impl Coordinator {
             Phase::Running { finished, .. } if goes_on && finished.is_empty() => {
                 let left = self.nodes.len();
                 let note = match left >= fewest as usize {
-                    true if left == 1 => format!("{reason}; going on with 1 node"),
-                    true => format!("{reason}; going on with {left} nodes"),
+                    true => {
+                        format!("{reason}; going on with {left} {}", if left == 1 { "node" } else { "nodes" })
+                    }
                     false => format!("{reason}; waiting for another node, since {fewest} are needed"),
                 };
                 let actions = self.next_round(now, Duration::ZERO, &note, false);
