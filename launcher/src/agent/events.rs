@@ -8,6 +8,8 @@ use ice_proto::rendezvous::{Round, ToAgent, ToCoordinator};
 
 use super::exit::Exit;
 
+pub(super) const SIGINT: i32 = 2;
+pub(super) const SIGQUIT: i32 = 3;
 pub(super) const SIGTERM: i32 = 15;
 
 #[derive(Debug, Clone)]

@@ -4,12 +4,12 @@ use std::time::Duration;
 use ice_proto::exit::ExitCode;
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
 
-use super::events::{Action, Ask, End, Event, Rules, SIGTERM};
+use super::events::{Action, Ask, End, Event, Rules, SIGINT, SIGQUIT, SIGTERM};
 use super::exit::{Exit, signal_name};
 
 /// For how long a round counts as having run at least, once a step was applied in it.
 const PROGRESS: Duration = Duration::from_secs(60);
-/// A signal that comes so soon after the first is no second wish: schedulers signal a process, its group and what it was started by.
+/// A signal that follows another one so soon is the same wish: schedulers signal a process, its group and its parent.
 const ECHO: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Clone)]
@@ -58,6 +58,8 @@ pub(crate) struct Agent {
     ends: Vec<End>,
     /// When the user first wanted the job to end.
     signalled: Option<Duration>,
+    /// When the last signal that asks for the end was answered.
+    answered: Duration,
     /// Whether there was a notice before.
     preempted: bool,
     /// That this node leaves, where the coordinator is not to know yet.
@@ -83,6 +85,7 @@ impl Agent {
             started: Duration::ZERO,
             ends: Vec::new(),
             signalled: None,
+            answered: Duration::ZERO,
             preempted: false,
             leave: None,
             terminate_at: None,
@@ -354,12 +357,13 @@ impl Agent {
 
     fn signal(&mut self, now: Duration, signal: i32, save: bool, together: bool) -> Vec<Action> {
         if let Some(first) = self.signalled {
-            if now.saturating_sub(first) < ECHO {
-                return Vec::new();
-            }
-            return self.abort(now, signal);
+            return match ends_at_once(signal) {
+                true if now.saturating_sub(first) < ECHO => Vec::new(),
+                true => self.abort(now, signal),
+                false => self.asked_again(now, signal),
+            };
         }
-        self.signalled = Some(now);
+        (self.signalled, self.answered) = (Some(now), now);
         let reason = format!("told to stop by {}", name_of(signal));
         if self.preempted {
             // Whoever gives notice sends a signal later, and what was begun then goes on.
@@ -367,6 +371,23 @@ impl Agent {
         }
         let code = Exit::Signal(signal).code();
         self.end_ranks(now, reason, code, Ask::Stop(signal, save), together)
+    }
+
+    /// Schedulers repeat SIGTERM: as a notice and at the end of the grace time, or because a job script passes
+    /// its own on. A checkpoint that is being saved for the first one must not be lost to the second.
+    fn asked_again(&mut self, now: Duration, signal: i32) -> Vec<Action> {
+        if now.saturating_sub(self.answered) < ECHO {
+            return Vec::new();
+        }
+        self.answered = now;
+        let left = match self.kill_at {
+            Some(at) => {
+                let seconds = at.saturating_sub(now).as_secs_f64().ceil();
+                format!("ranks have {seconds} s left (--shutdown-timeout), SIGINT kills them at once")
+            }
+            None => "the job is ending".into(),
+        };
+        vec![Action::Say(format!("told to stop again by {}: {left}", name_of(signal)))]
     }
 
     /// There is some time yet, and then there is none.
@@ -502,6 +523,11 @@ impl Agent {
         ends.retain(|end| seen.insert(end.local_rank));
         ends
     }
+}
+
+/// Whether a signal that follows the first one means "now". A person sends these; schedulers repeat the others.
+fn ends_at_once(signal: i32) -> bool {
+    matches!(signal, SIGINT | SIGQUIT)
 }
 
 fn name_of(signal: i32) -> String {

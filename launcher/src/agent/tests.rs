@@ -305,7 +305,7 @@ fn ranks_that_end_together_are_waited_for_before_the_node_leaves() {
     let mut agent = told();
     let due = agent.deadline().unwrap();
     assert!(leaves(&agent.handle(due, Event::Tick)), "AG-8");
-    assert!(leaves(&told().handle(NOW * 2, stop(15))), "AG-8");
+    assert!(leaves(&told().handle(NOW * 2, stop(2))), "AG-8");
 }
 
 #[test]
@@ -331,15 +331,46 @@ fn ranks_that_do_not_end_are_asked_then_told_then_killed() {
 }
 
 #[test]
-fn a_second_signal_kills_at_once() {
-    let mut agent = agent();
-    agent.handle(NOW, started(0));
-    assert!(agent.handle(NOW, stop(2)).contains(&Action::Ask(Ask::Stop(2, true))));
-    assert_eq!(agent.handle(NOW, stop(2)), [], "an echo");
-    assert!(agent.handle(NOW * 2, stop(15)).contains(&Action::Kill));
-    agent.handle(NOW * 2, exited(0, Exit::Signal(9)));
-    let end = agent.handle(NOW * 2, exited(1, Exit::Signal(9)));
-    assert_eq!(end, [Action::Exit(ExitCode::Signal(2))], "the first one is the reason");
+fn interrupt_or_quit_after_any_signal_kills_at_once() {
+    for (first, second) in [(2, 2), (15, 2), (1, 2), (2, 3), (15, 3), (3, 3)] {
+        let mut agent = agent();
+        agent.handle(NOW, started(0));
+        assert!(agent.handle(NOW, stop(first)).contains(&Action::Ask(Ask::Stop(first, true))));
+        assert_eq!(agent.handle(NOW, stop(second)), [], "an echo");
+        assert!(agent.handle(NOW * 2, stop(second)).contains(&Action::Kill), "{first} {second}");
+        agent.handle(NOW * 2, exited(0, Exit::Signal(9)));
+        let end = agent.handle(NOW * 2, exited(1, Exit::Signal(9)));
+        assert_eq!(
+            end,
+            [Action::Exit(ExitCode::Signal(first.try_into().unwrap()))],
+            "the first one is the reason"
+        );
+    }
+}
+
+#[test]
+fn repeated_terminate_or_hangup_is_said_and_leaves_the_ranks_their_time() {
+    for (first, again, name) in
+        [(15, 15, "SIGTERM"), (15, 1, "SIGHUP"), (1, 15, "SIGTERM"), (2, 15, "SIGTERM")]
+    {
+        let mut agent = agent();
+        agent.handle(NOW, started(0));
+        agent.handle(NOW, stop(first));
+        let due = agent.deadline();
+        assert_eq!(agent.handle(NOW, stop(again)), [], "an echo");
+        let later = NOW + Duration::from_secs(7);
+        let actions = agent.handle(later, stop(again));
+        let said = format!(
+            "told to stop again by {name}: ranks have 23 s left (--shutdown-timeout), SIGINT kills them at once"
+        );
+        assert_eq!(actions, [Action::Say(said)]);
+        for ms in [1, 100, 249] {
+            assert_eq!(agent.handle(later + Duration::from_millis(ms), stop(again)), [], "not a flood");
+        }
+        assert_eq!(agent.handle(later + Duration::from_millis(250), stop(again)).len(), 1);
+        assert_eq!(agent.deadline(), due);
+        assert!(agent.handle(later + Duration::from_millis(251), stop(2)).contains(&Action::Kill));
+    }
 }
 
 #[test]

@@ -45,7 +45,7 @@ fn a_file_a_signal_or_one_of_several_sources_ends_the_job_with_the_code_that_say
 }
 
 #[test]
-fn a_signal_that_follows_the_notice_takes_no_time_from_the_ranks_and_a_second_one_does() {
+fn terminate_that_follows_the_notice_takes_no_time_from_the_ranks_and_interrupt_does() {
     for again in [false, true] {
         let options = ["--devices", "cpu", "--preempt-notice", "SIGUSR1", "--shutdown-timeout", "600"];
         let script = "trap 'echo asked; read -r go < $GATE; exit 0' TERM; echo ready; while :; do sleep 600 & wait $!; done";
@@ -59,7 +59,7 @@ fn a_signal_that_follows_the_notice_takes_no_time_from_the_ranks_and_a_second_on
         job.expect_error("told to stop by SIGTERM, as was noticed before");
         job.read_stderr();
         if again {
-            job.signal_until_it_ends(Signal::TERM);
+            job.signal_until_it_ends(Signal::INT);
             job.finish().expect(75, &["told to stop again: killing"]);
         } else {
             gate.open();

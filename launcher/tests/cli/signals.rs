@@ -26,14 +26,36 @@ fn a_signal_stops_the_ranks() {
 }
 
 #[test]
-fn a_second_signal_kills_ranks_that_do_not_end() {
+fn interrupt_after_terminate_kills_ranks_that_do_not_end() {
     let script = "trap 'echo asked' TERM; echo ready; while :; do sleep 600 & wait $!; done";
     let mut job = Job::start(launch(&["--devices", "cpu", "--shutdown-timeout", "600"], script));
     job.expect_line("ready");
     job.signal(Signal::TERM);
     job.expect_line("asked");
-    job.signal_until_it_ends(Signal::TERM);
+    job.signal_until_it_ends(Signal::INT);
     job.finish().expect(143, &["killing"]);
+}
+
+#[test]
+fn repeated_terminate_does_not_cut_off_a_save() {
+    // The rank saves for as long as the gate is closed.
+    let script = "
+        trap 'echo saving; read -r go < $GATE; echo saved; exit 0' TERM
+        echo ready; while :; do sleep 600 & wait $!; done";
+    for signal in [Signal::TERM, Signal::HUP] {
+        let mut command = launch(&["--devices", "cpu", "--shutdown-timeout", "600"], script);
+        let gate = Gate::new(&mut command);
+        let mut job = Job::start_unread(command);
+        job.expect_line("ready");
+        job.signal(Signal::TERM);
+        job.expect_line("saving");
+        // One that follows the first one closely is its echo, and is not said.
+        job.signal_until_said(signal, "told to stop again by SIG");
+        job.read_stderr();
+        gate.open();
+        job.expect_line("saved");
+        job.finish().expect(143, &[]);
+    }
 }
 
 #[test]

@@ -153,7 +153,10 @@ impl Case {
             Fault::KillGrandchild => kill(&wait_for_text(&up.join("grandchild"), "\n"), Signal::KILL),
             Fault::KillLauncher => job.signal(Signal::KILL),
             Fault::Stop(signal) => job.signal(signal),
-            Fault::StopHard => job.signal_until_it_ends(Signal::TERM),
+            Fault::StopHard => {
+                job.signal(Signal::TERM);
+                job.signal_until_it_ends(Signal::INT);
+            }
             Fault::SuspendRank => {
                 kill(&pids[victim], Signal::STOP);
                 job.signal(Signal::TERM);

@@ -152,6 +152,26 @@ impl Job {
         }
     }
 
+    /// Signals it again and again until its standard error, which nobody reads yet, has this text.
+    #[track_caller]
+    pub(crate) fn signal_until_said(&mut self, signal: Signal, wanted: &str) {
+        let pid = Pid::from_child(&self.child);
+        let stderr = self.stderr.as_mut().unwrap();
+        let deadline = Instant::now() + SOON;
+        let mut text = String::new();
+        while !text.contains(wanted) {
+            assert!(Instant::now() < deadline, "no `{wanted}` came: {text}");
+            kill_process(pid, signal).unwrap();
+            let moment = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+            if poll(&mut [PollFd::new(stderr, PollFlags::IN)], Some(&moment)) != Ok(0) {
+                let mut bytes = [0; 4096];
+                let len = stderr.read(&mut bytes).unwrap();
+                assert!(len > 0, "it ended without `{wanted}`: {text}");
+                text += &String::from_utf8_lossy(&bytes[..len]);
+            }
+        }
+    }
+
     /// Waits for the end of the launcher alone.
     #[track_caller]
     pub(crate) fn wait(&self) {
