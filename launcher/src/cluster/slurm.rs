@@ -1,6 +1,8 @@
 //! Slurm. `srun` starts a *step*, a process on each of its nodes that knows its node. The shells of `sbatch` and `salloc` know the job
 //! but run once: there this is one node, and a hint says how to have all of them.
 
+use std::collections::BTreeSet;
+
 use super::variables::{Variables, number};
 use super::{Cluster, ClusterError, Taken, hostlist};
 
@@ -26,11 +28,26 @@ pub(super) fn detect(variables: &Variables<'_>) -> Result<Option<Cluster>, Clust
     cluster.nnodes =
         variables.number(&["SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"], "--nnodes")?;
     cluster.node_rank = variables.number(&["SLURM_NODEID"], "--node-rank")?;
-    if let Some(nnodes) = cluster.nnodes.as_ref().filter(|nnodes| nnodes.value > 1) {
-        cluster.master_addr = master_addr(variables, nnodes.value)?;
+    if let Some(nnodes) = cluster.nnodes.as_ref().map(|nnodes| nnodes.value).filter(|nnodes| *nnodes > 1) {
+        if let Some(Taken { value: hosts, variable }) = hosts(variables, nnodes)? {
+            cluster.node_rank = own_place(variables, &hosts).or(cluster.node_rank);
+            cluster.master_addr = hosts.into_iter().next().map(|value| Taken { value, variable });
+        }
         cluster.master_port = Some(master_port(&job, step)?);
+        cluster.hint = has_terminal(variables).then(|| {
+            format!(
+                "the step has {nnodes} nodes and a terminal on one of them (SLURM_PTY_PORT): in a shell of \
+                 `srun --pty`, use --standalone for this node alone"
+            )
+        });
     }
     Ok(Some(cluster))
+}
+
+/// Whether `srun --pty` started the step, mostly for a shell. Its variables say of the step what would be right for a launcher that `srun`
+/// started itself on every node.
+fn has_terminal(variables: &Variables<'_>) -> bool {
+    variables.text(&["SLURM_PTY_PORT"]).is_some()
 }
 
 /// The step this is a task of.
@@ -72,7 +89,10 @@ fn one_task_per_node(variables: &Variables<'_>) -> Result<(), ClusterError> {
         match count.parse::<u32>() {
             Ok(0 | 1) => {}
             Ok(_) => {
-                let problem = "several launchers on a node, of which each would start all its ranks: use srun --ntasks-per-node=1";
+                let mut problem = "several launchers on a node, of which each would start all its ranks: use srun --ntasks-per-node=1".to_owned();
+                if has_terminal(variables) {
+                    problem.push_str(", or in a shell of `srun --pty`, --standalone for this node alone");
+                }
                 return Err(ClusterError::new(&tasks, problem));
             }
             Err(_) => {
@@ -85,16 +105,81 @@ fn one_task_per_node(variables: &Variables<'_>) -> Result<(), ClusterError> {
     Ok(())
 }
 
-/// The first host of the step. A list of other nodes than the step's, where the step has none of its own, is of no use.
-fn master_addr(variables: &Variables<'_>, nnodes: u32) -> Result<Option<Taken<String>>, ClusterError> {
+/// The hosts of the step, in the order of their node ranks; `None` if no list names just the step's nodes.
+///
+/// All nodes of a step see the same lists, so they agree on the order. Slurm sorts its lists, but it numbers the nodes of a
+/// heterogeneous job by component. The host of `SLURM_NODEID` 0 is then the first host of the first component.
+fn hosts(variables: &Variables<'_>, nnodes: u32) -> Result<Option<Taken<Vec<String>>>, ClusterError> {
     let names = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"];
     let Some(list) = variables.text(&names) else { return Ok(None) };
-    let hosts = hostlist::expand(&list.value).map_err(|problem| {
-        ClusterError::new(&list, format!("not a host list: {problem}: unset it and give --master-addr"))
-    })?;
-    let complete = u32::try_from(hosts.len()) == Ok(nnodes);
-    let first = hosts.into_iter().next().filter(|_| complete);
-    Ok(first.map(|value| Taken { value, variable: list.variable }))
+    let hosts = expand(&list)?;
+    if u32::try_from(hosts.len()) != Ok(nnodes) {
+        return Ok(None);
+    }
+    // `srun` of Slurm 22.05 that makes the allocation itself sets only the older names.
+    for lists in [&HET_GROUPS, &PACK_GROUPS] {
+        if let Some(ordered) = by_component(variables, lists, &hosts)? {
+            return Ok(Some(Taken { value: ordered, variable: lists[0] }));
+        }
+    }
+    Ok(Some(Taken { value: hosts, variable: list.variable }))
+}
+
+/// Lists of the components of a heterogeneous job. More are not looked at; the order of such a job is that of its sorted list.
+const HET_GROUPS: [&str; 8] = [
+    "SLURM_JOB_NODELIST_HET_GROUP_0",
+    "SLURM_JOB_NODELIST_HET_GROUP_1",
+    "SLURM_JOB_NODELIST_HET_GROUP_2",
+    "SLURM_JOB_NODELIST_HET_GROUP_3",
+    "SLURM_JOB_NODELIST_HET_GROUP_4",
+    "SLURM_JOB_NODELIST_HET_GROUP_5",
+    "SLURM_JOB_NODELIST_HET_GROUP_6",
+    "SLURM_JOB_NODELIST_HET_GROUP_7",
+];
+/// The same as releases before 20.02 named them.
+const PACK_GROUPS: [&str; 8] = [
+    "SLURM_JOB_NODELIST_PACK_GROUP_0",
+    "SLURM_JOB_NODELIST_PACK_GROUP_1",
+    "SLURM_JOB_NODELIST_PACK_GROUP_2",
+    "SLURM_JOB_NODELIST_PACK_GROUP_3",
+    "SLURM_JOB_NODELIST_PACK_GROUP_4",
+    "SLURM_JOB_NODELIST_PACK_GROUP_5",
+    "SLURM_JOB_NODELIST_PACK_GROUP_6",
+    "SLURM_JOB_NODELIST_PACK_GROUP_7",
+];
+
+/// The hosts of a step in the order of the job's components, if whole components make up the step.
+fn by_component(
+    variables: &Variables<'_>,
+    lists: &[&'static str],
+    hosts: &[String],
+) -> Result<Option<Vec<String>>, ClusterError> {
+    let step: BTreeSet<_> = hosts.iter().collect();
+    let mut ordered = Vec::new();
+    for name in lists {
+        let Some(list) = variables.text(&[name]) else { break };
+        let component = expand(&list)?;
+        // `srun --het-group` may leave components out.
+        if component.iter().all(|host| step.contains(host)) {
+            ordered.extend(component);
+        }
+    }
+    let is_whole = ordered.len() == hosts.len() && ordered.iter().collect::<BTreeSet<_>>() == step;
+    Ok(is_whole.then_some(ordered))
+}
+
+/// The place of this node among the hosts of the step. It is `SLURM_NODEID` in every step that Slurm 22.05 makes; if another release
+/// numbers nodes in another way, node 0 is still the host that all nodes take for it.
+fn own_place(variables: &Variables<'_>, hosts: &[String]) -> Option<Taken<u32>> {
+    let name = variables.text(&["SLURMD_NODENAME"])?;
+    let place = hosts.iter().position(|host| *host == name.value)?;
+    Some(Taken { value: u32::try_from(place).ok()?, variable: name.variable })
+}
+
+fn expand(list: &Taken<String>) -> Result<Vec<String>, ClusterError> {
+    hostlist::expand(&list.value).map_err(|problem| {
+        ClusterError::new(list, format!("not a host list: {problem}: unset it and give --master-addr"))
+    })
 }
 
 /// The same on all nodes without a word between them. Jobs that follow one another, which are those that share nodes, have different

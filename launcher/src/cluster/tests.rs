@@ -181,6 +181,83 @@ fn variations() {
     }
 }
 
+/// The variables of a node of a step on 127.0.0.1, .2 and .4 whose first component is .4, as Slurm 22.05 sets them. `names` is what
+/// the variables of the components are called.
+fn heterogeneous(node: u32, id: u32, names: &str) -> String {
+    format!(
+        "SLURMD_NODENAME=127.0.0.{node}
+        SLURM_HET_SIZE=2
+        SLURM_JOB_ID=5
+        SLURM_JOB_NODELIST=127.0.0.[1-2,4]
+        SLURM_JOB_NODELIST_{names}_GROUP_0=127.0.0.4
+        SLURM_JOB_NODELIST_{names}_GROUP_1=127.0.0.[1-2]
+        SLURM_JOB_NUM_NODES=3
+        SLURM_NNODES=3
+        SLURM_NODEID={id}
+        SLURM_PROCID={id}
+        SLURM_STEP_ID=0
+        SLURM_STEP_NODELIST=127.0.0.[1-2,4]
+        SLURM_STEP_NUM_NODES=3
+        SLURM_STEP_TASKS_PER_NODE=1(x3)"
+    )
+}
+
+/// Node rank and master.
+fn place(environment: &str) -> (u32, String) {
+    let cluster = detected(environment).unwrap().unwrap();
+    (cluster.node_rank.unwrap().value, cluster.master_addr.unwrap().value)
+}
+
+#[test]
+fn node_0_of_a_heterogeneous_job_is_the_first_host_of_its_first_component() {
+    for names in ["HET", "PACK"] {
+        for (node, id) in [(4, 0), (1, 1), (2, 2)] {
+            assert_eq!(place(&heterogeneous(node, id, names)), (id, "127.0.0.4".into()), "{names} {node}");
+        }
+    }
+    // `srun --het-group=1`: the step has the second component alone.
+    for (node, id) in [(1, 0), (2, 1)] {
+        let changes = "SLURM_NNODES=2\nSLURM_STEP_NUM_NODES=2\nSLURM_STEP_NODELIST=127.0.0.[1-2]";
+        let environment = format!("{}\n{changes}", heterogeneous(node, id, "HET"));
+        assert_eq!(place(&environment), (id, "127.0.0.1".into()));
+    }
+    // A step on some nodes of a component has the order of its own list.
+    let changes = "SLURM_NNODES=2\nSLURM_STEP_NUM_NODES=2\nSLURM_STEP_NODELIST=127.0.0.[2,4]";
+    assert_eq!(place(&format!("{}\n{changes}", heterogeneous(4, 1, "HET"))), (1, "127.0.0.2".into()));
+}
+
+#[test]
+fn node_ranks_follow_the_list_that_the_master_is_taken_from() {
+    // `srun -m arbitrary` on 127.0.0.3, .1 and .2: SLURM_PROCID follows the file, and the list is sorted. A release that numbered the
+    // nodes by the file, too, would make another host node 0 than the first of the list.
+    for numbered in [["2", "0", "1"], ["0", "1", "2"]] {
+        for (place_of_node, node) in ["3", "1", "2"].iter().enumerate() {
+            let environment = format!(
+                "{STEP}\nSLURM_STEP_NODELIST=127.0.0.[1-3]\nSLURM_STEP_NUM_NODES=3\nSLURM_STEP_TASKS_PER_NODE=1(x3)
+                SLURM_DISTRIBUTION=arbitrary\nSLURMD_NODENAME=127.0.0.{node}\nSLURM_NODEID={}",
+                numbered[place_of_node]
+            );
+            let rank = node.parse::<u32>().unwrap() - 1;
+            assert_eq!(place(&environment), (rank, "127.0.0.1".into()), "{numbered:?} {node}");
+        }
+    }
+    // A name that is not in the list says nothing.
+    assert_eq!(place(&format!("{STEP}\nSLURMD_NODENAME=other")), (1, "node003".into()));
+}
+
+#[test]
+fn a_shell_of_srun_with_a_terminal_is_told_of_standalone() {
+    let shell = format!("{STEP}\nSLURM_PTY_PORT=41875");
+    let hint = detected(&shell).unwrap().unwrap().hint.unwrap();
+    assert!(hint.contains("--standalone") && hint.contains("2 nodes"), "{hint}");
+    let error = detected(&format!("{shell}\nSLURM_STEP_TASKS_PER_NODE=8")).unwrap_err();
+    assert!(error.contains("--standalone"), "{error}");
+    let error = detected(&format!("{STEP}\nSLURM_STEP_TASKS_PER_NODE=8")).unwrap_err();
+    assert!(!error.contains("--standalone"), "{error}");
+    let one = format!("{shell}\nSLURM_STEP_NUM_NODES=1\nSLURM_NODEID=0\nSLURM_STEP_TASKS_PER_NODE=1");
+    assert_eq!(detected(&one).unwrap().unwrap().hint, None);
+}
+
 #[test]
 fn outside_of_a_cluster_nothing_is_taken() {
     for environment in [
