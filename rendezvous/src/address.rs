@@ -100,11 +100,18 @@ pub fn listening(host: &str, found: &[IpAddr], own: &[IpAddr], certain: bool, sh
         return Listening { addresses, note: Some(note) };
     }
     let only_here = addresses.iter().all(IpAddr::is_loopback);
-    let meant = host == "localhost" || host.parse::<IpAddr>().is_ok();
-    if !(shared && only_here && !meant && reachable().next().is_some()) {
+    if !(shared && only_here && reachable().next().is_some()) {
         return Listening { addresses, note: None };
     }
     let loopback = list(&addresses);
+    // An address is taken at its word; the agents of all nodes may be on this host.
+    if host.parse::<IpAddr>().is_ok() {
+        let note = format!(
+            "listening on {loopback}, where only agents of this host can come; --master-addr names a host \
+             that other nodes can reach"
+        );
+        return Listening { addresses, note: Some(note) };
+    }
     addresses.extend(reachable());
     let note = format!(
         "{host} is {loopback} on this host itself, where no other node could come: listening on {}, too; \
@@ -201,8 +208,15 @@ mod tests {
     fn an_endpoint_is_listened_for_where_it_is() {
         check("node0", "10.0.0.7 fd00::7", true, true, "10.0.0.7 fd00::7", &[]);
         check("node0", "10.0.0.8 10.0.0.7 10.0.0.7", false, true, "10.0.0.7", &[]);
-        check("127.0.0.1", "127.0.0.1", true, true, "127.0.0.1", &[]);
-        check("localhost", "::1 127.0.0.1", true, true, "::1 127.0.0.1", &[]);
+        check(
+            "127.0.0.1",
+            "127.0.0.1",
+            true,
+            true,
+            "127.0.0.1",
+            &["only agents of this host", "--master-addr"],
+        );
+        check("127.0.0.1", "127.0.0.1", true, false, "127.0.0.1", &[]);
         check("0.0.0.0", "0.0.0.0", true, true, "0.0.0.0", &[]);
     }
 
@@ -210,6 +224,10 @@ mod tests {
     fn a_host_that_is_its_own_loopback_listens_where_others_come() {
         check("node0", "127.0.1.1", true, true, "127.0.1.1 10.0.0.7 fd00::7", &["127.0.1.1", "--local-addr"]);
         check("node0", "127.0.1.1", true, false, "127.0.1.1", &[]);
+        // Some operators of Kubernetes name the master to itself so, and by the name of its service to the others.
+        let both = "::1 127.0.0.1 10.0.0.7 fd00::7";
+        check("localhost", "::1 127.0.0.1", true, true, both, &["localhost is ::1, 127.0.0.1", "10.0.0.7"]);
+        check("localhost", "::1 127.0.0.1", true, false, "::1 127.0.0.1", &[]);
     }
 
     #[test]

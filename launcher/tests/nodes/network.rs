@@ -90,6 +90,24 @@ fn three_nodes_with_a_static_endpoint() {
 }
 
 #[test]
+fn node_0_whose_endpoint_is_localhost_is_reached_by_the_others() {
+    let Some(cluster) = Cluster::new() else { return };
+    let agent = |host: u32, rank: &str, endpoint: &str| {
+        cluster.agent(host, &["--nnodes", "2", "--node-rank", rank, "--master-addr", endpoint])
+    };
+    let mut jobs = [agent(1, "0", "localhost"), agent(2, "1", "10.77.0.1")];
+    for (job, line) in
+        jobs.iter_mut().zip(["0 of 2 in round 0 at localhost", "1 of 2 in round 0 at 10.77.0.1"])
+    {
+        job.expect_line(line);
+    }
+    cluster.stop();
+    let [first, second] = jobs.map(Job::finish);
+    first.expect(0, &["where no other node could come: listening on 10.77.0.1, too"]);
+    second.expect(0, &[]);
+}
+
+#[test]
 fn the_end_of_the_coordinator_is_the_end_everywhere() {
     let Some(cluster) = Cluster::new() else { return };
     let options =
