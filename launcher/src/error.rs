@@ -4,12 +4,17 @@ use std::path::PathBuf;
 use ice_proto::exit::ExitCode;
 use ice_rendezvous::Error as Rendezvous;
 
+use crate::supervise::explained;
+
 /// Why the agent itself cannot work.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The event loop cannot be set up.
-    #[error("cannot set up the event loop: {0}")]
+    #[error("cannot set up the event loop: {}", explained(.0))]
     Runtime(io::Error),
+    /// A limit of the system leaves no room for the job.
+    #[error("cannot start: {0}")]
+    Limit(String),
     /// The nodes cannot agree.
     #[error(transparent)]
     Rendezvous(#[from] ice_rendezvous::Error),
@@ -36,6 +41,7 @@ impl Error {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Rendezvous(Rendezvous::Bind { .. } | Rendezvous::Resolve { .. })
+            | Self::Limit(_)
             | Self::Logs { .. }
             | Self::Events { .. } => ExitCode::Usage,
             _ => ExitCode::Failure,

@@ -23,6 +23,9 @@ use ice_proto::exit::ExitCode;
 /// # Errors
 /// [`Error`] where the agent itself cannot work; no process is left then either.
 pub fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
+    supervise::raise_open_files();
+    supervise::survive_file_size();
+    supervise::check_limits(plan.local_world_size())?;
     // The current thread carries the whole runtime: ranks die with the thread that spawned them.
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;

@@ -346,6 +346,8 @@ impl Agent {
 
     fn hopeless(&self, exit: &Exit) -> Option<String> {
         match exit {
+            // A process for which there is no room now may find some after a restart.
+            Exit::NotStarted { code: ExitCode::Failure, .. } => None,
             Exit::NotStarted { .. } => Some("the program cannot be started".into()),
             Exit::Code(code) => u8::try_from(*code)
                 .ok()

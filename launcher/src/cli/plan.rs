@@ -91,6 +91,13 @@ pub(crate) struct LogPlan {
     pub(crate) rotation: Option<Rotation>,
 }
 
+impl LogPlan {
+    /// Whether the user asked for files.
+    pub(crate) fn are_wanted(&self) -> bool {
+        self.folder.is_some() || !self.redirects.is_empty() || !self.tee.is_empty()
+    }
+}
+
 /// When a log file is set aside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rotation {

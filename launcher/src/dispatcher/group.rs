@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use ice_proto::exit::ExitCode;
@@ -20,7 +20,7 @@ use crate::agent::{Ask, End, Exit};
 use crate::logs::{Console, Files, Filtered, LogFile, LogFolder, Names, Pump, RankFiles, Sink, Target};
 use crate::logs::{coloured, pipe, prefix};
 use crate::report::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary};
-use crate::supervise::{Environment, Stdio, spawn};
+use crate::supervise::{Environment, Stdio, explained, spawn};
 use crate::{Error, LaunchPlan};
 
 pub(super) struct Group<'a> {
@@ -52,6 +52,8 @@ enum Stream {
 struct Route {
     target: Target,
     to_file: bool,
+    /// Whether the rank reaches the console.
+    is_shown: bool,
     to_console: bool,
     prefix: String,
     filtered: Option<Filtered>,
@@ -84,7 +86,11 @@ impl<'a> Group<'a> {
 
     /// Begins a round: tells it to the ranks that live, and starts the others. One that cannot be started counts as one that ended. Returns
     /// the local ranks that were started.
+    ///
+    /// # Errors
+    /// Logs that cannot be written before this node has started any rank. Later on ranks start without them.
     pub(super) fn spawn(&mut self, round: Round, store: (&str, u16)) -> Result<Vec<u32>, Error> {
+        let is_first = self.logs.is_none();
         let mut logs = match self.logs.take() {
             Some(logs) => logs,
             None => LogFolder::make(self.plan, &round)?,
@@ -95,22 +101,25 @@ impl<'a> Group<'a> {
         for local_rank in 0..self.plan.local_world_size() {
             let told = self.ranks.get(&local_rank).is_some_and(|member| {
                 member.living().is_some()
-                    && member.send(&environment.as_message(local_rank, &member.files.error))
+                    && member.send(&environment.as_message(local_rank, member.files.error.as_deref()))
             });
             if !told {
-                missing.push((local_rank, logs.rank(local_rank)?));
+                missing.push(local_rank);
             }
         }
-        let filtered = [(0, "stdout"), (1, "stderr")].map(|(at, stream)| {
-            let texts: &[String] = &self.plan.logs.filters[at];
-            if texts.is_empty() {
-                return Ok(None);
+        let missing = self.files_of(missing, &mut logs, is_first)?;
+        let mut filtered = [None, None];
+        for (at, stream) in ["stdout", "stderr"].into_iter().enumerate() {
+            if self.plan.logs.filters[at].is_empty() {
+                continue;
             }
-            let path = logs.filtered(stream);
-            self.files.append_to(&path, None).map(Some).map_err(|source| Error::Logs { path, source })
-        });
-        let [stdout, stderr] = filtered;
-        let filtered = [stdout?, stderr?];
+            let Some(path) = logs.filtered(stream) else { continue };
+            match self.files.append_to(&path, None) {
+                Ok(file) => filtered[at] = Some(file),
+                Err(source) if is_first => return Err(Error::Logs { path, source }),
+                Err(error) => self.files.health().failed(&path, &error),
+            }
+        }
         let started = missing.iter().map(|(local_rank, _)| *local_rank).collect();
         for (local_rank, files) in missing {
             if let Some(spare) = self.spares.take() {
@@ -136,6 +145,42 @@ impl<'a> Group<'a> {
         }
         (self.logs, self.round) = (Some(logs), Some(round));
         Ok(started)
+    }
+
+    /// The files of ranks that are started.
+    fn files_of(
+        &self,
+        ranks: Vec<u32>,
+        logs: &mut LogFolder,
+        is_first: bool,
+    ) -> Result<Vec<(u32, RankFiles)>, Error> {
+        let (mut all, mut failure) = (Vec::new(), None);
+        for local_rank in ranks {
+            let files = match logs.rank(local_rank) {
+                Ok(files) => files,
+                Err((path, source)) if is_first && self.plan.logs.are_wanted() => {
+                    return Err(Error::Logs { path, source });
+                }
+                Err((_, error)) => {
+                    failure.get_or_insert(error);
+                    logs.rank_elsewhere(local_rank)
+                }
+            };
+            all.push((local_rank, files));
+        }
+        let (plan, health) = (&self.plan.logs, self.files.health());
+        match (failure, logs.path().filter(|_| plan.are_wanted())) {
+            (Some(error), Some(path)) => {
+                health.failed(path, &error);
+                if !plan.redirects.is_empty() || !plan.tee.is_empty() {
+                    self.console.note("ranks start without log files: their output goes to the console");
+                }
+            }
+            (None, Some(path)) => health.works(path, 0),
+            // Nothing was asked for that could be missed.
+            (_, None) => {}
+        }
+        Ok(all)
     }
 
     /// Starts what is missing of the spares; their processes.
@@ -179,9 +224,10 @@ impl<'a> Group<'a> {
         let out = self.route(Stream::Stdout, local_rank, &prefix, out_filter.as_ref());
         let err = self.route(Stream::Stderr, local_rank, &prefix, err_filter.as_ref());
         // Nobody asks the pump of stdout for anything.
-        Pump::start(stdout, self.sink(out, &files.stdout)?, ended.clone())?;
-        member.become_rank(files.clone(), Pump::start(stderr, self.sink(err, &files.stderr)?, ended)?);
-        match member.send(&environment.as_message(local_rank, &files.error)) {
+        Pump::start(stdout, self.sink(out, files.stdout.as_deref()), ended.clone())?;
+        let stderr = Pump::start(stderr, self.sink(err, files.stderr.as_deref()), ended)?;
+        member.become_rank(files.clone(), stderr);
+        match member.send(&environment.as_message(local_rank, files.error.as_deref())) {
             true => {
                 // It said so before it was anybody.
                 let _ = self.events.send(RankEvent::Said(member.id, Up::Stays));
@@ -218,7 +264,7 @@ impl<'a> Group<'a> {
             _ if error.raw_os_error() == Some(nix::libc::ENOEXEC) => ExitCode::NotExecutable,
             _ => ExitCode::Failure,
         };
-        Exit::NotStarted { code, reason: format!("cannot execute {}: {error}", path.display()) }
+        Exit::NotStarted { code, reason: format!("cannot execute {}: {}", path.display(), explained(error)) }
     }
 
     fn start(
@@ -233,13 +279,13 @@ impl<'a> Group<'a> {
         let prefix = self.prefix(round, local_rank);
         let (lives, ended) = watch::channel(());
         let [out_filter, err_filter] = filtered;
-        let stream = |stream, path: &Path, filter: &Option<LogFile>| {
-            self.stream(stream, local_rank, path, &prefix, filter.as_ref(), &ended)
+        let stream = |stream, path: &Option<PathBuf>, filter: &Option<LogFile>| {
+            self.stream(stream, local_rank, path.as_deref(), &prefix, filter.as_ref(), &ended)
         };
         // The pump of stdout works by itself: nobody asks it for anything.
         let (stdout, _) = stream(Stream::Stdout, &files.stdout, out_filter)?;
         let (stderr, stderr_pump) = stream(Stream::Stderr, &files.stderr, err_filter)?;
-        let variables = environment.of(local_rank, &files.error);
+        let variables = environment.of(local_rank, files.error.as_deref());
         let cpus = self.plan.cpus.as_ref().and_then(|cpus| cpus.get(local_rank as usize));
         let rank = spawn(&self.plan.program, local_rank, cpus, variables, &theirs, [stdout, stderr])?;
         Member::started(id, rank, ours, stderr_pump, lives, files.clone(), &self.events)
@@ -250,15 +296,22 @@ impl<'a> Group<'a> {
         &self,
         stream: Stream,
         local_rank: u32,
-        path: &Path,
+        path: Option<&Path>,
         prefix: &str,
         filter: Option<&LogFile>,
         ended: &watch::Receiver<()>,
     ) -> io::Result<(Stdio, Option<Pump>)> {
         let route = self.route(stream, local_rank, prefix, filter);
-        if route.to_file && !route.to_console && route.filtered.is_none() && self.plan.logs.rotation.is_none()
+        if route.to_file
+            && !route.to_console
+            && route.filtered.is_none()
+            && self.plan.logs.rotation.is_none()
+            && let Some(path) = path
         {
-            return Ok((Stdio::File(File::create(path)?), None));
+            match File::create(path) {
+                Ok(file) => return Ok((Stdio::File(file), None)),
+                Err(error) => self.files.health().failed(path, &error),
+            }
         }
         // The report needs the last lines of stderr, so that goes through the agent in any case.
         let over_status = self.rewrites && route.to_console && io::stdout().is_terminal();
@@ -266,7 +319,7 @@ impl<'a> Group<'a> {
             return Ok((if route.to_console { Stdio::Inherit } else { Stdio::Null }, None));
         }
         let (reader, writer) = pipe()?;
-        let sink = self.sink(route, path)?;
+        let sink = self.sink(route, path);
         Ok((Stdio::Pipe(writer), Some(Pump::start(reader, sink, ended.clone())?)))
     }
 
@@ -284,7 +337,7 @@ impl<'a> Group<'a> {
             Stream::Stdout => Target::Stdout,
             Stream::Stderr => Target::Stderr,
         };
-        let shown_prefix = match (teed, target.is_coloured()) {
+        let shown_prefix = match (to_file, target.is_coloured()) {
             (false, _) => String::new(),
             (true, false) => prefix.to_owned(),
             (true, true) => coloured(prefix, local_rank),
@@ -295,20 +348,29 @@ impl<'a> Group<'a> {
             prefix: prefix.to_owned(),
             file: file.clone(),
         });
-        Route { target, to_file, to_console: shown && (teed || !redirected), prefix: shown_prefix, filtered }
+        let to_console = shown && (teed || !redirected);
+        Route { target, to_file, is_shown: shown, to_console, prefix: shown_prefix, filtered }
     }
 
-    fn sink(&self, route: Route, path: &Path) -> io::Result<Sink> {
-        let rotation = self.plan.logs.rotation;
-        let file = if route.to_file { Some(self.files.append_to(path, rotation)?) } else { None };
-        Ok(Sink {
+    /// Output for which there is no file goes to the console instead.
+    fn sink(&self, route: Route, path: Option<&Path>) -> Sink {
+        let open = |path: &Path| match self.files.append_to(path, self.plan.logs.rotation) {
+            Ok(file) => Some(file),
+            Err(error) => {
+                self.files.health().failed(path, &error);
+                None
+            }
+        };
+        let file = path.filter(|_| route.to_file).and_then(open);
+        let to_console = route.to_console || (route.is_shown && route.to_file && file.is_none());
+        Sink {
             console: self.console.clone(),
-            target: route.to_console.then_some(route.target),
+            target: to_console.then_some(route.target),
             prefix: route.prefix,
             file,
             filtered: route.filtered,
             files: self.files.clone(),
-        })
+        }
     }
 
     /// Rank within the job.
@@ -344,7 +406,7 @@ impl<'a> Group<'a> {
     }
 
     /// Processes and where their stacks are to be written.
-    pub(super) fn stack_files(&self) -> Vec<(u32, u32, std::path::PathBuf)> {
+    pub(super) fn stack_files(&self) -> Vec<(u32, u32, Option<PathBuf>)> {
         let file = |(rank, member): (&u32, &Member)| {
             Some((self.rank(*rank), member.living()?, member.files.stacks.clone()))
         };
@@ -417,8 +479,8 @@ impl<'a> Group<'a> {
         let member = self.ranks.get_mut(&first.local_rank)?;
         let record = member.record();
         // Of processes that are stopped there are no stacks, and where nothing is redirected there may be no file.
-        let stacks = Some(&member.files.stacks).filter(|_| matches!(first.exit, Exit::Hung(_)));
-        let folder = member.files.error.parent();
+        let stacks = member.files.stacks.as_ref().filter(|_| matches!(first.exit, Exit::Hung(_)));
+        let folder = member.files.error.as_ref().and_then(|error| error.parent());
         let logs = match stacks.filter(|stacks| stacks.exists()) {
             Some(stacks) => Some(stacks.clone()),
             None => folder.filter(|folder| has_files(folder)).map(Path::to_owned),
@@ -434,7 +496,9 @@ impl<'a> Group<'a> {
             logs,
         };
         let program = self.plan.program.path.clone();
-        let failure = Failure { attempt, round, host: self.host.clone(), node, program, root_cause, others };
+        let log_failure = self.files.health().first_failure();
+        let host = self.host.clone();
+        let failure = Failure { attempt, round, host, node, program, root_cause, others, log_failure };
         self.console.say(&failure.to_string());
         self.summary.add(failure.clone());
         self.write_summary();
@@ -461,22 +525,27 @@ impl<'a> Group<'a> {
         }
     }
 
-    fn write_summary(&self) {
-        let Some(logs) = &self.logs else { return };
-        if let Err(error) = self.summary.write(logs.path()) {
-            self.console.note(&format!("report.json was not written: {error}"));
-        }
+    fn write_summary(&mut self) {
+        let Some(folder) = self.logs.as_ref().and_then(LogFolder::path) else { return };
+        self.summary.set_log_failure(self.files.health().first_failure());
+        let path = folder.join("report.json");
+        self.written(&path, self.summary.write(&path));
     }
 
     /// Adds a round to `rounds.jsonl` in the folder of the job.
     pub(super) fn write_round(&self, record: &RoundRecord) {
-        let Some(logs) = &self.logs else { return };
-        let path = logs.path().join("rounds.jsonl");
+        let Some(folder) = self.logs.as_ref().and_then(LogFolder::path) else { return };
+        let path = folder.join("rounds.jsonl");
         let file = File::options().create(true).append(true).open(&path);
         let line = serde_json::to_vec(record).map_err(io::Error::other);
         let written = file.and_then(|mut file| file.write_all(&[line?, b"\n".to_vec()].concat()));
-        if let Err(error) = written {
-            self.console.note(&format!("{} was not written: {error}", path.display()));
+        self.written(&path, written);
+    }
+
+    fn written(&self, path: &Path, outcome: io::Result<()>) {
+        match outcome {
+            Ok(()) => self.files.health().works(path, 0),
+            Err(error) => self.files.health().failed(path, &error),
         }
     }
 

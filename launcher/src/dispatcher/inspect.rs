@@ -14,7 +14,7 @@ const AT_ONCE: usize = 4;
 pub(super) async fn inspect(
     round: u64,
     hang: Hang,
-    ranks: Vec<(u32, u32, PathBuf)>,
+    ranks: Vec<(u32, u32, Option<PathBuf>)>,
     events: mpsc::UnboundedSender<RankEvent>,
 ) {
     let mut work = JoinSet::new();
@@ -24,7 +24,9 @@ pub(super) async fn inspect(
             found.extend(work.join_next().await);
         }
         work.spawn(async move {
-            write_stacks(pid, &path).await.unwrap_or_else(|error| format!("none of rank {rank}: {error}"))
+            write_stacks(pid, path.as_deref())
+                .await
+                .unwrap_or_else(|error| format!("none of rank {rank}: {error}"))
         });
     }
     found.extend(work.join_all().await.into_iter().map(Ok));

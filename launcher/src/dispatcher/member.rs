@@ -167,7 +167,7 @@ impl Member {
 
     /// What the rank left about its failure.
     pub(super) fn record(&self) -> Option<ErrorRecord> {
-        let in_file = error_file::read(&self.files.error).ok().flatten();
+        let in_file = self.files.error.as_ref().and_then(|file| error_file::read(file).ok().flatten());
         let said = |message: &String| ErrorRecord {
             message: message.clone(),
             callstack: String::new(),
@@ -178,7 +178,7 @@ impl Member {
 
     /// When it wrote so.
     pub(super) fn failed_at(&self) -> Option<SystemTime> {
-        self.files.error.metadata().and_then(|meta| meta.modified()).ok()
+        self.files.error.as_ref()?.metadata().and_then(|meta| meta.modified()).ok()
     }
 
     /// The last lines of its stderr.

@@ -28,7 +28,7 @@ use tokio::sync::mpsc;
 use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
 use crate::report::{Events, ExitRecord, Happened, ProgressLines, Rounds};
-use crate::supervise::{Caught, Orphans, Signals, raise_open_files};
+use crate::supervise::{Caught, Orphans, Signals};
 use crate::{Error, LaunchPlan, preempt};
 use clock::Clock;
 use group::Group;
@@ -60,7 +60,6 @@ pub(crate) enum RankEvent {
 pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     let mut signals = Signals::new(&plan.signals, &plan.notice_signals()).map_err(Error::Runtime)?;
     let orphans = Orphans::adopt();
-    raise_open_files();
     let meeting = Arc::new(Meeting::open(plan.meeting.clone(), plan.place.clone()).await?);
     let (console, said) = Console::open().map_err(Error::Runtime)?;
     for note in plan.notes.iter().chain(meeting.notes()) {

@@ -4,16 +4,21 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use super::Console;
 use super::writer::{Writer, Written};
+use super::{Console, Health};
 use crate::cli::Rotation;
+
+/// A file that cannot be written is tried again after this time, then after twice as long each time.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_LAST: Duration = Duration::from_secs(60);
 
 /// A handle of the thread that writes files.
 #[derive(Clone)]
 pub(crate) struct Files {
     writer: Writer<LogFile>,
-    console: Console,
+    health: Health,
 }
 
 /// A file that is written through [`Files`].
@@ -22,28 +27,53 @@ pub(crate) struct LogFile(Arc<Mutex<Open>>);
 
 struct Open {
     path: PathBuf,
-    /// `None` once it cannot be written any more.
-    file: Option<File>,
+    file: File,
     size: u64,
+    /// Bytes after the last end of a line.
+    half_line: u64,
     rotation: Option<Rotation>,
-    console: Console,
+    health: Health,
+    /// Set while the file cannot be written.
+    failing: Option<Failing>,
+}
+
+/// A file that cannot be written.
+struct Failing {
+    /// When it is tried again.
+    retry: Instant,
+    /// The pause before that.
+    pause: Duration,
+    /// Bytes that were lost.
+    missing: u64,
 }
 
 impl Files {
     pub(crate) fn open(console: &Console) -> io::Result<(Self, Written)> {
         let (writer, written) = Writer::start("files", |file: LogFile, bytes: &[u8]| {
-            file.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes);
+            file.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes, Instant::now());
         })?;
-        Ok((Self { writer, console: console.clone() }, written))
+        Ok((Self { writer, health: Health::new(console.clone()) }, written))
     }
 
-    /// Begins a file, or goes on with one.
+    /// Knows whether files can be written.
+    pub(crate) fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// Begins a file, or continues one.
     pub(crate) fn append_to(&self, path: &Path, rotation: Option<Rotation>) -> io::Result<LogFile> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         let size = file.metadata()?.len();
-        let open =
-            Open { path: path.to_owned(), file: Some(file), size, rotation, console: self.console.clone() };
-        Ok(LogFile(Arc::new(Mutex::new(open))))
+        let (path, health) = (path.to_owned(), self.health.clone());
+        Ok(LogFile(Arc::new(Mutex::new(Open {
+            path,
+            file,
+            size,
+            half_line: 0,
+            rotation,
+            health,
+            failing: None,
+        }))))
     }
 
     /// Writes what came from a rank, once there is room.
@@ -57,29 +87,91 @@ impl Files {
     }
 }
 
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.health.forget(&self.path);
+    }
+}
+
 impl Open {
-    fn write(&mut self, bytes: &[u8]) {
-        if let Err(error) = self.try_write(bytes) {
-            // The job goes on without it.
-            self.file = None;
-            let path = self.path.display();
-            self.console.note(&format!("{path} cannot be written any more: {error}"));
+    fn write(&mut self, bytes: &[u8], now: Instant) {
+        if let Some(failing) = &mut self.failing
+            && now < failing.retry
+        {
+            failing.missing += bytes.len() as u64;
+            return;
+        }
+        match self.try_write(bytes) {
+            Ok(()) => {
+                if let Some(failing) = self.failing.take() {
+                    self.health.works(&self.path, failing.missing);
+                }
+            }
+            Err((left, error)) => {
+                let (pause, missing) = match &self.failing {
+                    Some(failing) => ((failing.pause * 2).min(RETRY_LAST), failing.missing),
+                    None => (RETRY_FIRST, 0),
+                };
+                let missing = missing + left;
+                self.failing = Some(Failing { retry: now + pause, pause, missing });
+                self.health.failed(&self.path, &error);
+            }
         }
     }
 
-    fn try_write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    /// Fails with the number of bytes that are missing.
+    fn try_write(&mut self, mut bytes: &[u8]) -> Result<(), (u64, io::Error)> {
         while !bytes.is_empty() {
-            let Some(file) = &mut self.file else { return Ok(()) };
             let room = self.rotation.map_or(u64::MAX, |rotation| rotation.size.saturating_sub(self.size));
             let part = part_that_fits(bytes, room, self.size == 0);
-            file.write_all(&bytes[..part])?;
-            self.size += part as u64;
-            bytes = &bytes[part..];
+            let (written, outcome) = self.write_part(&bytes[..part]);
+            bytes = &bytes[written..];
+            if let Err(error) = outcome {
+                // What follows once there is room is not put into half a line.
+                let cut = self.cut_half_line();
+                return Err((bytes.len() as u64 + cut, error));
+            }
             if !bytes.is_empty() {
-                self.rotate()?;
+                self.rotate().map_err(|error| (bytes.len() as u64, error))?;
             }
         }
         Ok(())
+    }
+
+    /// How much was written, and why not all.
+    fn write_part(&mut self, bytes: &[u8]) -> (usize, io::Result<()>) {
+        let mut done = 0;
+        let outcome = loop {
+            match self.file.write(&bytes[done..]) {
+                Ok(written) if done + written == bytes.len() => {
+                    done += written;
+                    break Ok(());
+                }
+                Ok(0) => break Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => done += written,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => break Err(error),
+            }
+        };
+        self.size += done as u64;
+        self.half_line = match bytes[..done].iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => (done - end - 1) as u64,
+            None => self.half_line + done as u64,
+        };
+        (done, outcome)
+    }
+
+    /// Takes the line without an end from the end of the file; its length.
+    fn cut_half_line(&mut self) -> u64 {
+        let half = std::mem::take(&mut self.half_line);
+        let cut = |meta: fs::Metadata| self.file.set_len(meta.len().saturating_sub(half));
+        match self.file.metadata().and_then(cut) {
+            Ok(()) => {
+                self.size = self.size.saturating_sub(half);
+                half
+            }
+            Err(_) => 0,
+        }
     }
 
     /// `stdout.log` becomes `stdout.log.1`, and so on up to the number of files that are kept.
@@ -89,14 +181,18 @@ impl Open {
             0 => self.path.clone(),
             _ => PathBuf::from(format!("{}.{number}", self.path.display())),
         };
-        for number in (0..keep).rev() {
+        // If the last try got no further than this, another one must not push out a file that is kept.
+        let kept = if self.path.exists() { keep } else { 0 };
+        for number in (0..kept).rev() {
             match fs::rename(numbered(number), numbered(number + 1)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
         }
-        self.file = Some(File::create(&self.path)?);
-        self.size = 0;
+        // Appending, since a file from which half a line was taken has its end before the place that was written last.
+        self.file = OpenOptions::new().create(true).append(true).open(&self.path)?;
+        self.file.set_len(0)?;
+        (self.size, self.half_line) = (0, 0);
         Ok(())
     }
 }
@@ -160,16 +256,42 @@ mod tests {
     async fn a_disk_that_is_full_is_said_once_and_ends_nothing() {
         let (console, said, seen) = noted();
         let (files, written) = Files::open(&console).unwrap();
-        let file = files.append_to(Path::new("/dev/full"), None).unwrap();
+        let full = files.append_to(Path::new("/dev/full"), None).unwrap();
         for _ in 0..3 {
-            files.pass(&file, b"lost".to_vec()).await;
+            files.pass(&full, b"lost".to_vec()).await;
+        }
+        drop((files, full, console));
+        written.wait().await;
+        said.wait().await;
+        let seen = seen.lock().unwrap();
+        assert!(seen.len() == 2 && seen[0].1.contains("/dev/full cannot be written: No space"), "{seen:?}");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_can_be_written_again_says_what_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let (console, said, seen) = noted();
+        let (files, written) = Files::open(&console).unwrap();
+        let file = files.append_to(&path, None).unwrap();
+        {
+            let mut open = file.0.lock().unwrap();
+            let start = Instant::now();
+            let works = std::mem::replace(&mut open.file, File::create("/dev/full").unwrap());
+            open.write(b"12345", start);
+            open.write(b"678", start);
+            open.file = works;
+            open.write(b"9", start);
+            open.write(b"10\n", start + RETRY_FIRST);
+            open.write(b"11\n", start + RETRY_FIRST);
         }
         drop((files, file, console));
         written.wait().await;
         said.wait().await;
+        assert_eq!(fs::read_to_string(&path).unwrap(), "10\n11\n");
         let seen = seen.lock().unwrap();
         assert!(
-            seen.len() == 1 && seen[0].1.contains("/dev/full cannot be written any more: No space"),
+            seen.len() == 3 && seen[2].1.ends_with("is written again; 9 bytes are missing\n"),
             "{seen:?}"
         );
     }

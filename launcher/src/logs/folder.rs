@@ -1,5 +1,5 @@
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use ice_proto::rendezvous::Round;
@@ -9,25 +9,35 @@ use crate::{Error, LaunchPlan};
 
 /// How much of the end of a log file is read for the report.
 const TAIL: u64 = 8 << 10;
+/// A disk that does not take as much as this is full.
+const PROBE: [u8; 4 << 10] = [b'\n'; 4 << 10];
+/// Where error files may go while the log folder cannot be written, after the folder for temporary files.
+const MEMORY: &str = "/dev/shm";
 
 /// `<log_dir>/<run_id>_<stamp>/`, with `_node<n>` at its end where there are several nodes, and `attempt_<n>/<local rank>/` below.
 pub(crate) struct LogFolder {
-    path: PathBuf,
+    /// `None` if no folder could be made, and the user asked for none.
+    path: Option<PathBuf>,
+    /// Whether the user named it.
+    is_named: bool,
     temporary: Option<TempDir>,
+    /// Has the error files of ranks whose folder cannot be written.
+    elsewhere: Option<TempDir>,
     /// Restarts before the attempt that is under way, and the name of its folder.
     attempt: Option<(u32, String)>,
 }
 
-/// The files of a rank in an attempt.
+/// The files of a rank in an attempt; `None` for those that cannot be written.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct RankFiles {
-    pub(crate) stdout: PathBuf,
-    pub(crate) stderr: PathBuf,
-    pub(crate) error: PathBuf,
-    pub(crate) stacks: PathBuf,
+    pub(crate) stdout: Option<PathBuf>,
+    pub(crate) stderr: Option<PathBuf>,
+    pub(crate) error: Option<PathBuf>,
+    pub(crate) stacks: Option<PathBuf>,
 }
 
 impl LogFolder {
+    /// Makes the folder of the job. A folder that cannot be made is an error if the user wants logs; nothing is started then.
     pub(crate) fn make(plan: &LaunchPlan, round: &Round) -> Result<Self, Error> {
         let fail = |path: &Path| {
             let path = path.to_owned();
@@ -36,19 +46,26 @@ impl LogFolder {
         let (root, temporary) = match &plan.logs.folder {
             // A rank may change its working directory before it writes its error file.
             Some(folder) => (std::path::absolute(folder).map_err(fail(folder))?, None),
-            None => {
-                let folder = tempfile::Builder::new()
-                    .prefix("ice-launch-")
-                    .tempdir()
-                    .map_err(fail(&std::env::temp_dir()))?;
-                (folder.path().to_owned(), Some(folder))
-            }
+            None => match temporary_folder(std::env::temp_dir()) {
+                Ok(folder) => (folder.path().to_owned(), Some(folder)),
+                Err(error) if plan.logs.are_wanted() => return Err(fail(&std::env::temp_dir())(error)),
+                Err(_) => return Ok(Self::without_path()),
+            },
         };
         // Several nodes may share the folder, and their local ranks the numbers.
         let node = if round.nodes > 1 { format!("_node{}", round.you.group_rank) } else { String::new() };
         let path = root.join(format!("{}_{}{node}", plan.run_id, round.run_stamp));
-        fs::create_dir_all(&path).map_err(fail(&path))?;
-        Ok(Self { path, temporary, attempt: None })
+        match fs::create_dir_all(&path) {
+            Err(error) if plan.logs.are_wanted() => return Err(fail(&path)(error)),
+            Err(_) => return Ok(Self::without_path()),
+            Ok(()) => {}
+        }
+        let (path, is_named) = (Some(path), temporary.is_none());
+        Ok(Self { path, is_named, temporary, elsewhere: None, attempt: None })
+    }
+
+    fn without_path() -> Self {
+        Self { path: None, is_named: false, temporary: None, elsewhere: None, attempt: None }
     }
 
     /// Begins an attempt. A round that follows a change of the nodes is one, too, though no restart is counted.
@@ -59,43 +76,87 @@ impl LogFolder {
         self.attempt = Some((restarts, format!("attempt_{restarts}{suffix}")));
     }
 
-    fn attempt(&self) -> PathBuf {
-        self.path.join(self.attempt.as_ref().map_or("attempt_0", |(_, name)| name))
+    fn attempt(&self) -> &str {
+        self.attempt.as_ref().map_or("attempt_0", |(_, name)| name)
     }
 
     /// Makes the folder of a rank.
-    pub(crate) fn rank(&self, local_rank: u32) -> Result<RankFiles, Error> {
-        let folder = self.attempt().join(local_rank.to_string());
-        fs::create_dir_all(&folder).map_err(|source| Error::Logs { path: folder.clone(), source })?;
-        Ok(RankFiles {
-            stdout: folder.join("stdout.log"),
-            stderr: folder.join("stderr.log"),
-            error: folder.join("error.json"),
-            stacks: folder.join("stacks.txt"),
-        })
+    ///
+    /// # Errors
+    /// The path that cannot be written, and why.
+    pub(crate) fn rank(&self, local_rank: u32) -> Result<RankFiles, (PathBuf, io::Error)> {
+        let Some(path) = &self.path else {
+            let none =
+                io::Error::new(io::ErrorKind::NotFound, "no folder for temporary files can be written");
+            return Err((std::env::temp_dir(), none));
+        };
+        let folder = path.join(self.attempt()).join(local_rank.to_string());
+        match make_writable(&folder) {
+            Ok(()) => Ok(RankFiles {
+                stdout: Some(folder.join("stdout.log")),
+                stderr: Some(folder.join("stderr.log")),
+                ..RankFiles::about(&folder)
+            }),
+            Err(error) => Err((folder, error)),
+        }
+    }
+
+    /// The files of a rank whose folder cannot be written: its last words may still fit into another one. Its output has no files.
+    pub(crate) fn rank_elsewhere(&mut self, local_rank: u32) -> RankFiles {
+        if self.elsewhere.is_none() {
+            let roots = [std::env::temp_dir(), MEMORY.into()];
+            self.elsewhere = roots.into_iter().find_map(|root| {
+                let folder = temporary_folder(root).ok()?;
+                probe(folder.path()).ok().map(|()| folder)
+            });
+        }
+        let Some(elsewhere) = &self.elsewhere else { return RankFiles::default() };
+        let folder = elsewhere.path().join(self.attempt()).join(local_rank.to_string());
+        match make_writable(&folder) {
+            Ok(()) => RankFiles::about(&folder),
+            Err(_) => RankFiles::default(),
+        }
     }
 
     /// The folder of the job.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    pub(crate) fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// The file for lines that are written once more: `stdout` or `stderr` of all ranks of an attempt.
-    pub(crate) fn filtered(&self, stream: &str) -> PathBuf {
-        self.attempt().join(format!("filtered_{stream}.log"))
+    pub(crate) fn filtered(&self, stream: &str) -> Option<PathBuf> {
+        Some(self.path()?.join(self.attempt()).join(format!("filtered_{stream}.log")))
     }
 
     /// Whether the user named the folder.
     pub(crate) fn is_named(&self) -> bool {
-        self.temporary.is_none()
+        self.is_named
     }
 
-    /// Keeps a temporary folder after the end.
+    /// Keeps temporary folders after the end.
     pub(crate) fn keep(&mut self) {
-        if let Some(folder) = self.temporary.take() {
+        for folder in [self.temporary.take(), self.elsewhere.take()].into_iter().flatten() {
             let _ = folder.keep();
         }
     }
+}
+
+fn temporary_folder(root: PathBuf) -> io::Result<TempDir> {
+    tempfile::Builder::new().prefix("ice-launch-").tempdir_in(root)
+}
+
+/// Makes a folder that has room for more than its own name.
+fn make_writable(folder: &Path) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    probe(folder)
+}
+
+/// A folder can often be made on a disk that takes no file any more, or no byte.
+fn probe(folder: &Path) -> io::Result<()> {
+    let path = folder.join(".probe");
+    let written = File::create(&path).and_then(|mut file| file.write_all(&PROBE));
+    let removed = fs::remove_file(&path);
+    written.and(removed)
 }
 
 /// The last lines of a file.
@@ -111,8 +172,14 @@ pub(crate) fn last_lines(path: &Path, count: usize) -> io::Result<Vec<String>> {
 }
 
 impl RankFiles {
+    /// The files in a folder that tell about a failure.
+    fn about(folder: &Path) -> Self {
+        let (error, stacks) = (Some(folder.join("error.json")), Some(folder.join("stacks.txt")));
+        Self { stdout: None, stderr: None, error, stacks }
+    }
+
     /// The last lines of the stderr file, where there is one.
     pub(crate) fn stderr_tail(&self, count: usize) -> Vec<String> {
-        last_lines(&self.stderr, count).unwrap_or_default()
+        self.stderr.as_ref().and_then(|path| last_lines(path, count).ok()).unwrap_or_default()
     }
 }

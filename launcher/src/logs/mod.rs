@@ -3,6 +3,7 @@
 mod console;
 mod files;
 mod folder;
+mod health;
 mod prefix;
 mod pump;
 mod status;
@@ -11,5 +12,6 @@ mod writer;
 pub(crate) use console::{Console, Target, can_rewrite};
 pub(crate) use files::{Files, LogFile};
 pub(crate) use folder::{LogFolder, RankFiles};
+pub(crate) use health::Health;
 pub(crate) use prefix::{Names, coloured, prefix};
 pub(crate) use pump::{Filtered, Pump, Sink, TAIL_LINES, pipe};

@@ -17,6 +17,8 @@ pub(crate) struct Failure {
     pub(crate) program: PathBuf,
     pub(crate) root_cause: RankFailure,
     pub(crate) others: Vec<OtherRank>,
+    /// The first log or report of the job that could not be written, and why.
+    pub(crate) log_failure: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -98,6 +100,9 @@ impl fmt::Display for Failure {
         match &root.logs {
             Some(logs) => writeln!(f, "  logs     {}", logs.display())?,
             None => writeln!(f, "  logs     none: --tee 3 and --redirects 3 keep what ranks write")?,
+        }
+        if let Some(failure) = &self.log_failure {
+            writeln!(f, "  missing  {failure}")?;
         }
         let those = |end| self.others.iter().filter(move |other| other.end == end);
         for other in those(OtherEnd::Failed) {

@@ -25,13 +25,24 @@ pub(crate) struct Summary {
     rounds: Vec<RoundRecord>,
     /// The share of the time in steps that were applied, from 0 to 1; null for a program that tells of no steps.
     goodput: Option<f64>,
+    /// The first log or report that could not be written, and why.
+    log_failure: Option<String>,
 }
 
 impl Summary {
     pub(crate) fn new(run_id: &str) -> Self {
         let (failures, rounds) = (Vec::new(), Vec::new());
         let (run_id, outcome) = (run_id.to_owned(), "running");
-        Self { version: VERSION, run_id, outcome, exit_code: None, failures, rounds, goodput: None }
+        Self {
+            version: VERSION,
+            run_id,
+            outcome,
+            exit_code: None,
+            failures,
+            rounds,
+            goodput: None,
+            log_failure: None,
+        }
     }
 
     pub(crate) fn add(&mut self, failure: Failure) {
@@ -56,10 +67,19 @@ impl Summary {
         self.exit_code = Some(code.code());
     }
 
-    /// Writes it whole into a folder: beside, then renamed.
-    pub(crate) fn write(&self, folder: &Path) -> io::Result<()> {
-        let beside = folder.join("report.json.partial");
-        fs::write(&beside, serde_json::to_vec_pretty(self)?)?;
-        fs::rename(&beside, folder.join("report.json"))
+    pub(crate) fn set_log_failure(&mut self, failure: Option<String>) {
+        self.log_failure = failure;
+    }
+
+    /// Writes it whole: beside, then renamed.
+    pub(crate) fn write(&self, path: &Path) -> io::Result<()> {
+        let beside = path.with_extension("json.partial");
+        let written = fs::write(&beside, serde_json::to_vec_pretty(self)?);
+        if let Err(error) = written {
+            // A full disk may keep a part of it.
+            let _ = fs::remove_file(&beside);
+            return Err(error);
+        }
+        fs::rename(&beside, path)
     }
 }

@@ -26,7 +26,7 @@ impl<'a> Environment<'a> {
     }
 
     /// The variables of a rank, for one that lives.
-    pub(crate) fn as_message(&self, local_rank: u32, error_file: &Path) -> Down {
+    pub(crate) fn as_message(&self, local_rank: u32, error_file: Option<&Path>) -> Down {
         let variables = self.of(local_rank, error_file).into_iter();
         Down::Round { variables: variables.map(|(name, value)| (name.to_owned(), value)).collect() }
     }
@@ -48,7 +48,7 @@ impl<'a> Environment<'a> {
     }
 
     /// The variables of a rank.
-    pub(crate) fn of(&self, local_rank: u32, error_file: &Path) -> Vec<(&'static str, String)> {
+    pub(crate) fn of(&self, local_rank: u32, error_file: Option<&Path>) -> Vec<(&'static str, String)> {
         let (plan, round) = (self.plan, self.round);
         let rank = (round.you.first_rank + local_rank).to_string();
         let world_size = round.world_size;
@@ -70,13 +70,13 @@ impl<'a> Environment<'a> {
             (names::TORCHELASTIC_MAX_RESTARTS, plan.restarts.max_restarts.to_string()),
             (names::TORCHELASTIC_RUN_ID, plan.run_id.clone()),
             (names::TORCHELASTIC_USE_AGENT_STORE, "True".into()),
-            (names::TORCHELASTIC_ERROR_FILE, error_file.display().to_string()),
             (names::TORCHELASTIC_SIGNALS_TO_HANDLE, signals(plan)),
             (names::ICE_DEVICE, placed.map(|placed| placed.device.to_string()).unwrap_or_default()),
             (names::ICE_DIST_BACKEND, plan.backend.to_string()),
             (names::ICE_ROUND, round.number.to_string()),
             (names::ICE_RUN_STAMP, round.run_stamp.clone()),
         ];
+        variables.extend(error_file.map(|file| (names::TORCHELASTIC_ERROR_FILE, file.display().to_string())));
         if unset(names::TORCH_NCCL_ASYNC_ERROR_HANDLING) {
             variables.push((names::TORCH_NCCL_ASYNC_ERROR_HANDLING, "1".into()));
         }

@@ -1,8 +1,23 @@
-//! Open files: the agent takes as many as it may have, and its ranks get what the agent was started with.
+//! What the agent changes for itself, and gives back to its ranks between fork and exec: the number of open files, of which it takes
+//! as many as it may have, and SIGXFSZ, which it ignores.
 
-use std::sync::OnceLock;
+#![expect(unsafe_code, reason = "the action of a signal")]
 
-use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
+use std::fs;
+use std::io;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, rlim_t, setrlimit};
+use nix::sys::signal::{SigHandler, Signal, signal};
+
+use crate::Error;
+
+/// Open files of the agent itself, and of each rank: its link, its process, two pipes, and its connection to the store.
+const FILES_OF_AGENT: u64 = 20;
+const FILES_OF_RANK: u64 = 5;
+/// Threads of the agent: console, files, names of hosts, a source of notices.
+const THREADS: usize = 4;
 
 /// Soft and hard limit that the agent was started with.
 static INHERITED: OnceLock<(rlim_t, rlim_t)> = OnceLock::new();
@@ -25,4 +40,84 @@ pub(super) fn inherited_open_files() -> Option<(rlim_t, rlim_t)> {
 /// Sets a rank's limit; a system call and nothing else.
 pub(super) fn set_open_files((soft, hard): (rlim_t, rlim_t)) -> nix::Result<()> {
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard)
+}
+
+/// Whether SIGXFSZ had its default action when the agent was started.
+static HAD_DEFAULT: OnceLock<bool> = OnceLock::new();
+
+/// Makes a file that reaches the limit of its size (`ulimit -f`) an error, like a disk that is full, and not the end of the agent.
+pub(crate) fn survive_file_size() {
+    // SAFETY: nothing else in this process depends on the action of this signal, and no handler is set.
+    match unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) } {
+        Ok(before) => _ = HAD_DEFAULT.set(matches!(before, SigHandler::SigDfl)),
+        Err(error) => tracing::debug!(%error, "SIGXFSZ is not ignored"),
+    }
+}
+
+/// Whether a rank gets the default action; looked up before the fork.
+pub(super) fn file_size_ends() -> bool {
+    HAD_DEFAULT.get().copied().unwrap_or(false)
+}
+
+/// Restores the default action; a system call and nothing else.
+pub(super) fn restore_file_size() -> nix::Result<()> {
+    // SAFETY: this is the only thread of a process that is about to become another program.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigDfl) }.map(drop)
+}
+
+/// Checks that the agent and this number of ranks can be started at all.
+///
+/// # Errors
+/// Names the limit, its value and what raises it.
+pub(crate) fn check_limits(ranks: u32) -> Result<(), Error> {
+    let open = fs::read_dir("/proc/self/fd").map_or(0, |files| files.count() as u64);
+    let needed = open + FILES_OF_AGENT + FILES_OF_RANK * u64::from(ranks);
+    if getrlimit(Resource::RLIMIT_NOFILE).is_ok_and(|(soft, _)| soft < needed) {
+        let why = format!("{needed} open files are needed{}", limit(nix::libc::EMFILE));
+        return Err(Error::Limit(why));
+    }
+    threads_start().map_err(|error| Error::Limit(format!("a thread: {}", explained(&error))))
+}
+
+/// Whether threads can be started: the runtime would panic later on.
+fn threads_start() -> io::Result<()> {
+    let all_run = Arc::new(Mutex::new(()));
+    let held = all_run.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut threads = Vec::new();
+    for _ in 0..THREADS {
+        let all_run = Arc::clone(&all_run);
+        threads.push(thread::Builder::new().spawn(move || drop(all_run.lock()))?);
+    }
+    drop(held);
+    threads.into_iter().for_each(|thread| _ = thread.join());
+    Ok(())
+}
+
+/// An error of the system with the limit that it comes from.
+pub(crate) fn explained(error: &io::Error) -> String {
+    format!("{error}{}", error.raw_os_error().map(limit).unwrap_or_default())
+}
+
+/// The limit that an error number stands for, with its value and what raises it.
+fn limit(errno: i32) -> String {
+    let value = |resource| match getrlimit(resource) {
+        Ok((soft, _)) if soft != RLIM_INFINITY => soft.to_string(),
+        _ => "no number".into(),
+    };
+    let (what, value, hint) = match errno {
+        nix::libc::EMFILE => {
+            let hint = "ulimit -Hn 65536 as root; for a container --ulimit nofile=65536";
+            ("open files are", value(Resource::RLIMIT_NOFILE), hint)
+        }
+        nix::libc::EAGAIN => {
+            let hint = "ulimit -u unlimited; for a container --pids-limit -1";
+            ("processes and threads of this user are", value(Resource::RLIMIT_NPROC), hint)
+        }
+        nix::libc::ENOMEM => {
+            let hint = "ulimit -v unlimited; free -h";
+            ("bytes of memory of a process are", value(Resource::RLIMIT_AS), hint)
+        }
+        _ => return String::new(),
+    };
+    format!(": {what} limited to {value}\nhint: {hint}")
 }

@@ -9,7 +9,7 @@ mod signals;
 mod stacks;
 
 pub(crate) use environment::Environment;
-pub(crate) use limits::raise_open_files;
+pub(crate) use limits::{check_limits, explained, raise_open_files, survive_file_size};
 pub(crate) use orphans::Orphans;
 pub(crate) use proc::{cpu_times, handles};
 pub(crate) use process::{Rank, Stdio, spawn};

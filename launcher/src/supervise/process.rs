@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command};
 
-use ice_proto::env::{ICE_LINK_FD, ICE_RDZV_TLS, ICE_RDZV_TOKEN};
+use ice_proto::env::{ICE_LINK_FD, ICE_RDZV_TLS, ICE_RDZV_TOKEN, TORCHELASTIC_ERROR_FILE};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl;
@@ -58,11 +58,14 @@ pub(crate) fn spawn(
     [stdout, stderr]: [Stdio; 2],
 ) -> io::Result<Rank> {
     let mut command = Command::new(&program.path);
+    // The launcher's own error file, if it has one, is not that of a rank.
+    command.env_remove(TORCHELASTIC_ERROR_FILE);
     command.args(program.args_of(local_rank)).envs(variables).env(ICE_LINK_FD, link.as_raw_fd().to_string());
     command.env_remove(ICE_RDZV_TOKEN).env_remove(ICE_RDZV_TLS).stdout(stdout).stderr(stderr);
     let cpus = cpus.map(cpu_set).transpose()?;
     let (link_fd, agent) = (link.as_raw_fd(), getpid());
     let open_files = limits::inherited_open_files();
+    let file_size_ends = limits::file_size_ends();
     let before_exec = move || {
         setsid()?;
         prctl::set_pdeathsig(Signal::SIGKILL)?;
@@ -75,6 +78,9 @@ pub(crate) fn spawn(
         }
         if let Some(inherited) = open_files {
             limits::set_open_files(inherited)?;
+        }
+        if file_size_ends {
+            limits::restore_file_size()?;
         }
         pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
         // SAFETY: the caller holds the descriptor open over the fork.

@@ -3,9 +3,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod disk;
 mod environment;
 mod failures;
 mod hangs;
+mod limits;
 mod nodes;
 mod options;
 mod output;

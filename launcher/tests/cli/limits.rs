@@ -1,0 +1,54 @@
+//! Limits of the system that leave no room for a job.
+
+use std::process::Command;
+
+use crate::support::{launch, run};
+
+/// The command after a line of bash.
+fn after(line: &str, command: &Command) -> Command {
+    let mut limited = Command::new("bash");
+    limited.args(["-c", &format!("{line} && exec \"$@\""), "bash"]);
+    limited.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => limited.env(name, value),
+            None => limited.env_remove(name),
+        };
+    }
+    limited
+}
+
+#[test]
+fn too_few_open_files_start_nothing_and_name_the_limit() {
+    let command = launch(&["--devices", "cpu"], "echo started");
+    for limit in [5, 6, 9, 14, 15, 16, 20] {
+        let outcome = run(after(&format!("ulimit -n {limit}"), &command));
+        outcome
+            .expect(2, &["cannot start: ", &format!("open files are limited to {limit}\nhint: ulimit -Hn ")]);
+        assert!(outcome.stdout.is_empty() && !outcome.stderr.contains("panicked"), "{outcome:#?}");
+    }
+    let outcome = run(after("ulimit -n 40", &command));
+    assert_eq!(outcome.expect(0, &[]).stdout, ["started"]);
+}
+
+#[test]
+fn too_few_processes_are_an_error_and_no_panic() {
+    let command = launch(&["--devices", "cpu"], "echo started");
+    // The number counts for a user other than root, and for all processes of that user.
+    let user = std::process::id() % 10_000 + 70_000;
+    let drop_root = format!("setpriv --reuid {user} --regid {user} --clear-groups");
+    let mut may_run = Command::new("bash");
+    may_run.args(["-c", &format!("{drop_root} test -x \"$0\"")]).arg(command.get_program());
+    if !may_run.status().is_ok_and(|status| status.success()) {
+        eprintln!("skipped: another user cannot run the launcher");
+        return;
+    }
+    for limit in 1..=4 {
+        let mut limited = Command::new("bash");
+        let line = format!("exec {drop_root} bash -c 'ulimit -u {limit} && exec \"$@\"' bash \"$@\"");
+        limited.args(["-c", &line, "bash"]).arg(command.get_program()).args(command.get_args());
+        let outcome = run(limited);
+        outcome.expect(2, &["cannot start: a thread: ", &format!("of this user are limited to {limit}\n")]);
+        assert!(outcome.stdout.is_empty() && !outcome.stderr.contains("panicked"), "{outcome:#?}");
+    }
+}
