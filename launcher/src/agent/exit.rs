@@ -2,6 +2,8 @@ use std::fmt;
 
 use ice_proto::exit::ExitCode;
 
+use super::cause::Cause;
+
 /// How a rank ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Exit {
@@ -14,11 +16,21 @@ pub(crate) enum Exit {
     },
     /// It was ended because the job stood still.
     Hung(String),
+    /// It ended so, and the agent found out why.
+    Explained(Box<Self>, Cause),
 }
 
 impl Exit {
     pub(crate) fn is_success(&self) -> bool {
         *self == Self::Code(0)
+    }
+
+    /// The same without what was found out about it.
+    pub(crate) fn status(&self) -> &Self {
+        match self {
+            Self::Explained(exit, _) => exit.status(),
+            exit => exit,
+        }
     }
 
     pub(crate) fn code(&self) -> ExitCode {
@@ -27,6 +39,7 @@ impl Exit {
             Self::Signal(signal) => u8::try_from(*signal).map_or(ExitCode::Failure, ExitCode::Signal),
             Self::NotStarted { code, .. } => *code,
             Self::Hung(_) => ExitCode::Failure,
+            Self::Explained(exit, _) => exit.code(),
         }
     }
 }
@@ -41,6 +54,7 @@ impl fmt::Display for Exit {
             },
             Self::NotStarted { reason, .. } => write!(f, "not started: {reason}"),
             Self::Hung(reason) => write!(f, "hung: {reason}"),
+            Self::Explained(exit, cause) => write!(f, "{exit}: {cause}"),
         }
     }
 }

@@ -345,7 +345,7 @@ impl Agent {
     }
 
     fn hopeless(&self, exit: &Exit) -> Option<String> {
-        match exit {
+        match exit.status() {
             // A process for which there is no room now may find some after a restart.
             Exit::NotStarted { code: ExitCode::Failure, .. } => None,
             Exit::NotStarted { .. } => Some("the program cannot be started".into()),

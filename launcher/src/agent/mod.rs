@@ -13,6 +13,7 @@
 //! - **AG-8** A node that was told to stop leaves: at once, or, where its ranks end together with a checkpoint of all nodes', when the
 //!   first of them has ended, or fails, or another node is lost, or they take too long.
 
+mod cause;
 mod events;
 mod exit;
 mod hangs;
@@ -20,6 +21,7 @@ mod machine;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cause::{Cause, OutOfMemory};
 pub(crate) use events::{Action, Ask, End, Event, Rules};
 pub(crate) use exit::Exit;
 pub(crate) use hangs::{Hang, HangWatch};

@@ -20,7 +20,7 @@ use crate::agent::{Ask, End, Exit};
 use crate::logs::{Console, Files, Filtered, LogFile, LogFolder, Names, Pump, RankFiles, Sink, Target};
 use crate::logs::{coloured, pipe, prefix};
 use crate::report::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary};
-use crate::supervise::{Environment, Stdio, explained, spawn};
+use crate::supervise::{Environment, MemoryWatch, Stdio, explained, spawn};
 use crate::{Error, LaunchPlan};
 
 pub(super) struct Group<'a> {
@@ -36,6 +36,8 @@ pub(super) struct Group<'a> {
     round: Option<Round>,
     ranks: BTreeMap<u32, Member>,
     spares: Spares,
+    /// As it was when the round began.
+    memory: MemoryWatch,
     /// How many processes were started.
     started: ProcessId,
     summary: Summary,
@@ -71,7 +73,22 @@ impl<'a> Group<'a> {
         let (logs, round, ranks) = (None, None, BTreeMap::new());
         let host = hostname();
         let spares = Spares::new(plan.spares);
-        Self { plan, host, console, files, events, rewrites, logs, round, ranks, spares, started: 0, summary }
+        let memory = MemoryWatch::default();
+        Self {
+            plan,
+            host,
+            console,
+            files,
+            events,
+            rewrites,
+            logs,
+            round,
+            ranks,
+            spares,
+            memory,
+            started: 0,
+            summary,
+        }
     }
 
     /// The number of the last round.
@@ -121,6 +138,7 @@ impl<'a> Group<'a> {
             }
         }
         let started = missing.iter().map(|(local_rank, _)| *local_rank).collect();
+        self.memory = MemoryWatch::start();
         for (local_rank, files) in missing {
             if let Some(spare) = self.spares.take() {
                 match self.promote(spare, &round, &environment, local_rank, &files, &filtered) {
@@ -386,6 +404,15 @@ impl<'a> Group<'a> {
         let local_rank = self.local_rank(process)?;
         self.ranks.get_mut(&local_rank)?.said(message);
         Some(local_rank)
+    }
+
+    /// How a rank ended, with what the kernel knows about it.
+    pub(super) fn explained(&self, local_rank: u32, exit: Exit) -> Exit {
+        let member = self.ranks.get(&local_rank).filter(|member| !member.was_killed());
+        match member.and_then(|_| self.memory.cause(&exit)) {
+            Some(cause) => Exit::Explained(Box::new(exit), cause),
+            None => exit,
+        }
     }
 
     /// Notes the end of a rank; returns when it failed by its own account.

@@ -32,6 +32,8 @@ pub(super) struct Member {
     parked: Cell<bool>,
     /// Whether it was sent SIGTERM.
     terminated: bool,
+    /// Whether it was sent SIGKILL.
+    killed: Cell<bool>,
     /// What waits for its end, and what listens to it.
     tasks: Vec<JoinHandle<()>>,
     message: Option<String>,
@@ -55,6 +57,7 @@ impl Member {
             knows_link: false,
             parked: Cell::new(false),
             terminated: false,
+            killed: Cell::new(false),
             tasks: Vec::new(),
             message: None,
         }
@@ -136,8 +139,14 @@ impl Member {
     /// Signals its process group while it lives.
     pub(super) fn signal(&self, signal: Signal) {
         if let Some((_, group)) = self.process.filter(|_| self.alive) {
+            self.killed.set(self.killed.get() || signal == Signal::SIGKILL);
             let _ = killpg(group, signal);
         }
+    }
+
+    /// Whether the agent has killed it.
+    pub(super) fn was_killed(&self) -> bool {
+        self.killed.get()
     }
 
     /// Passes a signal on to the process itself; false where it has no handler and would end.

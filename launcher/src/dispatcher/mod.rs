@@ -352,7 +352,7 @@ impl<'a> Dispatcher<'a> {
                     self.group.spare_exited(process, &exit);
                     return None;
                 };
-                let rank = self.group.rank(local_rank);
+                let (rank, exit) = (self.group.rank(local_rank), self.group.explained(local_rank, exit));
                 self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
                 self.hangs.gone(local_rank);
                 if !exit.is_success() {

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::agent::Exit;
+use crate::agent::{Cause, Exit, OutOfMemory};
 
 /// An attempt that failed: all that is known of the rank that failed first, and how the others ended.
 #[derive(Debug, Clone, Serialize)]
@@ -67,16 +67,22 @@ pub(crate) struct ExitRecord {
     pub(crate) signal: Option<i32>,
     /// The same in words.
     pub(crate) exit: String,
+    /// The lack of memory that the kernel ended it for.
+    pub(crate) out_of_memory: Option<OutOfMemory>,
 }
 
 impl From<&Exit> for ExitRecord {
     fn from(exit: &Exit) -> Self {
-        let (exit_code, signal) = match exit {
+        let (exit_code, signal) = match exit.status() {
             Exit::Code(code) => (Some(*code), None),
             Exit::Signal(signal) => (None, Some(*signal)),
-            Exit::NotStarted { .. } | Exit::Hung(_) => (None, None),
+            Exit::NotStarted { .. } | Exit::Hung(_) | Exit::Explained(..) => (None, None),
         };
-        Self { exit_code, signal, exit: exit.to_string() }
+        let out_of_memory = match exit {
+            Exit::Explained(_, Cause::OutOfMemory(memory)) => Some(memory.clone()),
+            _ => None,
+        };
+        Self { exit_code, signal, exit: exit.to_string(), out_of_memory }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod environment;
 mod limits;
+mod memory;
 mod orphans;
 mod proc;
 mod process;
@@ -10,6 +11,7 @@ mod stacks;
 
 pub(crate) use environment::Environment;
 pub(crate) use limits::{check_limits, explained, raise_open_files, survive_file_size};
+pub(crate) use memory::MemoryWatch;
 pub(crate) use orphans::Orphans;
 pub(crate) use proc::{cpu_times, handles};
 pub(crate) use process::{Rank, Stdio, spawn};

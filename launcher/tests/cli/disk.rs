@@ -1,39 +1,12 @@
 //! Disks that are full or cannot be written: they end no job that has begun.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use tempfile::{TempDir, tempdir};
 
 use crate::TWO;
-use crate::support::{Finished, launch, run};
-
-/// Runs a command with a small file system in a folder, which ends with it. `None` if this user may not mount; with
-/// ICE_TEST_NODES that is an error.
-fn with_disk(options: &str, folder: &Path, command: &Command) -> Option<Finished> {
-    let mounting = |script: &str| {
-        let mut unshare = Command::new("unshare");
-        unshare.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh", options]).arg(folder);
-        unshare
-    };
-    let tried = mounting("mount -t tmpfs -o $1 none $2").output().unwrap();
-    if !tried.status.success() {
-        let problem = String::from_utf8_lossy(&tried.stderr);
-        assert!(std::env::var_os("ICE_TEST_NODES").is_none(), "nothing can be mounted: {problem}");
-        eprintln!("skipped: nothing can be mounted: {problem}");
-        return None;
-    }
-    let mut mounted = mounting("mount -t tmpfs -o $1 none $2 && shift 2 && exec \"$@\"");
-    mounted.arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => mounted.env(name, value),
-            None => mounted.env_remove(name),
-        };
-    }
-    Some(run(mounted))
-}
+use crate::support::{launch, run, with_disk, within};
 
 /// Its logs go to a disk, and `DISK` leads there.
 fn logs_on_disk(options: &[&str], script: &str) -> (TempDir, Command) {
@@ -116,20 +89,6 @@ fn a_job_without_logs_needs_no_folder_for_temporary_files() {
     assert!(outcome.stdout.is_empty(), "{outcome:#?}");
 }
 
-/// The command with a limit of this many KiB for files that are written.
-fn with_file_size(limit: u32, command: &Command) -> Command {
-    let mut limited = Command::new("bash");
-    limited.args(["-c", &format!("ulimit -f {limit} && exec \"$@\""), "bash"]);
-    limited.arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => limited.env(name, value),
-            None => limited.env_remove(name),
-        };
-    }
-    limited
-}
-
 #[test]
 fn a_limit_of_the_file_size_costs_logs_and_no_job() {
     let folder = tempdir().unwrap();
@@ -140,7 +99,7 @@ fn a_limit_of_the_file_size_costs_logs_and_no_job() {
     let options = ["--devices", "cpu", "--tee", "1", "--log-dir", logs, "--max-restarts", "1"];
     let mut command = launch(&options, script);
     command.env("FOLDER", folder.path());
-    let outcome = run(with_file_size(16, &command));
+    let outcome = run(within("ulimit -f 16", &command));
     outcome.expect(0, &["stdout.log cannot be written: File too large", "  missing  "]);
     // Ranks have the default action of SIGXFSZ, number 25.
     assert_eq!(outcome.stdout.last().unwrap(), "[default0]:head 153", "{}", outcome.stderr);

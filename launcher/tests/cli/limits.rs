@@ -2,32 +2,18 @@
 
 use std::process::Command;
 
-use crate::support::{launch, run};
-
-/// The command after a line of bash.
-fn after(line: &str, command: &Command) -> Command {
-    let mut limited = Command::new("bash");
-    limited.args(["-c", &format!("{line} && exec \"$@\""), "bash"]);
-    limited.arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => limited.env(name, value),
-            None => limited.env_remove(name),
-        };
-    }
-    limited
-}
+use crate::support::{launch, run, within};
 
 #[test]
 fn too_few_open_files_start_nothing_and_name_the_limit() {
     let command = launch(&["--devices", "cpu"], "echo started");
     for limit in [5, 6, 9, 14, 15, 16, 20] {
-        let outcome = run(after(&format!("ulimit -n {limit}"), &command));
+        let outcome = run(within(&format!("ulimit -n {limit}"), &command));
         outcome
             .expect(2, &["cannot start: ", &format!("open files are limited to {limit}\nhint: ulimit -Hn ")]);
         assert!(outcome.stdout.is_empty() && !outcome.stderr.contains("panicked"), "{outcome:#?}");
     }
-    let outcome = run(after("ulimit -n 40", &command));
+    let outcome = run(within("ulimit -n 40", &command));
     assert_eq!(outcome.expect(0, &[]).stdout, ["started"]);
 }
 

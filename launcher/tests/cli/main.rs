@@ -8,6 +8,7 @@ mod environment;
 mod failures;
 mod hangs;
 mod limits;
+mod memory;
 mod nodes;
 mod options;
 mod output;

@@ -314,3 +314,42 @@ pub(crate) fn executable(path: &std::path::Path, text: impl AsRef<OsStr>) {
     fs::write(path, text.as_ref().as_encoded_bytes()).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
+
+/// A command after a line of bash.
+pub(crate) fn within(line: &str, command: &Command) -> Command {
+    let mut within = Command::new("bash");
+    within.args(["-c", &format!("{line} && exec \"$@\""), "bash"]);
+    add(&mut within, command);
+    within
+}
+
+/// Appends a command with its variables.
+fn add(outer: &mut Command, command: &Command) {
+    outer.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => outer.env(name, value),
+            None => outer.env_remove(name),
+        };
+    }
+}
+
+/// Runs a command with a small file system in a folder, which ends with it. `None` if this user may not mount; with
+/// ICE_TEST_NODES that is an error.
+pub(crate) fn with_disk(options: &str, folder: &std::path::Path, command: &Command) -> Option<Finished> {
+    let mounting = |script: &str| {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh", options]).arg(folder);
+        unshare
+    };
+    let tried = mounting("mount -t tmpfs -o $1 none $2").output().unwrap();
+    if !tried.status.success() {
+        let problem = String::from_utf8_lossy(&tried.stderr);
+        assert!(std::env::var_os("ICE_TEST_NODES").is_none(), "nothing can be mounted: {problem}");
+        eprintln!("skipped: nothing can be mounted: {problem}");
+        return None;
+    }
+    let mut mounted = mounting("mount -t tmpfs -o $1 none $2 && shift 2 && exec \"$@\"");
+    add(&mut mounted, command);
+    Some(run(mounted))
+}

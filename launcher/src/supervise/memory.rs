@@ -1,0 +1,275 @@
+//! Whether the kernel killed a process for lack of memory: counters of its cgroup, of the cgroups above it, and of the machine,
+//! before and after.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statvfs::statvfs;
+
+use crate::agent::{Cause, Exit, OutOfMemory};
+
+/// Limits of cgroups of version 1 from here on are none: the kernel shows the largest multiple of a page.
+const NO_LIMIT: u64 = 1 << 62;
+const SHARED_MEMORY: &str = "/dev/shm";
+/// What shells end with if a program was killed by SIGKILL.
+const KILLED: i32 = 128 + 9;
+
+/// The counters at the start of a round.
+#[derive(Default)]
+pub(crate) struct MemoryWatch {
+    /// The cgroup of the agent, in which its ranks start, and those above it up to the root of the mount.
+    groups: Vec<Group>,
+    /// Processes that were killed on this machine.
+    killed: Option<u64>,
+}
+
+struct Group {
+    folder: PathBuf,
+    /// Its path below the root of the mount.
+    name: String,
+    before: Counts,
+}
+
+/// How often memory ran out.
+#[derive(Default, Clone, Copy)]
+struct Counts {
+    /// How often the limit of this very cgroup was reached.
+    out: u64,
+    /// Processes that were killed in it.
+    killed: u64,
+}
+
+impl MemoryWatch {
+    /// Notes the counters as they are now.
+    pub(crate) fn start() -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let folder = find(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
+        let groups = folder.map(|(mount, folder)| groups(&mount, &folder)).unwrap_or_default();
+        Self { groups, killed: killed_on_machine() }
+    }
+
+    /// Why a process that the agent did not kill ended so, if the kernel knows more than the exit status says.
+    pub(crate) fn cause(&self, exit: &Exit) -> Option<Cause> {
+        match exit {
+            Exit::Signal(nix::libc::SIGKILL) | Exit::Code(KILLED) => self.out_of_memory(true),
+            Exit::Signal(nix::libc::SIGBUS) => {
+                full(Path::new(SHARED_MEMORY)).or_else(|| self.out_of_memory(false))
+            }
+            Exit::Signal(nix::libc::SIGXFSZ) => Some(Cause::FileSize),
+            Exit::Signal(nix::libc::SIGXCPU) => Some(Cause::CpuTime),
+            Exit::Code(code) if *code != 0 => self.out_of_memory(false),
+            _ => None,
+        }
+    }
+
+    fn out_of_memory(&self, itself: bool) -> Option<Cause> {
+        let now: Vec<(&Group, Counts)> =
+            self.groups.iter().map(|group| (group, read(&group.folder))).collect();
+        let has_killed = |(group, now): &(&Group, Counts)| now.killed > group.before.killed;
+        // Those above count what was killed elsewhere in the job, too.
+        let is_near = now.first().is_some_and(has_killed);
+        if is_near || (itself && now.iter().any(has_killed)) {
+            let limited = |group: &&Group| limit(&group.folder).is_some();
+            let ran_out =
+                now.iter().filter(|(group, now)| now.out > group.before.out).map(|(group, _)| *group);
+            let group = ran_out.clone().find(limited).or_else(|| self.groups.iter().find(limited));
+            let memory = match group {
+                Some(group) => OutOfMemory {
+                    cgroup: Some(group.name.clone()),
+                    limit: limit(&group.folder),
+                    peak: peak(&group.folder),
+                    itself,
+                },
+                None => OutOfMemory { cgroup: None, limit: None, peak: None, itself },
+            };
+            return Some(Cause::OutOfMemory(memory));
+        }
+        let machine = itself && killed_on_machine() > self.killed;
+        machine.then_some(Cause::OutOfMemory(OutOfMemory { cgroup: None, limit: None, peak: None, itself }))
+    }
+}
+
+/// Where the memory of this process is limited: the mount, and the folder of its cgroup in it. Version 1 has a line with the name of the
+/// controller; version 2 one without names.
+fn find(cgroups: &str, mounts: &str) -> Option<(PathBuf, PathBuf)> {
+    let path_of = |wanted: &dyn Fn(&str, &str) -> bool| {
+        cgroups.lines().find_map(|line| {
+            let mut parts = line.splitn(3, ':');
+            let (number, names, path) = (parts.next()?, parts.next()?, parts.next()?);
+            wanted(number, names).then(|| path.to_owned())
+        })
+    };
+    let first =
+        path_of(&|_, names| names.split(',').any(|name| name == "memory")).map(|path| ("cgroup", path));
+    let second = path_of(&|number, names| number == "0" && names.is_empty()).map(|path| ("cgroup2", path));
+    [first, second].into_iter().flatten().find_map(|(kind, path)| {
+        mounts.lines().find_map(|line| {
+            // proc_pid_mountinfo(5): the fields after the lone hyphen are type, source and options.
+            let (left, right) = line.split_once(" - ")?;
+            let (left, right): (Vec<&str>, Vec<&str>) =
+                (left.split(' ').collect(), right.split(' ').collect());
+            let has_memory = kind == "cgroup2" || right.get(2)?.split(',').any(|option| option == "memory");
+            if *right.first()? != kind || !has_memory {
+                return None;
+            }
+            let (root, mount) = (Path::new(*left.get(3)?), PathBuf::from(*left.get(4)?));
+            // A container may see a part of the hierarchy alone.
+            let below = Path::new(&path).strip_prefix(root).unwrap_or_else(|_| Path::new(""));
+            let folder = mount.join(below);
+            Some((mount, folder))
+        })
+    })
+}
+
+/// A cgroup and those above it, up to the root of the mount.
+fn groups(mount: &Path, folder: &Path) -> Vec<Group> {
+    let within = folder.ancestors().take_while(|folder| folder.starts_with(mount));
+    within
+        .map(|folder| {
+            let name =
+                folder.strip_prefix(mount).map(|name| format!("/{}", name.display())).unwrap_or_default();
+            Group { folder: folder.to_owned(), name, before: read(folder) }
+        })
+        .collect()
+}
+
+fn read(folder: &Path) -> Counts {
+    let text = |name: &str| fs::read_to_string(folder.join(name)).ok();
+    match text("memory.events") {
+        Some(events) => {
+            // `memory.events` counts those below as well, so that every cgroup above shows the limit of one.
+            let local = text("memory.events.local");
+            let out = number(local.as_deref().unwrap_or(&events), "oom");
+            Counts { out, killed: number(&events, "oom_kill") }
+        }
+        None => Counts {
+            out: text("memory.failcnt").and_then(|text| text.trim().parse().ok()).unwrap_or(0),
+            killed: number(&text("memory.oom_control").unwrap_or_default(), "oom_kill"),
+        },
+    }
+}
+
+fn number(text: &str, name: &str) -> u64 {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
+
+fn first_number(folder: &Path, files: [&str; 2]) -> Option<u64> {
+    let text = |file: &&str| fs::read_to_string(folder.join(file)).ok();
+    files.iter().find_map(text)?.trim().parse().ok()
+}
+
+fn limit(folder: &Path) -> Option<u64> {
+    // `max` is no number.
+    first_number(folder, ["memory.max", "memory.limit_in_bytes"]).filter(|limit| *limit < NO_LIMIT)
+}
+
+fn peak(folder: &Path) -> Option<u64> {
+    first_number(folder, ["memory.peak", "memory.max_usage_in_bytes"])
+}
+
+fn killed_on_machine() -> Option<u64> {
+    Some(number(&fs::read_to_string("/proc/vmstat").ok()?, "oom_kill"))
+}
+
+/// Whether less than a twentieth of a file system is free. What a process had for itself is free again when it has ended.
+fn full(folder: &Path) -> Option<Cause> {
+    let found = statvfs(folder).ok()?;
+    let block = found.fragment_size();
+    let (size, free) = (found.blocks() * block, found.blocks_available() * block);
+    (size > 0 && free < size / 20).then_some(Cause::SharedMemory { used: size - free, size })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KILL: Exit = Exit::Signal(nix::libc::SIGKILL);
+
+    /// A mount with a cgroup in another one, as version 2 has them.
+    fn two_levels() -> (tempfile::TempDir, PathBuf) {
+        let mount = tempfile::tempdir().unwrap();
+        let inner = mount.path().join("job/step");
+        fs::create_dir_all(&inner).unwrap();
+        set(&mount.path().join("job"), "memory.max", "104857600\n");
+        set(&mount.path().join("job"), "memory.peak", "104853504\n");
+        set(&inner, "memory.max", "max\n");
+        for folder in [mount.path().join("job"), inner.clone()] {
+            set(&folder, "memory.events", "low 0\nhigh 0\nmax 7\noom 1\noom_kill 1\noom_group_kill 0\n");
+            set(&folder, "memory.events.local", "low 0\nhigh 0\nmax 7\noom 1\noom_kill 1\n");
+        }
+        (mount, inner)
+    }
+
+    fn set(folder: &Path, file: &str, text: &str) {
+        fs::write(folder.join(file), text).unwrap();
+    }
+
+    fn watch(mount: &Path, folder: &Path) -> MemoryWatch {
+        // The machine may run out of memory for another reason.
+        MemoryWatch { groups: groups(mount, folder), killed: Some(u64::MAX) }
+    }
+
+    #[test]
+    fn the_cgroup_whose_limit_was_reached_is_named() {
+        let (mount, inner) = two_levels();
+        let watch = watch(mount.path(), &inner);
+        assert_eq!(watch.cause(&KILL), None, "nothing has changed");
+        set(&inner, "memory.events", "oom 1\noom_kill 2\n");
+        set(&mount.path().join("job"), "memory.events", "oom 2\noom_kill 2\n");
+        set(&mount.path().join("job"), "memory.events.local", "oom 2\noom_kill 1\n");
+        let memory = |itself| OutOfMemory {
+            cgroup: Some("/job".into()),
+            limit: Some(100 << 20),
+            peak: Some((100 << 20) - 4096),
+            itself,
+        };
+        assert_eq!(watch.cause(&KILL), Some(Cause::OutOfMemory(memory(true))));
+        assert_eq!(watch.cause(&Exit::Code(137)), Some(Cause::OutOfMemory(memory(true))));
+        assert_eq!(watch.cause(&Exit::Code(1)), Some(Cause::OutOfMemory(memory(false))));
+        assert_eq!(watch.cause(&Exit::Code(0)), None);
+        assert_eq!(watch.cause(&Exit::Signal(nix::libc::SIGTERM)), None);
+    }
+
+    #[test]
+    fn what_was_killed_elsewhere_explains_no_exit_code() {
+        let (mount, inner) = two_levels();
+        let watch = watch(mount.path(), &inner);
+        set(&mount.path().join("job"), "memory.events", "oom 2\noom_kill 2\n");
+        assert_eq!(watch.cause(&Exit::Code(1)), None);
+        assert!(watch.cause(&KILL).is_some(), "a program may have moved its rank into a cgroup beside");
+    }
+
+    #[test]
+    fn version_1_counts_in_other_files() {
+        let mount = tempfile::tempdir().unwrap();
+        let folder = mount.path().join("job");
+        fs::create_dir(&folder).unwrap();
+        set(&folder, "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n");
+        set(&folder, "memory.limit_in_bytes", "262144000\n");
+        set(&folder, "memory.max_usage_in_bytes", "262144000\n");
+        set(mount.path(), "memory.limit_in_bytes", "9223372036854771712\n");
+        let watch = watch(mount.path(), &folder);
+        set(&folder, "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n");
+        let text = watch.cause(&KILL).unwrap().to_string();
+        assert_eq!(text, "out of memory: the limit of cgroup /job is 250 MiB, its peak was 250 MiB");
+    }
+
+    #[test]
+    fn the_cgroup_is_found_in_both_versions_and_in_containers() {
+        let first = "35 31 0:32 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                     36 31 0:33 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n";
+        let second = "30 23 0:27 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
+        let part = "30 23 0:27 /docker/7 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        for (cgroups, mounts, mount, folder) in [
+            ("5:cpu:/x\n4:memory:/job\n0::/\n", first, "/sys/fs/cgroup/memory", "/sys/fs/cgroup/memory/job"),
+            ("0::/user.slice/a:b\n", second, "/sys/fs/cgroup", "/sys/fs/cgroup/user.slice/a:b"),
+            ("0::/docker/7/job\n", part, "/sys/fs/cgroup", "/sys/fs/cgroup/job"),
+            ("0::/other\n", part, "/sys/fs/cgroup", "/sys/fs/cgroup"),
+            ("4:memory:/\n0::/job\n", second, "/sys/fs/cgroup", "/sys/fs/cgroup/job"),
+        ] {
+            assert_eq!(find(cgroups, mounts), Some((mount.into(), folder.into())), "{cgroups}");
+        }
+        assert_eq!(find("", first), None);
+    }
+}
