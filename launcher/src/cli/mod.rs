@@ -18,6 +18,7 @@ pub use generate::generate;
 pub(crate) use lists::signals;
 pub(crate) use plan::{HangTimeout, Rotation};
 pub use plan::{LaunchPlan, UsageError};
+pub(crate) use program::Command;
 pub use program::Program;
 pub(crate) use streams::PerRank;
 

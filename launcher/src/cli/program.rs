@@ -3,7 +3,9 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::{env, fs};
+use std::{env, fmt, fs};
+
+use serde::Serialize;
 
 use super::UsageError;
 
@@ -17,6 +19,42 @@ pub struct Program {
     pub path: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
+}
+
+/// What a person started, for reports: the script and not the interpreter that runs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Command {
+    /// The script, `-m` with a module, or the executable.
+    pub(crate) program: String,
+    pub(crate) args: Vec<String>,
+    /// The file that is executed.
+    pub(crate) executable: PathBuf,
+}
+
+/// Characters of a command line that a person sees.
+const SHOWN: usize = 200;
+
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words: Vec<String> =
+            std::iter::once(self.program.clone()).chain(self.args.iter().map(|word| quoted(word))).collect();
+        let line = words.join(" ");
+        match line.char_indices().nth(SHOWN) {
+            Some((end, _)) => write!(f, "{} …", &line[..end]),
+            None => f.write_str(&line),
+        }
+    }
+}
+
+/// A word in one line, as a shell takes it.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "-_./=:,@%+$".contains(c);
+    let word = word.replace('\n', " ");
+    if !word.is_empty() && word.chars().all(is_plain) {
+        word
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }
 
 /// How a program is to be executed.
@@ -59,6 +97,33 @@ impl Program {
             _ => return Ok(Self { path: executable(program)?, args: args.collect() }),
         };
         Ok(Self { path: python()?, args: python_args.into_iter().chain(args).collect() })
+    }
+
+    /// What a person started.
+    pub(crate) fn command(&self) -> Command {
+        let text = |word: &OsStr| word.to_string_lossy().into_owned();
+        let mut words: Vec<String> = self.args.iter().map(|word| text(word)).collect();
+        let program = match (self.interpreter(), words.get(1).map(String::as_str)) {
+            (Some(_), Some("-m")) if words.len() > 2 => {
+                format!("-m {}", words.drain(..3).next_back().unwrap_or_default())
+            }
+            (Some(_), Some(_)) => words.drain(..2).next_back().unwrap_or_default(),
+            _ => text(self.path.as_os_str()),
+        };
+        Command { program, args: words, executable: self.path.clone() }
+    }
+
+    /// The Python that the launcher took for a script or a module.
+    fn interpreter(&self) -> Option<&Path> {
+        let is_python = self.path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"python"));
+        (is_python && self.args.first().is_some_and(|first| first == "-u")).then_some(&self.path)
+    }
+
+    /// The interpreter, if `python` on the command line of a shell would be another one.
+    pub(crate) fn unusual_interpreter(&self) -> Option<&Path> {
+        let interpreter = self.interpreter()?;
+        let usual = in_path(Path::new("python"));
+        (usual.as_deref() != Some(interpreter)).then_some(interpreter)
     }
 
     /// The arguments as this rank gets them.
@@ -136,6 +201,27 @@ mod tests {
         ] {
             assert_eq!(substitute(OsStr::new(argument), b"7"), OsStr::new(expected));
         }
+    }
+
+    #[test]
+    fn a_person_has_started_the_script() {
+        let command = |path: &str, args: &[&str]| {
+            let args = args.iter().map(Into::into).collect();
+            Program { path: path.into(), args }.command()
+        };
+        let script = command("/usr/bin/python3", &["-u", "train.py", "--text", "two words"]);
+        assert_eq!(
+            (script.program.as_str(), script.executable.to_str()),
+            ("train.py", Some("/usr/bin/python3"))
+        );
+        assert_eq!(script.to_string(), "train.py --text 'two words'");
+        assert_eq!(
+            command("/usr/bin/python", &["-u", "-m", "pkg.train", "-x"]).to_string(),
+            "-m pkg.train -x"
+        );
+        assert_eq!(command("/usr/bin/python", &["train.py"]).to_string(), "/usr/bin/python train.py");
+        assert_eq!(command("sh", &["-c", "it's\n", ""]).to_string(), r"sh -c 'it'\''s ' ''");
+        assert!(command("sh", &[&"x".repeat(1000)]).to_string().ends_with("xxx …"));
     }
 
     #[test]

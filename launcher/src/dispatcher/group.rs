@@ -19,6 +19,7 @@ use super::{ProcessId, RankEvent, hostname};
 use crate::agent::{Ask, End, Exit};
 use crate::logs::{Console, Files, Filtered, LogFile, LogFolder, Names, Pump, RankFiles, Sink, Target};
 use crate::logs::{coloured, pipe, prefix};
+use crate::report::exception;
 use crate::report::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary};
 use crate::supervise::{Environment, MemoryWatch, Stdio, explained, spawn};
 use crate::{Error, LaunchPlan};
@@ -99,6 +100,26 @@ impl<'a> Group<'a> {
     /// The node's rank in the last round.
     pub(super) fn place(&self) -> Option<u32> {
         self.round.as_ref().map(|round| round.you.group_rank)
+    }
+
+    /// Nodes and ranks of the last round.
+    pub(super) fn size(&self) -> Option<(u32, u32)> {
+        self.round.as_ref().map(|round| (round.nodes, round.world_size))
+    }
+
+    /// Failures of the job before the last round.
+    pub(super) fn restarts(&self) -> u32 {
+        self.round.as_ref().map_or(0, |round| round.restart_count)
+    }
+
+    /// The folder of the job's logs.
+    pub(super) fn log_folder(&self) -> Option<&Path> {
+        self.logs.as_ref().and_then(LogFolder::path)
+    }
+
+    /// How the job ended.
+    pub(super) fn outcome(&self) -> &'static str {
+        self.summary.outcome()
     }
 
     /// Begins a round: tells it to the ranks that live, and starts the others. One that cannot be started counts as one that ended. Returns
@@ -512,20 +533,22 @@ impl<'a> Group<'a> {
             Some(stacks) => Some(stacks.clone()),
             None => folder.filter(|folder| has_files(folder)).map(Path::to_owned),
         };
+        let stderr = member.last_lines().await;
+        let said = record.as_ref().map(|record| record.message.clone());
         let root_cause = RankFailure {
             rank,
             local_rank: first.local_rank,
             pid: member.pid(),
             exit: ExitRecord::from(&first.exit),
-            message: record.as_ref().map(|record| record.message.clone()),
+            message: said.or_else(|| exception(&stderr)),
             callstack: record.map(|record| record.callstack).filter(|stack| !stack.is_empty()),
-            stderr: member.last_lines().await,
+            stderr,
             logs,
         };
-        let program = self.plan.program.path.clone();
+        let command = self.plan.program.command();
         let log_failure = self.files.health().first_failure();
         let host = self.host.clone();
-        let failure = Failure { attempt, round, host, node, program, root_cause, others, log_failure };
+        let failure = Failure { attempt, round, host, node, command, root_cause, others, log_failure };
         self.console.say(&failure.to_string());
         self.summary.add(failure.clone());
         self.write_summary();

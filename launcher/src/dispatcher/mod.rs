@@ -2,8 +2,10 @@
 //! machine, and its actions become system calls. Nothing is decided here.
 
 mod clock;
+mod finished;
 mod group;
 mod inspect;
+mod leaving;
 mod link;
 mod member;
 mod pausing;
@@ -31,6 +33,7 @@ use crate::report::{Events, ExitRecord, Happened, ProgressLines, Rounds};
 use crate::supervise::{Caught, Orphans, Signals};
 use crate::{Error, LaunchPlan, preempt};
 use clock::Clock;
+use finished::Finished;
 use group::Group;
 use question::Answer;
 
@@ -171,6 +174,10 @@ struct Dispatcher<'a> {
     saved: Option<(String, u64)>,
     /// Why this node leaves the job.
     left: Option<String>,
+    /// The ranks of this node that have ended with 0 while others run.
+    finished: Finished,
+    /// Whether the line at the start was due.
+    is_introduced: bool,
     /// Looks for the coordinator again.
     looking: Option<Looking>,
 }
@@ -219,14 +226,16 @@ impl<'a> Dispatcher<'a> {
             run_stamp: None,
             saved: None,
             left: None,
+            finished: Finished::default(),
+            is_introduced: false,
             looking: None,
         }
     }
 
     async fn run(mut self, signals: &mut Signals) -> Result<ExitCode, Error> {
-        let program = self.plan.program.path.display().to_string();
+        let command = self.plan.program.command();
         let (ranks, host) = (self.plan.devices.len(), hostname());
-        self.log.add(&Happened::AgentStarted { pid: std::process::id(), host, ranks, program });
+        self.log.add(&Happened::AgentStarted { pid: std::process::id(), host, ranks, command });
         loop {
             let deadline = self.deadline();
             let wake = self.clock.instant(deadline.unwrap_or_default());
@@ -270,6 +279,7 @@ impl<'a> Dispatcher<'a> {
                 }
                 () = tokio::time::sleep_until(wake), if deadline.is_some() => {
                     self.clock.woke(deadline.unwrap_or_default());
+                    self.say_finished();
                     self.look().or(Some(Event::Tick))
                 }
             };
@@ -290,7 +300,8 @@ impl<'a> Dispatcher<'a> {
         let silence = self.hangs.silence().filter(|_| self.agent.is_regrouping()).map(|(due, _)| due);
         let hang = self.hangs.deadline().filter(|_| watching).or(silence);
         let sample = self.hangs.sampling().filter(|_| watching).map(|_| self.sample_at);
-        [self.agent.deadline(), hang, sample].into_iter().flatten().min()
+        let finished = self.finished.deadline().filter(|_| self.agent.is_running());
+        [self.agent.deadline(), hang, sample, finished].into_iter().flatten().min()
     }
 
     fn caught(&mut self, caught: Caught) -> Option<Event> {
@@ -355,8 +366,9 @@ impl<'a> Dispatcher<'a> {
                 let (rank, exit) = (self.group.rank(local_rank), self.group.explained(local_rank, exit));
                 self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
                 self.hangs.gone(local_rank);
-                if !exit.is_success() {
-                    self.trouble.get_or_insert(now);
+                match exit.is_success() {
+                    true => self.finished.add(rank, now),
+                    false => _ = self.trouble.get_or_insert(now),
                 }
                 self.paused.remove(&local_rank);
                 self.console.no_status();
@@ -484,24 +496,7 @@ impl<'a> Dispatcher<'a> {
                     self.log.add(&Happened::Decision { text });
                 }
                 Action::Exit(code) => {
-                    self.end_round("this node leaves");
-                    let now = self.clock.now();
-                    if let Some(summary) = self.rounds.summary(now) {
-                        self.console.note(&summary);
-                    }
-                    if let ExitCode::Requeue(number) = code {
-                        let from = match &self.saved {
-                            Some((path, step)) => format!(", and it can go on after step {step} from {path}"),
-                            None => String::new(),
-                        };
-                        let what = format!("preempted: start the job again (exit code {number}){from}");
-                        self.console.note(&what);
-                    } else if code != ExitCode::Success
-                        && let Some((path, step)) = &self.saved
-                    {
-                        self.console.note(&format!("the newest checkpoint, after step {step}, is {path}"));
-                    }
-                    self.group.finish(code, &self.rounds, now);
+                    self.leave(code);
                     return Ok(Some(code));
                 }
             }
@@ -523,7 +518,7 @@ impl<'a> Dispatcher<'a> {
         let (host, port) = self.meeting.address();
         let began = round.clone();
         let started = self.group.spawn(round, (&host, port))?;
-        self.trouble = None;
+        (self.trouble, self.finished) = (None, Finished::default());
         self.rounds.start(self.clock.now(), &began, started.clone());
         (self.inspecting, self.sample_at) = (false, self.clock.now());
         self.hangs.start(self.plan.local_world_size(), nodes);
@@ -534,6 +529,7 @@ impl<'a> Dispatcher<'a> {
             let rank = self.group.rank(local_rank);
             self.log.add(&Happened::RankStarted { rank, local_rank, pid });
         }
+        self.introduce();
         Ok(())
     }
 

@@ -20,6 +20,17 @@ impl Dispatcher<'_> {
         hang.and_then(|hang| self.hung(hang))
     }
 
+    /// Says which ranks have ended long before the others.
+    pub(super) fn say_finished(&mut self) {
+        if self.agent.is_running() {
+            let running: Vec<u32> =
+                self.group.living().into_keys().map(|rank| self.group.rank(rank)).collect();
+            if let Some(line) = self.finished.line(self.clock.now(), &running) {
+                self.console.note(&line);
+            }
+        }
+    }
+
     /// What is known of the ranks, CPU times included.
     fn sampled(&mut self, now: Duration) -> &HangWatch {
         if let Some(period) = self.hangs.sampling().filter(|_| now >= self.sample_at) {

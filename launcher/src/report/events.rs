@@ -4,6 +4,7 @@ use ice_proto::link::Request;
 use serde::Serialize;
 
 use super::failure::ExitRecord;
+use crate::cli::Command;
 use crate::logs::{Files, LogFile};
 
 /// Grows when a field changes its meaning or goes; new events and fields may come at any time.
@@ -14,7 +15,13 @@ const VERSION: u32 = 1;
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(crate) enum Happened {
     /// The agent is there.
-    AgentStarted { pid: u32, host: String, ranks: usize, program: String },
+    AgentStarted {
+        pid: u32,
+        host: String,
+        ranks: usize,
+        #[serde(flatten)]
+        command: Command,
+    },
     /// The nodes have agreed.
     RoundStarted { round: u64, attempt: u32, nodes: u32, node: u32, world_size: u32 },
     /// A process was started.

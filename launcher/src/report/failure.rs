@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::agent::{Cause, Exit, OutOfMemory};
+use crate::cli::Command;
 
 /// An attempt that failed: all that is known of the rank that failed first, and how the others ended.
 #[derive(Debug, Clone, Serialize)]
@@ -14,7 +15,8 @@ pub(crate) struct Failure {
     pub(crate) host: String,
     /// Rank of the node.
     pub(crate) node: u32,
-    pub(crate) program: PathBuf,
+    #[serde(flatten)]
+    pub(crate) command: Command,
     pub(crate) root_cause: RankFailure,
     pub(crate) others: Vec<OtherRank>,
     /// The first log or report of the job that could not be written, and why.
@@ -93,7 +95,7 @@ impl fmt::Display for Failure {
         writeln!(f, "ice-launch: rank {} failed: {}", root.rank, root.exit.exit)?;
         writeln!(f, "  node     {} ({})", self.node, self.host)?;
         writeln!(f, "  rank     {} (local rank {}), pid {pid}", root.rank, root.local_rank)?;
-        writeln!(f, "  program  {}", self.program.display())?;
+        writeln!(f, "  program  {}", self.command)?;
         if let Some(message) = &root.message {
             writeln!(f, "  error    {message}")?;
         }

@@ -53,6 +53,11 @@ impl Summary {
         (self.rounds, self.goodput) = (rounds.to_vec(), goodput);
     }
 
+    /// `running`, or how the job ended.
+    pub(crate) fn outcome(&self) -> &'static str {
+        self.outcome
+    }
+
     pub(crate) fn has_failures(&self) -> bool {
         !self.failures.is_empty()
     }

@@ -6,7 +6,7 @@ use serde_json::Value;
 use tempfile::tempdir;
 
 use crate::TWO;
-use crate::support::{Gate, Job, launch};
+use crate::support::{Gate, Job, executable, ice_launch, launch, run};
 
 #[test]
 fn events_and_report_tell_the_whole_story() {
@@ -112,4 +112,53 @@ fn the_failure_that_came_first_is_the_cause() {
         5,
         &["rank 0 failed: exit code 5", "error    the cause", "later    rank 1: exit code 6: a victim"],
     );
+}
+
+#[test]
+fn a_script_is_named_and_its_exception_is_the_message() {
+    let folder = tempdir().unwrap();
+    let (script, python) = (folder.path().join("train.py"), folder.path().join("python"));
+    fs::write(&script, "").unwrap();
+    let traceback = "#!/bin/sh
+cat >&2 <<END
+Traceback (most recent call last):
+  File \"train.py\", line 1, in <module>
+    main()
+ValueError: no such colour
+while painting
+END
+exit 1";
+    executable(&python, traceback);
+    let (logs, events) = (folder.path().join("logs"), folder.path().join("events.jsonl"));
+    let mut command = ice_launch();
+    command.args(["--devices", "cpu", "--log-dir"]).arg(&logs).arg("--events").arg(&events);
+    command.arg(&script).args(["--lr", "0.1"]).env("PYTHON_EXEC", &python);
+    let (name, python) = (script.to_str().unwrap(), python.to_str().unwrap());
+    let logs_of = logs.join("none_");
+    let outcome = run(command);
+    outcome.expect(
+        1,
+        &[
+            &format!("ice-launch: run none: 1 rank on 1 node, {python}, logs in {}", logs_of.display()),
+            &format!("  program  {name} --lr 0.1\n  error    ValueError: no such colour\n"),
+            "ice-launch: run none failed (exit code 1) after ",
+            " s, no restarts\n",
+        ],
+    );
+    let run = fs::read_dir(&logs).unwrap().next().unwrap().unwrap().path();
+    let report: Value = serde_json::from_slice(&fs::read(run.join("report.json")).unwrap()).unwrap();
+    let failure = &report["failures"][0];
+    assert_eq!(failure["root_cause"]["message"], "ValueError: no such colour", "{report}");
+    let text = fs::read_to_string(&events).unwrap();
+    let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    for record in [failure, &first] {
+        assert_eq!((&record["program"], &record["executable"]), (&Value::from(name), &Value::from(python)));
+        assert_eq!(record["args"], Value::from(vec!["--lr", "0.1"]), "{record}");
+    }
+}
+
+#[test]
+fn a_job_of_defaults_says_nothing_to_a_pipe() {
+    let outcome = run(launch(&TWO, "echo done"));
+    assert_eq!(outcome.expect(0, &[]).stderr, "");
 }
