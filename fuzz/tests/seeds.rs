@@ -22,6 +22,8 @@ fn hello(agent: u64, nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinato
         node_rank,
         nnodes,
         local_world_size: 2,
+        role: "default".into(),
+        ranks_store: None,
         restarts: RestartPolicy { max_restarts: 2, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: KeepAlive::default(),
         agent,
@@ -34,8 +36,8 @@ fn hello(agent: u64, nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinato
 }
 
 fn round() -> Round {
-    let you = Member { group_rank: 1, first_rank: 2, local_world_size: 2, ranks_on_host: 4 };
-    Round { number: 3, restart_count: 1, nodes: 2, world_size: 4, run_stamp: "stamp".into(), you }
+    let you = Member { group_rank: 1, first_rank: 2, local_world_size: 2, ranks_on_host: 4, first_role_rank: 0, role_world_size: 2 };
+    Round { number: 3, restart_count: 1, nodes: 2, world_size: 4, run_stamp: "stamp".into(), ranks_store: None, you }
 }
 
 #[test]

@@ -31,5 +31,14 @@ pub fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
     let outcome = runtime.block_on(dispatcher::run(plan));
     runtime.shutdown_background();
+    if let Err(error) = &outcome {
+        record_failure(error);
+    }
     outcome
+}
+
+/// Writes an error that keeps a job from starting to the file that `TORCHELASTIC_ERROR_FILE` names
+/// for the launcher, if any. [`run`] does so itself for errors of its own and for failed jobs.
+pub fn record_failure(error: &dyn std::error::Error) {
+    report::ErrorDocument::of_launcher(&error.to_string()).write();
 }

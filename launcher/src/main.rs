@@ -26,7 +26,10 @@ fn main() -> process::ExitCode {
         .init();
     let plan = match cli.plan() {
         Ok(plan) => plan,
-        Err(error) => return fail(&error, ExitCode::Usage),
+        Err(error) => {
+            ice_launch::record_failure(&error);
+            return fail(&error, ExitCode::Usage);
+        }
     };
     match ice_launch::run(plan) {
         Ok(code) => code.into(),

@@ -87,6 +87,8 @@ fn hello(nnodes: (u32, u32), number: u32) -> Hello {
         node_rank: None,
         nnodes,
         local_world_size: 8,
+        role: "default".into(),
+        ranks_store: None,
         restarts: RestartPolicy { max_restarts: 3, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: KeepAlive::default(),
         agent: number.into(),

@@ -33,6 +33,8 @@ fn hello(node_rank: u32) -> Hello {
         node_rank: Some(node_rank),
         nnodes: (2, 2),
         local_world_size: 2,
+        role: "default".into(),
+        ranks_store: None,
         restarts: RestartPolicy { max_restarts: 0, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         host: "here".into(),
         keep_alive: KeepAlive::default(),

@@ -24,7 +24,8 @@ impl Launch for HyperGraph {
         if !Worker::is_rank() {
             // The ranks make graphs of their own; this one's memory is better given back.
             drop(self);
-            let plan = LaunchPlan::new(&options.launch, Program::current()?)?;
+            let plan = Program::current().and_then(|program| LaunchPlan::new(&options.launch, program));
+            let plan = plan.inspect_err(|error| ice_launch::record_failure(error))?;
             return match ice_launch::run(plan)? {
                 ExitCode::Success => Ok(()),
                 failed => Err(Error::Job(failed)),

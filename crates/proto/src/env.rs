@@ -46,7 +46,7 @@ variables! {
     TORCHELASTIC_MAX_RESTARTS,
     /// Identifier of the job.
     TORCHELASTIC_RUN_ID,
-    /// `True`: the agent serves the store, no rank may.
+    /// `True`: the agent serves the store, no rank may. `False`: rank 0 serves it.
     TORCHELASTIC_USE_AGENT_STORE,
     /// File that a failing rank writes its last words to.
     TORCHELASTIC_ERROR_FILE,
@@ -64,6 +64,9 @@ variables! {
     ICE_DIST_BACKEND,
     /// Number of the round that the rank was started in, from 0.
     ICE_ROUND,
+    /// `host:port` of the agents' store, which a program written with the runtime meets in even if
+    /// rank 0 serves the store of `MASTER_ADDR` and `MASTER_PORT`.
+    ICE_STORE,
     /// Set where the process is a spare: it is no rank yet, and waits for the agent to make it one.
     ICE_SPARE,
     /// `<MMDDHHmm>_<random>`: the same for all ranks and rounds of one job, part of its folders' names.
@@ -145,6 +148,13 @@ impl RankEnv {
             return Ok(None);
         }
         let source = Source(&lookup);
+        // A torchrun below ice-launch says `True`, and the variable is the outer job's then.
+        let by_rank = lookup(TORCHELASTIC_USE_AGENT_STORE).is_some_and(|value| value == "False");
+        let of_agents = if by_rank { source.optional::<StoreAddress>(ICE_STORE)? } else { None };
+        let (master_addr, master_port) = match of_agents {
+            Some(StoreAddress(host, port)) => (host, port),
+            None => (source.required(MASTER_ADDR)?, source.required(MASTER_PORT)?),
+        };
         let rank_env = Self {
             local_rank: source.required(LOCAL_RANK)?,
             rank: source.required(RANK)?,
@@ -153,8 +163,8 @@ impl RankEnv {
             world_size: source.required(WORLD_SIZE)?,
             group_world_size: source.or(GROUP_WORLD_SIZE, 1)?,
             role: source.or(ROLE_NAME, "default".into())?,
-            master_addr: source.required(MASTER_ADDR)?,
-            master_port: source.required(MASTER_PORT)?,
+            master_addr,
+            master_port,
             restart_count: source.or(TORCHELASTIC_RESTART_COUNT, 0)?,
             run_id: source.or(TORCHELASTIC_RUN_ID, "none".into())?,
             device: source.optional(ICE_DEVICE)?,
@@ -218,6 +228,19 @@ impl RankEnv {
     }
 }
 
+/// `host:port`; the host may be an IPv6 address without brackets.
+struct StoreAddress(String, u16);
+
+impl FromStr for StoreAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let address = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
+        let (host, port) = address.ok_or("expected HOST:PORT")?;
+        Ok(Self(host.to_owned(), port))
+    }
+}
+
 struct Source<'a, F>(&'a F);
 
 impl<F: Fn(&str) -> Option<String>> Source<'_, F> {
@@ -264,6 +287,17 @@ mod tests {
         let env = RankEnv::read(lookup(&[])).unwrap().unwrap();
         assert_eq!((env.rank, env.world_size, env.device, env.link_fd), (1, 2, None, None));
         assert_eq!(RankEnv::read(|_| None).unwrap(), None);
+    }
+
+    #[test]
+    fn the_agents_store_is_preferred_to_one_that_a_rank_serves() {
+        let by_rank = (TORCHELASTIC_USE_AGENT_STORE, "False");
+        let env = RankEnv::read(lookup(&[by_rank, (ICE_STORE, "fd00::7:29400")])).unwrap().unwrap();
+        assert_eq!((env.master_addr.as_str(), env.master_port), ("fd00::7", 29400));
+        let env = RankEnv::read(lookup(&[(ICE_STORE, "fd00::7:29400")])).unwrap().unwrap();
+        assert_eq!(env.master_port, 29500);
+        let message = RankEnv::read(lookup(&[by_rank, (ICE_STORE, "node0")])).unwrap_err().to_string();
+        assert!(message.contains("ICE_STORE=node0"), "{message}");
     }
 
     #[test]

@@ -12,6 +12,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+/// Most bytes of [`Hello::role`].
+pub const LONGEST_ROLE: usize = 256;
+
 /// Who an agent is; its first message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
@@ -23,6 +26,10 @@ pub struct Hello {
     pub nnodes: (u32, u32),
     /// How many ranks this agent will start.
     pub local_world_size: u32,
+    /// Name of the role of its ranks. Ranks of one role are numbered over all nodes.
+    pub role: String,
+    /// Where the ranks find their store, if this agent names a place other than the endpoint.
+    pub ranks_store: Option<RanksStore>,
     /// When the worker group is started again. All agents must say the same.
     pub restarts: RestartPolicy,
     /// How each end knows that the other lives. All agents must say the same.
@@ -39,6 +46,18 @@ pub struct Hello {
     pub host: String,
     /// Process id of the agent, for messages.
     pub pid: u32,
+}
+
+/// The address of the store that the ranks of a round meet in: `MASTER_ADDR` and `MASTER_PORT`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RanksStore {
+    /// Name or address of its host.
+    pub host: String,
+    /// Its port.
+    pub port: u16,
+    /// Whether rank 0 serves it, and not the agent that has the endpoint. All agents must say the
+    /// same.
+    pub by_rank: bool,
 }
 
 /// How each end of a connection knows that the other lives.
@@ -116,6 +135,10 @@ pub struct Member {
     pub local_world_size: u32,
     /// How many processes of the job are on its host, whichever nodes they belong to.
     pub ranks_on_host: u32,
+    /// Rank of its first process among those of its role; the others follow.
+    pub first_role_rank: u32,
+    /// How many processes of its role there are on all nodes.
+    pub role_world_size: u32,
 }
 
 /// What the members of a round have agreed on, and the receiver's part. It does not grow with the number of nodes, since each of them is
@@ -132,6 +155,8 @@ pub struct Round {
     pub world_size: u32,
     /// `<MMDDHHmm>_<random>`: constant over the rounds of a job.
     pub run_stamp: String,
+    /// Where the ranks find their store; at the endpoint where `None`.
+    pub ranks_store: Option<RanksStore>,
     /// The receiver's part.
     pub you: Member,
 }

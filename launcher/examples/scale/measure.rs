@@ -95,6 +95,8 @@ fn hello(many: u32, number: u32) -> Hello {
         node_rank: None,
         nnodes: (many, many),
         local_world_size: 8,
+        role: "default".into(),
+        ranks_store: None,
         restarts: RestartPolicy { max_restarts: 100, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: keep_alive(),
         agent: number.into(),

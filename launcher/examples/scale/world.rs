@@ -271,6 +271,8 @@ impl World {
             node_rank: None,
             nnodes: (fewest, most),
             local_world_size: RANKS_PER_NODE,
+            role: "default".into(),
+            ranks_store: None,
             restarts: RestartPolicy {
                 max_restarts: 100,
                 window: None,

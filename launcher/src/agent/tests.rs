@@ -11,9 +11,24 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const NOW: Duration = Duration::from_secs(1);
 
 fn started(number: u64) -> Event {
-    let you = Member { group_rank: 0, first_rank: 0, local_world_size: 2, ranks_on_host: 2 };
+    let you = Member {
+        group_rank: 0,
+        first_rank: 0,
+        local_world_size: 2,
+        ranks_on_host: 2,
+        first_role_rank: 0,
+        role_world_size: 2,
+    };
     let restart_count = number as u32;
-    let round = Round { number, restart_count, nodes: 1, world_size: 2, run_stamp: "s".into(), you };
+    let round = Round {
+        number,
+        restart_count,
+        nodes: 1,
+        world_size: 2,
+        run_stamp: "s".into(),
+        ranks_store: None,
+        you,
+    };
     Event::Coordinator(ToAgent::RoundStarted(round))
 }
 

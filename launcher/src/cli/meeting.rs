@@ -16,6 +16,16 @@ const LAST_CALL: Duration = Duration::from_secs(30);
 /// How long the host waits for the others.
 pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// torchrun's variable that lets rank 0 serve the ranks' store instead of the agent.
+pub(super) const UNSHARED_STORE: &str = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE";
+
+/// Whether torchrun would not use its static rendezvous, in which node 0 has `--master-addr` and
+/// `--master-port`. It takes another one for a single node without a port, too.
+pub(super) fn is_dynamic(args: &LaunchArgs, nnodes: u32) -> bool {
+    let found = args.rendezvous.elect || args.rendezvous.etcd.is_some();
+    found || (nnodes == 1 && args.master_port.is_none())
+}
+
 /// Where they look for each other.
 pub(super) fn place(args: &LaunchArgs, nnodes: u32) -> Result<Place, UsageError> {
     if let Some(etcd) = &args.rendezvous.etcd {

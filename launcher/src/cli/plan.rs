@@ -47,6 +47,10 @@ pub struct LaunchPlan {
     /// Rank of this node, where given.
     pub(crate) node_rank: Option<u32>,
     pub(crate) place: Place,
+    /// Whether the agents find each other in a way that torchrun calls dynamic.
+    pub(crate) dynamic: bool,
+    /// Whether rank 0 serves the ranks' store: `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`.
+    pub(crate) rank_serves_store: bool,
     pub(crate) meeting: MeetingConfig,
     /// How long the host waits for the other agents to leave after the end.
     pub(crate) close_timeout: Duration,
@@ -124,7 +128,9 @@ impl LaunchPlan {
     pub fn new(args: &LaunchArgs, program: Program) -> Result<Self, UsageError> {
         let (mut args, mut notes) = (args.clone(), Vec::new());
         fill::fill(&mut args, &mut notes, &|name| std::env::var(name).ok())?;
-        Ok(Self { notes, ..Self::check(&args, program)? })
+        let mut plan = Self::check(&args, program)?;
+        plan.notes.splice(0..0, notes);
+        Ok(plan)
     }
 
     /// How many ranks this node has.
@@ -183,6 +189,15 @@ impl LaunchPlan {
                 format!("with {other}: a spare does not know its rank when it starts"),
             ));
         }
+        let dynamic = meeting::is_dynamic(args, nnodes.1);
+        let unshared = std::env::var(meeting::UNSHARED_STORE).is_ok_and(|value| value == "1");
+        let mut notes = Vec::new();
+        if unshared && !dynamic {
+            notes.push(format!(
+                "{}=1 has no effect with --rdzv-backend static, as in torchrun: use --rdzv-backend c10d",
+                meeting::UNSHARED_STORE
+            ));
+        }
         let codes = args.fatal_exit_codes.as_deref().unwrap_or_default();
         Ok(Self {
             program,
@@ -195,6 +210,8 @@ impl LaunchPlan {
             nnodes,
             node_rank: args.node_rank,
             place: meeting::place(args, nnodes.1)?,
+            dynamic,
+            rank_serves_store: unshared && dynamic,
             meeting: meeting::config(args, &run_id, nnodes.1)?,
             close_timeout: args.rendezvous.close_timeout.unwrap_or(meeting::CLOSE_TIMEOUT),
             run_id,
@@ -218,7 +235,7 @@ impl LaunchPlan {
             logs: logs(args)?,
             events: args.events.clone(),
             progress_interval: seconds("--progress-interval", args.progress_interval)?,
-            notes: Vec::new(),
+            notes,
         })
     }
 }

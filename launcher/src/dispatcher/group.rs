@@ -19,8 +19,10 @@ use super::{ProcessId, RankEvent, hostname};
 use crate::agent::{Ask, End, Exit};
 use crate::logs::{Console, Files, Filtered, LogFile, LogFolder, Names, Pump, RankFiles, Sink, Target};
 use crate::logs::{coloured, pipe, prefix};
-use crate::report::exception;
-use crate::report::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary};
+use crate::report::{
+    ErrorDocument, ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary,
+};
+use crate::report::{exception, store_hint};
 use crate::supervise::{Environment, MemoryWatch, Stdio, explained, spawn};
 use crate::{Error, LaunchPlan};
 
@@ -35,6 +37,8 @@ pub(super) struct Group<'a> {
     rewrites: bool,
     logs: Option<LogFolder>,
     round: Option<Round>,
+    /// Port of the agents' store.
+    store_port: u16,
     ranks: BTreeMap<u32, Member>,
     spares: Spares,
     /// As it was when the round began.
@@ -42,6 +46,8 @@ pub(super) struct Group<'a> {
     /// How many processes were started.
     started: ProcessId,
     summary: Summary,
+    /// For the launcher's error file, if the round that ran last failed here.
+    error: Option<ErrorDocument>,
 }
 
 /// One of the two output streams of a rank.
@@ -75,6 +81,7 @@ impl<'a> Group<'a> {
         let host = hostname();
         let spares = Spares::new(plan.spares);
         let memory = MemoryWatch::default();
+        let (started, error) = (0, None);
         Self {
             plan,
             host,
@@ -84,11 +91,13 @@ impl<'a> Group<'a> {
             rewrites,
             logs,
             round,
+            store_port: 0,
             ranks,
             spares,
             memory,
-            started: 0,
+            started,
             summary,
+            error,
         }
     }
 
@@ -134,6 +143,7 @@ impl<'a> Group<'a> {
             None => LogFolder::make(self.plan, &round)?,
         };
         logs.begin(&round);
+        self.store_port = store.1;
         let environment = Environment::new(self.plan, &round, store);
         let mut missing = Vec::new();
         for local_rank in 0..self.plan.local_world_size() {
@@ -182,7 +192,7 @@ impl<'a> Group<'a> {
             };
             self.ranks.insert(local_rank, member);
         }
-        (self.logs, self.round) = (Some(logs), Some(round));
+        (self.logs, self.round, self.error) = (Some(logs), Some(round), None);
         Ok(started)
     }
 
@@ -545,11 +555,19 @@ impl<'a> Group<'a> {
             stderr,
             logs,
         };
+        self.error = Some(ErrorDocument::of_rank(&root_cause, &self.host, member.files.error.as_deref()));
         let command = self.plan.program.command();
         let log_failure = self.files.health().first_failure();
         let host = self.host.clone();
         let failure = Failure { attempt, round, host, node, command, root_cause, others, log_failure };
         self.console.say(&failure.to_string());
+        let served = self
+            .round
+            .as_ref()
+            .is_some_and(|round| round.ranks_store.as_ref().is_some_and(|store| store.by_rank));
+        if let Some(hint) = store_hint(&failure.root_cause, self.store_port).filter(|_| !served) {
+            self.console.note(&hint);
+        }
         self.summary.add(failure.clone());
         self.write_summary();
         if let Some(logs) = &mut self.logs {
@@ -597,6 +615,11 @@ impl<'a> Group<'a> {
             Ok(()) => self.files.health().works(path, 0),
             Err(error) => self.files.health().failed(path, &error),
         }
+    }
+
+    /// What the launcher's error file is to say of the round that ran last.
+    pub(super) fn error(&mut self) -> Option<ErrorDocument> {
+        self.error.take()
     }
 
     /// The job is over: a temporary folder goes unless somebody may want it.

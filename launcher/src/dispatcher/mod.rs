@@ -10,6 +10,7 @@ mod link;
 mod member;
 mod pausing;
 mod question;
+mod ranks_store;
 mod screen;
 mod spares;
 mod watching;
@@ -29,13 +30,14 @@ use tokio::sync::mpsc;
 
 use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
-use crate::report::{Events, ExitRecord, Happened, ProgressLines, Rounds};
+use crate::report::{ErrorDocument, Events, ExitRecord, Happened, ProgressLines, Rounds};
 use crate::supervise::{Caught, Orphans, Signals};
 use crate::{Error, LaunchPlan, preempt};
 use clock::Clock;
 use finished::Finished;
 use group::Group;
 use question::Answer;
+use ranks_store::StoreOffer;
 
 /// How long what is left to write is waited for once the user wants the end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -90,18 +92,23 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         },
         None => None,
     };
+    let offer = StoreOffer::new(&plan).map_err(Error::Runtime)?;
     let session = tokio::select! {
-        session = meeting.meet(hello(&plan, meeting.agent())) => session?,
-        caught = signals.stop() => return Ok(match caught {
-            Caught::Stop(signal) => Exit::Signal(signal).code(),
-            _ => ExitCode::Requeue(plan.requeue_exit_code),
-        }),
+        session = meeting.meet(hello(&plan, &meeting, &offer)) => session?,
+        caught = signals.stop() => {
+            ErrorDocument::of_launcher("told to stop before the nodes had met").write();
+            return Ok(match caught {
+                Caught::Stop(signal) => Exit::Signal(signal).code(),
+                _ => ExitCode::Requeue(plan.requeue_exit_code),
+            });
+        }
     };
     session.send(ToCoordinator::Join);
     let events = Events::new(&plan.run_id, events);
-    let outcome = Dispatcher::new(&plan, Arc::clone(&meeting), session, console, files, events, &orphans)
-        .run(&mut signals)
-        .await;
+    let outcome =
+        Dispatcher::new(&plan, (Arc::clone(&meeting), offer), session, console, files, events, &orphans)
+            .run(&mut signals)
+            .await;
     // After an error ranks may still live; their supervision has ended with the dispatcher.
     orphans.end(&BTreeSet::new());
     let mut all_written = std::pin::pin!(async {
@@ -119,15 +126,17 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     outcome
 }
 
-fn hello(plan: &LaunchPlan, agent: u64) -> Hello {
+fn hello(plan: &LaunchPlan, meeting: &Meeting, offer: &StoreOffer) -> Hello {
     Hello {
         run_id: plan.run_id.clone(),
         node_rank: plan.node_rank,
         nnodes: plan.nnodes,
         local_world_size: plan.local_world_size(),
+        role: plan.role.clone(),
+        ranks_store: offer.of(meeting),
         restarts: plan.restarts,
         keep_alive: plan.meeting.keep_alive,
-        agent,
+        agent: meeting.agent(),
         run_stamp: None,
         place: None,
         addresses: address::own(),
@@ -168,6 +177,7 @@ struct Dispatcher<'a> {
     clock: Clock,
     plan: &'a LaunchPlan,
     meeting: Arc<Meeting>,
+    offer: StoreOffer,
     /// Of the job, once the coordinator has told it.
     run_stamp: Option<String>,
     /// The last checkpoint that a rank of this node has saved, and the steps that it holds.
@@ -178,6 +188,8 @@ struct Dispatcher<'a> {
     finished: Finished,
     /// Whether the line at the start was due.
     is_introduced: bool,
+    /// Why the job is over, as others say it.
+    over: Option<String>,
     /// Looks for the coordinator again.
     looking: Option<Looking>,
 }
@@ -185,7 +197,7 @@ struct Dispatcher<'a> {
 impl<'a> Dispatcher<'a> {
     fn new(
         plan: &'a LaunchPlan,
-        meeting: Arc<Meeting>,
+        (meeting, offer): (Arc<Meeting>, StoreOffer),
         session: Session,
         console: Console,
         files: Files,
@@ -223,11 +235,13 @@ impl<'a> Dispatcher<'a> {
             clock: Clock::start(),
             plan,
             meeting,
+            offer,
             run_stamp: None,
             saved: None,
             left: None,
             finished: Finished::default(),
             is_introduced: false,
+            over: None,
             looking: None,
         }
     }
@@ -256,13 +270,18 @@ impl<'a> Dispatcher<'a> {
                             ToAgent::RoundBroken { round, reason, .. } if self.rounds.current() == Some(*round) => {
                                 self.end_round(reason);
                             }
-                            ToAgent::Closed { reason, .. } => self.end_round(reason),
+                            ToAgent::Closed { reason, .. } => {
+                                self.over = Some(reason.clone());
+                                self.end_round(reason);
+                            }
+                            ToAgent::Refused { reason } => self.over = Some(reason.clone()),
                             _ => {}
                         }
                         Event::Coordinator(message)
                     }
                     Err(error) => {
                         self.session = None;
+                        self.over = Some(error.to_string());
                         self.end_round(&error.to_string());
                         Event::CoordinatorLost(error.to_string())
                     }
@@ -274,7 +293,10 @@ impl<'a> Dispatcher<'a> {
                             self.session = Some(session);
                             Event::Met
                         }
-                        Err(error) => Event::NotMet(error.to_string()),
+                        Err(error) => {
+                            self.over = Some(error.to_string());
+                            Event::NotMet(error.to_string())
+                        }
                     })
                 }
                 () = tokio::time::sleep_until(wake), if deadline.is_some() => {
@@ -453,7 +475,7 @@ impl<'a> Dispatcher<'a> {
                 }
                 Action::Meet => {
                     let (run_stamp, place) = (self.run_stamp.clone(), self.group.place());
-                    let hello = Hello { run_stamp, place, ..hello(self.plan, self.meeting.agent()) };
+                    let hello = Hello { run_stamp, place, ..hello(self.plan, &self.meeting, &self.offer) };
                     let meeting = Arc::clone(&self.meeting);
                     self.looking = Some(Box::pin(async move { meeting.meet_again(hello).await }));
                 }
@@ -497,6 +519,9 @@ impl<'a> Dispatcher<'a> {
                 }
                 Action::Exit(code) => {
                     self.leave(code);
+                    if code != ExitCode::Success {
+                        self.write_error(code);
+                    }
                     return Ok(Some(code));
                 }
             }
@@ -531,6 +556,18 @@ impl<'a> Dispatcher<'a> {
         }
         self.introduce();
         Ok(())
+    }
+
+    /// Tells the platform that started this launcher why the job failed.
+    fn write_error(&mut self, code: ExitCode) {
+        // A stop by the user is the cause of whatever the ranks said of their end.
+        let failed_here = self.group.error().filter(|_| self.left.is_none());
+        let document = failed_here.unwrap_or_else(|| {
+            let reason = self.left.as_deref().or(self.over.as_deref());
+            let unknown = || format!("the job failed with exit code {}", code.code());
+            ErrorDocument::of_launcher(&reason.map_or_else(unknown, Into::into))
+        });
+        document.write();
     }
 
     /// Writes down what became of the round, where one runs.

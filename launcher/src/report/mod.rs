@@ -1,17 +1,21 @@
 //! What a person sees, and what programs read: the report of ranks that failed, progress, and events.
 
+mod error_file;
 mod events;
 mod failure;
 mod outline;
 mod progress;
 mod rounds;
+mod store_hint;
 mod summary;
 mod traceback;
 
+pub(crate) use error_file::ErrorDocument;
 pub(crate) use events::{Events, Happened};
 pub(crate) use failure::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure};
 pub(crate) use outline::Outline;
 pub(crate) use progress::ProgressLines;
 pub(crate) use rounds::{RoundRecord, Rounds};
+pub(crate) use store_hint::store_hint;
 pub(crate) use summary::Summary;
 pub(crate) use traceback::exception;

@@ -152,8 +152,23 @@ mod tests {
     }
 
     fn round(number: u64) -> Round {
-        let you = Member { group_rank: 1, first_rank: 2, local_world_size: 2, ranks_on_host: 2 };
-        Round { number, restart_count: 0, nodes: 2, world_size: 4, run_stamp: "s".into(), you }
+        let you = Member {
+            group_rank: 1,
+            first_rank: 2,
+            local_world_size: 2,
+            ranks_on_host: 2,
+            first_role_rank: 0,
+            role_world_size: 2,
+        };
+        Round {
+            number,
+            restart_count: 0,
+            nodes: 2,
+            world_size: 4,
+            run_stamp: "s".into(),
+            ranks_store: None,
+            you,
+        }
     }
 
     #[test]

@@ -53,26 +53,30 @@ impl<'a> Environment<'a> {
         let rank = (round.you.first_rank + local_rank).to_string();
         let world_size = round.world_size;
         let placed = self.placed.get(local_rank as usize);
+        let ranks_store =
+            round.ranks_store.as_ref().map_or(self.store, |store| (store.host.as_str(), store.port));
+        let by_rank = round.ranks_store.as_ref().is_some_and(|store| store.by_rank);
         let seen_rank = if plan.virtual_local_rank { 0 } else { local_rank };
         let mut variables = vec![
             (names::LOCAL_RANK, seen_rank.to_string()),
-            (names::RANK, rank.clone()),
+            (names::RANK, rank),
             (names::GROUP_RANK, round.you.group_rank.to_string()),
-            (names::ROLE_RANK, rank),
+            (names::ROLE_RANK, (round.you.first_role_rank + local_rank).to_string()),
             (names::ROLE_NAME, plan.role.clone()),
             (names::LOCAL_WORLD_SIZE, plan.local_world_size().to_string()),
             (names::WORLD_SIZE, world_size.to_string()),
             (names::GROUP_WORLD_SIZE, round.nodes.to_string()),
-            (names::ROLE_WORLD_SIZE, world_size.to_string()),
-            (names::MASTER_ADDR, self.store.0.to_owned()),
-            (names::MASTER_PORT, self.store.1.to_string()),
+            (names::ROLE_WORLD_SIZE, round.you.role_world_size.to_string()),
+            (names::MASTER_ADDR, ranks_store.0.to_owned()),
+            (names::MASTER_PORT, ranks_store.1.to_string()),
             (names::TORCHELASTIC_RESTART_COUNT, round.restart_count.to_string()),
             (names::TORCHELASTIC_MAX_RESTARTS, plan.restarts.max_restarts.to_string()),
             (names::TORCHELASTIC_RUN_ID, plan.run_id.clone()),
-            (names::TORCHELASTIC_USE_AGENT_STORE, "True".into()),
+            (names::TORCHELASTIC_USE_AGENT_STORE, if by_rank { "False" } else { "True" }.into()),
             (names::TORCHELASTIC_SIGNALS_TO_HANDLE, signals(plan)),
             (names::ICE_DEVICE, placed.map(|placed| placed.device.to_string()).unwrap_or_default()),
             (names::ICE_DIST_BACKEND, plan.backend.to_string()),
+            (names::ICE_STORE, format!("{}:{}", self.store.0, self.store.1)),
             (names::ICE_ROUND, round.number.to_string()),
             (names::ICE_RUN_STAMP, round.run_stamp.clone()),
         ];

@@ -5,7 +5,7 @@ use std::fs;
 use tempfile::tempdir;
 
 use crate::TWO;
-use crate::support::{launch, run};
+use crate::support::{Job, free_port, launch, run};
 
 #[test]
 fn ranks_find_the_contract_in_their_environment() {
@@ -84,4 +84,69 @@ fn every_variable_of_the_contract_is_set() {
 fn one_rank_keeps_its_threads() {
     let outcome = run(launch(&["--devices", "cpu"], "echo \"[$OMP_NUM_THREADS]\""));
     assert_eq!((outcome.stdout, outcome.stderr), (vec!["[]".to_owned()], String::new()));
+}
+
+#[test]
+fn ranks_of_a_role_are_numbered_over_all_nodes() {
+    let port = free_port();
+    let script = "echo \"$RANK: $ROLE_NAME $ROLE_RANK of $ROLE_WORLD_SIZE\"";
+    let node = |rank, role, devices| {
+        let nodes = ["--nnodes", "3", "--node-rank", rank, "--master-port", &port];
+        Job::start(launch(&[&nodes[..], &["--role", role, "--devices", devices]].concat(), script))
+    };
+    let jobs = [node("0", "master", "cpu"), node("1", "trainer", "cpu"), node("2", "trainer", "cpu:0-1")];
+    let mut lines: Vec<_> =
+        jobs.into_iter().flat_map(|job| job.finish().expect(0, &[]).stdout.clone()).collect();
+    lines.sort();
+    let expected = ["0: master 0 of 1", "1: trainer 0 of 3", "2: trainer 1 of 3", "3: trainer 2 of 3"];
+    assert_eq!(lines, expected);
+}
+
+#[test]
+fn rank_0_serves_the_store_if_it_is_not_to_be_shared() {
+    const VARIABLE: &str = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE";
+    let script = "echo \"$MASTER_ADDR $MASTER_PORT $TORCHELASTIC_USE_AGENT_STORE $ICE_STORE\"";
+    let endpoint = format!("127.0.0.1:{}", free_port());
+    let options = ["--devices=cpu", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint", &endpoint];
+    let jobs = [(); 2].map(|()| {
+        let mut command = launch(&options, script);
+        command.env(VARIABLE, "1");
+        Job::start(command)
+    });
+    let lines = jobs.map(|job| job.finish().expect(0, &[]).stdout.concat());
+    assert_eq!(lines[0], lines[1]);
+    let [_, port, shared, store] = lines[0].split(' ').collect::<Vec<_>>()[..] else { panic!("{lines:?}") };
+    assert_eq!((shared, store), ("False", &*endpoint));
+    assert!(!endpoint.ends_with(&format!(":{port}")), "{lines:?}");
+
+    // Its own port is free for it: nobody serves it before.
+    let serve = "python3 -c 'import os, socket; socket.create_server((\"127.0.0.1\", int(os.environ[\"MASTER_PORT\"])))'";
+    let mut command = launch(&["--devices=cpu"], serve);
+    command.env(VARIABLE, "1");
+    run(command).expect(0, &[]);
+
+    let mut command = launch(&["--devices=cpu", "--master-port", &free_port()], script);
+    command.env(VARIABLE, "1");
+    let finished = run(command);
+    finished.expect(0, &["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has no effect with --rdzv-backend static"]);
+    assert!(finished.stdout[0].contains(" True "), "{finished:?}");
+}
+
+#[test]
+fn local_address_of_the_host_is_the_ranks_master_address() {
+    let script = "echo $MASTER_ADDR";
+    let of = |options: &[&str]| run(launch(options, script)).expect(0, &[]).stdout.concat();
+    assert_eq!(of(&["--devices=cpu", "--local-addr=127.0.0.5"]), "127.0.0.5");
+    // torchrun's static rendezvous has the address that was given.
+    let port = free_port();
+    assert_eq!(of(&["--devices=cpu", "--local-addr=127.0.0.5", "--master-port", &port]), "127.0.0.1");
+    let endpoint = format!("127.0.0.1:{}", free_port());
+    let options = ["--devices=cpu", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint", &endpoint];
+    let host = Job::start(launch(
+        &[&options[..], &["--local-addr=127.0.0.5", "--rdzv-conf=is_host=1"]].concat(),
+        script,
+    ));
+    let other = Job::start(launch(&[&options[..], &["--rdzv-conf=is_host=0"]].concat(), script));
+    let lines = [host, other].map(|job| job.finish().expect(0, &[]).stdout.concat());
+    assert_eq!(lines, ["127.0.0.5", "127.0.0.5"]);
 }

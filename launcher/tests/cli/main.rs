@@ -5,6 +5,7 @@
 
 mod disk;
 mod environment;
+mod error_file;
 mod failures;
 mod hangs;
 mod limits;

@@ -43,6 +43,10 @@ impl Outgoing {
     }
 }
 
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a hello is larger than the rest, and comes once per connection"
+)]
 pub(super) enum Input {
     Opened(Peer, Outgoing),
     Said(Peer, ToCoordinator),

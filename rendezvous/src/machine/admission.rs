@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ice_proto::rendezvous::{Hello, KeepAlive};
+use ice_proto::rendezvous::{Hello, KeepAlive, LONGEST_ROLE};
 
 use super::nodes::Nodes;
 
@@ -13,6 +13,8 @@ const MOST_NODES: u32 = 100_000;
 const _: () = assert!(MOST_NODES <= i32::MAX as u32 / MOST_RANKS);
 /// Bytes of a host name, which is Linux's limit.
 const LONGEST_HOST: usize = 64;
+/// Bytes of an address, which may be a name in the DNS.
+const LONGEST_ADDRESS: usize = 255;
 
 /// Checks a newcomer against the job and against the nodes that are there already. Once the job has begun, one that asks for the place of
 /// another waits for it: it may be that node, come back before it was missed.
@@ -43,6 +45,7 @@ pub(super) fn check(run_id: &str, nodes: &Nodes, newcomer: &Hello, begun: bool) 
                 newcomer.restarts.crash_loop.to_string(),
                 first.restarts.crash_loop.to_string(),
             ),
+            ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", by_rank(newcomer), by_rank(first)),
         ] {
             if theirs != ours {
                 return Err(format!(
@@ -84,10 +87,25 @@ pub(super) fn check(run_id: &str, nodes: &Nodes, newcomer: &Hello, begun: bool) 
             newcomer.host.len()
         ));
     }
+    if newcomer.role.len() > LONGEST_ROLE {
+        return Err(format!("--role of {} bytes is over the limit of {LONGEST_ROLE}", newcomer.role.len()));
+    }
+    if let Some(store) = newcomer.ranks_store.as_ref().filter(|store| store.host.len() > LONGEST_ADDRESS) {
+        return Err(format!(
+            "--local-addr of {} bytes is over the limit of {LONGEST_ADDRESS}",
+            store.host.len()
+        ));
+    }
     if nodes.len() >= MOST_NODES as usize {
         return Err(format!("{} nodes are here already, which is the most", nodes.len()));
     }
     Ok(())
+}
+
+/// Whether rank 0 is to serve the ranks' store, as the variable says it.
+fn by_rank(hello: &Hello) -> String {
+    let by_rank = hello.ranks_store.as_ref().is_some_and(|store| store.by_rank);
+    if by_rank { "1".into() } else { "not set".into() }
 }
 
 fn seconds(time: Option<Duration>) -> String {

@@ -28,6 +28,10 @@ pub struct Settings {
 }
 
 /// What happened.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a hello is larger than the rest, and comes once per connection"
+)]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A message came.
@@ -293,6 +297,7 @@ impl Coordinator {
             nodes: u32::try_from(parts.len()).unwrap_or(u32::MAX),
             world_size: parts.iter().map(|part| part.local_world_size).sum(),
             run_stamp: self.settings.run_stamp.clone(),
+            ranks_store: places::ranks_store(self.nodes.all(), &places),
             you: Member::default(),
         };
         let told = |(peer, you): (&Peer, Member)| {

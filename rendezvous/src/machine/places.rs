@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ice_proto::rendezvous::{Hello, Member};
+use ice_proto::rendezvous::{Hello, Member, RanksStore};
 
 use super::Peer;
 use super::nodes::Node;
@@ -38,19 +38,43 @@ pub(super) fn arrange(nodes: &BTreeMap<Peer, Node>, members: &[Peer]) -> Vec<Pee
 }
 
 /// The part of each member of a round, given in order of their group rank.
-pub(super) fn parts(nodes: &BTreeMap<Peer, Node>, places: &[Peer]) -> Vec<Member> {
+pub(super) fn parts<'a>(nodes: &'a BTreeMap<Peer, Node>, places: &[Peer]) -> Vec<Member> {
     let mut ranks_on_host: BTreeMap<&str, u32> = BTreeMap::new();
+    let mut ranks_of_role: BTreeMap<&str, u32> = BTreeMap::new();
     let members = || places.iter().map(|peer| &nodes[peer].hello);
     for hello in members() {
         *ranks_on_host.entry(&hello.host).or_default() += hello.local_world_size;
+        *ranks_of_role.entry(&hello.role).or_default() += hello.local_world_size;
     }
+    let mut next_of_role: BTreeMap<&str, u32> = BTreeMap::new();
     let mut first_rank = 0;
-    let part = |(group_rank, hello): (u32, &Hello)| {
+    let part = |(group_rank, hello): (u32, &'a Hello)| {
         let local_world_size = hello.local_world_size;
         let ranks_on_host = ranks_on_host.get(hello.host.as_str()).copied().unwrap_or(local_world_size);
-        let member = Member { group_rank, first_rank, local_world_size, ranks_on_host };
+        let role_world_size = ranks_of_role.get(hello.role.as_str()).copied().unwrap_or(local_world_size);
+        let next_of_role = next_of_role.entry(hello.role.as_str()).or_default();
+        let first_role_rank = *next_of_role;
+        let member = Member {
+            group_rank,
+            first_rank,
+            local_world_size,
+            ranks_on_host,
+            first_role_rank,
+            role_world_size,
+        };
         first_rank += local_world_size;
+        *next_of_role += local_world_size;
         member
     };
     (0..).zip(members()).map(part).collect()
+}
+
+/// Where the ranks of a round find their store, if not at the endpoint. A store that rank 0 serves
+/// is on the first node. Otherwise the agent that has the endpoint may name another of its addresses.
+pub(super) fn ranks_store(nodes: &BTreeMap<Peer, Node>, places: &[Peer]) -> Option<RanksStore> {
+    let mut named = places.iter().map(|peer| nodes[peer].hello.ranks_store.as_ref());
+    match named.next()? {
+        Some(first) => Some(first.clone()),
+        None => named.flatten().find(|store| !store.by_rank).cloned(),
+    }
 }

@@ -32,6 +32,10 @@ pub fn check_views<'a>(views: impl IntoIterator<Item = &'a Round>) -> Result<(),
         if !(part.local_world_size..=world_size).contains(&part.ranks_on_host) {
             return Err(format!("RV-1: {part:?} of {world_size} ranks"));
         }
+        let last_of_role = part.first_role_rank.checked_add(part.local_world_size);
+        if last_of_role.is_none_or(|last| last > part.role_world_size) || part.role_world_size > world_size {
+            return Err(format!("RV-1: {part:?} has more ranks of its role than there are"));
+        }
     }
     if (parts.len(), next_rank) != (nodes as usize, world_size) {
         let told = parts.len();

@@ -208,6 +208,8 @@ impl World {
             node_rank: agent.node_rank,
             nnodes: self.job.nnodes,
             local_world_size: 1 + (host as u32 % 3),
+            role: (if host.is_multiple_of(3) { "master" } else { "worker" }).into(),
+            ranks_store: None,
             restarts: self.job.restarts,
             host: format!("host{}", host / 2),
             keep_alive: KeepAlive::default(),

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 
 mod elastic;
+mod roles;
 mod successor;
 
 const NOW: Duration = Duration::from_secs(1);
@@ -24,6 +25,8 @@ fn hello(node_rank: Option<u32>, nnodes: u32, local_world_size: u32) -> Hello {
         node_rank,
         nnodes: (nnodes, nnodes),
         local_world_size,
+        role: "default".into(),
+        ranks_store: None,
         restarts: POLICY,
         host: format!("host{local_world_size}"),
         keep_alive: KeepAlive::default(),
