@@ -67,7 +67,11 @@ mod serde_like {
 
 /// Clients of the store. Before each request a byte says whose it is, and whether that client goes.
 pub fn store(bytes: &[u8]) {
-    let mut store = Store::new(1 << 20);
+    /// Of the store.
+    const LIMIT: usize = 1 << 20;
+    /// A key of no bytes takes 8, and a value of less than 1 KiB is copied.
+    const ANSWER_PER_BYTE: usize = (1 << 10) / 8 + 4;
+    let mut store = Store::new(LIMIT);
     let mut replies = Replies::default();
     let mut gone = BTreeSet::new();
     let mut rest = bytes;
@@ -98,9 +102,10 @@ pub fn store(bytes: &[u8]) {
         let mut again = Vec::new();
         codec::encode(&request, &mut again);
         assert_eq!(again, rest[1..=length], "what is read is what is written");
-        replies.own.clear();
-        replies.woken.clear();
+        replies = Replies::default();
         let _ = store.handle(id, request, &mut replies);
+        assert!(store.held() <= LIMIT + replies.own.len(), "{}", store.held());
+        assert!(replies.own.held() <= 2 * (LIMIT + ANSWER_PER_BYTE * length), "{}", replies.own.held());
         assert!(replies.woken.iter().all(|woken| !gone.contains(woken)), "nobody is told after it went");
         rest = &rest[1 + length..];
     }

@@ -74,6 +74,42 @@ fn make() {
     all.push(129);
     write("store", requests.len(), &all);
 
+    // Large values, which answers share with the store, and requests of some bytes for answers of many.
+    let (large, small) = (vec![7; 1 << 10], vec![7; 1 << 9]);
+    let of_size = [
+        Request::Set(b"k", &large),
+        Request::MultiGet(vec![b"k"; 300]),
+        Request::Append(b"k", &small),
+        Request::Set(b"s", &small),
+        Request::MultiGet(vec![b"s", b"k", b"", b"s", b"k"]),
+        Request::Append(b"s", &small),
+        Request::QueuePush(b"q", &large),
+        Request::QueuePop(b"q"),
+        Request::CompareSet { key: b"s", expected: b"", desired: &large },
+        Request::CompareSet { key: b"none", expected: &large, desired: b"" },
+        Request::MultiSet(vec![(b"k", &large), (b"k", &small), (b"", &large)]),
+        Request::Wait(vec![b"later"; 40]),
+        Request::Check(vec![b"k"; 40]),
+        Request::Add(b"k", 1),
+        Request::Delete(b"k"),
+        Request::ListKeys,
+    ];
+    let mut all = Vec::new();
+    for (number, request) in of_size.iter().enumerate() {
+        all.push((number % 3) as u8);
+        encode(request, &mut all);
+    }
+    write("store", 30, &all);
+    let mut full = Vec::new();
+    for number in 0..8_u8 {
+        full.push(number);
+        let values: Vec<(&[u8], &[u8])> = (0..130).map(|_| (&large[..1], &large[..])).collect();
+        encode(&Request::MultiSet(values), &mut full);
+        full.push(number);
+        encode(&Request::QueuePush(&[number], &large), &mut full);
+    }
+    write("store", 31, &full[..64 << 10]);
+
     let reason = || "reason".to_owned();
     let said = [
         hello(0, (2, 2), Some(0)),

@@ -164,3 +164,24 @@ async fn prefixes_are_torchs() {
     // PrefixStore("inner", PrefixStore("outer", store)) asks for `outer/inner/k`.
     assert_eq!(plain.list_keys().await.unwrap(), [b"/outer/inner/k"]);
 }
+
+#[tokio::test]
+async fn large_value_reaches_many_clients_and_many_places_of_one_answer() {
+    let host = host().await;
+    let mut source = client(&host).await;
+    let object: Vec<u8> = (0..8 << 20).map(|number: usize| (number % 251) as u8).collect();
+    source.set("object", &object).await.unwrap();
+    source.set("small", b"1").await.unwrap();
+    // As ranks that receive an object through the store do, all at once.
+    let receive = async || client(&host).await.get("object").await.unwrap();
+    let (first, second, third) = tokio::join!(receive(), receive(), receive());
+    assert!(first == object && second == object && third == object);
+    let values = source.multi_get(&["object", "small", "object", "small"]).await.unwrap();
+    assert!(values[0] == object && values[2] == object && values[1] == b"1" && values[3] == b"1");
+    source.queue_push("queue", &object).await.unwrap();
+    assert!(source.queue_pop("queue").await.unwrap().unwrap() == object);
+    assert_eq!(source.compare_set("small", b"2", &object).await.unwrap(), b"1");
+    assert!(source.compare_set("small", b"1", &object).await.unwrap() == object);
+    source.append("small", &object).await.unwrap();
+    assert!(source.get("small").await.unwrap() == [&object[..], &object].concat());
+}

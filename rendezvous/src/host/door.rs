@@ -123,7 +123,11 @@ impl Door {
                 Ok(Err(error)) => Err(error),
                 Ok(Ok(Kind::Rank)) => {
                     strangers.remove(id);
-                    Err(clients::Serve::new(shared, id, stream).await)
+                    let error = clients::Serve::new(shared, id, stream).await;
+                    if clients::is_fault(&error) {
+                        tracing::error!(%peer, %error, "the host ended a connection to the store");
+                    }
+                    Err(error)
                 }
                 Ok(Ok(Kind::Agent(speech))) => {
                     let known = || strangers.remove(id);

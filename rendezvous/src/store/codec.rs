@@ -250,7 +250,8 @@ impl Scan {
         }
     }
 
-    /// The request of the same bytes, once it is whole, and how many they are.
+    /// The request of the same bytes, once it is whole, and how many they are. `None` of a whole request means that there is no memory
+    /// for its list of keys.
     ///
     /// # Errors
     /// [`CodecError`]; the connection is of no use after one.
@@ -321,10 +322,15 @@ impl<'a> Reader<'a> {
         Some(bytes)
     }
 
-    /// Grows with the bytes that are there, not with the count that is claimed.
+    /// The scan has found so many items, at most [`MAX_KEYS`]. `None` also if there is no memory for them.
     fn list<T>(&mut self, item: impl Fn(&mut Self) -> Option<T>) -> Option<Vec<T>> {
-        let count = u64::from_le_bytes(self.take()?);
-        (0..count).map(|_| item(self)).collect()
+        let count = u64::from_le_bytes(self.take()?) as usize;
+        let mut items = Vec::new();
+        items.try_reserve_exact(count).ok()?;
+        for _ in 0..count {
+            items.push(item(self)?);
+        }
+        Some(items)
     }
 }
 

@@ -8,3 +8,4 @@
 pub mod client;
 pub mod codec;
 pub mod state;
+pub mod values;

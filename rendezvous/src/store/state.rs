@@ -2,9 +2,12 @@
 //!
 //! In the book: `docs/clusters.md#who-may-join`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, TryReserveError, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::store::codec::Request;
+use super::codec::Request;
+use super::values::{Answer, MAX_ANSWER, Value, copy};
 
 /// A client's connection.
 pub type Connection = u64;
@@ -18,8 +21,11 @@ const NOT_READY: u8 = 1;
 /// What tells a client that its wait was cancelled.
 pub const WAIT_CANCELLED: u8 = 1;
 
-/// What an entry takes beside its key and its value, roughly.
-const ENTRY: usize = 64;
+/// Longest value that appending makes, in bytes. Torch's server has no limit here.
+pub const MAX_APPENDED: usize = 64 << 20;
+
+/// What an entry takes beside its key and its value, roughly: its place in a table that is half full, and two allocations.
+const ENTRY: usize = 160;
 
 /// Why a request was not carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -35,13 +41,28 @@ pub enum Refused {
     /// There is nothing to add to.
     #[error("the value to add to is no number")]
     NotANumber,
+    /// An appended value would be longer than [`MAX_APPENDED`].
+    #[error("a value of {0} bytes is over the limit of {MAX_APPENDED} for appending")]
+    ValueTooLarge(usize),
+    /// An answer would take more than [`MAX_ANSWER`].
+    #[error("an answer of {0} bytes is over the limit of {MAX_ANSWER}")]
+    AnswerTooLarge(usize),
+    /// The system has no memory for the request.
+    #[error("there is no memory for the request")]
+    Memory,
+}
+
+impl From<TryReserveError> for Refused {
+    fn from(_: TryReserveError) -> Self {
+        Self::Memory
+    }
 }
 
 /// What is to be sent.
 #[derive(Debug, Default)]
 pub struct Replies {
     /// To the client that asked.
-    pub own: Vec<u8>,
+    pub own: Answer,
     /// To each of these [`READY`].
     pub woken: Vec<Connection>,
 }
@@ -58,15 +79,17 @@ struct Wait {
 /// The keys, their values, and who waits for what.
 #[derive(Debug)]
 pub struct Store {
-    values: HashMap<Vec<u8>, Vec<u8>>,
-    queues: HashMap<Vec<u8>, VecDeque<Vec<u8>>>,
+    values: HashMap<Vec<u8>, Value>,
+    queues: HashMap<Vec<u8>, VecDeque<Value>>,
     waiting: HashMap<Connection, Wait>,
     /// The same by key, in turn.
     waiters: HashMap<Vec<u8>, BTreeMap<u64, Connection>>,
     /// How many waits have begun.
     waits: u64,
-    /// Bytes of all that.
+    /// Bytes of all that, without those of large values.
     held: usize,
+    /// Bytes of large values that are in the store or in an answer.
+    live: Arc<AtomicUsize>,
     limit: usize,
 }
 
@@ -80,13 +103,19 @@ impl Store {
             waiters: HashMap::new(),
             waits: 0,
             held: 0,
+            live: Arc::default(),
             limit,
         }
     }
 
-    /// Forgets everything, waits included.
+    /// Forgets everything, waits included. Large values in answers that are being sent still count.
     pub fn clear(&mut self) {
-        *self = Self::new(self.limit);
+        *self = Self { live: Arc::clone(&self.live), ..Self::new(self.limit) };
+    }
+
+    /// Bytes that the store and the values of its answers take, roughly.
+    pub fn held(&self) -> usize {
+        self.held + self.live.load(Ordering::Relaxed)
     }
 
     /// Forgets a client.
@@ -106,71 +135,59 @@ impl Store {
     ) -> Result<(), Refused> {
         match request {
             Request::Validate => {}
-            Request::Set(key, value) => self.set(key, value.to_vec(), replies)?,
+            Request::Set(key, value) => self.set(key, self.copy(value)?, replies)?,
             Request::CompareSet { key, expected, desired } => {
                 self.compare_set(key, expected, desired, replies)?;
             }
-            Request::Get(key) => string(self.value(key), &mut replies.own),
+            Request::Get(key) => self.answer(key, &mut replies.own),
             Request::Add(key, amount) => {
                 let sum = self.number(key)?.wrapping_add(amount);
-                self.set(key, sum.to_string().into_bytes(), replies)?;
-                replies.own.extend(sum.to_le_bytes());
+                self.set(key, Value::Small(sum.to_string().into_bytes()), replies)?;
+                replies.own.put(&sum.to_le_bytes());
             }
             Request::Check(keys) => {
                 let ready = keys.iter().all(|key| self.has(key));
                 replies.own.push(if ready { READY } else { NOT_READY });
             }
             Request::Wait(keys) => self.wait(client, &keys, replies)?,
-            Request::NumKeys => integer(self.values.len(), &mut replies.own),
+            Request::NumKeys => replies.own.put_length(self.values.len()),
             Request::Delete(key) => {
                 let removed = self.remove(key);
-                integer(usize::from(removed), &mut replies.own);
+                replies.own.put_length(usize::from(removed));
             }
-            Request::Append(key, more) => {
-                self.room_for(more.len())?;
-                match self.values.get_mut(key) {
-                    Some(value) => {
-                        value.extend(more);
-                        self.held += more.len();
-                        // Who waits although there is a value is in a barrier that counts here.
-                        self.wake(key, replies);
-                    }
-                    None => self.set(key, more.to_vec(), replies)?,
-                }
-            }
+            Request::Append(key, more) => self.append(key, more, replies)?,
             Request::MultiGet(keys) => {
-                keys.iter().for_each(|key| string(self.value(key), &mut replies.own));
+                // Known before it is built: a request of a few bytes may ask for many values.
+                let size = keys.iter().map(|key| self.values.get(*key).map_or(8, Value::in_answer)).sum();
+                make_room(&mut replies.own, size)?;
+                keys.iter().for_each(|key| self.answer(key, &mut replies.own));
             }
-            Request::MultiSet(pairs) => {
-                let size = pairs.iter().map(|(key, value)| key.len() + value.len() + ENTRY).sum();
-                self.room_for(size)?;
-                for (key, value) in pairs {
-                    self.set(key, value.to_vec(), replies)?;
-                }
-            }
+            Request::MultiSet(pairs) => self.multi_set(&pairs, replies)?,
             Request::CancelWait => {
                 self.stop_waiting(client);
                 replies.own.push(WAIT_CANCELLED);
             }
-            Request::Ping(number) => replies.own.extend(number.to_le_bytes()),
+            Request::Ping(number) => replies.own.put(&number.to_le_bytes()),
             Request::QueuePush(key, value) => {
-                self.room_for(key.len() + value.len() + ENTRY)?;
-                self.held += key.len() + value.len() + ENTRY;
-                self.queues.entry(key.to_vec()).or_default().push_back(value.to_vec());
+                self.queue_push(key, value)?;
                 self.wake_one(key, replies);
             }
             Request::QueuePop(key) => self.queue_pop(key, &mut replies.own),
             Request::QueueLen(key) => {
-                integer(self.queues.get(key).map_or(0, VecDeque::len), &mut replies.own);
+                replies.own.put_length(self.queues.get(key).map_or(0, VecDeque::len));
             }
             Request::ListKeys => {
-                integer(self.values.len(), &mut replies.own);
-                self.values.keys().for_each(|key| string(key, &mut replies.own));
+                make_room(&mut replies.own, 8 + self.values.keys().map(|key| 8 + key.len()).sum::<usize>())?;
+                replies.own.put_length(self.values.len());
+                for key in self.values.keys() {
+                    replies.own.put_length(key.len());
+                    replies.own.put(key);
+                }
             }
             Request::Barrier(key, size) => {
                 let come = self.number(key)?.wrapping_add(1);
                 self.stop_waiting(client);
-                let count = come.to_string().into_bytes();
+                let count = Value::Small(come.to_string().into_bytes());
                 self.room_for(key.len() + count.len() + ENTRY + waiting_size(key))?;
                 // The count is a key like any other, as in torch's server: who gives up or goes has come all the same.
                 self.put(key, count)?;
@@ -186,35 +203,85 @@ impl Store {
     }
 
     fn room_for(&self, more: usize) -> Result<(), Refused> {
-        let Self { held, limit, .. } = *self;
+        let (held, limit) = (self.held(), self.limit);
         if held + more > limit { Err(Refused::Full { held, limit }) } else { Ok(()) }
     }
 
-    fn value(&self, key: &[u8]) -> &[u8] {
-        self.values.get(key).map_or(&[], Vec::as_slice)
+    /// A value for the store. It must have room before memory is asked for.
+    fn copy(&self, value: &[u8]) -> Result<Value, Refused> {
+        self.room_for(value.len())?;
+        Ok(Value::copy(value, &self.live)?)
+    }
+
+    /// Adds the value of a key to an answer, an empty one if there is none.
+    fn answer(&self, key: &[u8], answer: &mut Answer) {
+        match self.values.get(key) {
+            Some(value) => answer.put_value(value),
+            None => answer.put_length(0),
+        }
     }
 
     fn has(&self, key: &[u8]) -> bool {
         self.values.contains_key(key) || self.queues.get(key).is_some_and(|queue| !queue.is_empty())
     }
 
-    fn set(&mut self, key: &[u8], value: Vec<u8>, replies: &mut Replies) -> Result<(), Refused> {
+    fn set(&mut self, key: &[u8], value: Value, replies: &mut Replies) -> Result<(), Refused> {
         self.put(key, value)?;
         self.wake(key, replies);
         Ok(())
     }
 
-    /// Stores a value and wakes nobody.
-    fn put(&mut self, key: &[u8], value: Vec<u8>) -> Result<(), Refused> {
-        self.room_for(key.len() + value.len() + ENTRY)?;
-        self.held += value.len();
+    /// Stores a value and wakes no client.
+    fn put(&mut self, key: &[u8], value: Value) -> Result<(), Refused> {
+        self.room_for(key.len() + value.uncounted() + ENTRY)?;
         match self.values.get_mut(key) {
-            Some(place) => self.held -= std::mem::replace(place, value).len(),
+            Some(place) => {
+                self.held += value.uncounted();
+                self.held -= std::mem::replace(place, value).uncounted();
+            }
             None => {
-                self.held += key.len() + ENTRY;
-                self.values.insert(key.to_vec(), value);
+                self.values.try_reserve(1)?;
+                let name = copy(key)?;
+                self.held += key.len() + value.uncounted() + ENTRY;
+                self.values.insert(name, value);
             }
         }
+        Ok(())
+    }
+
+    /// Stores all of the pairs or none.
+    fn multi_set(&mut self, pairs: &[(&[u8], &[u8])], replies: &mut Replies) -> Result<(), Refused> {
+        let size = pairs.iter().map(|(key, value)| key.len() + value.len() + ENTRY).sum();
+        self.room_for(size)?;
+        let mut values = Vec::new();
+        values.try_reserve_exact(pairs.len())?;
+        for (_, value) in pairs {
+            values.push(Value::copy(value, &self.live)?);
+        }
+        self.values.try_reserve(pairs.len())?;
+        for ((key, _), value) in pairs.iter().zip(values) {
+            self.set(key, value, replies)?;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, key: &[u8], more: &[u8], replies: &mut Replies) -> Result<(), Refused> {
+        let Some(length) = self.values.get(key).map(Value::len) else {
+            return self.set(key, self.copy(more)?, replies);
+        };
+        if length + more.len() > MAX_APPENDED {
+            return Err(Refused::ValueTooLarge(length + more.len()));
+        }
+        // An answer that is being sent keeps the value as it was, so that there may be two.
+        self.room_for(length + more.len())?;
+        if let Some(value) = self.values.get_mut(key) {
+            self.held -= value.uncounted();
+            let appended = value.append(more, &self.live);
+            self.held += value.uncounted();
+            appended?;
+        }
+        // A client that waits although there is a value is in a barrier that counts here.
+        self.wake(key, replies);
         Ok(())
     }
 
@@ -240,13 +307,14 @@ impl Store {
     /// A queue of that name stays, as in torch's server.
     fn remove(&mut self, key: &[u8]) -> bool {
         let Some(value) = self.values.remove(key) else { return false };
-        self.held -= key.len() + value.len() + ENTRY;
+        self.held -= key.len() + value.uncounted() + ENTRY;
         true
     }
 
     /// The number at a key, 0 where there is none.
     fn number(&self, key: &[u8]) -> Result<i64, Refused> {
-        self.values.get(key).map_or(Ok(0), |value| leading_number(value).ok_or(Refused::NotANumber))
+        let value = self.values.get(key);
+        value.map_or(Ok(0), |value| leading_number(value.as_slice()).ok_or(Refused::NotANumber))
     }
 
     fn compare_set(
@@ -256,22 +324,53 @@ impl Store {
         desired: &[u8],
         replies: &mut Replies,
     ) -> Result<(), Refused> {
-        let stored = self.values.get(key);
-        if !stored.map_or(expected.is_empty(), |value| value == expected) {
-            string(stored.map_or(expected, Vec::as_slice), &mut replies.own);
-            return Ok(());
+        match self.values.get(key) {
+            Some(value) if value.as_slice() != expected => {
+                replies.own.put_value(value);
+                return Ok(());
+            }
+            None if !expected.is_empty() => {
+                make_room(&mut replies.own, 8 + expected.len())?;
+                replies.own.put_length(expected.len());
+                replies.own.put(expected);
+                return Ok(());
+            }
+            _ => {}
         }
-        self.set(key, desired.to_vec(), replies)?;
-        string(desired, &mut replies.own);
+        self.set(key, self.copy(desired)?, replies)?;
+        self.answer(key, &mut replies.own);
         Ok(())
     }
 
-    fn queue_pop(&mut self, key: &[u8], reply: &mut Vec<u8>) {
-        let Some(queue) = self.queues.get_mut(key) else { return integer(0, reply) };
-        integer(queue.len(), reply);
+    fn queue_push(&mut self, key: &[u8], value: &[u8]) -> Result<(), Refused> {
+        self.room_for(key.len() + value.len() + ENTRY)?;
+        let value = Value::copy(value, &self.live)?;
+        let size = key.len() + value.uncounted() + ENTRY;
+        if !self.queues.contains_key(key) {
+            self.queues.try_reserve(1)?;
+            let name = copy(key)?;
+            self.queues.insert(name, VecDeque::new());
+        }
+        if let Some(queue) = self.queues.get_mut(key) {
+            if let Err(error) = queue.try_reserve(1) {
+                // No empty queue stays behind.
+                if queue.is_empty() {
+                    self.queues.remove(key);
+                }
+                return Err(error.into());
+            }
+            queue.push_back(value);
+            self.held += size;
+        }
+        Ok(())
+    }
+
+    fn queue_pop(&mut self, key: &[u8], reply: &mut Answer) {
+        let Some(queue) = self.queues.get_mut(key) else { return reply.put_length(0) };
+        reply.put_length(queue.len());
         if let Some(value) = queue.pop_front() {
-            self.held -= key.len() + value.len() + ENTRY;
-            string(&value, reply);
+            self.held -= key.len() + value.uncounted() + ENTRY;
+            reply.put_value(&value);
         }
         if queue.is_empty() {
             self.queues.remove(key);
@@ -343,13 +442,12 @@ fn leading_number(value: &[u8]) -> Option<i64> {
     std::str::from_utf8(&text[..sign + digits]).ok()?.parse().ok()
 }
 
-fn string(bytes: &[u8], reply: &mut Vec<u8>) {
-    integer(bytes.len(), reply);
-    reply.extend(bytes);
-}
-
-fn integer(number: usize, reply: &mut Vec<u8>) {
-    reply.extend((number as i64).to_le_bytes());
+/// Makes room for so much more of an answer.
+fn make_room(answer: &mut Answer, size: usize) -> Result<(), Refused> {
+    if size > MAX_ANSWER {
+        return Err(Refused::AnswerTooLarge(size));
+    }
+    Ok(answer.reserve(size)?)
 }
 
 #[cfg(test)]
@@ -362,7 +460,7 @@ mod tests {
     fn handle(store: &mut Store, client: Connection, request: Request<'_>) -> Sent {
         let mut replies = Replies::default();
         store.handle(client, request, &mut replies).unwrap();
-        let own = (!replies.own.is_empty()).then_some((client, replies.own));
+        let own = (!replies.own.is_empty()).then_some((client, replies.own.to_vec()));
         own.into_iter().chain(replies.woken.into_iter().map(|woken| (woken, vec![READY]))).collect()
     }
 
@@ -371,9 +469,7 @@ mod tests {
     }
 
     fn text(bytes: &[u8]) -> Vec<u8> {
-        let mut reply = Vec::new();
-        string(bytes, &mut reply);
-        reply
+        [&number(bytes.len()), bytes].concat()
     }
 
     fn number(number: usize) -> Vec<u8> {
@@ -500,7 +596,7 @@ mod tests {
         store.disconnect(2);
         assert_eq!(handle(&mut store, 3, Request::Barrier(b"b", 3)), [(3, vec![READY])]);
         handle(&mut store, 1, Request::Delete(b"b"));
-        assert_eq!(store.held, 0);
+        assert_eq!(store.held(), 0);
     }
 
     #[test]
@@ -524,7 +620,7 @@ mod tests {
         handle(&mut store, 1, Request::QueuePush(b"q", b"vv"));
         handle(&mut store, 2, Request::Wait(vec![b"x", b"y", b"y"]));
         handle(&mut store, 3, Request::Wait(vec![b"x"]));
-        assert_eq!(store.held, 3 * ENTRY + 3 + 9 + 2 * (ENTRY + 1) + 3 + 3 * 2 * (ENTRY + 1));
+        assert_eq!(store.held(), 3 * ENTRY + 3 + 9 + 2 * (ENTRY + 1) + 3 + 3 * 2 * (ENTRY + 1));
         handle(&mut store, 1, Request::QueuePop(b"q"));
         handle(&mut store, 1, Request::QueuePop(b"q"));
         for key in [b"a", b"b", b"n"] {
@@ -533,7 +629,7 @@ mod tests {
         set(&mut store, "x", "");
         handle(&mut store, 1, Request::Delete(b"x"));
         store.disconnect(2);
-        assert_eq!(store.held, 0);
+        assert_eq!(store.held(), 0);
     }
 
     #[test]
@@ -549,10 +645,89 @@ mod tests {
             }
         }
         let (number, error) = full.unwrap();
-        assert_eq!(number, 120);
+        assert_eq!(number, 110);
         assert!(error.to_string().contains("full"), "{error}");
         assert!(store.handle(1, Request::QueuePush(b"q", &value), &mut replies).is_err());
         assert!(store.handle(1, Request::MultiSet(vec![(b"k", &value)]), &mut replies).is_err());
-        assert_eq!(handle(&mut store, 1, Request::NumKeys), [(1, 120_i64.to_le_bytes().to_vec())]);
+        assert_eq!(handle(&mut store, 1, Request::NumKeys), [(1, 110_i64.to_le_bytes().to_vec())]);
+    }
+
+    const LARGE: usize = 1 << 20;
+
+    #[test]
+    fn one_large_value_in_many_places_of_answers_is_held_once() {
+        let mut store = Store::new(MAX_HELD);
+        let value = vec![7; LARGE];
+        handle(&mut store, 1, Request::Set(b"k", &value));
+        let held = store.held();
+        let mut replies = Replies::default();
+        // A request of some bytes for 300 MB.
+        store.handle(1, Request::MultiGet(vec![b"k"; 300]), &mut replies).unwrap();
+        assert_eq!(replies.own.len(), 300 * (8 + LARGE));
+        assert_eq!(store.held(), held);
+        assert!(replies.own.held() < LARGE, "{}", replies.own.held());
+        // A value that a client has not taken yet counts although it is gone from the store.
+        handle(&mut store, 2, Request::Delete(b"k"));
+        assert_eq!(store.held(), LARGE);
+        store.clear();
+        assert_eq!(store.held(), LARGE);
+        replies.own.clear();
+        assert_eq!(store.held(), 0);
+    }
+
+    #[test]
+    fn clients_that_do_not_read_cannot_make_the_store_hold_more_than_its_limit() {
+        let mut store = Store::new(4 * LARGE);
+        let value = vec![7; LARGE];
+        let mut unread = Vec::new();
+        let full = loop {
+            let mut replies = Replies::default();
+            let set = store.handle(1, Request::Set(b"k", &value), &mut replies);
+            if let Err(full) = set.and_then(|()| store.handle(1, Request::Get(b"k"), &mut replies)) {
+                break full;
+            }
+            unread.push(replies);
+        };
+        assert!(matches!(full, Refused::Full { .. }) && unread.len() == 3, "{full} {}", unread.len());
+        unread.clear();
+        set(&mut store, "k", "1");
+        assert!(store.held() < LARGE);
+    }
+
+    #[test]
+    fn largest_answers_are_known_before_they_are_built() {
+        // As many keys as a request may have, each of the largest size that is copied.
+        let mut store = Store::new(MAX_HELD);
+        let value = vec![7; 1023];
+        handle(&mut store, 1, Request::Set(b"k", &value));
+        let mut replies = Replies::default();
+        let keys = crate::store::codec::MAX_KEYS as usize;
+        store.handle(1, Request::MultiGet(vec![b"k"; keys]), &mut replies).unwrap();
+        assert!(replies.own.len() <= MAX_ANSWER && replies.own.held() <= MAX_ANSWER);
+        replies.own = Answer::default();
+        // Keys are copied: so many of 8 KiB that the list would be too long.
+        let name = vec![b'k'; 8 << 10];
+        for number in 0..MAX_ANSWER / name.len() + 1 {
+            let key = [&name[8..], &number.to_le_bytes()].concat();
+            handle(&mut store, 1, Request::Set(&key, b""));
+        }
+        let refused = store.handle(1, Request::ListKeys, &mut replies);
+        assert!(matches!(refused, Err(Refused::AnswerTooLarge(_))), "{refused:?}");
+        assert!(replies.own.is_empty() && replies.own.held() == 0);
+    }
+
+    #[test]
+    fn appended_value_has_a_longest_size() {
+        let mut store = Store::new(MAX_HELD);
+        let more = vec![7; 8 << 20];
+        let mut replies = Replies::default();
+        for _ in 0..MAX_APPENDED / more.len() {
+            store.handle(1, Request::Append(b"k", &more), &mut replies).unwrap();
+        }
+        let held = store.held();
+        let refused = store.handle(1, Request::Append(b"k", b"1"), &mut replies);
+        assert_eq!(refused, Err(Refused::ValueTooLarge(MAX_APPENDED + 1)));
+        assert_eq!(store.held(), held);
+        assert!(held < MAX_APPENDED + LARGE);
     }
 }
