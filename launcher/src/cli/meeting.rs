@@ -29,7 +29,12 @@ pub(super) fn is_dynamic(args: &LaunchArgs, nnodes: u32) -> bool {
 /// Where they look for each other.
 pub(super) fn place(args: &LaunchArgs, nnodes: u32) -> Result<Place, UsageError> {
     if let Some(etcd) = &args.rendezvous.etcd {
-        return etcd.place(args.master_port.unwrap_or(0));
+        let place = etcd.place(args.master_port.unwrap_or(0))?;
+        if let Place::Etcd(config) = &place {
+            config.check_endpoints().map_err(|problem| UsageError::new("--rdzv-endpoint", problem))?;
+            config.check_tls().map_err(|problem| UsageError::new("--rdzv-conf", problem))?;
+        }
+        return Ok(place);
     }
     Ok(Place::Endpoint(Endpoint {
         host: args.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),

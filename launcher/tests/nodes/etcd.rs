@@ -1,11 +1,12 @@
 //! Jobs whose agents meet in a real etcd.
 
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::process::Signal;
 
 use crate::server::Etcd;
-use crate::support::{Gate, Job, launch, run, wait_for_state, wait_for_text};
+use crate::support::{Finished, Gate, Job, launch, run, wait_for_state, wait_for_text};
 
 /// A job of so many nodes whose agents are missed after three seconds.
 fn options<'a>(etcd: &'a Etcd, nnodes: &'a str, more: &[&'a str]) -> Vec<&'a str> {
@@ -192,6 +193,58 @@ fn an_etcd_that_goes_away_ends_the_round_and_not_the_job() {
 }
 
 #[test]
+fn dead_members_and_a_missing_gateway_are_of_no_consequence() {
+    let Some(mut dead) = Etcd::start() else { return };
+    let Some(alive) = Etcd::with_options(&["--enable-grpc-gateway=false"]) else { return };
+    dead.stop();
+    let endpoints = format!("{},{}", dead.endpoint, alive.endpoint);
+    let mut options = options(&alive, "2", &[]);
+    let at = options.iter().position(|option| *option == alive.endpoint).unwrap();
+    options[at] = &endpoints;
+    let jobs = [(); 2].map(|()| Job::start(launch(&options, "echo started")));
+    for job in jobs {
+        assert_eq!(job.finish().expect(0, &[]).stdout, ["started"]);
+    }
+}
+
+/// A job of one node, which is none of those before it.
+fn job(etcd: &Etcd, conf: &str) -> Finished {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let name = format!("job-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+    let options = options(etcd, "1", &["--rdzv-conf", conf, "--run-id", &name]);
+    run(launch(&options, "echo started"))
+}
+
+/// Makes a user who may do everything, and asks everyone for a user from then on.
+fn add_user(etcd: &Etcd, name: &str, identity: &[&str]) {
+    let ask = |path: &str, body: &str| etcd.ask(path, body, identity);
+    ask("/v3/auth/user/add", r#"{"name":"root","password":"secret"}"#);
+    ask("/v3/auth/user/grant", r#"{"user":"root","role":"root"}"#);
+    if name != "root" {
+        ask("/v3/auth/user/add", &format!(r#"{{"name":"{name}","password":"unknown"}}"#));
+        ask("/v3/auth/user/grant", &format!(r#"{{"user":"{name}","role":"root"}}"#));
+    }
+    ask("/v3/auth/enable", "{}");
+}
+
+#[test]
+fn etcd_wants_a_password() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(path("password"), "secret\n").unwrap();
+    std::fs::write(path("wrong"), "guess\n").unwrap();
+    let Some(etcd) = Etcd::start() else { return };
+    let job = |conf: &str| job(&etcd, conf);
+    let conf = |password: &str| format!("join_timeout=5,user=root,password_file={}", path(password));
+    let refused = "authentication is not enabled: leave out user and password_file";
+    job(&conf("password")).expect(1, &["etcd at http://127.0.0.1:", refused]);
+    add_user(&etcd, "root", &[]);
+    assert_eq!(job(&conf("password")).expect(0, &[]).stdout, ["started"]);
+    job(&conf("wrong")).expect(1, &["etcd at http://127.0.0.1:", "authentication failed"]);
+    job("join_timeout=5").expect(1, &["user name is empty", "give user and password_file with --rdzv-conf"]);
+}
+
+#[test]
 fn etcd_wants_certificates_and_a_password() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
@@ -203,19 +256,29 @@ fn etcd_wants_certificates_and_a_password() {
     let identity = ["--cacert", &text("ca.pem"), "--cert", &text("client.pem"), "--key", &text("client.key")]
         .map(str::to_owned);
     let identity: Vec<&str> = identity.iter().map(String::as_str).collect();
-    let ask = |path: &str, body: &str| etcd.ask(path, body, &identity);
-    ask("/v3/auth/user/add", r#"{"name":"root","password":"secret"}"#);
-    ask("/v3/auth/user/grant", r#"{"user":"root","role":"root"}"#);
-    ask("/v3/auth/enable", "{}");
     std::fs::write(path("password"), "secret\n").unwrap();
     std::fs::write(path("wrong"), "guess\n").unwrap();
+    let job = |conf: &str| job(&etcd, conf);
     let tls = format!("cacert={},cert={},key={}", text("ca.pem"), text("client.pem"), text("client.key"));
+    assert_eq!(job(&tls).expect(0, &[]).stdout, ["started"]);
+    add_user(&etcd, "client", &identity);
     let conf = |password: &str| format!("join_timeout=5,{tls},user=root,password_file={}", text(password));
-    let (right, wrong) = (conf("password"), conf("wrong"));
-    let job = |conf: &str| run(launch(&options(&etcd, "1", &["--rdzv-conf", conf]), "echo started"));
-    assert_eq!(job(&right).expect(0, &[]).stdout, ["started"]);
-    job(&wrong).expect(1, &["etcd at https://127.0.0.1:", "authentication failed"]);
-    job("join_timeout=1,protocol=https").expect(1, &["etcd at https://127.0.0.1:"]);
+    assert_eq!(job(&conf("password")).expect(0, &[]).stdout, ["started"]);
+    job(&conf("wrong")).expect(1, &["etcd at https://127.0.0.1:", "authentication failed"]);
+    // The certificate's name is a user's.
+    assert_eq!(job(&tls).expect(0, &[]).stdout, ["started"]);
+    // Certificates that are missing, or not those that were meant.
+    let refused = |conf: &str, code: i32, why: &str| {
+        job(&format!("join_timeout=5,{conf}")).expect(code, &[why]);
+    };
+    let ca = format!("cacert={}", text("ca.pem"));
+    refused(&ca, 1, "it asks for another certificate of ours");
+    refused(&format!("cacert={}", text("client.pem")), 1, "not signed by the authority of cacert");
+    refused("protocol=https", 2, "https needs cacert");
+    refused(&format!("cacert={}", text("ca.key")), 2, "cacert holds no certificate");
+    let swapped = format!("{ca},cert={},key={}", text("client.pem"), text("server.key"));
+    refused(&swapped, 2, "cert and key cannot be used");
+    refused("protocol=http", 1, "if it has TLS, give protocol=https");
 }
 
 /// An authority, and certificates for etcd and for us.

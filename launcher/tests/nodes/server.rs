@@ -35,6 +35,12 @@ impl Etcd {
         Self::with(Command::new("etcd"), "127.0.0.1", "http", &[])
     }
 
+    /// One with more options.
+    pub(crate) fn with_options(options: &[&str]) -> Option<Self> {
+        let options: Vec<String> = options.iter().map(ToString::to_string).collect();
+        Self::with(Command::new("etcd"), "127.0.0.1", "http", &options)
+    }
+
     /// One that another command starts, on an address of its network.
     pub(crate) fn start_in(mut command: Command, address: &str) -> Option<Self> {
         command.arg("etcd");
@@ -89,7 +95,7 @@ impl Etcd {
     /// What curl gets from etcd's gateway, given a path and a body.
     pub(crate) fn ask(&self, path: &str, body: &str, options: &[&str]) -> String {
         let url = format!("{}://{}{path}", self.scheme, self.endpoint);
-        let output = Command::new("curl").args(["-sS", "-d", body, &url]).args(options).output().unwrap();
+        let output = Command::new("curl").args(["-fsS", "-d", body, &url]).args(options).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
     }

@@ -9,20 +9,29 @@
 //! and the record before as its writer knows it: what an earlier attempt sent may arrive after a later one.
 //! A coordinator whose key is gone can therefore write nothing, and nobody hears of a round before its record is written: of two that
 //! both believe to lead, one starts rounds. A coordinator also ends when it has not heard from etcd for as long as its lease lasts.
+//!
+//! Agents speak etcd's gRPC by h2 and a few messages of their own: `docs/design/0001-etcd-without-protoc.md`
+//! says why.
+
+mod client;
+pub(super) mod endpoint;
+mod fault;
+mod grpc;
+mod messages;
+mod protobuf;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use etcd_client::{
-    Certificate, Client, Compare, CompareOp, ConnectOptions, Identity, PutOptions, TlsOptions, Txn, TxnOp,
-    TxnOpResponse,
-};
 use ice_proto::rendezvous::{Hello, KeepAlive};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
-use super::{EtcdConfig, MeetingConfig, Patience, Session};
+use self::client::Client;
+use self::fault::Fault;
+use self::messages::{Compare, Found, Get, Put, Txn};
+use super::{EtcdConfig, EtcdTls, MeetingConfig, Patience, Session};
 use crate::host::{Entry, Listening, Takeover};
 use crate::machine::Record;
 use crate::{Error, Host, address};
@@ -69,34 +78,12 @@ pub(super) struct Etcd<'a> {
 }
 
 impl<'a> Etcd<'a> {
-    pub(super) async fn connect(config: &'a EtcdConfig, common: &'a MeetingConfig) -> Result<Self, Error> {
-        let mut options = ConnectOptions::new()
-            .with_connect_timeout(common.answer)
-            .with_timeout(common.answer)
-            .with_auto_token_refresh(true);
-        if let Some((name, password)) = &config.user {
-            options = options.with_user(name, password);
-        }
-        if let Some(tls) = &config.tls {
-            let mut with = TlsOptions::new();
-            if let Some(ca) = &tls.ca {
-                with = with.ca_certificate(Certificate::from_pem(ca));
-            }
-            if let Some((certificate, key)) = &tls.identity {
-                with = with.identity(Identity::from_pem(certificate, key));
-            }
-            options = options.with_tls(with);
-        }
-        let deadline = Instant::now() + common.join_timeout;
-        loop {
-            match Client::connect(&config.endpoints, Some(options.clone())).await {
-                Ok(client) => return Ok(Self { config, common, client }),
-                Err(error) if is_final(&error) || Instant::now() >= deadline => {
-                    return Err(failure(config, &error));
-                }
-                Err(_) => sleep(RETRY).await,
-            }
-        }
+    /// Asks etcd nothing yet.
+    pub(super) fn new(config: &'a EtcdConfig, common: &'a MeetingConfig) -> Result<Self, Error> {
+        let client = Client::new(config, common.answer).map_err(|problem| Error::Refused {
+            problem: format!("etcd at {}: {problem}", config.endpoints.join(", ")),
+        })?;
+        Ok(Self { config, common, client })
     }
 
     /// Finds the coordinator, or becomes its host, and says hello.
@@ -143,10 +130,10 @@ impl<'a> Etcd<'a> {
     }
 
     async fn leader(&mut self) -> Result<Option<(String, u16)>, Error> {
-        let found = self.client.get(self.key("leader"), None).await;
-        let found = found.map_err(|error| failure(self.config, &error))?;
-        let Some(kv) = found.kvs().first() else { return Ok(None) };
-        let address = std::str::from_utf8(kv.value()).ok().and_then(split);
+        let found = self.client.get(&self.key("leader")).await;
+        let found = found.map_err(|fault| failure(self.config, &fault))?;
+        let Some(kv) = found.first() else { return Ok(None) };
+        let address = std::str::from_utf8(&kv.value).ok().and_then(split);
         match address {
             Some(address) => Ok(Some(address)),
             None => Err(Error::Refused {
@@ -163,24 +150,27 @@ impl<'a> Etcd<'a> {
         let address = self.address().await?;
         let listening = Listening::bind(&[address], self.config.port)?;
         let config = self.common.host(vec![address], listening.port);
-        let etcd = |error: etcd_client::Error| failure(self.config, &error);
+        let etcd = |fault: Fault| failure(self.config, &fault);
         let ttl = lease_seconds(self.common.keep_alive);
         let (leader, state) = (self.key("leader"), self.key("state"));
         let started = Instant::now();
-        let lease = self.client.lease_grant(ttl, None).await.map_err(etcd)?.id();
+        let lease = self.client.lease_grant(ttl).await.map_err(etcd)?;
         let value = SocketAddr::new(address, listening.port).to_string();
-        let put = TxnOp::put(leader.clone(), value, Some(PutOptions::new().with_lease(lease)));
-        let txn =
-            Txn::new().when([Compare::create_revision(leader.clone(), CompareOp::Equal, 0)]).and_then([put]);
-        let answer = self.client.txn(txn).await.map_err(etcd)?;
-        if !answer.succeeded() {
-            let _ = self.client.lease_revoke(lease).await;
-            return Ok(None);
-        }
-        let revision = answer.header().map_or(0, |header| header.revision());
-        let record = self.client.get(state.clone(), None).await.map_err(etcd)?;
-        let written = record.kvs().first().map_or(0, |kv| kv.mod_revision());
-        let record = match record.kvs().first().map(|kv| serde_json::from_slice::<Record>(kv.value())) {
+        let answer = self.client.txn(&election(&leader, &value, lease)).await.map_err(etcd)?;
+        let revision = if answer.succeeded {
+            answer.revision
+        } else {
+            // An earlier attempt may have been heard, and its answer lost.
+            let found = answer.found(0).and_then(Found::first);
+            let Some(ours) = found.filter(|kv| kv.lease == lease) else {
+                let _ = self.client.lease_revoke(lease).await;
+                return Ok(None);
+            };
+            ours.create_revision
+        };
+        let record = self.client.get(&state).await.map_err(etcd)?;
+        let written = record.first().map_or(0, |kv| kv.mod_revision);
+        let record = match record.first().map(|kv| serde_json::from_slice::<Record>(&kv.value)) {
             None => None,
             Some(Ok(record)) => Some(record),
             Some(Err(error)) => {
@@ -191,7 +181,7 @@ impl<'a> Etcd<'a> {
         };
         let looking = i64::try_from(self.common.join_timeout.as_secs()).unwrap_or(i64::MAX);
         let keeping = looking.saturating_add(ttl).clamp(ABANDONED, LONGEST);
-        let kept = self.client.lease_grant(keeping, None).await.map_err(etcd)?.id();
+        let kept = self.client.lease_grant(keeping).await.map_err(etcd)?;
         let (ledger, entries) = mpsc::channel(1);
         let (ttl, answer) = (Duration::from_secs(ttl.unsigned_abs()), self.common.answer);
         let client = self.client.clone();
@@ -206,10 +196,8 @@ impl<'a> Etcd<'a> {
         if let Some(local) = self.common.local {
             return Ok(local);
         }
-        for endpoint in &self.config.endpoints {
-            let host_and_port = endpoint.split("://").last().unwrap_or(endpoint);
-            let Some((host, port)) = split(host_and_port) else { continue };
-            for peer in address::resolve(&host, port).await.into_iter().flatten() {
+        for endpoint in self.client.endpoints() {
+            for peer in address::resolve(&endpoint.host, endpoint.port).await.into_iter().flatten() {
                 if let Some(source) = address::source_of(peer).filter(|source| !source.is_loopback()) {
                     return Ok(source);
                 }
@@ -269,12 +257,10 @@ impl Office {
     }
 
     /// Whether both leases are still there.
-    async fn renew(&mut self) -> Result<bool, etcd_client::Error> {
+    async fn renew(&mut self) -> Result<bool, Fault> {
         for lease in [self.lease, self.kept] {
-            match self.client.lease_keep_alive(lease).await {
-                Ok(_) => {}
-                Err(etcd_client::Error::LeaseKeepAliveError(_)) => return Ok(false),
-                Err(error) => return Err(error),
+            if !self.client.lease_keep_alive(lease).await? {
+                return Ok(false);
             }
         }
         Ok(true)
@@ -294,26 +280,38 @@ impl Office {
         false
     }
 
-    async fn write(&mut self, json: &[u8], is_closed: bool) -> Result<bool, etcd_client::Error> {
-        let lease = if is_closed { self.client.lease_grant(OVER, None).await?.id() } else { self.kept };
-        let ours = Compare::create_revision(self.leader.clone(), CompareOp::Equal, self.revision);
-        let known = Compare::mod_revision(self.state.clone(), CompareOp::Equal, self.written);
-        let put = TxnOp::put(self.state.clone(), json, Some(PutOptions::new().with_lease(lease)));
-        let looks = [&self.leader, &self.state].map(|key| TxnOp::get(key.clone(), None));
-        let answer = self.client.txn(Txn::new().when([ours, known]).and_then([put]).or_else(looks)).await?;
-        if answer.succeeded() {
-            self.written = answer.header().map_or(0, |header| header.revision());
+    async fn write(&mut self, json: &[u8], is_closed: bool) -> Result<bool, Fault> {
+        let lease = if is_closed { self.client.lease_grant(OVER).await? } else { self.kept };
+        let (leader, state) = (self.leader.clone(), self.state.clone());
+        let txn = Txn {
+            compare: vec![
+                Compare::Created { key: leader.clone(), by: self.revision },
+                Compare::Written { key: state.clone(), by: self.written },
+            ],
+            success: vec![Put { key: state.clone(), value: json.into(), lease }],
+            failure: vec![Get { key: leader }, Get { key: state }],
+        };
+        let answer = self.client.txn(&txn).await?;
+        if answer.succeeded {
+            self.written = answer.revision;
             return Ok(true);
         }
         // An earlier attempt may have been heard, and its answer lost.
-        let responses = answer.op_responses();
-        let [TxnOpResponse::Get(leader), TxnOpResponse::Get(state)] = &responses[..] else {
-            return Ok(false);
-        };
-        let ours = leader.kvs().first().is_some_and(|kv| kv.create_revision() == self.revision);
-        let Some(kv) = state.kvs().first().filter(|kv| ours && kv.value() == json) else { return Ok(false) };
-        self.written = kv.mod_revision();
+        let (Some(leader), Some(state)) = (answer.found(0), answer.found(1)) else { return Ok(false) };
+        let ours = leader.first().is_some_and(|kv| kv.create_revision == self.revision);
+        let Some(kv) = state.first().filter(|kv| ours && kv.value == json) else { return Ok(false) };
+        self.written = kv.mod_revision;
         Ok(true)
+    }
+}
+
+/// Makes the leader key if it is missing, and else looks at the one that is there.
+fn election(leader: &str, value: &str, lease: i64) -> Txn {
+    let key = leader.to_owned();
+    Txn {
+        compare: vec![Compare::Created { key: key.clone(), by: 0 }],
+        success: vec![Put { key: key.clone(), value: value.into(), lease }],
+        failure: vec![Get { key }],
     }
 }
 
@@ -328,25 +326,10 @@ fn split(address: &str) -> Option<(String, u16)> {
     Some((host.trim_start_matches('[').trim_end_matches(']').to_owned(), port.parse().ok()?))
 }
 
-/// Whether trying again cannot help: wrong name or password, wrong certificates, wrong address.
-fn is_final(error: &etcd_client::Error) -> bool {
-    // gRPC's INVALID_ARGUMENT, PERMISSION_DENIED, FAILED_PRECONDITION, UNAUTHENTICATED.
-    matches!(error, etcd_client::Error::GRpcStatus(status) if [3, 7, 9, 16].contains(&(status.code() as i32)))
-        || !matches!(
-            error,
-            etcd_client::Error::GRpcStatus(_)
-                | etcd_client::Error::TransportError(_)
-                | etcd_client::Error::IoError(_)
-        )
-}
-
-fn failure(config: &EtcdConfig, error: &etcd_client::Error) -> Error {
+fn failure(config: &EtcdConfig, fault: &Fault) -> Error {
     let endpoints = config.endpoints.join(", ");
-    let problem = match error {
-        etcd_client::Error::GRpcStatus(status) => status.message().to_owned(),
-        other => other.to_string(),
-    };
-    if is_final(error) {
+    let problem = fault.to_string();
+    if fault.is_final() {
         return Error::Refused { problem: format!("etcd at {endpoints}: {problem}") };
     }
     Error::Etcd { endpoints, problem }

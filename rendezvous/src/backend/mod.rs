@@ -69,6 +69,30 @@ pub struct EtcdConfig {
     pub port: u16,
 }
 
+impl EtcdConfig {
+    /// Looks at the form of the endpoints, and asks none of them.
+    ///
+    /// # Errors
+    /// Which of them is wrong, and why.
+    pub fn check_endpoints(&self) -> Result<(), String> {
+        #[cfg(feature = "etcd")]
+        for url in &self.endpoints {
+            etcd::endpoint::Endpoint::parse(url)?;
+        }
+        Ok(())
+    }
+
+    /// Looks at the certificates and the key.
+    ///
+    /// # Errors
+    /// Which of them is missing or cannot be used, and why.
+    pub fn check_tls(&self) -> Result<(), String> {
+        #[cfg(feature = "etcd")]
+        etcd::endpoint::client_config(self)?;
+        Ok(())
+    }
+}
+
 impl std::fmt::Debug for EtcdConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "EtcdConfig({}{})", self.endpoints.join(","), self.prefix)
@@ -181,7 +205,7 @@ impl Meeting {
                 // Whoever looks for the coordinator is it no longer.
                 let before = locked(&self.now).hosting.take();
                 drop(before);
-                let mut etcd = etcd::Etcd::connect(config, &self.config).await?;
+                let mut etcd = etcd::Etcd::new(config, &self.config)?;
                 let (session, address, leadership) = etcd.meet(&hello).await?;
                 *locked(&self.now) = Now { address, hosting: leadership.map(Box::new).map(Hosting::Etcd) };
                 Ok(session)

@@ -155,6 +155,7 @@ impl EtcdArgs {
         let member = |member: &String| {
             let (scheme, address) =
                 member.split_once("://").unwrap_or((if https { "https" } else { "http" }, member.as_str()));
+            let address = address.trim_end_matches('/');
             let has_port = address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
             let port = if has_port { String::new() } else { format!(":{ETCD_PORT}") };
             format!("{scheme}://{address}{port}")
@@ -190,6 +191,7 @@ mod tests {
     fn etcd_is_described_as_torchrun_does() {
         let config = etcd("a, b:99", "etcd_prefix=/jobs").unwrap();
         assert_eq!(config.endpoints, ["http://a:2379", "http://b:99"]);
+        assert_eq!(etcd("https://a:1/,http://b/", "").unwrap().endpoints, ["https://a:1", "http://b:2379"]);
         assert!((config.prefix.as_str(), config.port) == ("/jobs", 7) && config.tls.is_none());
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| {

@@ -35,7 +35,8 @@ impl Server {
         let ports = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
         let [clients, peers] =
             ports.map(|listener| format!("http://127.0.0.1:{}", listener.local_addr().unwrap().port()));
-        let folder = std::env::temp_dir().join(format!("ice-etcd-{}", std::process::id()));
+        let port = clients.rsplit(':').next().unwrap();
+        let folder = std::env::temp_dir().join(format!("ice-etcd-{}-{port}", std::process::id()));
         let child = Command::new("etcd")
             .arg("--data-dir")
             .arg(&folder)
@@ -57,13 +58,17 @@ impl Server {
     }
 
     async fn client(&self) -> Client {
-        let options =
-            ConnectOptions::new().with_connect_timeout(Patience::ANSWER).with_timeout(Patience::ANSWER);
+        let config = EtcdConfig {
+            endpoints: vec![self.endpoint.clone()],
+            prefix: String::new(),
+            user: None,
+            tls: None,
+            port: 0,
+        };
+        let mut client = Client::new(&config, Patience::ANSWER).unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
-            if let Ok(mut client) = Client::connect([&self.endpoint], Some(options.clone())).await
-                && client.get("/", None).await.is_ok()
-            {
+            if client.get("/").await.is_ok() {
                 return client;
             }
             assert!(Instant::now() < deadline, "etcd does not start");
@@ -72,12 +77,30 @@ impl Server {
     }
 }
 
+/// Writes a key, and returns the revision that did.
+async fn put(client: &mut Client, key: &str, value: &str) -> Result<i64, Fault> {
+    let put = Put { key: key.into(), value: value.into(), lease: 0 };
+    Ok(client.txn(&Txn { success: vec![put], ..Txn::default() }).await?.revision)
+}
+
+/// Deletes a key.
+struct Delete(&'static str);
+
+impl messages::Request for Delete {
+    const METHOD: &'static str = "/etcdserverpb.KV/DeleteRange";
+    type Answer = ();
+
+    fn write(&self) -> protobuf::Writer {
+        protobuf::Writer::default().bytes(1, self.0.as_bytes())
+    }
+}
+
 #[tokio::test]
 async fn a_record_is_written_by_the_leader_and_never_over_a_later_one() {
     let Some(server) = Server::start() else { return };
     let mut client = server.client().await;
-    let kept = client.lease_grant(60, None).await.unwrap().id();
-    let revision = client.put("leader", "here", None).await.unwrap().header().unwrap().revision();
+    let kept = client.lease_grant(60).await.unwrap();
+    let revision = put(&mut client, "leader", "here").await.unwrap();
     let (leader, state, ttl) = ("leader".to_owned(), "state".to_owned(), Duration::from_secs(60));
     let mut office = Office {
         client: client.clone(),
@@ -101,8 +124,50 @@ async fn a_record_is_written_by_the_leader_and_never_over_a_later_one() {
     assert!(!office.write(b"one", false).await.unwrap());
     // Another has been elected.
     office.written = second;
-    client.delete("leader", None).await.unwrap();
-    client.put("leader", "elsewhere", None).await.unwrap();
+    client.call(&Delete("leader")).await.unwrap();
+    put(&mut client, "leader", "elsewhere").await.unwrap();
     assert!(!office.write(b"three", true).await.unwrap());
-    assert_eq!(client.get("state", None).await.unwrap().kvs()[0].value(), b"two");
+    assert_eq!(client.get("state").await.unwrap().first().unwrap().value, b"two");
+}
+
+#[tokio::test]
+async fn a_leader_whose_answer_was_lost_finds_its_own_lease() {
+    let Some(server) = Server::start() else { return };
+    let mut client = server.client().await;
+    let lease = client.lease_grant(60).await.unwrap();
+    let first = client.txn(&election("leader", "here", lease)).await.unwrap();
+    assert!(first.succeeded);
+    let again = client.txn(&election("leader", "here", lease)).await.unwrap();
+    let kv = again.found(0).and_then(Found::first).unwrap();
+    assert!(!again.succeeded);
+    assert_eq!((kv.lease, kv.create_revision), (lease, first.revision));
+}
+
+#[tokio::test]
+async fn a_lease_is_renewed_until_it_is_revoked() {
+    let Some(server) = Server::start() else { return };
+    let mut client = server.client().await;
+    let lease = client.lease_grant(60).await.unwrap();
+    assert!(client.lease_keep_alive(lease).await.unwrap());
+    // A key of the lease goes with it.
+    assert!(client.txn(&election("leader", "here", lease)).await.unwrap().succeeded);
+    client.lease_revoke(lease).await.unwrap();
+    assert!(!client.lease_keep_alive(lease).await.unwrap());
+    assert!(client.get("leader").await.unwrap().first().is_none());
+    let gone = client.lease_revoke(lease).await.unwrap_err();
+    assert!(matches!(&gone, Fault::Etcd { code: fault::NOT_FOUND, .. }), "{gone}");
+    assert!(!gone.is_final());
+}
+
+#[tokio::test]
+async fn a_value_of_the_greatest_size_is_written_and_read() {
+    let Some(server) = Server::start() else { return };
+    let mut client = server.client().await;
+    // etcd takes requests of 1.5 MiB.
+    let value = "x".repeat((3 << 19) - 512);
+    put(&mut client, "state", &value).await.unwrap();
+    assert!(client.get("state").await.unwrap().first().unwrap().value == value.as_bytes());
+    let more = "x".repeat(3 << 19);
+    let refused = put(&mut client, "state", &more).await.unwrap_err();
+    assert!(refused.to_string().contains("request is too large"), "{refused}");
 }
