@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::door::Place;
 use super::{Shared, locked};
 use crate::alive;
 use crate::auth::{self, AuthError, Channel};
@@ -167,10 +168,15 @@ impl Desk {
         }
         for action in actions {
             match action {
-                Action::Send(peer, message) => match frame::encode(&message) {
-                    Ok(frame) => self.send(peer, frame),
-                    Err(error) => tracing::error!(%error, "a message to an agent was not sent"),
-                },
+                Action::Send(peer, message) => {
+                    if let ToAgent::RoundStarted(round) = &message {
+                        locked(&self.shared.connections).round(round.world_size as usize);
+                    }
+                    match frame::encode(&message) {
+                        Ok(frame) => self.send(peer, frame),
+                        Err(error) => tracing::error!(%error, "a message to an agent was not sent"),
+                    }
+                }
                 Action::Close(peer) => {
                     self.agents.remove(&peer);
                 }
@@ -200,7 +206,7 @@ pub(super) enum Speech {
 /// Serves an agent until it goes. `known` is called once it has shown that it is one.
 pub(super) async fn serve(
     shared: &Shared,
-    id: Peer,
+    place: &Place,
     (mut stream, peer): (TcpStream, SocketAddr),
     speech: Speech,
     coordinator: mpsc::Sender<Input>,
@@ -210,14 +216,14 @@ pub(super) async fn serve(
         (Speech::Plain, None) => {
             let decoder = admit(shared, peer, &mut stream, &Channel::Plain).await?;
             known();
-            talk(shared, id, stream.into_split(), decoder, coordinator).await
+            talk(shared, place, stream.into_split(), decoder, coordinator).await
         }
         (Speech::Tls, Some(acceptor)) => {
             let inside = async {
                 let (mut accepted, channel) = acceptor.accept(stream).await.map_err(io::Error::other)?;
                 let decoder = admit(shared, peer, accepted.stranger(), &channel).await?;
                 known();
-                talk(shared, id, tokio::io::split(accepted.known()), decoder, coordinator).await
+                talk(shared, place, tokio::io::split(accepted.known()), decoder, coordinator).await
             };
             // The state of TLS is large, and without it nobody is to pay for it.
             Box::pin(inside).await
@@ -257,11 +263,12 @@ async fn admit(
 
 async fn talk(
     shared: &Shared,
-    id: Peer,
+    place: &Place,
     (reader, mut writer): (impl AsyncRead + Unpin, impl AsyncWrite + Unpin),
     decoder: Decoder,
     coordinator: mpsc::Sender<Input>,
 ) -> io::Result<()> {
+    let id = place.id();
     let (sender, mut outgoing) = mpsc::channel::<Vec<u8>>(OUTGOING);
     let waiting = Arc::new(AtomicUsize::new(0));
     let to_agent = Outgoing { sender, waiting: Arc::clone(&waiting) };
@@ -287,26 +294,30 @@ async fn talk(
     };
     let result = tokio::select! {
         result = write => result,
-        result = read(id, reader, decoder, shared, &coordinator) => result,
+        result = read(place, reader, decoder, shared, &coordinator) => result,
     };
     let _ = coordinator.send(Input::Closed(id)).await;
     result
 }
 
 async fn read(
-    id: Peer,
+    place: &Place,
     mut reader: impl AsyncRead + Unpin,
     mut decoder: Decoder,
     shared: &Shared,
     coordinator: &mpsc::Sender<Input>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 4096];
+    let mut is_idle = true;
     loop {
         while let Some(message) = decoder.next_message::<ToCoordinator>().map_err(invalid)? {
+            if message != ToCoordinator::KeepAlive && std::mem::take(&mut is_idle) {
+                place.asked();
+            }
             if let ToCoordinator::Hello(hello) = &message {
                 shared.welcome(hello.addresses.iter().copied());
             }
-            if coordinator.send(Input::Said(id, message)).await.is_err() {
+            if coordinator.send(Input::Said(place.id(), message)).await.is_err() {
                 return Ok(());
             }
         }

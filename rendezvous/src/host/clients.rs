@@ -16,8 +16,9 @@ use std::task::{Context, Poll, Waker, ready};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
+use super::door::Place;
 use super::{Shared, locked};
-use crate::store::codec::{MAX_REQUEST, Scan};
+use crate::store::codec::{MAX_REQUEST, Request, Scan};
 use crate::store::state::{Connection, MAX_HELD, READY, Refused, Replies, Store};
 #[cfg(doc)]
 use crate::store::values::MAX_ANSWER;
@@ -191,6 +192,8 @@ struct Client {
     scan: Scan,
     /// Answers that the client has not taken yet; mostly none.
     unwritten: Option<Box<Sending>>,
+    /// Whether it has asked for something. A ping is not enough: every client of torch begins with one.
+    has_asked: bool,
 }
 
 impl Client {
@@ -231,6 +234,7 @@ impl Client {
             let Some((request, length)) = self.scan.request(rest).map_err(io::Error::other)? else {
                 return Err(io::Error::other(Refused::Memory));
             };
+            self.has_asked |= !matches!(request, Request::Ping(_) | Request::Validate);
             store.handle(self.id, request, replies).map_err(io::Error::other)?;
             // In its place among the answers.
             if let Some(own) = replies.woken.iter().position(|woken| *woken == self.id) {
@@ -321,12 +325,17 @@ pub(super) struct Serve {
     shared: Arc<Shared>,
     stream: TcpStream,
     client: Client,
+    place: Place,
+    /// Whether its place knows that it has asked for something.
+    is_known: bool,
 }
 
 impl Serve {
-    pub(super) fn new(shared: Arc<Shared>, id: Connection, stream: TcpStream) -> Self {
-        let client = Client { id, pending: Vec::new(), scan: Scan::default(), unwritten: None };
-        Self { shared, stream, client }
+    pub(super) fn new(shared: Arc<Shared>, place: Place, stream: TcpStream) -> Self {
+        let id = place.id();
+        let client =
+            Client { id, pending: Vec::new(), scan: Scan::default(), unwritten: None, has_asked: false };
+        Self { shared, stream, client, place, is_known: false }
     }
 }
 
@@ -341,12 +350,15 @@ impl Future for Serve {
     type Output = io::Error;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Error> {
-        let Self { shared, stream, client } = self.get_mut();
+        let Self { shared, stream, client, place, is_known } = self.get_mut();
         loop {
             let read = match locked(&shared.clients).turn(stream, client, context.waker()) {
                 Ok(read) => read,
                 Err(error) => return Poll::Ready(error),
             };
+            if client.has_asked && !std::mem::replace(is_known, true) {
+                place.asked();
+            }
             let possible = if client.unwritten.is_some() {
                 stream.poll_write_ready(context)
             } else if read == Read::Part || client.is_held_back() {
@@ -379,14 +391,15 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::store::codec::{Request, encode};
+    use crate::store::codec::encode;
 
     /// A client of a store, and the other end.
     async fn client(shared: &Arc<Shared>, id: Connection) -> (TcpStream, tokio::task::JoinHandle<io::Error>) {
         let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (other, _) = listener.accept().await.unwrap();
-        (stream, tokio::spawn(Serve::new(Arc::clone(shared), id, other)))
+        let place = Place::new(Arc::clone(shared), id);
+        (stream, tokio::spawn(Serve::new(Arc::clone(shared), place, other)))
     }
 
     #[tokio::test]

@@ -1,103 +1,104 @@
 //! Who comes: connections are strangers until they have shown what they are.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ice_proto::frame;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::agents::{self, Input, Speech};
+use super::connections::{self, Evicted};
 use super::{Shared, clients, locked};
 use crate::store::codec::{VALIDATE, VALIDATION_MAGIC};
 use crate::tls;
 
 /// How long a stranger has to show what it is.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Strangers at a time; beyond them the one that has been here for longest goes, once it has had the time that an honest one needs.
-const STRANGERS: usize = 1024;
-/// That time. All agents of a large job come at once, and are as many as there are nodes.
-const GRACE: Duration = Duration::from_secs(2);
-/// Strangers at a time, however new they are.
-const MOST_STRANGERS: usize = 32 << 10;
-
 /// Descriptors that are left to the rest of the process, where there are so many.
 const RESERVED: u64 = 512;
 
 /// How many connections there may be at a time.
-fn room() -> usize {
+pub(super) fn room() -> usize {
     use nix::sys::resource::{Resource, getrlimit};
     let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
     usize::try_from(soft.saturating_sub(RESERVED).max(soft / 2)).unwrap_or(usize::MAX)
 }
 
-/// Connections that have not shown what they are, by arrival.
-#[derive(Clone, Default)]
-struct Strangers(Arc<Mutex<BTreeMap<u64, (Instant, AbortHandle)>>>);
-
-impl Strangers {
-    fn add(&self, id: u64, task: AbortHandle) {
-        let mut strangers = locked(&self.0);
-        // It may have been quick.
-        if !task.is_finished() {
-            strangers.insert(id, (Instant::now(), task));
-        }
-        let first =
-            |strangers: &BTreeMap<_, (Instant, _)>| strangers.first_key_value().map(|(_, (since, _))| *since);
-        while let Some(since) = first(&strangers) {
-            let most = if since.elapsed() > GRACE { STRANGERS } else { MOST_STRANGERS };
-            if strangers.len() <= most {
-                break;
-            }
-            if let Some((_, (_, task))) = strangers.pop_first() {
-                task.abort();
-            }
+/// Ends connections that make room for others, and says so if there is something to say.
+fn end(evicted: impl IntoIterator<Item = Evicted<AbortHandle>>) {
+    for Evicted { handle, message } in evicted {
+        handle.abort();
+        if let Some(message) = message {
+            tracing::warn!("{message}");
         }
     }
+}
 
-    /// Ends the one that has been here for longest.
-    fn send_away(&self) {
-        if let Some((_, (_, task))) = locked(&self.0).pop_first() {
-            task.abort();
-        }
+/// The place of a connection, until this is dropped.
+pub(super) struct Place {
+    shared: Arc<Shared>,
+    id: u64,
+}
+
+impl Place {
+    pub(super) fn new(shared: Arc<Shared>, id: u64) -> Self {
+        Self { shared, id }
     }
 
-    fn remove(&self, id: u64) {
-        locked(&self.0).remove(&id);
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    fn becomes(&self, kind: connections::Kind) {
+        end(locked(&self.shared.connections).becomes(self.id, kind));
+    }
+
+    /// The connection has asked for something, so that it makes no room for others.
+    pub(super) fn asked(&self) {
+        locked(&self.shared.connections).asked(self.id);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        locked(&self.shared.connections).remove(self.id);
     }
 }
 
 pub(super) struct Door {
     shared: Arc<Shared>,
     coordinator: mpsc::Sender<Input>,
-    strangers: Strangers,
     next: AtomicU64,
-    /// For each connection one.
-    room: Arc<Semaphore>,
 }
 
 impl Door {
     pub(super) fn new(shared: Arc<Shared>, coordinator: mpsc::Sender<Input>) -> Self {
-        let room = Arc::new(Semaphore::new(room().min(Semaphore::MAX_PERMITS)));
-        Self { shared, coordinator, strangers: Strangers::default(), next: AtomicU64::new(0), room }
+        Self { shared, coordinator, next: AtomicU64::new(0) }
     }
 
     /// Lets in who comes, for ever.
     pub(super) async fn serve(self: Arc<Self>, listener: TcpListener) {
+        let mut failed = false;
         loop {
             match listener.accept().await {
-                Ok((stream, peer)) => self.open(stream, peer),
+                Ok((stream, peer)) => {
+                    failed = false;
+                    self.open(stream, peer);
+                }
                 Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    // Out of descriptors: those that say nothing make room, others get the time to end.
-                    self.strangers.send_away();
+                    // Once for all attempts until one succeeds.
+                    if !std::mem::replace(&mut failed, true) {
+                        tracing::warn!(%error, "a connection could not be accepted: trying again");
+                    }
+                    // Out of descriptors: idle connections make room, others get the time to end.
+                    end(locked(&self.shared.connections).make_room());
                     sleep(Duration::from_millis(10)).await;
                 }
             }
@@ -105,41 +106,37 @@ impl Door {
     }
 
     fn open(&self, mut stream: TcpStream, peer: SocketAddr) {
-        let Ok(place) = Arc::clone(&self.room).try_acquire_owned() else {
-            // The next one finds the room that this makes.
-            self.strangers.send_away();
-            return tracing::warn!(%peer, "there are too many connections: one was turned away");
-        };
         let _ = stream.set_nodelay(true);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (shared, coordinator) = (Arc::clone(&self.shared), self.coordinator.clone());
-        let strangers = self.strangers.clone();
         let task = tokio::spawn(async move {
-            let _place = place;
+            let place = Place::new(Arc::clone(&shared), id);
             // Boxed, since they are large, and most connections are ranks'.
             let meeting = Box::pin(timeout(PATIENCE, meet(&mut stream, peer, &shared)));
             let result = match meeting.await {
                 Err(_) => Err(io::ErrorKind::TimedOut.into()),
                 Ok(Err(error)) => Err(error),
                 Ok(Ok(Kind::Rank)) => {
-                    strangers.remove(id);
-                    let error = clients::Serve::new(shared, id, stream).await;
+                    place.becomes(connections::Kind::Rank);
+                    let error = clients::Serve::new(shared, place, stream).await;
                     if clients::is_fault(&error) {
                         tracing::error!(%peer, %error, "the host ended a connection to the store");
                     }
                     Err(error)
                 }
                 Ok(Ok(Kind::Agent(speech))) => {
-                    let known = || strangers.remove(id);
-                    Box::pin(agents::serve(&shared, id, (stream, peer), speech, coordinator, known)).await
+                    let known = || place.becomes(connections::Kind::Agent);
+                    let agent = agents::serve(&shared, &place, (stream, peer), speech, coordinator, known);
+                    Box::pin(agent).await
                 }
             };
-            strangers.remove(id);
             if let Err(error) = result {
                 tracing::debug!(%peer, %error, "a connection was ended");
             }
         });
-        self.strangers.add(id, task.abort_handle());
+        let now = Instant::now();
+        // The task has not run yet: the host has one thread, and this is its turn.
+        end(locked(&self.shared.connections).add(id, peer.ip(), task.abort_handle(), now));
     }
 }
 
@@ -171,11 +168,14 @@ async fn meet(stream: &mut TcpStream, peer: SocketAddr, shared: &Shared) -> io::
 
 #[cfg(test)]
 mod tests {
-    use ice_proto::rendezvous::KeepAlive;
+    use ice_proto::rendezvous::{KeepAlive, ToCoordinator};
     use tokio::io::{AsyncRead, AsyncWriteExt};
+    use tokio::net::TcpSocket;
 
     use super::*;
-    use crate::auth::{Token, greet};
+    use crate::auth::{Channel, Token, greet};
+    use crate::host::connections::Connections;
+    use crate::store::codec::{Request, encode};
 
     /// A door for agents with a token and TLS, where it is, and what comes in.
     async fn door() -> (Arc<Door>, SocketAddr, mpsc::Receiver<Input>) {
@@ -193,7 +193,7 @@ mod tests {
     }
 
     fn strangers(door: &Door) -> usize {
-        locked(&door.strangers.0).len()
+        locked(&door.shared.connections).count(connections::Kind::Stranger)
     }
 
     #[tokio::test]
@@ -210,23 +210,66 @@ mod tests {
         }
     }
 
+    /// Connects from an address of this host.
+    async fn connect_from(from: [u8; 4], to: SocketAddr) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((from, 0).into()).unwrap();
+        socket.connect(to).await.unwrap()
+    }
+
+    fn validate() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        encode(&Request::Validate, &mut bytes);
+        bytes
+    }
+
     #[tokio::test]
-    async fn many_may_come_at_once_and_the_silent_ones_go_when_more_come() {
-        tokio::time::pause();
-        let strangers = Strangers::default();
-        let come = |ids: std::ops::Range<u64>| {
-            for id in ids {
-                strangers.add(id, tokio::spawn(std::future::pending::<()>()).abort_handle());
+    async fn idle_connections_keep_no_agent_and_no_rank_out() {
+        const FLOOD: [u8; 4] = [127, 0, 0, 9];
+        let shared = Arc::new(Shared::new(None, KeepAlive::default()).unwrap());
+        *locked(&shared.connections) = Connections::new(64);
+        let (coordinator, mut inputs) = mpsc::channel(16);
+        let door = Arc::new(Door::new(Arc::clone(&shared), coordinator));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(Arc::clone(&door).serve(listener));
+        let flood = async || {
+            let mut idle = Vec::new();
+            for first in [b"".to_vec(), b"I".to_vec(), validate()] {
+                for _ in 0..100 {
+                    let mut stream = connect_from(FLOOD, address).await;
+                    // It may have been ended already.
+                    let _ = stream.write_all(&first).await;
+                    idle.push(stream);
+                }
             }
-            locked(&strangers.0).len()
+            idle
         };
-        let (many, all) = (STRANGERS as u64 * 3, MOST_STRANGERS as u64 + 9);
-        assert_eq!(come(0..many), many as usize);
-        tokio::time::advance(GRACE * 2).await;
-        // The old ones go, and what is left is the newest.
-        assert_eq!(come(many..many + 1), STRANGERS);
-        assert!(locked(&strangers.0).contains_key(&many) && !locked(&strangers.0).contains_key(&0));
-        assert_eq!(come(many + 1..many + all), MOST_STRANGERS);
+        let mut get = validate();
+        encode(&Request::Ping(7), &mut get);
+        encode(&Request::QueueLen(b"q"), &mut get);
+        let mut all = vec![flood().await];
+        let mut known = Vec::new();
+        // From another address, and from that of the flood itself.
+        for from in [[127, 0, 0, 1], FLOOD] {
+            let mut agent = connect_from(from, address).await;
+            greet(&mut agent, None, &Channel::Plain).await.unwrap();
+            let Some(Input::Opened(_, outgoing)) = inputs.recv().await else { panic!("no agent") };
+            agent.write_all(&frame::encode(&ToCoordinator::Join).unwrap()).await.unwrap();
+            assert!(matches!(inputs.recv().await, Some(Input::Said(..))));
+            let mut rank = connect_from(from, address).await;
+            rank.write_all(&get).await.unwrap();
+            rank.read_exact(&mut [0; 12]).await.unwrap();
+            all.push(flood().await);
+            known.push((agent, rank, outgoing));
+        }
+        // They stay, too.
+        for (agent, rank, _) in &mut known {
+            rank.write_all(&get[5..]).await.unwrap();
+            rank.read_exact(&mut [0; 12]).await.unwrap();
+            agent.write_all(&frame::encode(&ToCoordinator::Join).unwrap()).await.unwrap();
+            assert!(matches!(inputs.recv().await, Some(Input::Said(..))));
+        }
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@
 
 mod agents;
 mod clients;
+mod connections;
 mod door;
 
 use std::collections::HashSet;
@@ -18,6 +19,7 @@ use std::time::Duration;
 use ice_proto::rendezvous::KeepAlive;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{oneshot, watch};
+use tokio::task::AbortHandle;
 
 use crate::Error;
 use crate::auth::Token;
@@ -27,6 +29,7 @@ use crate::tls::Acceptor;
 pub(crate) use agents::Entry;
 pub(crate) use agents::Takeover;
 use clients::Clients;
+use connections::Connections;
 use door::Door;
 
 /// Connections that the kernel keeps until they are accepted.
@@ -127,6 +130,8 @@ impl Host {
 /// What all connections of a host have in common.
 struct Shared {
     clients: Mutex<Clients>,
+    /// Each with what ends it. Never locked together with `clients`.
+    connections: Mutex<Connections<AbortHandle>>,
     /// Where agents that know the token have come from: from there alone the store can be reached. `None` where there is no token.
     guests: Option<Mutex<HashSet<IpAddr>>>,
     token: Option<Token>,
@@ -142,6 +147,7 @@ impl Shared {
         let tls = token.as_ref().filter(|token| token.is_over_tls()).map(|_| Acceptor::new()).transpose()?;
         Ok(Self {
             clients: Mutex::new(Clients::new()),
+            connections: Mutex::new(Connections::new(door::room())),
             guests: token.as_ref().map(|_| Mutex::default()),
             token,
             tls,

@@ -2,6 +2,8 @@
 //!
 //! A large value is kept once, however many answers carry it: a broadcast of 8 MiB to a thousand ranks that read slowly takes 8 MiB,
 //! and so does a request for the same key a thousand times.
+//!
+//! In the book: `docs/clusters.md#who-may-join`.
 
 use std::collections::{TryReserveError, VecDeque};
 use std::io::IoSlice;
