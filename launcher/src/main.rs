@@ -3,14 +3,13 @@
 use std::io::{self, IsTerminal, Write};
 use std::process;
 
-use clap::Parser;
 use ice_launch::cli::{self, Cli};
 use ice_proto::exit::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> process::ExitCode {
-    let cli = Cli::parse();
-    if let Some(what) = cli.generate {
+    let cli = Cli::from_env();
+    if let Some(what) = cli.generate.or(cli.print_completion.map(Into::into)) {
         // Who reads it may have seen enough.
         let _ = cli::generate(what, &mut io::stdout().lock());
         return ExitCode::Success.into();

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+/// Nodes that a job can have.
+pub const MOST_NODES: u32 = 100_000;
 /// Most bytes of [`Hello::role`].
 pub const LONGEST_ROLE: usize = 256;
 

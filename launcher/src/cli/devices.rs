@@ -12,7 +12,7 @@ use ice_proto::backend::RankDevice;
 use crate::placement::visible_devices;
 
 /// More ranks on one node than anyone has devices: a typing error.
-const MOST: u32 = 4096;
+pub(super) const MOST: u32 = 4096;
 const GRAMMAR: &str =
     "expected auto, cpu, cuda, cuda:*, or indices such as cuda:0, cuda:1,3, cuda:0-2,7, cpu:0-3";
 

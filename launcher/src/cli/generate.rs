@@ -6,7 +6,7 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 
 use super::Cli;
-use super::args::Generate;
+use super::args::{Generate, program_name};
 
 /// Writes what was asked for.
 ///
@@ -14,6 +14,8 @@ use super::args::Generate;
 /// The error of the writer.
 pub fn generate(what: Generate, out: &mut dyn Write) -> io::Result<()> {
     let mut command = Cli::command();
+    // A link has completions of its own.
+    let name = std::env::args_os().next().as_ref().map_or_else(|| "ice-launch".into(), program_name);
     let shell = match what {
         Generate::Man => return clap_mangen::Man::new(command).render(out),
         Generate::Bash => Shell::Bash,
@@ -21,6 +23,6 @@ pub fn generate(what: Generate, out: &mut dyn Write) -> io::Result<()> {
         Generate::Fish => Shell::Fish,
     };
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut command, "ice-launch", &mut text);
+    clap_complete::generate(shell, &mut command, name, &mut text);
     out.write_all(&text)
 }

@@ -13,7 +13,7 @@ where
     u32: From<T>,
 {
     let mut found = BTreeSet::new();
-    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+    for part in text.split(',').map(str::trim).filter(|_| !text.trim().is_empty()) {
         let wrong = || format!("`{part}` is not a number or a range such as 64-78");
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let first: T = first.trim().parse().map_err(|_| wrong())?;
@@ -28,7 +28,10 @@ where
 }
 
 /// `apple,orange`, where `,,` is a comma.
-pub(super) fn texts(text: &str) -> Vec<String> {
+pub(super) fn texts(text: &str) -> Result<Vec<String>, String> {
+    if text.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut found = vec![String::new()];
     let mut letters = text.chars().peekable();
     while let Some(letter) = letters.next() {
@@ -41,18 +44,35 @@ pub(super) fn texts(text: &str) -> Vec<String> {
             (letter, _) => found.last_mut().into_iter().for_each(|last| last.push(letter)),
         }
     }
-    // An empty text would be in every line.
-    found.retain(|text| !text.is_empty());
-    found
+    match found.iter().any(String::is_empty) {
+        // It would be in every line.
+        true => Err(format!("`{text}` has an empty part: expected texts such as apple,orange")),
+        false => Ok(found),
+    }
 }
 
 /// `SIGTERM,usr1`: signals that a process can handle.
 pub(crate) fn signals(text: &str) -> Result<Vec<Signal>, String> {
-    let mut found = Vec::new();
-    for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+    let (found, unknown) = known_signals(text)?;
+    match unknown.first() {
+        Some(name) => Err(format!("`{name}` is not the name of a signal")),
+        None => Ok(found),
+    }
+}
+
+/// The signals of a list, and the names in it that this system does not know.
+pub(super) fn known_signals(text: &str) -> Result<(Vec<Signal>, Vec<String>), String> {
+    let (mut found, mut unknown) = (Vec::new(), Vec::new());
+    for name in text.split(',').map(str::trim).filter(|_| !text.trim().is_empty()) {
         let upper = name.to_ascii_uppercase();
         let full = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
-        let signal = Signal::from_str(&full).map_err(|_| format!("`{name}` is not the name of a signal"))?;
+        if name.is_empty() {
+            return Err(format!("`{text}` has an empty part: expected names such as SIGTERM,SIGINT"));
+        }
+        let Ok(signal) = Signal::from_str(&full) else {
+            unknown.push(name.to_owned());
+            continue;
+        };
         match signal {
             Signal::SIGKILL | Signal::SIGSTOP => {
                 return Err(format!("`{name}` cannot be handled by any process"));
@@ -72,7 +92,7 @@ pub(crate) fn signals(text: &str) -> Result<Vec<Signal>, String> {
             signal => found.push(signal),
         }
     }
-    Ok(found)
+    Ok((found, unknown))
 }
 
 /// `4096`, `64K`, `100M`, `2G`: bytes, in powers of 1024.
@@ -90,8 +110,11 @@ pub(super) fn bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(unit).filter(|size| *size > 0).ok_or_else(wrong)
 }
 
-/// A number of seconds that is not negative.
+/// A number of seconds that is not negative. Infinity is none.
 pub(super) fn seconds(value: f64) -> Result<Duration, String> {
+    if !value.is_finite() {
+        return Err(format!("{value} is not a number of seconds"));
+    }
     // A year is as good as forever, and adds up without an overflow.
     const YEAR: f64 = 366.0 * 24.0 * 3600.0;
     let value = if value > YEAR { YEAR } else { value };
@@ -107,21 +130,30 @@ mod tests {
         let codes = |text| numbers::<u8>(text).map(|codes| codes.into_iter().collect::<Vec<_>>());
         assert_eq!(codes("2, 64-66").unwrap(), [2, 64, 65, 66]);
         assert_eq!(codes("").unwrap(), [0_u8; 0]);
-        for wrong in ["x", "1-", "3-1", "256", "-1"] {
+        for wrong in ["x", "1-", "3-1", "256", "-1", "1,,2", "1,", ","] {
             assert!(codes(wrong).is_err(), "{wrong}");
         }
     }
 
     #[test]
     fn two_commas_are_one() {
-        assert_eq!(texts("apple,orange"), ["apple", "orange"]);
-        assert_eq!(texts("a,,b,c"), ["a,b", "c"]);
-        assert_eq!(texts(""), [""; 0]);
+        assert_eq!(texts("apple,orange").unwrap(), ["apple", "orange"]);
+        assert_eq!(texts("a,,b,c").unwrap(), ["a,b", "c"]);
+        assert_eq!(texts(",,").unwrap(), [","]);
+        assert_eq!(texts("").unwrap(), [""; 0]);
+        for wrong in [",", "a,", ",a", "a,,,b,"] {
+            assert!(texts(wrong).unwrap_err().contains("empty part"), "{wrong}");
+        }
     }
 
     #[test]
     fn signals_by_name() {
         assert_eq!(signals("SIGTERM, usr1,TERM").unwrap(), [Signal::SIGTERM, Signal::SIGUSR1]);
+        let (found, unknown) = known_signals("SIGTERM,SIGBREAK").unwrap();
+        assert_eq!((found, unknown), (vec![Signal::SIGTERM], vec!["SIGBREAK".to_owned()]));
+        for wrong in ["SIGTERM,", ",", "SIGTERM,,SIGINT"] {
+            assert!(signals(wrong).unwrap_err().contains("empty part"), "{wrong}");
+        }
         for wrong in ["SIGKILL", "SIGNOTHING", "SIGCHLD", "9"] {
             assert!(signals(wrong).unwrap_err().contains(wrong), "{wrong}");
         }
@@ -135,6 +167,6 @@ mod tests {
         }
         assert_eq!(seconds(0.25), Ok(Duration::from_millis(250)));
         assert!(seconds(1e300).unwrap() < Duration::from_secs(40_000_000));
-        assert!(seconds(-1.0).is_err() && seconds(f64::NAN).is_err());
+        assert!(seconds(-1.0).is_err() && seconds(f64::NAN).is_err() && seconds(f64::INFINITY).is_err());
     }
 }

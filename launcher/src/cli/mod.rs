@@ -13,7 +13,7 @@ mod plan;
 mod program;
 mod streams;
 
-pub use args::{Cli, Generate, LaunchArgs, TorchrunArgs};
+pub use args::{Cli, CompletionShell, Generate, LaunchArgs, RdzvArgs, TorchrunArgs};
 pub use generate::generate;
 pub(crate) use lists::signals;
 pub(crate) use plan::{HangTimeout, Rotation};

@@ -3,17 +3,31 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ice_proto::backend::{DistBackend, RankDevice};
-use ice_proto::rendezvous::RestartPolicy;
+use ice_proto::rendezvous::{LONGEST_ROLE, MOST_NODES, RestartPolicy};
 use ice_rendezvous::{MeetingConfig, Place};
 use nix::sys::signal::Signal;
 
 use crate::placement::{self, NumaBinding};
 use crate::preempt::Source;
 
+use crate::logs::check_template;
+
 use super::{LaunchArgs, PerRank, Program, devices, fill, lists, meeting};
 
 /// torchrun's default.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
+/// Default of `--crash-loop-limit`.
+const CRASH_LOOP_LIMIT: u32 = 5;
+/// How often ranks are looked at at most.
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
+/// Most bytes of a run id. A few more follow in the name of a folder, which has at most 255.
+const LONGEST_RUN_ID: usize = 200;
+/// Most threads of a rank: more are a typing error.
+const MOST_THREADS: u32 = 1 << 16;
+/// Default of `--log-prefix`.
+const PREFIX: &str = "[${role_name}${rank}]:";
+/// torchrun's variable for it.
+const PREFIX_VARIABLE: &str = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE";
 
 /// An option that cannot be carried out: its name, its value, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -127,6 +141,8 @@ impl LaunchPlan {
     /// [`UsageError`] names the option or the variable.
     pub fn new(args: &LaunchArgs, program: Program) -> Result<Self, UsageError> {
         let (mut args, mut notes) = (args.clone(), Vec::new());
+        let rdzv = args.rdzv.clone();
+        rdzv.translate(&mut args, &mut notes, &|name| std::env::var(name).ok())?;
         fill::fill(&mut args, &mut notes, &|name| std::env::var(name).ok())?;
         let mut plan = Self::check(&args, program)?;
         plan.notes.splice(0..0, notes);
@@ -159,12 +175,8 @@ impl LaunchPlan {
             .map_err(|problem| UsageError::new("--devices", format!("`{text}`: {problem}")))?;
         let nnodes = nnodes(args.nnodes.as_deref().unwrap_or("1"))?;
         let run_id = args.run_id.clone().unwrap_or_else(|| "none".into());
-        if run_id.is_empty() || run_id.contains('/') {
-            return Err(UsageError::new("--run-id", format!("`{run_id}` is part of file names: no `/`")));
-        }
-        if args.omp_num_threads == Some(0) {
-            return Err(UsageError::new("--omp-num-threads", "0: a rank needs a thread".into()));
-        }
+        check_names(&run_id, &args.role)?;
+        check_numbers(args, nnodes)?;
         let named = |option| move |problem| UsageError::new(option, problem);
         let seconds = |option, value| lists::seconds(value).map_err(named(option));
         let shutdown_timeout = match args.shutdown_timeout {
@@ -175,7 +187,7 @@ impl LaunchPlan {
             max_restarts: args.max_restarts,
             window: args.restart_window.map(|value| seconds("--restart-window", value)).transpose()?,
             backoff: seconds("--restart-backoff", args.restart_backoff)?,
-            crash_loop: args.crash_loop_limit,
+            crash_loop: args.crash_loop_limit.unwrap_or(CRASH_LOOP_LIMIT),
         };
         let cpus = args.numa_binding.as_deref().map(|text| {
             let binding = text.parse::<NumaBinding>()?;
@@ -198,7 +210,33 @@ impl LaunchPlan {
                 meeting::UNSHARED_STORE
             ));
         }
+        if args.crash_loop_limit.is_none() && args.max_restarts >= CRASH_LOOP_LIMIT {
+            notes.push(format!(
+                "not all {} restarts are for a job that keeps failing within 10 s of its start: it ends after {CRASH_LOOP_LIMIT} \
+                 such attempts in a row; --crash-loop-limit 0 restarts it all the same",
+                args.max_restarts
+            ));
+        }
+        let (signals, unknown) =
+            lists::known_signals(&args.signals_to_handle).map_err(named("--signals-to-handle"))?;
+        if signals.is_empty() && !unknown.is_empty() {
+            let problem = format!("`{}` names no signal that this system has", args.signals_to_handle);
+            return Err(UsageError::new("--signals-to-handle", problem));
+        }
+        notes.extend(unknown.iter().map(|name| {
+            format!(
+                "--signals-to-handle: `{name}` is not the name of a signal, and is left out, as in torchrun"
+            )
+        }));
         let codes = args.fatal_exit_codes.as_deref().unwrap_or_default();
+        let fatal_exit_codes = lists::numbers(codes).map_err(named("--fatal-exit-codes"))?;
+        if fatal_exit_codes.contains(&0) {
+            return Err(UsageError::new(
+                "--fatal-exit-codes",
+                "0: a rank that ends so has not failed".into(),
+            ));
+        }
+        let logs = logs(args, devices.len())?;
         Ok(Self {
             program,
             backend: backend(&args.dist_backend, &devices)?,
@@ -216,23 +254,24 @@ impl LaunchPlan {
             close_timeout: args.rendezvous.close_timeout.unwrap_or(meeting::CLOSE_TIMEOUT),
             run_id,
             restarts,
-            fatal_exit_codes: lists::numbers(codes).map_err(named("--fatal-exit-codes"))?,
+            fatal_exit_codes,
             hang_timeout: match args.hang_timeout {
                 None => HangTimeout::Default,
                 Some(0.0) => HangTimeout::Never,
                 Some(value) => HangTimeout::After(seconds("--hang-timeout", value)?),
             },
             spares: args.spares,
-            monitor_interval: seconds("--monitor-interval", args.monitor_interval)?,
+            // 0 is as often as it makes sense.
+            monitor_interval: seconds("--monitor-interval", args.monitor_interval)?.max(SHORTEST_INTERVAL),
             shutdown_timeout,
-            signals: lists::signals(&args.signals_to_handle).map_err(named("--signals-to-handle"))?,
+            signals,
             notices: args
                 .preempt_notice
                 .iter()
                 .map(|text| Source::parse(text).map_err(named("--preempt-notice")))
                 .collect::<Result<_, _>>()?,
             requeue_exit_code: args.requeue_exit_code,
-            logs: logs(args)?,
+            logs,
             events: args.events.clone(),
             progress_interval: seconds("--progress-interval", args.progress_interval)?,
             notes,
@@ -240,11 +279,77 @@ impl LaunchPlan {
     }
 }
 
-fn logs(args: &LaunchArgs) -> Result<LogPlan, UsageError> {
-    let streams =
-        |option, text: &str| PerRank::parse(text).map_err(|problem| UsageError::new(option, problem));
+/// Names that become parts of file names, of variables and of lines.
+fn check_names(run_id: &str, role: &str) -> Result<(), UsageError> {
+    let has_control = |text: &str| text.chars().any(char::is_control);
+    let problem = match run_id {
+        "" => Some("is empty: leave it out, or give a name".into()),
+        id if id.contains('/') || has_control(id) => {
+            Some(format!("{id:?} is part of file names: no `/` and no control characters"))
+        }
+        id if id.len() > LONGEST_RUN_ID => {
+            Some(format!("{} bytes, and it is part of file names: at most {LONGEST_RUN_ID}", id.len()))
+        }
+        _ => None,
+    };
+    if let Some(problem) = problem {
+        return Err(UsageError::new("--run-id", problem));
+    }
+    // An empty one is TorchX's way to have none.
+    if has_control(role) || role.len() > LONGEST_ROLE {
+        let problem = format!("{role:?}: at most {LONGEST_ROLE} bytes, and no control characters");
+        return Err(UsageError::new("--role", problem));
+    }
+    Ok(())
+}
+
+/// Numbers that cannot mean anything.
+fn check_numbers(args: &LaunchArgs, nnodes: (u32, u32)) -> Result<(), UsageError> {
+    let wrong = |option, problem: String| Err(UsageError::new(option, problem));
+    match args.omp_num_threads {
+        Some(0) => return wrong("--omp-num-threads", "0: a rank needs a thread".into()),
+        Some(many @ MOST_THREADS..) => {
+            return wrong("--omp-num-threads", format!("{many}: fewer than {MOST_THREADS}"));
+        }
+        _ => {}
+    }
+    if args.restart_window == Some(0.0) {
+        let problem = "0: no failure would ever count; leave it out to count all of the job's";
+        return wrong("--restart-window", problem.into());
+    }
+    if args.spares > devices::MOST {
+        return wrong("--spares", format!("{}: at most {}", args.spares, devices::MOST));
+    }
+    if nnodes.1 > 1 && args.master_port == Some(0) && args.rendezvous.etcd.is_none() {
+        let problem = "0 with several nodes: the others cannot know a free port; give one, such as 29500";
+        return wrong("--master-port", problem.into());
+    }
+    Ok(())
+}
+
+fn logs(args: &LaunchArgs, ranks_here: usize) -> Result<LogPlan, UsageError> {
+    let exists = |option, rank: Option<u32>| match rank.filter(|rank| *rank as usize >= ranks_here) {
+        Some(rank) => {
+            let there = if ranks_here == 1 { "0 alone".into() } else { format!("0 to {}", ranks_here - 1) };
+            Err(UsageError::new(option, format!("there is no local rank {rank}: this node has {there}")))
+        }
+        None => Ok(()),
+    };
+    let streams = |option, text: &str| {
+        let streams = PerRank::parse(text).map_err(|problem| UsageError::new(option, problem))?;
+        exists(option, streams.highest())?;
+        Ok(streams)
+    };
     let ranks = lists::numbers(&args.local_ranks_filter)
         .map_err(|problem| UsageError::new("--local-ranks-filter", problem))?;
+    exists("--local-ranks-filter", ranks.last().copied())?;
+    let texts = |option, text: &str| lists::texts(text).map_err(|problem| UsageError::new(option, problem));
+    let of_variable = || std::env::var(PREFIX_VARIABLE).ok().filter(|template| !template.is_empty());
+    let prefix = match &args.log_prefix {
+        Some(template) => (template.clone(), "--log-prefix"),
+        None => of_variable().map_or((PREFIX.into(), ""), |template| (template, PREFIX_VARIABLE)),
+    };
+    check_template(&prefix.0).map_err(|problem| UsageError::new(prefix.1, problem))?;
     let size = args.log_max_size.as_deref().map(lists::bytes).transpose();
     let size = size.map_err(|problem| UsageError::new("--log-max-size", problem))?;
     Ok(LogPlan {
@@ -252,9 +357,11 @@ fn logs(args: &LaunchArgs) -> Result<LogPlan, UsageError> {
         tee: streams("--tee", &args.tee)?,
         folder: args.log_dir.clone(),
         console_ranks: (!ranks.is_empty()).then_some(ranks),
-        filters: [&args.duplicate_stdout_filters, &args.duplicate_stderr_filters]
-            .map(|text| lists::texts(text)),
-        prefix: args.log_prefix.clone(),
+        filters: [
+            texts("--duplicate-stdout-filters", &args.duplicate_stdout_filters)?,
+            texts("--duplicate-stderr-filters", &args.duplicate_stderr_filters)?,
+        ],
+        prefix: prefix.0,
         rotation: size.map(|size| Rotation { size, keep: args.log_keep }),
     })
 }
@@ -269,7 +376,10 @@ fn shutdown_timeout_of_torch() -> Result<Duration, UsageError> {
 
 fn nnodes(text: &str) -> Result<(u32, u32), UsageError> {
     let wrong = |problem: &str| UsageError::new("--nnodes", format!("`{text}`: {problem}"));
-    let number = |text: &str| text.parse::<u32>().map_err(|_| wrong("expected N or MIN:MAX"));
+    let number = |text: &str| match text.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => text.parse::<u32>().map_err(|_| wrong("expected N or MIN:MAX")),
+        false => Err(wrong("expected N or MIN:MAX")),
+    };
     let (fewest, most) = text.split_once(':').unwrap_or((text, text));
     let (fewest, most) = (number(fewest)?, number(most)?);
     if fewest == 0 {
@@ -277,6 +387,9 @@ fn nnodes(text: &str) -> Result<(u32, u32), UsageError> {
     }
     if fewest > most {
         return Err(wrong("MIN is more than MAX"));
+    }
+    if most > MOST_NODES {
+        return Err(wrong(&format!("a job has at most {MOST_NODES} nodes")));
     }
     Ok((fewest, most))
 }
@@ -357,7 +470,6 @@ mod tests {
             (&["--devices", "cpu", "--dist-backend", "nccl"], &["--dist-backend", "gloo"]),
             (&["--devices", "cpu", "--dist-backend", "mpi"], &["--dist-backend", "`mpi`"]),
             (&["--devices", "cpu", "--tee", "9"], &["--tee", "`9`"]),
-            (&["--devices", "cpu", "--shutdown-timeout=-1"], &["--shutdown-timeout", "-1"]),
             (&["--devices", "cpu", "--fatal-exit-codes=2,x"], &["--fatal-exit-codes", "`x`"]),
             (&["--devices", "cpu", "--signals-to-handle=SIGKILL"], &["--signals-to-handle", "`SIGKILL`"]),
             (&["--devices", "cpu", "--log-max-size=1X"], &["--log-max-size", "`1X`"]),

@@ -29,6 +29,11 @@ impl PerRank {
         *self == Self::default()
     }
 
+    /// The highest rank that is named by its number.
+    pub(super) fn highest(&self) -> Option<u32> {
+        self.some.last_key_value().map(|(rank, _)| *rank)
+    }
+
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let value = |text: &str| match text {
             "0" => Ok(Streams::default()),
@@ -45,7 +50,9 @@ impl PerRank {
             let (rank, streams) =
                 part.split_once(':').ok_or_else(|| format!("`{part}` is not rank:value"))?;
             let rank = rank.parse().map_err(|_| format!("`{rank}` is not a local rank"))?;
-            some.insert(rank, value(streams)?);
+            if some.insert(rank, value(streams)?).is_some() {
+                return Err(format!("`{text}` names rank {rank} twice"));
+            }
         }
         Ok(Self { all: Streams::default(), some })
     }
@@ -63,7 +70,8 @@ mod tests {
         assert_eq!(some.of(0), Streams { stdout: true, stderr: false });
         assert_eq!(some.of(1), Streams::default());
         assert_eq!(some.of(2), Streams { stdout: false, stderr: true });
-        for wrong in ["4", "", "0:4", "x:1", "0:1,2"] {
+        assert_eq!((all.highest(), some.highest()), (None, Some(2)));
+        for wrong in ["4", "", "0:4", "x:1", "0:1,2", "0:1,0:2", "0:1,,1:2", "0:1,"] {
             assert!(PerRank::parse(wrong).is_err(), "{wrong}");
         }
     }

@@ -13,5 +13,5 @@ pub(crate) use console::{Console, Target, can_rewrite};
 pub(crate) use files::{Files, LogFile};
 pub(crate) use folder::{LogFolder, RankFiles};
 pub(crate) use health::Health;
-pub(crate) use prefix::{Names, coloured, prefix};
+pub(crate) use prefix::{Names, check_template, coloured, prefix};
 pub(crate) use pump::{Filtered, Pump, Sink, TAIL_LINES, pipe};

@@ -20,7 +20,8 @@ mod visible;
 pub(crate) use binding::NumaBinding;
 use binding::bind;
 use gpus::gpu_addresses;
-pub(crate) use visible::{CUDA_VISIBLE_DEVICES, Placed, place, visible_devices};
+pub(crate) use visible::{CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES, Placed};
+pub(crate) use visible::{hip_visible_devices, place, visible_devices};
 
 /// How many logical CPUs this process may use, a quota of its cgroup included.
 pub(crate) fn cores() -> usize {

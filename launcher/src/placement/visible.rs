@@ -5,6 +5,14 @@ use ice_proto::backend::RankDevice;
 /// CUDA's own variable: the devices that a process sees, in its order.
 pub(crate) const CUDA_VISIBLE_DEVICES: &str = "CUDA_VISIBLE_DEVICES";
 
+/// ROCm's variable, which beats CUDA's there.
+pub(crate) const HIP_VISIBLE_DEVICES: &str = "HIP_VISIBLE_DEVICES";
+
+/// The agent's own list of ROCm devices, if it has one.
+pub(crate) fn hip_visible_devices() -> Option<String> {
+    std::env::var(HIP_VISIBLE_DEVICES).ok().filter(|list| !list.is_empty())
+}
+
 /// The agent's own list, where it has one.
 pub(crate) fn visible_devices() -> Option<String> {
     std::env::var(CUDA_VISIBLE_DEVICES).ok()

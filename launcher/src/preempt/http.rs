@@ -4,6 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use ureq::Agent;
+use ureq::http::Uri;
 
 /// How often it is asked. Clouds give notice 30 s (Google, Azure) to 2 minutes (AWS) ahead.
 const INTERVAL: Duration = Duration::from_secs(3);
@@ -24,6 +25,28 @@ pub(crate) struct Question {
     body: Option<&'static str>,
 }
 
+/// Whether a server can be asked at an http:// address.
+fn check(address: &str) -> Result<(), String> {
+    let uri: Uri = match address.parse() {
+        Ok(uri) => uri,
+        // It is what the parser says of no host, too.
+        Err(_) if matches!(address.strip_prefix("http://"), Some(rest) if rest.is_empty() || rest.starts_with('/')) =>
+        {
+            return Err(format!("`{address}` has no host"));
+        }
+        Err(error) => return Err(format!("`{address}` is no address: {error}")),
+    };
+    let authority = uri.authority().filter(|authority| !authority.host().is_empty());
+    let authority = authority.ok_or_else(|| format!("`{address}` has no host"))?;
+    let after_host = authority.as_str().rsplit_once(authority.host()).map_or("", |(_, after)| after);
+    match after_host.strip_prefix(':') {
+        Some(port) if authority.port_u16().is_none() => {
+            Err(format!("`{address}`: `{port}` is no port: expected a number from 0 to 65535"))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Question {
     /// A cloud's, by its name; none for another name. `base` stands in place of the metadata server's address.
     pub(super) fn of_cloud(name: &str, base: Option<&str>) -> Result<Option<Self>, String> {
@@ -36,6 +59,7 @@ impl Question {
         if !base.starts_with("http://") {
             return Err(format!("`{base}` is no http:// address"));
         }
+        check(base)?;
         let at = |path: &str| format!("{base}{path}");
         Ok(Some(match name {
             // 404 until there is one.
@@ -61,8 +85,9 @@ impl Question {
     }
 
     /// Any address: status 200 is a notice.
-    pub(super) fn of_address(url: &str) -> Self {
-        Self { url: url.into(), header: None, token: None, body: None }
+    pub(super) fn of_address(url: &str) -> Result<Self, String> {
+        check(url)?;
+        Ok(Self { url: url.into(), header: None, token: None, body: None })
     }
 
     /// Asks until there is a notice; returns what was answered. A server that does not answer is warned of once.

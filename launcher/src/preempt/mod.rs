@@ -34,7 +34,7 @@ impl Source {
             return Ok(Self::Http(question));
         }
         if text.starts_with("http://") {
-            return Ok(Self::Http(Question::of_address(text)));
+            return Ok(Self::Http(Question::of_address(text)?));
         }
         if text.contains("://") {
             return Err(format!(
@@ -95,6 +95,12 @@ mod tests {
         assert_eq!(asked("aws=http://[::1]:80"), "http://[::1]:80/latest/meta-data/spot/instance-action");
         for (text, named) in [
             ("https://10.0.0.1/", "only http://"),
+            ("http://", "no host"),
+            ("http:///path", "no host"),
+            ("http://host:99999/", "99999"),
+            ("http://host:/", "`http://host:/`"),
+            ("http://a b/", "`http://a b/`"),
+            ("aws=http://host:99999", "99999"),
             ("aws=10.0.0.1", "`10.0.0.1`"),
             ("preempt", "`preempt`"),
             ("SIGKILL", "cannot be handled"),

@@ -7,7 +7,10 @@ use ice_proto::link::Down;
 use ice_proto::rendezvous::Round;
 
 use crate::LaunchPlan;
-use crate::placement::{CUDA_VISIBLE_DEVICES, Placed, cores, place, threads_per_rank, visible_devices};
+use crate::placement::{
+    CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES, Placed, cores, hip_visible_devices, place, threads_per_rank,
+    visible_devices,
+};
 
 /// What all ranks of this node have in common in a round.
 pub(crate) struct Environment<'a> {
@@ -15,14 +18,20 @@ pub(crate) struct Environment<'a> {
     round: &'a Round,
     store: (&'a str, u16),
     placed: Vec<Placed>,
+    /// Whether each rank sees one ROCm device.
+    maps_hip: bool,
     /// OMP_NUM_THREADS, where it is not the agent's own.
     threads: Option<u32>,
 }
 
 impl<'a> Environment<'a> {
     pub(crate) fn new(plan: &'a LaunchPlan, round: &'a Round, store: (&'a str, u16)) -> Self {
-        let placed = place(&plan.devices, visible_devices().as_deref(), plan.virtual_local_rank);
-        Self { plan, round, store, placed, threads: threads(plan, round) }
+        // torchrun maps it for a virtual local rank alone.
+        let hip = hip_visible_devices().filter(|_| plan.virtual_local_rank);
+        let maps_hip = hip.is_some();
+        let visible = hip.or_else(visible_devices);
+        let placed = place(&plan.devices, visible.as_deref(), plan.virtual_local_rank);
+        Self { plan, round, store, placed, maps_hip, threads: threads(plan, round) }
     }
 
     /// The variables of a rank, for one that lives.
@@ -86,6 +95,9 @@ impl<'a> Environment<'a> {
         }
         variables.extend(self.threads.map(|threads| (names::OMP_NUM_THREADS, threads.to_string())));
         let visible = placed.and_then(|placed| placed.visible.clone());
+        if self.maps_hip {
+            variables.extend(visible.clone().map(|visible| (HIP_VISIBLE_DEVICES, visible)));
+        }
         variables.extend(visible.map(|visible| (CUDA_VISIBLE_DEVICES, visible)));
         variables
     }

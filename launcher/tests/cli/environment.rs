@@ -150,3 +150,18 @@ fn local_address_of_the_host_is_the_ranks_master_address() {
     let lines = [host, other].map(|job| job.finish().expect(0, &[]).stdout.concat());
     assert_eq!(lines, ["127.0.0.5", "127.0.0.5"]);
 }
+
+#[test]
+fn virtual_local_rank_maps_the_list_of_rocm_devices_too() {
+    let mut command = launch(
+        &["--devices=cpu:0-1", "--virtual-local-rank"],
+        "echo \"$RANK: $CUDA_VISIBLE_DEVICES $HIP_VISIBLE_DEVICES\"",
+    );
+    command.env("CUDA_VISIBLE_DEVICES", "0,1").env("HIP_VISIBLE_DEVICES", "4, 6");
+    let mut lines = run(command).expect(0, &[]).stdout.clone();
+    lines.sort();
+    assert_eq!(lines, ["0: 4 4", "1: 6 6"]);
+    let mut command = launch(&["--devices=cpu:0-1"], "echo \"$HIP_VISIBLE_DEVICES\"");
+    command.env("HIP_VISIBLE_DEVICES", "4,6");
+    assert_eq!(run(command).expect(0, &[]).stdout, ["4,6", "4,6"]);
+}

@@ -112,3 +112,127 @@ fn ranks_are_bound_to_cpus() {
     run(launch(&["--devices", "cpu:0-4095", "--numa-binding", "exclusive"], "exit 0"))
         .expect(2, &["--numa-binding", "4096 ranks"]);
 }
+
+#[test]
+fn last_of_two_values_counts() {
+    let outcome = run(launch(
+        &["--role", "a", "--devices", "cpu:0-3", "--role=b", "--devices", "cpu"],
+        "echo $ROLE_NAME",
+    ));
+    assert_eq!(outcome.expect(0, &[]).stdout, ["b"]);
+    let outcome = run(launch(
+        &["--standalone", "--standalone", "--nproc-per-node=2", "--nproc_per_node=1"],
+        "echo one",
+    ));
+    assert_eq!(outcome.expect(0, &[]).stdout, ["one"]);
+    // Those that may be given again are all there.
+    let notices = ["--devices=cpu", "--preempt-notice=/no/such/file", "--preempt-notice", "nonsense"];
+    run(launch(&notices, "exit 0")).expect(2, &["--preempt-notice", "`nonsense`"]);
+}
+
+#[test]
+fn variable_that_is_empty_counts_as_unset() {
+    let mut command = launch(&["--devices=cpu"], "echo \"$ROLE_NAME $TORCHELASTIC_MAX_RESTARTS\"");
+    for name in ["NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ENDPOINT", "RDZV_ID", "RDZV_CONF"]
+        .into_iter()
+        .chain([
+            "MAX_RESTARTS",
+            "MONITOR_INTERVAL",
+            "SHUTDOWN_TIMEOUT",
+            "ROLE",
+            "TEE",
+            "STANDALONE",
+            "LOG_DIR",
+        ])
+        .chain(["NPROC_PER_NODE", "SIGNALS_TO_HANDLE", "RDZV_BACKEND", "LOCAL_ADDR", "START_METHOD"])
+    {
+        command.env(format!("PET_{name}"), "");
+    }
+    assert_eq!(run(command).expect(0, &[]).stdout, ["default 0"]);
+}
+
+#[test]
+fn address_in_brackets_and_quotes_around_conf_are_understood() {
+    let options = ["--devices=cpu", "--master-addr=[::1]", "--rdzv-conf='join_timeout=9'"];
+    let outcome = run(launch(&options, "echo $MASTER_ADDR"));
+    assert_eq!(outcome.expect(0, &[]).stdout, ["::1"]);
+    assert_eq!(outcome.stderr, "");
+}
+
+#[test]
+fn signal_that_this_system_does_not_have_is_left_out() {
+    let options = ["--devices=cpu", "--signals-to-handle=SIGTERM,SIGBREAK,SIGINT"];
+    let outcome = run(launch(&options, "echo $TORCHELASTIC_SIGNALS_TO_HANDLE"));
+    assert_eq!(outcome.expect(0, &["`SIGBREAK` is not the name of a signal"]).stdout, ["SIGTERM,SIGINT"]);
+}
+
+#[test]
+fn restarts_that_a_crash_loop_will_not_get_are_said_at_the_start() {
+    let restarts = |more: &[&str]| run(launch(&[&["--devices=cpu"], more].concat(), "exit 0")).stderr;
+    let said = restarts(&["--max-restarts=5"]);
+    assert!(said.contains("not all 5 restarts") && said.contains("--crash-loop-limit 0"), "{said}");
+    assert_eq!(restarts(&["--max-restarts=4"]), "");
+    assert_eq!(restarts(&["--max-restarts=99", "--crash-loop-limit=0"]), "");
+    assert_eq!(restarts(&["--max-restarts=99", "--crash-loop-limit=5"]), "");
+}
+
+#[test]
+fn prefix_is_torchruns_option_and_both_of_its_variables() {
+    const OLD: &str = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE";
+    let line = |options: &[&str], variables: &[(&str, &str)]| {
+        let mut command = launch(&[&["--devices=cpu", "--tee=3"], options].concat(), "echo x");
+        command.envs(variables.iter().copied());
+        run(command).expect(0, &[]).stdout.concat()
+    };
+    let host = nix::unistd::gethostname().unwrap().into_string().unwrap();
+    assert_eq!(line(&["--log-line-prefix-template", "${hostname}:${rank}: "], &[]), format!("{host}:0: x"));
+    assert_eq!(line(&["--log_line_prefix_template=$rank "], &[(OLD, "old ")]), "0 x");
+    assert_eq!(line(&[], &[(OLD, "old ")]), "old x");
+    assert_eq!(line(&[], &[(OLD, "old "), ("PET_LOG_LINE_PREFIX_TEMPLATE", "new ")]), "new x");
+    assert_eq!(line(&[], &[(OLD, "")]), "[default0]:x");
+    // TorchX gives no role a name.
+    assert_eq!(line(&["--role", ""], &[]), "[0]:x");
+}
+
+#[test]
+fn link_named_torchrun_is_torchrun() {
+    let folder = tempdir().unwrap();
+    let torchrun = folder.path().join("torchrun");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_ice-launch"), &torchrun).unwrap();
+    let torchrun = |args: &[&str]| {
+        let mut command = crate::support::without_ours(std::process::Command::new(&torchrun));
+        command.args(args);
+        run(command)
+    };
+    // As TorchX writes it.
+    let outcome = torchrun(&[
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        "--rdzv_id",
+        "job-1",
+        "--nnodes",
+        "1",
+        "--nproc_per_node",
+        "2",
+        "--tee",
+        "3",
+        "--role",
+        "",
+        "--no-python",
+        "sh",
+        "-c",
+        "echo $RANK",
+    ]);
+    let mut lines = outcome.expect(0, &[]).stdout.clone();
+    lines.sort();
+    assert_eq!(lines, ["[0]:0", "[1]:1"]);
+    torchrun(&["--nproc-per-nod3", "3", "x"]).expect(2, &["Usage: torchrun ", "--nproc-per-node"]);
+    let completions = torchrun(&["--print-completion", "bash"]).expect(0, &[]).stdout.join("\n");
+    assert!(
+        completions.contains("complete -F _torchrun") && completions.contains(" torchrun\n"),
+        "{completions}"
+    );
+    torchrun(&["--print_completion", "tcsh"]).expect(2, &["'tcsh'"]);
+}

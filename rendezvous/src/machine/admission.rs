@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use ice_proto::rendezvous::{Hello, KeepAlive, LONGEST_ROLE};
+use ice_proto::rendezvous::{Hello, KeepAlive, LONGEST_ROLE, MOST_NODES};
 
 use super::nodes::Nodes;
 
 /// Ranks that one node can have; more are a mistake.
 const MOST_RANKS: u32 = 1 << 14;
-/// Nodes that a job can have. What is kept of each is a few hundred bytes, and every rank is a number that torch can hold.
-const MOST_NODES: u32 = 100_000;
+// What is kept of each node is a few hundred bytes, and every rank is a number that torch can hold.
 const _: () = assert!(MOST_NODES <= i32::MAX as u32 / MOST_RANKS);
 /// Bytes of a host name, which is Linux's limit.
 const LONGEST_HOST: usize = 64;

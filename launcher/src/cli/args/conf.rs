@@ -60,12 +60,17 @@ impl RendezvousArgs {
         node_rank: &mut Option<u32>,
         notes: &mut Vec<String>,
     ) -> Result<(), UsageError> {
-        for pair in conf.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+        // Quotes that a shell has left, as from a file of a scheduler.
+        let conf = unquoted(conf);
+        for pair in conf.split(',').map(str::trim).filter(|_| !conf.is_empty()) {
             let wrong = |problem: &str| UsageError::new("--rdzv-conf", format!("`{pair}`: {problem}"));
             let (key, value) = pair.split_once('=').ok_or_else(|| wrong("expected KEY=VALUE"))?;
-            let (key, value) = (key.trim(), value.trim());
+            let (key, value) = (key.trim(), unquoted(value));
+            if key.is_empty() || value.is_empty() {
+                return Err(wrong("expected KEY=VALUE"));
+            }
             let seconds = || {
-                let seconds = value.parse().map_err(|_| wrong("expected seconds"))?;
+                let seconds: f64 = value.parse().map_err(|_| wrong("expected seconds"))?;
                 lists::seconds(seconds).map(Some).map_err(|problem| wrong(&problem))
             };
             let more_than_zero = || match seconds()? {
@@ -73,7 +78,7 @@ impl RendezvousArgs {
                 time => Ok(time),
             };
             match key {
-                "join_timeout" | "timeout" => self.join_timeout = seconds()?,
+                "join_timeout" | "timeout" => self.join_timeout = more_than_zero()?,
                 "last_call_timeout" => self.last_call = seconds()?,
                 "close_timeout" => self.close_timeout = seconds()?,
                 "read_timeout" => self.answer = more_than_zero()?,
@@ -87,6 +92,14 @@ impl RendezvousArgs {
                     "0" | "false" | "f" | "no" | "n" => self.is_host = Some(false),
                     _ => return Err(wrong("expected true or false")),
                 },
+                // How long torchrun's agents wait before they write their common state again.
+                "cas_backoff_max_seconds" => {
+                    seconds()?;
+                    notes.push(
+                        "--rdzv-conf cas_backoff_max_seconds has no effect: one coordinator writes the state"
+                            .into(),
+                    );
+                }
                 // The rank of the node in a static rendezvous; a test of torchrun gives it so.
                 "rank" => *node_rank = Some(value.parse().map_err(|_| wrong("expected a node rank"))?),
                 key => {
@@ -104,13 +117,22 @@ impl RendezvousArgs {
     }
 }
 
+/// Without a pair of quotes around it.
+fn unquoted(text: &str) -> &str {
+    let text = text.trim();
+    let without = |quote: char| text.strip_prefix(quote)?.strip_suffix(quote);
+    without('"').or_else(|| without('\'')).map_or(text, str::trim)
+}
+
 impl EtcdArgs {
     pub(super) fn new(endpoints: &str) -> Result<Self, UsageError> {
-        let members: Vec<String> =
-            endpoints.split(',').map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()).collect();
-        if members.is_empty() {
-            let problem = "missing: with --rdzv-backend etcd give its members, as HOST:PORT,HOST:PORT";
-            return Err(UsageError::new("--rdzv-endpoint", problem.into()));
+        let members: Vec<String> = endpoints.split(',').map(|part| part.trim().to_owned()).collect();
+        if members.iter().any(String::is_empty) {
+            let problem = match endpoints.trim() {
+                "" => "missing: with --rdzv-backend etcd give its members, as HOST:PORT,HOST:PORT".into(),
+                _ => format!("`{endpoints}` has an empty part: expected HOST:PORT,HOST:PORT"),
+            };
+            return Err(UsageError::new("--rdzv-endpoint", problem));
         }
         Ok(Self { members, ..Self::default() })
     }
@@ -212,6 +234,44 @@ mod tests {
         let tls = config.tls.clone().unwrap();
         assert_eq!((tls.ca, tls.identity), (Some(b"ca\n".into()), Some((b"cert\n".into(), b"key\n".into()))));
         assert!(!format!("{config:?}").contains("secret"));
+    }
+
+    fn applied(conf: &str) -> Result<(RendezvousArgs, Vec<String>), String> {
+        let (mut args, mut notes) = (RendezvousArgs::default(), Vec::new());
+        args.apply(conf, &mut None, &mut notes).map_err(|error| error.to_string())?;
+        Ok((args, notes))
+    }
+
+    #[test]
+    fn quotes_are_left_out_and_the_last_of_two_values_counts() {
+        let seconds = |conf| applied(conf).map(|(args, _)| args.join_timeout);
+        let nine = Ok(Some(Duration::from_secs(9)));
+        for conf in
+            ["join_timeout=9", "'join_timeout=9'", "\" join_timeout='9' \"", "timeout=1,join_timeout=9"]
+        {
+            assert_eq!(seconds(conf), nine, "{conf}");
+        }
+        assert_eq!(seconds(""), Ok(None));
+    }
+
+    #[test]
+    fn parts_that_cannot_mean_anything_are_errors() {
+        for (conf, named) in [
+            ("join_timeout=9,,is_host=1", "``: expected KEY=VALUE"),
+            ("join_timeout=9,", "``: expected KEY=VALUE"),
+            ("=9", "`=9`"),
+            ("is_host=", "`is_host=`"),
+            ("join_timeout=0", "more than 0"),
+            ("join_timeout=inf", "`join_timeout=inf`"),
+            ("close_timeout=nan", "`close_timeout=nan`"),
+            ("cas_backoff_max_seconds=-1", "cas_backoff_max_seconds=-1"),
+        ] {
+            let error = applied(conf).unwrap_err();
+            assert!(error.contains(named), "{conf}: {error}");
+        }
+        let (_, notes) = applied("cas_backoff_max_seconds=0.5,store_type=file").unwrap();
+        assert!(notes[0].contains("cas_backoff_max_seconds") && notes[1].contains("store_type"), "{notes:?}");
+        assert!(etcd("a,,b", "").unwrap_err().contains("empty part"));
     }
 
     #[test]

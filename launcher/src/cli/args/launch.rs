@@ -1,26 +1,42 @@
 use std::path::PathBuf;
 
-use super::RendezvousArgs;
+use super::{RdzvArgs, RendezvousArgs, values};
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
 /// The options of the launcher. What is `None` is taken from the cluster, or else has the default that its help names.
 #[derive(Args, Debug, Clone, Default)]
 pub struct LaunchArgs {
-    /// Devices of this node, one rank each: auto, cpu, cuda, cuda:*, cuda:1,3, cuda:0-2,7, cpu:0-3 [default: auto]
-    #[arg(long, help_heading = "Ranks")]
+    /// One rank each: cuda, cuda:0-3, cpu:0-1
+    ///
+    /// Or auto, cpu, cuda:*, cuda:1,3, cuda:0-2,7 [default: auto]
+    #[arg(long, help_heading = "Ranks", value_name = "DEVICES")]
     pub devices: Option<String>,
     /// Backend of the collectives: auto, gloo or nccl
-    #[arg(long, alias = "dist_backend", value_name = "NAME", default_value = "auto", help_heading = "Ranks")]
+    #[arg(
+        long,
+        alias = "dist_backend",
+        value_name = "NAME",
+        default_value = "auto",
+        help_heading = "Ranks",
+        hide_short_help = true
+    )]
     pub dist_backend: String,
     /// Name of the role of the ranks
-    #[arg(long, env = "PET_ROLE", hide_env = true, default_value = "default", help_heading = "Ranks")]
+    #[arg(
+        long,
+        env = "PET_ROLE",
+        hide_env = true,
+        default_value = "default",
+        help_heading = "Ranks",
+        hide_short_help = true
+    )]
     pub role: String,
     /// Threads of each rank [default: OMP_NUM_THREADS, else its share of the cores]
-    #[arg(long, alias = "omp_num_threads", value_name = "N", help_heading = "Ranks")]
+    #[arg(long, alias = "omp_num_threads", value_name = "N", help_heading = "Ranks", value_parser = values::count, allow_hyphen_values = true, hide_short_help = true)]
     pub omp_num_threads: Option<u32>,
     /// Bind each rank to the CPUs near its device: node, socket, exclusive or core-complex
-    #[arg(long, alias = "numa_binding", value_name = "HOW", help_heading = "Ranks")]
+    #[arg(long, alias = "numa_binding", value_name = "HOW", help_heading = "Ranks", hide_short_help = true)]
     pub numa_binding: Option<String>,
     /// Each rank sees one GPU, as device 0, and has LOCAL_RANK 0
     #[arg(
@@ -29,11 +45,12 @@ pub struct LaunchArgs {
         env = "PET_VIRTUAL_LOCAL_RANK",
         hide_env = true,
         value_parser = FalseyValueParser::new(),
-        help_heading = "Ranks"
-    )]
+        help_heading = "Ranks", hide_short_help = true)]
     pub virtual_local_rank: bool,
 
-    /// Number of nodes, or the fewest and the most of a job that may grow and shrink [default: 1]
+    /// Nodes, or MIN:MAX for an elastic job
+    ///
+    /// A job with MIN:MAX starts with MIN nodes, and may lose and gain some [default: 1]
     #[arg(long, value_name = "N|MIN:MAX", env = "PET_NNODES", hide_env = true, help_heading = "Nodes")]
     pub nnodes: Option<String>,
     /// Rank of this node, from 0
@@ -43,8 +60,7 @@ pub struct LaunchArgs {
         value_name = "RANK",
         env = "PET_NODE_RANK",
         hide_env = true,
-        help_heading = "Nodes"
-    )]
+        help_heading = "Nodes", value_parser = values::count, allow_hyphen_values = true)]
     pub node_rank: Option<u32>,
     /// Address of node 0 [default: 127.0.0.1]
     #[arg(
@@ -63,14 +79,19 @@ pub struct LaunchArgs {
         value_name = "PORT",
         env = "PET_MASTER_PORT",
         hide_env = true,
-        help_heading = "Nodes"
-    )]
+        help_heading = "Nodes", value_parser = values::port, allow_hyphen_values = true, hide_short_help = true)]
     pub master_port: Option<u16>,
     /// Identifier of the job, the same on all nodes [default: none]
-    #[arg(long, alias = "run_id", value_name = "ID", help_heading = "Nodes")]
+    #[arg(long, alias = "run_id", value_name = "ID", help_heading = "Nodes", hide_short_help = true)]
     pub run_id: Option<String>,
     /// File with a secret that all agents of the job share; ICE_RDZV_TOKEN may hold the secret itself
-    #[arg(long, alias = "rdzv_token_file", value_name = "FILE", help_heading = "Nodes")]
+    #[arg(
+        long,
+        alias = "rdzv_token_file",
+        value_name = "FILE",
+        help_heading = "Nodes",
+        hide_short_help = true
+    )]
     pub rdzv_token_file: Option<PathBuf>,
     /// Encrypt what agents say to each other; all agents of a job or none, and they need the secret. ICE_RDZV_TLS=1 does the same
     #[arg(
@@ -79,14 +100,19 @@ pub struct LaunchArgs {
         env = ice_proto::env::ICE_RDZV_TLS,
         hide_env = true,
         value_parser = FalseyValueParser::new(),
-        help_heading = "Nodes"
-    )]
+        help_heading = "Nodes", hide_short_help = true)]
     pub rdzv_tls: bool,
+    /// torchrun's ways to say where the nodes meet.
+    #[command(flatten)]
+    pub rdzv: RdzvArgs,
     /// What `--rdzv-conf` and `--rdzv-backend` add.
     #[arg(skip)]
     pub(crate) rendezvous: RendezvousArgs,
 
-    /// How often all ranks are started again after a failure
+    /// Restarts after failures
+    ///
+    /// All ranks are started again. A job whose attempts keep failing within 10 s of their start ends
+    /// earlier, see --crash-loop-limit
     #[arg(
         long,
         alias = "max_restarts",
@@ -94,11 +120,10 @@ pub struct LaunchArgs {
         env = "PET_MAX_RESTARTS",
         hide_env = true,
         default_value_t = 0,
-        help_heading = "Failures"
-    )]
+        help_heading = "Failures", value_parser = values::count, allow_hyphen_values = true)]
     pub max_restarts: u32,
     /// Only failures within this many seconds count against --max-restarts [default: all of the job's]
-    #[arg(long, alias = "restart_window", value_name = "SECONDS", help_heading = "Failures")]
+    #[arg(long, alias = "restart_window", value_name = "SECONDS", help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
     pub restart_window: Option<f64>,
     /// Pause before the second restart in a row within 10 s of a start; doubled for each further one
     #[arg(
@@ -106,26 +131,33 @@ pub struct LaunchArgs {
         alias = "restart_backoff",
         value_name = "SECONDS",
         default_value_t = 1.0,
-        help_heading = "Failures"
-    )]
+        help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
     pub restart_backoff: f64,
-    /// Give up after so many attempts in a row that failed within 10 s of their start; 0 for never
+    /// Give up after this number of attempts in a row that failed within 10 s of their start; 0 for never,
+    /// like torchrun [default: 5]
     #[arg(
         long,
         alias = "crash_loop_limit",
         value_name = "N",
-        default_value_t = 5,
-        help_heading = "Failures"
-    )]
-    pub crash_loop_limit: u32,
+        help_heading = "Failures", value_parser = values::count, allow_hyphen_values = true, hide_short_help = true)]
+    pub crash_loop_limit: Option<u32>,
     /// Exit codes of a rank that no restart can help: 2,64-78
-    #[arg(long, alias = "fatal_exit_codes", value_name = "LIST", help_heading = "Failures")]
+    #[arg(
+        long,
+        alias = "fatal_exit_codes",
+        value_name = "LIST",
+        help_heading = "Failures",
+        hide_short_help = true
+    )]
     pub fatal_exit_codes: Option<String>,
-    /// A job without a step for so long has failed; 0 for never [default: 600 for ranks that report their steps, never for others]
-    #[arg(long, alias = "hang_timeout", value_name = "SECONDS", help_heading = "Failures")]
+    /// Longest time without a step; 0 for any
+    ///
+    /// A job without a step for longer has failed [default: 600 for ranks that report their steps, any
+    /// for others]
+    #[arg(long, alias = "hang_timeout", value_name = "SECONDS", help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true)]
     pub hang_timeout: Option<f64>,
     /// Processes that wait, started and loaded, to take the place of a rank of this node that dies; for programs made with ice
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Failures")]
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Failures", value_parser = values::count, allow_hyphen_values = true, hide_short_help = true)]
     pub spares: u32,
     /// How often ranks are looked at for --hang-timeout; failures are seen at once
     #[arg(
@@ -135,8 +167,7 @@ pub struct LaunchArgs {
         env = "PET_MONITOR_INTERVAL",
         hide_env = true,
         default_value_t = 0.1,
-        help_heading = "Failures"
-    )]
+        help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
     pub monitor_interval: f64,
     /// Time that ranks have to end before they are killed [default: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30]
     #[arg(
@@ -145,8 +176,7 @@ pub struct LaunchArgs {
         value_name = "SECONDS",
         env = "PET_SHUTDOWN_TIMEOUT",
         hide_env = true,
-        help_heading = "Failures"
-    )]
+        help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
     pub shutdown_timeout: Option<f64>,
     /// Signals that stop the job; they are passed on to the ranks
     #[arg(
@@ -156,12 +186,19 @@ pub struct LaunchArgs {
         env = "PET_SIGNALS_TO_HANDLE",
         hide_env = true,
         default_value = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
-        help_heading = "Failures"
+        help_heading = "Failures",
+        hide_short_help = true
     )]
     pub signals_to_handle: String,
     /// What gives notice that this machine, or the job's time, is taken away: a file that comes, http://… (status 200), aws, azure, gcp, or a
     /// signal; may be given again. The node leaves after a checkpoint, as on SIGTERM
-    #[arg(long, alias = "preempt_notice", value_name = "SOURCE", help_heading = "Failures")]
+    #[arg(
+        long,
+        alias = "preempt_notice",
+        value_name = "SOURCE",
+        help_heading = "Failures",
+        hide_short_help = true
+    )]
     pub preempt_notice: Vec<String>,
     /// Exit code of a job that has to be started again because it was preempted
     #[arg(
@@ -170,8 +207,7 @@ pub struct LaunchArgs {
         value_name = "CODE",
         default_value_t = 75,
         value_parser = clap::value_parser!(u8).range(1..),
-        help_heading = "Failures"
-    )]
+        help_heading = "Failures", allow_hyphen_values = true, hide_short_help = true)]
     pub requeue_exit_code: u8,
 
     /// Streams that go to files: 0 none, 1 stdout, 2 stderr, 3 both, or rank:value,…
@@ -182,10 +218,13 @@ pub struct LaunchArgs {
         env = "PET_REDIRECTS",
         hide_env = true,
         default_value = "0",
-        help_heading = "Output"
+        help_heading = "Output",
+        hide_short_help = true
     )]
     pub redirects: String,
-    /// Streams that go to files and to the console, each line with its rank
+    /// To files, too: 1 stdout, 2 stderr, 3 both
+    ///
+    /// The console gets each line with its rank. 0 for none, or rank:value,… [default: 0]
     #[arg(
         short,
         long,
@@ -193,10 +232,11 @@ pub struct LaunchArgs {
         env = "PET_TEE",
         hide_env = true,
         default_value = "0",
+        hide_default_value = true,
         help_heading = "Output"
     )]
     pub tee: String,
-    /// Folder for the logs; a temporary one unless given
+    /// Folder for logs [default: a temporary one]
     #[arg(
         long,
         alias = "log_dir",
@@ -215,7 +255,8 @@ pub struct LaunchArgs {
         hide_env = true,
         default_value = "",
         hide_default_value = true,
-        help_heading = "Output"
+        help_heading = "Output",
+        hide_short_help = true
     )]
     pub local_ranks_filter: String,
     /// Lines of logged stdout that contain one of these go to filtered_stdout.log too: apple,orange (`,,` is a comma)
@@ -227,7 +268,8 @@ pub struct LaunchArgs {
         hide_env = true,
         default_value = "",
         hide_default_value = true,
-        help_heading = "Output"
+        help_heading = "Output",
+        hide_short_help = true
     )]
     pub duplicate_stdout_filters: String,
     /// The same for stderr and filtered_stderr.log
@@ -239,28 +281,38 @@ pub struct LaunchArgs {
         hide_env = true,
         default_value = "",
         hide_default_value = true,
-        help_heading = "Output"
+        help_heading = "Output",
+        hide_short_help = true
     )]
     pub duplicate_stderr_filters: String,
-    /// Put before each line of --tee: ${role_name}, ${rank}, ${local_rank}, ${node_rank}, ${host}, ${run_id}
+    /// Put before each line of --tee: ${role_name}, ${rank}, ${local_rank}, ${node_rank}, ${hostname}, ${run_id}
+    /// [default: TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE, else [${role_name}${rank}]:]
     #[arg(
         long,
         alias = "log_prefix",
         value_name = "TEMPLATE",
-        env = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
+        visible_alias = "log-line-prefix-template",
+        alias = "log_line_prefix_template",
+        env = "PET_LOG_LINE_PREFIX_TEMPLATE",
         hide_env = true,
-        default_value = "[${role_name}${rank}]:",
-        help_heading = "Output"
+        help_heading = "Output",
+        hide_short_help = true
     )]
-    pub log_prefix: String,
+    pub log_prefix: Option<String>,
     /// A log file of this size is set aside and a new one begun: 100M, 2G [default: never]
-    #[arg(long, alias = "log_max_size", value_name = "SIZE", help_heading = "Output")]
+    #[arg(
+        long,
+        alias = "log_max_size",
+        value_name = "SIZE",
+        help_heading = "Output",
+        hide_short_help = true
+    )]
     pub log_max_size: Option<String>,
     /// How many full log files are kept beside the current one
-    #[arg(long, alias = "log_keep", value_name = "N", default_value_t = 5, help_heading = "Output")]
+    #[arg(long, alias = "log_keep", value_name = "N", default_value_t = 5, help_heading = "Output", value_parser = values::count, allow_hyphen_values = true, hide_short_help = true)]
     pub log_keep: u32,
     /// Append everything that happens to this file, one JSON object per line
-    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    #[arg(long, value_name = "FILE", help_heading = "Output", hide_short_help = true)]
     pub events: Option<PathBuf>,
     /// Period of progress lines of ranks that report it; 0 for none. On a terminal one line is rewritten in place where all output
     /// passes through the launcher
@@ -269,7 +321,6 @@ pub struct LaunchArgs {
         alias = "progress_interval",
         value_name = "SECONDS",
         default_value_t = 2.0,
-        help_heading = "Output"
-    )]
+        help_heading = "Output", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
     pub progress_interval: f64,
 }

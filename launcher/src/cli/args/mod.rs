@@ -2,14 +2,21 @@
 
 mod conf;
 mod launch;
+mod rendezvous;
 mod torchrun;
+mod values;
 
+use std::env;
 use std::ffi::OsString;
+use std::path::Path;
 
-use clap::{Parser, ValueEnum};
+use clap::builder::Resettable;
+use clap::error::ContextKind;
+use clap::{Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 pub(crate) use conf::{EtcdArgs, RendezvousArgs};
 pub use launch::LaunchArgs;
+pub use rendezvous::RdzvArgs;
 pub use torchrun::TorchrunArgs;
 pub(crate) use torchrun::ignored_variables;
 
@@ -23,13 +30,30 @@ executed or found · 75 preempted, start it again · 128+n ended by signal n · 
 The book, in docs/ of the sources and of the release: docs/start.md to begin with, docs/torchrun.md for who comes from torchrun, \
 docs/clusters.md for job scripts, docs/elasticity.md, docs/troubleshooting.md for messages.";
 
+const EXAMPLES: &str = "\
+Examples:
+  ice-launch --devices cuda:0-3 train.py --lr 0.1
+  ice-launch --nproc-per-node 2 --tee 3 --log-dir logs ./a-program its arguments
+  ice-launch --nnodes 2 --rdzv-backend c10d --rdzv-endpoint node0 train.py
+--help lists all options.";
+const SHORT_HELP: &str = "{usage-heading} {usage}\n\n{options}{after-help}";
+
 /// Starts a program once per device, on one or many nodes, and watches over it.
 #[derive(Parser, Debug)]
-#[command(name = "ice-launch", version, after_help = AFTER_HELP, infer_long_args = true, max_term_width = 120)]
+#[command(
+    name = "ice-launch",
+    version,
+    after_help = EXAMPLES,
+    after_long_help = AFTER_HELP,
+    infer_long_args = true,
+    args_override_self = true,
+    max_term_width = 120
+)]
 pub struct Cli {
     /// The program and its arguments; a `.py` file runs with the `python` of the PATH. ${local_rank} in an argument becomes the rank's
     #[arg(
-        required_unless_present = "generate",
+        required_unless_present_any = ["generate", "print_completion"],
+        hide_short_help = true,
         trailing_var_arg = true,
         value_names = ["PROGRAM", "ARGS"],
         help_heading = "Program"
@@ -42,8 +66,89 @@ pub struct Cli {
     #[command(flatten)]
     pub torchrun: TorchrunArgs,
     /// Print this, made from the definition of the options, and leave: man, bash, zsh or fish
-    #[arg(long, value_name = "WHAT", exclusive = true, hide_possible_values = true, help_heading = "Help")]
+    #[arg(
+        long,
+        value_name = "WHAT",
+        exclusive = true,
+        hide_possible_values = true,
+        help_heading = "Help",
+        hide_short_help = true
+    )]
     pub generate: Option<Generate>,
+    /// torchrun's way to say --generate for a shell: bash, zsh or fish
+    #[arg(
+        long,
+        alias = "print_completion",
+        value_name = "SHELL",
+        exclusive = true,
+        hide_possible_values = true,
+        help_heading = "Help",
+        hide_short_help = true
+    )]
+    pub print_completion: Option<CompletionShell>,
+}
+
+impl Cli {
+    /// Reads the arguments of this process. Prints what is wrong with them, or the help that they ask
+    /// for, and ends the process then.
+    pub fn from_env() -> Self {
+        let arguments: Vec<OsString> = env::args_os().collect();
+        match Self::from_arguments(arguments) {
+            Ok(cli) => cli,
+            Err(mut error) => {
+                // clap's advice to write `-- --option` would have the option executed as a program.
+                error.remove(ContextKind::Suggested);
+                error.exit()
+            }
+        }
+    }
+
+    fn from_arguments(arguments: Vec<OsString>) -> Result<Self, clap::Error> {
+        let asks = |flag: &str| arguments.iter().any(|argument| argument == flag);
+        let mut command = without_empty_variables(Self::command());
+        if asks("-h") && !asks("--help") {
+            // A terminal has 24 lines: no headings.
+            command = command.mut_args(|arg| arg.help_heading(Resettable::Reset)).help_template(SHORT_HELP);
+        }
+        let mut matches = command.try_get_matches_from(arguments)?;
+        Self::from_arg_matches_mut(&mut matches)
+    }
+}
+
+/// The name that this process was started by, such as `torchrun` by a link.
+pub(crate) fn program_name(first: &OsString) -> String {
+    Path::new(first)
+        .file_name()
+        .map_or_else(|| "ice-launch".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// A variable that is set to nothing is not set: an operator leaves such for what has no value.
+fn without_empty_variables(command: Command) -> Command {
+    command.mut_args(|arg| {
+        let is_empty = arg.get_env().and_then(env::var_os).is_some_and(|value| value.is_empty());
+        if is_empty { arg.env(Resettable::Reset) } else { arg }
+    })
+}
+
+/// The shells of `--print-completion`. torchrun's third one is tcsh.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CompletionShell {
+    /// Completions for bash.
+    Bash,
+    /// Completions for zsh.
+    Zsh,
+    /// Completions for fish.
+    Fish,
+}
+
+impl From<CompletionShell> for Generate {
+    fn from(shell: CompletionShell) -> Self {
+        match shell {
+            CompletionShell::Bash => Self::Bash,
+            CompletionShell::Zsh => Self::Zsh,
+            CompletionShell::Fish => Self::Fish,
+        }
+    }
 }
 
 /// What is made from the definition of the command line.
