@@ -183,7 +183,7 @@ impl World {
             local_world_size: RANKS_PER_NODE,
             shutdown_timeout: Duration::from_secs(30),
             fatal_exit_codes: BTreeSet::new(),
-            looks_again: true,
+            looks_again: Some(Duration::from_secs(600)),
             requeue_exit_code: 75,
         };
         let (agent, id) = (Agent::new(rules), self.random.next());

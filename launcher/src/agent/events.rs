@@ -132,8 +132,8 @@ pub(crate) struct Rules {
     pub(crate) shutdown_timeout: Duration,
     /// Exit codes that no restart can help.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
-    /// Whether the coordinator is looked for when it is lost: it may be another agent then, or be reached again.
-    pub(crate) looks_again: bool,
+    /// How long the coordinator is looked for when it is lost: it may be another agent then, or be reached again. `None` if it is not.
+    pub(crate) looks_again: Option<Duration>,
     /// What the agent of a job that was preempted ends with.
     pub(crate) requeue_exit_code: u8,
 }

@@ -124,7 +124,7 @@ impl Agent {
             Event::CoordinatorLost(reason) | Event::NotMet(reason) if self.is_leaving() => {
                 self.alone(&reason)
             }
-            Event::CoordinatorLost(reason) if self.rules.looks_again => self.lost(now, &reason),
+            Event::CoordinatorLost(reason) if self.rules.looks_again.is_some() => self.lost(now, &reason),
             Event::CoordinatorLost(reason) | Event::NotMet(reason) => {
                 let mut actions = vec![Action::Say(reason.clone())];
                 actions.extend(self.stop(now, Then::Exit(None), Ask::Broken(reason)));
@@ -219,7 +219,8 @@ impl Agent {
     /// The round is over, since nobody knows what becomes of it; the next one is another coordinator's.
     fn lost(&mut self, now: Duration, reason: &str) -> Vec<Action> {
         self.met = false;
-        let reason = format!("{reason}; looking for it again");
+        let limit = self.rules.looks_again.unwrap_or_default();
+        let reason = format!("{reason}; looking for it again for up to {limit:?}");
         let mut actions = vec![Action::Say(reason.clone()), Action::Meet];
         if !matches!(self.phase, Phase::Joining) {
             actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));

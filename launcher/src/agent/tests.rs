@@ -47,7 +47,7 @@ fn rules() -> Rules {
         local_world_size,
         shutdown_timeout,
         fatal_exit_codes: BTreeSet::new(),
-        looks_again: false,
+        looks_again: None,
         requeue_exit_code: 75,
     }
 }
@@ -412,7 +412,7 @@ fn other_signals_are_passed_on_while_ranks_live() {
 
 #[test]
 fn another_coordinator_is_looked_for_and_joined_once_the_ranks_have_ended() {
-    let mut agent = Agent::new(Rules { looks_again: true, ..rules() });
+    let mut agent = Agent::new(Rules { looks_again: Some(Duration::from_secs(600)), ..rules() });
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW, Event::CoordinatorLost("lost".into()));
     assert!(
@@ -441,7 +441,7 @@ fn a_failure_is_reported_until_the_next_round_starts() {
     let lost = || Event::CoordinatorLost("lost".into());
     let broken =
         |round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle: false });
-    let mut agent = Agent::new(Rules { looks_again: true, ..rules() });
+    let mut agent = Agent::new(Rules { looks_again: Some(Duration::from_secs(600)), ..rules() });
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW * 3, exited(0, Exit::Code(3)));
     let report = actions[0].clone();
@@ -489,7 +489,7 @@ proptest! {
     fn invariants_hold_for_every_sequence(
         events in proptest::collection::vec(event(), 0..80), looks_again in any::<bool>(),
     ) {
-        let mut agent = Agent::new(Rules { looks_again, ..rules() });
+        let mut agent = Agent::new(Rules { looks_again: looks_again.then_some(Duration::from_secs(600)), ..rules() });
         let mut met = true;
         let mut alive = BTreeSet::new();
         let mut done = false;

@@ -213,7 +213,8 @@ impl<'a> Dispatcher<'a> {
             shutdown_timeout: plan.shutdown_timeout,
             fatal_exit_codes: plan.fatal_exit_codes.clone(),
             requeue_exit_code: plan.requeue_exit_code,
-            looks_again: meeting.moves() || (!meeting.is_host() && plan.outlives_nodes()),
+            looks_again: (meeting.moves() || (!meeting.is_host() && plan.outlives_nodes()))
+                .then(|| meeting.patience()),
         };
         Self {
             agent: Agent::new(rules),

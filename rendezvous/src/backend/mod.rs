@@ -180,14 +180,14 @@ impl Meeting {
         self.find(hello, Patience::wait(self.config.join_timeout)).await
     }
 
-    /// Connects anew after the coordinator was lost. At an endpoint, one that can be reached and is not there ends the search at once, and one
-    /// that cannot be reached is waited for as long as a silent one.
+    /// Connects again after the coordinator was lost. At an endpoint, one that can be reached and is not there ends the search at once. One
+    /// that cannot be reached is waited for as long as nodes may take to come: the others wait as long for this node, and a
+    /// switch that restarts takes minutes.
     ///
     /// # Errors
     /// As [`Meeting::meet`].
     pub async fn meet_again(&self, hello: Hello) -> Result<Session, Error> {
-        let KeepAlive { interval, attempts } = self.config.keep_alive;
-        self.find(hello, Patience::until_refused(interval * attempts)).await
+        self.find(hello, Patience::until_refused(self.config.join_timeout)).await
     }
 
     async fn find(&self, hello: Hello, patience: Patience) -> Result<Session, Error> {
@@ -233,6 +233,11 @@ impl Meeting {
         locked(&self.now).hosting.is_some()
     }
 
+    /// How long the coordinator is looked for after it was lost.
+    pub fn patience(&self) -> Duration {
+        self.config.join_timeout
+    }
+
     /// What the user should know, one line each.
     pub fn notes(&self) -> &[String] {
         &self.notes
@@ -247,5 +252,64 @@ impl Meeting {
             #[cfg(feature = "etcd")]
             Hosting::Etcd(leadership) => leadership.resign().await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ice_proto::rendezvous::RestartPolicy;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::address;
+
+    #[tokio::test]
+    async fn lost_coordinator_that_cannot_be_reached_is_looked_for_as_long_as_nodes_may_take_to_come() {
+        let limit = Duration::from_secs(600);
+        let config = MeetingConfig {
+            run_id: "job".into(),
+            shared: true,
+            local: None,
+            join_timeout: limit,
+            last_call: Duration::ZERO,
+            answer: Patience::ANSWER,
+            keep_alive: KeepAlive::default(),
+            token: None,
+        };
+        let hello = Hello {
+            run_id: "job".into(),
+            node_rank: Some(1),
+            nnodes: (2, 2),
+            local_world_size: 1,
+            role: "default".into(),
+            ranks_store: None,
+            restarts: RestartPolicy { max_restarts: 1, window: None, backoff: Duration::ZERO, crash_loop: 0 },
+            keep_alive: config.keep_alive,
+            agent: 7,
+            run_stamp: None,
+            place: Some(1),
+            addresses: Vec::new(),
+            host: "host".into(),
+            pid: 7,
+        };
+        // The system says at once that no connection can be made to a multicast address, and it is no refusal.
+        let endpoint = Endpoint { host: "224.0.0.1".into(), port: 9, role: Role::Other };
+        let meeting = Meeting::open(config, Place::Endpoint(endpoint)).await.unwrap();
+        tokio::time::pause();
+        let start = Instant::now();
+        let error = meeting.meet_again(hello.clone()).await.map(drop).unwrap_err();
+        let waited = start.elapsed();
+        assert!(matches!(error, Error::Unreachable { timeout, .. } if timeout == limit), "{error}");
+        assert!(waited > limit - Duration::from_secs(1) && waited <= limit, "{waited:?}");
+    }
+
+    #[tokio::test]
+    async fn lost_coordinator_whose_host_refuses_is_gone() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let patience = Patience::until_refused(Duration::from_secs(600));
+        let error = address::connect("127.0.0.1", port, None, Patience::ANSWER).await.unwrap_err();
+        assert!(patience.is_over(&error), "{error}");
     }
 }

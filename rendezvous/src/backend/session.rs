@@ -49,7 +49,7 @@ impl Patience {
         Self { answer, ..self }
     }
 
-    fn is_over(self, error: &io::Error) -> bool {
+    pub(super) fn is_over(self, error: &io::Error) -> bool {
         self.until_refused && error.kind() == io::ErrorKind::ConnectionRefused
     }
 }

@@ -357,7 +357,7 @@ mod tests {
         let said: Vec<_> = evicted.filter_map(|evicted| evicted.message).collect();
         assert_eq!(said.len(), 3);
         assert!(
-            said[1].contains("ended 10 connections that had shown nothing") && said[1].contains("10.0.0.1")
+            said[1].contains("shown nothing ended to make room, 10 so far") && said[1].contains("10.0.0.1")
         );
     }
 

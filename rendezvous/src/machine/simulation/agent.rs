@@ -14,7 +14,6 @@ use crate::machine::Peer;
 
 /// How long a coordinator is looked for: at first, or wherever it may have moved, and at an endpoint that was lost.
 const JOIN_TIMEOUT: u64 = 600_000;
-const SILENCE: u64 = 15_000;
 /// Pause between two looks, and how long one may take.
 const RETRY: u64 = 400;
 const ANSWER: u64 = 5000;
@@ -265,7 +264,7 @@ impl World {
                 self.close_office(host, "its own agent looks for another");
                 self.look(host, JOIN_TIMEOUT);
             }
-            Kind::Endpoint if host != 0 && outlives => self.look(host, SILENCE),
+            Kind::Endpoint if host != 0 && outlives => self.look(host, JOIN_TIMEOUT),
             Kind::Endpoint => {
                 self.not_met(host);
                 return;
