@@ -52,8 +52,10 @@ variables! {
     TORCHELASTIC_ERROR_FILE,
     /// Names of the signals that stop the job, separated by commas.
     TORCHELASTIC_SIGNALS_TO_HANDLE,
-    /// Threads per rank of OpenMP and of libtorch's operators.
+    /// Threads per rank of OpenMP.
     OMP_NUM_THREADS,
+    /// Threads per rank of MKL, from which libtorch takes its number if it was built with MKL.
+    MKL_NUM_THREADS,
     /// Makes c10d's NCCL watchdog end a process whose collective failed.
     TORCH_NCCL_ASYNC_ERROR_HANDLING,
     /// File descriptor of the link to the agent.

@@ -20,7 +20,7 @@ pub(crate) struct Environment<'a> {
     placed: Vec<Placed>,
     /// Whether each rank sees one ROCm device.
     maps_hip: bool,
-    /// OMP_NUM_THREADS, where it is not the agent's own.
+    /// Threads of a rank, if the agent's OMP_NUM_THREADS does not say it.
     threads: Option<u32>,
 }
 
@@ -52,8 +52,16 @@ impl<'a> Environment<'a> {
             (names::ICE_DIST_BACKEND, plan.backend.to_string()),
             (names::ICE_RUN_STAMP, round.run_stamp.clone()),
         ];
-        variables.extend(self.threads.map(|threads| (names::OMP_NUM_THREADS, threads.to_string())));
+        variables.extend(self.thread_variables());
         variables
+    }
+
+    /// libtorch takes its number of threads from MKL, which prefers its own variable.
+    fn thread_variables(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let mkl = Some(names::MKL_NUM_THREADS).filter(|name| unset(name));
+        let names = [Some(names::OMP_NUM_THREADS), mkl].into_iter().flatten();
+        let number = self.threads.map(|threads| threads.to_string());
+        names.filter_map(move |name| Some((name, number.clone()?)))
     }
 
     /// The variables of a rank.
@@ -93,7 +101,7 @@ impl<'a> Environment<'a> {
         if unset(names::TORCH_NCCL_ASYNC_ERROR_HANDLING) {
             variables.push((names::TORCH_NCCL_ASYNC_ERROR_HANDLING, "1".into()));
         }
-        variables.extend(self.threads.map(|threads| (names::OMP_NUM_THREADS, threads.to_string())));
+        variables.extend(self.thread_variables());
         let visible = placed.and_then(|placed| placed.visible.clone());
         if self.maps_hip {
             variables.extend(visible.clone().map(|visible| (HIP_VISIBLE_DEVICES, visible)));

@@ -39,6 +39,7 @@ fn ranks_find_the_contract_in_their_environment() {
             ("TORCHELASTIC_USE_AGENT_STORE", "True"),
             ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
             ("OMP_NUM_THREADS", &threads),
+            ("MKL_NUM_THREADS", &threads),
             ("ICE_DEVICE", "cpu"),
             ("ICE_DIST_BACKEND", "gloo"),
             ("ICE_ROUND", "0"),
@@ -82,7 +83,7 @@ fn every_variable_of_the_contract_is_set() {
 
 #[test]
 fn one_rank_keeps_its_threads() {
-    let outcome = run(launch(&["--devices", "cpu"], "echo \"[$OMP_NUM_THREADS]\""));
+    let outcome = run(launch(&["--devices", "cpu"], "echo \"[$OMP_NUM_THREADS$MKL_NUM_THREADS]\""));
     assert_eq!((outcome.stdout, outcome.stderr), (vec!["[]".to_owned()], String::new()));
 }
 
@@ -164,4 +165,19 @@ fn virtual_local_rank_maps_the_list_of_rocm_devices_too() {
     let mut command = launch(&["--devices=cpu:0-1"], "echo \"$HIP_VISIBLE_DEVICES\"");
     command.env("HIP_VISIBLE_DEVICES", "4,6");
     assert_eq!(run(command).expect(0, &[]).stdout, ["4,6", "4,6"]);
+}
+
+#[test]
+fn threads_that_the_user_set_stay() {
+    let script = "[ $RANK = 1 ] || echo \"$OMP_NUM_THREADS $MKL_NUM_THREADS\"";
+    let seen = |options: &[&str], variables: &[(&str, &str)]| {
+        let mut command = launch(&[&TWO[..], options].concat(), script);
+        command.envs(variables.iter().copied());
+        run(command).expect(0, &[]).stdout.concat()
+    };
+    assert_eq!(seen(&["--omp-num-threads", "3"], &[]), "3 3");
+    assert_eq!(seen(&["--omp-num-threads", "3"], &[("MKL_NUM_THREADS", "5")]), "3 5");
+    // MKL takes OpenMP's number if it has none of its own.
+    assert_eq!(seen(&[], &[("OMP_NUM_THREADS", "4")]), "4 ");
+    assert!(seen(&[], &[("MKL_NUM_THREADS", "5")]).ends_with(" 5"));
 }
