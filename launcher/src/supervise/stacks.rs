@@ -1,7 +1,9 @@
 //! What the ranks of a job that hangs are doing.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use std::{fs, io};
@@ -16,29 +18,71 @@ const ENOUGH: usize = 1 << 20;
 /// Threads that the kernel is asked about.
 const THREADS: usize = 256;
 
+/// Lines of gdb that say nothing about the process.
+const NOISE: [&str; 9] = [
+    "warning:",
+    "[New LWP ",
+    "[Thread debugging using ",
+    "[Inferior ",
+    "Using host libthread_db ",
+    "This GDB supports auto-downloading debuginfo",
+    "Enable debuginfod for this session?",
+    "Debuginfod has been disabled",
+    "Download",
+];
+
 /// Writes what can be learned about a process into a file: its threads from the kernel, and their stacks from py-spy or gdb where one of them is
 /// installed. Returns in one line what there is.
 pub(crate) async fn write_stacks(pid: u32, path: Option<&Path>) -> io::Result<String> {
     let Some(path) = path else { return Err(io::Error::other("no file for them can be written")) };
     let mut text = threads(pid);
     let mut found = vec!["threads"];
-    let pid = pid.to_string();
-    let tries: [(&str, &[&str]); 2] = [
-        ("py-spy", &["dump", "--pid", &pid]),
-        ("gdb", &["-nx", "-batch", "-ex", "set pagination off", "-ex", "thread apply all bt", "-p", &pid]),
-    ];
-    for (debugger, args) in tries {
-        match ask(debugger, args).await {
+    let python = interpreter(pid);
+    let number = pid.to_string();
+    let mut py_spy = vec!["dump", "--pid", &number];
+    if is_stopped(pid) {
+        // It fails to suspend a process that has been stopped already.
+        py_spy.push("--nonblocking");
+    }
+    let gdb = ["-nx", "-batch", "-ex", "set pagination off", "-ex", "thread apply all bt", "-p", &number];
+    let beside = python.as_ref().map(|python| python.with_file_name("py-spy")).filter(|path| path.exists());
+    let tries: [(&str, PathBuf, &[&str]); 2] =
+        [("py-spy", beside.unwrap_or_else(|| "py-spy".into()), &py_spy), ("gdb", "gdb".into(), &gdb)];
+    for (name, debugger, args) in tries {
+        match ask(&debugger, args).await {
             Ok(Some(answer)) => {
-                let _ = write!(text, "\n--- {debugger}\n{answer}");
-                found.push(debugger);
+                let _ = write!(text, "\n--- {name}\n{}", without_noise(&answer));
+                found.push(name);
+            }
+            Ok(None) if name == "py-spy" && python.is_some() => {
+                let _ = writeln!(text, "\n--- py-spy: not installed\nhint: pip install py-spy");
             }
             Ok(None) => {}
-            Err(error) => _ = writeln!(text, "\n--- {debugger}: {error}"),
+            Err(error) => _ = writeln!(text, "\n--- {name}: {error}"),
         }
     }
     fs::write(path, text)?;
     Ok(found.join(", "))
+}
+
+/// The Python that a process was started as. A virtual environment has its tools beside this name, which is a link to another one.
+fn interpreter(pid: u32) -> Option<PathBuf> {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let first = line.split(|byte| *byte == 0).next()?;
+    let path = Path::new(OsStr::from_bytes(first));
+    let is_python = path.file_name()?.as_bytes().starts_with(b"python");
+    is_python.then(|| path.to_owned())
+}
+
+fn is_stopped(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name in parentheses may hold anything.
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']))
+}
+
+fn without_noise(answer: &str) -> String {
+    let is_noise = |line: &&str| NOISE.iter().any(|start| line.starts_with(start));
+    answer.lines().filter(|line| !is_noise(line)).flat_map(|line| [line, "\n"]).collect()
 }
 
 /// State and place in the kernel of each thread.
@@ -60,9 +104,16 @@ fn threads(pid: u32) -> String {
 }
 
 /// What a debugger prints; `None` where it is not installed.
-async fn ask(debugger: &str, args: &[&str]) -> io::Result<Option<String>> {
+async fn ask(debugger: &Path, args: &[&str]) -> io::Result<Option<String>> {
     let mut command = Command::new(debugger);
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    // gdb would ask whether it may look for symbols in the network.
+    command
+        .args(args)
+        .env_remove("DEBUGINFOD_URLS")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
     let output = match timeout(PATIENCE, command.output()).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -76,6 +127,13 @@ async fn ask(debugger: &str, args: &[&str]) -> io::Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_noise_of_a_debugger_is_left_out() {
+        let answer = "[New LWP 12]\nwarning: 44\t./x.c: No such file\n[Thread debugging using libthread_db enabled]\n\
+                      Thread 2 (LWP 12):\n#0  poll () at x.c:5\n[Inferior 1 (process 7) detached]\n";
+        assert_eq!(without_noise(answer), "Thread 2 (LWP 12):\n#0  poll () at x.c:5\n");
+    }
 
     #[tokio::test]
     async fn the_threads_of_a_process_are_there() {
