@@ -26,6 +26,10 @@ use crate::report::{exception, store_hint};
 use crate::supervise::{Environment, MemoryWatch, Stdio, explained, spawn};
 use crate::{Error, LaunchPlan};
 
+/// Lines of stderr that a report shows, and lines in which an exception is looked for.
+const SHOWN: usize = 20;
+const SEARCHED: usize = 300;
+
 pub(super) struct Group<'a> {
     plan: &'a LaunchPlan,
     /// This host's name.
@@ -543,14 +547,16 @@ impl<'a> Group<'a> {
             Some(stacks) => Some(stacks.clone()),
             None => folder.filter(|folder| has_files(folder)).map(Path::to_owned),
         };
-        let stderr = member.last_lines().await;
+        let mut stderr = member.last_lines(SEARCHED).await;
+        let exception = exception(&stderr);
+        stderr.drain(..stderr.len().saturating_sub(SHOWN));
         let said = record.as_ref().map(|record| record.message.clone());
         let root_cause = RankFailure {
             rank,
             local_rank: first.local_rank,
             pid: member.pid(),
             exit: ExitRecord::from(&first.exit),
-            message: said.or_else(|| exception(&stderr)),
+            message: said.or(exception),
             callstack: record.map(|record| record.callstack).filter(|stack| !stack.is_empty()),
             stderr,
             logs,

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::{ProcessId, RankEvent, link};
-use crate::logs::{Pump, RankFiles, TAIL_LINES};
+use crate::logs::{Pump, RankFiles};
 use crate::supervise::{Rank, handles};
 
 pub(super) struct Member {
@@ -190,11 +190,11 @@ impl Member {
         self.files.error.as_ref()?.metadata().and_then(|meta| meta.modified()).ok()
     }
 
-    /// The last lines of its stderr.
-    pub(super) async fn last_lines(&mut self) -> Vec<String> {
+    /// The last lines of its stderr, at most this many.
+    pub(super) async fn last_lines(&mut self, count: usize) -> Vec<String> {
         match &mut self.stderr {
-            Some(pump) => pump.last_lines().await,
-            None => self.files.stderr_tail(TAIL_LINES),
+            Some(pump) => pump.last_lines(count).await,
+            None => self.files.stderr_tail(count),
         }
     }
 }

@@ -2,11 +2,15 @@
 //! closed is of no consequence.
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::stat::{FileStat, fstat};
 use rustix::termios::tcgetwinsize;
 
+use super::layout::{Layout, Stream};
 use super::status::StatusLine;
 use super::writer::{Writer, Written};
 
@@ -35,14 +39,52 @@ impl Target {
 
 /// A handle of the console.
 #[derive(Clone)]
-pub(crate) struct Console(Writer<Target>);
+pub(crate) struct Console {
+    writer: Writer<To>,
+    /// How many streams of ranks go to it.
+    streams: Arc<AtomicU64>,
+}
+
+/// What is written.
+enum To {
+    Stream(Target, Arc<Stream>),
+    /// A stream has ended.
+    EndOf(Target, Arc<Stream>),
+    Agent,
+    Status,
+}
+
+/// A stream of a rank on its way to the console.
+#[derive(Clone)]
+pub(crate) struct Shown {
+    console: Console,
+    target: Target,
+    stream: Arc<Stream>,
+}
+
+impl Shown {
+    /// Passes on what the rank wrote, once there is room.
+    pub(super) async fn pass(&self, bytes: Vec<u8>) {
+        self.console.writer.pass(To::Stream(self.target, Arc::clone(&self.stream)), bytes).await;
+    }
+
+    /// Whether the bytes stay as they are.
+    pub(super) fn is_raw(&self) -> bool {
+        self.stream.prefix.is_empty()
+    }
+
+    /// Nothing comes any more.
+    pub(super) fn end(&self) {
+        self.console.writer.add(To::EndOf(self.target, Arc::clone(&self.stream)), Vec::new());
+    }
+}
 
 impl Console {
     /// Starts its thread.
     pub(crate) fn open() -> io::Result<(Self, Written)> {
         let mut status = StatusLine::new();
         let on_terminal = [io::stdout().is_terminal(), io::stderr().is_terminal()];
-        Self::with(move |target, bytes| {
+        Self::with(is_one_file(), move |target, bytes| {
             // What goes elsewhere does not get into the line's way.
             match target {
                 Target::Status => {
@@ -59,19 +101,34 @@ impl Console {
         })
     }
 
-    fn with(write: impl FnMut(Target, &[u8]) + Send + 'static) -> io::Result<(Self, Written)> {
-        let (writer, written) = Writer::start("console", write)?;
-        Ok((Self(writer), written))
+    /// Stdout and stderr may be one screen.
+    fn with(
+        is_one: bool,
+        mut write: impl FnMut(Target, &[u8]) + Send + 'static,
+    ) -> io::Result<(Self, Written)> {
+        let mut layouts = [Layout::default(), Layout::default()];
+        let of = move |target| usize::from(target == Target::Stderr && !is_one);
+        let (writer, written) = Writer::start("console", move |to, bytes: &[u8]| match to {
+            To::Stream(target, stream) => write(target, &layouts[of(target)].output(&stream, bytes)),
+            To::EndOf(target, stream) => match layouts[of(target)].end(&stream) {
+                b"" => {}
+                end => write(target, end),
+            },
+            To::Agent => write(Target::Stderr, &layouts[of(Target::Stderr)].agent(bytes)),
+            To::Status => write(Target::Status, bytes),
+        })?;
+        Ok((Self { writer, streams: Arc::default() }, written))
     }
 
-    /// Passes on what a rank wrote, once there is room.
-    pub(crate) async fn pass(&self, target: Target, bytes: Vec<u8>) {
-        self.0.pass(target, bytes).await;
+    /// A stream of a rank that goes to the console with a prefix before each line.
+    pub(crate) fn show(&self, target: Target, prefix: String) -> Shown {
+        let number = self.streams.fetch_add(1, Ordering::Relaxed) + 1;
+        Shown { console: self.clone(), target, stream: Arc::new(Stream { number, prefix }) }
     }
 
     /// Says something on stderr, after all that was passed on before.
     pub(crate) fn say(&self, text: &str) {
-        self.0.add(Target::Stderr, text.into());
+        self.writer.add(To::Agent, text.into());
     }
 
     /// Says a line of the launcher's own.
@@ -81,21 +138,21 @@ impl Console {
 
     /// Says what is soon out of date anyway, unless the console is behind.
     pub(crate) fn say_if_idle(&self, text: &str) {
-        if self.0.is_idle() {
+        if self.writer.is_idle() {
             self.say(text);
         }
     }
 
     /// Rewrites the line at the bottom of the terminal, unless the console is behind.
     pub(crate) fn status_if_idle(&self, text: &str) {
-        if self.0.is_idle() {
-            self.0.add(Target::Status, text.into());
+        if self.writer.is_idle() {
+            self.writer.add(To::Status, text.into());
         }
     }
 
     /// Takes that line away.
     pub(crate) fn no_status(&self) {
-        self.0.add(Target::Status, Vec::new());
+        self.writer.add(To::Status, Vec::new());
     }
 }
 
@@ -103,6 +160,13 @@ impl Console {
 pub(crate) fn can_rewrite() -> bool {
     let is_dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
     io::stderr().is_terminal() && !is_dumb
+}
+
+/// Whether stdout and stderr are the same terminal, pipe or file.
+fn is_one_file() -> bool {
+    let [stdout, stderr] = [fstat(io::stdout()), fstat(io::stderr())];
+    let number = |stat: FileStat| (stat.st_dev, stat.st_ino);
+    stdout.ok().map(number) == stderr.ok().map(number)
 }
 
 /// Columns of the terminal; 0 where it does not know.
@@ -154,7 +218,7 @@ pub(super) mod tests {
         let write = move |target, bytes: &[u8]| {
             notes.lock().unwrap().push((target, String::from_utf8_lossy(bytes).into_owned()));
         };
-        let (console, written) = Console::with(write).unwrap();
+        let (console, written) = Console::with(false, write).unwrap();
         (console, written, seen)
     }
 
@@ -163,20 +227,21 @@ pub(super) mod tests {
         let (go, blocked) = std_mpsc::channel::<()>();
         let seen = Seen::default();
         let notes = Arc::clone(&seen);
-        let (console, written) = Console::with(move |target, bytes| {
+        let (console, written) = Console::with(false, move |target, bytes| {
             let _ = blocked.recv();
             notes.lock().unwrap().push((target, String::from_utf8_lossy(bytes).into_owned()));
         })
         .unwrap();
+        let stream = console.show(Target::Stdout, String::new());
         for number in 0..WAITING {
-            console.pass(Target::Stdout, number.to_string().into_bytes()).await;
+            stream.pass(number.to_string().into_bytes()).await;
         }
-        let more = console.pass(Target::Stdout, b"more".to_vec());
+        let more = stream.pass(b"more".to_vec());
         assert!(tokio::time::timeout(Duration::from_millis(50), more).await.is_err(), "there is no room");
         console.say_if_idle("progress");
         console.say("report");
         drop(go);
-        drop(console);
+        drop((console, stream));
         tokio::time::timeout(Duration::from_secs(20), written.wait()).await.unwrap();
         let seen = seen.lock().unwrap();
         assert_eq!(seen.len(), WAITING + 1, "{seen:?}");

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use crate::{Error, LaunchPlan};
 
 /// How much of the end of a log file is read for the report.
-const TAIL: u64 = 8 << 10;
+const TAIL: u64 = 16 << 10;
 /// A disk that does not take as much as this is full.
 const PROBE: [u8; 4 << 10] = [b'\n'; 4 << 10];
 /// Where error files may go while the log folder cannot be written, after the folder for temporary files.

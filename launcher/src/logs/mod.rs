@@ -4,9 +4,11 @@ mod console;
 mod files;
 mod folder;
 mod health;
+mod layout;
 mod prefix;
 mod pump;
 mod status;
+mod tail;
 mod writer;
 
 pub(crate) use console::{Console, Target, can_rewrite};
@@ -14,4 +16,4 @@ pub(crate) use files::{Files, LogFile};
 pub(crate) use folder::{LogFolder, RankFiles};
 pub(crate) use health::Health;
 pub(crate) use prefix::{Names, check_template, coloured, prefix};
-pub(crate) use pump::{Filtered, Pump, Sink, TAIL_LINES, pipe};
+pub(crate) use pump::{Filtered, Pump, Sink, pipe};

@@ -1,11 +1,10 @@
 //! Moves what a rank writes from a pipe to files and to the console, and remembers the last lines.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use memchr::memrchr;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
@@ -13,42 +12,15 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::console::Shown;
+use super::tail::Tail;
 use super::{Console, Files, LogFile, Target};
 
-/// Lines that are remembered.
-pub(crate) const TAIL_LINES: usize = 20;
-/// Bytes of a line that are remembered.
-const TAIL_LINE: usize = 2 << 10;
 /// A line without an end is passed on after so long, or when it is this long.
 const PARTIAL_AFTER: Duration = Duration::from_millis(50);
 const PARTIAL_OVER: usize = 64 << 10;
 /// How long the pipe of a rank that ended may be silent: somebody else may hold it open.
 const DRAIN: Duration = Duration::from_secs(1);
-
-/// The last lines of a stream.
-#[derive(Clone, Default)]
-struct Tail(Arc<Mutex<VecDeque<String>>>);
-
-impl Tail {
-    fn lines(&self) -> Vec<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
-    }
-
-    fn push_all(&self, bytes: &[u8]) {
-        let is_end = |byte: &u8| *byte == b'\n';
-        let body = bytes.strip_suffix(b"\n").unwrap_or(bytes);
-        // Only the last ones of many lines are looked at.
-        let last: Vec<&[u8]> = body.rsplitn(TAIL_LINES + 1, is_end).take(TAIL_LINES).collect();
-        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for line in last.into_iter().rev() {
-            if lines.len() == TAIL_LINES {
-                lines.pop_front();
-            }
-            let line = &line[..line.len().min(TAIL_LINE)];
-            lines.push_back(String::from_utf8_lossy(line).trim_end().to_owned());
-        }
-    }
-}
 
 /// A stream on its way. It goes on by itself when this is dropped.
 pub(crate) struct Pump {
@@ -90,16 +62,16 @@ impl Pump {
     pub(crate) fn start(pipe: OwnedFd, sink: Sink, ended: watch::Receiver<()>) -> io::Result<Self> {
         let tail = Tail::default();
         let receiver = Receiver::from_owned_fd(pipe)?;
-        let lines = Lines { sink, tail: tail.clone(), pending: Vec::new() };
+        let lines = Lines::new(sink, tail.clone());
         Ok(Self { task: tokio::spawn(pump(receiver, lines, ended)), tail })
     }
 
-    /// The last lines of a rank that ended. Waits for what is still in the pipe, but not for a console that nobody reads.
-    pub(crate) async fn last_lines(&mut self) -> Vec<String> {
+    /// The last lines of a rank that ended, at most this many. Waits for what is still in the pipe, but not for a console that nobody reads.
+    pub(crate) async fn last_lines(&mut self, count: usize) -> Vec<String> {
         if !self.task.is_finished() {
             let _ = timeout(DRAIN, &mut self.task).await;
         }
-        self.tail.lines()
+        self.tail.lines(count)
     }
 }
 
@@ -107,10 +79,10 @@ async fn pump(mut pipe: Receiver, mut lines: Lines, mut ended: watch::Receiver<(
     let mut buffer = vec![0; 64 << 10];
     let mut rank_lives = true;
     loop {
-        let patience = match (lines.pending.is_empty(), rank_lives) {
-            (false, _) => PARTIAL_AFTER,
-            (true, false) => DRAIN,
-            (true, true) => Duration::MAX,
+        let patience = match (lines.has_partial(), rank_lives) {
+            (true, _) => PARTIAL_AFTER,
+            (false, false) => DRAIN,
+            (false, true) => Duration::MAX,
         };
         tokio::select! {
             biased;
@@ -119,80 +91,117 @@ async fn pump(mut pipe: Receiver, mut lines: Lines, mut ended: watch::Receiver<(
                 Ok(read) => lines.take(&buffer[..read]).await,
             },
             _ = ended.changed(), if rank_lives => rank_lives = false,
-            () = tokio::time::sleep(patience), if patience != Duration::MAX => match lines.pending.is_empty() {
-                true => break,
-                false => lines.flush_partial().await,
+            () = tokio::time::sleep(patience), if patience != Duration::MAX => match lines.has_partial() {
+                true => lines.flush_partial().await,
+                false => break,
             },
         }
     }
-    lines.flush_partial().await;
+    lines.finish().await;
 }
 
 struct Lines {
-    sink: Sink,
+    shown: Option<Shown>,
+    file: Option<LogFile>,
+    filtered: Option<Filtered>,
+    files: Files,
     tail: Tail,
+    /// What waits for the end of its line, or for the next refresh of it.
     pending: Vec<u8>,
+    /// The line that is not complete yet, for the filter.
+    unfiltered: Vec<u8>,
 }
 
 impl Lines {
+    fn new(sink: Sink, tail: Tail) -> Self {
+        let Sink { console, target, prefix, file, filtered, files } = sink;
+        let shown = target.map(|target| console.show(target, prefix));
+        Self { shown, file, filtered, files, tail, pending: Vec::new(), unfiltered: Vec::new() }
+    }
+
     async fn take(&mut self, bytes: &[u8]) {
-        if let Some(file) = &self.sink.file {
-            self.sink.files.pass(file, bytes.to_vec()).await;
+        if let Some(file) = &self.file {
+            self.files.pass(file, bytes.to_vec()).await;
         }
         self.pending.extend_from_slice(bytes);
-        // A carriage return ends a state of a progress bar.
-        let Some(end) = self.pending.iter().rposition(|byte| matches!(byte, b'\n' | b'\r')) else {
-            if self.pending.len() > PARTIAL_OVER {
-                self.flush_partial().await;
-            }
-            return;
+        let lines = memrchr(b'\n', &self.pending).map_or(0, |end| end + 1);
+        // A carriage return completes a refresh of the line, but belongs to the next one.
+        let refresh = memrchr(b'\r', &self.pending[lines..]).map(|at| lines + at);
+        let is_raw = self.shown.as_ref().is_none_or(Shown::is_raw);
+        let end = match refresh {
+            Some(at) if is_raw => at + 1,
+            Some(at) => at,
+            None => lines,
         };
-        let rest = self.pending.split_off(end + 1);
-        let whole = std::mem::replace(&mut self.pending, rest);
-        self.show(&whole).await;
+        if end > 0 {
+            let rest = self.pending.split_off(end);
+            let whole = std::mem::replace(&mut self.pending, rest);
+            self.show(whole).await;
+        } else if self.pending.len() > PARTIAL_OVER {
+            self.flush_partial().await;
+        }
+    }
+
+    /// Whether there is a text to pass on although its line may continue.
+    fn has_partial(&self) -> bool {
+        self.pending.iter().any(|byte| *byte != b'\r')
     }
 
     async fn flush_partial(&mut self) {
         if !self.pending.is_empty() {
             let partial = std::mem::take(&mut self.pending);
-            self.show(&partial).await;
+            self.show(partial).await;
         }
     }
 
-    async fn show(&self, bytes: &[u8]) {
-        let mut out = Vec::with_capacity(bytes.len());
+    /// Nothing comes any more.
+    async fn finish(&mut self) {
+        self.flush_partial().await;
+        if !self.unfiltered.is_empty() {
+            self.filter(b"\n").await;
+        }
+        if let Some(shown) = &self.shown {
+            shown.end();
+        }
+    }
+
+    async fn show(&mut self, bytes: Vec<u8>) {
+        self.tail.push(&bytes);
+        if self.filtered.is_some() {
+            self.filter(&bytes).await;
+        }
+        if let Some(shown) = &self.shown {
+            shown.pass(bytes).await;
+        }
+    }
+
+    /// Writes the lines once more that have one of the texts. Each refresh of a line counts as a line.
+    async fn filter(&mut self, bytes: &[u8]) {
+        let Some(filtered) = &self.filtered else { return };
+        self.unfiltered.extend_from_slice(bytes);
+        let is_long = self.unfiltered.len() > PARTIAL_OVER;
+        let end = match memrchr(b'\n', &self.unfiltered) {
+            Some(end) => end + 1,
+            None if is_long => self.unfiltered.len(),
+            None => return,
+        };
         let mut selected = Vec::new();
-        self.tail.push_all(bytes);
-        for line in bytes.split_inclusive(|byte| *byte == b'\n') {
-            if let Some(filtered) = &self.sink.filtered
-                && filtered.texts.iter().any(|text| contains(line, text.as_bytes()))
-            {
-                with_prefix(&filtered.prefix, line, &mut selected);
-            }
-            if self.sink.target.is_some() {
-                with_prefix(&self.sink.prefix, line, &mut out);
+        for line in self.unfiltered[..end].split(|byte| matches!(byte, b'\n' | b'\r')) {
+            if filtered.texts.iter().any(|text| contains(line, text.as_bytes())) {
+                selected.extend_from_slice(filtered.prefix.as_bytes());
+                selected.extend_from_slice(line);
+                selected.push(b'\n');
             }
         }
-        if let Some(target) = self.sink.target {
-            self.sink.console.pass(target, out).await;
-        }
-        if let Some(filtered) = self.sink.filtered.as_ref().filter(|_| !selected.is_empty()) {
-            self.sink.files.pass(&filtered.file, selected).await;
+        self.unfiltered.drain(..end);
+        if !selected.is_empty() {
+            self.files.pass(&filtered.file, selected).await;
         }
     }
 }
 
 fn contains(line: &[u8], text: &[u8]) -> bool {
     line.windows(text.len()).any(|part| part == text)
-}
-
-/// A line with a prefix is ended, so that no two share one.
-fn with_prefix(prefix: &str, line: &[u8], out: &mut Vec<u8>) {
-    out.extend_from_slice(prefix.as_bytes());
-    out.extend_from_slice(line);
-    if !prefix.is_empty() && !line.ends_with(b"\n") {
-        out.push(b'\n');
-    }
 }
 
 #[cfg(test)]
@@ -243,6 +252,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_line_that_is_passed_on_in_two_halves_has_one_prefix() {
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+        let (console, written, seen) = noted();
+        let sink = sink(console, "[a]:", None);
+        let (_rank, ended) = watch::channel(());
+        let _pump = Pump::start(reader, sink, ended).unwrap();
+        let mut writer = File::from(writer);
+        let shows = async |wanted: &str| {
+            while text(&seen) != wanted {
+                tokio::task::yield_now().await;
+            }
+        };
+        for (piece, wanted) in [
+            ("loading", "[a]:loading"),
+            (" done\n", "[a]:loading done\n"),
+            ("\r 10%", "[a]:loading done\n[a]: 10%"),
+            ("\r 20%", "[a]:loading done\n[a]: 10%\r[a]: 20%"),
+        ] {
+            writer.write_all(piece.as_bytes()).unwrap();
+            timeout(SOON, shows(wanted)).await.unwrap_or_else(|_| panic!("{piece:?}: {:?}", text(&seen)));
+        }
+        drop(writer);
+        timeout(SOON, written.wait()).await.unwrap();
+        assert_eq!(text(&seen), "[a]:loading done\n[a]: 10%\r[a]: 20%\n");
+    }
+
+    #[tokio::test]
     async fn bytes_reach_the_file_untouched_and_the_last_lines_are_kept() {
         let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -256,10 +292,10 @@ mod tests {
         let mut writer = File::from(writer);
         writer.write_all(&text).unwrap();
         drop(writer);
-        let lines = pump.last_lines().await;
+        let lines = pump.last_lines(20).await;
         timeout(SOON, written.wait()).await.unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), text);
-        assert_eq!(lines.len(), TAIL_LINES);
+        assert_eq!(lines.len(), 20);
         assert_eq!(lines[0], "line 31");
         assert!(lines[19].ends_with("no end"));
     }
@@ -280,19 +316,23 @@ mod tests {
 
     #[tokio::test]
     async fn lines_with_a_text_are_written_once_more() {
-        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("filtered_stdout.log");
-        let (console, written, seen) = noted();
-        let mut sink = Sink { target: None, ..sink(console, "coloured", None) };
-        let file = sink.files.append_to(&path, None).unwrap();
+        let (console, _, seen) = noted();
+        let (files, written) = Files::open(&console).unwrap();
+        let file = files.append_to(&path, None).unwrap();
         let texts = vec!["apple".into(), "orange".into()];
-        sink.filtered = Some(Filtered { texts, prefix: "[a0]:".into(), file });
-        let (_rank, ended) = watch::channel(());
-        let _pump = Pump::start(reader, sink, ended).unwrap();
-        File::from(writer).write_all(b"an apple\npear\n2 oranges\n").unwrap();
+        let filtered = Some(Filtered { texts, prefix: "[a0]:".into(), file });
+        let sink = Sink { console, target: None, prefix: "coloured".into(), file: None, filtered, files };
+        let mut lines = Lines::new(sink, Tail::default());
+        lines.take(b"an apple\npear\n2 ora").await;
+        lines.flush_partial().await;
+        lines.take(b"nges\n\rapple 1%\rpear\rapple 2%").await;
+        lines.finish().await;
+        drop(lines);
         timeout(SOON, written.wait()).await.unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "[a0]:an apple\n[a0]:2 oranges\n");
+        let lines = ["[a0]:an apple", "[a0]:2 oranges", "[a0]:apple 1%", "[a0]:apple 2%", ""];
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), lines.join("\n"));
         assert_eq!(text(&seen), "");
     }
 }

@@ -25,6 +25,17 @@ fn tee_writes_files_and_lines_with_their_rank() {
 }
 
 #[test]
+fn tee_shows_a_progress_bar_as_one_line() {
+    let folder = tempdir().unwrap();
+    let options = ["--devices", "cpu", "--tee", "3", "--log-dir", folder.path().to_str().unwrap()];
+    let outcome = run(launch(&options, r"printf '\r 10%%\r 20%%\nhalf' ; printf ' line\n'"));
+    assert_eq!(outcome.expect(0, &[]).stdout, ["[default0]: 10%\r[default0]: 20%", "[default0]:half line"]);
+    let run = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+    let file = fs::read_to_string(run.join("attempt_0/0/stdout.log")).unwrap();
+    assert_eq!(file, "\r 10%\r 20%\nhalf line\n");
+}
+
+#[test]
 fn redirects_go_to_files_alone_and_the_report_reads_them() {
     let folder = tempdir().unwrap();
     let options = [&TWO[..], &["-r", "1:3", "--log-dir", folder.path().to_str().unwrap()]].concat();
