@@ -82,6 +82,8 @@ pub(crate) enum Action {
     Kill,
     /// End those now that do not wait for the next round.
     KillUnparked,
+    /// End without waiting for what was killed.
+    GiveUp,
     /// Pass a signal on to the ranks that handle it.
     Forward(i32),
     /// Tell the user how the ranks ended, the one that failed first at the front.

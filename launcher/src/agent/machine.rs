@@ -11,6 +11,8 @@ use super::exit::{Exit, signal_name};
 const PROGRESS: Duration = Duration::from_secs(60);
 /// A signal that follows another one so soon is the same wish: schedulers signal a process, its group and its parent.
 const ECHO: Duration = Duration::from_millis(250);
+/// A process that was killed has ended sooner than this, unless the kernel holds it.
+const HELD: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone)]
 enum Phase {
@@ -60,6 +62,8 @@ pub(crate) struct Agent {
     signalled: Option<Duration>,
     /// When the last signal that asks for the end was answered.
     answered: Duration,
+    /// When the ranks of an agent that leaves were killed.
+    killed: Option<Duration>,
     /// Whether there was a notice before.
     preempted: bool,
     /// That this node leaves, where the coordinator is not to know yet.
@@ -86,6 +90,7 @@ impl Agent {
             ends: Vec::new(),
             signalled: None,
             answered: Duration::ZERO,
+            killed: None,
             preempted: false,
             leave: None,
             terminate_at: None,
@@ -156,6 +161,7 @@ impl Agent {
             Event::Hung { local_rank, reason } => self.hung(now, local_rank, reason),
             Event::Stop { notice: Some(notice), together, .. } => self.preempted(now, &notice, together),
             Event::Stop { signal, save, together, notice: None } => self.signal(now, signal, save, together),
+            Event::Abort(_) if self.is_held(now) => self.give_up(),
             Event::Abort(signal) => self.abort(now, signal),
             Event::Forward(signal) if self.alive.is_empty() => {
                 vec![Action::Say(format!("no rank runs that {} could be passed on to", name_of(signal)))]
@@ -359,6 +365,9 @@ impl Agent {
     }
 
     fn signal(&mut self, now: Duration, signal: i32, save: bool, together: bool) -> Vec<Action> {
+        if self.is_held(now) {
+            return self.give_up();
+        }
         if let Some(first) = self.signalled {
             return match ends_at_once(signal) {
                 true if now.saturating_sub(first) < ECHO => Vec::new(),
@@ -391,6 +400,22 @@ impl Agent {
             None => "the job is ending".into(),
         };
         vec![Action::Say(format!("told to stop again by {}: {left}", name_of(signal)))]
+    }
+
+    /// Whether ranks were killed long enough ago to have ended.
+    fn is_held(&self, now: Duration) -> bool {
+        self.killed.is_some_and(|killed| now.saturating_sub(killed) >= HELD)
+    }
+
+    /// Killed ranks that do not end are frozen, or wait within the kernel. The user does not wait for them.
+    fn give_up(&mut self) -> Vec<Action> {
+        self.killed = None;
+        let left = std::mem::take(&mut self.alive).len();
+        let ranks = if left == 1 { "1 rank that was" } else { &format!("{left} ranks that were") };
+        vec![
+            Action::Say(format!("told to stop again: ending without {ranks} killed and did not end")),
+            Action::GiveUp,
+        ]
     }
 
     /// There is some time yet, and then there is none.
@@ -431,6 +456,7 @@ impl Agent {
                 Some(ToCoordinator::Leave { reason, preempted: false })
             }
         };
+        self.killed.get_or_insert(now);
         let mut actions = vec![Action::Say("told to stop again: killing".into()), Action::Kill];
         actions.extend(leave.map(Action::Send));
         actions
@@ -443,6 +469,9 @@ impl Agent {
             (self.terminate_at, self.kill_at) = (None, None);
             let what = "ranks did not end within the shutdown timeout: killing them";
             let kill = if self.is_leaving() { Action::Kill } else { Action::KillUnparked };
+            if self.is_leaving() {
+                self.killed.get_or_insert(now);
+            }
             actions.extend([Action::Say(what.into()), kill]);
         } else if due(self.terminate_at) {
             self.terminate_at = None;

@@ -3,7 +3,8 @@
 //!
 //! Invariants, which the tests cite:
 //!
-//! - **AG-1** Every rank that was started is waited for before the agent joins again or exits.
+//! - **AG-1** Every rank that was started is waited for before the agent joins again or exits, unless it was killed, has not ended for
+//!   a second, and the user asks for the end once more.
 //! - **AG-2** Ranks start only when a round starts; the coordinator alone decides on restarts.
 //! - **AG-3** The agent exits once, and does nothing afterwards.
 //! - **AG-4** Ranks that were asked to end are killed once the shutdown timeout is over.

@@ -389,6 +389,24 @@ fn repeated_terminate_or_hangup_is_said_and_leaves_the_ranks_their_time() {
 }
 
 #[test]
+fn rank_that_outlives_its_kill_is_given_up_when_the_user_asks_again() {
+    for again in [15, 2] {
+        let mut agent = agent();
+        agent.handle(NOW, started(0));
+        agent.handle(NOW, stop(15));
+        let killed = NOW + Duration::from_secs(30);
+        assert!(agent.handle(killed, Event::Tick).contains(&Action::Kill));
+        // The kernel may take a moment.
+        let soon = agent.handle(killed + Duration::from_millis(999), stop(again));
+        assert!(!soon.contains(&Action::GiveUp), "{soon:?}");
+        let actions = agent.handle(killed + Duration::from_secs(1), stop(again));
+        assert!(actions.contains(&Action::GiveUp), "{actions:?}");
+        assert_eq!(actions.last(), Some(&Action::Exit(ExitCode::Signal(15))));
+        assert_eq!(agent.handle(killed + Duration::from_secs(2), stop(again)), []);
+    }
+}
+
+#[test]
 fn who_does_not_wait_for_a_pause_ends_the_ranks_at_once() {
     let mut agent = agent();
     agent.handle(NOW, started(0));

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ice_proto::exit::ExitCode;
@@ -23,7 +24,7 @@ use crate::report::{
     ErrorDocument, ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary,
 };
 use crate::report::{exception, store_hint};
-use crate::supervise::{Environment, MemoryWatch, Stdio, explained, spawn};
+use crate::supervise::{Environment, MemoryWatch, ProcessTree, Start, Stdio, explained, spawn};
 use crate::{Error, LaunchPlan};
 
 /// Lines of stderr that a report shows, and lines in which an exception is looked for.
@@ -32,6 +33,7 @@ const SEARCHED: usize = 300;
 
 pub(super) struct Group<'a> {
     plan: &'a LaunchPlan,
+    tree: Arc<ProcessTree>,
     /// This host's name.
     host: String,
     console: Console,
@@ -75,8 +77,8 @@ struct Route {
 impl<'a> Group<'a> {
     pub(super) fn new(
         plan: &'a LaunchPlan,
-        console: Console,
-        files: Files,
+        tree: Arc<ProcessTree>,
+        (console, files): (Console, Files),
         events: mpsc::UnboundedSender<RankEvent>,
         rewrites: bool,
     ) -> Self {
@@ -88,6 +90,7 @@ impl<'a> Group<'a> {
         let (started, error) = (0, None);
         Self {
             plan,
+            tree,
             host,
             console,
             files,
@@ -243,7 +246,8 @@ impl<'a> Group<'a> {
         for _ in 0..self.spares.missing() {
             self.started += 1;
             let variables = Environment::new(self.plan, &round, store).of_spare();
-            match self.spares.start(self.started, &self.plan.program, variables, &self.events) {
+            let watch = (&self.events, self.plan.shutdown_timeout);
+            match self.spares.start(&self.tree, self.started, &self.plan.program, variables, watch) {
                 Ok(pid) => started.push(pid),
                 Err(error) => {
                     self.console.note(&format!("a spare could not be started: {error}"));
@@ -340,8 +344,10 @@ impl<'a> Group<'a> {
         let (stderr, stderr_pump) = stream(Stream::Stderr, &files.stderr, err_filter)?;
         let variables = environment.of(local_rank, files.error.as_deref());
         let cpus = self.plan.cpus.as_ref().and_then(|cpus| cpus.get(local_rank as usize));
-        let rank = spawn(&self.plan.program, local_rank, cpus, variables, &theirs, [stdout, stderr])?;
-        Member::started(id, rank, ours, stderr_pump, lives, files.clone(), &self.events)
+        let (program, link, output) = (&self.plan.program, &theirs, [stdout, stderr]);
+        let rank = spawn(&self.tree, Start { id, program, local_rank, cpus, variables, link, output })?;
+        let watch = (&self.events, self.plan.shutdown_timeout);
+        Member::started(id, rank, ours, stderr_pump, lives, files.clone(), watch)
     }
 
     /// Where a stream of a rank goes, and what carries it there.
@@ -462,9 +468,10 @@ impl<'a> Group<'a> {
         self.ranks.iter().filter_map(|(rank, member)| Some((*rank, member.living()?))).collect()
     }
 
-    /// All processes that live, spares included.
-    pub(super) fn processes(&self) -> impl Iterator<Item = u32> {
-        self.living().into_values().chain(self.spares.living())
+    /// Kills what came of no process that lives, spares included.
+    pub(super) fn kill_others(&self) {
+        let ranks = self.ranks.values().filter_map(|member| Some((member.id, member.living()?)));
+        self.tree.kill_others(&ranks.chain(self.spares.living()).collect::<Vec<_>>());
     }
 
     /// Processes and where their stacks are to be written.
@@ -511,8 +518,12 @@ impl<'a> Group<'a> {
 
     /// Kills those that do not wait for the next round.
     pub(super) fn kill_unparked(&self) {
-        let stuck = self.ranks.values().filter(|member| !member.is_parked());
-        stuck.for_each(|member| member.signal(Signal::SIGKILL));
+        self.ranks.values().filter(|member| !member.is_parked()).for_each(Member::kill);
+    }
+
+    /// Kills all ranks.
+    pub(super) fn kill(&self) {
+        self.ranks.values().for_each(Member::kill);
     }
 
     pub(super) fn terminate_rank(&mut self, local_rank: u32) {

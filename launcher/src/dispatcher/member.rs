@@ -3,12 +3,12 @@
 use std::cell::Cell;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use ice_proto::error_file::{self, ErrorRecord};
 use ice_proto::frame;
 use ice_proto::link::{Down, Up};
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{mpsc, watch};
@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 
 use super::{ProcessId, RankEvent, link};
 use crate::logs::{Pump, RankFiles};
-use crate::supervise::{Rank, handles};
+use crate::supervise::{Ending, Orders, Rank, descendants, handles};
 
 pub(super) struct Member {
     /// Which of all processes that the agent has started.
@@ -30,10 +30,8 @@ pub(super) struct Member {
     knows_link: bool,
     /// Whether it has left its round and waits for the next one.
     parked: Cell<bool>,
-    /// Whether it was sent SIGTERM.
-    terminated: bool,
-    /// Whether it was sent SIGKILL.
-    killed: Cell<bool>,
+    /// What is wanted of it.
+    ending: watch::Sender<Ending>,
     /// What waits for its end, and what listens to it.
     tasks: Vec<JoinHandle<()>>,
     message: Option<String>,
@@ -56,8 +54,7 @@ impl Member {
             link: None,
             knows_link: false,
             parked: Cell::new(false),
-            terminated: false,
-            killed: Cell::new(false),
+            ending: watch::channel(Ending::Unasked).0,
             tasks: Vec::new(),
             message: None,
         }
@@ -71,20 +68,23 @@ impl Member {
         stderr: Option<Pump>,
         lives: watch::Sender<()>,
         files: RankFiles,
-        events: &mpsc::UnboundedSender<RankEvent>,
+        (events, timeout): (&mpsc::UnboundedSender<RankEvent>, Duration),
     ) -> io::Result<Self> {
         link.set_nonblocking(true)?;
         let (from_rank, to_rank) = tokio::net::UnixStream::from_std(link)?.into_split();
         let process = Some((rank.pid(), rank.group()));
-        let ended = events.clone();
+        let (ended, remains) = (events.clone(), events.clone());
+        let (ending, orders) = watch::channel(Ending::Unasked);
         let wait = tokio::spawn(async move {
-            let exit = rank.wait().await;
+            let orders = Orders { ending: orders, timeout };
+            let say = |what| _ = remains.send(RankEvent::Remains(id, what));
+            let exit = rank.wait(orders, say).await;
             drop(lives);
             let _ = ended.send(RankEvent::Exited(id, exit));
         });
         let listen = tokio::spawn(link::listen(id, from_rank, events.clone()));
         let mut member = Self::not_started(id, files);
-        (member.process, member.alive) = (process, true);
+        (member.process, member.alive, member.ending) = (process, true, ending);
         (member.stderr, member.link, member.tasks) = (stderr, Some(to_rank), vec![wait, listen]);
         Ok(member)
     }
@@ -120,39 +120,61 @@ impl Member {
     /// Asks it to end: over the link where it knows it, else by a signal to its process group.
     pub(super) fn ask(&mut self, message: &Down, signal: Signal) {
         if self.knows_link && self.send(message) {
+            self.order(Ending::Asked { signalled: false });
             return;
         }
-        self.terminated = signal == Signal::SIGTERM;
+        self.end_group(signal);
+    }
+
+    fn end_group(&self, signal: Signal) {
         self.signal(signal);
+        self.order(Ending::Asked { signalled: true });
         // One that is stopped cannot end.
         self.signal(Signal::SIGCONT);
     }
 
-    /// Sends SIGTERM unless it had that, or waits for the next round.
+    /// Sends SIGTERM unless its group has had a signal, or it waits for the next round.
     pub(super) fn terminate(&mut self) {
-        if !self.is_parked() && !std::mem::replace(&mut self.terminated, true) {
-            self.signal(Signal::SIGTERM);
-            self.signal(Signal::SIGCONT);
+        let is_signalled = matches!(*self.ending.borrow(), Ending::Asked { signalled: true });
+        if !self.is_parked() && !is_signalled {
+            self.end_group(Signal::SIGTERM);
+        }
+    }
+
+    /// Kills it, and all that came of it.
+    pub(super) fn kill(&self) {
+        self.order(Ending::Killed);
+        self.signal(Signal::SIGKILL);
+    }
+
+    fn order(&self, ending: Ending) {
+        let is_final = *self.ending.borrow() == Ending::Killed && self.alive;
+        if !is_final {
+            self.ending.send_replace(ending);
         }
     }
 
     /// Signals its process group while it lives.
     pub(super) fn signal(&self, signal: Signal) {
         if let Some((_, group)) = self.process.filter(|_| self.alive) {
-            self.killed.set(self.killed.get() || signal == Signal::SIGKILL);
             let _ = killpg(group, signal);
         }
     }
 
     /// Whether the agent has killed it.
     pub(super) fn was_killed(&self) -> bool {
-        self.killed.get()
+        *self.ending.borrow() == Ending::Killed
     }
 
-    /// Passes a signal on to the process itself; false where it has no handler and would end.
+    /// Passes a signal on to the processes of its session that handle it: the rank may be a script that has started the program. False
+    /// if none does, since all would end.
     pub(super) fn forward(&self, signal: Signal) -> bool {
         let Some(pid) = self.living() else { return true };
-        handles(pid, signal as i32) && kill(Pid::from_raw(pid.cast_signed()), signal).is_ok()
+        let mut session = descendants([pid]);
+        session.retain(|process| process.session == pid && handles(process.pid, signal as i32));
+        let Some(number) = rustix::process::Signal::from_named_raw(signal as i32) else { return false };
+        session.iter().for_each(|process| process.signal(number));
+        !session.is_empty()
     }
 
     /// Whether it lives and knows the link.
@@ -165,6 +187,10 @@ impl Member {
         let (Some(link), Ok(frame)) = (&self.link, frame::encode(message)) else { return false };
         if matches!(message, Down::Round { .. } | Down::End { .. }) {
             self.parked.set(false);
+        }
+        if matches!(message, Down::Round { .. }) {
+            // It had been asked to leave the round before.
+            self.order(Ending::Unasked);
         }
         link.try_write(&frame).is_ok_and(|written| written == frame.len())
     }

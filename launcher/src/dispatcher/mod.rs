@@ -31,7 +31,7 @@ use tokio::sync::mpsc;
 use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
 use crate::report::{ErrorDocument, Events, ExitRecord, Happened, ProgressLines, Rounds};
-use crate::supervise::{Caught, Orphans, Signals};
+use crate::supervise::{Caught, ProcessId, ProcessTree, Remains, Signals};
 use crate::{Error, LaunchPlan, preempt};
 use clock::Clock;
 use finished::Finished;
@@ -44,12 +44,11 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Resolution of the times of files.
 const TICK: Duration = Duration::from_millis(10);
 
-/// A process that the agent has started, counted from 1.
-pub(crate) type ProcessId = u64;
-
 /// What ranks do.
 pub(crate) enum RankEvent {
     Exited(ProcessId, Exit),
+    /// Of what a rank has left behind, or of a rank that does not end.
+    Remains(ProcessId, Remains),
     Said(ProcessId, Up),
     /// The user has answered the question.
     Answered(Answer),
@@ -64,10 +63,11 @@ pub(crate) enum RankEvent {
 /// Carries out a plan.
 pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     let mut signals = Signals::new(&plan.signals, &plan.notice_signals()).map_err(Error::Runtime)?;
-    let orphans = Orphans::adopt();
+    let (tree, notes) = ProcessTree::root();
+    let _reaper = tree.reap().map_err(Error::Runtime)?;
     let meeting = Arc::new(Meeting::open(plan.meeting.clone(), plan.place.clone()).await?);
     let (console, said) = Console::open().map_err(Error::Runtime)?;
-    for note in plan.notes.iter().chain(meeting.notes()) {
+    for note in notes.iter().chain(&plan.notes).chain(meeting.notes()) {
         console.note(note);
     }
     if plan.meeting.shared && plan.meeting.token.is_none() {
@@ -105,12 +105,24 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     };
     session.send(ToCoordinator::Join);
     let events = Events::new(&plan.run_id, events);
-    let outcome =
-        Dispatcher::new(&plan, (Arc::clone(&meeting), offer), session, console, files, events, &orphans)
-            .run(&mut signals)
-            .await;
+    let dispatcher = Dispatcher::new(
+        &plan,
+        (Arc::clone(&meeting), offer),
+        session,
+        &tree,
+        (console.clone(), files),
+        events,
+    );
+    let mut gave_up = false;
+    let outcome = dispatcher.run(&mut signals, &mut gave_up).await;
     // After an error ranks may still live; their supervision has ended with the dispatcher.
-    orphans.end(&BTreeSet::new());
+    tokio::select! {
+        () = tree.end(|text| console.note(&text)), if !gave_up => tree.dismiss_keeper(),
+        // The user does not wait for what cannot be ended; the keeper does.
+        _ = signals.stop(), if !gave_up => {}
+        else => {}
+    }
+    drop(console);
     let mut all_written = std::pin::pin!(async {
         written.wait().await;
         said.wait().await;
@@ -158,7 +170,6 @@ struct Dispatcher<'a> {
     group: Group<'a>,
     console: Console,
     log: Events,
-    orphans: &'a Orphans,
     session: Option<Session>,
     sender: mpsc::UnboundedSender<RankEvent>,
     events: mpsc::UnboundedReceiver<RankEvent>,
@@ -192,6 +203,8 @@ struct Dispatcher<'a> {
     over: Option<String>,
     /// Looks for the coordinator again.
     looking: Option<Looking>,
+    /// Whether processes that do not end are left to the keeper.
+    gave_up: bool,
 }
 
 impl<'a> Dispatcher<'a> {
@@ -199,10 +212,9 @@ impl<'a> Dispatcher<'a> {
         plan: &'a LaunchPlan,
         (meeting, offer): (Arc<Meeting>, StoreOffer),
         session: Session,
-        console: Console,
-        files: Files,
+        tree: &Arc<ProcessTree>,
+        (console, files): (Console, Files),
         log: Events,
-        orphans: &'a Orphans,
     ) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         preempt::watch(&plan.notices, &sender);
@@ -218,10 +230,9 @@ impl<'a> Dispatcher<'a> {
         };
         Self {
             agent: Agent::new(rules),
-            group: Group::new(plan, console.clone(), files, sender.clone(), rewrites),
+            group: Group::new(plan, Arc::clone(tree), (console.clone(), files), sender.clone(), rewrites),
             console,
             log,
-            orphans,
             session: Some(session),
             sender,
             events,
@@ -244,10 +255,11 @@ impl<'a> Dispatcher<'a> {
             is_introduced: false,
             over: None,
             looking: None,
+            gave_up: false,
         }
     }
 
-    async fn run(mut self, signals: &mut Signals) -> Result<ExitCode, Error> {
+    async fn run(mut self, signals: &mut Signals, gave_up: &mut bool) -> Result<ExitCode, Error> {
         let command = self.plan.program.command();
         let (ranks, host) = (self.plan.devices.len(), hostname());
         self.log.add(&Happened::AgentStarted { pid: std::process::id(), host, ranks, command });
@@ -312,6 +324,7 @@ impl<'a> Dispatcher<'a> {
                     session.finish().await;
                 }
                 self.log.add(&Happened::AgentEnded { exit_code: code.code() });
+                *gave_up = self.gave_up;
                 return Ok(code);
             }
         }
@@ -397,6 +410,10 @@ impl<'a> Dispatcher<'a> {
                 self.console.no_status();
                 let failed_at = self.group.exited(local_rank, &exit).map(|at| on_clock(now, at));
                 Some(Event::Exited { local_rank, exit, failed_at })
+            }
+            RankEvent::Remains(process, what) => {
+                self.remains(process, what);
+                None
             }
             // The round is over, and another one has begun.
             RankEvent::Inspected(round, ..) if Some(round) != self.group.round() => None,
@@ -493,16 +510,17 @@ impl<'a> Dispatcher<'a> {
                 Action::TerminateRank(local_rank) => self.group.terminate_rank(local_rank),
                 Action::Kill => {
                     self.log.add(&Happened::Stopping { how: "killed" });
-                    self.group.signal(Signal::SIGKILL);
+                    self.group.kill();
                 }
                 Action::KillUnparked => {
                     self.log.add(&Happened::Stopping { how: "killed" });
                     self.group.kill_unparked();
                 }
+                Action::GiveUp => self.gave_up = true,
                 Action::Forward(signal) => self.forward(signal),
                 Action::Report(ends) => {
                     // What those that failed left behind may hold the pipes open.
-                    self.end_orphans();
+                    self.group.kill_others();
                     if let Some(failure) = self.group.report(ends).await {
                         let cause = failure.root_cause;
                         let (rank, exit, message) = (cause.rank, cause.exit.exit, cause.message);
@@ -532,7 +550,7 @@ impl<'a> Dispatcher<'a> {
 
     fn spawn(&mut self, round: Round) -> Result<(), Error> {
         // What the last attempt left behind must not meet the next one.
-        self.end_orphans();
+        self.group.kill_others();
         self.log.add(&Happened::RoundStarted {
             round: round.number,
             attempt: round.restart_count,
@@ -587,8 +605,19 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
-    fn end_orphans(&self) {
-        self.orphans.end(&self.group.processes().collect());
+    /// Tells of what a rank has left behind.
+    fn remains(&mut self, process: ProcessId, what: Remains) {
+        let local_rank = self.group.local_rank(process);
+        let name = local_rank
+            .map_or_else(|| "a spare".into(), |local_rank| format!("rank {}", self.group.rank(local_rank)));
+        match what {
+            // Its own process is not watched for a standstill any more.
+            Remains::Behind => local_rank.into_iter().for_each(|local_rank| self.hangs.gone(local_rank)),
+            Remains::Ended(what) => {
+                self.console.note(&format!("{name} has ended, and what it left has not: {what}"))
+            }
+            Remains::Stuck(what) => self.console.note(&format!("{name}: {what}")),
+        }
     }
 
     fn forward(&mut self, signal: i32) {

@@ -5,6 +5,8 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
 
 use ice_proto::link::Up;
 use tokio::sync::{mpsc, watch};
@@ -14,7 +16,7 @@ use super::{ProcessId, RankEvent};
 use crate::agent::Exit;
 use crate::cli::Program;
 use crate::logs::{RankFiles, pipe};
-use crate::supervise::{Stdio, spawn};
+use crate::supervise::{ProcessTree, Start, Stdio, spawn};
 
 /// A spare, and the ends of what is read once it is a rank: its output, and that it lives.
 pub(super) struct Spare {
@@ -41,18 +43,19 @@ impl Spares {
     /// Starts one.
     pub(super) fn start(
         &mut self,
+        tree: &Arc<ProcessTree>,
         id: ProcessId,
         program: &Program,
         variables: Vec<(&'static str, String)>,
-        events: &mpsc::UnboundedSender<RankEvent>,
+        watch: (&mpsc::UnboundedSender<RankEvent>, Duration),
     ) -> io::Result<u32> {
         let (ours, theirs) = UnixStream::pair()?;
         let (lives, ended) = watch::channel(());
         let ((stdout, to_stdout), (stderr, to_stderr)) = (pipe()?, pipe()?);
-        let streams = [to_stdout, to_stderr].map(Stdio::Pipe);
-        let rank = spawn(program, 0, None, variables, &theirs, streams)?;
+        let (link, output) = (&theirs, [to_stdout, to_stderr].map(Stdio::Pipe));
+        let rank = spawn(tree, Start { id, program, local_rank: 0, cpus: None, variables, link, output })?;
         let pid = rank.pid();
-        let member = Member::started(id, rank, ours, None, lives, RankFiles::default(), events)?;
+        let member = Member::started(id, rank, ours, None, lives, RankFiles::default(), watch)?;
         self.all.push(Spare { member, streams: [stdout, stderr], ended });
         Ok(pid)
     }
@@ -81,7 +84,7 @@ impl Spares {
     }
 
     /// Their processes.
-    pub(super) fn living(&self) -> impl Iterator<Item = u32> {
-        self.all.iter().filter_map(|spare| spare.member.living())
+    pub(super) fn living(&self) -> impl Iterator<Item = (ProcessId, u32)> {
+        self.all.iter().filter_map(|spare| Some((spare.member.id, spare.member.living()?)))
     }
 }

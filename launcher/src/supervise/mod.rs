@@ -1,19 +1,27 @@
 //! Processes: how a rank is started, watched and ended, so that nothing is left behind.
 
+mod drain;
 mod environment;
+mod keeper;
 mod limits;
+mod mark;
 mod memory;
-mod orphans;
 mod proc;
 mod process;
 mod signals;
 mod stacks;
+mod stuck;
+mod tree;
 
+/// A process that the agent has started, counted from 1.
+pub(crate) type ProcessId = u64;
+
+pub(crate) use drain::{Ending, Orders, Remains};
 pub(crate) use environment::Environment;
 pub(crate) use limits::{check_limits, explained, raise_open_files, survive_file_size};
 pub(crate) use memory::MemoryWatch;
-pub(crate) use orphans::Orphans;
-pub(crate) use proc::{cpu_times, handles};
-pub(crate) use process::{Rank, Stdio, spawn};
+pub(crate) use proc::{cpu_times, descendants, handles};
+pub(crate) use process::{Rank, Start, Stdio, spawn};
 pub(crate) use signals::{Caught, Signals};
 pub(crate) use stacks::write_stacks;
+pub(crate) use tree::ProcessTree;

@@ -1,37 +1,147 @@
-//! What `/proc` tells about ranks.
+//! Processes as `/proc` shows them.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::time::Duration;
+use std::{fmt, fs, io};
+
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// The CPU time that the processes of each of these sessions have used, those included that have ended and were waited for. A rank leads a
 /// session of its own.
 pub(crate) fn cpu_times(sessions: impl IntoIterator<Item = u32>) -> BTreeMap<u32, Duration> {
     let mut times: BTreeMap<u32, Duration> =
         sessions.into_iter().map(|session| (session, Duration::ZERO)).collect();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        if !entry.file_name().as_encoded_bytes().first().is_some_and(u8::is_ascii_digit) {
-            continue;
-        }
-        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
-        if let Some((session, used)) = parse(&stat)
-            && let Some(time) = times.get_mut(&session)
-        {
-            *time += used;
+    for process in processes() {
+        if let Some(time) = times.get_mut(&process.session) {
+            *time += process.cpu;
         }
     }
     times
 }
 
-/// Session and CPU time of a line of `/proc/<pid>/stat`, proc_pid_stat(5).
-fn parse(stat: &str) -> Option<(u32, Duration)> {
-    // The name in parentheses may hold anything.
-    let (_, rest) = stat.rsplit_once(')')?;
-    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
-    let session = fields.get(3)?.parse().ok()?;
-    let ticks: u64 = fields.get(11..15)?.iter().filter_map(|field| field.parse::<u64>().ok()).sum();
-    // The kernel shows 100 ticks per second on every Linux that libtorch runs on.
-    Some((session, Duration::from_millis(ticks.saturating_mul(10))))
+/// A process as `/proc/<pid>/stat` shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Process {
+    pub(crate) pid: u32,
+    pub(crate) name: String,
+    /// One letter: `R`, `S`, `D`, `T`, `Z`, … of proc_pid_stat(5).
+    pub(crate) state: char,
+    pub(crate) parent: u32,
+    pub(crate) group: u32,
+    pub(crate) session: u32,
+    /// Start in clock ticks since the machine started; with the number, the identity of a process.
+    pub(super) started: u64,
+    /// CPU time that it and its children that were waited for have used.
+    cpu: Duration,
+}
+
+impl Process {
+    pub(crate) fn read(pid: u32) -> Option<Self> {
+        Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    }
+
+    fn parse(stat: &str) -> Option<Self> {
+        // The name in parentheses may hold anything.
+        let (head, rest) = stat.rsplit_once(')')?;
+        let (pid, name) = head.split_once('(')?;
+        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+        let number = |at: usize| fields.get(at)?.parse().ok();
+        let ticks: u64 = fields.get(11..15)?.iter().filter_map(|field| field.parse::<u64>().ok()).sum();
+        Some(Self {
+            pid: pid.trim().parse().ok()?,
+            name: name.to_owned(),
+            state: fields.first()?.chars().next()?,
+            parent: number(1)?,
+            group: number(2)?,
+            session: number(3)?,
+            started: fields.get(19)?.parse().ok()?,
+            // The kernel shows 100 ticks per second on every Linux that libtorch runs on.
+            cpu: Duration::from_millis(ticks.saturating_mul(10)),
+        })
+    }
+
+    /// Whether it has not ended.
+    pub(crate) fn lives(&self) -> bool {
+        !matches!(self.state, 'Z' | 'X')
+    }
+
+    /// Sends a signal to this very process, and not to one that has got its number since.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = rustix::process::Pid::from_raw(self.pid.cast_signed());
+        let Some(open) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return };
+        if Self::read(self.pid).is_some_and(|now| now.started == self.started) {
+            // It may have ended meanwhile.
+            let _ = pidfd_send_signal(&open, signal);
+        }
+    }
+
+    /// Why it does not end although it was killed, as far as the kernel shows it.
+    pub(crate) fn obstacle(&self) -> &'static str {
+        match self.state {
+            _ if self.is_frozen() => "frozen by its cgroup",
+            'D' => "in an uninterruptible sleep of the kernel (state D), as on a disk or network that hangs",
+            'T' | 't' => "stopped",
+            _ => "not finished by the kernel yet",
+        }
+    }
+
+    /// Whether its cgroup is frozen. One of version 1 keeps even killed processes; version 2 lets them end.
+    fn is_frozen(&self) -> bool {
+        let groups = fs::read_to_string(format!("/proc/{}/cgroup", self.pid)).unwrap_or_default();
+        let freezer = groups.lines().find_map(|line| line.split_once(":freezer:").map(|(_, path)| path));
+        let state = |path| fs::read_to_string(format!("/sys/fs/cgroup/freezer{path}/freezer.state"));
+        freezer.and_then(|path| state(path).ok()).is_some_and(|state| state.trim() != "THAWED")
+    }
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.pid, self.name.escape_default())
+    }
+}
+
+/// The processes whose parent is this one, whichever of its threads started or adopted them.
+pub(crate) fn children(pid: u32) -> Vec<u32> {
+    let threads: Vec<_> = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten().collect();
+    let lists = threads.iter().map(|thread| fs::read_to_string(thread.path().join("children")));
+    match lists.collect::<io::Result<Vec<_>>>() {
+        Ok(lists) => {
+            lists.iter().flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok())).collect()
+        }
+        // A thread has ended between the two looks; or a kernel without these lists.
+        Err(_) => processes().filter(|process| process.parent == pid).map(|process| process.pid).collect(),
+    }
+}
+
+/// A process and all that has come of it, parents before their children.
+pub(crate) fn descendants(roots: impl IntoIterator<Item = u32>) -> Vec<Process> {
+    let mut found: Vec<Process> = roots.into_iter().filter_map(Process::read).collect();
+    let mut next = 0;
+    while let Some(process) = found.get(next) {
+        next += 1;
+        let children = children(process.pid);
+        found.extend(children.into_iter().filter_map(Process::read));
+    }
+    found
+}
+
+/// All processes that `/proc` shows.
+fn processes() -> impl Iterator<Item = Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| Process::read(entry.file_name().to_str()?.parse().ok()?))
+}
+
+/// Why `/proc` cannot be used to find processes; `None` if it can.
+pub(crate) fn unusable() -> Option<String> {
+    let own = std::process::id().to_string();
+    match fs::read_link("/proc/self") {
+        Ok(shown) if shown.as_os_str() == own.as_str() => None,
+        Ok(shown) => Some(format!(
+            "it shows this process as {}, not as {own}: it belongs to another PID namespace",
+            shown.display()
+        )),
+        Err(error) => Some(error.to_string()),
+    }
 }
 
 /// Whether a process has a handler for a signal.
@@ -59,10 +169,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_may_hold_anything() {
-        let stat = "7 (a) b (c) S 1 7 42 0 -1 4194560 1 0 0 0 10 20 30 40 20 0 1 0 100 0 0";
-        assert_eq!(parse(stat), Some((42, Duration::from_secs(1))));
-        assert_eq!(parse("7 (x) S 1"), None);
+    fn name_of_a_process_may_hold_anything() {
+        let stat = "7 (a) b (c) S 1 8 42 0 -1 4194560 1 0 0 0 10 20 30 40 20 0 1 0 100 0 0";
+        let process = Process::parse(stat).unwrap();
+        assert_eq!((process.pid, process.name.as_str(), process.state), (7, "a) b (c", 'S'));
+        assert_eq!((process.parent, process.group, process.session, process.started), (1, 8, 42, 100));
+        assert_eq!(process.cpu, Duration::from_secs(1));
+        assert_eq!(Process::parse("7 (x) S 1"), None);
+    }
+
+    #[test]
+    fn own_children_are_found() {
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        assert!(children(std::process::id()).contains(&child.id()));
+        let found = descendants([child.id()]);
+        found[0].signal(Signal::KILL);
+        child.wait().unwrap();
+        assert_eq!((found.len(), unusable()), (1, None));
     }
 
     #[test]

@@ -9,16 +9,21 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command};
+use std::sync::Arc;
 
 use ice_proto::env::{ICE_LINK_FD, ICE_RDZV_TLS, ICE_RDZV_TOKEN, TORCHELASTIC_ERROR_FILE};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, killpg, pthread_sigmask};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getpid, getppid, setsid};
 use tokio::io::unix::AsyncFd;
 
-use super::limits;
+use super::drain::{Ending, Orders, Remains, drain, due};
+use super::proc::Process;
+use super::stuck::{Stuck, obstacles};
+use super::{ProcessId, ProcessTree, limits, mark};
 use crate::agent::Exit;
 use crate::cli::Program;
 
@@ -44,19 +49,29 @@ impl From<Stdio> for std::process::Stdio {
 
 /// A rank that was started. It leads a session and a process group of its own.
 pub(crate) struct Rank {
+    id: ProcessId,
+    tree: Arc<ProcessTree>,
     child: Child,
     pidfd: AsyncFd<OwnedFd>,
 }
 
+/// What a process is started as.
+pub(crate) struct Start<'a> {
+    pub(crate) id: ProcessId,
+    pub(crate) program: &'a Program,
+    pub(crate) local_rank: u32,
+    pub(crate) cpus: Option<&'a BTreeSet<u32>>,
+    pub(crate) variables: Vec<(&'static str, String)>,
+    /// The rank's end of the link.
+    pub(crate) link: &'a UnixStream,
+    /// Where stdout and stderr go.
+    pub(crate) output: [Stdio; 2],
+}
+
 /// Starts a rank. The calling thread must live as long as the agent: the kernel kills the rank when it ends.
-pub(crate) fn spawn(
-    program: &Program,
-    local_rank: u32,
-    cpus: Option<&BTreeSet<u32>>,
-    variables: Vec<(&'static str, String)>,
-    link: &UnixStream,
-    [stdout, stderr]: [Stdio; 2],
-) -> io::Result<Rank> {
+pub(crate) fn spawn(tree: &Arc<ProcessTree>, start: Start<'_>) -> io::Result<Rank> {
+    let Start { id, program, local_rank, cpus, variables, link, output: [stdout, stderr] } = start;
+    let mark = tree.mark_of(id);
     let mut command = Command::new(&program.path);
     // The launcher's own error file, if it has one, is not that of a rank.
     command.env_remove(TORCHELASTIC_ERROR_FILE);
@@ -72,6 +87,9 @@ pub(crate) fn spawn(
         // The agent may have died before the line above.
         if getppid() != agent {
             return Err(nix::Error::ESRCH.into());
+        }
+        if let Some(mark) = mark {
+            mark::set(mark)?;
         }
         if let Some(cpus) = &cpus {
             sched_setaffinity(Pid::from_raw(0), cpus)?;
@@ -98,7 +116,10 @@ pub(crate) fn spawn(
         unsafe { AsyncFd::register(pidfd) }.map_err(Into::into)
     };
     match open() {
-        Ok(pidfd) => Ok(Rank { child, pidfd }),
+        Ok(pidfd) => {
+            tree.started(child.id());
+            Ok(Rank { id, child, pidfd, tree: Arc::clone(tree) })
+        }
         Err(error) => {
             child.kill()?;
             child.wait()?;
@@ -125,12 +146,32 @@ impl Rank {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// Waits for the end, then ends what is left of the group. The group is signalled before the rank is reaped: until then
-    /// its number cannot belong to anybody else.
-    pub(crate) async fn wait(mut self) -> Exit {
-        let gone = self.pidfd.readable().await.map(|_| ());
+    /// Waits for the end of the process and of all that came of it.
+    ///
+    /// The process is reaped last: until then its number, which is that of its session and its process group, cannot belong to another one.
+    pub(crate) async fn wait(mut self, mut orders: Orders, say: impl Fn(Remains)) -> Exit {
+        let pid = self.pid();
+        let mut stuck = None;
+        let gone = loop {
+            let killed = *orders.ending.borrow_and_update() == Ending::Killed;
+            let stuck = killed.then(|| stuck.get_or_insert_with(Stuck::new));
+            tokio::select! {
+                gone = self.pidfd.readable() => break gone.map(|_| ()),
+                Ok(()) = orders.ending.changed() => {}
+                () = due(stuck) => {
+                    let left: Vec<_> = Process::read(pid).into_iter().collect();
+                    say(Remains::Stuck(obstacles(&left)));
+                }
+            }
+        };
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        let well = matches!(waitid(Id::Pid(self.group()), flags), Ok(WaitStatus::Exited(_, 0)));
+        drain(&self.tree, (self.id, pid), well, orders, say).await;
+        // What is left of the group is what `/proc` could not show.
         let _ = killpg(self.group(), Signal::SIGKILL);
-        match gone.and_then(|()| self.child.wait()) {
+        let status = gone.and_then(|()| self.child.wait());
+        self.tree.waited_for(pid);
+        match status {
             Ok(status) => match (status.code(), status.signal()) {
                 (Some(code), _) => Exit::Code(code),
                 (None, signal) => Exit::Signal(signal.unwrap_or(0)),
@@ -146,16 +187,24 @@ mod tests {
 
     use super::*;
 
-    fn shell(script: &str) -> io::Result<(Rank, UnixStream)> {
-        let (ours, theirs) = UnixStream::pair()?;
-        let program = Program { path: "/bin/sh".into(), args: vec!["-c".into(), script.into()] };
-        let rank = spawn(&program, 0, None, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit])?;
-        Ok((rank, ours))
+    fn start(path: &str, args: &[&str], output: [Stdio; 2]) -> io::Result<Rank> {
+        let (_ours, theirs) = UnixStream::pair()?;
+        let args = args.iter().map(Into::into).collect();
+        let program = Program { path: path.into(), args };
+        let (program, link, variables) = (&program, &theirs, Vec::new());
+        let tree = ProcessTree::for_tests();
+        spawn(&tree, Start { id: 1, program, local_rank: 0, cpus: None, variables, link, output })
+    }
+
+    async fn wait(rank: Rank) -> Exit {
+        let (_keep, ending) = tokio::sync::watch::channel(Ending::Unasked);
+        let orders = Orders { ending, timeout: Duration::from_secs(30) };
+        let wait = rank.wait(orders, |_| {});
+        tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap()
     }
 
     async fn end(script: &str) -> Exit {
-        let (rank, _link) = shell(script).unwrap();
-        tokio::time::timeout(Duration::from_secs(20), rank.wait()).await.unwrap()
+        wait(start("/bin/sh", &["-c", script], [Stdio::Inherit, Stdio::Inherit]).unwrap()).await
     }
 
     #[tokio::test]
@@ -166,14 +215,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_child_left_behind_ends_with_its_rank() {
+    async fn child_left_behind_in_the_group_ends_with_its_rank() {
         let (reader, writer) = nix::unistd::pipe().unwrap();
-        let (_ours, theirs) = UnixStream::pair().unwrap();
-        let program =
-            Program { path: "/bin/sh".into(), args: vec!["-c".into(), "sleep 1000 & exit 0".into()] };
         let rank =
-            spawn(&program, 0, None, Vec::new(), &theirs, [Stdio::Pipe(writer), Stdio::Inherit]).unwrap();
-        assert_eq!(rank.wait().await, Exit::Code(0));
+            start("/bin/sh", &["-c", "sleep 1000 & exit 0"], [Stdio::Pipe(writer), Stdio::Inherit]).unwrap();
+        assert_eq!(wait(rank).await, Exit::Code(0));
         // The pipe ends only when the sleeper, which holds it too, is gone.
         let mut rest = Vec::new();
         let read =
@@ -183,14 +229,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_executed_is_an_error() {
-        let (_ours, theirs) = UnixStream::pair().unwrap();
-        let start = |path: &str| {
-            let program = Program { path: path.into(), args: Vec::new() };
-            spawn(&program, 0, None, Vec::new(), &theirs, [Stdio::Inherit, Stdio::Inherit])
-                .err()
-                .unwrap()
-                .kind()
-        };
+        let start = |path| start(path, &[], [Stdio::Inherit, Stdio::Inherit]).err().unwrap().kind();
         assert_eq!(start("/etc/passwd"), io::ErrorKind::PermissionDenied);
         assert_eq!(start("/nowhere/program"), io::ErrorKind::NotFound);
     }

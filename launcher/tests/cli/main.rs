@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod descendants;
 mod disk;
 mod environment;
 mod error_file;

@@ -1,0 +1,122 @@
+//! The mark that every process of a job carries: its hard limit of `RLIMIT_LOCKS`.
+//!
+//! Linux has ignored this limit since 2.4.25 (getrlimit(2)), but fork and exec still hand it down, and a
+//! process without `CAP_SYS_RESOURCE` can only lower it. A session of its own, a double fork, a cleared
+//! environment or other credentials do not shed it, so it finds descendants that no ancestry leads to.
+//!
+//! The number is `01`, 30 random bits for the job, 16 bits for the process that the agent started, and
+//! 16 bits for a job within that process. An agent that runs as a rank of another job lowers the mark
+//! that it has inherited, so that the outer job still recognises what the inner one starts.
+
+use std::io;
+
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, rlim_t, setrlimit};
+
+use super::ProcessId;
+
+const TAG: u64 = 1;
+const ALL: u64 = 0xFFFF;
+
+/// What the processes of one job have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mark {
+    /// A job that no other job has started: its 32 upper bits.
+    Outer(u64),
+    /// A job within a process of another one: all of its bits.
+    Inner(u64),
+}
+
+impl Mark {
+    /// Chooses the mark of this agent's job; `None` if its processes cannot be marked.
+    pub(super) fn choose() -> io::Result<Option<Self>> {
+        let (_, hard) = getrlimit(Resource::RLIMIT_LOCKS)?;
+        let mut bytes = [0; 8];
+        rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty())?;
+        Ok(Self::below(hard, u64::from_ne_bytes(bytes)))
+    }
+
+    fn below(hard: rlim_t, random: u64) -> Option<Self> {
+        match hard {
+            RLIM_INFINITY => Some(Self::Outer(TAG << 30 | random >> 34)),
+            _ if hard >> 62 == TAG && hard & ALL == ALL => Some(Self::Inner(hard & !ALL | (random % ALL))),
+            _ => None,
+        }
+    }
+
+    /// The limit of a process that the agent starts.
+    pub(crate) fn of(self, process: ProcessId) -> rlim_t {
+        match self {
+            Self::Outer(job) => job << 32 | (process % ALL) << 16 | ALL,
+            Self::Inner(mark) => mark,
+        }
+    }
+
+    /// Whether a process with this limit belongs to the job.
+    pub(super) fn covers(self, limit: rlim_t) -> bool {
+        match self {
+            Self::Outer(job) => limit >> 32 == job,
+            Self::Inner(mark) => limit == mark,
+        }
+    }
+
+    /// Whether a process with this limit came of this process of the agent's.
+    pub(super) fn came_of(self, limit: rlim_t, process: ProcessId) -> bool {
+        matches!(self, Self::Outer(_)) && limit | ALL == self.of(process)
+    }
+}
+
+/// Gives the calling process a mark; a system call and nothing else.
+pub(super) fn set(mark: rlim_t) -> nix::Result<()> {
+    setrlimit(Resource::RLIMIT_LOCKS, mark, mark)
+}
+
+/// The hard limit of locks in `/proc/<pid>/limits`, without an allocation.
+pub(super) fn parse(limits: &[u8]) -> Option<rlim_t> {
+    let line = limits.split(|byte| *byte == b'\n').find(|line| line.starts_with(b"Max file locks"))?;
+    let mut fields = line.split(|byte| *byte == b' ').filter(|field| !field.is_empty());
+    // Three words of the name, then the soft limit.
+    let hard = fields.nth(4)?;
+    hard.iter().try_fold(0_u64, |number, byte| {
+        let digit = byte.is_ascii_digit().then(|| u64::from(byte - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mark_of_each_process_belongs_to_its_job_alone() {
+        let job = Mark::below(RLIM_INFINITY, u64::MAX / 3).unwrap();
+        let other = Mark::below(RLIM_INFINITY, u64::MAX / 5).unwrap();
+        for process in [1, 2, 65_534, 65_535, 65_536, u64::MAX] {
+            assert!(job.covers(job.of(process)) && !other.covers(job.of(process)));
+            assert!(job.came_of(job.of(process), process));
+        }
+        assert!(!job.came_of(job.of(1), 2) && !job.covers(RLIM_INFINITY));
+    }
+
+    #[test]
+    fn inner_job_is_covered_by_the_outer_one_and_not_the_reverse() {
+        let outer = Mark::below(RLIM_INFINITY, 42 << 40).unwrap();
+        let inner = Mark::below(outer.of(7), 12_345).unwrap();
+        let limit = inner.of(3);
+        assert!(limit < outer.of(7), "a limit can only be lowered");
+        assert!(outer.covers(limit) && outer.came_of(limit, 7) && !outer.came_of(limit, 3));
+        assert!(inner.covers(limit) && !inner.covers(outer.of(7)));
+        // A third level has no bits left.
+        assert_eq!(Mark::below(limit, 1), None);
+        assert_eq!(Mark::below(100, 1), None);
+    }
+
+    #[test]
+    fn limit_is_read_from_proc() {
+        let limits = std::fs::read("/proc/self/limits").unwrap();
+        let (_, hard) = getrlimit(Resource::RLIMIT_LOCKS).unwrap();
+        assert_eq!(parse(&limits), (hard != RLIM_INFINITY).then_some(hard));
+        let line = b"Limit Soft\nMax file locks            12                   345                  locks\n";
+        assert_eq!(parse(line), Some(345));
+        assert_eq!(parse(b"Max file locks 1"), None);
+    }
+}
