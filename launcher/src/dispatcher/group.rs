@@ -574,6 +574,11 @@ impl<'a> Group<'a> {
         };
         self.error = Some(ErrorDocument::of_rank(&root_cause, &self.host, member.files.error.as_deref()));
         let command = self.plan.program.command();
+        if let Some(Err((path, error))) = self.logs.as_ref().map(LogFolder::check)
+            && self.plan.logs.are_wanted()
+        {
+            self.files.health().failed(path, &error);
+        }
         let log_failure = self.files.health().first_failure();
         let host = self.host.clone();
         let failure = Failure { attempt, round, host, node, command, root_cause, others, log_failure };

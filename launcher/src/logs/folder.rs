@@ -123,6 +123,14 @@ impl LogFolder {
         self.path.as_deref()
     }
 
+    /// Whether the folder still takes files: ranks write their own logs, and the agent does not see those writes fail.
+    ///
+    /// # Errors
+    /// The folder, and why it takes none.
+    pub(crate) fn check(&self) -> Result<(), (&Path, io::Error)> {
+        self.path().map_or(Ok(()), |path| probe(path).map_err(|error| (path, error)))
+    }
+
     /// The file for lines that are written once more: `stdout` or `stderr` of all ranks of an attempt.
     pub(crate) fn filtered(&self, stream: &str) -> Option<PathBuf> {
         Some(self.path()?.join(self.attempt()).join(format!("filtered_{stream}.log")))

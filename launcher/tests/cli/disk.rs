@@ -41,9 +41,10 @@ fn a_full_log_disk_costs_logs_and_no_restart() {
                 "cannot be written: No space left on device",
                 "ranks start without log files: their output goes to the console",
                 "error    last words",
-                "  missing  ",
             ],
         );
+        // In the reports of both attempts.
+        assert_eq!(outcome.stderr.matches("  missing  ").count(), 2, "{fill}: {outcome:#?}");
         assert_eq!(outcome.stderr.matches("hint: df -h").count(), 1, "{fill}: {outcome:#?}");
         assert!(outcome.stdout.contains(&"[default1]:again".into()), "{fill}: {outcome:#?}");
     }
