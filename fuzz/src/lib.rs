@@ -53,7 +53,9 @@ fn messages<T: serde_like::Message>(bytes: &[u8], size: usize) {
     assert_eq!(format!("{:?}", decoded(usize::MAX)), format!("{messages:?}"));
     for message in messages {
         let mut decoder = Decoder::new();
-        decoder.feed(&frame::encode(&message).expect("it was within the limit"));
+        // Texts are escaped when they are read, so that a message at the limit may be over it then.
+        let Ok(frame) = frame::encode(&message) else { continue };
+        decoder.feed(&frame);
         let again = decoder.next_message::<T>().expect("it was encoded here");
         assert_eq!(format!("{again:?}"), format!("{:?}", Some(message)));
     }
@@ -152,7 +154,9 @@ pub fn coordinator(bytes: &[u8]) {
                 let mut decoder = Decoder::new();
                 decoder.feed(rest);
                 let Ok(Some(message)) = decoder.next_message::<ToCoordinator>() else { return };
-                rest = &rest[frame::encode(&message).expect("it was decoded").len().min(rest.len())..];
+                // Not its length when it is written again: texts are escaped when they are read.
+                let body = rest[8..12].try_into().map_or(0, u32::from_le_bytes) as usize;
+                rest = &rest[frame::HEADER_LEN + body..];
                 Event::Message(peer, message)
             }
         };

@@ -15,3 +15,4 @@ pub mod exit;
 pub mod frame;
 pub mod link;
 pub mod rendezvous;
+pub mod text;

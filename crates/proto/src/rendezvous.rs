@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::text;
+
 /// Nodes that a job can have.
 pub const MOST_NODES: u32 = 100_000;
 /// Most bytes of [`Hello::role`].
@@ -21,6 +23,7 @@ pub const LONGEST_ROLE: usize = 256;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// Identifier of the job; agents of another job are refused.
+    #[serde(deserialize_with = "text::read")]
     pub run_id: String,
     /// The node's place among the nodes, where the user gave one.
     pub node_rank: Option<u32>,
@@ -29,6 +32,7 @@ pub struct Hello {
     /// How many ranks this agent will start.
     pub local_world_size: u32,
     /// Name of the role of its ranks. Ranks of one role are numbered over all nodes.
+    #[serde(deserialize_with = "text::read")]
     pub role: String,
     /// Where the ranks find their store, if this agent names a place other than the endpoint.
     pub ranks_store: Option<RanksStore>,
@@ -39,12 +43,14 @@ pub struct Hello {
     /// Drawn by the agent when it starts. Of two connections that say the same, the later one is the agent's, and the other is lost.
     pub agent: u64,
     /// The run stamp of the job that the agent has been told of, under another coordinator too: it gets into no other one.
+    #[serde(deserialize_with = "text::read_option")]
     pub run_stamp: Option<String>,
     /// The node's rank in the last round that the agent was in, under another coordinator too.
     pub place: Option<u32>,
     /// Addresses that the agent's ranks may come from.
     pub addresses: Vec<IpAddr>,
     /// Host name, for messages.
+    #[serde(deserialize_with = "text::read")]
     pub host: String,
     /// Process id of the agent, for messages.
     pub pid: u32,
@@ -54,6 +60,7 @@ pub struct Hello {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RanksStore {
     /// Name or address of its host.
+    #[serde(deserialize_with = "text::read")]
     pub host: String,
     /// Its port.
     pub port: u16,
@@ -104,10 +111,12 @@ pub enum ToCoordinator {
         /// The round that it failed in.
         round: u64,
         /// What failed, in one line.
+        #[serde(deserialize_with = "text::read")]
         reason: String,
         /// How long the ranks of this node had been running.
         uptime: Duration,
         /// Why a restart cannot help, where that is known.
+        #[serde(deserialize_with = "text::read_option")]
         hopeless: Option<String>,
     },
     /// All ranks of this agent ended with code 0.
@@ -118,6 +127,7 @@ pub enum ToCoordinator {
     /// The agent was told to stop and leaves for good.
     Leave {
         /// Why, in one line.
+        #[serde(deserialize_with = "text::read")]
         reason: String,
         /// Whether its machine, or its time, is taken away, so that the job is to be started again where it cannot go on.
         preempted: bool,
@@ -156,6 +166,7 @@ pub struct Round {
     /// How many processes there are on all of them.
     pub world_size: u32,
     /// `<MMDDHHmm>_<random>`: constant over the rounds of a job.
+    #[serde(deserialize_with = "text::read")]
     pub run_stamp: String,
     /// Where the ranks find their store; at the endpoint where `None`.
     pub ranks_store: Option<RanksStore>,
@@ -169,13 +180,16 @@ pub enum ToAgent {
     /// The agent cannot take part; the connection ends.
     Refused {
         /// Why and what to do.
+        #[serde(deserialize_with = "text::read")]
         reason: String,
     },
     /// There is no place for the agent now; it stays connected and gets one when there is.
     Waiting {
         /// As in [`Round`].
+        #[serde(deserialize_with = "text::read")]
         run_stamp: String,
         /// Why, in one line.
+        #[serde(deserialize_with = "text::read")]
         reason: String,
     },
     /// The round is agreed: start the ranks.
@@ -185,6 +199,7 @@ pub enum ToAgent {
         /// The round that ended.
         round: u64,
         /// Why, in one line.
+        #[serde(deserialize_with = "text::read")]
         reason: String,
         /// Whether no rank is gone, so that ranks which agree on it may leave the round after a step that all of them do.
         gentle: bool,
@@ -194,8 +209,10 @@ pub enum ToAgent {
         /// Whether all nodes finished.
         success: bool,
         /// Why, in one line.
+        #[serde(deserialize_with = "text::read")]
         reason: String,
         /// Why there is no restart, where there might have been one.
+        #[serde(deserialize_with = "text::read_option")]
         no_restart: Option<String>,
         /// Whether it ended because a node was preempted.
         preempted: bool,

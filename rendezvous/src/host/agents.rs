@@ -310,11 +310,13 @@ async fn read(
     let mut buffer = vec![0; 4096];
     let mut is_idle = true;
     loop {
-        while let Some(message) = decoder.next_message::<ToCoordinator>().map_err(invalid)? {
+        while let Some(mut message) = decoder.next_message::<ToCoordinator>().map_err(invalid)? {
             if message != ToCoordinator::KeepAlive && std::mem::take(&mut is_idle) {
                 place.asked();
             }
-            if let ToCoordinator::Hello(hello) = &message {
+            if let ToCoordinator::Hello(hello) = &mut message {
+                // First, so that messages name the address that is known to be the agent's.
+                hello.addresses.insert(0, place.address());
                 shared.welcome(hello.addresses.iter().copied());
             }
             if coordinator.send(Input::Said(place.id(), message)).await.is_err() {

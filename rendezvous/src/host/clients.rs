@@ -398,7 +398,7 @@ mod tests {
         let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (other, _) = listener.accept().await.unwrap();
-        let place = Place::new(Arc::clone(shared), id);
+        let place = Place::new(Arc::clone(shared), id, [127, 0, 0, 1].into());
         (stream, tokio::spawn(Serve::new(Arc::clone(shared), place, other)))
     }
 

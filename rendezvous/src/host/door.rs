@@ -1,7 +1,7 @@
 //! Who comes: connections are strangers until they have shown what they are.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -45,11 +45,17 @@ fn end(evicted: impl IntoIterator<Item = Evicted<AbortHandle>>) {
 pub(super) struct Place {
     shared: Arc<Shared>,
     id: u64,
+    address: IpAddr,
 }
 
 impl Place {
-    pub(super) fn new(shared: Arc<Shared>, id: u64) -> Self {
-        Self { shared, id }
+    pub(super) fn new(shared: Arc<Shared>, id: u64, address: IpAddr) -> Self {
+        Self { shared, id, address: address.to_canonical() }
+    }
+
+    /// Where the connection comes from.
+    pub(super) fn address(&self) -> IpAddr {
+        self.address
     }
 
     pub(super) fn id(&self) -> u64 {
@@ -110,7 +116,7 @@ impl Door {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (shared, coordinator) = (Arc::clone(&self.shared), self.coordinator.clone());
         let task = tokio::spawn(async move {
-            let place = Place::new(Arc::clone(&shared), id);
+            let place = Place::new(Arc::clone(&shared), id, peer.ip());
             // Boxed, since they are large, and most connections are ranks'.
             let meeting = Box::pin(timeout(PATIENCE, meet(&mut stream, peer, &shared)));
             let result = match meeting.await {

@@ -17,6 +17,7 @@ use std::thread;
 use std::time::Duration;
 
 use ice_proto::rendezvous::KeepAlive;
+use ice_proto::text::printable;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
@@ -92,6 +93,8 @@ impl Host {
         let HostConfig { run_id, join_timeout, last_call, keep_alive, token, .. } = config;
         let Listening { port, listeners } = listening;
         let fail = Error::Host;
+        // As agents' messages have it once they are read.
+        let run_id = printable(&run_id).into_owned();
         let settings = Settings { run_id, join_timeout, last_call, run_stamp: run_stamp() };
         let (stop, stopped) = oneshot::channel();
         let shared = Arc::new(Shared::new(token, keep_alive).map_err(fail)?);

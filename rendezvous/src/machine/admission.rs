@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, KeepAlive, LONGEST_ROLE, MOST_NODES};
 
+use super::coordinator::host;
 use super::nodes::Nodes;
 
 /// Ranks that one node can have; more are a mistake.
@@ -49,7 +50,8 @@ pub(super) fn check(run_id: &str, nodes: &Nodes, newcomer: &Hello, begun: bool) 
             if theirs != ours {
                 return Err(format!(
                     "{option} is {theirs} on {} and {ours} on {}",
-                    newcomer.host, first.host
+                    host(newcomer),
+                    host(first)
                 ));
             }
         }
@@ -76,7 +78,10 @@ pub(super) fn check(run_id: &str, nodes: &Nodes, newcomer: &Hello, begun: bool) 
         if let Some(other) = nodes.asking(rank).map(|node| &node.hello).filter(|_| !begun) {
             return Err(format!(
                 "--node-rank {rank} was given on {} (pid {}) and on {} (pid {})",
-                other.host, other.pid, newcomer.host, newcomer.pid
+                host(other),
+                other.pid,
+                host(newcomer),
+                newcomer.pid
             ));
         }
     }

@@ -229,8 +229,10 @@ impl Coordinator {
             Ok(()) => {
                 // It had one under another coordinator, or before it was cut off.
                 let place = hello.place;
-                // They were for the host's own use.
-                let hello = Hello { addresses: Vec::new(), ..hello };
+                // The others were for the host's own use.
+                let mut hello = hello;
+                hello.addresses.truncate(1);
+                hello.addresses.shrink_to_fit();
                 let node = Node { hello, place, is_member: false, waits: false, told: None };
                 if let Phase::Joining(joining) = &mut self.phase {
                     joining.gathering.add(peer, &node);
@@ -341,9 +343,17 @@ impl Coordinator {
         let Some(node) = self.nodes.get(peer) else { return "an unknown node".into() };
         let hello = &node.hello;
         match node.place.or(hello.node_rank) {
-            Some(rank) => format!("node {rank} (host {}, pid {})", hello.host, hello.pid),
-            None => format!("a node (host {}, pid {})", hello.host, hello.pid),
+            Some(rank) => format!("node {rank} (host {}, pid {})", host(hello), hello.pid),
+            None => format!("a node (host {}, pid {})", host(hello), hello.pid),
         }
+    }
+}
+
+/// Name of an agent's host and the address that it came from, since hosts may share a name. On one machine the name says it.
+pub(super) fn host(hello: &Hello) -> String {
+    match hello.addresses.first().filter(|address| !address.is_loopback()) {
+        Some(address) => format!("{} at {address}", hello.host),
+        None => hello.host.clone(),
     }
 }
 

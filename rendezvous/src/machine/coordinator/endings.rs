@@ -7,7 +7,7 @@ use ice_proto::rendezvous::ToAgent;
 use super::super::nodes::Gathering;
 use super::super::record::{Ending, Judged};
 use super::super::restarts::{Failure, Verdict};
-use super::{Action, Coordinator, Joining, Peer, Phase};
+use super::{Action, Coordinator, Joining, Peer, Phase, host};
 
 /// Nodes that a message names; it goes to all of them.
 const NAMED: usize = 32;
@@ -160,13 +160,8 @@ impl Coordinator {
         let preempted = matches!(&self.phase, Phase::Joining(joining) if joining.preempted);
         let (fewest, most) = self.nodes.any().map_or((0, 0), |node| node.hello.nnodes);
         let wanted = if fewest == most { most.to_string() } else { format!("at least {fewest}") };
-        let there: Vec<&str> = self
-            .nodes
-            .all()
-            .values()
-            .filter(|node| node.waits)
-            .map(|node| node.hello.host.as_str())
-            .collect();
+        let there: Vec<String> =
+            self.nodes.all().values().filter(|node| node.waits).map(|node| host(&node.hello)).collect();
         let missing: Vec<String> = (0..most)
             .filter(|rank| self.nodes.asking(*rank).is_none())
             .map(|rank| rank.to_string())

@@ -113,6 +113,29 @@ fn a_job_runs_restarts_once_and_closes() {
 }
 
 #[test]
+fn message_names_the_address_beside_the_host_name() {
+    let mut machine = coordinator();
+    // Both hosts have the same name.
+    let told = |last: u8| Hello {
+        addresses: vec![[10, 0, 0, last].into(), [10, 9, 9, 9].into()],
+        ..hello(Some(0), 2, 1)
+    };
+    enter(&mut machine, 1, told(7));
+    let reason = refusal(&enter(&mut machine, 2, told(8)));
+    assert!(reason.contains("on host1 at 10.0.0.7 (pid 7) and on host1 at 10.0.0.8 (pid 7)"), "{reason}");
+    enter(&mut machine, 3, Hello { node_rank: Some(1), ..told(8) });
+    let broken = say(&mut machine, 3, failed(0, "exit code 3"));
+    let Action::Send(_, ToAgent::RoundBroken { reason, .. }) = &broken[0] else { panic!("{broken:?}") };
+    assert!(reason.contains("node 1 (host host1 at 10.0.0.8, pid 7): exit code 3"), "{reason}");
+    // On one machine the address says nothing.
+    let mut machine = coordinator();
+    let here = |rank| Hello { addresses: vec![[127, 0, 0, 1].into()], ..hello(Some(rank), 2, 1) };
+    enter(&mut machine, 1, here(0));
+    let reason = refusal(&enter(&mut machine, 2, here(0)));
+    assert!(reason.contains("on host1 (pid 7)"), "{reason}");
+}
+
+#[test]
 fn a_pause_before_a_restart_is_kept() {
     let mut machine = coordinator();
     let hello = Hello { restarts: RestartPolicy { max_restarts: 9, ..POLICY }, ..hello(None, 1, 1) };
