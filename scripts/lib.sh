@@ -5,6 +5,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 DEPS=$ROOT/.deps
 TARGET=${CARGO_TARGET_DIR:-$ROOT/target}
 export ROOT DEPS TARGET
+# Where rustup puts it, although a shell that was started before does not know.
+command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -38,13 +40,90 @@ step() {
     return "$status"
 }
 
-# need TOOL PACKAGE: in CI what is missing is installed
-need() {
-    command -v "$1" >/dev/null && return
-    if [ -n "${CI:-}" ] && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$2" >/dev/null && command -v "$1" >/dev/null && return
+# have TOOL: whether it is there. cargo must be of the release that Cargo.toml names; pip and venv are modules
+# of Python; certificates are those of the system.
+have() {
+    case $1 in
+        cargo)
+            local wanted found
+            wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml")
+            found=$(cargo --version 2>/dev/null | cut -d' ' -f2)
+            [ -n "$found" ] && printf '%s\n' "$wanted" "$found" | sort --version-sort --check=quiet
+            ;;
+        pip) python3 -m pip --version >/dev/null 2>&1 ;;
+        venv) python3 -c 'import ensurepip, venv' >/dev/null 2>&1 ;;
+        certificates)
+            [ -n "${SSL_CERT_FILE:-}${SSL_CERT_DIR:-}" ] || [ -s /etc/ssl/certs/ca-certificates.crt ] ||
+                [ -s /etc/pki/tls/certs/ca-bundle.crt ] || [ -s /etc/ssl/ca-bundle.pem ] || [ -s /etc/ssl/cert.pem ]
+            ;;
+        *) command -v "$1" >/dev/null ;;
+    esac
+}
+
+# package TOOL: Debian's package of it
+package() {
+    case $1 in
+        pip) echo python3-pip ;;
+        venv) echo python3-venv ;;
+        certificates) echo ca-certificates ;;
+        etcd) echo etcd-server ;;
+        ip) echo iproute2 ;;
+        bible) echo bible-kjv ;;
+        *) echo "$1" ;;
+    esac
+}
+
+# missing TOOL...: those that are not there, one per line
+missing() {
+    local tool
+    for tool in "$@"; do have "$tool" || echo "$tool"; done
+}
+
+# root COMMAND...: runs it as root if that needs no answer from anybody
+root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    else
+        sudo -n "$@"
     fi
-    die "$1 is not installed" "apt-get install $2"
+}
+
+# offer TOOL...: installs what is missing if that is possible without a question; whether all are there now
+offer() {
+    local tools packages=() tool output
+    mapfile -t tools < <(missing "$@")
+    [ ${#tools[@]} -gt 0 ] || return 0
+    command -v apt-get >/dev/null && root true 2>/dev/null || return 1
+    for tool in "${tools[@]}"; do
+        # A distribution's Rust is too old.
+        [ "$tool" != cargo ] || return 1
+        packages+=("$(package "$tool")")
+    done
+    say "    installing ${packages[*]}"
+    output=$({ root apt-get update -qq &&
+        root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"; } 2>&1) || {
+        say "$output"
+        return 1
+    }
+    hash -r
+    [ -z "$(missing "${tools[@]}")" ]
+}
+
+# need TOOL...: as offer; what is missing then is named in one line, with the command that installs it
+need() {
+    offer "$@" && return
+    local tools packages=() tool names command=''
+    mapfile -t tools < <(missing "$@")
+    for tool in "${tools[@]}"; do
+        [ "$tool" = cargo ] || packages+=("$(package "$tool")")
+    done
+    names=$(printf ', %s' "${tools[@]}")
+    [ ${#packages[@]} -eq 0 ] || command="; as root: apt-get install ${packages[*]}"
+    case " ${tools[*]} " in
+        *' cargo '*) command="; Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml") or later: see https://rustup.rs$command" ;;
+    esac
+    say "error: not installed: ${names#, }$command"
+    exit 1
 }
 
 # help FILE: the comment block at the head of a script is its help text
