@@ -11,6 +11,7 @@ mod lists;
 mod meeting;
 mod plan;
 mod program;
+mod python;
 mod streams;
 
 pub use args::{Cli, CompletionShell, Generate, LaunchArgs, RdzvArgs, TorchrunArgs};

@@ -7,7 +7,7 @@ use std::{env, fmt, fs};
 
 use serde::Serialize;
 
-use super::UsageError;
+use super::{UsageError, python};
 
 /// Stands for the local rank in an argument, as with torchrun.
 const LOCAL_RANK: &[u8] = b"${local_rank}";
@@ -81,8 +81,8 @@ impl Program {
         Ok(Self { path, args: env::args_os().skip(1).collect() })
     }
 
-    /// Finds the program of a command line as a shell would. Python is `PYTHON_EXEC`, or the `python` of the PATH. Whether the program can be
-    /// executed is found out when it is started.
+    /// Finds the program of a command line as a shell would. Whether the program can be executed is found out when it is
+    /// started.
     pub(crate) fn find(command: Vec<OsString>, form: Form) -> Result<Self, UsageError> {
         let mut args = command.into_iter();
         let program = args.next().map(PathBuf::from);
@@ -96,7 +96,10 @@ impl Program {
             }
             _ => return Ok(Self { path: executable(program)?, args: args.collect() }),
         };
-        Ok(Self { path: python()?, args: python_args.into_iter().chain(args).collect() })
+        Ok(Self {
+            path: python::find(&|name| env::var_os(name))?,
+            args: python_args.into_iter().chain(args).collect(),
+        })
     }
 
     /// What a person started.
@@ -117,6 +120,12 @@ impl Program {
     fn interpreter(&self) -> Option<&Path> {
         let is_python = self.path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"python"));
         (is_python && self.args.first().is_some_and(|first| first == "-u")).then_some(&self.path)
+    }
+
+    /// The script that the interpreter runs.
+    pub(crate) fn script(&self) -> Option<&Path> {
+        self.interpreter()?;
+        self.args.get(1).filter(|script| *script != "-m").map(Path::new)
     }
 
     /// The interpreter, if `python` on the command line of a shell would be another one.
@@ -149,17 +158,7 @@ fn substitute<'a>(argument: &'a OsStr, number: &[u8]) -> Cow<'a, OsStr> {
     Cow::Owned(OsString::from_vec(whole))
 }
 
-fn python() -> Result<PathBuf, UsageError> {
-    if let Some(python) = env::var_os("PYTHON_EXEC").filter(|python| !python.is_empty()) {
-        return executable(python.into());
-    }
-    ["python", "python3"].iter().find_map(|name| in_path(Path::new(name))).ok_or_else(|| {
-        let problem = "needs Python, and there is no `python` in the PATH: activate its environment, or set PYTHON_EXEC";
-        UsageError::new("program", problem.into())
-    })
-}
-
-fn executable(program: PathBuf) -> Result<PathBuf, UsageError> {
+pub(super) fn executable(program: PathBuf) -> Result<PathBuf, UsageError> {
     if program.components().count() > 1 {
         exists(&program)?;
         return Ok(program);
@@ -180,11 +179,12 @@ fn exists(file: &Path) -> Result<(), UsageError> {
     }
 }
 
-fn in_path(name: &Path) -> Option<PathBuf> {
-    let executable = |path: &PathBuf| {
-        fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-    };
-    env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(name)).find(executable)
+pub(super) fn in_path(name: &Path) -> Option<PathBuf> {
+    env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| is_executable(path))
+}
+
+pub(super) fn is_executable(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
 #[cfg(test)]

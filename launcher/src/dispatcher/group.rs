@@ -24,7 +24,7 @@ use crate::report::{
     ErrorDocument, ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary,
 };
 use crate::report::{exception, store_hint};
-use crate::supervise::{Environment, MemoryWatch, ProcessTree, Start, Stdio, explained, spawn};
+use crate::supervise::{Environment, Executable, MemoryWatch, ProcessTree, Start, Stdio, explained, spawn};
 use crate::{Error, LaunchPlan};
 
 /// Lines of stderr that a report shows, and lines in which an exception is looked for.
@@ -49,6 +49,7 @@ pub(super) struct Group<'a> {
     spares: Spares,
     /// As it was when the round began.
     memory: MemoryWatch,
+    executable: Executable,
     /// How many processes were started.
     started: ProcessId,
     summary: Summary,
@@ -102,6 +103,7 @@ impl<'a> Group<'a> {
             ranks,
             spares,
             memory,
+            executable: Executable::open(&plan.program),
             started,
             summary,
             error,
@@ -150,6 +152,9 @@ impl<'a> Group<'a> {
             None => LogFolder::make(self.plan, &round)?,
         };
         logs.begin(&round);
+        if let Some(news) = self.executable.refresh() {
+            self.console.note(&news);
+        }
         self.store_port = store.1;
         let environment = Environment::new(self.plan, &round, store);
         let mut missing = Vec::new();
@@ -247,7 +252,8 @@ impl<'a> Group<'a> {
             self.started += 1;
             let variables = Environment::new(self.plan, &round, store).of_spare();
             let watch = (&self.events, self.plan.shutdown_timeout);
-            match self.spares.start(&self.tree, self.started, &self.plan.program, variables, watch) {
+            let program = (&self.plan.program, self.executable.started_by());
+            match self.spares.start(&self.tree, self.started, program, variables, watch) {
                 Ok(pid) => started.push(pid),
                 Err(error) => {
                     self.console.note(&format!("a spare could not be started: {error}"));
@@ -345,7 +351,9 @@ impl<'a> Group<'a> {
         let variables = environment.of(local_rank, files.error.as_deref());
         let cpus = self.plan.cpus.as_ref().and_then(|cpus| cpus.get(local_rank as usize));
         let (program, link, output) = (&self.plan.program, &theirs, [stdout, stderr]);
-        let rank = spawn(&self.tree, Start { id, program, local_rank, cpus, variables, link, output })?;
+        let executable = self.executable.started_by();
+        let rank =
+            spawn(&self.tree, Start { id, program, executable, local_rank, cpus, variables, link, output })?;
         let watch = (&self.events, self.plan.shutdown_timeout);
         Member::started(id, rank, ours, stderr_pump, lives, files.clone(), watch)
     }

@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ impl Spares {
         &mut self,
         tree: &Arc<ProcessTree>,
         id: ProcessId,
-        program: &Program,
+        (program, executable): (&Program, &Path),
         variables: Vec<(&'static str, String)>,
         watch: (&mpsc::UnboundedSender<RankEvent>, Duration),
     ) -> io::Result<u32> {
@@ -53,7 +54,10 @@ impl Spares {
         let (lives, ended) = watch::channel(());
         let ((stdout, to_stdout), (stderr, to_stderr)) = (pipe()?, pipe()?);
         let (link, output) = (&theirs, [to_stdout, to_stderr].map(Stdio::Pipe));
-        let rank = spawn(tree, Start { id, program, local_rank: 0, cpus: None, variables, link, output })?;
+        let rank = spawn(
+            tree,
+            Start { id, program, executable, local_rank: 0, cpus: None, variables, link, output },
+        )?;
         let pid = rank.pid();
         let member = Member::started(id, rank, ours, None, lives, RankFiles::default(), watch)?;
         self.all.push(Spare { member, streams: [stdout, stderr], ended });

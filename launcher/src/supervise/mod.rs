@@ -2,6 +2,7 @@
 
 mod drain;
 mod environment;
+mod executable;
 mod keeper;
 mod limits;
 mod mark;
@@ -18,6 +19,7 @@ pub(crate) type ProcessId = u64;
 
 pub(crate) use drain::{Ending, Orders, Remains};
 pub(crate) use environment::Environment;
+pub(crate) use executable::Executable;
 pub(crate) use limits::{check_limits, explained, raise_open_files, survive_file_size};
 pub(crate) use memory::MemoryWatch;
 pub(crate) use proc::{cpu_times, descendants, handles};

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::Arc;
 
@@ -59,6 +60,8 @@ pub(crate) struct Rank {
 pub(crate) struct Start<'a> {
     pub(crate) id: ProcessId,
     pub(crate) program: &'a Program,
+    /// What the program's file is started by.
+    pub(crate) executable: &'a Path,
     pub(crate) local_rank: u32,
     pub(crate) cpus: Option<&'a BTreeSet<u32>>,
     pub(crate) variables: Vec<(&'static str, String)>,
@@ -70,9 +73,11 @@ pub(crate) struct Start<'a> {
 
 /// Starts a rank. The calling thread must live as long as the agent: the kernel kills the rank when it ends.
 pub(crate) fn spawn(tree: &Arc<ProcessTree>, start: Start<'_>) -> io::Result<Rank> {
-    let Start { id, program, local_rank, cpus, variables, link, output: [stdout, stderr] } = start;
+    let Start { id, program, executable, local_rank, cpus, variables, link, output: [stdout, stderr] } =
+        start;
     let mark = tree.mark_of(id);
-    let mut command = Command::new(&program.path);
+    let mut command = Command::new(executable);
+    command.arg0(&program.path);
     // The launcher's own error file, if it has one, is not that of a rank.
     command.env_remove(TORCHELASTIC_ERROR_FILE);
     command.args(program.args_of(local_rank)).envs(variables).env(ICE_LINK_FD, link.as_raw_fd().to_string());
@@ -193,7 +198,8 @@ mod tests {
         let program = Program { path: path.into(), args };
         let (program, link, variables) = (&program, &theirs, Vec::new());
         let tree = ProcessTree::for_tests();
-        spawn(&tree, Start { id: 1, program, local_rank: 0, cpus: None, variables, link, output })
+        let executable = &program.path;
+        spawn(&tree, Start { id: 1, program, executable, local_rank: 0, cpus: None, variables, link, output })
     }
 
     async fn wait(rank: Rank) -> Exit {

@@ -7,6 +7,7 @@ mod descendants;
 mod disk;
 mod environment;
 mod error_file;
+mod executable;
 mod failures;
 mod hangs;
 mod limits;
