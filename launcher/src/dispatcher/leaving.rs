@@ -40,6 +40,12 @@ impl Dispatcher<'_> {
         if let Some(summary) = self.rounds.summary(now) {
             self.console.note(&summary);
         }
+        self.group.finish(code, &self.rounds, now);
+        if self.is_introduced && self.outlines() {
+            let (run_id, restarts) = (&self.plan.run_id, self.group.restarts());
+            self.console.note(&ending(run_id, self.group.outcome(), code, now, restarts));
+        }
+        // What to do next comes last.
         if let ExitCode::Requeue(number) = code {
             let from = match &self.saved {
                 Some((path, step)) => format!(", and it can go on after step {step} from {path}"),
@@ -50,11 +56,6 @@ impl Dispatcher<'_> {
             && let Some((path, step)) = &self.saved
         {
             self.console.note(&format!("the newest checkpoint, after step {step}, is {path}"));
-        }
-        self.group.finish(code, &self.rounds, now);
-        if self.is_introduced && self.outlines() {
-            let (run_id, restarts) = (&self.plan.run_id, self.group.restarts());
-            self.console.note(&ending(run_id, self.group.outcome(), code, now, restarts));
         }
     }
 }

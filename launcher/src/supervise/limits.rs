@@ -73,10 +73,13 @@ pub(crate) fn check_limits(ranks: u32) -> Result<(), Error> {
     let open = fs::read_dir("/proc/self/fd").map_or(0, |files| files.count() as u64);
     let needed = open + FILES_OF_AGENT + FILES_OF_RANK * u64::from(ranks);
     if getrlimit(Resource::RLIMIT_NOFILE).is_ok_and(|(soft, _)| soft < needed) {
-        let why = format!("{needed} open files are needed{}", limit(nix::libc::EMFILE));
-        return Err(Error::Limit(why));
+        let (limit, hint) = limit(nix::libc::EMFILE);
+        return Err(Error::Limit(format!("{needed} open files are needed{limit}\nhint: {hint}")));
     }
-    threads_start().map_err(|error| Error::Limit(format!("a thread: {}", explained(&error))))
+    threads_start().map_err(|error| {
+        let hint = error.raw_os_error().map(|errno| limit(errno).1).unwrap_or_default();
+        Error::Limit(format!("a thread: {}\nhint: {hint}", explained(&error)))
+    })
 }
 
 /// Whether threads can be started: the runtime would panic later on.
@@ -95,29 +98,29 @@ fn threads_start() -> io::Result<()> {
 
 /// An error of the system with the limit that it comes from.
 pub(crate) fn explained(error: &io::Error) -> String {
-    format!("{error}{}", error.raw_os_error().map(limit).unwrap_or_default())
+    format!("{error}{}", error.raw_os_error().map(|errno| limit(errno).0).unwrap_or_default())
 }
 
-/// The limit that an error number stands for, with its value and what raises it.
-fn limit(errno: i32) -> String {
-    let value = |resource| match getrlimit(resource) {
-        Ok((soft, _)) if soft != RLIM_INFINITY => soft.to_string(),
-        _ => "no number".into(),
+/// The limits that an error number stands for, with their values, and what raises them.
+fn limit(errno: i32) -> (String, &'static str) {
+    let value =
+        |resource| getrlimit(resource).ok().map(|(soft, _)| soft).filter(|soft| *soft != RLIM_INFINITY);
+    let limited = |what: &str, resource| {
+        let text = |value| format!(": {what} limited to {value}");
+        value(resource).map(text).unwrap_or_default()
     };
-    let (what, value, hint) = match errno {
-        nix::libc::EMFILE => {
-            let hint = "ulimit -Hn 65536 as root; for a container --ulimit nofile=65536";
-            ("open files are", value(Resource::RLIMIT_NOFILE), hint)
-        }
-        nix::libc::EAGAIN => {
-            let hint = "ulimit -u unlimited; for a container --pids-limit -1";
-            ("processes and threads of this user are", value(Resource::RLIMIT_NPROC), hint)
-        }
-        nix::libc::ENOMEM => {
-            let hint = "ulimit -v unlimited; free -h";
-            ("bytes of memory of a process are", value(Resource::RLIMIT_AS), hint)
-        }
-        _ => return String::new(),
-    };
-    format!(": {what} limited to {value}\nhint: {hint}")
+    let memory = limited("bytes of memory of a process are", Resource::RLIMIT_AS);
+    match errno {
+        nix::libc::EMFILE => (
+            limited("open files are", Resource::RLIMIT_NOFILE),
+            "ulimit -Hn 65536 as root; for a container --ulimit nofile=65536",
+        ),
+        // A thread without memory for its stack fails so, too.
+        nix::libc::EAGAIN => (
+            memory + &limited("processes and threads of this user are", Resource::RLIMIT_NPROC),
+            "ulimit -u unlimited; ulimit -v unlimited; for a container --pids-limit -1",
+        ),
+        nix::libc::ENOMEM => (memory, "ulimit -v unlimited; free -h"),
+        _ => (String::new(), ""),
+    }
 }

@@ -38,3 +38,13 @@ fn too_few_processes_are_an_error_and_no_panic() {
         assert!(outcome.stdout.is_empty() && !outcome.stderr.contains("panicked"), "{outcome:#?}");
     }
 }
+
+#[test]
+fn too_little_memory_for_a_thread_names_the_limit() {
+    let command = launch(&["--devices", "cpu"], "echo started");
+    // Somewhere between the size of the program and what it needs. With less the program cannot be loaded at all.
+    let with = |kib: u32| run(within(&format!("ulimit -v {kib}"), &command));
+    let kib =
+        (1..200).map(|step| step * 2000).find(|kib| with(*kib).stderr.contains("cannot start")).unwrap();
+    with(kib).expect(2, &[&format!("bytes of memory of a process are limited to {}:", u64::from(kib) << 10)]);
+}
