@@ -9,7 +9,7 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal, getuid, kill_process};
 use tempfile::{TempDir, tempdir};
 
-use crate::support::{Finished, Gate, Job, SOON, launch, lives, run, wait_for_text};
+use crate::support::{Finished, Freezer, Gate, Job, SOON, launch, lives, run};
 use crate::{STAY, TWO};
 
 /// Starts a process of each kind, which writes its number into `$PIDS`: a child, one in a session of its own, one that is
@@ -294,36 +294,6 @@ fn user_signal_reaches_the_program_below_a_script() {
     assert!(!finished.stderr.contains("not passed on"), "{finished:#?}");
 }
 
-/// A cgroup whose processes do not run, whatever they are sent. Version 1 alone is like that.
-struct Freezer(PathBuf);
-
-impl Freezer {
-    fn new(name: &str) -> Option<Self> {
-        let path = PathBuf::from(format!("/sys/fs/cgroup/freezer/ice-test-{}-{name}", std::process::id()));
-        fs::create_dir(&path).ok().map(|()| Self(path))
-    }
-
-    fn freeze(&self, pid: &str) {
-        fs::write(self.0.join("cgroup.procs"), pid).unwrap();
-        fs::write(self.0.join("freezer.state"), "FROZEN").unwrap();
-        wait_for_text(&self.0.join("freezer.state"), "FROZEN");
-    }
-
-    fn thaw(&self) {
-        fs::write(self.0.join("freezer.state"), "THAWED").unwrap();
-    }
-}
-
-impl Drop for Freezer {
-    fn drop(&mut self) {
-        self.thaw();
-        let deadline = Instant::now() + SOON;
-        while fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
-            std::thread::yield_now();
-        }
-    }
-}
-
 #[test]
 fn frozen_rank_is_named_and_the_user_is_obeyed() {
     let script = "echo \"rank $$\"; exec sleep 600";
@@ -331,8 +301,7 @@ fn frozen_rank_is_named_and_the_user_is_obeyed() {
     let mut job = Job::start_unread(command);
     let pid = job.expect_line("rank ");
     // Made after the job, and so thawed before it is cleaned up.
-    let Some(freezer) = Freezer::new("stop") else { return };
-    freezer.freeze(&pid);
+    let Some(freezer) = Freezer::with(&pid) else { return };
     job.signal(Signal::TERM);
     job.expect_error(&format!(
         "rank 0: killed, but not ended: process {pid} (sleep) is frozen by its cgroup"
@@ -354,8 +323,7 @@ fn frozen_process_that_a_rank_left_is_named_at_a_restart() {
     let gate = Gate::new(&mut command);
     let mut job = Job::start_unread(command);
     let pid = job.expect_line("helper ");
-    let Some(freezer) = Freezer::new("restart") else { return };
-    freezer.freeze(&pid);
+    let Some(freezer) = Freezer::with(&pid) else { return };
     gate.open();
     job.expect_error(&format!(
         "rank 0: killed, but not ended: process {pid} (sleep) is frozen by its cgroup"

@@ -35,12 +35,32 @@ pub(crate) enum Fault {
     NoConsole,
     /// The log files cannot grow.
     FullDisk,
+    /// The disk of the log folder has no room, or no inodes, at some moment, and a rank fails.
+    FullLogs,
+    /// The launcher is killed, and a rank has descendants of every kind.
+    KillLauncherOfMany,
+    /// The launcher is told to stop, and the victim is a script that dies before the program below it has saved.
+    Wrapped,
+    /// A rank is frozen, and the launcher told to stop until it does.
+    Frozen,
 }
+
+/// Starts a process of each kind, which writes its number into `$UP/kinds`.
+const EVERY_KIND: &str = "
+    export KINDS=$UP/kinds
+    sleep 600 & echo $! >> $KINDS
+    (setsid sh -c 'echo $$ >> $KINDS; exec sleep 600' &)
+    (setsid env -i KINDS=$KINDS /bin/sh -c 'echo $$ >> $KINDS; exec env -i /bin/sleep 600' &)
+    setsid env -i KINDS=$KINDS /bin/sh -c 'echo $$ >> $KINDS
+        for n in 1 2 3; do env -i /bin/sleep 600 & echo $! >> $KINDS; done; wait' &
+    ";
+/// How many these are.
+pub(crate) const KINDS: usize = 7;
 
 impl Fault {
     pub(crate) fn any(random: &mut Random) -> Self {
         use Fault::*;
-        match random.below(18) {
+        match random.below(24) {
             0..3 => Exit(random.pick(&[1, 3, 7, 64, 255])),
             3 => Abort,
             4 | 5 => KillRank,
@@ -55,7 +75,11 @@ impl Fault {
             14 => Deaf,
             15 => CloseOutputs,
             16 => NoConsole,
-            _ => FullDisk,
+            17 => FullDisk,
+            18 | 19 => FullLogs,
+            20 | 21 => KillLauncherOfMany,
+            22 => Wrapped,
+            _ => Frozen,
         }
     }
 
@@ -67,6 +91,13 @@ impl Fault {
             Self::KillRank | Self::KillLauncher | Self::Stop(_) | Self::SuspendRank => {
                 "exec sleep 600".into()
             }
+            Self::FullLogs => "go; exit 3".into(),
+            Self::KillLauncherOfMany => format!("{EVERY_KIND} exec sleep 600"),
+            Self::Wrapped => "
+                sh -c 'trap \"sleep 0.1; echo saved > $UP/saved; exit 0\" TERM; echo up > $UP/program
+                    while :; do sleep 600 & wait $!; done'; exit 1"
+                .into(),
+            Self::Frozen => "exec sleep 600".into(),
             Self::KillGrandchild => "sleep 600 & echo $! > $UP/grandchild; wait $!; exit 9".into(),
             Self::StopHard => "trap '' TERM; while :; do sleep 600; done".into(),
             Self::Sleepers => "
@@ -104,9 +135,10 @@ impl Fault {
             Self::KillGrandchild => failed(9),
             Self::Sleepers => failed(6),
             Self::Deaf => failed(5),
-            Self::KillLauncher => None,
+            Self::FullLogs => failed(3),
+            Self::KillLauncher | Self::KillLauncherOfMany => None,
             Self::Stop(signal) => Some(128 + signal.as_raw()),
-            Self::StopHard | Self::SuspendRank => Some(143),
+            Self::StopHard | Self::SuspendRank | Self::Wrapped | Self::Frozen => Some(143),
             _ => Some(0),
         }
     }

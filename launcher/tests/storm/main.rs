@@ -18,13 +18,14 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
 use fault::Fault;
 use random::Random;
-use support::{Finished, Gate, Job, launch, wait_for_state, wait_for_text};
+use support::{Finished, Freezer, Gate, Job, SOON, launch, lives, wait_for_state, wait_for_text};
 
 const FAULTS: u64 = 200;
 /// Jobs at the same time.
@@ -49,6 +50,8 @@ struct Case {
     restarts: u64,
     output: Output,
     lines: u64,
+    /// Pages and inodes that the log folder has in addition to what it needs at the start.
+    room: (u64, u64),
 }
 
 impl Case {
@@ -65,7 +68,8 @@ impl Case {
             restarts: random.below(3),
             // Only what the launcher writes can hit the limit without the rank being told.
             output: if fault == Fault::FullDisk { Output::Both } else { output },
-            lines: if fault == Fault::FullDisk { 200 } else { 1 + random.below(300) },
+            lines: if fault == Fault::FullDisk { 300 } else { 1 + random.below(300) },
+            room: (random.below(12), random.below(12)),
         }
     }
 
@@ -87,7 +91,8 @@ impl Case {
     }
 
     fn options(&self, logs: &Path) -> Vec<String> {
-        let timeout = if self.fault == Fault::Deaf { "0.3" } else { "600" };
+        let is_short = matches!(self.fault, Fault::Deaf | Fault::Frozen);
+        let timeout = if is_short { "0.3" } else { "600" };
         let mut options = vec![
             format!("--devices=cpu:0-{}", self.ranks - 1),
             format!("--max-restarts={}", self.restarts),
@@ -127,8 +132,9 @@ impl Case {
         let inner = launch(&options, &self.script());
         let mut command = match self.fault {
             Fault::NoConsole => wrapped("exec \"$@\" >&- 2>&-", &inner),
-            // In units of 512 bytes.
-            Fault::FullDisk => wrapped("trap '' XFSZ; ulimit -f 2; exec \"$@\"", &inner),
+            // In units of 512 bytes: more than the launcher tries to write at the start.
+            Fault::FullDisk => wrapped("trap '' XFSZ; ulimit -f 9; exec \"$@\"", &inner),
+            Fault::FullLogs => self.on_a_small_disk(&logs, &inner),
             _ => inner,
         };
         command.env("UP", &up);
@@ -142,13 +148,45 @@ impl Case {
         self.check(&finished, &folder, &logs);
     }
 
+    /// Gives the log folder a file system of its own, with room for what is made before the first rank starts.
+    fn on_a_small_disk(&self, logs: &Path, inner: &Command) -> Command {
+        fs::create_dir(logs).unwrap();
+        let (pages, inodes) = self.room;
+        let options = format!("size={}k,nr_inodes={}", 4 * (1 + pages), 5 + 3 * self.ranks + inodes);
+        let script = "mount -t tmpfs -o \"$1\" none \"$2\" 2> /dev/null; shift 2; exec \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh", &options]).arg(logs);
+        command.arg(inner.get_program()).args(inner.get_args());
+        command
+    }
+
     fn strike(&self, job: &mut Job, pids: &[String], gates: &[Gate], up: &Path) {
         let victim = self.victim as usize;
         let kill = |pid: &str, signal| {
             kill_process(Pid::from_raw(pid.trim().parse().unwrap()).unwrap(), signal).unwrap();
         };
         match self.fault {
-            Fault::Exit(_) | Fault::Abort | Fault::Sleepers | Fault::Deaf => gates[victim].open(),
+            Fault::Exit(_) | Fault::Abort | Fault::Sleepers | Fault::Deaf | Fault::FullLogs => {
+                gates[victim].open();
+            }
+            Fault::KillLauncherOfMany => {
+                // Some are killed while they are on their way.
+                let enough = if self.lines % 2 == 0 { fault::KINDS } else { 1 };
+                wait_for_lines(&up.join("kinds"), enough);
+                job.signal(Signal::KILL);
+            }
+            Fault::Wrapped => {
+                wait_for_text(&up.join("program"), "up");
+                job.signal(Signal::TERM);
+            }
+            Fault::Frozen => {
+                let freezer = Freezer::with(pids[victim].trim());
+                job.signal(Signal::TERM);
+                match freezer {
+                    Some(_) => job.signal_until_it_ends(Signal::TERM),
+                    None => job.wait(),
+                }
+            }
             Fault::KillRank => kill(&pids[victim], Signal::KILL),
             Fault::KillGrandchild => kill(&wait_for_text(&up.join("grandchild"), "\n"), Signal::KILL),
             Fault::KillLauncher => job.signal(Signal::KILL),
@@ -190,8 +228,13 @@ impl Case {
 
     fn check(&self, finished: &Finished, folder: &TempDir, logs: &Path) {
         assert_eq!(finished.code, self.fault.code(self.restarts > 0), "{finished:#?}");
-        let killed = self.fault == Fault::KillLauncher;
-        if self.output != Output::Console && self.fault != Fault::FullDisk {
+        let killed = matches!(self.fault, Fault::KillLauncher | Fault::KillLauncherOfMany);
+        let up = folder.path().join("up");
+        if self.fault == Fault::KillLauncherOfMany {
+            wait_until_none_lives(&up.join("kinds"));
+        }
+        assert_eq!(self.fault == Fault::Wrapped, up.join("saved").exists(), "{finished:#?}");
+        if self.output != Output::Console && !matches!(self.fault, Fault::FullDisk | Fault::FullLogs) {
             // What was in the launcher when it was killed is lost.
             let through_launcher = self.output != Output::Files;
             let run = fs::read_dir(logs).unwrap().next().unwrap().unwrap().path();
@@ -203,7 +246,7 @@ impl Case {
             }
         }
         if self.fault == Fault::FullDisk {
-            assert!(finished.stderr.contains("cannot be written any more"), "{finished:#?}");
+            assert!(finished.stderr.contains("cannot be written"), "{finished:#?}");
         }
         if self.fault != Fault::NoConsole && !killed && matches!(self.output, Output::Console | Output::Both)
         {
@@ -222,6 +265,25 @@ impl Case {
         }
         let left = fs::read_dir(folder.path().join("up")).unwrap().count();
         assert!(left >= self.ranks as usize);
+    }
+}
+
+/// Waits until a file has so many lines.
+fn wait_for_lines(path: &Path, count: usize) {
+    let deadline = Instant::now() + SOON;
+    while fs::read_to_string(path).unwrap_or_default().lines().count() < count {
+        assert!(Instant::now() < deadline, "no {count} lines in {path:?}");
+        thread::yield_now();
+    }
+}
+
+/// Waits until none of the processes whose numbers a file has lives. Their mark may be gone with their environment.
+fn wait_until_none_lives(path: &Path) {
+    let text = fs::read_to_string(path).unwrap();
+    let deadline = Instant::now() + SOON;
+    while let Some(left) = text.lines().find(|pid| lives(pid)) {
+        assert!(Instant::now() < deadline, "process {left} is left");
+        thread::yield_now();
     }
 }
 

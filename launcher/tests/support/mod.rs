@@ -302,6 +302,36 @@ impl Gate {
     }
 }
 
+/// A cgroup whose processes do not run, whatever they are sent. Version 1 alone is like that. Dropping it thaws them.
+pub(crate) struct Freezer(PathBuf);
+
+impl Freezer {
+    /// Freezes a process; `None` where that is not possible.
+    pub(crate) fn with(pid: &str) -> Option<Self> {
+        let path = PathBuf::from(format!("/sys/fs/cgroup/freezer/ice-test-{pid}"));
+        fs::create_dir(&path).ok()?;
+        let freezer = Self(path);
+        fs::write(freezer.0.join("cgroup.procs"), pid).unwrap();
+        fs::write(freezer.0.join("freezer.state"), "FROZEN").unwrap();
+        wait_for_text(&freezer.0.join("freezer.state"), "FROZEN");
+        Some(freezer)
+    }
+
+    pub(crate) fn thaw(&self) {
+        fs::write(self.0.join("freezer.state"), "THAWED").unwrap();
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        self.thaw();
+        let deadline = Instant::now() + SOON;
+        while fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
+            thread::yield_now();
+        }
+    }
+}
+
 /// A port that was free a moment ago.
 pub(crate) fn free_port() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
