@@ -56,7 +56,9 @@ impl fmt::Display for OutOfMemory {
                 write!(f, "out of memory: the limit of cgroup {cgroup} is {}", size_of(limit))?;
             }
             (Some(cgroup), None) => write!(f, "out of memory: cgroup {cgroup} reached a limit")?,
-            (None, _) => f.write_str("out of memory: the machine has none left")?,
+            (None, _) => f.write_str(
+                "out of memory: the machine has none left, or a cgroup above those that are seen from here",
+            )?,
         }
         if let Some(peak) = self.peak {
             write!(f, ", its peak was {}", size_of(peak))?;
@@ -102,7 +104,7 @@ mod tests {
         let none = OutOfMemory { cgroup: None, limit: None, peak: None, itself: false };
         assert_eq!(
             none.to_string(),
-            "out of memory: the machine has none left, and another process of the job was killed"
+            "out of memory: the machine has none left, or a cgroup above those that are seen from here, and another process of the job was killed"
         );
     }
 }

@@ -1,6 +1,7 @@
 //! Whether the kernel killed a process for lack of memory: counters of its cgroup, of the cgroups above it, and of the machine,
 //! before and after.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +22,8 @@ pub(crate) struct MemoryWatch {
     groups: Vec<Group>,
     /// Processes that were killed on this machine.
     killed: Option<u64>,
+    /// Ranks among the killed processes whose end was explained.
+    explained: Cell<u64>,
 }
 
 struct Group {
@@ -45,7 +48,7 @@ impl MemoryWatch {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let folder = find(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
         let groups = folder.map(|(mount, folder)| groups(&mount, &folder)).unwrap_or_default();
-        Self { groups, killed: killed_on_machine() }
+        Self { groups, killed: killed_on_machine(), explained: Cell::new(0) }
     }
 
     /// Why a process that the agent did not kill ended so, if the kernel knows more than the exit status says.
@@ -62,30 +65,34 @@ impl MemoryWatch {
         }
     }
 
+    /// Processes that were killed and are not explained yet make a lack of memory the cause. What a program ended with itself is explained
+    /// by its own cgroup alone: those above count what was killed elsewhere, too.
     fn out_of_memory(&self, itself: bool) -> Option<Cause> {
         let now: Vec<(&Group, Counts)> =
             self.groups.iter().map(|group| (group, read(&group.folder))).collect();
-        let has_killed = |(group, now): &(&Group, Counts)| now.killed > group.before.killed;
-        // Those above count what was killed elsewhere in the job, too.
-        let is_near = now.first().is_some_and(has_killed);
-        if is_near || (itself && now.iter().any(has_killed)) {
-            let limited = |group: &&Group| limit(&group.folder).is_some();
-            let ran_out =
-                now.iter().filter(|(group, now)| now.out > group.before.out).map(|(group, _)| *group);
-            let group = ran_out.clone().find(limited).or_else(|| self.groups.iter().find(limited));
-            let memory = match group {
-                Some(group) => OutOfMemory {
-                    cgroup: Some(group.name.clone()),
-                    limit: limit(&group.folder),
-                    peak: peak(&group.folder),
-                    itself,
-                },
-                None => OutOfMemory { cgroup: None, limit: None, peak: None, itself },
-            };
-            return Some(Cause::OutOfMemory(memory));
+        let killed = now.iter().map(|(group, now)| now.killed.saturating_sub(group.before.killed));
+        let on_machine = killed_on_machine().zip(self.killed).map(|(now, before)| now.saturating_sub(before));
+        let killed = match itself {
+            true => killed.chain(on_machine).max(),
+            false => killed.take(1).max(),
+        };
+        if killed.unwrap_or_default() <= self.explained.get() {
+            return None;
         }
-        let machine = itself && killed_on_machine() > self.killed;
-        machine.then_some(Cause::OutOfMemory(OutOfMemory { cgroup: None, limit: None, peak: None, itself }))
+        if itself {
+            self.explained.set(self.explained.get() + 1);
+        }
+        // Only a limit that was reached counts: the machine may have run out of memory within all limits.
+        let ran_out = |(group, now): &(&Group, Counts)| now.out > group.before.out;
+        let reached = now.iter().filter(|both| ran_out(both)).find_map(|(group, _)| {
+            let folder = &group.folder;
+            Some((group.name.clone(), limit(folder)?, peak(folder)))
+        });
+        let memory = match reached {
+            Some((name, limit, peak)) => OutOfMemory { cgroup: Some(name), limit: Some(limit), peak, itself },
+            None => OutOfMemory { cgroup: None, limit: None, peak: None, itself },
+        };
+        Some(Cause::OutOfMemory(memory))
     }
 }
 
@@ -207,7 +214,7 @@ mod tests {
 
     fn watch(mount: &Path, folder: &Path) -> MemoryWatch {
         // The machine may run out of memory for another reason.
-        MemoryWatch { groups: groups(mount, folder), killed: Some(u64::MAX) }
+        MemoryWatch { groups: groups(mount, folder), killed: Some(u64::MAX), explained: Cell::new(0) }
     }
 
     #[test]
@@ -224,9 +231,12 @@ mod tests {
             peak: Some((100 << 20) - 4096),
             itself,
         };
-        assert_eq!(watch.cause(&KILL), Some(Cause::OutOfMemory(memory(true))));
-        assert_eq!(watch.cause(&Exit::Code(137)), Some(Cause::OutOfMemory(memory(true))));
         assert_eq!(watch.cause(&Exit::Code(1)), Some(Cause::OutOfMemory(memory(false))));
+        assert_eq!(watch.cause(&KILL), Some(Cause::OutOfMemory(memory(true))));
+        // One process was killed, and that was the rank above.
+        assert_eq!((watch.cause(&KILL), watch.cause(&Exit::Code(1))), (None, None));
+        set(&inner, "memory.events", "oom 1\noom_kill 3\n");
+        assert_eq!(watch.cause(&Exit::Code(137)), Some(Cause::OutOfMemory(memory(true))));
         assert_eq!(watch.cause(&Exit::Code(0)), None);
         assert_eq!(watch.cause(&Exit::Signal(nix::libc::SIGTERM)), None);
     }
@@ -241,6 +251,15 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_was_not_reached_is_not_blamed() {
+        let (mount, inner) = two_levels();
+        let watch = watch(mount.path(), &inner);
+        set(&inner, "memory.events", "oom 1\noom_kill 2\n");
+        let memory = OutOfMemory { cgroup: None, limit: None, peak: None, itself: true };
+        assert_eq!(watch.cause(&KILL), Some(Cause::OutOfMemory(memory)));
+    }
+
+    #[test]
     fn version_1_counts_in_other_files() {
         let mount = tempfile::tempdir().unwrap();
         let folder = mount.path().join("job");
@@ -251,6 +270,7 @@ mod tests {
         set(mount.path(), "memory.limit_in_bytes", "9223372036854771712\n");
         let watch = watch(mount.path(), &folder);
         set(&folder, "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n");
+        set(&folder, "memory.failcnt", "9\n");
         let text = watch.cause(&KILL).unwrap().to_string();
         assert_eq!(text, "out of memory: the limit of cgroup /job is 250 MiB, its peak was 250 MiB");
     }
