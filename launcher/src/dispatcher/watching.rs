@@ -38,7 +38,9 @@ impl Dispatcher<'_> {
             let living = self.group.living();
             let times = cpu_times(living.values().copied());
             for (local_rank, pid) in living {
-                self.hangs.cpu_time(now, local_rank, times.get(&pid).copied().unwrap_or_default());
+                if let Some(time) = times.get(&pid) {
+                    self.hangs.cpu_time(now, local_rank, *time);
+                }
             }
         }
         &self.hangs

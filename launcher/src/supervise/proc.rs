@@ -1,16 +1,20 @@
 //! Processes as `/proc` shows them.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 use std::time::Duration;
 use std::{fmt, fs, io};
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// The CPU time that the processes of each of these sessions have used, those included that have ended and were waited for. A rank leads a
-/// session of its own.
+/// session of its own. Empty if `/proc` shows other processes.
 pub(crate) fn cpu_times(sessions: impl IntoIterator<Item = u32>) -> BTreeMap<u32, Duration> {
     let mut times: BTreeMap<u32, Duration> =
         sessions.into_iter().map(|session| (session, Duration::ZERO)).collect();
+    if !is_usable() {
+        return BTreeMap::new();
+    }
     for process in processes() {
         if let Some(time) = times.get_mut(&process.session) {
             *time += process.cpu;
@@ -37,6 +41,9 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn read(pid: u32) -> Option<Self> {
+        if !is_usable() {
+            return None;
+        }
         Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
     }
 
@@ -131,6 +138,12 @@ fn processes() -> impl Iterator<Item = Process> {
     entries.filter_map(|entry| Process::read(entry.file_name().to_str()?.parse().ok()?))
 }
 
+/// Whether numbers in `/proc` are those of this process's PID namespace.
+fn is_usable() -> bool {
+    static USABLE: OnceLock<bool> = OnceLock::new();
+    *USABLE.get_or_init(|| unusable().is_none())
+}
+
 /// Why `/proc` cannot be used to find processes; `None` if it can.
 pub(crate) fn unusable() -> Option<String> {
     let own = std::process::id().to_string();
@@ -146,7 +159,7 @@ pub(crate) fn unusable() -> Option<String> {
 
 /// Whether a process has a handler for a signal.
 pub(crate) fn handles(pid: u32, signal: i32) -> bool {
-    mask(&format!("/proc/{pid}/status"), "SigCgt:").is_some_and(|mask| is_in(mask, signal))
+    is_usable() && mask(&format!("/proc/{pid}/status"), "SigCgt:").is_some_and(|mask| is_in(mask, signal))
 }
 
 /// Whether this process was started with a signal ignored, as under nohup.

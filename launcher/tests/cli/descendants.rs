@@ -178,11 +178,24 @@ fn foreign_proc_is_said_and_no_stranger_is_signalled() {
     if !getuid().is_root() {
         return;
     }
-    let inner = launch(&["--devices", "cpu"], "exit 3");
+    // A signal that is passed on looks for handlers by number.
+    let script = "trap 'echo usr1' USR1; echo up; read -r go < $GATE; exit 3";
+    let inner = launch(&["--devices", "cpu"], script);
     let mut command = Command::new("unshare");
     // The /proc of the outer namespace stays.
-    command.args(["--pid", "--fork"]).arg(inner.get_program()).args(inner.get_args());
-    run(command).expect(3, &["/proc cannot be used", "hint: mount the /proc of this PID namespace"]);
+    command.args(["--pid", "--fork", "--kill-child"]).arg(inner.get_program()).args(inner.get_args());
+    let gate = Gate::new(&mut command);
+    let mut job = Job::start(command);
+    job.expect_line("up");
+    let launcher = fs::read_to_string(format!("/proc/{0}/task/{0}/children", job.pid())).unwrap();
+    signal(&launcher, Signal::USR1);
+    gate.open();
+    let said = [
+        "/proc cannot be used",
+        "hint: mount the /proc of this PID namespace",
+        "was not passed on to rank 0",
+    ];
+    job.finish().expect(3, &said);
 }
 
 #[test]

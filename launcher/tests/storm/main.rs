@@ -171,7 +171,7 @@ impl Case {
             }
             Fault::KillLauncherOfMany => {
                 // Some are killed while they are on their way.
-                let enough = if self.lines % 2 == 0 { fault::KINDS } else { 1 };
+                let enough = if self.lines.is_multiple_of(2) { fault::KINDS } else { 1 };
                 wait_for_lines(&up.join("kinds"), enough);
                 job.signal(Signal::KILL);
             }
