@@ -1,12 +1,14 @@
-//! The ranks of this node in a round: starting them, signalling them, and reporting on them.
+//! The ranks of this node in a round: starting them and signalling them.
+
+mod output;
+mod reporting;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, IsTerminal, Write};
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use ice_proto::exit::ExitCode;
 use ice_proto::link::{Down, Request, Up};
@@ -17,19 +19,12 @@ use tokio::sync::{mpsc, watch};
 use super::member::Member;
 use super::spares::{Spare, Spares};
 use super::{ProcessId, RankEvent, hostname};
-use crate::agent::{Ask, End, Exit};
-use crate::logs::{Console, Files, Filtered, LogFile, LogFolder, Names, Pump, RankFiles, Sink, Target};
-use crate::logs::{coloured, pipe, prefix};
-use crate::report::{
-    ErrorDocument, ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary,
-};
-use crate::report::{exception, store_hint};
-use crate::supervise::{Environment, Executable, MemoryWatch, ProcessTree, Start, Stdio, explained, spawn};
+use crate::agent::{Ask, Exit};
+use crate::logs::{Console, Files, LogFile, LogFolder, Names, Pump, RankFiles, prefix};
+use crate::report::{ErrorDocument, Summary};
+use crate::supervise::{Environment, Executable, MemoryWatch, ProcessTree, Start, explained, spawn};
 use crate::{Error, LaunchPlan};
-
-/// Lines of stderr that a report shows, and lines in which an exception is looked for.
-const SHOWN: usize = 20;
-const SEARCHED: usize = 300;
+use output::Stream;
 
 pub(super) struct Group<'a> {
     plan: &'a LaunchPlan,
@@ -55,24 +50,6 @@ pub(super) struct Group<'a> {
     summary: Summary,
     /// For the launcher's error file, if the round that ran last failed here.
     error: Option<ErrorDocument>,
-}
-
-/// One of the two output streams of a rank.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stream {
-    Stdout,
-    Stderr,
-}
-
-/// Where one of them is wanted.
-struct Route {
-    target: Target,
-    to_file: bool,
-    /// Whether the rank reaches the console.
-    is_shown: bool,
-    to_console: bool,
-    prefix: String,
-    filtered: Option<Filtered>,
 }
 
 impl<'a> Group<'a> {
@@ -358,88 +335,6 @@ impl<'a> Group<'a> {
         Member::started(id, rank, ours, stderr_pump, lives, files.clone(), watch)
     }
 
-    /// Where a stream of a rank goes, and what carries it there.
-    fn stream(
-        &self,
-        stream: Stream,
-        local_rank: u32,
-        path: Option<&Path>,
-        prefix: &str,
-        filter: Option<&LogFile>,
-        ended: &watch::Receiver<()>,
-    ) -> io::Result<(Stdio, Option<Pump>)> {
-        let route = self.route(stream, local_rank, prefix, filter);
-        if route.to_file
-            && !route.to_console
-            && route.filtered.is_none()
-            && self.plan.logs.rotation.is_none()
-            && let Some(path) = path
-        {
-            match File::create(path) {
-                Ok(file) => return Ok((Stdio::File(file), None)),
-                Err(error) => self.files.health().failed(path, &error),
-            }
-        }
-        // The report needs the last lines of stderr, so that goes through the agent in any case.
-        let over_status = self.rewrites && route.to_console && io::stdout().is_terminal();
-        if !route.to_file && stream == Stream::Stdout && !over_status {
-            return Ok((if route.to_console { Stdio::Inherit } else { Stdio::Null }, None));
-        }
-        let (reader, writer) = pipe()?;
-        let sink = self.sink(route, path);
-        Ok((Stdio::Pipe(writer), Some(Pump::start(reader, sink, ended.clone())?)))
-    }
-
-    /// Where a stream of a rank is wanted.
-    fn route(&self, stream: Stream, local_rank: u32, prefix: &str, filter: Option<&LogFile>) -> Route {
-        let logs = &self.plan.logs;
-        let pick = |streams: &crate::cli::PerRank| {
-            let streams = streams.of(local_rank);
-            if stream == Stream::Stdout { streams.stdout } else { streams.stderr }
-        };
-        let (redirected, teed) = (pick(&logs.redirects), pick(&logs.tee));
-        let shown = logs.console_ranks.as_ref().is_none_or(|ranks| ranks.contains(&local_rank));
-        let to_file = redirected || teed;
-        let target = match stream {
-            Stream::Stdout => Target::Stdout,
-            Stream::Stderr => Target::Stderr,
-        };
-        let shown_prefix = match (to_file, target.is_coloured()) {
-            (false, _) => String::new(),
-            (true, false) => prefix.to_owned(),
-            (true, true) => coloured(prefix, local_rank),
-        };
-        let texts = &logs.filters[usize::from(stream == Stream::Stderr)];
-        let filtered = filter.filter(|_| to_file).map(|file| Filtered {
-            texts: texts.clone(),
-            prefix: prefix.to_owned(),
-            file: file.clone(),
-        });
-        let to_console = shown && (teed || !redirected);
-        Route { target, to_file, is_shown: shown, to_console, prefix: shown_prefix, filtered }
-    }
-
-    /// Output for which there is no file goes to the console instead.
-    fn sink(&self, route: Route, path: Option<&Path>) -> Sink {
-        let open = |path: &Path| match self.files.append_to(path, self.plan.logs.rotation) {
-            Ok(file) => Some(file),
-            Err(error) => {
-                self.files.health().failed(path, &error);
-                None
-            }
-        };
-        let file = path.filter(|_| route.to_file).and_then(open);
-        let to_console = route.to_console || (route.is_shown && route.to_file && file.is_none());
-        Sink {
-            console: self.console.clone(),
-            target: to_console.then_some(route.target),
-            prefix: route.prefix,
-            file,
-            filtered: route.filtered,
-            files: self.files.clone(),
-        }
-    }
-
     /// Rank within the job.
     pub(super) fn rank(&self, local_rank: u32) -> u32 {
         self.round.as_ref().map_or(0, |round| round.you.first_rank) + local_rank
@@ -548,127 +443,4 @@ impl<'a> Group<'a> {
         let refuses = |(rank, member): (&u32, &Member)| (!member.forward(signal)).then(|| self.rank(*rank));
         self.ranks.iter().filter_map(refuses).collect()
     }
-
-    /// Tells the user how the ranks of an attempt ended.
-    pub(super) async fn report(&mut self, ends: Vec<End>) -> Option<Failure> {
-        let mut ends = ends.into_iter();
-        let first = ends.next()?;
-        let (round, node, attempt) =
-            self.round.as_ref().map(|round| (round.number, round.you.group_rank, round.restart_count))?;
-        let others = ends.map(|end| self.other(&end)).collect();
-        let rank = self.rank(first.local_rank);
-        let member = self.ranks.get_mut(&first.local_rank)?;
-        let record = member.record();
-        // Of processes that are stopped there are no stacks, and where nothing is redirected there may be no file.
-        let stacks = member.files.stacks.as_ref().filter(|_| matches!(first.exit, Exit::Hung(_)));
-        let folder = member.files.error.as_ref().and_then(|error| error.parent());
-        let logs = match stacks.filter(|stacks| stacks.exists()) {
-            Some(stacks) => Some(stacks.clone()),
-            None => folder.filter(|folder| has_files(folder)).map(Path::to_owned),
-        };
-        let mut stderr = member.last_lines(SEARCHED).await;
-        let exception = exception(&stderr);
-        stderr.drain(..stderr.len().saturating_sub(SHOWN));
-        let said = record.as_ref().map(|record| record.message.clone());
-        let root_cause = RankFailure {
-            rank,
-            local_rank: first.local_rank,
-            pid: member.pid(),
-            exit: ExitRecord::from(&first.exit),
-            message: said.or(exception),
-            callstack: record.map(|record| record.callstack).filter(|stack| !stack.is_empty()),
-            stderr,
-            logs,
-        };
-        self.error = Some(ErrorDocument::of_rank(&root_cause, &self.host, member.files.error.as_deref()));
-        let command = self.plan.program.command();
-        if let Some(Err((path, error))) = self.logs.as_ref().map(LogFolder::check)
-            && self.plan.logs.are_wanted()
-        {
-            self.files.health().failed(path, &error);
-        }
-        let log_failure = self.files.health().first_failure();
-        let host = self.host.clone();
-        let failure = Failure { attempt, round, host, node, command, root_cause, others, log_failure };
-        self.console.say(&failure.to_string());
-        let served = self
-            .round
-            .as_ref()
-            .is_some_and(|round| round.ranks_store.as_ref().is_some_and(|store| store.by_rank));
-        if let Some(hint) = store_hint(&failure.root_cause, self.store_port).filter(|_| !served) {
-            self.console.note(&hint);
-        }
-        self.summary.add(failure.clone());
-        self.write_summary();
-        if let Some(logs) = &mut self.logs {
-            logs.keep();
-        }
-        Some(failure)
-    }
-
-    fn other(&self, end: &End) -> OtherRank {
-        let record = self.ranks.get(&end.local_rank).and_then(Member::record);
-        let how = match end.exit {
-            Exit::Code(0) if end.asked => OtherEnd::Stopped,
-            Exit::Code(0) => OtherEnd::Finished,
-            _ if end.asked && record.is_none() => OtherEnd::Stopped,
-            _ => OtherEnd::Failed,
-        };
-        OtherRank {
-            rank: self.rank(end.local_rank),
-            local_rank: end.local_rank,
-            end: how,
-            exit: ExitRecord::from(&end.exit),
-            message: record.map(|record| record.message),
-        }
-    }
-
-    fn write_summary(&mut self) {
-        let Some(folder) = self.logs.as_ref().and_then(LogFolder::path) else { return };
-        self.summary.set_log_failure(self.files.health().first_failure());
-        let path = folder.join("report.json");
-        self.written(&path, self.summary.write(&path));
-    }
-
-    /// Adds a round to `rounds.jsonl` in the folder of the job.
-    pub(super) fn write_round(&self, record: &RoundRecord) {
-        let Some(folder) = self.logs.as_ref().and_then(LogFolder::path) else { return };
-        let path = folder.join("rounds.jsonl");
-        let file = File::options().create(true).append(true).open(&path);
-        let line = serde_json::to_vec(record).map_err(io::Error::other);
-        let written = file.and_then(|mut file| file.write_all(&[line?, b"\n".to_vec()].concat()));
-        self.written(&path, written);
-    }
-
-    fn written(&self, path: &Path, outcome: io::Result<()>) {
-        match outcome {
-            Ok(()) => self.files.health().works(path, 0),
-            Err(error) => self.files.health().failed(path, &error),
-        }
-    }
-
-    /// What the launcher's error file is to say of the round that ran last.
-    pub(super) fn error(&mut self) -> Option<ErrorDocument> {
-        self.error.take()
-    }
-
-    /// The job is over: a temporary folder goes unless somebody may want it.
-    pub(super) fn finish(&mut self, code: ExitCode, rounds: &Rounds, now: Duration) {
-        self.summary.end(code);
-        self.summary.set_rounds(rounds.past(), rounds.goodput(now));
-        let plan = &self.plan.logs;
-        let wanted = code != ExitCode::Success || !plan.redirects.is_empty() || !plan.tee.is_empty();
-        if self.logs.as_ref().is_some_and(LogFolder::is_named) || self.summary.has_failures() {
-            self.write_summary();
-        }
-        if let Some(logs) = &mut self.logs
-            && wanted
-        {
-            logs.keep();
-        }
-    }
-}
-
-fn has_files(folder: &Path) -> bool {
-    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some())
 }
