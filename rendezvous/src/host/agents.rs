@@ -229,11 +229,11 @@ pub(super) async fn serve(
             Box::pin(inside).await
         }
         (Speech::Plain, Some(_)) => {
-            tracing::warn!(%peer, "an agent without --rdzv-tls was turned away");
+            shared.turned_away(peer, "an agent without --rdzv-tls was turned away");
             tls::refuse(stream).await
         }
         (Speech::Tls, None) => {
-            tracing::warn!(%peer, "an agent with --rdzv-tls was turned away: this endpoint has no TLS");
+            shared.turned_away(peer, "an agent with --rdzv-tls was turned away: this endpoint has no TLS");
             tls::refuse(stream).await
         }
     }
@@ -255,7 +255,7 @@ async fn admit(
             Err(io::Error::other(error))
         }
         Err(error) => {
-            tracing::warn!(%peer, "an agent without the job's token was turned away");
+            shared.turned_away(peer, "an agent without the job's token was turned away");
             Err(io::Error::other(error))
         }
     }

@@ -211,8 +211,7 @@ impl<T> Connections<T> {
         let Connection { address, kind, handle, .. } = self.leave(id)?;
         let evicted = self.evicted.entry(kind).or_default();
         *evicted += 1;
-        let is_said = 10_u64.checked_pow(evicted.ilog10()) == Some(*evicted);
-        let message = is_said.then(|| {
+        let message = super::is_said(*evicted).then(|| {
             let left = self.groups.get(&(kind, address)).map_or(0, Group::count);
             format!(
                 "{} ended to make room, {evicted} so far: the last one is of {address}, which keeps {left} of them; all \

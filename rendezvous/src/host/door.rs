@@ -166,7 +166,7 @@ async fn meet(stream: &mut TcpStream, peer: SocketAddr, shared: &Shared) -> io::
         return Err(io::Error::other("neither an agent nor a rank"));
     }
     if !shared.is_guest(peer.ip()) {
-        tracing::warn!(%peer, "a client of the store was turned away: no agent with the token runs there");
+        shared.turned_away(peer, "a client of the store was turned away: no agent with the token runs there");
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     Ok(Kind::Rank)

@@ -9,7 +9,7 @@ mod clients;
 mod connections;
 mod door;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
@@ -35,6 +35,9 @@ use door::Door;
 
 /// Connections that the kernel keeps until they are accepted.
 const BACKLOG: u32 = 4096;
+
+/// Most addresses that are named because their connections are turned away.
+const NAMED: usize = 1024;
 
 /// What a host serves.
 #[derive(Debug, Clone)]
@@ -141,6 +144,8 @@ struct Shared {
     /// `Some` where agents are heard inside of TLS alone.
     tls: Option<Acceptor>,
     keep_alive: KeepAlive,
+    /// How often connections of an address were turned away, and why.
+    turned_away: Mutex<HashMap<(&'static str, IpAddr), u64>>,
     /// Agents that are connected.
     count: watch::Sender<usize>,
 }
@@ -155,6 +160,7 @@ impl Shared {
             token,
             tls,
             keep_alive,
+            turned_away: Mutex::default(),
             count: watch::channel(0).0,
         })
     }
@@ -166,11 +172,36 @@ impl Shared {
         self.guests.as_ref().is_none_or(|guests| address.is_loopback() || locked(guests).contains(&address))
     }
 
+    /// Says that a connection was turned away: for each reason and address at the first time, the tenth, the hundredth. A stranger that
+    /// tries again and again does not fill a disk.
+    fn turned_away(&self, peer: SocketAddr, why: &'static str) {
+        if let Some(times) = self.count_turned_away(peer.ip(), why) {
+            tracing::warn!(%peer, times, "{why}");
+        }
+    }
+
+    /// How often it was, if it is to be said.
+    fn count_turned_away(&self, address: IpAddr, why: &'static str) -> Option<u64> {
+        let mut counts = locked(&self.turned_away);
+        let key = (why, address.to_canonical());
+        if counts.len() >= NAMED && !counts.contains_key(&key) {
+            return None;
+        }
+        let times = counts.entry(key).or_default();
+        *times += 1;
+        is_said(*times).then_some(*times)
+    }
+
     fn welcome(&self, addresses: impl IntoIterator<Item = IpAddr>) {
         if let Some(guests) = &self.guests {
             locked(guests).extend(addresses.into_iter().map(|address| address.to_canonical()));
         }
     }
+}
+
+/// Whether an event that happens over and over is said this time: the first, the tenth, the hundredth.
+fn is_said(times: u64) -> bool {
+    times.checked_ilog10().and_then(|power| 10_u64.checked_pow(power)) == Some(times)
 }
 
 /// The lock is held for one step of one thread; what a panic left behind is a whole step or nothing.
@@ -232,4 +263,27 @@ fn run_stamp() -> String {
 pub(crate) fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::hash::RandomState::new().build_hasher().finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_that_are_turned_away_over_and_over_are_said_at_powers_of_ten() {
+        let shared = Shared::new(None, KeepAlive::default()).unwrap();
+        let said = |last: u8, times: u32| -> Vec<u64> {
+            let address = IpAddr::from([10, 0, 0, last]);
+            (0..times).filter_map(|_| shared.count_turned_away(address, "no token")).collect()
+        };
+        assert_eq!(said(1, 1234), [1, 10, 100, 1000]);
+        // Each address has its first time.
+        assert_eq!(said(2, 5), [1]);
+        // What is kept for this is bounded.
+        for number in 0..2 * NAMED as u32 {
+            shared.count_turned_away(std::net::Ipv4Addr::from(number).into(), "no token");
+        }
+        assert_eq!(locked(&shared.turned_away).len(), NAMED);
+        assert_eq!(said(1, 8766), [10_000]);
+    }
 }
