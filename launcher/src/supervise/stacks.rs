@@ -14,6 +14,8 @@ use std::{fs, io};
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use super::proc::unusable;
+
 /// Time that a debugger has for a rank.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Bytes of a debugger's answer that are kept.
@@ -38,6 +40,10 @@ const NOISE: [&str; 9] = [
 /// installed. Returns in one line what there is.
 pub(crate) async fn write_stacks(pid: u32, path: Option<&Path>) -> io::Result<String> {
     let Some(path) = path else { return Err(io::Error::other("no file for them can be written")) };
+    // Its number would lead to a stranger, which a debugger would stop.
+    if let Some(why) = unusable() {
+        return Err(io::Error::other(why));
+    }
     let mut text = threads(pid);
     let mut found = vec!["threads"];
     let python = interpreter(pid);
