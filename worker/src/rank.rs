@@ -98,6 +98,7 @@ impl Worker {
         };
         let wanted = env.device.unwrap_or(RankDevice::Cpu);
         let is_unbound = spare && wanted != RankDevice::Cpu;
+        link.take_signals().map_err(|source| Error::Link { source })?;
         let device = match is_unbound {
             // What takes the time is there then.
             true => device::load().map(|()| Device::Cpu)?,

@@ -27,6 +27,7 @@ pub mod memory;
 pub mod nccl;
 pub mod optim;
 mod reducer;
+pub mod signals;
 mod sockets;
 mod store;
 #[doc(hidden)]

@@ -72,6 +72,9 @@ pub enum Up {
     },
     /// The rank has finished its work and is about to exit with code 0.
     Done,
+    /// SIGTERM came to the rank, alone or together with all processes of the job. It asks for what
+    /// SIGTERM to the agent means.
+    Terminated,
 }
 
 /// How far a rank is in the task that it runs.
@@ -111,6 +114,8 @@ pub enum Down {
     },
     /// Something that the ranks of the job are to do together. It is enough to tell one of them.
     Ask(Request),
+    /// SIGTERM has its default action again: the one that follows ends the rank.
+    Terminate,
 }
 
 /// What all ranks of a job do at the same step boundary. They agree over the store on which one that is.

@@ -58,6 +58,12 @@ pub(crate) enum Event {
         /// What says that this node's machine, or the job's time, will be taken away, where that is why.
         notice: Option<String>,
     },
+    /// A rank got SIGTERM and asks for what that means.
+    RankTerminated {
+        local_rank: u32,
+        /// As for [`Event::Stop`].
+        together: bool,
+    },
     /// The user wants the job to end at once.
     Abort(i32),
     /// The user has a signal for the ranks.

@@ -161,6 +161,7 @@ impl Agent {
             Event::Hung { local_rank, reason } => self.hung(now, local_rank, reason),
             Event::Stop { notice: Some(notice), together, .. } => self.preempted(now, &notice, together),
             Event::Stop { signal, save, together, notice: None } => self.signal(now, signal, save, together),
+            Event::RankTerminated { local_rank, together } => self.rank_terminated(now, local_rank, together),
             Event::Abort(_) if self.is_held(now) => self.give_up(),
             Event::Abort(signal) => self.abort(now, signal),
             Event::Forward(signal) if self.alive.is_empty() => {
@@ -400,6 +401,19 @@ impl Agent {
             None => "the job is ending".into(),
         };
         vec![Action::Say(format!("told to stop again by {}: {left}", name_of(signal)))]
+    }
+
+    /// The signal went to all processes of the job, this agent included, or to this rank alone. A
+    /// rank that ended alone would take the others' checkpoint with it, so all of this node's end
+    /// as if the agent had got the signal.
+    fn rank_terminated(&mut self, now: Duration, local_rank: u32, together: bool) -> Vec<Action> {
+        if self.signalled.is_some() || self.preempted || self.is_leaving() {
+            return Vec::new();
+        }
+        (self.signalled, self.answered) = (Some(now), now);
+        let reason = format!("local rank {local_rank} was told to stop by {}", name_of(SIGTERM));
+        let code = Exit::Signal(SIGTERM).code();
+        self.end_ranks(now, reason, code, Ask::Stop(SIGTERM, true), together)
     }
 
     /// Whether ranks were killed long enough ago to have ended.

@@ -324,6 +324,27 @@ fn ranks_that_end_together_are_waited_for_before_the_node_leaves() {
 }
 
 #[test]
+fn terminate_to_one_rank_stops_all_of_its_node_after_a_checkpoint() {
+    let asks = |local_rank| Event::RankTerminated { local_rank, together: true };
+    let mut agent = agent();
+    agent.handle(NOW, started(0));
+    let said = Action::Say("local rank 1 was told to stop by SIGTERM".into());
+    assert_eq!(agent.handle(NOW, asks(1)), [said, Action::Ask(Ask::Stop(15, true))]);
+    // The others of this node, and this agent, may have got it, too.
+    assert_eq!(agent.handle(NOW, asks(0)), []);
+    assert_eq!(agent.handle(NOW, stop(15)), []);
+    assert!(agent.handle(NOW * 2, stop(2)).contains(&Action::Kill));
+    agent.handle(NOW, exited(0, Exit::Code(0)));
+    let actions = agent.handle(NOW, exited(1, Exit::Code(0)));
+    assert_eq!(actions, [Action::Exit(ExitCode::Signal(15))]);
+
+    let mut agent = self::agent();
+    agent.handle(NOW, started(0));
+    agent.handle(NOW, stop(2));
+    assert_eq!(agent.handle(NOW * 2, asks(1)), [], "all were told before");
+}
+
+#[test]
 fn ranks_that_do_not_end_are_asked_then_told_then_killed() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
@@ -493,6 +514,7 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle: false })),
         1 => any::<bool>().prop_map(closed),
         1 => any::<bool>().prop_map(|together| Event::Stop { signal: 15, save: true, together, notice: None }),
+        1 => any::<bool>().prop_map(|together| Event::RankTerminated { local_rank: 1, together }),
         1 => Just(Event::Abort(2)),
         1 => (0_u32..2).prop_map(|local_rank| Event::Hung { local_rank, reason: "h".into() }),
         1 => Just(Event::Forward(10)),

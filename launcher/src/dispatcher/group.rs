@@ -433,6 +433,11 @@ impl<'a> Group<'a> {
         self.ranks.get_mut(&local_rank).into_iter().for_each(Member::terminate);
     }
 
+    /// Whether a SIGTERM that a rank got may be this agent's.
+    pub(super) fn was_signalled(&self, local_rank: u32) -> bool {
+        self.ranks.get(&local_rank).is_some_and(Member::was_signalled)
+    }
+
     /// Signals the process groups of all ranks that live.
     pub(super) fn signal(&self, signal: Signal) {
         self.ranks.values().for_each(|member| member.signal(signal));

@@ -136,9 +136,19 @@ impl Member {
     /// Sends SIGTERM unless its group has had a signal, or it waits for the next round.
     pub(super) fn terminate(&mut self) {
         let is_signalled = matches!(*self.ending.borrow(), Ending::Asked { signalled: true });
-        if !self.is_parked() && !is_signalled {
+        // A rank that knows the link leaves its signals to the agent, until it hears that this one
+        // counts.
+        if !self.is_parked() && (!is_signalled || self.knows_link) {
+            if self.knows_link {
+                self.send(&Down::Terminate);
+            }
             self.end_group(Signal::SIGTERM);
         }
+    }
+
+    /// Whether a SIGTERM that it got may be this agent's.
+    pub(super) fn was_signalled(&self) -> bool {
+        matches!(*self.ending.borrow(), Ending::Asked { signalled: true } | Ending::Killed)
     }
 
     /// Kills it, and all that came of it.

@@ -443,6 +443,12 @@ impl<'a> Dispatcher<'a> {
             Up::Paused => self.rank_paused(local_rank, true),
             Up::Resumed => self.rank_paused(local_rank, false),
             Up::Stays => return Some(Event::Stays(local_rank)),
+            // The signal was faster than the word over the link that this one counts.
+            Up::Terminated if self.group.was_signalled(local_rank) => {}
+            Up::Terminated => {
+                let together = self.group.agrees();
+                return Some(Event::RankTerminated { local_rank, together });
+            }
             Up::Parked { round: Some(round) } => return Some(Event::Parked { local_rank, round }),
             Up::RoundLost { round, reason } => return Some(Event::RoundLost { local_rank, round, reason }),
             Up::FirstStep { round, step, repeated } => {

@@ -24,6 +24,7 @@ mod readme;
 #[path = "../../../launcher/tests/nodes/server.rs"]
 #[expect(dead_code, reason = "the launcher's tests use the rest")]
 mod server;
+mod signals;
 mod stopping;
 mod store;
 mod support;

@@ -52,7 +52,7 @@ fn a_run_that_is_stopped_loses_no_step() {
 }
 
 /// Steps in the checkpoints so far.
-fn saved(log: &Path) -> Vec<u64> {
+pub(crate) fn saved(log: &Path) -> Vec<u64> {
     events(log, "checkpoint_saved").iter().map(|event| event["step"].as_u64().unwrap()).collect()
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use ice_c10d::signals;
 use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
 use ice_proto::frame::Decoder;
 use ice_proto::link::{Down, Request, Up};
@@ -60,6 +61,7 @@ impl Inner {
                         drop(state);
                         self.broken(round);
                     }
+                    Ok(Some(Down::Terminate)) => signals::end_by_termination(),
                     Ok(None) => break,
                     Err(error) => {
                         tracing::error!(%error, "the link to the agent is unusable");
@@ -72,6 +74,8 @@ impl Inner {
             tracing::error!("the agent is gone: leaving");
             process::exit(1);
         }
+        // A process that outlives its rank is its own again.
+        signals::restore();
     }
 
     /// Notes that no more is to be expected; returns how much the rank had got done.

@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use ice_c10d::{Connections, ProcessGroup, Store};
+use ice_c10d::{Connections, ProcessGroup, Store, signals};
 use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
 use ice_proto::frame;
 use ice_proto::link::{Request, Up};
@@ -104,6 +104,22 @@ impl Link {
     /// Sends a message. An agent that is gone is noticed by the listener, so a failure to write is no error here.
     pub fn send(&self, message: &Up) {
         let Some(inner) = &self.inner else { return };
+    /// Leaves the signals that stop a job to the agent, which gets them as well, and asks it for a
+    /// stop when SIGTERM comes to this process alone.
+    pub(crate) fn take_signals(&self) -> io::Result<()> {
+        if self.inner.is_none() {
+            return Ok(());
+        }
+        let Some(mut terminations) = signals::leave_to_launcher()? else { return Ok(()) };
+        let link = self.clone();
+        let ask = move || {
+            while terminations.wait().is_ok() {
+                link.send(&Up::Terminated);
+            }
+        };
+        thread::Builder::new().name("ice-signals".into()).spawn(ask).map(drop)
+    }
+
         let frame = match frame::encode(message) {
             Ok(frame) => frame,
             Err(error) => return tracing::warn!(%error, "a message to the agent was dropped"),
@@ -381,6 +397,8 @@ impl Link {
             self.send(&inner.heartbeat());
             thread::sleep(HEARTBEAT);
         }
+        // There is no boundary left at which this process would stop.
+        signals::restore_termination();
     }
 }
 
