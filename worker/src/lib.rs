@@ -18,5 +18,5 @@ mod round;
 pub use error::Error;
 pub use ice_proto::backend::{DistBackend, RankDevice};
 pub use ice_proto::link::Progress;
-pub use link::{Boundary, Hold, Link, Stop};
+pub use link::{Alone, Boundary, Hold, Link, Stop};
 pub use rank::{Begun, Worker};

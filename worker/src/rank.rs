@@ -32,6 +32,7 @@ pub struct Worker {
 pub struct Begun {
     doing: &'static str,
     work: Option<Work>,
+    link: Link,
 }
 
 impl Begun {
@@ -41,6 +42,7 @@ impl Begun {
     /// # Errors
     /// [`Error::Collective`] when a rank is lost or the shapes differ.
     pub fn wait(self) -> Result<(), Error> {
+        let _waiting = self.link.waiting();
         self.work.map_or(Ok(()), Work::wait).map_err(collective(self.doing))
     }
 }
@@ -96,9 +98,9 @@ impl Worker {
             Some(fd) => Link::open(fd, rank, round).map_err(|source| Error::Link { source })?,
             None => Link::default(),
         };
+        link.take_signals().map_err(|source| Error::Link { source })?;
         let wanted = env.device.unwrap_or(RankDevice::Cpu);
         let is_unbound = spare && wanted != RankDevice::Cpu;
-        link.take_signals().map_err(|source| Error::Link { source })?;
         let device = match is_unbound {
             // What takes the time is there then.
             true => device::load().map(|()| Device::Cpu)?,
@@ -342,10 +344,11 @@ impl Worker {
         doing: &'static str,
         call: impl FnOnce(&ProcessGroup) -> ice_c10d::Result<Work>,
     ) -> Result<Begun, Error> {
-        let Some(group) = self.group() else { return Ok(Begun { doing, work: None }) };
+        let link = self.link.clone();
+        let Some(group) = self.group() else { return Ok(Begun { doing, work: None, link }) };
         self.link.tick();
         let work = call(&group).map_err(collective(doing))?;
-        Ok(Begun { doing, work: Some(work) })
+        Ok(Begun { doing, work: Some(work), link })
     }
 
     /// Copies the tensor of each rank `i` into row `i` of `all`. Those of all ranks have the same shape and dtype.
@@ -367,7 +370,9 @@ impl Worker {
         if !self.can_stay() || self.world_size() == 1 {
             return Ok(());
         }
+        let waiting = self.link.waiting();
         tch::Cuda::synchronize(index as i64);
+        drop(waiting);
         if self.link.is_broken() { Err(Error::RoundOver) } else { Ok(()) }
     }
 

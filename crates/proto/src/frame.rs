@@ -175,10 +175,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::link::Up;
+    use crate::link::{Doing, Up};
 
     fn message() -> Up {
-        Up::Heartbeat { step: 7, activity: 9, applied_ms: 11 }
+        Up::Heartbeat { step: 7, activity: 9, doing: Doing::Steps, applied_ms: 11 }
     }
 
     #[test]

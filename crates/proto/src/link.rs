@@ -46,9 +46,10 @@ pub enum Up {
     Heartbeat {
         /// Applied steps since the start of the job.
         step: u64,
-        /// Grows with everything that the rank gets done; 0 where nothing is to be expected of it, as before the first
-        /// step and after the last one.
+        /// Grows with everything that the rank gets done.
         activity: u64,
+        /// Whether it is expected to grow.
+        doing: Doing,
         /// Milliseconds that this process has spent in steps that were applied.
         applied_ms: u64,
     },
@@ -75,6 +76,21 @@ pub enum Up {
     /// SIGTERM came to the rank, alone or together with all processes of the job. It asks for what
     /// SIGTERM to the agent means.
     Terminated,
+}
+
+/// What a rank is about, and so what is expected of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Doing {
+    /// Work of its own that takes as long as it takes: it loads data, saves, or runs a closure of
+    /// the program. Other ranks may have to wait for it.
+    Alone,
+    /// On its way to the next thing that all ranks do together, or waits for the others in it, and
+    /// has done no step since it was [`Doing::Alone`].
+    Meeting,
+    /// One step after the other.
+    Steps,
+    /// Nothing, and no other rank waits for it: it is paused, between two rounds, or has finished.
+    Resting,
 }
 
 /// How far a rank is in the task that it runs.

@@ -1,10 +1,14 @@
 //! Whether the ranks of this node stand still.
 //!
-//! Ranks that know the link say every second how much they have got done; of others only the CPU time that they use is known.
-//! Time comes in as an argument, as for the agent.
+//! Ranks that know the link say every second how much they have got done, and whether more is
+//! expected of them. A rank that is alone at work, as one that saves, keeps the others waiting for
+//! as long as it takes. Of other programs only the CPU time that they use is known. Time comes in
+//! as an argument, as for the agent.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
+
+use ice_proto::link::Doing;
 
 use crate::cli::HangTimeout;
 
@@ -26,6 +30,7 @@ enum Pulse {
     Steps {
         step: u64,
         activity: u64,
+        doing: Doing,
         changed: Duration,
         heard: Duration,
     },
@@ -82,13 +87,24 @@ impl HangWatch {
         self.ranks.remove(&local_rank);
     }
 
-    pub(crate) fn heartbeat(&mut self, now: Duration, local_rank: u32, step: u64, activity: u64) {
+    pub(crate) fn heartbeat(
+        &mut self,
+        now: Duration,
+        local_rank: u32,
+        step: u64,
+        activity: u64,
+        doing: Doing,
+    ) {
         let Some(pulse) = self.ranks.get_mut(&local_rank) else { return };
         let changed = match *pulse {
-            Pulse::Steps { activity: before, changed, .. } if before == activity => changed,
+            Pulse::Steps { activity: before, doing: what, changed, .. }
+                if (before, what) == (activity, doing) =>
+            {
+                changed
+            }
             _ => now,
         };
-        *pulse = Pulse::Steps { step, activity, changed, heard: now };
+        *pulse = Pulse::Steps { step, activity, doing, changed, heard: now };
     }
 
     /// How often CPU times are wanted; never where nobody asked for it.
@@ -119,8 +135,9 @@ impl HangWatch {
 
     fn timeout_of(&self, pulse: &Pulse) -> Option<Duration> {
         match (self.timeout, pulse) {
-            // Not at work: before the first step, or after the last one.
-            (_, Pulse::None | Pulse::Steps { activity: 0, .. }) => None,
+            (_, Pulse::None | Pulse::Steps { doing: Doing::Alone | Doing::Resting, .. }) => None,
+            // A rank of another node may be alone at work, which only its own agent hears.
+            (_, Pulse::Steps { doing: Doing::Meeting, .. }) if self.several_nodes => None,
             (_, Pulse::Steps { .. }) => self.timeout_of_steps(),
             (HangTimeout::After(timeout), Pulse::Cpu { .. }) => Some(timeout),
             (HangTimeout::Default | HangTimeout::Never, Pulse::Cpu { .. }) => None,
@@ -136,9 +153,22 @@ impl HangWatch {
         }
     }
 
-    /// A rank that has not begun may be what the others wait for; one that rests has done its part.
+    /// Whether a rank is one that the others may rightly wait for, however long that takes. Once
+    /// there were steps, a process that starts has as long as a step.
+    fn is_waited_for(&self, pulse: &Pulse) -> bool {
+        let there_were_steps =
+            || self.ranks.values().any(|pulse| matches!(pulse, Pulse::Steps { step: 1.., .. }));
+        match pulse {
+            Pulse::None | Pulse::Steps { step: 0, doing: Doing::Alone, .. } => !there_were_steps(),
+            Pulse::Steps { doing, .. } => *doing == Doing::Alone,
+            Pulse::Cpu { .. } => false,
+        }
+    }
+
+    /// A rank that does not begin may be what the others wait for, as may one that left the steps
+    /// before them. One that rests is not.
     fn may_be_behind(&self, pulse: &Pulse) -> bool {
-        matches!(pulse, Pulse::Steps { step: 0, activity: 0, .. }) || self.timeout_of(pulse).is_some()
+        !matches!(pulse, Pulse::None | Pulse::Steps { doing: Doing::Resting, .. })
     }
 
     /// When a rank will have been silent for too long, or the last one that still did something will have stood still.
@@ -158,6 +188,9 @@ impl HangWatch {
 
     /// When the last rank that still did something will have stood still for too long.
     fn standstill(&self) -> Option<Duration> {
+        if self.ranks.values().any(|pulse| self.is_waited_for(pulse)) {
+            return None;
+        }
         let due = |pulse: &Pulse| Some(pulse.changed()? + self.timeout_of(pulse)?);
         let due = self.ranks.values().filter_map(due).max()?;
         // The agent that sees which rank is behind acts first; others only guess.
@@ -231,6 +264,17 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
+    /// Steps so far and things done so far of a rank, and what it is about.
+    type Beat = (u64, u64, Doing);
+
+    fn beat(watch: &mut HangWatch, now: u64, local_rank: u32, (step, activity, doing): Beat) {
+        watch.heartbeat(s(now), local_rank, step, activity, doing);
+    }
+
+    fn steps(count: u64) -> Beat {
+        (count, count, Doing::Steps)
+    }
+
     fn watch(timeout: HangTimeout) -> HangWatch {
         let mut watch = HangWatch::new(timeout, Duration::from_millis(100));
         watch.start(2, 1);
@@ -241,9 +285,9 @@ mod tests {
     fn the_group_hangs_when_its_last_rank_stands_still() {
         let mut watch = watch(HangTimeout::After(s(10)));
         for now in 1..30 {
-            watch.heartbeat(s(now), 0, now.min(5), now.min(5));
+            beat(&mut watch, now, 0, steps(now.min(5)));
             if now < 8 {
-                watch.heartbeat(s(now), 1, now.min(4), now.min(4));
+                beat(&mut watch, now, 1, steps(now.min(4)));
             }
             let hang = watch.check(s(now));
             assert_eq!(hang.is_some(), now >= 15, "{now}");
@@ -255,27 +299,90 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_is_not_at_work_is_not_watched() {
+    fn ranks_that_load_data_or_have_finished_are_not_watched() {
         let mut watch = watch(HangTimeout::Default);
-        watch.heartbeat(s(1), 0, 0, 0);
-        watch.heartbeat(s(1), 1, 0, 0);
-        assert_eq!(watch.standstill(), None, "before the first step");
-        watch.heartbeat(s(2), 0, 1, 1);
+        assert_eq!(watch.standstill(), None, "nothing was heard of them");
+        beat(&mut watch, 1, 0, (0, 0, Doing::Alone));
+        beat(&mut watch, 1, 1, (0, 0, Doing::Alone));
+        assert_eq!(watch.standstill(), None, "before the group is formed");
+        beat(&mut watch, 2, 0, steps(1));
+        beat(&mut watch, 2, 1, steps(1));
         assert_eq!(watch.standstill(), Some(s(2) + DEFAULT));
-        watch.heartbeat(s(3), 0, 1, 0);
-        assert_eq!(watch.standstill(), None, "after the last one");
-        watch.heartbeat(s(4), 0, 1, 1);
+        beat(&mut watch, 3, 0, (1, 1, Doing::Resting));
+        beat(&mut watch, 3, 1, (1, 1, Doing::Resting));
+        assert_eq!(watch.standstill(), None, "paused, or after the end");
+        beat(&mut watch, 4, 0, steps(1));
         watch.gone(0);
         assert_eq!(watch.standstill(), None);
+    }
+
+    #[test]
+    fn ranks_that_wait_for_each_other_before_the_first_step_stand_still() {
+        // The group is not formed, or one waits in a step that the other one will not do.
+        for doing in [Doing::Meeting, Doing::Steps] {
+            let mut watch = watch(HangTimeout::After(s(10)));
+            for now in 1..30 {
+                beat(&mut watch, now, 0, (0, 0, Doing::Meeting));
+                beat(&mut watch, now, 1, (0, 3, doing));
+                let hang = watch.check(s(now));
+                assert_eq!(hang.map(|hang| hang.local_rank), (now >= 11).then_some(0), "{doing:?} {now}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_left_the_steps_while_others_wait_in_one_is_behind() {
+        // Of several nodes, too: that its own ranks differ is evident to this agent.
+        for nodes in [1, 2] {
+            let mut watch = watch(HangTimeout::After(s(10)));
+            watch.start(2, nodes);
+            for now in 1..30 {
+                let left = (now.min(4), now.min(4), if now < 5 { Doing::Steps } else { Doing::Meeting });
+                beat(&mut watch, now, 0, left);
+                beat(&mut watch, now, 1, steps(now.min(6)));
+                let hang = watch.check(s(now));
+                assert_eq!(hang.as_ref().map(|hang| hang.local_rank), (now >= 16).then_some(0), "{now}");
+                assert!(hang.is_none_or(|hang| hang.reason.contains("at step 4 of 6")));
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_is_alone_at_work_is_waited_for() {
+        for other in [Doing::Meeting, Doing::Steps] {
+            let mut watch = watch(HangTimeout::After(s(10)));
+            for now in 1..100 {
+                beat(&mut watch, now, 0, (7, 7, Doing::Alone));
+                beat(&mut watch, now, 1, (7, 9, other));
+                assert_eq!(watch.check(s(now)), None, "{now}");
+            }
+            // It joins the others, and then they all stand still.
+            beat(&mut watch, 100, 0, (7, 7, Doing::Meeting));
+            beat(&mut watch, 109, 1, (7, 9, other));
+            assert_eq!(watch.check(s(109)), None);
+            beat(&mut watch, 110, 0, (7, 7, Doing::Meeting));
+            assert_eq!(watch.check(s(110)).map(|hang| hang.local_rank), Some(0));
+        }
+    }
+
+    #[test]
+    fn ranks_that_meet_may_wait_for_one_of_another_node() {
+        let mut watch = watch(HangTimeout::After(s(10)));
+        watch.start(2, 2);
+        for now in 1..100 {
+            beat(&mut watch, now, 0, (7, 7, Doing::Meeting));
+            beat(&mut watch, now, 1, (7, 7, Doing::Meeting));
+            assert_eq!(watch.check(s(now)), None, "{now}");
+        }
     }
 
     #[test]
     fn a_rank_that_is_silent_hangs_whatever_it_was_doing() {
         let mut watch = watch(HangTimeout::After(s(10)));
         for now in 1..20 {
-            watch.heartbeat(s(now), 0, 7, 0);
+            beat(&mut watch, now, 0, (7, 0, Doing::Alone));
             if now <= 4 {
-                watch.heartbeat(s(now), 1, 7, 0);
+                beat(&mut watch, now, 1, (7, 0, Doing::Alone));
             }
             let hang = watch.check(s(now));
             assert_eq!(hang.as_ref().map(|hang| hang.local_rank), (now >= 14).then_some(1), "{now}");
@@ -284,12 +391,13 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_never_began_is_behind() {
+    fn a_new_process_that_does_not_begin_is_behind_those_that_did_steps() {
         let mut watch = watch(HangTimeout::After(s(10)));
-        watch.heartbeat(s(1), 0, 7, 9);
-        watch.heartbeat(s(1), 1, 0, 0);
+        beat(&mut watch, 1, 0, (7, 9, Doing::Meeting));
+        assert_eq!(watch.check(s(11)).map(|hang| hang.local_rank), Some(0), "the other is not heard of");
+        beat(&mut watch, 1, 1, (0, 0, Doing::Alone));
         assert_eq!(watch.check(s(11)).unwrap().local_rank, 1);
-        watch.heartbeat(s(1), 1, 7, 0);
+        beat(&mut watch, 1, 1, (7, 0, Doing::Resting));
         assert_eq!(watch.check(s(11)).unwrap().local_rank, 0, "one that rests is not");
     }
 
@@ -297,8 +405,8 @@ mod tests {
     fn a_rank_that_works_alone_keeps_the_others_waiting() {
         let mut watch = watch(HangTimeout::After(s(10)));
         for now in 1..100 {
-            watch.heartbeat(s(now), 0, 7, now);
-            watch.heartbeat(s(now), 1, 7, 7);
+            beat(&mut watch, now, 0, (7, now, Doing::Steps));
+            beat(&mut watch, now, 1, (7, 7, Doing::Steps));
             assert_eq!(watch.check(s(now)), None);
         }
     }
@@ -311,11 +419,11 @@ mod tests {
         }
         for now in 1..30 {
             // The first rank of the other node is stopped.
-            here.heartbeat(s(now), 0, now.min(5), now.min(5));
-            here.heartbeat(s(now), 1, now.min(5), now.min(5));
-            there.heartbeat(s(now), 1, now.min(5), now.min(5));
+            beat(&mut here, now, 0, steps(now.min(5)));
+            beat(&mut here, now, 1, steps(now.min(5)));
+            beat(&mut there, now, 1, steps(now.min(5)));
             if now <= 5 {
-                there.heartbeat(s(now), 0, now, now);
+                beat(&mut there, now, 0, steps(now));
             }
             assert_eq!(there.check(s(now)).map(|hang| hang.local_rank), (now >= 15).then_some(0), "{now}");
             assert_eq!(here.check(s(now)).is_some(), now >= 25, "{now}");

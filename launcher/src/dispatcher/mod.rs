@@ -470,8 +470,8 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
             }
-            Up::Heartbeat { step, activity, .. } => {
-                self.hangs.heartbeat(now, local_rank, step, activity);
+            Up::Heartbeat { step, activity, doing, .. } => {
+                self.hangs.heartbeat(now, local_rank, step, activity, doing);
             }
             Up::CheckpointSaved { path, step } => {
                 let rank = self.group.rank(local_rank);

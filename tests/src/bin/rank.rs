@@ -1,17 +1,18 @@
 //! A rank that forms the group and then does one thing, for tests and for the start-up benchmark.
 //!
-//! ```text
-//! rank all-reduce           sums ones over the ranks; rank 0 prints `sum <n> at <unix nanoseconds>`
-//! rank panic <rank>         that rank panics, the others wait for it in a barrier
-//! rank wait                 rank 0 prints `waiting`, and all stay in a barrier that it never enters
-//! rank step                 steps until it is told to stop; prints `step 3` after that step
-//! rank stall <rank> <step>  steps, and that rank stays in that step of the first attempt; the second ends after it
-//! ```
+//! ```text rank all-reduce           sums ones over the ranks; rank 0 prints `sum <n> at <unix
+//! nanoseconds>` rank panic <rank>         that rank panics, the others wait for it in a barrier
+//! rank wait                 rank 0 prints `waiting`, and all stay in a barrier that it never
+//! enters rank step                 steps until it is told to stop; prints `step 3` after that step
+//! rank stall <rank> <step>  steps, and that rank stays in that step of the first attempt; the
+//! second ends after it rank part <rank>          that rank leaves its steps before the first one
+//! and waits for the others, which wait for it in a step rank alone <seconds>      rank 0 does work
+//! of its own for so long, the others wait for it in a barrier ```
 
 use std::env;
 use std::process::ExitCode;
 use std::thread;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ice_worker::{Boundary, Worker};
 use tch::{Kind, Tensor};
@@ -48,6 +49,28 @@ fn run() -> Result<(), ice::Error> {
         ["stall", rank, step_number] => {
             let stalls = worker.rank().to_string() == rank && worker.restart_count() == 0;
             step(&worker, step_number.parse().ok().map(|number| (number, stalls)))?;
+        }
+        ["part", rank] => {
+            worker.link().begin();
+            let leaves = worker.rank().to_string() == rank;
+            match leaves {
+                true => worker.link().end(),
+                false => {
+                    worker.link().advance(0);
+                    let tensor = Tensor::zeros([1], (Kind::Float, worker.device()));
+                    worker.begin_receive(rank.parse().unwrap_or_default(), &tensor)?.wait()?;
+                }
+            }
+            worker.barrier()?;
+        }
+        ["alone", seconds] => {
+            worker.link().begin();
+            let alone = worker.link().alone();
+            if worker.is_main() {
+                thread::sleep(Duration::from_secs(seconds.parse().unwrap_or_default()));
+            }
+            drop(alone);
+            worker.barrier()?;
         }
         _ => panic!("unknown arguments {arguments:?}"),
     }

@@ -151,3 +151,17 @@ fn a_rank_that_is_suspended_is_found() {
     let logs = outcome.report("logs");
     assert!(logs.starts_with("none") || fs::read_to_string(logs).unwrap().contains("T (stopped)"), "{logs}");
 }
+
+#[test]
+fn a_rank_that_leaves_the_steps_before_the_others_is_found() {
+    let options = ["--devices", "cpu:0-1", "--hang-timeout", "1"];
+    let outcome = Program::ice_launch(options).arg(built("rank")).args(["part", "1"]).run(SOON);
+    outcome.expect_code(1).expect_in_stderr(&["rank 1 failed: hung: no rank got anything done for 3 s"]);
+}
+
+#[test]
+fn a_rank_that_is_alone_at_work_may_keep_the_others_waiting() {
+    // For longer than the timeout, which is 3 s at least.
+    let options = ["--devices", "cpu:0-1", "--hang-timeout", "1"];
+    Program::ice_launch(options).arg(built("rank")).args(["alone", "6"]).run(SOON).expect_code(0);
+}

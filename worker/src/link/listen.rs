@@ -30,7 +30,8 @@ impl Inner {
     pub(super) fn heartbeat(&self) -> Up {
         Up::Heartbeat {
             step: self.step.load(Ordering::Relaxed),
-            activity: self.activity.load(Ordering::Relaxed),
+            activity: self.activity.count(),
+            doing: self.activity.doing(),
             applied_ms: self.applied_ms.load(Ordering::Relaxed),
         }
     }
@@ -76,11 +77,6 @@ impl Inner {
         }
         // A process that outlives its rank is its own again.
         signals::restore();
-    }
-
-    /// Notes that no more is to be expected; returns how much the rank had got done.
-    pub(super) fn rest(&self) -> u64 {
-        self.activity.swap(0, Ordering::Relaxed)
     }
 
     fn given(&self, variables: &BTreeMap<String, String>) {

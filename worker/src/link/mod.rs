@@ -1,5 +1,6 @@
 //! The rank's end of the link.
 
+mod activity;
 mod listen;
 mod state;
 
@@ -21,6 +22,8 @@ use ice_proto::link::{Request, Up};
 use crate::Error;
 use crate::agree::{self, Boundaries, Part, Turn};
 
+pub use activity::Alone;
+use activity::{Activity, Waiting};
 use state::State;
 pub use state::{Boundary, Stop};
 
@@ -40,7 +43,7 @@ pub struct Link {
 struct Inner {
     stream: Mutex<UnixStream>,
     step: AtomicU64,
-    activity: AtomicU64,
+    activity: Activity,
     applied_ms: AtomicU64,
     leaving: AtomicBool,
     state: Mutex<State>,
@@ -81,7 +84,7 @@ impl Link {
         let inner = Arc::new(Inner {
             stream: Mutex::new(stream),
             step: AtomicU64::new(0),
-            activity: AtomicU64::new(0),
+            activity: Activity::new(),
             applied_ms: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
             state: Mutex::new(State { round, ..State::default() }),
@@ -101,9 +104,6 @@ impl Link {
         Ok(link)
     }
 
-    /// Sends a message. An agent that is gone is noticed by the listener, so a failure to write is no error here.
-    pub fn send(&self, message: &Up) {
-        let Some(inner) = &self.inner else { return };
     /// Leaves the signals that stop a job to the agent, which gets them as well, and asks it for a
     /// stop when SIGTERM comes to this process alone.
     pub(crate) fn take_signals(&self) -> io::Result<()> {
@@ -120,6 +120,9 @@ impl Link {
         thread::Builder::new().name("ice-signals".into()).spawn(ask).map(drop)
     }
 
+    /// Sends a message. An agent that is gone is noticed by the listener, so a failure to write is no error here.
+    pub fn send(&self, message: &Up) {
+        let Some(inner) = &self.inner else { return };
         let frame = match frame::encode(message) {
             Ok(frame) => frame,
             Err(error) => return tracing::warn!(%error, "a message to the agent was dropped"),
@@ -135,19 +138,19 @@ impl Link {
         self.send(&Up::CheckpointSaved { path: path.display().to_string(), step });
     }
 
-    /// Notes that something got done, and the optimizer steps applied so far. From now on the agent expects more of it, until
-    /// [`Link::rest`].
+    /// Notes that a step got done, and the optimizer steps applied so far. From now on the agent
+    /// expects more steps, until the rank is [alone](Link::alone) or at the [end](Link::end).
     pub fn advance(&self, step: u64) {
         if let Some(inner) = &self.inner {
             inner.step.store(step, Ordering::Relaxed);
-            inner.activity.fetch_add(1, Ordering::Relaxed);
+            inner.activity.step();
         }
     }
 
     /// Notes that all ranks of the round are at work from here on, and have got as much done as each other.
     pub fn begin(&self) {
         if let Some(inner) = &self.inner {
-            inner.activity.store(1, Ordering::Relaxed);
+            inner.activity.begin();
         }
     }
 
@@ -161,17 +164,20 @@ impl Link {
     /// Notes that something got done within a step: where a job stands still, the rank that got less done is behind.
     pub fn tick(&self) {
         if let Some(inner) = &self.inner {
-            // A rank that is not at work stays so.
-            let more = |activity: u64| (activity > 0).then_some(activity + 1);
-            let _ = inner.activity.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+            inner.activity.tick();
         }
     }
 
-    /// Notes that no more is to be expected.
-    pub fn rest(&self) {
-        if let Some(inner) = &self.inner {
-            inner.rest();
-        }
+    /// Says that this rank does work of its own until the value is dropped: it saves, or evaluates
+    /// while the others wait for it. The agent takes no time that this takes for a hang.
+    #[must_use]
+    pub fn alone(&self) -> Alone {
+        Alone::new(self.inner.as_ref())
+    }
+
+    /// Says that this rank waits for others until the value is dropped.
+    pub(crate) fn waiting(&self) -> Waiting {
+        Waiting::new(self.inner.as_ref())
     }
 
     /// Whether the rank is to end.
@@ -218,7 +224,7 @@ impl Link {
     /// Leaves the round, whose group is gone, and waits for the next one; `None` where the rank is to end.
     pub(crate) fn next_round(&self) -> Option<RankEnv> {
         let inner = self.inner.as_ref()?;
-        self.rest();
+        inner.activity.rest();
         loop {
             let mut state = inner.state();
             state.noticed = true;
@@ -264,10 +270,7 @@ impl Link {
             (state.node, state.stopping) = (env.group_rank, false);
             (state.connections, state.cuts) = (Some(connections.clone()), Vec::new());
             drop(state);
-            // A rank that has been at work is expected to be so again.
-            if inner.step.load(Ordering::Relaxed) > 0 {
-                inner.activity.store(1, Ordering::Relaxed);
-            }
+            inner.activity.enter_round();
         }
         connections
     }
@@ -300,6 +303,7 @@ impl Link {
             .name("ice-form".into())
             .spawn(done)
             .map_err(|source| Error::Link { source })?;
+        let _waiting = self.waiting();
         told.recv().unwrap_or(Err(Error::RoundOver))
     }
 
@@ -352,22 +356,25 @@ impl Link {
                 }
                 Turn::Do(_) => break Boundary::Save,
                 Turn::Wait => {
-                    if state.boundaries.is_paused() && state.rests.is_none() {
-                        state.rests = Some(inner.rest());
-                        drop(state);
-                        self.send(&Up::Paused);
-                        state = inner.state();
-                        continue;
+                    if state.boundaries.is_paused() {
+                        // Also after a save in between.
+                        let before = inner.activity.rest();
+                        if state.rests.is_none() {
+                            state.rests = Some(before);
+                            drop(state);
+                            self.send(&Up::Paused);
+                            state = inner.state();
+                            continue;
+                        }
                     }
                     state = inner.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
             }
         };
-        let done = if found == Boundary::GoOn { state.rests.take() } else { None };
+        let before = if found == Boundary::GoOn { state.rests.take() } else { None };
         drop(state);
-        if let Some(done) = done {
-            // It is at work again where it was before.
-            inner.activity.store(done + u64::from(done > 0), Ordering::Relaxed);
+        if let Some(before) = before {
+            inner.activity.resume(before);
             self.send(&Up::Resumed);
         }
         found
@@ -378,17 +385,20 @@ impl Link {
         if let Some(inner) = &self.inner {
             inner.state().boundaries.end();
             inner.changed.notify_all();
+            inner.activity.end();
         }
-        self.rest();
     }
 
     /// Says that the work is done; the agent may be gone from now on.
     pub(crate) fn finish(&self) {
         if let Some(inner) = &self.inner {
+            inner.activity.rest();
             inner.leaving.store(true, Ordering::SeqCst);
             self.send(&inner.heartbeat());
         }
         self.send(&Up::Done);
+        // There is no boundary left at which this process would stop.
+        signals::restore_termination();
     }
 
     fn beat(&self) {
@@ -397,8 +407,6 @@ impl Link {
             self.send(&inner.heartbeat());
             thread::sleep(HEARTBEAT);
         }
-        // There is no boundary left at which this process would stop.
-        signals::restore_termination();
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ice_c10d::{Connections, ProcessGroup, Store};
 use ice_proto::env::RankEnv;
+use ice_proto::link::Doing;
 
 use crate::agree::Boundaries;
 
@@ -37,8 +38,8 @@ pub(super) struct State {
     /// Writes under way that are not to be cut off.
     pub(super) holds: usize,
     pub(super) boundaries: Boundaries,
-    /// Where the agent was told that this rank is paused: how much it had got done.
-    pub(super) rests: Option<u64>,
+    /// Where the agent was told that this rank is paused: what it was about before.
+    pub(super) rests: Option<Doing>,
     /// Rank of this node.
     pub(super) node: u32,
 }

@@ -17,6 +17,8 @@ impl Run<'_> {
     /// # Errors
     /// The failure of this save's copy or of the write before it.
     pub fn save_checkpoint(&self, save_to: Option<&Path>, tags: Option<&Tags>) -> Result<()> {
+        // Rank 0 writes for all, and waits for the save before to be on the disk.
+        let _alone = self.worker.link().alone();
         self.graph.sync_measures(&self.worker)?;
         self.synced();
         let folder =
@@ -34,6 +36,7 @@ impl Run<'_> {
     /// # Errors
     /// [`crate::Error::Graph`] where the node has measured nothing; as [`Run::save_checkpoint`].
     pub fn save_best(&self, measure: &str, better: Better, keep: usize) -> Result<bool> {
+        let _alone = self.worker.link().alone();
         let value = self.measure(measure)?;
         let holder = self.folder.join(BEST);
         self.writer.borrow_mut().finish()?;
@@ -60,6 +63,7 @@ impl Run<'_> {
     /// # Errors
     /// What kept it from being written.
     pub fn finish_saving(&self) -> Result<()> {
+        let _alone = self.worker.link().alone();
         self.writer.borrow_mut().finish()
     }
 

@@ -22,8 +22,8 @@ pub(super) trait Once {
 
 impl<T: Once> TaskItem for T {
     fn run(&self, run: &Run) -> Result<()> {
-        // It may take as long as it likes; the next step is awaited again.
-        run.worker().link().rest();
+        // It may take as long as it takes; the next step is awaited again.
+        let _alone = run.worker().link().alone();
         // One that was disturbed is done again.
         self.perform(run).inspect_err(|_| self.finished().set(false))?;
         run.passed();
