@@ -26,6 +26,17 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The pipe for the timers of ranks cannot be made.
+    #[error(
+        "TORCHELASTIC_TIMER_FILE: cannot make the pipe {}: {source}: name another path, or leave the variable out",
+        path.display()
+    )]
+    TimerPipe {
+        /// The pipe, or its folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The file for events cannot be written.
     #[error("cannot write events to {}: {source}: choose another --events", path.display())]
     Events {
@@ -43,6 +54,7 @@ impl Error {
             Self::Rendezvous(Rendezvous::Bind { .. } | Rendezvous::Resolve { .. })
             | Self::Limit(_)
             | Self::Logs { .. }
+            | Self::TimerPipe { .. }
             | Self::Events { .. } => ExitCode::Usage,
             _ => ExitCode::Failure,
         }

@@ -50,6 +50,10 @@ variables! {
     TORCHELASTIC_USE_AGENT_STORE,
     /// File that a failing rank writes its last words to.
     TORCHELASTIC_ERROR_FILE,
+    /// Named pipe for requests of PyTorch's `FileTimerClient`, where the agent serves them.
+    TORCHELASTIC_TIMER_FILE,
+    /// File that a rank may touch to show that it gets something done.
+    ICE_HEARTBEAT_FILE,
     /// Names of the signals that stop the job, separated by commas.
     TORCHELASTIC_SIGNALS_TO_HANDLE,
     /// Threads per rank of OpenMP.

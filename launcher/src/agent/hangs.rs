@@ -34,6 +34,13 @@ enum Pulse {
         changed: Duration,
         heard: Duration,
     },
+    /// The rank has a file that it touches.
+    File {
+        /// When it did last, by the clock of files.
+        touched: Duration,
+        /// When that was seen.
+        changed: Duration,
+    },
     Cpu {
         used: Duration,
         sampled: Duration,
@@ -46,7 +53,9 @@ impl Pulse {
     fn changed(&self) -> Option<Duration> {
         match self {
             Self::None => None,
-            Self::Steps { changed, .. } | Self::Cpu { changed, .. } => Some(*changed),
+            Self::Steps { changed, .. } | Self::File { changed, .. } | Self::Cpu { changed, .. } => {
+                Some(*changed)
+            }
         }
     }
 }
@@ -61,6 +70,8 @@ pub(crate) struct Hang {
     pub(crate) since: Duration,
     /// Whether it does not even say that it lives: how it got there is not to be seen then.
     pub(crate) is_silent: bool,
+    /// The process and the signal to end it by, before its rank is ended.
+    pub(crate) ends_by: Option<(u32, i32)>,
 }
 
 pub(crate) struct HangWatch {
@@ -107,13 +118,33 @@ impl HangWatch {
         *pulse = Pulse::Steps { step, activity, doing, changed, heard: now };
     }
 
-    /// How often CPU times are wanted; never where nobody asked for it.
+    /// How often files, and CPU times where [`HangWatch::wants_cpu_times`], are to be looked at;
+    /// never where hangs are of no interest.
     pub(crate) fn sampling(&self) -> Option<Duration> {
-        let HangTimeout::After(timeout) = self.timeout else { return None };
+        let timeout = match self.timeout {
+            HangTimeout::Never => return None,
+            HangTimeout::Default => DEFAULT,
+            HangTimeout::After(timeout) => timeout,
+        };
         let plain = self.ranks.values().any(|pulse| !matches!(pulse, Pulse::Steps { .. }));
         plain.then(|| {
             (timeout / 10).clamp(Duration::from_millis(20), Duration::from_secs(10)).max(self.period)
         })
+    }
+
+    /// Whether the CPU times of ranks count. They say little, so the user has to ask for it.
+    pub(crate) fn wants_cpu_times(&self) -> bool {
+        matches!(self.timeout, HangTimeout::After(_))
+    }
+
+    /// When a rank has touched its file last. From the first time on, that is what counts of a
+    /// program that does not know the link.
+    pub(crate) fn touched(&mut self, now: Duration, local_rank: u32, touched: Duration) {
+        match self.ranks.get_mut(&local_rank) {
+            None | Some(Pulse::Steps { .. }) => {}
+            Some(Pulse::File { touched: before, .. }) if *before == touched => {}
+            Some(pulse) => *pulse = Pulse::File { touched, changed: now },
+        }
     }
 
     /// The CPU time that a rank and all that came of it have used.
@@ -139,6 +170,9 @@ impl HangWatch {
             // A rank of another node may be alone at work, which only its own agent hears.
             (_, Pulse::Steps { doing: Doing::Meeting, .. }) if self.several_nodes => None,
             (_, Pulse::Steps { .. }) => self.timeout_of_steps(),
+            (HangTimeout::Never, Pulse::File { .. }) => None,
+            (HangTimeout::Default, Pulse::File { .. }) => Some(DEFAULT),
+            (HangTimeout::After(timeout), Pulse::File { .. }) => Some(timeout),
             (HangTimeout::After(timeout), Pulse::Cpu { .. }) => Some(timeout),
             (HangTimeout::Default | HangTimeout::Never, Pulse::Cpu { .. }) => None,
         }
@@ -161,7 +195,7 @@ impl HangWatch {
         match pulse {
             Pulse::None | Pulse::Steps { step: 0, doing: Doing::Alone, .. } => !there_were_steps(),
             Pulse::Steps { doing, .. } => *doing == Doing::Alone,
-            Pulse::Cpu { .. } => false,
+            Pulse::File { .. } | Pulse::Cpu { .. } => false,
         }
     }
 
@@ -173,7 +207,27 @@ impl HangWatch {
 
     /// When a rank will have been silent for too long, or the last one that still did something will have stood still.
     pub(crate) fn deadline(&self) -> Option<Duration> {
-        self.silence().map(|(due, _)| due).into_iter().chain(self.standstill()).min()
+        let dues = [self.silence(), self.neglect()].into_iter().flatten().map(|(due, _)| due);
+        dues.chain(self.standstill()).min()
+    }
+
+    /// When a rank will not have touched its file for too long, and which one. That others do
+    /// something is no excuse: the file is a promise of this rank.
+    fn neglect(&self) -> Option<(Duration, u32)> {
+        let due = |(rank, pulse): (&u32, &Pulse)| match pulse {
+            Pulse::File { changed, .. } => Some((*changed + self.timeout_of(pulse)?, *rank)),
+            _ => None,
+        };
+        self.ranks.iter().filter_map(due).min()
+    }
+
+    /// Whether a rank has not touched its file for too long.
+    fn check_neglect(&self, now: Duration) -> Option<Hang> {
+        let (_, local_rank) = self.neglect().filter(|(due, _)| *due <= now)?;
+        let pulse = self.ranks.get(&local_rank)?;
+        let (since, timeout) = (pulse.changed()?, self.timeout_of(pulse)?.as_secs_f64());
+        let reason = format!("it did not touch its heartbeat file for {timeout} s");
+        Some(Hang { local_rank, reason, since, is_silent: false, ends_by: None })
     }
 
     /// When a rank will have been silent for too long, and which one: whatever it is doing, a process that runs says so.
@@ -206,8 +260,8 @@ impl HangWatch {
             Pulse::Steps { step, activity, heard, .. } => {
                 heard + SILENT < at || *known.get_or_insert((step, activity)) != (step, activity)
             }
-            // How much of the CPU a rank uses says little of others.
-            Pulse::Cpu { .. } => true,
+            // How much of the CPU a rank uses says little of others, as does its file.
+            Pulse::File { .. } | Pulse::Cpu { .. } => true,
             Pulse::None => false,
         })
     }
@@ -220,18 +274,21 @@ impl HangWatch {
         let reason = format!(
             "it was at step {step} when it was last heard of, and has been silent for {silent:.0} s: it is stopped, or gets no CPU"
         );
-        Some(Hang { local_rank, reason, since: *heard, is_silent: true })
+        Some(Hang { local_rank, reason, since: *heard, is_silent: true, ends_by: None })
     }
 
     /// Whether a rank is silent, or all that are at work stand still, for too long.
     pub(crate) fn check(&self, now: Duration) -> Option<Hang> {
+        if let Some(hang) = self.check_neglect(now) {
+            return Some(hang);
+        }
         if self.standstill().is_none_or(|at| now < at) {
             return self.check_silence(now);
         }
         let watched: Vec<_> = self.ranks.iter().filter(|(_, pulse)| self.may_be_behind(pulse)).collect();
         let (behind, pulse) = watched.iter().min_by_key(|(_, pulse)| match pulse {
             Pulse::Steps { step, activity, heard, .. } => (*step, *activity, *heard),
-            Pulse::Cpu { changed, .. } => (0, 0, *changed),
+            Pulse::File { changed, .. } | Pulse::Cpu { changed, .. } => (0, 0, *changed),
             Pulse::None => (u64::MAX, u64::MAX, Duration::MAX),
         })?;
         let still = self.ranks.values().find_map(|pulse| self.timeout_of(pulse))?.as_secs_f64();
@@ -252,7 +309,7 @@ impl HangWatch {
             _ => format!("no rank used the CPU for {still} s"),
         };
         let is_silent = self.silence().is_some_and(|(due, rank)| due <= now && rank == **behind);
-        Some(Hang { local_rank: **behind, reason, since, is_silent })
+        Some(Hang { local_rank: **behind, reason, since, is_silent, ends_by: None })
     }
 }
 
@@ -432,9 +489,9 @@ mod tests {
 
     #[test]
     fn of_a_plain_program_the_cpu_time_tells_if_that_was_asked_for() {
-        let mut plain = watch(HangTimeout::Default);
-        plain.cpu_time(s(1), 0, s(1));
-        assert_eq!((plain.sampling(), plain.deadline()), (None, None));
+        let plain = watch(HangTimeout::Default);
+        assert!(!plain.wants_cpu_times());
+        assert_eq!((plain.sampling(), plain.deadline()), (Some(s(10)), None), "for files alone");
 
         let mut plain = watch(HangTimeout::After(s(10)));
         assert_eq!(plain.sampling(), Some(s(1)));
@@ -448,5 +505,40 @@ mod tests {
         let hang = plain.check(s(14)).unwrap();
         assert_eq!((hang.local_rank, hang.reason.contains("used the CPU for 10 s")), (1, true));
         assert_eq!(watch(HangTimeout::Never).check(s(9999)), None);
+    }
+    #[test]
+    fn a_rank_that_touches_a_file_is_to_go_on_with_that_from_the_first_time() {
+        for (timeout, seconds) in [(HangTimeout::After(s(10)), 10), (HangTimeout::Default, 600)] {
+            let mut watch = watch(timeout);
+            assert_eq!(watch.deadline(), None);
+            // The other one uses the CPU, as one that spins does.
+            for now in 1..2000 {
+                watch.touched(s(now), 1, s(now.min(5)));
+                if watch.wants_cpu_times() {
+                    watch.cpu_time(s(now), 0, s(now));
+                    watch.cpu_time(s(now), 1, s(now));
+                }
+                let hang = watch.check(s(now));
+                assert_eq!(hang.is_some(), now >= 5 + seconds, "{now}");
+                if let Some(hang) = hang {
+                    let said = format!("did not touch its heartbeat file for {seconds} s");
+                    assert!(hang.local_rank == 1 && hang.reason.contains(&said), "{hang:?}");
+                    break;
+                }
+            }
+        }
+        let mut never = watch(HangTimeout::Never);
+        never.touched(s(1), 1, s(1));
+        assert_eq!((never.sampling(), never.deadline(), never.check(s(9999))), (None, None, None));
+    }
+
+    #[test]
+    fn a_rank_that_touches_its_file_keeps_those_without_one_waiting() {
+        let mut watch = watch(HangTimeout::After(s(10)));
+        for now in 1..100 {
+            watch.touched(s(now), 0, s(now));
+            watch.cpu_time(s(now), 1, s(1));
+            assert_eq!(watch.check(s(now)), None, "{now}");
+        }
     }
 }

@@ -21,9 +21,11 @@ mod hangs;
 mod machine;
 #[cfg(test)]
 mod tests;
+mod timers;
 
 pub(crate) use cause::{Cause, OutOfMemory};
 pub(crate) use events::{Action, Ask, End, Event, Rules};
 pub(crate) use exit::Exit;
 pub(crate) use hangs::{Hang, HangWatch};
 pub(crate) use machine::Agent;
+pub(crate) use timers::{Expired, Timers};

@@ -17,7 +17,7 @@ mod streams;
 pub use args::{Cli, CompletionShell, Generate, LaunchArgs, RdzvArgs, TorchrunArgs};
 pub use generate::generate;
 pub(crate) use lists::signals;
-pub(crate) use plan::{HangTimeout, Rotation};
+pub(crate) use plan::{FileTimer, HangTimeout, Rotation};
 pub use plan::{LaunchPlan, UsageError};
 pub(crate) use program::Command;
 pub use program::Program;

@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ice_proto::backend::{DistBackend, RankDevice};
+use ice_proto::env::TORCHELASTIC_TIMER_FILE;
 use ice_proto::rendezvous::{LONGEST_ROLE, MOST_NODES, RestartPolicy};
 use ice_rendezvous::{MeetingConfig, Place};
 use nix::sys::signal::Signal;
@@ -14,6 +15,8 @@ use crate::logs::check_template;
 
 use super::{LaunchArgs, PerRank, Program, devices, fill, lists, meeting};
 
+/// torchrun's variable that lets ranks set timers, where it is 1.
+pub(super) const ENABLE_FILE_TIMER: &str = "TORCHELASTIC_ENABLE_FILE_TIMER";
 /// torchrun's default.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Default of `--crash-loop-limit`.
@@ -73,6 +76,8 @@ pub struct LaunchPlan {
     /// Exit codes that end the job whatever restarts are left.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
     pub(crate) hang_timeout: HangTimeout,
+    /// Whether ranks may set timers as torchrun's do, and where.
+    pub(crate) file_timer: Option<FileTimer>,
     /// How many processes wait to take the place of a rank that dies.
     pub(crate) spares: u32,
     /// How often ranks are looked at for hangs.
@@ -123,6 +128,14 @@ pub(crate) struct Rotation {
     pub(crate) size: u64,
     /// Files kept beside the current one.
     pub(crate) keep: u32,
+}
+
+/// Where the pipe is that ranks write their requests for timers to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum FileTimer {
+    /// In a temporary folder.
+    Anywhere,
+    At(PathBuf),
 }
 
 /// After how long without a step a job has failed.
@@ -260,6 +273,7 @@ impl LaunchPlan {
                 Some(0.0) => HangTimeout::Never,
                 Some(value) => HangTimeout::After(seconds("--hang-timeout", value)?),
             },
+            file_timer: file_timer(&|name| std::env::var(name).ok()),
             spares: args.spares,
             // 0 is as often as it makes sense.
             monitor_interval: seconds("--monitor-interval", args.monitor_interval)?.max(SHORTEST_INTERVAL),
@@ -374,6 +388,13 @@ fn shutdown_timeout_of_torch() -> Result<Duration, UsageError> {
     seconds.and_then(lists::seconds).map_err(|problem| UsageError::new(NAME, problem))
 }
 
+/// torchrun's variables for the timers of ranks.
+fn file_timer(lookup: &dyn Fn(&str) -> Option<String>) -> Option<FileTimer> {
+    lookup(ENABLE_FILE_TIMER).filter(|value| value == "1")?;
+    let path = lookup(TORCHELASTIC_TIMER_FILE).filter(|path| !path.is_empty());
+    Some(path.map_or(FileTimer::Anywhere, |path| FileTimer::At(path.into())))
+}
+
 fn nnodes(text: &str) -> Result<(u32, u32), UsageError> {
     let wrong = |problem: &str| UsageError::new("--nnodes", format!("`{text}`: {problem}"));
     let number = |text: &str| match text.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -437,6 +458,20 @@ mod tests {
         assert_eq!(plan.backend, DistBackend::Gloo);
         let host = "127.0.0.1".into();
         assert_eq!(endpoint(plan), Endpoint { host, port: 0, role: Role::This });
+    }
+
+    #[test]
+    fn timers_are_served_where_torchruns_variable_is_one() {
+        let of = |enable: Option<&str>, path: Option<&str>| {
+            file_timer(&|name| match name {
+                ENABLE_FILE_TIMER => enable.map(str::to_owned),
+                _ => path.map(str::to_owned),
+            })
+        };
+        assert_eq!(of(None, Some("/t")), None);
+        assert_eq!(of(Some("0"), Some("/t")), None);
+        assert_eq!(of(Some("1"), None), Some(FileTimer::Anywhere));
+        assert_eq!(of(Some("1"), Some("/t")), Some(FileTimer::At("/t".into())));
     }
 
     #[test]

@@ -8,8 +8,9 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
+use ice_proto::env::{ICE_HEARTBEAT_FILE, TORCHELASTIC_TIMER_FILE};
 use ice_proto::exit::ExitCode;
 use ice_proto::link::{Down, Request, Up};
 use ice_proto::rendezvous::Round;
@@ -22,7 +23,9 @@ use super::{ProcessId, RankEvent, hostname};
 use crate::agent::{Ask, Exit};
 use crate::logs::{Console, Files, LogFile, LogFolder, Names, Pump, RankFiles, prefix};
 use crate::report::{ErrorDocument, Summary};
-use crate::supervise::{Environment, Executable, MemoryWatch, ProcessTree, Start, explained, spawn};
+use crate::supervise::{
+    Environment, Executable, Heartbeats, MemoryWatch, ProcessTree, Start, explained, spawn,
+};
 use crate::{Error, LaunchPlan};
 use output::Stream;
 
@@ -47,6 +50,10 @@ pub(super) struct Group<'a> {
     executable: Executable,
     /// How many processes were started.
     started: ProcessId,
+    /// Where ranks show that they get something done.
+    heartbeats: Option<Heartbeats>,
+    /// Where ranks ask for timers.
+    timer_file: Option<PathBuf>,
     summary: Summary,
     /// For the launcher's error file, if the round that ran last failed here.
     error: Option<ErrorDocument>,
@@ -66,6 +73,11 @@ impl<'a> Group<'a> {
         let spares = Spares::new(plan.spares);
         let memory = MemoryWatch::default();
         let (started, error) = (0, None);
+        let heartbeats = Heartbeats::make()
+            .inspect_err(|error| {
+                console.note(&format!("ICE_HEARTBEAT_FILE is not set: no temporary folder: {error}"))
+            })
+            .ok();
         Self {
             plan,
             tree,
@@ -82,9 +94,23 @@ impl<'a> Group<'a> {
             memory,
             executable: Executable::open(&plan.program),
             started,
+            heartbeats,
+            timer_file: None,
             summary,
             error,
         }
+    }
+
+    /// Notes where ranks ask for timers.
+    pub(super) fn set_timer_file(&mut self, path: Option<&Path>) {
+        self.timer_file = path.map(Path::to_owned);
+    }
+
+    /// When the ranks that live have touched their files last.
+    pub(super) fn touched(&self) -> BTreeMap<u32, Duration> {
+        let living = self.ranks.iter().filter(|(_, member)| member.living().is_some());
+        let processes = living.map(|(rank, member)| (*rank, member.id));
+        self.heartbeats.as_ref().map(|heartbeats| heartbeats.touched(processes)).unwrap_or_default()
     }
 
     /// The number of the last round.
@@ -325,7 +351,11 @@ impl<'a> Group<'a> {
         // The pump of stdout works by itself: nobody asks it for anything.
         let (stdout, _) = stream(Stream::Stdout, &files.stdout, out_filter)?;
         let (stderr, stderr_pump) = stream(Stream::Stderr, &files.stderr, err_filter)?;
-        let variables = environment.of(local_rank, files.error.as_deref());
+        let mut variables = environment.of(local_rank, files.error.as_deref());
+        let heartbeat = self.heartbeats.as_ref().map(|heartbeats| heartbeats.file(id));
+        let paths = [(ICE_HEARTBEAT_FILE, heartbeat), (TORCHELASTIC_TIMER_FILE, self.timer_file.clone())];
+        variables
+            .extend(paths.into_iter().filter_map(|(name, path)| Some((name, path?.display().to_string()))));
         let cpus = self.plan.cpus.as_ref().and_then(|cpus| cpus.get(local_rank as usize));
         let (program, link, output) = (&self.plan.program, &theirs, [stdout, stderr]);
         let executable = self.executable.started_by();

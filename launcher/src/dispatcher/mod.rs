@@ -13,6 +13,7 @@ mod question;
 mod ranks_store;
 mod screen;
 mod spares;
+mod timers;
 mod watching;
 
 use std::collections::BTreeSet;
@@ -38,6 +39,7 @@ use finished::Finished;
 use group::Group;
 use question::Answer;
 use ranks_store::StoreOffer;
+use timers::{FileTimers, requested};
 
 /// How long what is left to write is waited for once the user wants the end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -93,6 +95,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         None => None,
     };
     let offer = StoreOffer::new(&plan).map_err(Error::Runtime)?;
+    let timers = FileTimers::open(&plan, &console)?;
     let session = tokio::select! {
         session = meeting.meet(hello(&plan, &meeting, &offer)) => session?,
         caught = signals.stop() => {
@@ -112,7 +115,8 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         &tree,
         (console.clone(), files),
         events,
-    );
+    )
+    .with_timers(timers);
     let mut gave_up = false;
     let outcome = dispatcher.run(&mut signals, &mut gave_up).await;
     // After an error ranks may still live; their supervision has ended with the dispatcher.
@@ -175,6 +179,8 @@ struct Dispatcher<'a> {
     events: mpsc::UnboundedReceiver<RankEvent>,
     progress: ProgressLines,
     hangs: HangWatch,
+    /// Where ranks may set timers.
+    timers: Option<FileTimers>,
     rounds: Rounds,
     /// When what happened that may end the round.
     trouble: Option<Duration>,
@@ -238,6 +244,7 @@ impl<'a> Dispatcher<'a> {
             events,
             progress: ProgressLines::new(plan.progress_interval, rewrites),
             hangs: HangWatch::new(plan.hang_timeout, plan.monitor_interval),
+            timers: None,
             rounds: Rounds::default(),
             trouble: None,
             sample_at: Duration::ZERO,
@@ -257,6 +264,11 @@ impl<'a> Dispatcher<'a> {
             looking: None,
             gave_up: false,
         }
+    }
+
+    fn with_timers(mut self, timers: Option<FileTimers>) -> Self {
+        self.group.set_timer_file(timers.as_ref().map(FileTimers::path));
+        Self { timers, ..self }
     }
 
     async fn run(mut self, signals: &mut Signals, gave_up: &mut bool) -> Result<ExitCode, Error> {
@@ -317,6 +329,11 @@ impl<'a> Dispatcher<'a> {
                     self.say_finished();
                     self.look().or(Some(Event::Tick))
                 }
+                // The last of all: a rank that writes on and on must not hold up what is due.
+                request = requested(&mut self.timers) => {
+                    self.timer_requested(request);
+                    None
+                }
             };
             let Some(event) = event else { continue };
             if let Some(code) = self.handle(event).await? {
@@ -336,8 +353,9 @@ impl<'a> Dispatcher<'a> {
         let silence = self.hangs.silence().filter(|_| self.agent.is_regrouping()).map(|(due, _)| due);
         let hang = self.hangs.deadline().filter(|_| watching).or(silence);
         let sample = self.hangs.sampling().filter(|_| watching).map(|_| self.sample_at);
+        let timer = self.timers.as_ref().and_then(FileTimers::deadline).filter(|_| watching);
         let finished = self.finished.deadline().filter(|_| self.agent.is_running());
-        [self.agent.deadline(), hang, sample, finished].into_iter().flatten().min()
+        [self.agent.deadline(), hang, sample, timer, finished].into_iter().flatten().min()
     }
 
     fn caught(&mut self, caught: Caught) -> Option<Event> {
@@ -402,6 +420,7 @@ impl<'a> Dispatcher<'a> {
                 let (rank, exit) = (self.group.rank(local_rank), self.group.explained(local_rank, exit));
                 self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
                 self.hangs.gone(local_rank);
+                self.timers.iter_mut().for_each(|timers| timers.gone(local_rank));
                 match exit.is_success() {
                     true => self.finished.add(rank, now),
                     false => _ = self.trouble.get_or_insert(now),
@@ -419,6 +438,9 @@ impl<'a> Dispatcher<'a> {
             RankEvent::Inspected(round, ..) if Some(round) != self.group.round() => None,
             RankEvent::Inspected(_, hang, found) => {
                 self.trouble.get_or_insert(hang.since);
+                if let Some((pid, signal)) = hang.ends_by {
+                    self.end_by_timer(hang.local_rank, pid, signal);
+                }
                 let reason = format!("{}; stacks of all ranks were written ({found})", hang.reason);
                 Some(Event::Hung { local_rank: hang.local_rank, reason })
             }

@@ -13,7 +13,7 @@ impl Dispatcher<'_> {
         let now = self.clock.now();
         let hang = match (self.agent.is_running(), self.agent.is_regrouping()) {
             (true, _) if self.inspecting => None,
-            (true, _) => self.sampled(now).check(now),
+            (true, _) => self.timer_expired(now).or_else(|| self.sampled(now).check(now)),
             (false, true) => self.hangs.check_silence(now),
             (false, false) => None,
         };
@@ -31,15 +31,20 @@ impl Dispatcher<'_> {
         }
     }
 
-    /// What is known of the ranks, CPU times included.
+    /// What is known of the ranks, their files and CPU times included.
     fn sampled(&mut self, now: Duration) -> &HangWatch {
         if let Some(period) = self.hangs.sampling().filter(|_| now >= self.sample_at) {
             self.sample_at = now + period;
-            let living = self.group.living();
-            let times = cpu_times(living.values().copied());
-            for (local_rank, pid) in living {
-                if let Some(time) = times.get(&pid) {
-                    self.hangs.cpu_time(now, local_rank, *time);
+            for (local_rank, touched) in self.group.touched() {
+                self.hangs.touched(now, local_rank, touched);
+            }
+            if self.hangs.wants_cpu_times() {
+                let living = self.group.living();
+                let times = cpu_times(living.values().copied());
+                for (local_rank, pid) in living {
+                    if let Some(time) = times.get(&pid) {
+                        self.hangs.cpu_time(now, local_rank, *time);
+                    }
                 }
             }
         }

@@ -3,6 +3,7 @@
 mod drain;
 mod environment;
 mod executable;
+mod heartbeats;
 mod keeper;
 mod limits;
 mod mark;
@@ -12,6 +13,7 @@ mod process;
 mod signals;
 mod stacks;
 mod stuck;
+mod timer_pipe;
 mod tree;
 
 /// A process that the agent has started, counted from 1.
@@ -20,10 +22,12 @@ pub(crate) type ProcessId = u64;
 pub(crate) use drain::{Ending, Orders, Remains};
 pub(crate) use environment::Environment;
 pub(crate) use executable::Executable;
+pub(crate) use heartbeats::Heartbeats;
 pub(crate) use limits::{check_limits, explained, raise_open_files, survive_file_size};
 pub(crate) use memory::MemoryWatch;
 pub(crate) use proc::{cpu_times, descendants, handles};
 pub(crate) use process::{Rank, Start, Stdio, spawn};
 pub(crate) use signals::{Caught, Signals};
 pub(crate) use stacks::write_stacks;
+pub(crate) use timer_pipe::{TimerPipe, TimerRequest};
 pub(crate) use tree::ProcessTree;

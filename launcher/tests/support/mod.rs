@@ -83,9 +83,10 @@ impl Job {
         Self { child, mark, stdout, stderr, reader: None, seen: Vec::new() }
     }
 
-    /// Waits until its standard error, which nobody reads yet, has this text.
+    /// Waits until its standard error, which nobody reads yet, has this text. Returns all that was
+    /// read of it.
     #[track_caller]
-    pub(crate) fn expect_error(&mut self, wanted: &str) {
+    pub(crate) fn expect_error(&mut self, wanted: &str) -> String {
         let stderr = self.stderr.as_mut().unwrap();
         let mut text = String::new();
         while !text.contains(wanted) {
@@ -95,6 +96,7 @@ impl Job {
             assert!(len > 0, "no `{wanted}` came: {text}");
             text += &String::from_utf8_lossy(&bytes[..len]);
         }
+        text
     }
 
     pub(crate) fn read_stderr(&mut self) {

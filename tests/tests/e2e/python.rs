@@ -57,3 +57,23 @@ fn an_exception_is_reported_with_its_text() {
     let outcome = Program::ice_launch(["--devices", "cpu:0-1"]).arg(python).args(["-c", script]).run(SOON);
     outcome.expect_code(1).expect_in_stderr(&["rank 1", "ValueError: no such colour"]);
 }
+
+#[test]
+fn a_timer_of_pytorch_ends_a_rank_that_spins() {
+    let Some(python) = peer("python::a_timer_of_pytorch_ends_a_rank_that_spins") else { return };
+    let script = "
+import os, time
+import torch.distributed.elastic.timer as timer
+timer.configure(timer.FileTimerClient(os.environ['TORCHELASTIC_TIMER_FILE']))
+with timer.expires(after=60, scope='set-up'):
+    pass
+if os.environ['RANK'] == '1':
+    with timer.expires(after=1, scope='all-reduce'):
+        while True: pass
+time.sleep(600)
+";
+    let launch = Program::ice_launch(["--devices", "cpu:0-1"]).arg(python).args(["-c", script]);
+    let outcome = launch.env("TORCHELASTIC_ENABLE_FILE_TIMER", "1").run(SOON);
+    let said = ["rank 1 failed: hung: it did not release its timer `all-reduce` in time"];
+    outcome.expect_code(1).expect_in_stderr(&said);
+}

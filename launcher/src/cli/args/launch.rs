@@ -150,10 +150,11 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub fatal_exit_codes: Option<String>,
-    /// Longest time without a step; 0 for any
+    /// Longest time without progress; 0 for any
     ///
-    /// A job without a step for longer has failed [default: 600 for ranks that report their steps, any
-    /// for others]
+    /// A job without progress for longer has failed. Progress is a step of a program made with ice, a
+    /// touch of ICE_HEARTBEAT_FILE, and for other programs CPU time, so that a rank which spins
+    /// counts as working [default: 600, any for CPU time]
     #[arg(long, alias = "hang_timeout", value_name = "SECONDS", help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true)]
     pub hang_timeout: Option<f64>,
     /// Processes that wait, started and loaded, to take the place of a rank of this node that dies; for programs made with ice

@@ -1,7 +1,10 @@
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
+use ice_proto::env::TORCHELASTIC_TIMER_FILE;
+
 use super::{LaunchArgs, RdzvArgs};
+use crate::cli::plan::ENABLE_FILE_TIMER;
 use crate::cli::program::Form;
 use crate::cli::{UsageError, devices};
 use crate::placement;
@@ -55,20 +58,27 @@ pub struct TorchrunArgs {
 }
 
 /// torchrun's variables that have no meaning here, with what to use instead.
-const IGNORED: [(&str, &str); 4] = [
+const IGNORED: [(&str, &str); 2] = [
     ("TORCHELASTIC_HEALTH_CHECK_PORT", "there is no health check port; --events FILE says what happens"),
-    ("TORCHELASTIC_ENABLE_FILE_TIMER", HANG_TIMEOUT),
-    ("TORCHELASTIC_TIMER_FILE", HANG_TIMEOUT),
-    ("TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT", HANG_TIMEOUT),
+    ("TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT", "--hang-timeout finds ranks that stand still"),
 ];
-const HANG_TIMEOUT: &str = "--hang-timeout finds ranks that stand still";
 
 /// A line for each of torchrun's variables that is set and not carried out.
 pub(crate) fn ignored_variables(lookup: &dyn Fn(&str) -> Option<String>) -> Vec<String> {
     let note = |(name, instead): &(&str, &str)| {
         lookup(name).map(|value| format!("{name}={value} has no effect: {instead}"))
     };
-    IGNORED.iter().filter_map(note).collect()
+    let mut notes: Vec<String> = IGNORED.iter().filter_map(note).collect();
+    let enabled = lookup(ENABLE_FILE_TIMER);
+    if enabled.as_deref() != Some("1") {
+        let timers =
+            [(ENABLE_FILE_TIMER, enabled), (TORCHELASTIC_TIMER_FILE, lookup(TORCHELASTIC_TIMER_FILE))];
+        let set = timers.into_iter().find_map(|(name, value)| Some(format!("{name}={}", value?)));
+        notes.extend(
+            set.map(|set| format!("{set} has no effect: {ENABLE_FILE_TIMER}=1 lets ranks set timers")),
+        );
+    }
+    notes
 }
 
 impl TorchrunArgs {
@@ -204,9 +214,27 @@ mod tests {
 
     #[test]
     fn variables_without_effect_are_named() {
-        let notes = ignored_variables(&|name| name.ends_with("_TIMER_FILE").then(|| "/tmp/t".into()));
-        assert_eq!(notes.len(), 1);
-        assert!(notes[0].contains("TORCHELASTIC_TIMER_FILE=/tmp/t") && notes[0].contains("--hang-timeout"));
+        let notes = |port: Option<&str>, enable: Option<&str>, file: Option<&str>| {
+            ignored_variables(&|name| {
+                let value = match name {
+                    "TORCHELASTIC_HEALTH_CHECK_PORT" => port,
+                    ENABLE_FILE_TIMER => enable,
+                    TORCHELASTIC_TIMER_FILE => file,
+                    _ => None,
+                };
+                value.map(str::to_owned)
+            })
+        };
+        let [port] = &notes(Some("80"), Some("1"), Some("/tmp/t"))[..] else { panic!("one note") };
+        assert!(port.contains("TORCHELASTIC_HEALTH_CHECK_PORT=80"), "{port}");
+        for (enable, file, said) in [
+            (None, Some("/tmp/t"), "TORCHELASTIC_TIMER_FILE=/tmp/t has no effect"),
+            (Some("true"), Some("/tmp/t"), "TORCHELASTIC_ENABLE_FILE_TIMER=true has no effect"),
+        ] {
+            let [note] = &notes(None, enable, file)[..] else { panic!("one note") };
+            assert!(note.contains(said) && note.contains("TORCHELASTIC_ENABLE_FILE_TIMER=1"), "{note}");
+        }
+        assert_eq!(notes(None, None, None), [""; 0]);
     }
 
     #[test]

@@ -1,0 +1,122 @@
+//! Countdown timers that processes of ranks set and release. A timer that is not released in time
+//! says that its process hangs.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Timers of all ranks together. A program has a few at a time; one that sets a new one in each
+/// step and never releases any is not to fill the memory.
+const MOST: usize = 10_000;
+
+/// A timer that was not released in time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Expired {
+    pub(crate) local_rank: u32,
+    pub(crate) pid: u32,
+    pub(crate) scope: String,
+    /// The signal that ends the process; without one it is left alone.
+    pub(crate) signal: Option<i32>,
+    /// When the timer was to be released.
+    pub(crate) at: Duration,
+}
+
+/// The timers of the ranks of a node, by process and scope.
+#[derive(Debug, Default)]
+pub(crate) struct Timers(BTreeMap<(u32, String), Timer>);
+
+#[derive(Debug)]
+struct Timer {
+    local_rank: u32,
+    at: Duration,
+    signal: Option<i32>,
+}
+
+impl Timers {
+    /// Sets a timer, or sets it again. Returns whether there was room for it.
+    pub(crate) fn set(&mut self, timer: Expired) -> bool {
+        let Expired { local_rank, pid, scope, signal, at } = timer;
+        let key = (pid, scope);
+        if self.0.len() >= MOST && !self.0.contains_key(&key) {
+            return false;
+        }
+        self.0.insert(key, Timer { local_rank, at, signal });
+        true
+    }
+
+    pub(crate) fn release(&mut self, pid: u32, scope: String) {
+        self.0.remove(&(pid, scope));
+    }
+
+    /// A rank has ended, and all of its processes with it.
+    pub(crate) fn gone(&mut self, local_rank: u32) {
+        self.0.retain(|_, timer| timer.local_rank != local_rank);
+    }
+
+    /// When the next timer expires.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        self.0.values().map(|timer| timer.at).min()
+    }
+
+    /// A process with a timer that has expired, which has no timers from now on. Of several timers
+    /// the first one that has a signal counts.
+    pub(crate) fn expired(&mut self, now: Duration) -> Option<Expired> {
+        let due = self.0.iter().filter(|(_, timer)| timer.at <= now);
+        let ((pid, scope), timer) = due.min_by_key(|(_, timer)| (timer.signal.is_none(), timer.at))?;
+        let Timer { local_rank, at, signal } = *timer;
+        let expired = Expired { local_rank, pid: *pid, scope: scope.clone(), signal, at };
+        self.0.retain(|(pid, _), _| *pid != expired.pid);
+        Some(expired)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn timer(pid: u32, scope: &str, at: u64, signal: Option<i32>) -> Expired {
+        Expired { local_rank: pid / 10, pid, scope: scope.into(), signal, at: s(at) }
+    }
+
+    #[test]
+    fn a_timer_expires_unless_it_is_released_or_set_again() {
+        let mut timers = Timers::default();
+        assert_eq!((timers.deadline(), timers.expired(s(99))), (None, None));
+        for scope in ["a", "b", "c"] {
+            assert!(timers.set(timer(10, scope, 5, Some(9))));
+        }
+        timers.release(10, "a".into());
+        timers.set(timer(10, "b", 8, Some(9)));
+        timers.set(timer(10, "c", 9, Some(6)));
+        timers.release(11, "b".into());
+        assert_eq!((timers.deadline(), timers.expired(s(7))), (Some(s(8)), None));
+        assert_eq!(timers.expired(s(9)), Some(timer(10, "b", 8, Some(9))));
+        assert_eq!((timers.deadline(), timers.expired(s(9))), (None, None), "once for a process");
+    }
+
+    #[test]
+    fn of_the_timers_of_a_process_the_first_with_a_signal_counts() {
+        let mut timers = Timers::default();
+        timers.set(timer(10, "silent", 1, None));
+        timers.set(timer(10, "second", 3, Some(9)));
+        timers.set(timer(10, "first", 2, Some(6)));
+        assert_eq!(timers.expired(s(4)), Some(timer(10, "first", 2, Some(6))));
+        timers.set(timer(10, "silent", 1, None));
+        assert_eq!(timers.expired(s(4)), Some(timer(10, "silent", 1, None)));
+    }
+
+    #[test]
+    fn timers_go_with_their_rank_and_have_a_limit() {
+        let mut timers = Timers::default();
+        timers.set(timer(10, "a", 1, Some(9)));
+        timers.set(timer(20, "a", 2, Some(9)));
+        timers.gone(1);
+        assert_eq!(timers.deadline(), Some(s(2)));
+        let refused = (0..2 * MOST).filter(|n| !timers.set(timer(20, &n.to_string(), 3, None))).count();
+        assert_eq!(refused, MOST + 1);
+        assert!(timers.set(timer(20, "a", 9, None)), "one that is there can be set again");
+    }
+}

@@ -1,0 +1,34 @@
+//! Files that ranks touch to show that they get something done.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, UNIX_EPOCH};
+
+use tempfile::TempDir;
+
+/// A folder with a file for each process, which the process makes. It is a temporary one and not
+/// that of the logs, which may be on a file system that does not answer.
+pub(crate) struct Heartbeats(TempDir);
+
+impl Heartbeats {
+    /// Makes the folder.
+    pub(crate) fn make() -> io::Result<Self> {
+        tempfile::Builder::new().prefix("ice-launch-heartbeats-").tempdir().map(Self)
+    }
+
+    /// The file of a process that the agent starts, by the number of the process.
+    pub(crate) fn file(&self, process: u64) -> PathBuf {
+        self.0.path().join(process.to_string())
+    }
+
+    /// When these processes last touched their files, since 1970; without those that have not yet.
+    pub(crate) fn touched(&self, processes: impl IntoIterator<Item = (u32, u64)>) -> BTreeMap<u32, Duration> {
+        let touched = |process| {
+            let modified = fs::metadata(self.file(process)).and_then(|file| file.modified()).ok()?;
+            Some(modified.duration_since(UNIX_EPOCH).unwrap_or_default())
+        };
+        processes.into_iter().filter_map(|(rank, process)| Some((rank, touched(process)?))).collect()
+    }
+}
