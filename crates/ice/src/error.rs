@@ -3,6 +3,9 @@ use std::process;
 
 use ice_proto::exit::ExitCode;
 use ice_worker::Worker;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Why a training program ended before its work was done.
 #[derive(Debug, thiserror::Error)]
@@ -44,14 +47,14 @@ impl Error {
 ///
 /// In a rank, an error or a panic is also told to the agent and left in the error file.
 pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("ICE_LOG").unwrap_or_else(|_| "warn".into()),
-        )
+    let filter = std::env::var("ICE_LOG").ok().filter(|filter| !filter.is_empty());
+    let filter = filter.and_then(|filter| filter.parse().ok());
+    let filter = filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .without_time()
-        .init();
+        .without_time();
+    tracing_subscriber::registry().with(lines).with(filter).init();
     if Worker::is_rank() {
         report_panics();
     }
