@@ -61,6 +61,9 @@ fn expand(list: &str) -> Result<Vec<u32>, String> {
             return Err(wrong());
         }
         indices.extend(first..=last);
+        if indices.len() > MOST as usize {
+            return Err(format!("more than {MOST} ranks on one node"));
+        }
     }
     Ok(indices)
 }
@@ -117,6 +120,7 @@ mod tests {
             ("cpu:3-1", 0, "`3-1`"),
             ("cpu:0,x", 0, "`x`"),
             ("cpu:0-99999999", 0, "`0-99999999`"),
+            ("cpu:0-4095,0", 0, "more than 4096"),
             ("cpu:+1", 0, "`+1`"),
             ("cuda", 0, "no CUDA device"),
             ("cuda:9", 2, "no cuda:9"),

@@ -27,6 +27,8 @@ const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
 const LONGEST_RUN_ID: usize = 200;
 /// Most threads of a rank: more are a typing error.
 const MOST_THREADS: u32 = 1 << 16;
+/// Most log files that are set aside: each of them is renamed whenever one more is.
+const MOST_KEPT: u32 = 1000;
 /// Default of `--log-prefix`.
 const PREFIX: &str = "[${role_name}${rank}]:";
 /// torchrun's variable for it.
@@ -334,6 +336,9 @@ fn check_numbers(args: &LaunchArgs, nnodes: (u32, u32)) -> Result<(), UsageError
     if args.spares > devices::MOST {
         return wrong("--spares", format!("{}: at most {}", args.spares, devices::MOST));
     }
+    if args.log_keep > MOST_KEPT {
+        return wrong("--log-keep", format!("{}: at most {MOST_KEPT}", args.log_keep));
+    }
     if nnodes.1 > 1 && args.master_port == Some(0) && args.rendezvous.etcd.is_none() {
         let problem = "0 with several nodes: the others cannot know a free port; give one, such as 29500";
         return wrong("--master-port", problem.into());
@@ -383,7 +388,8 @@ fn logs(args: &LaunchArgs, ranks_here: usize) -> Result<LogPlan, UsageError> {
 /// torchrun's variable for `--shutdown-timeout`.
 fn shutdown_timeout_of_torch() -> Result<Duration, UsageError> {
     const NAME: &str = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT";
-    let Ok(text) = std::env::var(NAME) else { return Ok(SHUTDOWN_TIMEOUT) };
+    let text = std::env::var(NAME).ok().filter(|text| !text.is_empty());
+    let Some(text) = text else { return Ok(SHUTDOWN_TIMEOUT) };
     let seconds = text.trim().parse().map_err(|_| format!("`{text}` is not a number of seconds"));
     seconds.and_then(lists::seconds).map_err(|problem| UsageError::new(NAME, problem))
 }
@@ -491,6 +497,23 @@ mod tests {
         assert_eq!(host(&["--rdzv-backend=c10d"]), Role::Elect);
         assert_eq!(host(&["--rdzv-backend=c10d", "--rdzv-conf=is_host=0"]), Role::Other);
         assert_eq!(endpoint(plan(&["--rdzv-backend=c10d", "--devices=cpu"]).unwrap()).role, Role::This);
+    }
+
+    #[test]
+    fn program_that_launches_itself_says_where_its_nodes_meet() {
+        #[derive(Parser)]
+        struct Own {
+            #[command(flatten)]
+            launch: crate::cli::LaunchArgs,
+        }
+        let options = ["--devices=cpu", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=10.0.0.1:7"];
+        let more = ["--rdzv-id=job", "--rdzv-conf=is_host=0,join_timeout=3"];
+        let own = Own::try_parse_from(["own"].iter().chain(&options).chain(&more)).unwrap();
+        let program = Program { path: "/bin/true".into(), args: Vec::new() };
+        let plan = LaunchPlan::new(&own.launch, program).unwrap();
+        assert_eq!((plan.run_id.as_str(), plan.meeting.join_timeout), ("job", Duration::from_secs(3)));
+        let host = "10.0.0.1".into();
+        assert_eq!(endpoint(plan), Endpoint { host, port: 7, role: Role::Other });
     }
 
     #[test]

@@ -125,6 +125,10 @@ fn last_of_two_values_counts() {
         "echo one",
     ));
     assert_eq!(outcome.expect(0, &[]).stdout, ["one"]);
+    // An option beats the variable of another one.
+    let mut command = launch(&["--devices=cpu", "--run-id=mine"], "echo $TORCHELASTIC_RUN_ID");
+    command.env("PET_NPROC_PER_NODE", "8").env("PET_RDZV_ID", "theirs");
+    assert_eq!(run(command).expect(0, &[]).stdout, ["mine"]);
     // Those that may be given again are all there.
     let notices = ["--devices=cpu", "--preempt-notice=/no/such/file", "--preempt-notice", "nonsense"];
     run(launch(&notices, "exit 0")).expect(2, &["--preempt-notice", "`nonsense`"]);

@@ -73,6 +73,7 @@ fn values_that_cannot_mean_anything_end_with_2_before_anything_is_started() {
         (&["--max-restarts", "4294967296"], &["--max-restarts", "from 0 to 4294967295"]),
         (&["--spares", ""], &["--spares", "whole number"]),
         (&["--log-keep", "+1"], &["'+1'", "--log-keep"]),
+        (&["--log-keep", "4294967295"], &["--log-keep", "at most 1000"]),
         (&["--master-port", "65536"], &["--master-port", "from 0 to 65535"]),
         (&["--master-addr", ""], &["--master-addr", "host name"]),
         (&["--node-rank", "-1", "--nnodes", "2"], &["'-1'", "--node-rank"]),

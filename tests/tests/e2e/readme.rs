@@ -9,10 +9,11 @@ use tempfile::tempdir;
 use crate::support::{Program, SOON, TRAINING, built, free_port, mnist_data, root, shell_script};
 
 /// Commands that are not run here, and who runs them.
-const ELSEWHERE: [(&str, &str); 4] = [
+const ELSEWHERE: [(&str, &str); 5] = [
     ("scripts/test", "runs these tests"),
     ("scripts/fetch-text", "scripts/check-parity"),
     ("scripts/setup --peer", "scripts/test, in CI"),
+    ("scripts/setup --peer-newest", "whoever compares with the newest torchrun"),
     ("scripts/setup --cuda", "nobody: 4.7 GB; it differs from --peer in where a link leads to"),
 ];
 

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::support::{Program, SOON, peer, python_script, root};
+use crate::support::{Program, SOON, newest_peer, peer, python_script, root};
 
 /// What one rank was given.
 struct Given {
@@ -53,12 +53,17 @@ const OWN: [(&str, &str); 8] = [
 ];
 
 fn check(test: &str, options: &[&str], command: &[&str]) {
-    let Some(python) = peer(test) else { return };
+    for python in [peer(test), newest_peer(test)].into_iter().flatten() {
+        check_beside(&python, options, command);
+    }
+}
+
+fn check_beside(python: &Path, options: &[&str], command: &[&str]) {
     let folder = tempdir().unwrap();
     let torchrun = Program::new(python.with_file_name("torchrun"));
-    let theirs = given(torchrun, &python, options, command, &folder.path().join("theirs"));
+    let theirs = given(torchrun, python, options, command, &folder.path().join("theirs"));
     let launch = Program::ice_launch([] as [&str; 0]);
-    let ours = given(launch, &python, options, command, &folder.path().join("ours"));
+    let ours = given(launch, python, options, command, &folder.path().join("ours"));
     for (theirs, ours) in theirs.iter().zip(&ours) {
         assert_eq!(theirs.rest, ours.rest, "arguments");
         for (name, value) in &theirs.environment {
@@ -98,12 +103,43 @@ fn other_ways_to_start_are_the_same() {
     check(test, &["--nproc-per-node=2", "--no-python"], &["python", "-u", script]);
 }
 
+/// What a torchrun takes, as its own parser and code say it.
+struct Taken {
+    /// Spellings, variable, `flag` or `value`, default.
+    options: Vec<[String; 4]>,
+    /// Variables that it reads, keys of `--rdzv-conf`, names in templates: by kind.
+    names: Vec<(String, String)>,
+}
+
+/// What the torchruns that are here take: the peer's and, if installed, the newest one's.
+fn taken(test: &str) -> Vec<Taken> {
+    let pythons = [peer(test), newest_peer(test)];
+    let list = |python: PathBuf| {
+        let listed = Command::new(&python).arg(python_script("torchrun_flags.py")).output().unwrap();
+        assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
+        let (mut options, mut names) = (Vec::new(), Vec::new());
+        for line in String::from_utf8(listed.stdout).unwrap().lines() {
+            match line.split('\t').collect::<Vec<_>>()[..] {
+                ["option", spellings, variable, takes, default] => {
+                    options.push([spellings, variable, takes, default].map(ToOwned::to_owned));
+                }
+                [kind, name] => names.push((kind.to_owned(), name.to_owned())),
+                _ => panic!("{line}"),
+            }
+        }
+        assert!(options.len() > 25 && names.len() > 20, "{python:?}");
+        Taken { options, names }
+    };
+    pythons.into_iter().flatten().map(list).collect()
+}
+
+/// The spelling with hyphens.
+fn name_of(spellings: &str) -> &str {
+    spellings.split(' ').find(|spelling| spelling.starts_with("--") && !spelling.contains('_')).unwrap()
+}
+
 #[test]
 fn every_option_of_torchrun_is_taken_and_described() {
-    let Some(python) = peer("torchrun::every_option_of_torchrun_is_taken_and_described") else { return };
-    let listed = Command::new(python).arg(python_script("torchrun_flags.py")).output().unwrap();
-    let listed = String::from_utf8(listed.stdout).unwrap();
-    assert!(listed.lines().count() > 25, "{listed}");
     let page = fs::read_to_string(root().join("docs/torchrun.md")).unwrap();
     // Values that mean something where an arbitrary one would not.
     let value = |name: &str, default: &str| match name {
@@ -112,34 +148,86 @@ fn every_option_of_torchrun_is_taken_and_described() {
         "--rdzv-conf" => "is_host=1".into(),
         "--local-addr" => "127.0.0.1".into(),
         "--master-port" => "0".into(),
+        "--print-completion" => "bash".into(),
         "--log-dir" => std::env::temp_dir().display().to_string(),
         "--shutdown-timeout" => "30".into(),
         _ if ["None", "", "[]"].contains(&default) => "0".into(),
         _ => default.to_owned(),
     };
-    for line in listed.lines() {
-        let [spellings, variable, takes, default] = line.split('\t').collect::<Vec<_>>()[..] else {
-            panic!("{line}")
-        };
-        let name = spellings
-            .split(' ')
-            .find(|spelling| spelling.starts_with("--") && !spelling.contains('_'))
-            .unwrap();
-        assert!(page.contains(&format!("`{name}`")), "docs/torchrun.md does not name {name}");
-        for spelling in spellings.split(' ') {
-            let mut program = Program::ice_launch([spelling]);
-            if takes == "value" {
-                program = program.arg(value(name, default));
+    for taken in taken("torchrun::every_option_of_torchrun_is_taken_and_described") {
+        for [spellings, variable, takes, default] in &taken.options {
+            let name = name_of(spellings);
+            assert!(page.contains(&format!("`{name}`")), "docs/torchrun.md does not name {name}");
+            for spelling in spellings.split(' ') {
+                let mut program = Program::ice_launch([spelling]);
+                if takes == "value" {
+                    program = program.arg(value(name, default));
+                }
+                let command = match name {
+                    "--module" => vec!["this"],
+                    "--run-path" => vec!["/dev/null"],
+                    "--print-completion" => vec![],
+                    _ => vec!["true"],
+                };
+                program.args(command).run(SOON).expect_code(0);
             }
-            let command = match name {
-                "--module" => vec!["this"],
-                "--run-path" => vec!["/dev/null"],
-                _ => vec!["true"],
-            };
-            program.args(command).run(SOON).expect_code(0);
+            if !variable.is_empty() && takes == "value" {
+                Program::ice_launch(["true"]).env(variable, value(name, default)).run(SOON).expect_code(0);
+            }
         }
-        if !variable.is_empty() && takes == "value" {
-            Program::ice_launch(["true"]).env(variable, value(name, default)).run(SOON).expect_code(0);
+    }
+}
+
+/// torchrun's defaults that the page, or the help, compares ours with.
+const DEFAULTS: [(&str, &str); 20] = [
+    ("--nnodes", "1:1"),
+    ("--nproc-per-node", "1"),
+    ("--rdzv-backend", "static"),
+    ("--rdzv-id", "none"),
+    ("--standalone", "False"),
+    ("--max-restarts", "0"),
+    ("--monitor-interval", "0.1"),
+    ("--start-method", "spawn"),
+    ("--event-log-handler", "null"),
+    ("--role", "default"),
+    ("--module", "False"),
+    ("--no-python", "False"),
+    ("--run-path", "False"),
+    ("--redirects", "0"),
+    ("--tee", "0"),
+    ("--node-rank", "0"),
+    ("--master-addr", "127.0.0.1"),
+    ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"),
+    ("--virtual-local-rank", "False"),
+    ("--duplicate-stdout-filters", "[]"),
+];
+
+#[test]
+fn defaults_of_torchrun_are_those_that_ours_were_compared_with() {
+    for taken in taken("torchrun::defaults_of_torchrun_are_those_that_ours_were_compared_with") {
+        for [spellings, _, _, default] in &taken.options {
+            let name = name_of(spellings);
+            match DEFAULTS.iter().find(|(known, _)| *known == name) {
+                Some((_, known)) => assert_eq!(default, known, "the default of {name} is another one"),
+                None => assert!(["None", "", "[]"].contains(&&**default), "{name} has a default: {default}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn every_variable_conf_key_and_macro_of_torchrun_is_known() {
+    let page = |name: &str| fs::read_to_string(root().join("docs").join(name)).unwrap();
+    let pages = page("torchrun.md") + &page("clusters.md");
+    for taken in taken("torchrun::every_variable_conf_key_and_macro_of_torchrun_is_known") {
+        for (kind, name) in &taken.names {
+            if kind == "macro" {
+                let prefix = format!("--log-prefix=<${{{name}}}>");
+                let outcome = Program::ice_launch(["--tee=1", &prefix, "echo", "x"]).run(SOON);
+                assert!(!outcome.expect_code(0).stdout.contains('$'), "{}", outcome.transcript());
+            } else {
+                assert!(pages.contains(&format!("`{name}`")), "no page of the book names the {kind} {name}");
+            }
         }
     }
 }

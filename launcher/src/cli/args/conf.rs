@@ -147,9 +147,10 @@ impl EtcdArgs {
                 _ => return Err("expected http or https".into()),
             },
             "etcd_prefix" => self.prefix = Some(value.to_owned()),
-            "cacert" => self.ca = file()?,
-            "cert" => self.certificate = file()?,
-            "key" => self.key = file()?,
+            // Two backends of torchrun have each their own names.
+            "cacert" | "ca_cert" => self.ca = file()?,
+            "cert" | "ssl_cert" => self.certificate = file()?,
+            "key" | "ssl_cert_key" => self.key = file()?,
             "user" => self.user = Some(value.to_owned()),
             "password_file" => {
                 let text = fs::read_to_string(value).map_err(|error| format!("cannot read it: {error}"))?;

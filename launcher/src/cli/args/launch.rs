@@ -33,7 +33,15 @@ pub struct LaunchArgs {
     )]
     pub role: String,
     /// Threads of each rank [default: OMP_NUM_THREADS, else its share of the cores]
-    #[arg(long, alias = "omp_num_threads", value_name = "N", help_heading = "Ranks", value_parser = values::count, allow_hyphen_values = true, hide_short_help = true)]
+    #[arg(
+        long,
+        alias = "omp_num_threads",
+        value_name = "N",
+        help_heading = "Ranks",
+        value_parser = values::count,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub omp_num_threads: Option<u32>,
     /// Bind each rank to the CPUs near its device: node, socket, exclusive or core-complex
     #[arg(long, alias = "numa_binding", value_name = "HOW", help_heading = "Ranks", hide_short_help = true)]
@@ -45,7 +53,9 @@ pub struct LaunchArgs {
         env = "PET_VIRTUAL_LOCAL_RANK",
         hide_env = true,
         value_parser = FalseyValueParser::new(),
-        help_heading = "Ranks", hide_short_help = true)]
+        help_heading = "Ranks",
+        hide_short_help = true
+    )]
     pub virtual_local_rank: bool,
 
     /// Nodes, or MIN:MAX for an elastic job
@@ -60,7 +70,10 @@ pub struct LaunchArgs {
         value_name = "RANK",
         env = "PET_NODE_RANK",
         hide_env = true,
-        help_heading = "Nodes", value_parser = values::count, allow_hyphen_values = true)]
+        help_heading = "Nodes",
+        value_parser = values::count,
+        allow_hyphen_values = true
+    )]
     pub node_rank: Option<u32>,
     /// Address of node 0 [default: 127.0.0.1]
     #[arg(
@@ -79,7 +92,11 @@ pub struct LaunchArgs {
         value_name = "PORT",
         env = "PET_MASTER_PORT",
         hide_env = true,
-        help_heading = "Nodes", value_parser = values::port, allow_hyphen_values = true, hide_short_help = true)]
+        help_heading = "Nodes",
+        value_parser = values::port,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub master_port: Option<u16>,
     /// Identifier of the job, the same on all nodes [default: none]
     #[arg(long, alias = "run_id", value_name = "ID", help_heading = "Nodes", hide_short_help = true)]
@@ -100,7 +117,9 @@ pub struct LaunchArgs {
         env = ice_proto::env::ICE_RDZV_TLS,
         hide_env = true,
         value_parser = FalseyValueParser::new(),
-        help_heading = "Nodes", hide_short_help = true)]
+        help_heading = "Nodes",
+        hide_short_help = true
+    )]
     pub rdzv_tls: bool,
     /// torchrun's ways to say where the nodes meet.
     #[command(flatten)]
@@ -120,10 +139,21 @@ pub struct LaunchArgs {
         env = "PET_MAX_RESTARTS",
         hide_env = true,
         default_value_t = 0,
-        help_heading = "Failures", value_parser = values::count, allow_hyphen_values = true)]
+        help_heading = "Failures",
+        value_parser = values::count,
+        allow_hyphen_values = true
+    )]
     pub max_restarts: u32,
     /// Only failures within this many seconds count against --max-restarts [default: all of the job's]
-    #[arg(long, alias = "restart_window", value_name = "SECONDS", help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
+    #[arg(
+        long,
+        alias = "restart_window",
+        value_name = "SECONDS",
+        help_heading = "Failures",
+        value_parser = values::seconds,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub restart_window: Option<f64>,
     /// Pause before the second restart in a row within 10 s of a start; doubled for each further one
     #[arg(
@@ -131,7 +161,11 @@ pub struct LaunchArgs {
         alias = "restart_backoff",
         value_name = "SECONDS",
         default_value_t = 1.0,
-        help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
+        help_heading = "Failures",
+        value_parser = values::seconds,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub restart_backoff: f64,
     /// Give up after this number of attempts in a row that failed within 10 s of their start; 0 for never,
     /// like torchrun [default: 5]
@@ -139,7 +173,11 @@ pub struct LaunchArgs {
         long,
         alias = "crash_loop_limit",
         value_name = "N",
-        help_heading = "Failures", value_parser = values::count, allow_hyphen_values = true, hide_short_help = true)]
+        help_heading = "Failures",
+        value_parser = values::count,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub crash_loop_limit: Option<u32>,
     /// Exit codes of a rank that no restart can help: 2,64-78
     #[arg(
@@ -155,10 +193,25 @@ pub struct LaunchArgs {
     /// A job without progress for longer has failed. Progress is a step of a program made with ice, a
     /// touch of ICE_HEARTBEAT_FILE, and for other programs CPU time, so that a rank which spins
     /// counts as working [default: 600, any for CPU time]
-    #[arg(long, alias = "hang_timeout", value_name = "SECONDS", help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true)]
+    #[arg(
+        long,
+        alias = "hang_timeout",
+        value_name = "SECONDS",
+        help_heading = "Failures",
+        value_parser = values::seconds,
+        allow_hyphen_values = true
+    )]
     pub hang_timeout: Option<f64>,
     /// Processes that wait, started and loaded, to take the place of a rank of this node that dies; for programs made with ice
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Failures", value_parser = values::count, allow_hyphen_values = true, hide_short_help = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        help_heading = "Failures",
+        value_parser = values::count,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub spares: u32,
     /// How often ranks are looked at for --hang-timeout; failures are seen at once
     #[arg(
@@ -168,7 +221,11 @@ pub struct LaunchArgs {
         env = "PET_MONITOR_INTERVAL",
         hide_env = true,
         default_value_t = 0.1,
-        help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
+        help_heading = "Failures",
+        value_parser = values::seconds,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub monitor_interval: f64,
     /// Time that ranks have to end before they are killed [default: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30]
     #[arg(
@@ -177,7 +234,11 @@ pub struct LaunchArgs {
         value_name = "SECONDS",
         env = "PET_SHUTDOWN_TIMEOUT",
         hide_env = true,
-        help_heading = "Failures", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
+        help_heading = "Failures",
+        value_parser = values::seconds,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub shutdown_timeout: Option<f64>,
     /// Signals that stop the job; they are passed on to the ranks
     #[arg(
@@ -208,7 +269,10 @@ pub struct LaunchArgs {
         value_name = "CODE",
         default_value_t = 75,
         value_parser = clap::value_parser!(u8).range(1..),
-        help_heading = "Failures", allow_hyphen_values = true, hide_short_help = true)]
+        help_heading = "Failures",
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub requeue_exit_code: u8,
 
     /// Streams that go to files: 0 none, 1 stdout, 2 stderr, 3 both, or rank:value,…
@@ -286,7 +350,8 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub duplicate_stderr_filters: String,
-    /// Put before each line of --tee: ${role_name}, ${rank}, ${local_rank}, ${node_rank}, ${hostname}, ${run_id}
+    /// Put before each line of --tee: ${role_name}, ${rank}, ${local_rank}, ${node_rank},
+    /// ${hostname}, ${run_id}
     /// [default: TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE, else [${role_name}${rank}]:]
     #[arg(
         long,
@@ -310,7 +375,16 @@ pub struct LaunchArgs {
     )]
     pub log_max_size: Option<String>,
     /// How many full log files are kept beside the current one
-    #[arg(long, alias = "log_keep", value_name = "N", default_value_t = 5, help_heading = "Output", value_parser = values::count, allow_hyphen_values = true, hide_short_help = true)]
+    #[arg(
+        long,
+        alias = "log_keep",
+        value_name = "N",
+        default_value_t = 5,
+        help_heading = "Output",
+        value_parser = values::count,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub log_keep: u32,
     /// Append everything that happens to this file, one JSON object per line
     #[arg(long, value_name = "FILE", help_heading = "Output", hide_short_help = true)]
@@ -322,6 +396,10 @@ pub struct LaunchArgs {
         alias = "progress_interval",
         value_name = "SECONDS",
         default_value_t = 2.0,
-        help_heading = "Output", value_parser = values::seconds, allow_hyphen_values = true, hide_short_help = true)]
+        help_heading = "Output",
+        value_parser = values::seconds,
+        allow_hyphen_values = true,
+        hide_short_help = true
+    )]
     pub progress_interval: f64,
 }

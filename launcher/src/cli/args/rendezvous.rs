@@ -81,7 +81,7 @@ impl RdzvArgs {
         notes: &mut Vec<String>,
         lookup: &dyn Fn(&str) -> Option<String>,
     ) -> Result<(), UsageError> {
-        self.run_id(args)?;
+        self.run_id(args, lookup)?;
         let of_backend = self.backend(args)?;
         if args.rendezvous.etcd.is_none() {
             self.endpoint(args, of_backend, lookup)?;
@@ -95,10 +95,14 @@ impl RdzvArgs {
         args.rendezvous.apply(conf, &mut args.node_rank, notes)
     }
 
-    fn run_id(&self, args: &mut LaunchArgs) -> Result<(), UsageError> {
+    fn run_id(
+        &self,
+        args: &mut LaunchArgs,
+        lookup: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<(), UsageError> {
         let Some(id) = &self.rdzv_id else { return Ok(()) };
         let given = args.run_id.get_or_insert_with(|| id.clone());
-        if given != id {
+        if given != id && lookup("PET_RDZV_ID").as_ref() != Some(id) {
             let problem = format!("`{id}`, and --run-id is `{given}`: they are the same thing, give one");
             return Err(UsageError::new("--rdzv-id", problem));
         }
@@ -285,6 +289,13 @@ mod tests {
         assert_eq!(met(&both, &[("PET_MASTER_ADDR", "b")]), Ok(("a".into(), Some(1))));
         assert_eq!(met(&both, &[("PET_RDZV_ENDPOINT", "a:1")]), Ok(("b".into(), None)));
         assert!(met(&both, &[("PET_RDZV_ENDPOINT", "a:1"), ("PET_MASTER_ADDR", "b")]).is_err());
+    }
+
+    #[test]
+    fn run_id_beats_torchruns_variable_for_it() {
+        let ids = ["--rdzv-id=theirs", "--run-id=mine"];
+        let (args, _) = translated(&ids, &[("PET_RDZV_ID", "theirs")]).unwrap();
+        assert_eq!(args.run_id.as_deref(), Some("mine"));
     }
 
     #[test]

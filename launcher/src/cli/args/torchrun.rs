@@ -1,3 +1,5 @@
+use std::env;
+
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
@@ -19,18 +21,44 @@ pub struct TorchrunArgs {
     #[arg(long, alias = "nproc_per_node", value_name = "N", env = "PET_NPROC_PER_NODE", hide_env = true)]
     pub nproc_per_node: Option<String>,
     /// One node on a free port, whatever else is said about nodes
-    #[arg(long, env = "PET_STANDALONE", hide_env = true, value_parser = FalseyValueParser::new(), hide_short_help = true)]
+    #[arg(
+        long,
+        env = "PET_STANDALONE",
+        hide_env = true,
+        value_parser = FalseyValueParser::new(),
+        hide_short_help = true
+    )]
     pub standalone: bool,
     /// The program is a Python module
     ///
     /// Like `python -m`
-    #[arg(short, long, env = "PET_MODULE", hide_env = true, value_parser = FalseyValueParser::new())]
+    #[arg(
+        short,
+        long,
+        env = "PET_MODULE",
+        hide_env = true,
+        value_parser = FalseyValueParser::new()
+    )]
     pub module: bool,
     /// Execute the program itself, even if it is a `.py` file
-    #[arg(long, alias = "no_python", env = "PET_NO_PYTHON", hide_env = true, value_parser = FalseyValueParser::new(), hide_short_help = true)]
+    #[arg(
+        long,
+        alias = "no_python",
+        env = "PET_NO_PYTHON",
+        hide_env = true,
+        value_parser = FalseyValueParser::new(),
+        hide_short_help = true
+    )]
     pub no_python: bool,
     /// The program is a Python script, whatever its name
-    #[arg(long, alias = "run_path", env = "PET_RUN_PATH", hide_env = true, value_parser = FalseyValueParser::new(), hide_short_help = true)]
+    #[arg(
+        long,
+        alias = "run_path",
+        env = "PET_RUN_PATH",
+        hide_env = true,
+        value_parser = FalseyValueParser::new(),
+        hide_short_help = true
+    )]
     pub run_path: bool,
     /// Of no effect: every rank is a new process
     #[arg(
@@ -121,6 +149,11 @@ impl TorchrunArgs {
 
     fn ranks(&self, args: &mut LaunchArgs, notes: &mut Vec<String>) -> Result<(), UsageError> {
         let Some(text) = &self.nproc_per_node else { return Ok(()) };
+        let from_variable = env::var("PET_NPROC_PER_NODE").is_ok_and(|value| value == *text);
+        if from_variable && args.devices.is_some() {
+            // An operator says it for all pods, and the user says what this one has.
+            return Ok(());
+        }
         let gpus = devices::count_gpus();
         let wrong = |problem: String| UsageError::new("--nproc-per-node", format!("`{text}`: {problem}"));
         let cpus = |count: u32| format!("cpu:0-{}", count - 1);

@@ -47,6 +47,16 @@ pub(crate) fn peer(test: &str) -> Option<PathBuf> {
     None
 }
 
+/// The newest Python torch, which `scripts/setup --peer-newest` installs.
+pub(crate) fn newest_peer(test: &str) -> Option<PathBuf> {
+    let python = root().join(".deps/newest/bin/python");
+    if python.is_file() {
+        return Some(python);
+    }
+    println!("{test} goes without the newest torch (scripts/setup --peer-newest installs it)");
+    None
+}
+
 /// A script of tests/python.
 pub(crate) fn python_script(name: &str) -> PathBuf {
     root().join("tests/python").join(name)
