@@ -14,8 +14,10 @@
 //! that environment has no PyTorch.
 //!
 //! A version manager's shim (pyenv, asdf, mise) finds out at each start which Python it stands for. It is
-//! asked once, since that takes longer than the start of Python itself.
+//! asked once, since that takes longer than the start of Python itself. A wrapper that sets variables for its
+//! Python, such as `PYTHONPATH`, runs each time: ranks need what it sets.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Read;
@@ -62,7 +64,26 @@ fn is_environment(bin: &Path) -> bool {
     bin.parent().is_some_and(|root| root.join("pyvenv.cfg").is_file() || root.join("conda-meta").is_dir())
 }
 
-/// The Python that a shim stands for; `None` if this is a Python.
+/// Variables that shims, shells and Python itself change, and that a program does not depend on.
+const OF_SHIMS: [&str; 10] =
+    ["PATH", "PYENV_", "ASDF_", "MISE_", "__MISE_", "SHLVL", "PWD", "OLDPWD", "_=", "LC_CTYPE"];
+
+/// Writes the Python's path and the variables that it has.
+const ASK: &str = "import os, sys; sys.stdout.buffer.write(b'\\0'.join(\
+    [os.fsencode(sys.executable)] + [k + b'=' + v for k, v in os.environb.items()]))";
+
+/// Whether a wrapper has set or changed a variable that a program may depend on.
+fn sets_something<'a>(mut variables: impl Iterator<Item = &'a [u8]>) -> bool {
+    let own: BTreeSet<Vec<u8>> = std::env::vars_os()
+        .map(|(name, value)| [name.as_encoded_bytes(), b"=", value.as_encoded_bytes()].concat())
+        .collect();
+    variables.any(|variable| {
+        let is_of_shims = OF_SHIMS.iter().any(|prefix| variable.starts_with(prefix.as_bytes()));
+        !is_of_shims && !own.contains(variable)
+    })
+}
+
+/// The Python that a shim stands for; `None` if this is a Python, or a wrapper that sets variables for one.
 fn real(python: &Path) -> Option<PathBuf> {
     let mut start = [0; 2];
     let is_script =
@@ -75,12 +96,12 @@ fn real(python: &Path) -> Option<PathBuf> {
     if !is_script && is_named {
         return None;
     }
-    let program = "import sys; sys.stdout.write(sys.executable)";
     let answer =
-        Command::new(python).args(["-I", "-c", program]).stdin(Stdio::null()).stderr(Stdio::null()).output();
+        Command::new(python).args(["-I", "-c", ASK]).stdin(Stdio::null()).stderr(Stdio::null()).output();
     let answer = answer.ok().filter(|answer| answer.status.success())?;
-    let real = PathBuf::from(OsString::from_vec(answer.stdout));
-    is_executable(&real).then_some(real)
+    let mut parts = answer.stdout.split(|byte| *byte == 0);
+    let real = PathBuf::from(OsString::from_vec(parts.next()?.to_vec()));
+    (is_executable(&real) && !sets_something(parts)).then_some(real)
 }
 
 #[cfg(test)]
@@ -104,6 +125,11 @@ mod tests {
         let found = real(&shim).unwrap();
         assert_eq!(fs::canonicalize(&found).unwrap(), fs::canonicalize(&python).unwrap());
         assert_eq!(real(&python), None);
+        // A version manager's own variables are of no consequence. Those that a wrapper sets are.
+        script(&shim, &format!("#!/bin/sh\nPYENV_VERSION=3 exec {} \"$@\"\n", python.display()));
+        assert_eq!(real(&shim), Some(found));
+        script(&shim, &format!("#!/bin/sh\nPYTHONPATH=/opt/lib exec {} \"$@\"\n", python.display()));
+        assert_eq!(real(&shim), None);
         // One that fails is taken as it is.
         script(&shim, "#!/bin/sh\nexit 1\n");
         assert_eq!(real(&shim), None);
