@@ -37,23 +37,24 @@ pub(crate) fn mnist_data() -> PathBuf {
 
 /// The Python of the full torch, or `None` after saying why a test is skipped.
 pub(crate) fn peer(test: &str) -> Option<PathBuf> {
-    let python = root().join(".deps/peer/bin/python");
+    installed(test, "peer")
+}
+
+/// The Python of the newest torch, or `None` after saying why a test goes without.
+pub(crate) fn newest_peer(test: &str) -> Option<PathBuf> {
+    installed(test, "peer-newest")
+}
+
+/// The Python that `scripts/setup` installs with an option.
+fn installed(test: &str, option: &str) -> Option<PathBuf> {
+    let folder = option.trim_start_matches("peer-");
+    let python = root().join(format!(".deps/{folder}/bin/python"));
     if python.is_file() {
         return Some(python);
     }
     let wanted = std::env::var("ICE_TEST_PEER").is_ok_and(|value| value == "1");
-    assert!(!wanted, "ICE_TEST_PEER=1, and {python:?} is missing: run scripts/setup --peer");
-    println!("skipped {test}: no Python torch in .deps/peer (scripts/setup --peer installs one)");
-    None
-}
-
-/// The newest Python torch, which `scripts/setup --peer-newest` installs.
-pub(crate) fn newest_peer(test: &str) -> Option<PathBuf> {
-    let python = root().join(".deps/newest/bin/python");
-    if python.is_file() {
-        return Some(python);
-    }
-    println!("{test} goes without the newest torch (scripts/setup --peer-newest installs it)");
+    assert!(!wanted, "ICE_TEST_PEER=1, and {python:?} is missing: run scripts/setup --{option}");
+    println!("{test} is skipped or goes without {python:?} (scripts/setup --{option} installs it)");
     None
 }
 
