@@ -10,6 +10,7 @@ mod link;
 mod member;
 mod pausing;
 mod question;
+mod rank_events;
 mod ranks_store;
 mod screen;
 mod spares;
@@ -20,7 +21,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use ice_proto::exit::ExitCode;
 use ice_proto::link::{Request, Up};
@@ -31,7 +32,7 @@ use tokio::sync::mpsc;
 
 use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
-use crate::report::{ErrorDocument, Events, ExitRecord, Happened, ProgressLines, Rounds};
+use crate::report::{ErrorDocument, Events, Happened, ProgressLines, Rounds};
 use crate::supervise::{Caught, ProcessId, ProcessTree, Remains, Signals};
 use crate::{Error, LaunchPlan, preempt};
 use clock::Clock;
@@ -43,8 +44,6 @@ use timers::{FileTimers, requested};
 
 /// How long what is left to write is waited for once the user wants the end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Resolution of the times of files.
-const TICK: Duration = Duration::from_millis(10);
 
 /// What ranks do.
 pub(crate) enum RankEvent {
@@ -409,102 +408,6 @@ impl<'a> Dispatcher<'a> {
         self.group.signal(Signal::SIGCONT);
     }
 
-    fn rank_event(&mut self, event: RankEvent) -> Option<Event> {
-        let now = self.clock.now();
-        match event {
-            RankEvent::Exited(process, exit) => {
-                let Some(local_rank) = self.group.local_rank(process) else {
-                    self.group.spare_exited(process, &exit);
-                    return None;
-                };
-                let (rank, exit) = (self.group.rank(local_rank), self.group.explained(local_rank, exit));
-                self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
-                self.hangs.gone(local_rank);
-                self.timers.iter_mut().for_each(|timers| timers.gone(local_rank));
-                match exit.is_success() {
-                    true => self.finished.add(rank, now),
-                    false => _ = self.trouble.get_or_insert(now),
-                }
-                self.paused.remove(&local_rank);
-                self.console.no_status();
-                let failed_at = self.group.exited(local_rank, &exit).map(|at| on_clock(now, at));
-                Some(Event::Exited { local_rank, exit, failed_at })
-            }
-            RankEvent::Remains(process, what) => {
-                self.remains(process, what);
-                None
-            }
-            // The round is over, and another one has begun.
-            RankEvent::Inspected(round, ..) if Some(round) != self.group.round() => None,
-            RankEvent::Inspected(_, hang, found) => {
-                self.trouble.get_or_insert(hang.since);
-                if let Some((pid, signal)) = hang.ends_by {
-                    self.end_by_timer(hang.local_rank, pid, signal);
-                }
-                let reason = format!("{}; stacks of all ranks were written ({found})", hang.reason);
-                Some(Event::Hung { local_rank: hang.local_rank, reason })
-            }
-            RankEvent::Answered(answer) => self.answered(answer),
-            RankEvent::Warned(what) => {
-                self.console.note(&what);
-                None
-            }
-            RankEvent::Noticed(what) => Some(self.noticed(what)),
-            RankEvent::Said(process, message) => {
-                let local_rank = self.group.said(process, &message)?;
-                if let Up::Heartbeat { applied_ms, .. } = message {
-                    self.rounds.applied(process, local_rank, Duration::from_millis(applied_ms));
-                }
-                self.said(now, local_rank, message)
-            }
-        }
-    }
-
-    fn said(&mut self, now: Duration, local_rank: u32, message: Up) -> Option<Event> {
-        match message {
-            Up::Paused => self.rank_paused(local_rank, true),
-            Up::Resumed => self.rank_paused(local_rank, false),
-            Up::Stays => return Some(Event::Stays(local_rank)),
-            // The signal was faster than the word over the link that this one counts.
-            Up::Terminated if self.group.was_signalled(local_rank) => {}
-            Up::Terminated => {
-                let together = self.group.agrees();
-                return Some(Event::RankTerminated { local_rank, together });
-            }
-            Up::Parked { round: Some(round) } => return Some(Event::Parked { local_rank, round }),
-            Up::RoundLost { round, reason } => return Some(Event::RoundLost { local_rank, round, reason }),
-            Up::FirstStep { round, step, repeated } => {
-                if self.rounds.first_step(now, round, step, repeated) {
-                    self.log.add(&Happened::FirstStep { round, step, repeated });
-                }
-                self.start_spares();
-                return Some(Event::FirstStep { round });
-            }
-            Up::Progress(progress) => {
-                // What another rank said just before it paused, or was ended, is out of date.
-                let is_current = self.agent.is_running() && !self.is_paused();
-                if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std())
-                    && is_current
-                {
-                    match self.progress.is_rewritten() {
-                        true => self.console.status_if_idle(&line),
-                        false => self.console.say_if_idle(&(line + "\n")),
-                    }
-                }
-            }
-            Up::Heartbeat { step, activity, doing, .. } => {
-                self.hangs.heartbeat(now, local_rank, step, activity, doing);
-            }
-            Up::CheckpointSaved { path, step } => {
-                let rank = self.group.rank(local_rank);
-                self.saved = Some((path.clone(), step));
-                self.log.add(&Happened::CheckpointSaved { rank, path, step });
-            }
-            Up::Hello { .. } | Up::Error { .. } | Up::Done | Up::Parked { round: None } => {}
-        }
-        None
-    }
-
     /// Carries out what an event leads to; the exit code once the agent is done.
     async fn handle(&mut self, event: Event) -> Result<Option<ExitCode>, Error> {
         tracing::debug!(?event, "event");
@@ -633,21 +536,6 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
-    /// Tells of what a rank has left behind.
-    fn remains(&mut self, process: ProcessId, what: Remains) {
-        let local_rank = self.group.local_rank(process);
-        let name = local_rank
-            .map_or_else(|| "a spare".into(), |local_rank| format!("rank {}", self.group.rank(local_rank)));
-        match what {
-            // Its own process is not watched for a standstill any more.
-            Remains::Behind => local_rank.into_iter().for_each(|local_rank| self.hangs.gone(local_rank)),
-            Remains::Ended(what) => {
-                self.console.note(&format!("{name} has ended, and what it left has not: {what}"))
-            }
-            Remains::Stuck(what) => self.console.note(&format!("{name}: {what}")),
-        }
-    }
-
     fn forward(&mut self, signal: i32) {
         let Ok(signal) = Signal::try_from(signal) else { return };
         let refused = self.group.forward(signal);
@@ -666,15 +554,6 @@ impl<'a> Dispatcher<'a> {
                 ranks.join(", ")
             ));
         }
-    }
-}
-
-/// The time of a file on the agent's clock. Files are stamped with one that is behind by up to a tick; a victim's is not to look
-/// older than its cause.
-fn on_clock(now: Duration, at: SystemTime) -> Duration {
-    match SystemTime::now().duration_since(at + TICK) {
-        Ok(ago) => now.saturating_sub(ago),
-        Err(ahead) => now + ahead.duration(),
     }
 }
 
