@@ -36,8 +36,23 @@ fn hello(agent: u64, nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinato
 }
 
 fn round() -> Round {
-    let you = Member { group_rank: 1, first_rank: 2, local_world_size: 2, ranks_on_host: 4, first_role_rank: 0, role_world_size: 2 };
-    Round { number: 3, restart_count: 1, nodes: 2, world_size: 4, run_stamp: "stamp".into(), ranks_store: None, you }
+    let you = Member {
+        group_rank: 1,
+        first_rank: 2,
+        local_world_size: 2,
+        ranks_on_host: 4,
+        first_role_rank: 0,
+        role_world_size: 2,
+    };
+    Round {
+        number: 3,
+        restart_count: 1,
+        nodes: 2,
+        world_size: 4,
+        run_stamp: "stamp".into(),
+        ranks_store: None,
+        you,
+    }
 }
 
 #[test]

@@ -121,7 +121,7 @@ fn rank_without_a_launcher_keeps_the_default_actions() {
         for (name, value) in variables {
             program = program.env(name, value);
         }
-        let job = program.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port.to_string()).start();
+        let job = program.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string()).start();
         job.wait_for_line(SOON, |line| line.contains("waiting"));
         job.signal(signal);
         assert_eq!(job.finish(SOON).signal, Some(signal.as_raw()));
