@@ -181,7 +181,10 @@ fn waiting_ends_at_a_timeout_of_its_own() {
 
 #[test]
 fn a_peer_that_leaves_is_a_network_error() {
+    // A peer that leaves earlier breaks the other's forming of the group, and not its collective.
+    let formed = std::sync::Barrier::new(2);
     let kinds = ranks(2, |group| {
+        formed.wait();
         if group.rank() == 1 {
             return None;
         }
