@@ -9,7 +9,7 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal, getuid, kill_process};
 use tempfile::{TempDir, tempdir};
 
-use crate::support::{Finished, Freezer, Gate, Job, SOON, launch, lives, run};
+use crate::support::{Finished, Freezer, Gate, Job, SOON, copy, launch, lives, run};
 use crate::{STAY, TWO};
 
 /// Starts a process of each kind, which writes its number into `$PIDS`: a child, one in a session of its own, one that is
@@ -71,7 +71,7 @@ fn as_nobody(inner: &Command, folder: &Path) -> Option<Command> {
         return None;
     }
     let program = folder.join("ice-launch");
-    fs::copy(inner.get_program(), &program).unwrap();
+    copy(inner.get_program(), &program);
     fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(program).args(inner.get_args());

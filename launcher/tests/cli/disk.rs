@@ -6,7 +6,7 @@ use std::process::Command;
 use tempfile::{TempDir, tempdir};
 
 use crate::TWO;
-use crate::support::{launch, run, with_disk, within};
+use crate::support::{Gate, Job, launch, with_disk, within};
 
 /// Its logs go to a disk, and `DISK` leads there.
 fn logs_on_disk(options: &[&str], script: &str) -> (TempDir, Command) {
@@ -95,13 +95,19 @@ fn a_limit_of_the_file_size_costs_logs_and_no_job() {
     let folder = tempdir().unwrap();
     let logs = folder.path().to_str().unwrap();
     let script = "
-        [ $TORCHELASTIC_RESTART_COUNT = 0 ] && { seq -f 'line %05g' 5000; exit 3; }
+        [ $TORCHELASTIC_RESTART_COUNT = 0 ] && { seq -f 'line %05g' 5000; read -r go < $GATE; exit 3; }
         sh -c 'head -c 100000 /dev/zero > $0/large' $FOLDER 2> /dev/null; echo head $?";
     let options = ["--devices", "cpu", "--tee", "1", "--log-dir", logs, "--max-restarts", "1"];
     let mut command = launch(&options, script);
     command.env("FOLDER", folder.path());
-    let outcome = run(within("ulimit -f 16", &command));
-    outcome.expect(0, &["stdout.log cannot be written: File too large", "  missing  "]);
+    let mut command = within("ulimit -f 16", &command);
+    let gate = Gate::new(&mut command);
+    let mut job = Job::start_unread(command);
+    job.expect_error("stdout.log cannot be written: File too large");
+    job.read_stderr();
+    gate.open();
+    let outcome = job.finish();
+    outcome.expect(0, &["  missing  "]);
     // Ranks have the default action of SIGXFSZ, number 25.
     assert_eq!(outcome.stdout.last().unwrap(), "[default0]:head 153", "{}", outcome.stderr);
     let run = fs::read_dir(folder.path()).unwrap().flatten().find(|entry| entry.path().is_dir()).unwrap();

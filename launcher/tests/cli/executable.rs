@@ -6,7 +6,7 @@ use std::process::Command;
 
 use tempfile::tempdir;
 
-use crate::support::{Gate, Job, executable, ice_launch, run, without_ours};
+use crate::support::{Gate, Job, copy, executable, ice_launch, run, without_ours};
 
 /// A program that tells its first argument, or what it is itself, and fails at first.
 fn failing(program: &Path, replaced: &str) -> Command {
@@ -19,7 +19,7 @@ fn failing(program: &Path, replaced: &str) -> Command {
 /// A real shell of its own, to be replaced.
 fn shell(folder: &Path) -> std::path::PathBuf {
     let shell = folder.join("shell");
-    fs::copy("/bin/sh", &shell).unwrap();
+    copy("/bin/sh", &shell);
     shell
 }
 
@@ -76,9 +76,9 @@ fn launcher_in_an_environment_that_is_not_activated_takes_its_python() {
         fs::create_dir_all(marker.parent().unwrap()).unwrap();
         fs::write(marker, "").unwrap();
         let launcher = bin.join("ice-launch");
-        fs::copy(env!("CARGO_BIN_EXE_ice-launch"), &launcher).unwrap();
+        copy(env!("CARGO_BIN_EXE_ice-launch"), &launcher);
         // A Python that only tells of itself: a shell under the name of one.
-        fs::copy("/bin/sh", bin.join("python3")).unwrap();
+        copy("/bin/sh", &bin.join("python3"));
         let script = folder.path().join("train.py");
         fs::write(&script, "echo \"by $0\"\n").unwrap();
         let mut command = without_ours(Command::new(&launcher));

@@ -3,12 +3,19 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 use tempfile::tempdir;
 
 use crate::TWO;
 use crate::support::{launch, run, with_disk, within};
+
+/// The machine counts the processes that it has killed for all cgroups together, so a test that has one killed is seen by the others.
+fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A cgroup with a limit. Dropping it removes it.
 struct Cgroup(PathBuf);
@@ -46,6 +53,7 @@ impl Cgroup {
 
 #[test]
 fn a_rank_that_the_kernel_killed_for_memory_says_so_with_the_limit() {
+    let _alone = one_at_a_time();
     let Some(cgroup) = Cgroup::with_limit(64 << 20) else { return };
     let folder = tempdir().unwrap();
     let (logs, events) = (folder.path().join("logs"), folder.path().join("events.jsonl"));
@@ -75,6 +83,7 @@ fn a_rank_that_the_kernel_killed_for_memory_says_so_with_the_limit() {
 
 #[test]
 fn a_rank_that_the_user_killed_is_not_out_of_memory() {
+    let _alone = one_at_a_time();
     let outcome = run(launch(&["--devices", "cpu"], "kill -KILL $$"));
     outcome.expect(137, &["rank 0 failed: killed by SIGKILL\n"]);
 }

@@ -340,10 +340,19 @@ pub(crate) fn free_port() -> String {
     listener.local_addr().unwrap().port().to_string()
 }
 
+/// Copies a file that is to be executed. Another process writes it: a test that starts a program at the same time would hand
+/// on a descriptor for writing, and a file that is open for writing cannot be executed.
+pub(crate) fn copy(from: impl AsRef<OsStr>, to: &std::path::Path) {
+    assert!(Command::new("cp").arg(from.as_ref()).arg(to).status().unwrap().success());
+}
+
 /// Makes an executable script.
 pub(crate) fn executable(path: &std::path::Path, text: impl AsRef<OsStr>) {
     use std::os::unix::fs::PermissionsExt;
-    fs::write(path, text.as_ref().as_encoded_bytes()).unwrap();
+    let source = path.with_extension("source");
+    fs::write(&source, text.as_ref().as_encoded_bytes()).unwrap();
+    copy(&source, path);
+    fs::remove_file(source).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::fs;
 use std::io::{Read, Write as _};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
@@ -199,9 +200,15 @@ impl Job {
         kill_process(self.pid(), signal).unwrap();
     }
 
-    /// The other living processes of the job.
+    /// The living processes of the job but for the launcher and its keeper.
     pub(crate) fn others(&self) -> Vec<Leftover> {
-        leftovers::marked(&self.mark).into_iter().filter(|process| process.pid != self.pid()).collect()
+        let is_keeper = |pid: Pid| {
+            let name = fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero()));
+            name.is_ok_and(|name| name.trim_end() == "ice-keeper")
+        };
+        let mut processes = leftovers::marked(&self.mark);
+        processes.retain(|process| process.pid != self.pid() && !is_keeper(process.pid));
+        processes
     }
 
     fn transcript(&self) -> String {
