@@ -1,5 +1,6 @@
 //! Actions of signals belong to the process, so each test runs in one of its own: this program
 //! again, as `CHILD` says.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(unsafe_code, reason = "installs a handler as a program would")]
 
 use std::env;
