@@ -45,7 +45,6 @@ pub(super) struct Group<'a> {
     store_port: u16,
     ranks: BTreeMap<u32, Member>,
     spares: Spares,
-    /// As it was when the round began.
     memory: MemoryWatch,
     executable: Executable,
     /// How many processes were started.
@@ -71,7 +70,7 @@ impl<'a> Group<'a> {
         let (logs, round, ranks) = (None, None, BTreeMap::new());
         let host = hostname();
         let spares = Spares::new(plan.spares);
-        let memory = MemoryWatch::default();
+        let memory = MemoryWatch::new();
         let (started, error) = (0, None);
         let heartbeats = Heartbeats::make()
             .inspect_err(|error| {
@@ -184,7 +183,7 @@ impl<'a> Group<'a> {
             }
         }
         let started = missing.iter().map(|(local_rank, _)| *local_rank).collect();
-        self.memory = MemoryWatch::start();
+        self.memory.start_round();
         for (local_rank, files) in missing {
             if let Some(spare) = self.spares.take() {
                 match self.promote(spare, &round, &environment, local_rank, &files, &filtered) {
@@ -399,6 +398,14 @@ impl<'a> Group<'a> {
     /// The processes that live, by local rank.
     pub(super) fn living(&self) -> BTreeMap<u32, u32> {
         self.ranks.iter().filter_map(|(rank, member)| Some((*rank, member.living()?))).collect()
+    }
+
+    /// Kills what a report might wait for: unattributed processes that hold the pipes of ranks open. If
+    /// marks name the rank of each process, every rank that has ended has drained, and none is left.
+    pub(super) fn kill_unattributed(&self) {
+        if !self.tree.attributes_by_mark() {
+            self.kill_others();
+        }
     }
 
     /// Kills what came of no process that lives, spares included.

@@ -450,8 +450,7 @@ impl<'a> Dispatcher<'a> {
                 Action::GiveUp => self.gave_up = true,
                 Action::Forward(signal) => self.forward(signal),
                 Action::Report(ends) => {
-                    // What those that failed left behind may hold the pipes open.
-                    self.group.kill_others();
+                    self.group.kill_unattributed();
                     if let Some(failure) = self.group.report(ends).await {
                         let cause = failure.root_cause;
                         let (rank, exit, message) = (cause.rank, cause.exit.exit, cause.message);

@@ -3,6 +3,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use ice_proto::rendezvous::Round;
+use nix::sys::statvfs::statvfs;
 use tempfile::TempDir;
 
 use crate::{Error, LaunchPlan};
@@ -20,6 +21,8 @@ pub(crate) struct LogFolder {
     path: Option<PathBuf>,
     /// Whether the user named it.
     is_named: bool,
+    /// Whether the user asked for anything that is written to it.
+    is_wanted: bool,
     temporary: Option<TempDir>,
     /// Has the error files of ranks whose folder cannot be written.
     elsewhere: Option<TempDir>,
@@ -60,12 +63,19 @@ impl LogFolder {
             Err(_) => return Ok(Self::without_path()),
             Ok(()) => {}
         }
-        let (path, is_named) = (Some(path), temporary.is_none());
-        Ok(Self { path, is_named, temporary, elsewhere: None, attempt: None })
+        let (path, is_named, is_wanted) = (Some(path), temporary.is_none(), plan.logs.are_wanted());
+        Ok(Self { path, is_named, is_wanted, temporary, elsewhere: None, attempt: None })
     }
 
     fn without_path() -> Self {
-        Self { path: None, is_named: false, temporary: None, elsewhere: None, attempt: None }
+        Self {
+            path: None,
+            is_named: false,
+            is_wanted: false,
+            temporary: None,
+            elsewhere: None,
+            attempt: None,
+        }
     }
 
     /// Begins an attempt. A round that follows a change of the nodes is one, too, though no restart is counted.
@@ -91,7 +101,8 @@ impl LogFolder {
             return Err((std::env::temp_dir(), none));
         };
         let folder = path.join(self.attempt()).join(local_rank.to_string());
-        match make_writable(&folder) {
+        let made = fs::create_dir_all(&folder);
+        match made.and_then(|()| if self.is_wanted { probe(&folder) } else { probe_if_full(&folder) }) {
             Ok(()) => Ok(RankFiles {
                 stdout: Some(folder.join("stdout.log")),
                 stderr: Some(folder.join("stderr.log")),
@@ -112,7 +123,7 @@ impl LogFolder {
         }
         let Some(elsewhere) = &self.elsewhere else { return RankFiles::default() };
         let folder = elsewhere.path().join(self.attempt()).join(local_rank.to_string());
-        match make_writable(&folder) {
+        match fs::create_dir_all(&folder).and_then(|()| probe(&folder)) {
             Ok(()) => RankFiles::about(&folder),
             Err(_) => RankFiles::default(),
         }
@@ -153,18 +164,23 @@ fn temporary_folder(root: PathBuf) -> io::Result<TempDir> {
     tempfile::Builder::new().prefix("ice-launch-").tempdir_in(root)
 }
 
-/// Makes a folder that has room for more than its own name.
-fn make_writable(folder: &Path) -> io::Result<()> {
-    fs::create_dir_all(folder)?;
-    probe(folder)
-}
-
 /// A folder can often be made on a disk that takes no file any more, or no byte.
 fn probe(folder: &Path) -> io::Result<()> {
     let path = folder.join(".probe");
     let written = File::create(&path).and_then(|mut file| file.write_all(&PROBE));
     let removed = fs::remove_file(&path);
     written.and(removed)
+}
+
+/// Writes a probe only if the file system reports that it is full.
+///
+/// A restart pays for each probe of each rank with a write, so a folder that holds nothing but error
+/// files gets one only if the write may fail. A disk quota is not noticed this way.
+fn probe_if_full(folder: &Path) -> io::Result<()> {
+    let disk = statvfs(folder)?;
+    // A file system that counts no inodes reports 0 of 0.
+    let is_full = disk.blocks_available() == 0 || (disk.files() > 0 && disk.files_available() == 0);
+    if is_full { probe(folder) } else { Ok(()) }
 }
 
 /// The last lines of a file.

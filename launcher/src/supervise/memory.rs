@@ -16,7 +16,6 @@ const SHARED_MEMORY: &str = "/dev/shm";
 const KILLED: i32 = 128 + 9;
 
 /// The counters at the start of a round.
-#[derive(Default)]
 pub(crate) struct MemoryWatch {
     /// The cgroup of the agent, in which its ranks start, and those above it up to the root of the mount.
     groups: Vec<Group>,
@@ -43,12 +42,20 @@ struct Counts {
 }
 
 impl MemoryWatch {
-    /// Notes the counters as they are now.
-    pub(crate) fn start() -> Self {
+    /// Finds the cgroups of this process. They are looked up once: `mountinfo` has thousands of lines on
+    /// some hosts, and a restart would wait for it.
+    pub(crate) fn new() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let folder = find(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
         let groups = folder.map(|(mount, folder)| groups(&mount, &folder)).unwrap_or_default();
-        Self { groups, killed: killed_on_machine(), explained: Cell::new(0) }
+        Self { groups, killed: None, explained: Cell::new(0) }
+    }
+
+    /// Notes the counters at the start of a round.
+    pub(crate) fn start_round(&mut self) {
+        self.groups.iter_mut().for_each(|group| group.before = read(&group.folder));
+        self.killed = killed_on_machine();
+        self.explained.set(0);
     }
 
     /// Why a process that the agent did not kill ended so, if the kernel knows more than the exit status says.
@@ -135,7 +142,7 @@ fn groups(mount: &Path, folder: &Path) -> Vec<Group> {
         .map(|folder| {
             let name =
                 folder.strip_prefix(mount).map(|name| format!("/{}", name.display())).unwrap_or_default();
-            Group { folder: folder.to_owned(), name, before: read(folder) }
+            Group { folder: folder.to_owned(), name, before: Counts::default() }
         })
         .collect()
 }
@@ -213,8 +220,11 @@ mod tests {
     }
 
     fn watch(mount: &Path, folder: &Path) -> MemoryWatch {
+        let mut watch = MemoryWatch { groups: groups(mount, folder), killed: None, explained: Cell::new(0) };
+        watch.start_round();
         // The machine may run out of memory for another reason.
-        MemoryWatch { groups: groups(mount, folder), killed: Some(u64::MAX), explained: Cell::new(0) }
+        watch.killed = Some(u64::MAX);
+        watch
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! came of one is in the agent's.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::prctl;
@@ -15,7 +16,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{Pid, getsid};
 use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::ProcessId;
@@ -32,6 +33,10 @@ pub(crate) struct ProcessTree {
     keeper: Mutex<Option<Keeper>>,
     /// Processes that the agent has started and not waited for.
     leaders: Mutex<BTreeSet<u32>>,
+    /// The leader that hid other ended children when `reap_ended` ran last; 0 before the first.
+    hider: AtomicU32,
+    /// Notified when a leader was waited for, so that it hides nothing any more.
+    unhidden: Notify,
     /// Why `/proc` shows none of them.
     blind: Option<String>,
     /// Sent whenever a child has ended.
@@ -83,17 +88,36 @@ impl ProcessTree {
         if let Err(error) = prctl::set_child_subreaper(true) {
             tracing::warn!(%error, "processes that ranks leave behind will not be ended");
         }
-        let (leaders, changed) = (Mutex::default(), watch::channel(()).0);
-        let tree = Self { bystanders, mark, keeper: Mutex::new(keeper), leaders, blind, changed };
-        (Arc::new(tree), notes)
+        (Arc::new(Self::new(bystanders, mark, keeper, blind)), notes)
     }
 
     /// A tree that adopts nothing: tests share a process.
     #[cfg(test)]
     pub(super) fn for_tests() -> Arc<Self> {
-        let (keeper, leaders, changed) = (Mutex::new(None), Mutex::default(), watch::channel(()).0);
-        let (bystanders, mark, blind) = (BTreeSet::new(), None, Some("a test".into()));
-        Arc::new(Self { bystanders, mark, keeper, leaders, blind, changed })
+        Arc::new(Self::new(BTreeSet::new(), None, None, Some("a test".into())))
+    }
+
+    fn new(
+        bystanders: BTreeSet<u32>,
+        mark: Option<Mark>,
+        keeper: Option<Keeper>,
+        blind: Option<String>,
+    ) -> Self {
+        Self {
+            bystanders,
+            mark,
+            keeper: Mutex::new(keeper),
+            leaders: Mutex::default(),
+            hider: AtomicU32::new(0),
+            unhidden: Notify::new(),
+            blind,
+            changed: watch::channel(()).0,
+        }
+    }
+
+    /// Whether the mark of a process names the rank that it came of.
+    pub(crate) fn attributes_by_mark(&self) -> bool {
+        matches!(self.mark, Some(Mark::Outer(_)))
     }
 
     /// The limit that marks a process which the agent starts.
@@ -105,9 +129,15 @@ impl ProcessTree {
     pub(crate) fn reap(self: &Arc<Self>) -> std::io::Result<Reaper> {
         let (tree, mut ended) = (Arc::clone(self), signal(SignalKind::child())?);
         let reap = async move {
-            while ended.recv().await.is_some() {
-                tree.reap_ended();
-                tree.changed.send_replace(());
+            loop {
+                tokio::select! {
+                    Some(()) = ended.recv() => {
+                        tree.reap_ended();
+                        tree.changed.send_replace(());
+                    }
+                    () = tree.unhidden.notified() => tree.reap_ended(),
+                    else => return,
+                }
             }
         };
         Ok(Reaper(tokio::spawn(reap)))
@@ -127,17 +157,25 @@ impl ProcessTree {
         self.leaders().insert(pid);
     }
 
+    /// Notes that a leader was waited for. Until then it hid the adopted children that have ended.
     pub(super) fn waited_for(&self, pid: u32) {
         self.leaders().remove(&pid);
+        self.unhidden.notify_one();
     }
 
     /// Waits for the adopted children that have ended.
     fn reap_ended(&self) {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
-        // The kernel shows one that has ended. If somebody else waits for that one, it hides the others.
+        // The kernel shows one child that has ended. If another waiter owns that one, it hides the others.
         while let Ok(status) = waitid(Id::All, flags) {
             let Some(pid) = status.pid() else { return };
             if !self.is_adopted(pid) {
+                let hider = pid.as_raw().cast_unsigned();
+                let is_new = self.hider.swap(hider, Ordering::Relaxed) != hider;
+                // Its waiter comes soon, and `unhidden` follows. Listing the children would delay a restart.
+                if is_new && self.leaders().contains(&hider) {
+                    return;
+                }
                 break;
             }
             let _ = waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));

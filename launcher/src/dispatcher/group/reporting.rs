@@ -54,8 +54,8 @@ impl Group<'_> {
         };
         self.error = Some(ErrorDocument::of_rank(&root_cause, &self.host, member.files.error.as_deref()));
         let command = self.plan.program.command();
-        if let Some(Err((path, error))) = self.logs.as_ref().map(LogFolder::check)
-            && self.plan.logs.are_wanted()
+        if self.plan.logs.are_wanted()
+            && let Some(Err((path, error))) = self.logs.as_ref().map(LogFolder::check)
         {
             self.files.health().failed(path, &error);
         }
