@@ -400,14 +400,6 @@ impl<'a> Group<'a> {
         self.ranks.iter().filter_map(|(rank, member)| Some((*rank, member.living()?))).collect()
     }
 
-    /// Kills what a report might wait for: unattributed processes that hold the pipes of ranks open. If
-    /// marks name the rank of each process, every rank that has ended has drained, and none is left.
-    pub(super) fn kill_unattributed(&self) {
-        if !self.tree.attributes_by_mark() {
-            self.kill_others();
-        }
-    }
-
     /// Kills what came of no process that lives, spares included.
     pub(super) fn kill_others(&self) {
         let ranks = self.ranks.values().filter_map(|member| Some((member.id, member.living()?)));

@@ -450,7 +450,8 @@ impl<'a> Dispatcher<'a> {
                 Action::GiveUp => self.gave_up = true,
                 Action::Forward(signal) => self.forward(signal),
                 Action::Report(ends) => {
-                    self.group.kill_unattributed();
+                    // A process that has shed its mark may hold the pipes of a rank open.
+                    self.group.kill_others();
                     if let Some(failure) = self.group.report(ends).await {
                         let cause = failure.root_cause;
                         let (rank, exit, message) = (cause.rank, cause.exit.exit, cause.message);

@@ -115,11 +115,6 @@ impl ProcessTree {
         }
     }
 
-    /// Whether the mark of a process names the rank that it came of.
-    pub(crate) fn attributes_by_mark(&self) -> bool {
-        matches!(self.mark, Some(Mark::Outer(_)))
-    }
-
     /// The limit that marks a process which the agent starts.
     pub(super) fn mark_of(&self, process: ProcessId) -> Option<u64> {
         self.mark.map(|mark| mark.of(process))
@@ -136,7 +131,6 @@ impl ProcessTree {
                         tree.changed.send_replace(());
                     }
                     () = tree.unhidden.notified() => tree.reap_ended(),
-                    else => return,
                 }
             }
         };
