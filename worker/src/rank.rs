@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use ice_c10d::{ProcessGroup, ReduceOp, Store, Work};
 use ice_proto::backend::RankDevice;
-use ice_proto::env::{ICE_SPARE, RANK, RankEnv};
+use ice_proto::env::{ICE_SPARE, OMP_NUM_THREADS, RANK, RankEnv};
 use ice_proto::error_file::{self, ErrorRecord};
 use ice_proto::link::{Progress, Up};
 use tch::{Device, Tensor};
@@ -82,6 +82,7 @@ impl Worker {
 
     fn open(stays: bool) -> Result<Self, Error> {
         ice_c10d::memory::keep_freed_memory();
+        set_threads(env::var(OMP_NUM_THREADS).ok().as_deref());
         let lookup = |name: &str| env::var(name).ok();
         let spare = env::var_os(ICE_SPARE).is_some();
         let env = match RankEnv::read(lookup)? {
@@ -280,18 +281,20 @@ impl Worker {
         &self.link
     }
 
-    /// Sums the tensor over all ranks, in place.
+    /// Sums the tensor over all ranks, in place: the elements that it views and no others, whatever its strides. The sum of bools
+    /// is whether any is true.
     ///
     /// # Errors
-    /// [`Error::Collective`] when a rank is lost or the shapes differ.
+    /// [`Error::Collective`] when a rank is lost or the shapes differ, and before anything is sent for a tensor that cannot be
+    /// summed: one of a type that no backend adds (Int16, complex numbers), a sparse one, or an expanded one.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<(), Error> {
         self.exchange("all-reduce", |group| group.all_reduce(tensor, ReduceOp::Sum))
     }
 
-    /// Overwrites the tensor on every rank with rank 0's.
+    /// Overwrites the tensor on every rank with rank 0's, whatever its type and strides.
     ///
     /// # Errors
-    /// [`Error::Collective`] when a rank is lost or the shapes differ.
+    /// [`Error::Collective`] when a rank is lost or the shapes differ, and before anything is sent for a sparse or expanded one.
     pub fn broadcast(&self, tensor: &Tensor) -> Result<(), Error> {
         self.broadcast_from(0, tensor)
     }
@@ -313,8 +316,7 @@ impl Worker {
         self.begin("broadcast", |group| group.broadcast(tensor, source))
     }
 
-    /// Begins to send the tensor, whose elements lie in a row, to another rank, which [receives](Worker::begin_receive) it. It must not be touched
-    /// until it is sent. What goes from one rank to another arrives in the order in which it was sent.
+    /// Begins to send the tensor to another rank, which [receives](Worker::begin_receive) it. It must not be touched until it is sent. What goes from one rank to another arrives in the order in which it was sent.
     ///
     /// # Errors
     /// [`Error::Collective`] when it cannot be begun.
@@ -322,7 +324,7 @@ impl Worker {
         self.begin("sending", |group| group.send(tensor, to))
     }
 
-    /// Begins to overwrite the tensor, whose elements lie in a row, with the one of as many bytes that rank `from` sends.
+    /// Begins to overwrite the tensor with the one of as many bytes that rank `from` sends.
     ///
     /// # Errors
     /// [`Error::Collective`] when it cannot be begun.
@@ -411,6 +413,18 @@ impl Worker {
         if let Err(error) = error_file::write(&path, &record) {
             tracing::warn!(%error, path = %path.display(), "cannot write the error file");
         }
+    }
+}
+
+/// Makes libtorch compute with as many threads as `OMP_NUM_THREADS` says. By itself libtorch takes MKL's number, which is
+/// `MKL_NUM_THREADS` and never more than the machine's cores, so that one number would mean other sums on another machine.
+fn set_threads(omp_num_threads: Option<&str>) {
+    // OpenMP takes a list, with a number for each level of nested teams. libtorch has one level.
+    let outermost = omp_num_threads.and_then(|list| list.split(',').next());
+    if let Some(threads) =
+        outermost.and_then(|number| number.trim().parse().ok()).filter(|number| *number > 0)
+    {
+        tch::set_num_threads(threads);
     }
 }
 

@@ -1,6 +1,9 @@
 // Gloo groups, the collectives of any group, and the handles of operations under way.
 #include "shim_internal.h"
 
+#include <sstream>
+
+#include <ATen/MemoryOverlap.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
 // The stub headers hide gloo's own types; this notices a libtorch whose class they no longer describe.
@@ -8,13 +11,41 @@ static_assert(sizeof(c10d::ProcessGroupGloo) == 488, "ProcessGroupGloo is not th
 
 namespace {
 
-c10d::ReduceOp reduce_op(const IceGroup* group, const at::Tensor& tensor, uint8_t op) {
-  const auto kind = static_cast<c10d::ReduceOp::RedOpType>(op);
+// The types that every backend computes with. gloo finds others in a thread of its own, when other ranks are already waiting.
+bool is_number(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kHalf:
+    case at::kBFloat16:
+    case at::kChar:
+    case at::kByte:
+    case at::kInt:
+    case at::kLong:
+    case at::kBool:
+      return true;
+    default:
+      return false;
+  }
+}
+
+c10d::ReduceOp reduce_op(const at::Tensor& tensor, uint8_t op) {
+  auto kind = static_cast<c10d::ReduceOp::RedOpType>(op);
+  if (!is_number(tensor.scalar_type())) {
+    throw ice::Failure(
+        ICE_INVALID_ARGUMENT,
+        std::string("no backend reduces ") + c10::toString(tensor.scalar_type()) +
+            " tensors: convert to another type, such as Float, Int or Long");
+  }
   if (kind == c10d::ReduceOp::AVG && at::isIntegralType(tensor.scalar_type(), true)) {
     throw ice::Failure(
         ICE_INVALID_ARGUMENT,
         std::string("an average of ") + c10::toString(tensor.scalar_type()) +
             " tensors is not a whole number: sum them and divide, or convert to a floating-point type");
+  }
+  if (tensor.scalar_type() == at::kBool && kind == c10d::ReduceOp::SUM) {
+    // gloo would add bytes, and leave 2 where both ranks have true. NCCL's sum of bools is this one, too.
+    kind = c10d::ReduceOp::MAX;
   }
   return kind;
 }
@@ -28,15 +59,64 @@ void on_device(const IceGroup* group, const at::Tensor& tensor) {
         ICE_INVALID_ARGUMENT, "the tensor is on " + tensor.device().str() + " but the group works on " +
             c10::DeviceTypeName(group->device.type(), true) + " tensors");
   }
+  if (tensor.layout() != at::kStrided || tensor.is_quantized()) {
+    std::ostringstream layout;
+    layout << tensor.layout();
+    throw ice::Failure(
+        ICE_INVALID_ARGUMENT, "a " + std::string(tensor.is_quantized() ? "quantized" : layout.str()) +
+            " tensor has no elements that lie in memory as its shape says: convert it to a dense one");
+  }
 }
 
-// What is sent or received as it lies in memory.
-std::vector<at::Tensor> in_a_row(const IceGroup* group, const at::Tensor& tensor) {
-  on_device(group, tensor);
-  if (!tensor.is_contiguous()) {
-    throw ice::Failure(ICE_INVALID_ARGUMENT, "the elements of the tensor do not lie in a row: send a copy");
+// Tensors as a backend wants them. gloo takes the first element's address and the number of elements, and asks for nothing else.
+class Rows {
+ public:
+  // A tensor that is read only.
+  at::Tensor read(const IceGroup* group, const at::Tensor& tensor) {
+    on_device(group, tensor);
+    return row(tensor);
   }
-  return {tensor};
+
+  // A tensor that is overwritten.
+  at::Tensor write(const IceGroup* group, const at::Tensor& tensor) {
+    on_device(group, tensor);
+    if (at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
+      throw ice::Failure(
+          ICE_INVALID_ARGUMENT,
+          "elements of the tensor share memory, as those of an expanded one: write to a copy of it");
+    }
+    auto row = this->row(tensor);
+    if (!row.is_alias_of(tensor)) {
+      written_back_.emplace_back(row, tensor);
+    }
+    return row;
+  }
+
+  IceWork* begun(c10::intrusive_ptr<c10d::Work> work) {
+    return new IceWork{std::move(work), std::move(written_back_)};
+  }
+
+ private:
+  static at::Tensor row(const at::Tensor& tensor) {
+    return tensor.resolve_conj().resolve_neg().contiguous();
+  }
+
+  std::vector<std::pair<at::Tensor, at::Tensor>> written_back_;
+};
+
+// What is only moved may be of any type: as bytes, if no backend knows it.
+at::Tensor movable(const at::Tensor& row) {
+  return is_number(row.scalar_type()) ? row : row.view(-1).view(at::kByte);
+}
+
+// The tensors of all ranks are alike. As rows of bytes they would seem so, too.
+void like(const at::Tensor& own, const at::Tensor& other) {
+  if (own.scalar_type() != other.scalar_type() || own.sizes() != other.sizes()) {
+    std::ostringstream difference;
+    difference << "one tensor is " << other.scalar_type() << " of shape " << other.sizes() << " and another "
+               << own.scalar_type() << " of shape " << own.sizes() << ": they must be alike";
+    throw ice::Failure(ICE_INVALID_ARGUMENT, difference.str());
+  }
 }
 
 } // namespace
@@ -63,11 +143,11 @@ ICE_API int32_t
 ice_group_all_reduce(const IceGroup* group, void* tensor, uint8_t op, IceWork** out, char** message) {
   return ice::guarded(message, [&] {
     at::NoGradGuard no_grad;
-    std::vector<at::Tensor> list{ice::tensor(tensor)};
-    on_device(group, list[0]);
+    Rows rows;
+    std::vector<at::Tensor> list{rows.write(group, ice::tensor(tensor))};
     c10d::AllreduceOptions options;
-    options.reduceOp = reduce_op(group, list[0], op);
-    *out = new IceWork{group->group->allreduce(list, options)};
+    options.reduceOp = reduce_op(list[0], op);
+    *out = rows.begun(group->group->allreduce(list, options));
   });
 }
 
@@ -75,11 +155,11 @@ ICE_API int32_t
 ice_group_broadcast(const IceGroup* group, void* tensor, int64_t root, IceWork** out, char** message) {
   return ice::guarded(message, [&] {
     at::NoGradGuard no_grad;
-    std::vector<at::Tensor> list{ice::tensor(tensor)};
-    on_device(group, list[0]);
+    Rows rows;
+    std::vector<at::Tensor> list{movable(rows.write(group, ice::tensor(tensor)))};
     c10d::BroadcastOptions options;
     options.rootRank = root;
-    *out = new IceWork{group->group->broadcast(list, options)};
+    *out = rows.begun(group->group->broadcast(list, options));
   });
 }
 
@@ -87,10 +167,15 @@ ICE_API int32_t
 ice_group_all_gather(const IceGroup* group, IceTensors outputs, void* input, IceWork** out, char** message) {
   return ice::guarded(message, [&] {
     at::NoGradGuard no_grad;
-    std::vector<std::vector<at::Tensor>> output_lists{ice::tensors(outputs)};
-    std::vector<at::Tensor> inputs{ice::tensor(input)};
-    on_device(group, inputs[0]);
-    *out = new IceWork{group->group->allgather(output_lists, inputs)};
+    Rows rows;
+    const auto& own = ice::tensor(input);
+    std::vector<at::Tensor> inputs{movable(rows.read(group, own))};
+    std::vector<std::vector<at::Tensor>> output_lists(1);
+    for (const auto& output : ice::tensors(outputs)) {
+      output_lists[0].push_back(movable(rows.write(group, output)));
+      like(own, output);
+    }
+    *out = rows.begun(group->group->allgather(output_lists, inputs));
   });
 }
 
@@ -98,26 +183,35 @@ ICE_API int32_t ice_group_reduce_scatter(
     const IceGroup* group, void* output, IceTensors inputs, uint8_t op, IceWork** out, char** message) {
   return ice::guarded(message, [&] {
     at::NoGradGuard no_grad;
-    std::vector<at::Tensor> outputs{ice::tensor(output)};
-    std::vector<std::vector<at::Tensor>> input_lists{ice::tensors(inputs)};
-    on_device(group, outputs[0]);
+    Rows rows;
+    const auto& own = ice::tensor(output);
+    std::vector<at::Tensor> outputs{rows.write(group, own)};
+    std::vector<std::vector<at::Tensor>> input_lists(1);
+    for (const auto& input : ice::tensors(inputs)) {
+      input_lists[0].push_back(rows.read(group, input));
+      like(own, input);
+    }
     c10d::ReduceScatterOptions options;
-    options.reduceOp = reduce_op(group, outputs[0], op);
-    *out = new IceWork{group->group->reduce_scatter(outputs, input_lists, options)};
+    options.reduceOp = reduce_op(outputs[0], op);
+    *out = rows.begun(group->group->reduce_scatter(outputs, input_lists, options));
   });
 }
 
 ICE_API int32_t ice_group_send(const IceGroup* group, void* tensor, int32_t to, IceWork** out, char** message) {
   return ice::guarded(message, [&] {
-    auto list = in_a_row(group, ice::tensor(tensor));
-    *out = new IceWork{group->group->send(list, to, 0)};
+    at::NoGradGuard no_grad;
+    Rows rows;
+    std::vector<at::Tensor> list{movable(rows.read(group, ice::tensor(tensor)))};
+    *out = rows.begun(group->group->send(list, to, 0));
   });
 }
 
 ICE_API int32_t ice_group_receive(const IceGroup* group, void* tensor, int32_t from, IceWork** out, char** message) {
   return ice::guarded(message, [&] {
-    auto list = in_a_row(group, ice::tensor(tensor));
-    *out = new IceWork{group->group->recv(list, from, 0)};
+    at::NoGradGuard no_grad;
+    Rows rows;
+    std::vector<at::Tensor> list{movable(rows.write(group, ice::tensor(tensor)))};
+    *out = rows.begun(group->group->recv(list, from, 0));
   });
 }
 
@@ -128,7 +222,7 @@ ICE_API int32_t ice_group_barrier(const IceGroup* group, IceWork** out, char** m
     if (group->device.has_index()) {
       options.device_ids.push_back(group->device.index());
     }
-    *out = new IceWork{group->group->barrier(options)};
+    *out = new IceWork{group->group->barrier(options), {}};
   });
 }
 
@@ -149,6 +243,11 @@ ICE_API int32_t ice_work_wait(const IceWork* work, int64_t timeout_ms, char** me
   return ice::guarded(message, [&] {
     if (!work->work->wait(std::chrono::milliseconds(timeout_ms))) {
       throw ice::Failure(ICE_BACKEND, "the operation was aborted");
+    }
+    at::NoGradGuard no_grad;
+    const std::lock_guard lock(work->writing);
+    for (const auto& [row, tensor] : std::exchange(work->written_back, {})) {
+      tensor.copy_(row);
     }
   });
 }

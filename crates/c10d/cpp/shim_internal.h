@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -26,6 +27,11 @@ struct IceGroup {
 
 struct IceWork {
   c10::intrusive_ptr<c10d::Work> work;
+  // Copies that took part instead of tensors whose elements do not lie in a row. Each one's elements are written back once the
+  // operation is over: by the first wait that succeeds.
+  mutable std::vector<std::pair<at::Tensor, at::Tensor>> written_back;
+  // Two threads may wait.
+  mutable std::mutex writing{};
 };
 
 namespace ice {

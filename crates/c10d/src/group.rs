@@ -30,7 +30,7 @@ impl Default for GlooOptions {
 /// How a reduction combines the ranks' tensors, element by element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ReduceOp {
-    /// The sum.
+    /// The sum; of bools, whether any is true.
     Sum,
     /// The mean; floating-point tensors only.
     Average,
@@ -38,7 +38,7 @@ pub enum ReduceOp {
     Min,
     /// The largest.
     Max,
-    /// The product.
+    /// The product; of bools, whether all are true.
     Product,
 }
 
@@ -60,6 +60,11 @@ impl ReduceOp {
 /// All ranks must call the same collectives in the same order, on tensors of the same shape and type. A collective starts at once
 /// and returns a [`Work`] to wait for; its tensors must not be touched before. Dropping a group while one is under way blocks until
 /// that one ends, with its timeout at the latest.
+///
+/// The strides of a tensor may differ from rank to rank: a column of a matrix or a `channels_last` tensor takes part as a
+/// contiguous copy, which the wait writes back. Reductions take tensors of Float, Double, Half, BFloat16, Int8, Uint8, Int,
+/// Int64 and Bool; the other operations, which only move elements, take every dense type. A sparse tensor, a type that cannot
+/// be reduced, or an output whose elements share memory is `InvalidArgument` before anything is sent.
 #[derive(Debug, Clone)]
 pub struct ProcessGroup {
     shared: Arc<Shared>,
@@ -132,7 +137,7 @@ impl ProcessGroup {
     /// Replaces `tensor` on every rank by the reduction of all ranks' tensors.
     ///
     /// # Errors
-    /// `InvalidArgument` for an average of integers or a tensor on another kind of device.
+    /// `InvalidArgument` for an average of integers, a type that cannot be reduced or a tensor on another kind of device.
     pub fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work> {
         self.submit(|group, out, message| {
             // SAFETY: group and tensor are alive, and the out-pointers are valid; c10d keeps the tensor's storage alive.
@@ -192,7 +197,7 @@ impl ProcessGroup {
     /// collectives where many are under way; [`Work::is_completed`] does not see the end of those.
     ///
     /// # Errors
-    /// `InvalidArgument` for a `to` that is no other rank, a tensor whose elements do not lie in a row, or one on another kind of device.
+    /// `InvalidArgument` for a `to` that is not another rank, or a tensor on another kind of device.
     pub fn send(&self, tensor: &Tensor, to: usize) -> Result<Work> {
         let to = self.other(to)?;
         self.submit(|group, out, message| {

@@ -114,18 +114,135 @@ fn what_cannot_be_sent_is_refused() {
     ranks(2, |group| {
         let row = tensor(&[1.0, 2.0], Kind::Float);
         let other = 1 - group.rank();
-        let column = Tensor::ones([2, 3], (Kind::Float, tch::Device::Cpu)).transpose(0, 1);
+        let expanded = row.unsqueeze(0).expand([3, 2], false);
         for error in [
             group.send(&row, 2).unwrap_err(),
             group.send(&row, group.rank()).unwrap_err(),
             group.receive(&row, 2).unwrap_err(),
-            group.send(&column, other).unwrap_err(),
-            group.receive(&column, other).unwrap_err(),
+            group.receive(&expanded, other).unwrap_err(),
             group.send(&Tensor::new(), other).unwrap_err(),
             group.receive(&Tensor::new(), other).unwrap_err(),
         ] {
             assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
         }
+    });
+}
+
+/// A 4 by 3 matrix of the rank's number and more; its columns have a stride of 3.
+fn matrix(group: &ProcessGroup, kind: Kind) -> Tensor {
+    let numbers = Tensor::arange(12, (Kind::Double, tch::Device::Cpu)) + 100.0 * group.rank() as f64;
+    numbers.reshape([4, 3]).to_kind(kind)
+}
+
+#[test]
+fn collectives_on_a_column_of_a_matrix_touch_its_elements_alone() {
+    ranks(2, |group| {
+        let other = 1 - group.rank();
+        let around = |matrix: &Tensor| (values(&matrix.select(1, 0)), values(&matrix.select(1, 2)));
+        type Collective = fn(&ProcessGroup, &Tensor, usize);
+        let collectives: [(Collective, [f64; 4]); 4] = [
+            (|g, t, _| g.all_reduce(t, ReduceOp::Sum).unwrap().wait().unwrap(), [102.0, 108.0, 114.0, 120.0]),
+            (|g, t, _| g.broadcast(t, 1).unwrap().wait().unwrap(), [101.0, 104.0, 107.0, 110.0]),
+            (
+                |g, t, other| match other {
+                    1 => g.receive(t, 1).unwrap().wait_timeout(common::TIMEOUT).unwrap(),
+                    _ => g.send(t, 0).unwrap().wait().unwrap(),
+                },
+                [101.0, 104.0, 107.0, 110.0],
+            ),
+            (
+                |g, t, _| {
+                    let inputs = [t.shallow_clone(), t.copy()];
+                    g.reduce_scatter(t, &inputs, ReduceOp::Max).unwrap().wait().unwrap();
+                },
+                [101.0, 104.0, 107.0, 110.0],
+            ),
+        ];
+        for (collective, expected) in collectives {
+            let matrix = matrix(group, Kind::Float);
+            let before = around(&matrix);
+            let column = matrix.select(1, 1);
+            collective(group, &column, other);
+            assert_eq!((values(&column), around(&matrix)), (expected.to_vec(), before));
+        }
+        // Rows of outputs that are columns of one tensor, and a column as the input.
+        let all = Tensor::full([4, 2], -1.0, (Kind::Float, tch::Device::Cpu));
+        let own = matrix(group, Kind::Float).select(1, 2);
+        group.all_gather(&all.unbind(1), &own).unwrap().wait().unwrap();
+        assert_eq!(values(&all.flatten(0, 1)), [2.0, 102.0, 5.0, 105.0, 8.0, 108.0, 11.0, 111.0]);
+    });
+}
+
+#[test]
+fn a_rank_whose_tensor_has_another_memory_format_reduces_the_same_elements() {
+    ranks(2, |group| {
+        let image = Tensor::arange(24, (Kind::Float, tch::Device::Cpu)).reshape([1, 2, 3, 4]);
+        let image = match group.rank() {
+            0 => image,
+            _ => image.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]),
+        };
+        let expected = values(&(&image * 2.0).flatten(0, -1));
+        group.all_reduce(&image, ReduceOp::Sum).unwrap().wait().unwrap();
+        assert_eq!(values(&image.flatten(0, -1)), expected);
+    });
+}
+
+#[test]
+fn types_that_cannot_be_reduced_are_moved_and_named() {
+    ranks(2, |group| {
+        let other = 1 - group.rank();
+        for kind in [Kind::Int16, Kind::ComplexFloat] {
+            let matrix = matrix(group, Kind::Int64).to_kind(kind);
+            let error = group.all_reduce(&matrix, ReduceOp::Sum).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+            let scalar = Tensor::from(group.rank() as i64 + 7).to_kind(kind);
+            for tensor in [matrix.select(1, 1), scalar] {
+                let (own, outputs) = (tensor.copy(), [tensor.empty_like(), tensor.empty_like()]);
+                group.all_gather(&outputs, &own).unwrap().wait().unwrap();
+                group.broadcast(&tensor, 1).unwrap().wait().unwrap();
+                assert_eq!(tensor, outputs[1], "{kind:?}");
+                assert_eq!(own, outputs[group.rank()], "{kind:?}");
+                let sent = group.send(&own, other).unwrap();
+                let received = tensor.empty_like();
+                group.receive(&received, other).unwrap().wait().unwrap();
+                sent.wait().unwrap();
+                assert_eq!(received, outputs[other], "{kind:?}");
+            }
+        }
+        assert_eq!(reduced(group, Kind::Int64, ReduceOp::Sum), [4.0, 10.0, -8.0], "the group still works");
+    });
+}
+
+#[test]
+fn bools_are_summed_and_multiplied_as_bools() {
+    ranks(2, |group| {
+        let mine = if group.rank() == 0 { [1.0, 1.0, 0.0] } else { [1.0, 0.0, 0.0] };
+        for (op, expected) in [(ReduceOp::Sum, [1u8, 1, 0]), (ReduceOp::Product, [1, 0, 0])] {
+            let flags = tensor(&mine, Kind::Bool);
+            group.all_reduce(&flags, op).unwrap().wait().unwrap();
+            let bytes = Vec::<u8>::try_from(flags.view_dtype(Kind::Uint8)).unwrap();
+            assert_eq!(bytes, expected, "{op:?}");
+        }
+    });
+}
+
+#[test]
+fn a_tensor_that_is_sparse_or_expanded_is_refused_by_name() {
+    ranks(2, |group| {
+        let one = tensor(&[1.0], Kind::Float);
+        let error = group.all_reduce(&one.expand([3], false), ReduceOp::Sum).unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::InvalidArgument && error.to_string().contains("expanded"),
+            "{error}"
+        );
+        let error = group.broadcast(&one.to_sparse(None, None::<&[i64]>, None), 0).unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::InvalidArgument && error.to_string().contains("Sparse"),
+            "{error}"
+        );
+        let outputs = [tensor(&[0.0], Kind::Float), tensor(&[0.0], Kind::Double)];
+        let error = group.all_gather(&outputs, &one).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
     });
 }
 

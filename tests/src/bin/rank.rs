@@ -7,7 +7,8 @@
 //! rank stall <rank> <step>  steps, and that rank stays in that step of the first attempt; the
 //! second ends after it rank part <rank>          that rank leaves its steps before the first one
 //! and waits for the others, which wait for it in a step rank alone <seconds>      rank 0 does work
-//! of its own for so long, the others wait for it in a barrier ```
+//! of its own for so long, the others wait for it in a barrier rank threads              prints
+//! `<n> threads`, the number that libtorch computes with ```
 
 use std::env;
 use std::process::ExitCode;
@@ -34,6 +35,7 @@ fn run() -> Result<(), ice::Error> {
                 println!("sum {} at {at}", ones.double_value(&[0]));
             }
         }
+        ["threads"] => println!("{} threads", tch::get_num_threads()),
         ["panic", rank] => {
             assert!(worker.rank().to_string() != rank, "rank {rank} was told to panic");
             worker.barrier()?;

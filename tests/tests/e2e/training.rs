@@ -3,7 +3,7 @@
 use tempfile::tempdir;
 
 use crate::forms::{Run, difference, parameters};
-use crate::support::{Program, SOON, TRAINING, peer, python_script};
+use crate::support::{Program, SOON, TRAINING, built, peer, python_script};
 
 #[test]
 fn reaches_its_accuracy_and_saves_what_python_reads() {
@@ -60,4 +60,21 @@ fn workers_change_no_bit() {
         parameters(&run.newest_model())
     };
     assert_eq!(difference(&train("0"), &train("3")), 0.0);
+}
+
+#[test]
+fn ranks_compute_with_the_number_of_threads_that_the_option_says() {
+    // More than most machines have cores, and another number than MKL's.
+    for (threads, mkl) in [("67", None), ("3", Some("1"))] {
+        let launch = Program::ice_launch(["--devices", "cpu:0-1", "--omp-num-threads", threads]);
+        let launch = match mkl {
+            Some(mkl) => launch.env("MKL_NUM_THREADS", mkl),
+            None => launch,
+        };
+        let outcome = launch.arg(built("rank")).arg("threads").run(SOON);
+        outcome.expect_code(0);
+        let expected = format!("{threads} threads");
+        let said = outcome.stdout.lines().filter(|line| line.ends_with(&expected)).count();
+        assert_eq!(said, 2, "{}", outcome.transcript());
+    }
 }
