@@ -8,11 +8,11 @@ use ice_c10d::{ProcessGroup, ReduceOp, Store, Work};
 use ice_proto::backend::RankDevice;
 use ice_proto::env::{ICE_SPARE, OMP_NUM_THREADS, RANK, RankEnv};
 use ice_proto::error_file::{self, ErrorRecord};
-use ice_proto::link::{Progress, Up};
+use ice_proto::link::{Progress, Request, Up};
 use tch::{Device, Tensor};
 
 use crate::round::{Membership, settle};
-use crate::{Error, Link, device, group};
+use crate::{Error, Link, agree, device, group};
 
 /// One process of a job, bound to its device and a member of the process group of a round; or a process on its own.
 pub struct Worker {
@@ -135,6 +135,9 @@ impl Worker {
         let mut worker = Self::alone(device);
         let member = worker.round.get_mut();
         (member.env.rank, member.env.world_size) = (group.rank() as u32, group.world_size() as u32);
+        if let Err(error) = worker.link.join_group(&store, group.rank() as u32, group.world_size()) {
+            tracing::warn!(%error, "this rank takes no part in the agreements of the group");
+        }
         (member.group, member.store) = (Some(group), Some(store));
         worker
     }
@@ -348,7 +351,7 @@ impl Worker {
     ) -> Result<Begun, Error> {
         let link = self.link.clone();
         let Some(group) = self.group() else { return Ok(Begun { doing, work: None, link }) };
-        self.link.tick();
+        self.link.collective();
         let work = call(&group).map_err(collective(doing))?;
         Ok(Begun { doing, work: Some(work), link })
     }
@@ -376,6 +379,29 @@ impl Worker {
         tch::Cuda::synchronize(index as i64);
         drop(waiting);
         if self.link.is_broken() { Err(Error::RoundOver) } else { Ok(()) }
+    }
+
+    /// Asks all ranks to leave the task of this number, or with `all` to end the run, at the same step boundary. Ranks that wait for each
+    /// other in every step reach it at most one step later; without other ranks this does nothing. [`Link::boundary`] says when it is there.
+    ///
+    /// # Errors
+    /// [`Error::Collective`] when the store of the round is gone.
+    pub fn ask_to_leave(&self, all: bool, task: u64) -> Result<(), Error> {
+        let Some(store) = self.store() else { return Ok(()) };
+        agree::publish(&store, Request::Leave { all, task }).map_err(collective("the request to leave"))
+    }
+
+    /// Leaves the step that is under way before its end, and waits until it is known whether all ranks do so. Returns a rank that does not;
+    /// that one waits for this one in a collective.
+    ///
+    /// # Errors
+    /// [`Error::Collective`] or [`Error::RoundOver`] when another rank or the store is gone.
+    pub fn leave_step(&self) -> Result<Option<u64>, Error> {
+        let Some(store) = self.store().filter(|_| self.world_size() > 1) else { return Ok(None) };
+        let request = self.link.leave_step();
+        agree::publish(&store, request).map_err(collective("the request to leave"))?;
+        let _waiting = self.link.waiting();
+        self.link.await_left()
     }
 
     /// Waits until every rank is here.

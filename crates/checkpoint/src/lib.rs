@@ -16,6 +16,7 @@
 
 mod catalog;
 mod error;
+mod exact;
 mod find;
 mod header;
 mod keep;
@@ -28,6 +29,7 @@ mod stream;
 
 pub use catalog::{Catalog, Extent, Overlap, Saved, Section};
 pub use error::{Error, Result};
+pub use exact::Exact;
 pub use find::{Candidate, ResumeFrom, candidates};
 pub use header::{Entry, Header, Layout, Part, Placed, Stored};
 pub use keep::{keep_best, keep_last};

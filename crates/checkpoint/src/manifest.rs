@@ -41,7 +41,8 @@ pub struct Manifest {
     pub best: Option<Best>,
     /// Progress of the tree of tasks.
     pub tasks: Json,
-    /// What was measured last, by uid. A value that is no number is left out.
+    /// What was measured last, by uid. JSON has `"NaN"`, `"inf"` or `"-inf"` for a value that is not finite.
+    #[serde(with = "crate::exact::map")]
     pub measures: BTreeMap<String, f64>,
     /// Positions of data and sums of meters, by uid.
     pub nodes: BTreeMap<String, Json>,
@@ -77,6 +78,7 @@ pub struct Best {
     /// The uid of the node that measured it.
     pub measure: String,
     /// What it measured.
+    #[serde(with = "crate::exact::number")]
     pub value: f64,
     /// Which values win.
     pub better: Better,

@@ -62,10 +62,14 @@ pub enum Error {
     /// A checkpoint does not fit the program that resumes from it.
     #[error("cannot resume: {0}")]
     Resume(String),
-    /// A node or a closure leaves the task that is running; it counts as finished. All ranks must do so in the same step.
+    /// A node leaves the task that is running, within a step that then does not count, or a closure leaves its repetition. Of nodes, all ranks must
+    /// do so in the same step. Prefer [`Outputs::stop_task`](crate::Outputs::stop_task) and [`Run::stop_task`](crate::Run::stop_task), for
+    /// which one rank is enough.
     #[error("the task was left before its end")]
     StopTask,
-    /// A node or a closure ends the run, which counts as well done. All ranks must do so in the same step.
+    /// A node or a closure ends the run, which counts as well done. Of nodes, all ranks must do so in the same step. Prefer
+    /// [`Outputs::stop_all_tasks`](crate::Outputs::stop_all_tasks) and [`Run::stop_all_tasks`](crate::Run::stop_all_tasks), for which one rank
+    /// is enough.
     #[error("the run was ended before its end")]
     StopAllTasks,
     /// Gradients are not finite; says of which ranks.

@@ -41,4 +41,4 @@ pub use node::{
 };
 pub use precision::{Autocast, GradScaler};
 pub use run::{ElasticBatch, LrRule, Run, RunConfig};
-pub use task::{Call, LoadCheckpoint, Repeat, SaveBest, SaveCheckpoint, Task, TaskItem};
+pub use task::{Call, CallWith, EarlyStop, LoadCheckpoint, Repeat, SaveBest, SaveCheckpoint, Task, TaskItem};

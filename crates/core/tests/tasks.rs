@@ -7,10 +7,14 @@ mod common;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use common::{Line, on_ranks, turn};
+use common::{Line, as_ranks, on_ranks, turn};
 use ice_core::optim::Sgd;
-use ice_core::{DatasetNode, Error, HyperGraph, LossNode, ModuleNode, Repeat, Run, Task};
-use tch::{Device, Kind, nn};
+use ice_core::{
+    Better, DatasetNode, EarlyStop, Error, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat,
+    ResumeFrom, Run, RunConfig, SaveCheckpoint, Task,
+};
+use ice_worker::Worker;
+use tch::{Device, Kind, Tensor, nn};
 
 /// A graph without a loss.
 fn net() -> HyperGraph {
@@ -112,4 +116,281 @@ fn steps_are_one_epoch_where_that_is_said() {
     };
     assert_eq!(seen(true), (1_u64, 3.0));
     assert_eq!(seen(false), (2_u64, 3.5));
+}
+
+/// What every rank notes in the closures of its tasks, which are equal on all ranks.
+fn notes_of_ranks(make: impl Fn(usize, &Notes) -> (HyperGraph, Repeat) + Sync) -> Vec<String> {
+    let mut notes = on_ranks(2, |rank| {
+        let notes = Notes::default();
+        let (graph, tasks) = make(rank, &notes);
+        (graph, tasks, Box::new(move || notes.0.borrow().clone()) as Box<_>)
+    });
+    assert_eq!(notes[0], notes[1]);
+    notes.remove(0)
+}
+
+#[derive(Clone, Default)]
+struct Notes(Rc<RefCell<Vec<String>>>);
+
+impl Notes {
+    /// A closure that notes the counters.
+    fn counters(&self, what: &str) -> impl Fn(&Run) -> ice_core::Result<()> + use<> {
+        let (notes, what) = (self.clone(), what.to_owned());
+        move |run| {
+            let counters = run.counters();
+            notes.add(format!("{what} {} {}", counters.train_steps(), counters.eval_steps()));
+            Ok(())
+        }
+    }
+
+    fn add(&self, note: String) {
+        self.0.borrow_mut().push(note);
+    }
+}
+
+#[test]
+fn closure_of_one_rank_ends_the_run_or_leaves_its_repetition_on_all() {
+    let notes = |what: fn(&Run) -> ice_core::Result<()>| {
+        notes_of_ranks(|rank, notes| {
+            let step = Repeat::new(5).then(Task::train("train").steps(1)).call(notes.counters("step")).call(
+                move |run| match run.counters().train_steps() {
+                    2 if rank == 1 => what(run),
+                    _ => Ok(()),
+                },
+            );
+            (
+                graph(None),
+                Repeat::new(2).then(step).then(Task::eval("val").steps(1)).call(notes.counters("after")),
+            )
+        })
+    };
+    // The repetition is left in its second turn, and whole when it comes again.
+    let after_leaving = [
+        "step 1 0",
+        "step 2 0",
+        "after 2 1",
+        "step 3 1",
+        "step 4 1",
+        "step 5 1",
+        "step 6 1",
+        "step 7 1",
+        "after 7 2",
+    ];
+    let left = |run: &Run| {
+        run.stop_task();
+        Ok(())
+    };
+    assert_eq!(notes(left), after_leaving);
+    assert_eq!(notes(|_| Err(Error::StopTask)), after_leaving);
+    let ended = |run: &Run| {
+        run.stop_all_tasks();
+        Ok(())
+    };
+    assert_eq!(notes(ended), ["step 1 0", "step 2 0"]);
+    assert_eq!(notes(|_| Err(Error::StopAllTasks)), ["step 1 0", "step 2 0"]);
+}
+
+/// A graph with a node that does something in each step, which is counted from 1, of training and of evaluation.
+fn graph_with(watch: impl Fn(&Outputs, u64) -> ice_core::Result<()> + 'static) -> HyperGraph {
+    let mut graph = graph(None);
+    let seen = Cell::new([0, 0]);
+    let sum = MetricNode::sum(move |x| {
+        let mut steps = seen.get();
+        steps[usize::from(x.is_training())] += 1;
+        seen.set(steps);
+        watch(x, steps[usize::from(x.is_training())])?;
+        x.tensor("x")
+    });
+    graph.add("sum", sum, "*").unwrap();
+    graph
+}
+
+#[test]
+fn node_of_one_rank_makes_all_leave_the_task_at_the_same_step() {
+    let leave = |x: &Outputs, steps: &[u64], step: u64| {
+        if steps.contains(&step) {
+            x.stop_task();
+        }
+        Ok(())
+    };
+    let notes = |steps: [&'static [u64]; 2]| {
+        notes_of_ranks(move |rank, notes| {
+            let graph = graph_with(move |x, step| leave(x, steps[rank], step));
+            let tasks = Repeat::once()
+                .then(Task::train("train").epochs(9))
+                .call(notes.counters("trained"))
+                .then(Task::eval("val").epochs(9))
+                .call(notes.counters("evaluated"));
+            (graph, tasks)
+        })
+    };
+    // If all ranks ask, they leave at once; otherwise another rank may be a step ahead, or, in an evaluation, many.
+    assert_eq!(notes([&[3], &[3]])[0], "trained 3 0");
+    for steps in [[&[3][..], &[]], [&[], &[3]]] {
+        let notes = notes(steps);
+        assert!(["trained 3 0", "trained 4 0"].contains(&notes[0].as_str()), "{notes:?}");
+        let evaluated: u64 = notes[1].rsplit(' ').next().unwrap().parse().unwrap();
+        assert!((3..=18).contains(&evaluated), "{notes:?}");
+    }
+    // A wish of the last step does not leave the next task.
+    assert_eq!(notes([&[18], &[]]), ["trained 18 0", "evaluated 18 18"]);
+}
+
+#[test]
+fn node_of_one_rank_ends_the_run_on_all() {
+    let notes = notes_of_ranks(|rank, notes| {
+        let graph = graph_with(move |x, step| {
+            if x.is_training() && rank == 1 && step == 2 {
+                x.stop_all_tasks();
+            }
+            Ok(())
+        });
+        // The wish comes in the last step of its task: the next closure acts on it.
+        (graph, Repeat::new(3).then(Task::train("train").steps(2)).call(notes.counters("step")))
+    });
+    assert_eq!(notes, ["step 2 0"]);
+}
+
+#[test]
+fn node_error_that_leaves_a_step_on_one_rank_alone_names_both() {
+    for (train, alone) in [(true, 0), (true, 1), (false, 0), (false, 1)] {
+        let out = tempfile::tempdir().unwrap();
+        let errors = as_ranks(2, |worker| {
+            let rank = worker.rank();
+            let leaves = move |_: &Outputs, step| {
+                if rank == alone && step == 2 { Err(Error::StopTask) } else { Ok(()) }
+            };
+            let graph = graph_with(leaves);
+            let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+            let task = if train { Task::train("train") } else { Task::eval("val") };
+            let outcome = Run::execute(&graph, &Repeat::new(3).then(task), Rc::new(worker), config);
+            outcome.unwrap_err().to_string()
+        });
+        let wanted = [format!("rank {alone} has left"), format!("rank {} has not", 1 - alone)];
+        assert!(wanted.iter().all(|wanted| errors[alone].contains(wanted)), "{errors:?}");
+    }
+}
+
+#[test]
+fn step_that_is_left_measures_nothing_later() {
+    let measured = |left: bool| {
+        let seen = Rc::new(RefCell::new(Vec::new()));
+        let see = Rc::clone(&seen);
+        let mut graph = graph_with(|_, _| Ok(()));
+        graph.add("x", DatasetNode::new(Line(8)).batch_size(2), "val").unwrap();
+        let steps = Cell::new(0);
+        let last = MetricNode::sum(move |x| {
+            let _ = x.tensor("sum")?;
+            steps.set(steps.get() + 1);
+            if left && [2, 5].contains(&steps.get()) { Err(Error::StopTask) } else { x.tensor("x") }
+        });
+        graph.add("last", last, "*").unwrap();
+        // The second step of each task is left, in which `sum` has measured already.
+        let tasks = Repeat::once()
+            .then(Task::train("train").steps(if left { 2 } else { 1 }))
+            .then(Task::train("train").steps(1).simulate_epoch())
+            .then(Task::eval("val").steps(if left { 2 } else { 0 }))
+            .then(Task::eval("val"))
+            .call(move |run| {
+                see.borrow_mut().push((run.measure("*/sum")?, run.counters().eval_steps()));
+                Ok(())
+            });
+        let _turn = turn();
+        let out = tempfile::tempdir().unwrap();
+        let config = RunConfig { seed: 7, out_dir: out.path().to_owned(), ..RunConfig::default() };
+        Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
+        seen.take()
+    };
+    // Points 0, 1/8, … 7/8 in an evaluation that begins at the first one, whatever was left before.
+    let sum = (0..8).map(|point| f64::from(point) / 8.0).sum::<f64>();
+    for left in [false, true] {
+        let measured = measured(left);
+        assert!((measured[0].0 - sum).abs() < 1e-6, "{left}: {measured:?}");
+    }
+}
+
+/// Trains in one process, with a validation loss of the given values, and returns the number of turns, from the first or the one after the last
+/// checkpoint.
+fn turns(
+    losses: &'static [f64],
+    out: &std::path::Path,
+    from: Option<&str>,
+    stop: impl Fn(Repeat) -> Repeat,
+) -> u64 {
+    let _turn = turn();
+    // More samples than there are steps: no epoch ends.
+    let mut graph = net();
+    graph.add("x", DatasetNode::new(Line(40)).batch_size(2), "train").unwrap();
+    let loss = move |x: &Outputs| Ok(x.tensor("net")?.sum(Kind::Float) * 0.0);
+    graph.add("loss", LossNode::new(loss), "train").unwrap();
+    let at = Rc::new(Cell::new(0));
+    let number = Rc::clone(&at);
+    let measured = MetricNode::last(move |_| Ok(Tensor::from_slice(&[losses[number.get() as usize - 1]])));
+    graph.add("measured", measured, "val").unwrap();
+    let now = Rc::clone(&at);
+    let tasks = Repeat::new(losses.len() as u64)
+        .then(Task::train("train").steps(1))
+        .call(move |run| {
+            now.set(run.counters().train_steps());
+            Ok(())
+        })
+        .then(Task::eval("val").steps(1).simulate_epoch())
+        .then(SaveCheckpoint::new());
+    let from = from.map(|name| ResumeFrom::Path(out.join("none_local/ckpts").join(name)));
+    let config = RunConfig { seed: 7, out_dir: out.to_owned(), resume_from: from, ..RunConfig::default() };
+    Run::execute(&graph, &stop(tasks), Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
+    at.get()
+}
+
+#[test]
+fn early_stop_waits_for_its_patience_also_over_a_resume() {
+    let stopped = |losses: &'static [f64], stop: &dyn Fn() -> EarlyStop| {
+        let out = tempfile::tempdir().unwrap();
+        let whole = turns(losses, out.path(), None, |tasks| tasks.then(stop()));
+        for step in [1, whole - 1, whole] {
+            let from = format!("E0S{step}");
+            let resumed = turns(losses, out.path(), Some(&from), |tasks| tasks.then(stop()));
+            assert_eq!(resumed, if step == whole { 0 } else { whole }, "from {from}");
+        }
+        whole
+    };
+    let lower = || EarlyStop::new("val/measured", Better::Lower).patience(2);
+    assert_eq!(stopped(&[3.0, 4.0, 2.0, 2.5, f64::NAN, 1.0, 1.0], &lower), 5);
+    assert_eq!(stopped(&[f64::NAN, 3.0, 2.0, 1.0], &lower), 4);
+    let small = || lower().min_delta(0.5);
+    assert_eq!(stopped(&[3.0, 2.6, 2.55, 1.0], &small), 3);
+    let higher = || EarlyStop::new("val/measured", Better::Higher);
+    assert_eq!(stopped(&[1.0, 2.0, 2.0, 3.0], &higher), 3);
+}
+
+#[test]
+fn state_of_a_closure_keeps_infinities_over_a_resume_and_begins_again_with_its_repetition() {
+    let out = tempfile::tempdir().unwrap();
+    let losses = &[3.0, 2.0, 2.5, 2.6, 2.7, 1.0];
+    let worse = |tasks: Repeat| {
+        tasks.call_with((f64::INFINITY, 0), |run, (best, worse)| {
+            let loss = run.measure("val/measured")?;
+            *worse = if loss < *best { 0 } else { *worse + 1 };
+            *best = best.min(loss);
+            if *worse == 2 {
+                run.stop_task();
+            }
+            Ok(())
+        })
+    };
+    assert_eq!(turns(losses, out.path(), None, worse), 4);
+    for from in ["E0S1", "E0S3"] {
+        assert_eq!(turns(losses, out.path(), Some(from), worse), 4, "{from}");
+    }
+    let seen = Rc::new(RefCell::new(Vec::new()));
+    let see = Rc::clone(&seen);
+    let inner = Repeat::new(2).call_with(0, move |_, count| {
+        *count += 1;
+        see.borrow_mut().push(*count);
+        Ok(())
+    });
+    let _turn = turn();
+    let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+    Run::execute(&net(), &Repeat::new(2).then(inner), Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
+    assert_eq!(*seen.borrow(), [1, 2, 1, 2]);
 }

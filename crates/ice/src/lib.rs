@@ -27,8 +27,8 @@ pub mod prelude {
     pub use ice_core::meter;
     pub use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};
     pub use ice_core::{
-        Autocast, Better, DatasetNode, GradScaler, HParam, HyperGraph, LoadCheckpoint, LossNode, MetricNode,
-        ModuleNode, Outputs, Repeat, Run, SaveBest, SaveCheckpoint, StreamNode, Tags, Task,
+        Autocast, Better, DatasetNode, EarlyStop, GradScaler, HParam, HyperGraph, LoadCheckpoint, LossNode,
+        MetricNode, ModuleNode, Outputs, Repeat, Run, SaveBest, SaveCheckpoint, StreamNode, Tags, Task,
     };
     pub use tch::nn::{self, Module as _};
     pub use tch::{Kind, Reduction, Tensor};

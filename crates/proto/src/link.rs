@@ -153,4 +153,18 @@ pub enum Request {
     },
     /// End the round, though no rank is lost: nodes are to come or to go.
     Regroup,
+    /// Leave a task before its end, or end the run. A rank asks for it, not the agent.
+    Leave {
+        /// Whether the whole run ends.
+        all: bool,
+        /// Number of the task. Ranks that run another one by then ignore the request.
+        task: u64,
+    },
+    /// A rank has left a step before its end, and asks whether all ranks have left this one.
+    Left {
+        /// Boundaries that the rank has left behind.
+        step: u64,
+        /// Collectives of the step that the rank took part in.
+        collectives: u64,
+    },
 }

@@ -86,9 +86,12 @@ fn run() -> Result<(), ice::Error> {
 /// Steps until told to stop, or until a step, in which it may stay.
 fn step(worker: &Worker, last: Option<(u64, bool)>) -> Result<(), ice::Error> {
     for number in 1.. {
-        match worker.link().boundary() {
+        match worker.link().boundary(false) {
             Boundary::GoOn | Boundary::Save | Boundary::Stop { here: false, .. } => {}
-            Boundary::Stop { here: true, .. } | Boundary::Regroup | Boundary::Broken => break,
+            Boundary::Stop { here: true, .. }
+            | Boundary::Leave { .. }
+            | Boundary::Regroup
+            | Boundary::Broken => break,
         }
         match last {
             Some((last, true)) if number == last => stay(),

@@ -4,11 +4,12 @@
 //! Each rank appends the samples that it has trained on to `rank<N>.txt` in the folder `--seen`, a line per pass: the number of this
 //! process in the life of the training (`--life`), the number of the pass, and the indices. Rank 0 prints `pass <number>`.
 
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 
 use ice::core::{Context, Error, Node, NodeState, Result, Round, Value};
 use ice::prelude::*;
@@ -28,6 +29,12 @@ struct Options {
     /// How often the tasks are done.
     #[arg(long, default_value_t = 6)]
     repeats: u64,
+    /// Ends the run when a closure has been called this many times, which a rank that is started again counts from 0.
+    #[arg(long)]
+    end_after: Option<u64>,
+    /// This rank dies in the second call of that closure, unless it was started again.
+    #[arg(long)]
+    dies: Option<usize>,
     #[command(flatten)]
     run: RunOptions,
 }
@@ -174,7 +181,21 @@ fn train(options: &Options) -> Result<(), ice::Error> {
         .then(Task::eval("val"))
         .then(SaveCheckpoint::new())
         .then(inner)
-        .then(SaveBest::new("*/error", Better::Lower).max_keep(2));
+        .then(SaveBest::new("*/error", Better::Lower).max_keep(2))
+        .call(end(options.end_after, options.dies));
     let last = Task::train("train").steps(7).simulate_epoch();
     graph.run(Repeat::once().then(outer).then(last).then(SaveCheckpoint::new()), &options.run)
+}
+
+/// A closure that counts its calls by itself, so that ranks which were started again disagree with the others.
+fn end(after: Option<u64>, dies: Option<usize>) -> impl Fn(&Run) -> Result<()> {
+    let calls = Cell::new(0);
+    move |run| {
+        calls.set(calls.get() + 1);
+        let worker = run.worker();
+        if calls.get() == 2 && dies == Some(worker.rank()) && worker.restart_count() == 0 {
+            process::abort();
+        }
+        if after == Some(calls.get()) { Err(Error::StopAllTasks) } else { Ok(()) }
+    }
 }

@@ -7,7 +7,7 @@ use ice_proto::exit::ExitCode;
 use rustix::process::Signal;
 use tempfile::{TempDir, tempdir};
 
-use crate::support::{Finished, Program, SOON, built, free_port, shell_script};
+use crate::support::{Finished, Program, SOON, TRAINING, Traces, built, free_port, shell_script};
 
 /// Two ranks that run `body` with their process ids noted; logs go to a folder of the test.
 struct TwoRanks {
@@ -209,4 +209,22 @@ fn a_failure_on_one_node_ends_the_other() {
         "node 1",
         "exit code 9",
     ]);
+}
+
+/// A rank that is started again counts its epochs from 0, and the others do not wait for it for ever.
+#[test]
+fn run_ended_by_a_closure_of_one_rank_ends_on_all_at_the_same_step() {
+    for lost in ["0", "1"] {
+        let traces = Traces::new();
+        let launcher = Program::ice_launch(["--devices", "cpu:0-1", "--max-restarts", "1"]);
+        let training = traces.trainee(launcher, 1).args(["--end-after", "4", "--dies", lost]);
+        let outcome = training.run(TRAINING);
+        outcome.expect_code(0).expect_in_stderr(&["did not ask for it"]);
+        let last =
+            |rank| traces.passes().iter().filter(|pass| pass.rank == rank).map(|pass| pass.number).max();
+        assert_eq!(last(0), last(1), "{}", outcome.transcript());
+        // An evaluation at the start of each turn, and two more in it.
+        let turns = outcome.stdout.lines().filter(|line| line.starts_with("val epoch")).count() / 3;
+        assert_eq!(turns, 4, "{}", outcome.transcript());
+    }
 }

@@ -28,6 +28,10 @@ pub(crate) struct Boundaries {
     pending: Option<Pending>,
     paused: bool,
     ended: bool,
+    /// Whether this rank has left the step after the last boundary before the end of the step.
+    has_left: bool,
+    /// The answer to that: 0 if all ranks have left the step, or else 1 more than a rank that has not.
+    left_by_all: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -84,6 +88,43 @@ impl Boundaries {
         if let Some(pending) = &mut self.pending {
             pending.target = Some(target);
         }
+    }
+
+    /// Notes that this rank leaves the step before its end. Returns the number of boundaries left behind.
+    pub(crate) fn leave_step(&mut self) -> u64 {
+        (self.has_left, self.left_by_all) = (true, None);
+        self.passed
+    }
+
+    /// Whether this rank has left the step `step` as well, after `collectives` of them in the step; `None` while the rank may still do so.
+    /// A rank that takes part in more collectives than the one that asks waits for it there, and never leaves.
+    pub(crate) fn has_left(&self, step: u64, collectives: u64, own_collectives: u64) -> Option<bool> {
+        match self.passed {
+            _ if self.ended => Some(false),
+            passed if passed > step => Some(false),
+            passed if passed < step => None,
+            _ if self.has_left => Some(true),
+            _ => (own_collectives > collectives).then_some(false),
+        }
+    }
+
+    /// All have answered whether they have left the step.
+    pub(crate) fn settle_left(&mut self, step: u64, answer: u64) {
+        if self.has_left && self.passed == step {
+            self.left_by_all = Some(answer);
+        }
+    }
+
+    /// The answer of all ranks to [`Boundaries::leave_step`], once it is known.
+    pub(crate) fn take_left_by_all(&mut self) -> Option<u64> {
+        let answer = self.left_by_all.take();
+        self.has_left &= answer.is_none();
+        answer
+    }
+
+    /// A run begins: there are boundaries again.
+    pub(crate) fn begin(&mut self) {
+        self.ended = false;
     }
 
     /// There are no more boundaries. What was to be done at one of them will not be done by anybody.

@@ -26,6 +26,12 @@ pub(crate) trait Part {
 
     /// All have answered.
     fn settle(&self, target: u64);
+
+    /// Waits until this rank has left a step before its end, or is bound not to: 0 if it has, or else its number and 1.
+    fn has_left(&self, step: u64, collectives: u64) -> u64;
+
+    /// All have answered whether they have left the step.
+    fn settle_left(&self, step: u64, answer: u64);
 }
 
 /// Tells all ranks of a request.
@@ -40,13 +46,22 @@ pub(crate) fn take_part(part: &impl Part, store: &Store, world_size: usize) -> R
     for number in 1.. {
         let key = |what: &dyn std::fmt::Display| format!("request/{number}/{what}");
         let request = wait(store, &format!("request/{number}"))?;
-        // What cannot be understood is so for all ranks alike.
-        let answer = parse(&request).map_or(END, |request| part.ask(request));
+        let request = parse(&request);
+        let answer = match request {
+            Some(Request::Left { step, collectives }) => part.has_left(step, collectives),
+            Some(request) => part.ask(request),
+            // What cannot be understood is so for all ranks alike.
+            None => END,
+        };
         raise(store, &key(&"last"), answer)?;
         if store.add(&key(&"answers"), 1)? == world_size as i64 {
             store.set(&key(&"target"), &store.get(&key(&"last"))?)?;
         }
-        part.settle(number_in(&wait(store, &key(&"target"))?));
+        let target = number_in(&wait(store, &key(&"target"))?);
+        match request {
+            Some(Request::Left { step, .. }) => part.settle_left(step, target),
+            _ => part.settle(target),
+        }
     }
     Ok(())
 }
@@ -104,6 +119,14 @@ mod tests {
 
         fn settle(&self, target: u64) {
             self.0.send(target).unwrap();
+        }
+
+        fn has_left(&self, _: u64, _: u64) -> u64 {
+            unreachable!()
+        }
+
+        fn settle_left(&self, _: u64, _: u64) {
+            unreachable!()
         }
     }
 

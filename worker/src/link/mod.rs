@@ -2,6 +2,7 @@
 
 mod activity;
 mod listen;
+mod local;
 mod state;
 
 use std::io::{self, Write};
@@ -24,11 +25,14 @@ use crate::agree::{self, Boundaries, Part, Turn};
 
 pub use activity::Alone;
 use activity::{Activity, Waiting};
+use local::Local;
 use state::State;
 pub use state::{Boundary, Stop};
 
 /// How often the rank says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often a thread that answers for its rank looks at the rank's collectives, which are counted without a lock.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// An agent that reads nothing for so long is given up on; a message is then dropped rather than the step held up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -38,6 +42,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone, Default)]
 pub struct Link {
     inner: Option<Arc<Inner>>,
+    /// Agreements with the other ranks of a job that has no agent.
+    local: Arc<Local>,
 }
 
 struct Inner {
@@ -91,7 +97,7 @@ impl Link {
             changed: Condvar::new(),
             requests,
         });
-        let link = Self { inner: Some(Arc::clone(&inner)) };
+        let link = Self { inner: Some(Arc::clone(&inner)), local: Arc::default() };
         link.send(&Up::Hello { pid: process::id(), rank });
         let listening = Arc::clone(&inner);
         thread::Builder::new().name("ice-link".into()).spawn(move || listening.listen(reader))?;
@@ -150,8 +156,10 @@ impl Link {
     /// Notes that all ranks of the round are at work from here on, and have got as much done as each other.
     pub fn begin(&self) {
         if let Some(inner) = &self.inner {
+            inner.state().boundaries.begin();
             inner.activity.begin();
         }
+        self.local.begin();
     }
 
     /// Notes how long a step took that was applied.
@@ -309,14 +317,15 @@ impl Link {
 
     /// Takes part in what the ranks of a round agree on over its store.
     pub(crate) fn join_round(&self, store: &Store, group: &ProcessGroup, env: &RankEnv) -> io::Result<()> {
-        let Some(inner) = &self.inner else { return Ok(()) };
+        let world_size = env.world_size as usize;
+        let Some(inner) = &self.inner else { return self.join_group(store, env.rank, world_size) };
         let hearing = store.reconnect().map_err(io::Error::other)?;
         let mut state = inner.state();
         (state.group, state.store) = (Some(group.clone()), Some(store.clone()));
         drop(state);
         inner.changed.notify_all();
-        let part = InRound { inner: Arc::clone(inner), round: env.round };
-        let world_size = env.world_size as usize;
+        let (inner, local) = (Arc::clone(inner), Arc::clone(&self.local));
+        let part = InRound { inner, local, round: env.round, rank: env.rank.into() };
         thread::Builder::new().name("ice-agree".into()).spawn(move || {
             if let Err(error) = agree::take_part(&part, &hearing, world_size) {
                 tracing::debug!(%error, "no more requests will come");
@@ -325,10 +334,18 @@ impl Link {
         Ok(())
     }
 
-    /// To be called on every rank at the same places of its work. Waits while the job is paused, or while it is not clear yet which ranks
-    /// are how far.
-    pub fn boundary(&self) -> Boundary {
-        let Some(inner) = &self.inner else { return Boundary::GoOn };
+    /// Takes part in the agreements of a group without an agent.
+    pub(crate) fn join_group(&self, store: &Store, rank: u32, world_size: usize) -> io::Result<()> {
+        Local::join(&self.local, store, rank, world_size)
+    }
+
+    /// Says what is to be done at this step boundary. Every rank calls it at the same places of its work. Waits while the job is paused, and
+    /// while the ranks have yet to agree on the boundary of a request.
+    ///
+    /// `asked` says that this rank has published a request that was not acted on yet: the boundary then waits until the ranks agree on one,
+    /// so that the rank does not run past it.
+    pub fn boundary(&self, asked: bool) -> Boundary {
+        let Some(inner) = &self.inner else { return self.local.boundary(asked) };
         let mut state = inner.state();
         let found = loop {
             if state.stop() == Some(Stop::Broken) {
@@ -336,7 +353,7 @@ impl Link {
                 break Boundary::Broken;
             }
             let was_free = state.boundaries.is_free();
-            let turn = state.boundaries.arrive();
+            let turn = if asked && was_free { Turn::Wait } else { state.boundaries.arrive() };
             if !was_free && state.boundaries.is_free() {
                 inner.changed.notify_all();
             }
@@ -354,6 +371,7 @@ impl Link {
                     (state.over, state.noticed) = (state.over.max(state.round), true);
                     break Boundary::Regroup;
                 }
+                Turn::Do(Request::Leave { all, task }) => break Boundary::Leave { all, task },
                 Turn::Do(_) => break Boundary::Save,
                 Turn::Wait => {
                     if state.boundaries.is_paused() {
@@ -371,13 +389,61 @@ impl Link {
                 }
             }
         };
-        let before = if found == Boundary::GoOn { state.rests.take() } else { None };
+        let mut before = None;
+        if found == Boundary::GoOn {
+            before = state.rests.take();
+            // Under the lock: the thread that answers for this rank reads both together.
+            self.local.collectives.store(0, Ordering::Relaxed);
+        }
         drop(state);
         if let Some(before) = before {
             inner.activity.resume(before);
             self.send(&Up::Resumed);
         }
         found
+    }
+
+    /// Counts a collective that this rank takes part in from now on.
+    pub fn collective(&self) {
+        self.local.collectives.fetch_add(1, Ordering::Relaxed);
+        self.tick();
+    }
+
+    /// Notes that this rank leaves the step before its end. Returns the request that asks all ranks whether they do so, too.
+    pub(crate) fn leave_step(&self) -> Request {
+        let (step, collectives) = match &self.inner {
+            None => self.local.leave_step(),
+            Some(inner) => {
+                let step = inner.state().boundaries.leave_step();
+                (step, self.local.collectives.load(Ordering::Relaxed))
+            }
+        };
+        Request::Left { step, collectives }
+    }
+
+    /// Waits until all ranks have said whether they have left the step as well. Returns a rank that has not.
+    ///
+    /// # Errors
+    /// [`Error::RoundOver`]: another rank is gone.
+    pub(crate) fn await_left(&self) -> Result<Option<u64>, Error> {
+        let answer = match &self.inner {
+            None => self.local.left_by_all(),
+            Some(inner) => {
+                let mut state = inner.state();
+                loop {
+                    if state.stop() == Some(Stop::Broken) {
+                        state.noticed = true;
+                        break None;
+                    }
+                    let answer = state.boundaries.take_left_by_all();
+                    if answer.is_some() {
+                        break answer;
+                    }
+                    state = inner.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        };
+        answer.map(|answer| answer.checked_sub(1)).ok_or(Error::RoundOver)
     }
 
     /// Notes that no boundary will come any more.
@@ -387,6 +453,7 @@ impl Link {
             inner.changed.notify_all();
             inner.activity.end();
         }
+        self.local.end();
     }
 
     /// Says that the work is done; the agent may be gone from now on.
@@ -413,7 +480,14 @@ impl Link {
 /// The part that this process has in the agreements of one round.
 struct InRound {
     inner: Arc<Inner>,
+    local: Arc<Local>,
     round: u64,
+    rank: u64,
+}
+
+/// What a rank answers if it is asked whether it has left a step.
+fn answer(has_left: bool, rank: u64) -> u64 {
+    if has_left { 0 } else { rank + 1 }
 }
 
 impl Part for InRound {
@@ -428,6 +502,29 @@ impl Part for InRound {
         let mut state = self.inner.state();
         if state.round == Some(self.round) {
             state.boundaries.settle(target);
+        }
+        drop(state);
+        self.inner.changed.notify_all();
+    }
+
+    fn has_left(&self, step: u64, collectives: u64) -> u64 {
+        let mut state = self.inner.state();
+        loop {
+            let own = self.local.collectives.load(Ordering::Relaxed);
+            let is_over = state.round != Some(self.round) || state.stop() == Some(Stop::Broken);
+            let known = if is_over { Some(false) } else { state.boundaries.has_left(step, collectives, own) };
+            if let Some(has_left) = known {
+                return answer(has_left, self.rank);
+            }
+            let changed = self.inner.changed.wait_timeout(state, LOOK_AGAIN);
+            state = changed.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn settle_left(&self, step: u64, answer: u64) {
+        let mut state = self.inner.state();
+        if state.round == Some(self.round) {
+            state.boundaries.settle_left(step, answer);
         }
         drop(state);
         self.inner.changed.notify_all();

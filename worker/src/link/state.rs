@@ -71,6 +71,13 @@ pub enum Boundary {
     Regroup,
     /// The round is over: another rank is gone.
     Broken,
+    /// A rank [asked](crate::Worker::ask_to_leave) all ranks to leave a task, or to end the run.
+    Leave {
+        /// Whether the whole run ends.
+        all: bool,
+        /// Number of the task, as the rank that asked gave it.
+        task: u64,
+    },
 }
 
 impl State {

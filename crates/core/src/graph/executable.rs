@@ -12,7 +12,7 @@ use crate::graph::Outputs;
 use crate::graph::hyper::Entry;
 use crate::precision::Precision;
 use crate::ranks::gather;
-use crate::run::Timers;
+use crate::run::{Leave, Timers};
 use crate::{Error, Measure, Node, Result};
 
 /// Nodes that run together.
@@ -27,6 +27,8 @@ pub(crate) struct ExecutableGraph {
     passes: NonZeroU64,
     timers: Option<Rc<Timers>>,
     place: Cell<(u64, u64)>,
+    /// What a node wants to leave after this step.
+    asked: Cell<Leave>,
 }
 
 /// What a training step was.
@@ -53,7 +55,14 @@ struct Passes {
 
 impl ExecutableGraph {
     pub(super) fn new(entries: Vec<Rc<Entry>>, precision: Precision, passes: NonZeroU64) -> Self {
-        Self { entries: entries.into(), precision, passes, timers: None, place: Cell::default() }
+        Self {
+            entries: entries.into(),
+            precision,
+            passes,
+            timers: None,
+            place: Cell::default(),
+            asked: Cell::default(),
+        }
     }
 
     pub(crate) fn with_timers(&self, timers: Option<Rc<Timers>>) -> Self {
@@ -75,6 +84,15 @@ impl ExecutableGraph {
 
     pub(crate) fn set_place(&self, place: (u64, u64)) {
         self.place.set(place);
+    }
+
+    pub(crate) fn ask_to_leave(&self, what: Leave) {
+        self.asked.set(self.asked.get().max(what));
+    }
+
+    /// What nodes want to leave since this was called last.
+    pub(crate) fn asked_to_leave(&self) -> Leave {
+        self.asked.take()
     }
 
     pub(crate) fn passes(&self) -> u64 {
@@ -289,7 +307,11 @@ impl ExecutableGraph {
         };
         self.each("backward", |node| node.before_backward(&start, last))?;
         // From here on this rank waits for the others; one that did not come so far is behind.
-        worker.link().tick();
+        if last {
+            worker.link().collective();
+        } else {
+            worker.link().tick();
+        }
         let own = begun.elapsed();
         // All nodes at once: the graph of libtorch does not know them.
         self.timed("*", "backward", || ice_c10d::run_backward(&start))?;

@@ -5,6 +5,7 @@ use ice_worker::Worker;
 use tch::{Device, Tensor};
 
 use crate::graph::ExecutableGraph;
+use crate::run::Leave;
 use crate::{Error, Result, Share, Value};
 
 /// The outputs of the nodes in one iteration, made when they are first asked for.
@@ -58,6 +59,17 @@ impl<'a> Outputs<'a> {
     /// As [`Outputs::get`].
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         Ok(self.get::<Tensor>(name)?.shallow_clone())
+    }
+
+    /// Leaves the task before its end: all ranks do, once this step, or the next one where another rank has begun it, is done. It is enough that
+    /// one rank asks for it. What was measured in an epoch that is left does not count, and an evaluation goes back to the start of the epoch.
+    pub fn stop_task(&self) {
+        self.graph.ask_to_leave(Leave::Task);
+    }
+
+    /// Ends the run, which counts as well done, at the same place as [`Outputs::stop_task`].
+    pub fn stop_all_tasks(&self) {
+        self.graph.ask_to_leave(Leave::Run);
     }
 
     /// Whether gradients are wanted: dropout is active, statistics are updated.

@@ -1,12 +1,13 @@
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 
+use ice_checkpoint::Exact;
 use ice_worker::Worker;
 use serde_json::Value as Json;
 use tch::{Device, Kind, Tensor};
 
 use super::simple::{ratio, sum_and_count};
-use super::sums::{Exact, exact, parse};
+use super::sums::{exact, parse};
 use super::{Meter, Sums};
 use crate::{Measure, Result};
 

@@ -1,5 +1,6 @@
+use ice_checkpoint::Exact;
 use ice_worker::Worker;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::Deserialize;
 use serde_json::Value as Json;
 use tch::{Device, Kind, Tensor};
 
@@ -109,40 +110,10 @@ pub(super) fn parse<T: for<'a> Deserialize<'a>>(state: &Json) -> Result<T> {
         .map_err(|error| Error::Resume(format!("what was measured so far does not fit: {error}")))
 }
 
-/// An f64 in JSON, which has no word for what is not finite.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Exact(pub(super) f64);
-
 pub(super) fn exact(values: &[f64]) -> Vec<Exact> {
     values.iter().copied().map(Exact).collect()
 }
 
 pub(super) fn inexact(values: &[Exact]) -> Vec<f64> {
     values.iter().map(|value| value.0).collect()
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(untagged)]
-enum Written {
-    Number(f64),
-    Word(String),
-}
-
-impl Serialize for Exact {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self.0.is_finite() {
-            true => Written::Number(self.0),
-            false => Written::Word(self.0.to_string()),
-        }
-        .serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for Exact {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Ok(Self(match Written::deserialize(deserializer)? {
-            Written::Number(number) => number,
-            Written::Word(word) => word.parse().map_err(serde::de::Error::custom)?,
-        }))
-    }
 }

@@ -2,6 +2,7 @@
 
 mod copies;
 mod elastic;
+mod leave;
 mod pace;
 mod parts;
 mod regroup;
@@ -23,6 +24,8 @@ use ice_worker::{Boundary, Stop, Worker};
 
 use self::copies::Copies;
 pub use self::elastic::{ElasticBatch, LrRule};
+pub(crate) use self::leave::Leave;
+use self::leave::Leaving;
 use self::pace::Pace;
 use self::regroup::Progress;
 use self::timers::AllTimers;
@@ -96,6 +99,7 @@ pub struct Run<'a> {
     board: RefCell<Board>,
     timers: AllTimers,
     progress: Progress,
+    leaving: Leaving,
     copies: Copies,
     pace: Pace,
 }
@@ -126,6 +130,7 @@ impl<'a> Run<'a> {
             measures: RefCell::default(),
             kept: RefCell::default(),
             progress: Progress::default(),
+            leaving: Leaving::default(),
             copies: Copies::default(),
             pace: Pace::default(),
         };
@@ -177,9 +182,11 @@ impl<'a> Run<'a> {
         self.prepare_to_save();
         self.copy_parts()?;
         self.worker.link().begin();
-        match self.tasks.run(self) {
+        // The ranks may have agreed on the end of the run before one of them was lost.
+        let outcome = if self.is_over_early() { Ok(()) } else { self.tasks.run(self) };
+        match outcome {
             Err(Error::Stopped) if !self.worker.link().is_broken() => return Ok(()),
-            Err(error) if matches!(error.root(), Error::StopAllTasks) => {}
+            Err(error) if Leave::of(&error) > Leave::Nothing => self.end_early(),
             outcome => outcome?,
         }
         // A rank may be lost in the very last step, and the others are needed for it then.
@@ -245,26 +252,22 @@ impl<'a> Run<'a> {
         self.tasks.epochs(train)
     }
 
-    /// At a step boundary: does what all ranks were asked for, and waits while the job is paused.
-    pub(crate) fn at_boundary(&self) -> Result<()> {
-        loop {
-            match self.worker.link().boundary() {
-                Boundary::GoOn => return Ok(()),
-                Boundary::Save => self.save_checkpoint(None, None)?,
-                Boundary::Stop { here, save } => {
-                    if save && self.counters.train_steps() > 0 {
-                        let saved = self.save_checkpoint(None, None);
-                        saved.inspect_err(|error| tracing::warn!("ended without a checkpoint: {error}"))?;
-                    }
-                    if here {
-                        return Err(Error::Stopped);
-                    }
-                    if self.worker.can_stay() {
-                        return Err(Error::NodesLeave);
-                    }
+    /// Does at a step boundary what all ranks were asked for.
+    fn obey(&self, boundary: Boundary) -> Result<()> {
+        match boundary {
+            Boundary::GoOn | Boundary::Leave { .. } => Ok(()),
+            Boundary::Save => self.save_checkpoint(None, None),
+            Boundary::Stop { here, save } => {
+                if save && self.counters.train_steps() > 0 {
+                    let saved = self.save_checkpoint(None, None);
+                    saved.inspect_err(|error| tracing::warn!("ended without a checkpoint: {error}"))?;
                 }
-                Boundary::Regroup | Boundary::Broken => return Err(ice_worker::Error::RoundOver.into()),
+                if here {
+                    return Err(Error::Stopped);
+                }
+                if self.worker.can_stay() { Err(Error::NodesLeave) } else { Ok(()) }
             }
+            Boundary::Regroup | Boundary::Broken => Err(ice_worker::Error::RoundOver.into()),
         }
     }
 

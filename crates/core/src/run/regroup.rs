@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use ice_checkpoint::Exact;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
@@ -54,6 +55,8 @@ struct Standing {
     position: u64,
     syncs: u64,
     base_ranks: usize,
+    /// Whether the ranks have agreed on the end of the run.
+    is_over: bool,
 }
 
 impl Standing {
@@ -73,7 +76,7 @@ impl Standing {
 struct Shared {
     tasks: Json,
     counters: ice_checkpoint::Counts,
-    measures: BTreeMap<String, f64>,
+    measures: BTreeMap<String, Exact>,
     position: u64,
     syncs: u64,
     values: BTreeMap<String, Json>,
@@ -172,6 +175,9 @@ impl Run<'_> {
             None => self.saved_base()?.unwrap_or(self.worker.world_size()),
         };
         let repeats = begun && own == newest;
+        // Parts of a state that is in use are those of the end, too; an older state is not at the end yet.
+        let has_last_state = newest.has_state || parts.as_ref().is_some_and(|parts| !parts.are_copies);
+        self.leaving_in_round(has_last_state && standings.iter().any(|standing| standing.is_over));
         if !newest.has_state {
             self.leave_step();
             if parts.is_none() {
@@ -237,7 +243,7 @@ impl Run<'_> {
     }
 
     /// The step that was begun does not count.
-    fn leave_step(&self) {
+    pub(super) fn leave_step(&self) {
         self.progress.in_step.take().into_iter().for_each(|entries| roll_back(&entries));
     }
 
@@ -249,12 +255,14 @@ impl Run<'_> {
             progress.position.get() as i64,
             progress.syncs.get() as i64,
             progress.base_ranks.get() as i64,
+            self.is_over_early().into(),
         ];
         let standing = |word: Vec<i64>| Standing {
             has_state: word[0] != 0,
             position: word[1] as u64,
             syncs: word[2] as u64,
             base_ranks: word[3] as usize,
+            is_over: word[4] != 0,
         };
         Ok(gather(&own, &self.worker)?.into_iter().map(standing).collect())
     }
@@ -279,9 +287,11 @@ impl Run<'_> {
         if !lacks {
             return Ok(());
         }
+        self.forget_wishes();
         self.tasks.load_state(&shared.tasks, false)?;
         self.counters.restore(shared.counters);
-        self.measures.replace(shared.measures);
+        let measures = shared.measures.into_iter().map(|(uid, measure)| (uid, measure.0));
+        self.measures.replace(measures.collect());
         self.progress.position.set(shared.position);
         self.progress.syncs.set(shared.syncs);
         for entry in self.graph.entries() {
@@ -298,11 +308,11 @@ impl Run<'_> {
     }
 
     fn shared(&self) -> Shared {
-        let values = self.graph.entries().iter();
+        let (values, measures) = (self.graph.entries().iter(), self.measures.borrow());
         Shared {
             tasks: self.tasks.state(),
             counters: self.counters.saved(),
-            measures: self.finite_measures(),
+            measures: measures.iter().map(|(uid, measure)| (uid.clone(), Exact(*measure))).collect(),
             position: self.progress.position.get(),
             syncs: self.progress.syncs.get(),
             values: values.map(|entry| (entry.uid.clone(), entry.node.borrow().state().values)).collect(),
@@ -310,6 +320,6 @@ impl Run<'_> {
     }
 }
 
-fn roll_back(entries: &Entries) {
+pub(super) fn roll_back(entries: &Entries) {
     entries.iter().for_each(|entry| entry.node.borrow_mut().roll_back());
 }

@@ -1,6 +1,5 @@
 //! When and where a run saves.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ice_checkpoint::{BEST, CHECKPOINTS, candidates, remove_leftovers};
@@ -100,11 +99,6 @@ impl Run<'_> {
         format!("E{}S{}", self.counters.train_epochs(), self.counters.train_steps())
     }
 
-    /// What was measured last; JSON has no word for what is no number.
-    pub(super) fn finite_measures(&self) -> BTreeMap<String, f64> {
-        self.measures.borrow().clone().into_iter().filter(|(_, value)| value.is_finite()).collect()
-    }
-
     pub(super) fn manifest(&self, tags: Option<&Tags>) -> Manifest {
         let mut manifest = Manifest::new(
             self.worker.run_id(),
@@ -113,7 +107,7 @@ impl Run<'_> {
             self.counters.saved(),
             self.tasks.state(),
         );
-        manifest.measures = self.finite_measures();
+        manifest.measures = self.measures.borrow().clone();
         manifest.base_ranks = Some(self.progress.base_ranks.get()).filter(|ranks| *ranks > 0);
         manifest.tags = tags.map(ToString::to_string);
         manifest

@@ -24,7 +24,7 @@ impl Run<'_> {
 
     /// A run that was stopped has neither succeeded nor failed.
     pub(super) fn close_board(&self, is_ok: bool) {
-        let succeeded = (!is_ok || self.tasks.is_finished()).then_some(is_ok);
+        let succeeded = (!is_ok || self.tasks.is_finished() || self.is_over_early()).then_some(is_ok);
         self.board.borrow_mut().finish(self.counters.train_steps(), succeeded);
     }
 

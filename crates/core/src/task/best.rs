@@ -1,6 +1,6 @@
 use std::cell::Cell;
 
-use crate::task::once::Once;
+use crate::task::once::{Once, Stage};
 use crate::{Better, Result, Run};
 
 /// Saves a checkpoint when its turn comes if a measure is among the best so far, under `best/E<train epochs>S<train steps>` of the
@@ -14,13 +14,13 @@ pub struct SaveBest {
     measure: String,
     better: Better,
     max_keep: usize,
-    finished: Cell<bool>,
+    stage: Cell<Stage>,
 }
 
 impl SaveBest {
     /// Keeps the one best checkpoint by what the node with the uid `measure` measured in its last epoch.
     pub fn new(measure: impl Into<String>, better: Better) -> Self {
-        Self { measure: measure.into(), better, max_keep: 1, finished: Cell::new(false) }
+        Self { measure: measure.into(), better, max_keep: 1, stage: Cell::default() }
     }
 
     /// Keeps so many.
@@ -35,12 +35,12 @@ impl Once for SaveBest {
     const WHAT: &'static str = "a save of the best";
     const SAVES: bool = true;
 
-    fn finished(&self) -> &Cell<bool> {
-        &self.finished
+    fn stage(&self) -> &Cell<Stage> {
+        &self.stage
     }
 
     fn perform(&self, run: &Run) -> Result<()> {
-        self.finished.set(true);
+        self.stage.set(Stage::Finished);
         run.save_best(&self.measure, self.better, self.max_keep).map(|_| ())
     }
 }

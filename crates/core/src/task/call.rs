@@ -1,31 +1,83 @@
 use std::cell::Cell;
 
-use crate::task::once::Once;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::run::Leave;
+use crate::task::carried::{Carried, Carry};
+use crate::task::once::{Once, Stage};
 use crate::{Result, Run};
 
 /// A closure in the list of tasks. It runs once on every rank; on resume not again if it had run.
+///
+/// Afterwards the ranks agree on whether they leave the repetition that it is in, or end the run: they do if any of them has asked for it, by
+/// [`Run::stop_task`] or [`Run::stop_all_tasks`]. So all ranks wait for each other there.
 pub struct Call<F> {
     function: F,
-    finished: Cell<bool>,
+    stage: Cell<Stage>,
 }
 
 impl<F: Fn(&Run) -> Result<()>> Call<F> {
     /// Calls `function` when its turn comes.
     pub fn new(function: F) -> Self {
-        Self { function, finished: Cell::new(false) }
+        Self { function, stage: Cell::default() }
     }
 }
 
 impl<F: Fn(&Run) -> Result<()>> Once for Call<F> {
     const WHAT: &'static str = "a closure";
+    const VOTES: bool = true;
 
-    fn finished(&self) -> &Cell<bool> {
-        &self.finished
+    fn stage(&self) -> &Cell<Stage> {
+        &self.stage
     }
 
     fn perform(&self, run: &Run) -> Result<()> {
-        (self.function)(run)?;
-        self.finished.set(true);
-        Ok(())
+        asked_for((self.function)(run), run)
+    }
+}
+
+/// A closure in the list of tasks with a state of its own, as [`Repeat::call_with`](crate::Repeat::call_with) adds it.
+///
+/// The state lasts as long as the repetition that the closure is in. Checkpoints hold it, and a rank that is started again takes it over from
+/// the others. It is serialised in CBOR, so that infinities and NaN are kept.
+pub struct CallWith<S, F> {
+    function: F,
+    state: Carried<S>,
+    stage: Cell<Stage>,
+}
+
+impl<S: Serialize + DeserializeOwned, F: Fn(&Run, &mut S) -> Result<()>> CallWith<S, F> {
+    /// Calls `function` with a state that begins as `initial`.
+    pub fn new(initial: S, function: F) -> Self {
+        Self { function, state: Carried::new(initial), stage: Cell::default() }
+    }
+}
+
+impl<S: Serialize + DeserializeOwned, F: Fn(&Run, &mut S) -> Result<()>> Once for CallWith<S, F> {
+    const WHAT: &'static str = "a closure with a state";
+    const VOTES: bool = true;
+
+    fn stage(&self) -> &Cell<Stage> {
+        &self.stage
+    }
+
+    fn perform(&self, run: &Run) -> Result<()> {
+        asked_for(self.state.change(|state| (self.function)(run, state)), run)
+    }
+
+    fn carried(&self) -> Option<&dyn Carry> {
+        Some(&self.state)
+    }
+}
+
+/// An error that leaves something is a request to leave it.
+fn asked_for(outcome: Result<()>, run: &Run) -> Result<()> {
+    match outcome {
+        Err(error) if Leave::of(&error) > Leave::Nothing => {
+            run.ask_to_leave(Leave::of(&error));
+            Ok(())
+        }
+        outcome => outcome,
     }
 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::graph::{ExecutableGraph, Tags};
+use crate::run::Leave;
 use crate::task::parse;
 use crate::{Error, Measure, Result, Run, TaskItem};
 
@@ -27,6 +28,8 @@ pub struct Task {
     whole: bool,
     timed: bool,
     progress: Cell<Progressed>,
+    /// What a node of this rank wants to leave, and the ranks have not agreed on yet.
+    asked: Cell<Leave>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,7 +67,8 @@ impl Task {
     }
 
     fn new(train: bool, tags: Tags) -> Self {
-        Self { train, tags, length: Length::Epochs(1), whole: false, timed: false, progress: Cell::default() }
+        let (progress, asked) = (Cell::default(), Cell::default());
+        Self { train, tags, length: Length::Epochs(1), whole: false, timed: false, progress, asked }
     }
 
     /// Runs this many epochs. An epoch ends with the dataset that ends first.
@@ -160,7 +164,10 @@ impl Task {
     }
 
     fn step(&self, run: &Run, graph: &ExecutableGraph, report: &mut Report) -> Result<()> {
-        run.at_boundary()?;
+        match run.at_boundary(self.asked.get())? {
+            Leave::Nothing => {}
+            leave => return self.leave(run, graph, leave),
+        }
         graph.set_place((run.counters().train_epochs(), run.counters().train_steps()));
         let (passes, samples, loss) = if self.train {
             let step = run.train_step(graph)?;
@@ -181,6 +188,12 @@ impl Task {
                 run.passed();
             }
         }
+        match graph.asked_to_leave() {
+            Leave::Nothing => {}
+            Leave::Task => self.asked.set(Leave::Task),
+            // It holds for the tasks that follow, too.
+            Leave::Run => run.ask_to_leave(Leave::Run),
+        }
         run.worker().link().advance(run.counters().train_steps());
         report.step(samples, loss.as_ref());
         if !self.train {
@@ -189,6 +202,20 @@ impl Task {
         run.show_step(&self.tags, graph, samples)?;
         run.copy_if_due()?;
         run.save_if_due()
+    }
+
+    /// Leaves the task on all ranks, which have agreed on that.
+    fn leave(&self, run: &Run, graph: &ExecutableGraph, what: Leave) -> Result<()> {
+        self.asked.take();
+        self.progress.set(Progressed { left: true, ..self.progress.get() });
+        run.task_was_left(graph.entries(), self.train);
+        match what {
+            Leave::Run => {
+                run.end_early();
+                Err(Error::StopAllTasks)
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -204,11 +231,13 @@ impl TaskItem for Task {
             )));
         }
         run.graph().switch_to(graph.entries())?;
+        run.task_begins();
         while !self.is_finished() {
             let before = self.progress.get();
             match self.epoch(run, &graph) {
-                Err(error) if matches!(error.root(), Error::StopTask) => {
-                    self.progress.set(Progressed { left: true, ..self.progress.get() });
+                Err(error) if Leave::of(&error) > Leave::Nothing && !self.is_finished() => {
+                    run.leave_step_by_error(&self.tags)?;
+                    self.leave(run, &graph, Leave::of(&error))?;
                 }
                 outcome => outcome?,
             }
@@ -219,6 +248,7 @@ impl TaskItem for Task {
                 )));
             }
         }
+        self.asked.take();
         if timed { run.write_timers() } else { Ok(()) }
     }
 

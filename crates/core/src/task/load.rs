@@ -1,7 +1,7 @@
 use std::cell::Cell;
 use std::path::PathBuf;
 
-use crate::task::once::Once;
+use crate::task::once::{Once, Stage};
 use crate::{Result, ResumeFrom, Run, Tags};
 
 /// Loads the state of nodes from a checkpoint when its turn comes: pretrained parameters, or those of an earlier phase. The
@@ -15,13 +15,13 @@ pub struct LoadCheckpoint {
     from: ResumeFrom,
     tags: Option<Tags>,
     strict: bool,
-    finished: Cell<bool>,
+    stage: Cell<Stage>,
 }
 
 impl LoadCheckpoint {
     /// Loads all nodes from a checkpoint's folder, or the newest valid one in a folder of checkpoints. Everything must fit.
     pub fn from(path: impl Into<PathBuf>) -> Self {
-        Self { from: ResumeFrom::Path(path.into()), tags: None, strict: true, finished: Cell::new(false) }
+        Self { from: ResumeFrom::Path(path.into()), tags: None, strict: true, stage: Cell::default() }
     }
 
     /// Loads the nodes that these tags select alone.
@@ -42,13 +42,11 @@ impl LoadCheckpoint {
 impl Once for LoadCheckpoint {
     const WHAT: &'static str = "a load";
 
-    fn finished(&self) -> &Cell<bool> {
-        &self.finished
+    fn stage(&self) -> &Cell<Stage> {
+        &self.stage
     }
 
     fn perform(&self, run: &Run) -> Result<()> {
-        run.load_checkpoint(&self.from, self.strict, self.tags.as_ref())?;
-        self.finished.set(true);
-        Ok(())
+        run.load_checkpoint(&self.from, self.strict, self.tags.as_ref())
     }
 }

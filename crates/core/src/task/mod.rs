@@ -2,6 +2,8 @@
 
 mod best;
 mod call;
+mod carried;
+mod early_stop;
 mod epochs;
 mod load;
 mod once;
@@ -12,7 +14,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
 pub use best::SaveBest;
-pub use call::Call;
+pub use call::{Call, CallWith};
+pub use early_stop::EarlyStop;
 pub use epochs::Task;
 pub use load::LoadCheckpoint;
 pub use repeat::Repeat;
@@ -34,6 +37,11 @@ pub trait TaskItem {
 
     /// Forgets all progress.
     fn reset(&self);
+
+    /// Makes ready for the next repetition. Like [`TaskItem::reset`], unless something is kept from one repetition to the next.
+    fn repeat(&self) {
+        self.reset();
+    }
 
     /// The progress, for a checkpoint.
     fn state(&self) -> Json;

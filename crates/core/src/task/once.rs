@@ -1,11 +1,24 @@
 use std::cell::Cell;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
+use crate::run::Leave;
+use crate::task::carried::Carry;
 use crate::task::parse;
-use crate::{Result, Run, TaskItem};
+use crate::{Error, Result, Run, TaskItem};
 
-/// An item that is done once: all its progress is whether it is finished.
+/// How far an item is that is done once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Stage {
+    #[default]
+    Open,
+    /// It is done on this rank, and the ranks have not voted yet.
+    Performed,
+    Finished,
+}
+
+/// An item that is done once: all its progress is whether it is finished, and the state that it carries.
 pub(super) trait Once {
     /// What it is, for messages.
     const WHAT: &'static str;
@@ -13,39 +26,94 @@ pub(super) trait Once {
     /// Whether it saves a checkpoint.
     const SAVES: bool = false;
 
-    /// Whether it is finished.
-    fn finished(&self) -> &Cell<bool>;
+    /// Whether all ranks vote after it on what they leave.
+    const VOTES: bool = false;
 
-    /// Does it, and notes when it counts as finished.
+    /// How far it is.
+    fn stage(&self) -> &Cell<Stage>;
+
+    /// Does it. An item that a checkpoint made in it holds as finished notes that before.
     fn perform(&self, run: &Run) -> Result<()>;
+
+    /// The state that it carries from one repetition to the next.
+    fn carried(&self) -> Option<&dyn Carry> {
+        None
+    }
+}
+
+/// The progress of an item that carries a state.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    finished: bool,
+    carried: Vec<u8>,
 }
 
 impl<T: Once> TaskItem for T {
     fn run(&self, run: &Run) -> Result<()> {
-        // It may take as long as it takes; the next step is awaited again.
-        let _alone = run.worker().link().alone();
-        // One that was disturbed is done again.
-        self.perform(run).inspect_err(|_| self.finished().set(false))?;
+        // If only the vote failed, since a rank was lost, this rank votes again and does nothing twice.
+        if self.stage().get() != Stage::Performed {
+            // It may take as long as it takes; the next step is awaited again.
+            let alone = run.worker().link().alone();
+            let done = self.perform(run);
+            drop(alone);
+            done.inspect_err(|_| {
+                // One that was disturbed is done again.
+                self.stage().set(Stage::Open);
+                self.carried().into_iter().for_each(Carry::revert);
+            })?;
+        }
+        let mut leave = Leave::Nothing;
+        if T::VOTES {
+            self.stage().set(Stage::Performed);
+            leave = run.vote()?;
+            self.carried().into_iter().for_each(Carry::settle);
+        }
+        self.stage().set(Stage::Finished);
         run.passed();
-        Ok(())
+        match leave {
+            Leave::Nothing => Ok(()),
+            Leave::Task => Err(Error::StopTask),
+            Leave::Run => {
+                run.end_early();
+                Err(Error::StopAllTasks)
+            }
+        }
     }
 
     fn is_finished(&self) -> bool {
-        self.finished().get()
+        self.stage().get() == Stage::Finished
     }
 
     fn reset(&self) {
-        self.finished().set(false);
+        self.repeat();
+        if let Some(carried) = self.carried() {
+            carried.reset();
+        }
+    }
+
+    fn repeat(&self) {
+        self.stage().take();
     }
 
     fn state(&self) -> Json {
-        self.finished().get().into()
+        let finished = self.is_finished();
+        let Some(carried) = self.carried() else { return finished.into() };
+        let state = carried.encode().map(|carried| State { finished, carried });
+        state.ok().and_then(|state| serde_json::to_value(state).ok()).unwrap_or(Json::Null)
     }
 
     fn load_state(&self, state: &Json, dry_run: bool) -> Result<()> {
-        let finished = parse(state, T::WHAT)?;
+        let finished = match self.carried() {
+            None => parse(state, T::WHAT)?,
+            Some(carried) => {
+                let state: State = parse(state, T::WHAT)?;
+                carried.decode(&state.carried, dry_run)?;
+                state.finished
+            }
+        };
         if !dry_run {
-            self.finished().set(finished);
+            self.stage().set(if finished { Stage::Finished } else { Stage::Open });
         }
         Ok(())
     }

@@ -1,9 +1,10 @@
 use std::cell::Cell;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::task::{Call, parse};
+use crate::task::{Call, CallWith, parse};
 use crate::{Error, Result, Run, TaskItem};
 
 /// A list of items, run in order and as often as said.
@@ -19,6 +20,8 @@ use crate::{Error, Result, Run, TaskItem};
 pub struct Repeat {
     times: u64,
     done: Cell<u64>,
+    /// Whether it was left before its end.
+    left: Cell<bool>,
     items: Vec<Box<dyn TaskItem>>,
 }
 
@@ -27,13 +30,15 @@ pub struct Repeat {
 struct State {
     times: u64,
     done: u64,
+    #[serde(default)]
+    left: bool,
     items: Vec<Json>,
 }
 
 impl Repeat {
     /// An empty list to be run `times` times.
     pub fn new(times: u64) -> Self {
-        Self { times, done: Cell::new(0), items: Vec::new() }
+        Self { times, done: Cell::new(0), left: Cell::new(false), items: Vec::new() }
     }
 
     /// An empty list to be run once.
@@ -48,10 +53,35 @@ impl Repeat {
         self
     }
 
-    /// Adds a closure at the end.
+    /// Adds a closure at the end. It can leave this repetition by [`Run::stop_task`].
     #[must_use]
     pub fn call(self, function: impl Fn(&Run) -> Result<()> + 'static) -> Self {
         self.then(Call::new(function))
+    }
+
+    /// Adds a closure at the end with a state of its own, which begins as `initial` whenever this repetition does. Checkpoints hold the state,
+    /// and ranks that are started again take it over, which they cannot do with a variable that a closure captures.
+    ///
+    /// ```
+    /// use ice_core::{Repeat, Task};
+    /// // Leaves the loop once the loss is above the one before twice in a row.
+    /// let tasks = Repeat::new(100).then(Task::train("train")).call_with((f64::INFINITY, 0), |run, (before, worse)| {
+    ///     let loss = run.measure("*/loss")?;
+    ///     *worse = if loss > *before { *worse + 1 } else { 0 };
+    ///     *before = loss;
+    ///     if *worse == 2 {
+    ///         run.stop_task();
+    ///     }
+    ///     Ok(())
+    /// });
+    /// ```
+    #[must_use]
+    pub fn call_with<S: Serialize + DeserializeOwned + 'static>(
+        self,
+        initial: S,
+        function: impl Fn(&Run, &mut S) -> Result<()> + 'static,
+    ) -> Self {
+        self.then(CallWith::new(initial, function))
     }
 }
 
@@ -59,29 +89,36 @@ impl TaskItem for Repeat {
     fn run(&self, run: &Run) -> Result<()> {
         while !self.is_finished() {
             for item in self.items.iter().filter(|item| !item.is_finished()) {
-                item.run(run)?;
+                match item.run(run) {
+                    Err(error) if matches!(error.root(), Error::StopTask) => {
+                        self.left.set(true);
+                        return Ok(());
+                    }
+                    outcome => outcome?,
+                }
             }
             self.done.set(self.done.get() + 1);
             run.passed();
             if !self.is_finished() {
-                self.items.iter().for_each(|item| item.reset());
+                self.items.iter().for_each(|item| item.repeat());
             }
         }
         Ok(())
     }
 
     fn is_finished(&self) -> bool {
-        self.done.get() >= self.times
+        self.left.get() || self.done.get() >= self.times
     }
 
     fn reset(&self) {
         self.done.set(0);
+        self.left.set(false);
         self.items.iter().for_each(|item| item.reset());
     }
 
     fn state(&self) -> Json {
         let items = self.items.iter().map(|item| item.state()).collect::<Vec<_>>();
-        serde_json::json!({ "times": self.times, "done": self.done.get(), "items": items })
+        serde_json::json!({ "times": self.times, "done": self.done.get(), "left": self.left.get(), "items": items })
     }
 
     /// `times` may differ from what was saved, so that a run can be made longer; what was done is kept.
@@ -105,8 +142,9 @@ impl TaskItem for Repeat {
         }
         if !dry_run {
             self.done.set(state.done);
+            self.left.set(state.left);
             if state.done == state.times && !self.is_finished() {
-                self.items.iter().for_each(|item| item.reset());
+                self.items.iter().for_each(|item| item.repeat());
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 use std::cell::Cell;
 use std::path::PathBuf;
 
-use crate::task::once::Once;
+use crate::task::once::{Once, Stage};
 use crate::{Result, Run, Tags};
 
 /// Saves a checkpoint when its turn comes, under `ckpts/E<train epochs>S<train steps>` of the run's folder unless said otherwise.
@@ -15,7 +15,7 @@ use crate::{Result, Run, Tags};
 pub struct SaveCheckpoint {
     to: Option<PathBuf>,
     tags: Option<Tags>,
-    finished: Cell<bool>,
+    stage: Cell<Stage>,
 }
 
 impl SaveCheckpoint {
@@ -43,13 +43,13 @@ impl Once for SaveCheckpoint {
     const WHAT: &'static str = "a save";
     const SAVES: bool = true;
 
-    fn finished(&self) -> &Cell<bool> {
-        &self.finished
+    fn stage(&self) -> &Cell<Stage> {
+        &self.stage
     }
 
     fn perform(&self, run: &Run) -> Result<()> {
         // Before the save: a run that resumes from it must not save it again.
-        self.finished.set(true);
+        self.stage.set(Stage::Finished);
         run.save_checkpoint(self.to.as_deref(), self.tags.as_ref())
     }
 }

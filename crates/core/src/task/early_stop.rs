@@ -1,0 +1,104 @@
+use std::cell::Cell;
+
+use serde::{Deserialize, Serialize};
+
+use crate::task::carried::{Carried, Carry};
+use crate::task::once::{Once, Stage};
+use crate::{Better, Result, Run};
+
+/// Leaves the repetition that it is in once a measure has not become better for some of its turns.
+///
+/// A checkpoint holds the best value and the number of turns since, and ranks that are started again take them over. A measure that is NaN is
+/// not better than any other.
+///
+/// ```
+/// use ice_core::{Better, EarlyStop, Repeat, SaveBest, Task};
+/// let epochs = Repeat::new(100)
+///     .then(Task::train("train"))
+///     .then(Task::eval("val"))
+///     .then(SaveBest::new("val/accuracy", Better::Higher))
+///     .then(EarlyStop::new("val/accuracy", Better::Higher).patience(5).min_delta(1e-3));
+/// // The rest of the list follows all the same.
+/// let tasks = Repeat::once().then(epochs).then(Task::eval("test"));
+/// ```
+pub struct EarlyStop {
+    measure: String,
+    better: Better,
+    patience: u64,
+    min_delta: f64,
+    watched: Carried<Watched>,
+    stage: Cell<Stage>,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct Watched {
+    best: Option<f64>,
+    /// Turns since.
+    worse: u64,
+}
+
+impl EarlyStop {
+    /// Watches what the node with the uid `measure` measured in its last epoch. Leaves after the first turn that is not better.
+    pub fn new(measure: impl Into<String>, better: Better) -> Self {
+        let (measure, watched) = (measure.into(), Carried::new(Watched::default()));
+        Self { measure, better, patience: 1, min_delta: 0.0, watched, stage: Cell::default() }
+    }
+
+    /// Leaves after this many turns in a row that are not better; at least 1.
+    #[must_use]
+    pub fn patience(mut self, turns: u64) -> Self {
+        self.patience = turns.max(1);
+        self
+    }
+
+    /// Takes a value for better only if it differs from the best by more than this.
+    #[must_use]
+    pub fn min_delta(mut self, delta: f64) -> Self {
+        self.min_delta = delta.abs();
+        self
+    }
+
+    fn is_better(&self, value: f64, best: Option<f64>) -> bool {
+        match (best, self.better) {
+            (None, _) => !value.is_nan(),
+            (Some(best), Better::Higher) => value > best + self.min_delta,
+            (Some(best), Better::Lower) => value < best - self.min_delta,
+        }
+    }
+}
+
+impl Once for EarlyStop {
+    const WHAT: &'static str = "an early stop";
+    const VOTES: bool = true;
+
+    fn stage(&self) -> &Cell<Stage> {
+        &self.stage
+    }
+
+    fn perform(&self, run: &Run) -> Result<()> {
+        let value = run.measure(&self.measure)?;
+        self.watched.change(|watched| {
+            if self.is_better(value, watched.best) {
+                *watched = Watched { best: Some(value), worse: 0 };
+                return Ok(());
+            }
+            watched.worse += 1;
+            if watched.worse >= self.patience {
+                if run.is_main() {
+                    println!(
+                        "{} was not better than {:.4} for {} turns: leaving the repetition",
+                        self.measure,
+                        watched.best.unwrap_or(f64::NAN),
+                        watched.worse
+                    );
+                }
+                run.stop_task();
+            }
+            Ok(())
+        })
+    }
+
+    fn carried(&self) -> Option<&dyn Carry> {
+        Some(&self.watched)
+    }
+}

@@ -1,0 +1,143 @@
+//! Agreements of ranks that have no agent: under torchrun, or in a group that the program made itself.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use ice_c10d::Store;
+use ice_proto::link::Request;
+
+use super::state::Boundary;
+use super::{LOOK_AGAIN, answer};
+use crate::agree::{self, Boundaries, Part, Turn};
+
+/// The rank's part in the agreements. Does nothing before [`Local::join`].
+#[derive(Default)]
+pub(super) struct Local {
+    is_joined: AtomicBool,
+    boundaries: Mutex<Boundaries>,
+    changed: Condvar,
+    /// Collectives since the last boundary. Ranks with an agent count theirs here, too.
+    pub(super) collectives: AtomicU64,
+}
+
+/// A [`Local`] in the group of a store.
+struct Member {
+    local: Arc<Local>,
+    rank: u64,
+}
+
+impl Local {
+    /// Starts the thread that answers the requests of other ranks, until the store is gone.
+    pub(super) fn join(this: &Arc<Self>, store: &Store, rank: u32, world_size: usize) -> io::Result<()> {
+        if world_size == 1 {
+            return Ok(());
+        }
+        let hearing = store.reconnect().map_err(io::Error::other)?;
+        let part = Member { local: Arc::clone(this), rank: rank.into() };
+        this.is_joined.store(true, Ordering::SeqCst);
+        let answer = move || {
+            if let Err(error) = agree::take_part(&part, &hearing, world_size) {
+                tracing::debug!(%error, "no more requests will come");
+            }
+            // A rank that waits at a boundary must not wait for an answer that cannot come.
+            part.local.is_joined.store(false, Ordering::SeqCst);
+            part.local.end();
+        };
+        thread::Builder::new().name("ice-agree".into()).spawn(answer).map(drop)
+    }
+
+    /// As [`super::Link::boundary`].
+    pub(super) fn boundary(&self, asked: bool) -> Boundary {
+        if !self.is_joined.load(Ordering::SeqCst) {
+            return Boundary::GoOn;
+        }
+        let mut boundaries = self.lock();
+        loop {
+            let was_free = boundaries.is_free();
+            let waits = asked && was_free && self.is_joined.load(Ordering::SeqCst);
+            let turn = if waits { Turn::Wait } else { boundaries.arrive() };
+            if !was_free && boundaries.is_free() {
+                self.changed.notify_all();
+            }
+            match turn {
+                Turn::Pass => {
+                    self.collectives.store(0, Ordering::Relaxed);
+                    return Boundary::GoOn;
+                }
+                Turn::Do(Request::Leave { all, task }) => return Boundary::Leave { all, task },
+                // Without an agent there are no other requests.
+                Turn::Do(_) => {}
+                Turn::Wait => boundaries = self.wait(boundaries),
+            }
+        }
+    }
+
+    /// Notes that this rank leaves the step before its end; the boundaries and collectives before that.
+    pub(super) fn leave_step(&self) -> (u64, u64) {
+        (self.lock().leave_step(), self.collectives.load(Ordering::Relaxed))
+    }
+
+    /// Waits for the answer of all ranks to [`Local::leave_step`]; `None` if the store is gone.
+    pub(super) fn left_by_all(&self) -> Option<u64> {
+        let mut boundaries = self.lock();
+        loop {
+            match boundaries.take_left_by_all() {
+                None if self.is_joined.load(Ordering::SeqCst) => boundaries = self.wait(boundaries),
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Notes that a run begins.
+    pub(super) fn begin(&self) {
+        self.lock().begin();
+    }
+
+    /// Notes that no boundary will come any more.
+    pub(super) fn end(&self) {
+        self.lock().end();
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Boundaries> {
+        self.boundaries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, boundaries: MutexGuard<'a, Boundaries>) -> MutexGuard<'a, Boundaries> {
+        self.changed.wait(boundaries).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Part for Member {
+    fn ask(&self, request: Request) -> u64 {
+        let busy = |boundaries: &mut Boundaries| !boundaries.is_free();
+        let local = &self.local;
+        let mut boundaries =
+            local.changed.wait_while(local.lock(), busy).unwrap_or_else(PoisonError::into_inner);
+        boundaries.ask(request)
+    }
+
+    fn settle(&self, target: u64) {
+        self.local.lock().settle(target);
+        self.local.changed.notify_all();
+    }
+
+    fn has_left(&self, step: u64, collectives: u64) -> u64 {
+        let mut boundaries = self.local.lock();
+        loop {
+            let own = self.local.collectives.load(Ordering::Relaxed);
+            if let Some(has_left) = boundaries.has_left(step, collectives, own) {
+                return answer(has_left, self.rank);
+            }
+            let changed = self.local.changed.wait_timeout(boundaries, LOOK_AGAIN);
+            boundaries = changed.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn settle_left(&self, step: u64, answer: u64) {
+        self.local.lock().settle_left(step, answer);
+        self.local.changed.notify_all();
+    }
+}
