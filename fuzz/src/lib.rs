@@ -165,6 +165,9 @@ pub fn coordinator(bytes: &[u8]) {
             match action {
                 Action::Send(_, ToAgent::RoundStarted(round)) => views.push(round),
                 Action::Send(_, ToAgent::Closed { .. }) => closed = true,
+                Action::Send(_, ToAgent::Standstill { round }) => {
+                    assert!(!closed && last_round.is_none_or(|last| round >= last), "RV-12");
+                }
                 _ => {}
             }
         }

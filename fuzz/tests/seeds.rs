@@ -7,7 +7,9 @@ use std::time::Duration;
 use ice_proto::auth::{Answer, Challenge, Greeting};
 use ice_proto::copies;
 use ice_proto::frame;
-use ice_proto::rendezvous::{Hello, KeepAlive, Member, RestartPolicy, Round, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{
+    Achieved, Hello, KeepAlive, Member, NodeProgress, RestartPolicy, Round, ToAgent, ToCoordinator,
+};
 use ice_rendezvous::store::codec::{Request, encode};
 
 fn write(target: &str, number: usize, bytes: &[u8]) {
@@ -173,6 +175,14 @@ fn make() {
     }
     write("frames", 50, &[&[5], &frames.concat()[..]].concat());
 
+    let waiting = NodeProgress::Waiting(Achieved { step: 3, activity: 9 });
+    let of_progress = [waiting, NodeProgress::Resting, NodeProgress::Working]
+        .map(|progress| frame::encode(&ToCoordinator::Progress { round: 0, progress }).unwrap());
+    let stands_still = frame::encode(&ToAgent::Standstill { round: 0 }).unwrap();
+    for (number, frame) in of_progress.iter().chain([&stands_still]).enumerate() {
+        write("frames", 70 + number, &[&[5], &frame[..]].concat());
+    }
+
     let step = |peer: u8, frame: &[u8]| [&[peer, 3], frame].concat();
     let joined = |peers: u8| -> Vec<u8> {
         let hello = |peer: u8| frame::encode(&hello(peer.into(), (1, 3), None)).unwrap();
@@ -183,5 +193,9 @@ fn make() {
         let then = [joined(3), step(1, frame), vec![0, 0xF8, 0, 2], joined(2)].concat();
         write("coordinator", 20 + number, &then);
     }
+    let [waits, rests, works] = of_progress.each_ref().map(Vec::as_slice);
+    let idle = [step(0, waits), step(1, rests), step(2, waits)].concat();
+    let then = [step(0, works), step(1, &frames[5]), step(0, waits), step(0, &frames[3])].concat();
+    write("coordinator", 60, &[joined(3), idle, then].concat());
     write("coordinator", 50, &[joined(4), vec![1, 1], step(2, &frames[3]), step(2, &frames[2])].concat());
 }

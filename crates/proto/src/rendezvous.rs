@@ -134,6 +134,34 @@ pub enum ToCoordinator {
     },
     /// Nothing to say.
     KeepAlive,
+    /// The progress of this agent's ranks has changed. At the start of a round they work. The agent
+    /// leaves its round if the connection is lost, so it sends no progress again on the next one.
+    Progress {
+        /// The round that the ranks are in.
+        round: u64,
+        /// Their progress now.
+        progress: NodeProgress,
+    },
+}
+
+/// Whether the ranks of a node get anything done, as far as their agent can tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeProgress {
+    /// At least one rank has got something done within the hang timeout, or does work of its own.
+    Working,
+    /// No rank has had anything to do for the hang timeout, and none waits for another one.
+    Resting,
+    /// No rank has got anything done for the hang timeout, and at least one waits for other ranks.
+    Waiting(Achieved),
+}
+
+/// Achievement of a rank in its round. The rank furthest behind has the least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Achieved {
+    /// Training steps done.
+    pub step: u64,
+    /// Things done within steps or on the way to them, as in a heartbeat.
+    pub activity: u64,
 }
 
 /// One node's part in a round.
@@ -219,4 +247,9 @@ pub enum ToAgent {
     },
     /// Nothing to say.
     KeepAlive,
+    /// All nodes of the round wait or rest, and of those that wait this one is furthest behind.
+    Standstill {
+        /// The round that stands still.
+        round: u64,
+    },
 }

@@ -2,13 +2,16 @@
 //!
 //! Ranks that know the link say every second how much they have got done, and whether more is
 //! expected of them. A rank that is alone at work, as one that saves, keeps the others waiting for
-//! as long as it takes. Of other programs only the CPU time that they use is known. Time comes in
-//! as an argument, as for the agent.
+//! as long as it takes. If there are several nodes, such a rank may be on another one: the agent
+//! reports that its ranks wait, and the coordinator decides whether the round hangs. Of other
+//! programs only the CPU time that they use is known. Time comes in as an argument, as for the
+//! agent.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ice_proto::link::Doing;
+use ice_proto::rendezvous::{Achieved, NodeProgress};
 
 use crate::cli::HangTimeout;
 
@@ -80,16 +83,19 @@ pub(crate) struct HangWatch {
     period: Duration,
     /// Whether other nodes have ranks, too.
     several_nodes: bool,
+    /// Progress of this node that the coordinator has heard of.
+    told: NodeProgress,
 }
 
 impl HangWatch {
     pub(crate) fn new(timeout: HangTimeout, monitor_interval: Duration) -> Self {
-        Self { timeout, ranks: BTreeMap::new(), period: monitor_interval, several_nodes: false }
+        let (ranks, told) = (BTreeMap::new(), NodeProgress::Working);
+        Self { timeout, ranks, period: monitor_interval, several_nodes: false, told }
     }
 
     /// A round begins, with so many ranks on this node, and others where there are several nodes.
     pub(crate) fn start(&mut self, ranks: u32, nodes: u32) {
-        self.several_nodes = nodes > 1;
+        (self.several_nodes, self.told) = (nodes > 1, NodeProgress::Working);
         self.ranks = (0..ranks).map(|rank| (rank, Pulse::None)).collect();
     }
 
@@ -167,8 +173,6 @@ impl HangWatch {
     fn timeout_of(&self, pulse: &Pulse) -> Option<Duration> {
         match (self.timeout, pulse) {
             (_, Pulse::None | Pulse::Steps { doing: Doing::Alone | Doing::Resting, .. }) => None,
-            // A rank of another node may be alone at work, which only its own agent hears.
-            (_, Pulse::Steps { doing: Doing::Meeting, .. }) if self.several_nodes => None,
             (_, Pulse::Steps { .. }) => self.timeout_of_steps(),
             (HangTimeout::Never, Pulse::File { .. }) => None,
             (HangTimeout::Default, Pulse::File { .. }) => Some(DEFAULT),
@@ -208,7 +212,53 @@ impl HangWatch {
     /// When a rank will have been silent for too long, or the last one that still did something will have stood still.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         let dues = [self.silence(), self.neglect()].into_iter().flatten().map(|(due, _)| due);
-        dues.chain(self.standstill()).min()
+        let waits = self.waits_at().filter(|_| self.told == NodeProgress::Working);
+        dues.chain(self.standstill()).chain(waits).min()
+    }
+
+    /// When the ranks of this node will have got nothing done for the timeout, if other nodes decide
+    /// whether that is a hang. A node that does well is never due, so it sends nothing.
+    fn waits_at(&self) -> Option<Duration> {
+        if !self.is_one_of_several() || self.ranks.values().any(|pulse| self.is_waited_for(pulse)) {
+            return None;
+        }
+        let due = self.ranks.values().filter_map(Pulse::changed).max()? + self.timeout_of_steps()?;
+        // A silent rank does not wait, and its silence is a failure without the other nodes.
+        let is_silent = |pulse: &Pulse| matches!(pulse, Pulse::Steps { heard, .. } if *heard + SILENT < due);
+        (!self.ranks.values().any(is_silent)).then_some(due)
+    }
+
+    /// Whether other nodes have to say whether a standstill of this one is a hang. Plain programs
+    /// hang by themselves.
+    fn is_one_of_several(&self) -> bool {
+        let is_plain = |pulse: &Pulse| matches!(pulse, Pulse::File { .. } | Pulse::Cpu { .. });
+        self.several_nodes && !self.ranks.values().any(is_plain)
+    }
+
+    fn progress(&self, now: Duration) -> NodeProgress {
+        if self.waits_at().is_none_or(|due| now < due) {
+            return NodeProgress::Working;
+        }
+        let achieved = |pulse: &Pulse| match *pulse {
+            Pulse::Steps { step, activity, .. } if self.may_be_behind(pulse) => {
+                Some(Achieved { step, activity })
+            }
+            _ => None,
+        };
+        let least = self.ranks.values().filter_map(achieved).min();
+        least.map_or(NodeProgress::Resting, NodeProgress::Waiting)
+    }
+
+    /// The progress of this node, if it is not what the coordinator has heard of last.
+    pub(crate) fn news(&mut self, now: Duration) -> Option<NodeProgress> {
+        let progress = self.progress(now);
+        (std::mem::replace(&mut self.told, progress) != progress).then_some(progress)
+    }
+
+    /// The rank that is behind, once the coordinator has found that no node works and that this one
+    /// is behind. None if its ranks got something done meanwhile.
+    pub(crate) fn confirmed(&self, now: Duration) -> Option<Hang> {
+        matches!(self.progress(now), NodeProgress::Waiting(_)).then(|| self.behind(now)).flatten()
     }
 
     /// When a rank will not have touched its file for too long, and which one. That others do
@@ -240,30 +290,14 @@ impl HangWatch {
         self.ranks.iter().filter_map(due).min()
     }
 
-    /// When the last rank that still did something will have stood still for too long.
+    /// When the last rank that still did something will have stood still for too long, if this agent
+    /// can tell.
     fn standstill(&self) -> Option<Duration> {
-        if self.ranks.values().any(|pulse| self.is_waited_for(pulse)) {
+        if self.is_one_of_several() || self.ranks.values().any(|pulse| self.is_waited_for(pulse)) {
             return None;
         }
         let due = |pulse: &Pulse| Some(pulse.changed()? + self.timeout_of(pulse)?);
-        let due = self.ranks.values().filter_map(due).max()?;
-        // The agent that sees which rank is behind acts first; others only guess.
-        let guesses = self.several_nodes && !self.is_evident(due);
-        let patience = self.ranks.values().find_map(|pulse| self.timeout_of(pulse)).filter(|_| guesses);
-        Some(due + patience.unwrap_or_default())
-    }
-
-    /// Whether one of the ranks of this node differs from the others, or is silent.
-    fn is_evident(&self, at: Duration) -> bool {
-        let mut known = None;
-        self.ranks.values().any(|pulse| match *pulse {
-            Pulse::Steps { step, activity, heard, .. } => {
-                heard + SILENT < at || *known.get_or_insert((step, activity)) != (step, activity)
-            }
-            // How much of the CPU a rank uses says little of others, as does its file.
-            Pulse::File { .. } | Pulse::Cpu { .. } => true,
-            Pulse::None => false,
-        })
+        self.ranks.values().filter_map(due).max()
     }
 
     /// Whether a rank is silent for too long.
@@ -285,6 +319,11 @@ impl HangWatch {
         if self.standstill().is_none_or(|at| now < at) {
             return self.check_silence(now);
         }
+        self.behind(now)
+    }
+
+    /// The rank that is behind, of ranks that stand still.
+    fn behind(&self, now: Duration) -> Option<Hang> {
         let watched: Vec<_> = self.ranks.iter().filter(|(_, pulse)| self.may_be_behind(pulse)).collect();
         let (behind, pulse) = watched.iter().min_by_key(|(_, pulse)| match pulse {
             Pulse::Steps { step, activity, heard, .. } => (*step, *activity, *heard),
@@ -314,231 +353,4 @@ impl HangWatch {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const fn s(seconds: u64) -> Duration {
-        Duration::from_secs(seconds)
-    }
-
-    /// Steps so far and things done so far of a rank, and what it is about.
-    type Beat = (u64, u64, Doing);
-
-    fn beat(watch: &mut HangWatch, now: u64, local_rank: u32, (step, activity, doing): Beat) {
-        watch.heartbeat(s(now), local_rank, step, activity, doing);
-    }
-
-    fn steps(count: u64) -> Beat {
-        (count, count, Doing::Steps)
-    }
-
-    fn watch(timeout: HangTimeout) -> HangWatch {
-        let mut watch = HangWatch::new(timeout, Duration::from_millis(100));
-        watch.start(2, 1);
-        watch
-    }
-
-    #[test]
-    fn the_group_hangs_when_its_last_rank_stands_still() {
-        let mut watch = watch(HangTimeout::After(s(10)));
-        for now in 1..30 {
-            beat(&mut watch, now, 0, steps(now.min(5)));
-            if now < 8 {
-                beat(&mut watch, now, 1, steps(now.min(4)));
-            }
-            let hang = watch.check(s(now));
-            assert_eq!(hang.is_some(), now >= 15, "{now}");
-            if let Some(hang) = hang {
-                assert_eq!(hang.local_rank, 1);
-                assert!(hang.reason.contains("10 s; it is at step 4 of 5, silent for"), "{}", hang.reason);
-            }
-        }
-    }
-
-    #[test]
-    fn ranks_that_load_data_or_have_finished_are_not_watched() {
-        let mut watch = watch(HangTimeout::Default);
-        assert_eq!(watch.standstill(), None, "nothing was heard of them");
-        beat(&mut watch, 1, 0, (0, 0, Doing::Alone));
-        beat(&mut watch, 1, 1, (0, 0, Doing::Alone));
-        assert_eq!(watch.standstill(), None, "before the group is formed");
-        beat(&mut watch, 2, 0, steps(1));
-        beat(&mut watch, 2, 1, steps(1));
-        assert_eq!(watch.standstill(), Some(s(2) + DEFAULT));
-        beat(&mut watch, 3, 0, (1, 1, Doing::Resting));
-        beat(&mut watch, 3, 1, (1, 1, Doing::Resting));
-        assert_eq!(watch.standstill(), None, "paused, or after the end");
-        beat(&mut watch, 4, 0, steps(1));
-        watch.gone(0);
-        assert_eq!(watch.standstill(), None);
-    }
-
-    #[test]
-    fn ranks_that_wait_for_each_other_before_the_first_step_stand_still() {
-        // The group is not formed, or one waits in a step that the other one will not do.
-        for doing in [Doing::Meeting, Doing::Steps] {
-            let mut watch = watch(HangTimeout::After(s(10)));
-            for now in 1..30 {
-                beat(&mut watch, now, 0, (0, 0, Doing::Meeting));
-                beat(&mut watch, now, 1, (0, 3, doing));
-                let hang = watch.check(s(now));
-                assert_eq!(hang.map(|hang| hang.local_rank), (now >= 11).then_some(0), "{doing:?} {now}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_rank_that_left_the_steps_while_others_wait_in_one_is_behind() {
-        // Of several nodes, too: that its own ranks differ is evident to this agent.
-        for nodes in [1, 2] {
-            let mut watch = watch(HangTimeout::After(s(10)));
-            watch.start(2, nodes);
-            for now in 1..30 {
-                let left = (now.min(4), now.min(4), if now < 5 { Doing::Steps } else { Doing::Meeting });
-                beat(&mut watch, now, 0, left);
-                beat(&mut watch, now, 1, steps(now.min(6)));
-                let hang = watch.check(s(now));
-                assert_eq!(hang.as_ref().map(|hang| hang.local_rank), (now >= 16).then_some(0), "{now}");
-                assert!(hang.is_none_or(|hang| hang.reason.contains("at step 4 of 6")));
-            }
-        }
-    }
-
-    #[test]
-    fn a_rank_that_is_alone_at_work_is_waited_for() {
-        for other in [Doing::Meeting, Doing::Steps] {
-            let mut watch = watch(HangTimeout::After(s(10)));
-            for now in 1..100 {
-                beat(&mut watch, now, 0, (7, 7, Doing::Alone));
-                beat(&mut watch, now, 1, (7, 9, other));
-                assert_eq!(watch.check(s(now)), None, "{now}");
-            }
-            // It joins the others, and then they all stand still.
-            beat(&mut watch, 100, 0, (7, 7, Doing::Meeting));
-            beat(&mut watch, 109, 1, (7, 9, other));
-            assert_eq!(watch.check(s(109)), None);
-            beat(&mut watch, 110, 0, (7, 7, Doing::Meeting));
-            assert_eq!(watch.check(s(110)).map(|hang| hang.local_rank), Some(0));
-        }
-    }
-
-    #[test]
-    fn ranks_that_meet_may_wait_for_one_of_another_node() {
-        let mut watch = watch(HangTimeout::After(s(10)));
-        watch.start(2, 2);
-        for now in 1..100 {
-            beat(&mut watch, now, 0, (7, 7, Doing::Meeting));
-            beat(&mut watch, now, 1, (7, 7, Doing::Meeting));
-            assert_eq!(watch.check(s(now)), None, "{now}");
-        }
-    }
-
-    #[test]
-    fn a_rank_that_is_silent_hangs_whatever_it_was_doing() {
-        let mut watch = watch(HangTimeout::After(s(10)));
-        for now in 1..20 {
-            beat(&mut watch, now, 0, (7, 0, Doing::Alone));
-            if now <= 4 {
-                beat(&mut watch, now, 1, (7, 0, Doing::Alone));
-            }
-            let hang = watch.check(s(now));
-            assert_eq!(hang.as_ref().map(|hang| hang.local_rank), (now >= 14).then_some(1), "{now}");
-            assert!(hang.is_none_or(|hang| hang.reason.contains("silent for") && hang.since == s(4)));
-        }
-    }
-
-    #[test]
-    fn a_new_process_that_does_not_begin_is_behind_those_that_did_steps() {
-        let mut watch = watch(HangTimeout::After(s(10)));
-        beat(&mut watch, 1, 0, (7, 9, Doing::Meeting));
-        assert_eq!(watch.check(s(11)).map(|hang| hang.local_rank), Some(0), "the other is not heard of");
-        beat(&mut watch, 1, 1, (0, 0, Doing::Alone));
-        assert_eq!(watch.check(s(11)).unwrap().local_rank, 1);
-        beat(&mut watch, 1, 1, (7, 0, Doing::Resting));
-        assert_eq!(watch.check(s(11)).unwrap().local_rank, 0, "one that rests is not");
-    }
-
-    #[test]
-    fn a_rank_that_works_alone_keeps_the_others_waiting() {
-        let mut watch = watch(HangTimeout::After(s(10)));
-        for now in 1..100 {
-            beat(&mut watch, now, 0, (7, now, Doing::Steps));
-            beat(&mut watch, now, 1, (7, 7, Doing::Steps));
-            assert_eq!(watch.check(s(now)), None);
-        }
-    }
-
-    #[test]
-    fn of_several_nodes_the_one_acts_first_that_sees_which_rank_is_behind() {
-        let (mut here, mut there) = (watch(HangTimeout::After(s(10))), watch(HangTimeout::After(s(10))));
-        for watch in [&mut here, &mut there] {
-            watch.start(2, 2);
-        }
-        for now in 1..30 {
-            // The first rank of the other node is stopped.
-            beat(&mut here, now, 0, steps(now.min(5)));
-            beat(&mut here, now, 1, steps(now.min(5)));
-            beat(&mut there, now, 1, steps(now.min(5)));
-            if now <= 5 {
-                beat(&mut there, now, 0, steps(now));
-            }
-            assert_eq!(there.check(s(now)).map(|hang| hang.local_rank), (now >= 15).then_some(0), "{now}");
-            assert_eq!(here.check(s(now)).is_some(), now >= 25, "{now}");
-        }
-    }
-
-    #[test]
-    fn of_a_plain_program_the_cpu_time_tells_if_that_was_asked_for() {
-        let plain = watch(HangTimeout::Default);
-        assert!(!plain.wants_cpu_times());
-        assert_eq!((plain.sampling(), plain.deadline()), (Some(s(10)), None), "for files alone");
-
-        let mut plain = watch(HangTimeout::After(s(10)));
-        assert_eq!(plain.sampling(), Some(s(1)));
-        for now in 1..=12 {
-            // The first rank works for four seconds, the other one only polls.
-            plain.cpu_time(s(now), 0, s(now.min(4)));
-            plain.cpu_time(s(now), 1, Duration::from_millis(10 * now));
-            assert_eq!(plain.check(s(now)), None);
-        }
-        plain.cpu_time(s(14), 0, s(4));
-        let hang = plain.check(s(14)).unwrap();
-        assert_eq!((hang.local_rank, hang.reason.contains("used the CPU for 10 s")), (1, true));
-        assert_eq!(watch(HangTimeout::Never).check(s(9999)), None);
-    }
-    #[test]
-    fn a_rank_that_touches_a_file_is_to_go_on_with_that_from_the_first_time() {
-        for (timeout, seconds) in [(HangTimeout::After(s(10)), 10), (HangTimeout::Default, 600)] {
-            let mut watch = watch(timeout);
-            assert_eq!(watch.deadline(), None);
-            // The other one uses the CPU, as one that spins does.
-            for now in 1..2000 {
-                watch.touched(s(now), 1, s(now.min(5)));
-                if watch.wants_cpu_times() {
-                    watch.cpu_time(s(now), 0, s(now));
-                    watch.cpu_time(s(now), 1, s(now));
-                }
-                let hang = watch.check(s(now));
-                assert_eq!(hang.is_some(), now >= 5 + seconds, "{now}");
-                if let Some(hang) = hang {
-                    let said = format!("did not touch its heartbeat file for {seconds} s");
-                    assert!(hang.local_rank == 1 && hang.reason.contains(&said), "{hang:?}");
-                    break;
-                }
-            }
-        }
-        let mut never = watch(HangTimeout::Never);
-        never.touched(s(1), 1, s(1));
-        assert_eq!((never.sampling(), never.deadline(), never.check(s(9999))), (None, None, None));
-    }
-
-    #[test]
-    fn a_rank_that_touches_its_file_keeps_those_without_one_waiting() {
-        let mut watch = watch(HangTimeout::After(s(10)));
-        for now in 1..100 {
-            watch.touched(s(now), 0, s(now));
-            watch.cpu_time(s(now), 1, s(1));
-            assert_eq!(watch.check(s(now)), None, "{now}");
-        }
-    }
-}
+mod tests;

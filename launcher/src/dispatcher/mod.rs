@@ -282,7 +282,8 @@ impl<'a> Dispatcher<'a> {
                 biased;
                 caught = signals.next() => self.caught(caught),
                 Some(event) = self.events.recv() => self.rank_event(event),
-                message = receive(&mut self.session) => Some(match message {
+                message = receive(&mut self.session) => match message {
+                    Ok(ToAgent::Standstill { round }) => self.stands_still(round),
                     Ok(message) => {
                         if let ToAgent::RoundStarted(Round { run_stamp, .. })
                         | ToAgent::Waiting { run_stamp, .. } = &message
@@ -301,15 +302,15 @@ impl<'a> Dispatcher<'a> {
                             ToAgent::Refused { reason } => self.over = Some(reason.clone()),
                             _ => {}
                         }
-                        Event::Coordinator(message)
+                        Some(Event::Coordinator(message))
                     }
                     Err(error) => {
                         self.session = None;
                         self.over = Some(error.to_string());
                         self.end_round(&error.to_string());
-                        Event::CoordinatorLost(error.to_string())
+                        Some(Event::CoordinatorLost(error.to_string()))
                     }
-                }),
+                },
                 found = found(&mut self.looking) => {
                     self.looking = None;
                     Some(match found {

@@ -98,6 +98,7 @@ impl Dispatcher<'_> {
             }
             Up::Heartbeat { step, activity, doing, .. } => {
                 self.hangs.heartbeat(now, local_rank, step, activity, doing);
+                self.tell_progress(now);
             }
             Up::CheckpointSaved { path, step } => {
                 let rank = self.group.rank(local_rank);

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use ice_proto::rendezvous::ToCoordinator;
+
 use super::{Dispatcher, inspect};
 use crate::agent::{Event, Hang, HangWatch};
 use crate::report::Happened;
@@ -17,6 +19,29 @@ impl Dispatcher<'_> {
             (false, true) => self.hangs.check_silence(now),
             (false, false) => None,
         };
+        self.tell_progress(now);
+        hang.and_then(|hang| self.hung(hang))
+    }
+
+    /// Tells the coordinator whether the ranks of this node get anything done, if that has changed.
+    pub(super) fn tell_progress(&mut self, now: Duration) {
+        // Ranks that are ended or looked into are a failure already.
+        if !self.agent.is_running() || self.inspecting {
+            return;
+        }
+        if let (Some(session), Some(round)) = (&self.session, self.group.round())
+            && let Some(progress) = self.hangs.news(now)
+        {
+            session.send(ToCoordinator::Progress { round, progress });
+        }
+    }
+
+    /// The coordinator has found that no node of a round works, and that this one is behind. The
+    /// message may cross one that says that a rank of this node got something done.
+    pub(super) fn stands_still(&mut self, round: u64) -> Option<Event> {
+        let is_current = self.agent.is_running() && self.group.round() == Some(round);
+        let now = self.clock.now();
+        let hang = self.hangs.confirmed(now).filter(|_| is_current && !self.inspecting);
         hang.and_then(|hang| self.hung(hang))
     }
 

@@ -1,4 +1,5 @@
 mod endings;
+mod standstill;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use super::record::{Ending, Judged};
 use super::restarts::{Failure, Restarts};
 use super::{Record, admission, places};
 use endings::Gone;
+use standstill::Standstill;
 
 /// A connection of an agent, numbered in order of arrival.
 pub type Peer = u64;
@@ -57,7 +59,7 @@ enum Phase {
     /// Nodes come.
     Joining(Joining),
     /// The round runs.
-    Running { members: BTreeSet<Peer>, finished: BTreeSet<Peer> },
+    Running { members: BTreeSet<Peer>, finished: BTreeSet<Peer>, standstill: Standstill },
     /// The job is over.
     Closed(Ending),
 }
@@ -187,6 +189,7 @@ impl Coordinator {
                 self.failed(now, peer, round, Failure { reason, uptime, hopeless })
             }
             ToCoordinator::Finished { round } => self.finished(peer, round),
+            ToCoordinator::Progress { round, progress } => self.progress(peer, round, progress),
             ToCoordinator::Leave { reason, preempted } => {
                 let mut actions = vec![Action::Close(peer)];
                 actions.extend(self.gone(now, peer, Gone::Left { reason, preempted }));
@@ -261,7 +264,7 @@ impl Coordinator {
                 self.start_if_due(now)
             }
             Phase::Running { .. } if is_member => Vec::new(),
-            Phase::Running { members, finished } => {
+            Phase::Running { members, finished, .. } => {
                 node.waits = true;
                 // Once a node has finished, the others soon will.
                 if members.len() < most as usize && finished.is_empty() {
@@ -318,7 +321,11 @@ impl Coordinator {
             let reason = "there are enough nodes without this one; it takes the place of one that goes";
             self.put_off(*peer, reason.into())
         }));
-        self.phase = Phase::Running { members: places.into_iter().collect(), finished: BTreeSet::new() };
+        self.phase = Phase::Running {
+            members: places.into_iter().collect(),
+            finished: BTreeSet::new(),
+            standstill: Standstill::default(),
+        };
         actions
     }
 

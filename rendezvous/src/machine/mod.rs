@@ -15,6 +15,8 @@
 //!   closed.
 //! - **RV-11** The failure of a round counts once, whoever reports it, how often, and to which coordinator. It is forgotten only with the
 //!   agents that saw it, or where the failure of a later round has counted.
+//! - **RV-12** The coordinator sends a standstill only if no node of the round works, and only to the node that waits and is furthest
+//!   behind.
 //!
 //! In the book: `docs/design.md#decisions-are-made-by-machines-without-a-clock`; at which size one coordinator ends, `docs/scale.md`.
 

@@ -1,14 +1,20 @@
 //! A rank that forms the group and then does one thing, for tests and for the start-up benchmark.
 //!
-//! ```text rank all-reduce           sums ones over the ranks; rank 0 prints `sum <n> at <unix
-//! nanoseconds>` rank panic <rank>         that rank panics, the others wait for it in a barrier
-//! rank wait                 rank 0 prints `waiting`, and all stay in a barrier that it never
-//! enters rank step                 steps until it is told to stop; prints `step 3` after that step
-//! rank stall <rank> <step>  steps, and that rank stays in that step of the first attempt; the
-//! second ends after it rank part <rank>          that rank leaves its steps before the first one
-//! and waits for the others, which wait for it in a step rank alone <seconds>      rank 0 does work
-//! of its own for so long, the others wait for it in a barrier rank threads              prints
-//! `<n> threads`, the number that libtorch computes with ```
+//! ```text
+//! rank all-reduce           sums ones over the ranks; rank 0 prints `sum <n> at <unix nanoseconds>`
+//! rank panic <rank>         that rank panics, the others wait for it in a barrier
+//! rank wait                 rank 0 prints `waiting`, and all stay in a barrier that it never enters
+//! rank step                 steps until it is told to stop; prints `step 3` after that step
+//! rank stall <rank> <step>  steps, and that rank stays in that step of the first attempt; the second
+//!                           ends after it
+//! rank part <rank>          that rank leaves its steps before the first one and waits for the others,
+//!                           which wait for it in a step
+//! rank meet <rank>          before the first step that rank waits for a tensor that no rank sends, and
+//!                           the others wait for it in a barrier
+//! rank alone <seconds>      rank 0 does work of its own for that long, the others wait for it in a
+//!                           barrier
+//! rank threads              prints `<n> threads`, the number that libtorch computes with
+//! ```
 
 use std::env;
 use std::process::ExitCode;
@@ -59,9 +65,14 @@ fn run() -> Result<(), ice::Error> {
                 true => worker.link().end(),
                 false => {
                     worker.link().advance(0);
-                    let tensor = Tensor::zeros([1], (Kind::Float, worker.device()));
-                    worker.begin_receive(rank.parse().unwrap_or_default(), &tensor)?.wait()?;
+                    receive(&worker, rank.parse().unwrap_or_default())?;
                 }
+            }
+            worker.barrier()?;
+        }
+        ["meet", rank] => {
+            if worker.rank().to_string() == rank {
+                receive(&worker, (worker.rank() + 1) % worker.world_size())?;
             }
             worker.barrier()?;
         }
@@ -110,6 +121,12 @@ fn step(worker: &Worker, last: Option<(u64, bool)>) -> Result<(), ice::Error> {
         }
     }
     Ok(())
+}
+
+/// Waits for a tensor of another rank.
+fn receive(worker: &Worker, rank: usize) -> Result<(), ice::Error> {
+    let tensor = Tensor::zeros([1], (Kind::Float, worker.device()));
+    Ok(worker.begin_receive(rank, &tensor)?.wait()?)
 }
 
 fn stay() -> ! {

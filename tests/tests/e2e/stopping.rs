@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::tempdir;
 
 use crate::forms::Run;
-use crate::support::{Job, Program, SOON, TRAINING, built, wait_until};
+use crate::support::{Finished, Job, Program, SOON, TRAINING, built, free_port, wait_until};
 
 /// The events of this name.
 pub(crate) fn events(file: &Path, name: &str) -> Vec<Value> {
@@ -164,4 +164,30 @@ fn a_rank_that_is_alone_at_work_may_keep_the_others_waiting() {
     // For longer than the timeout, which is 3 s at least.
     let options = ["--devices", "cpu:0-1", "--hang-timeout", "1"];
     Program::ice_launch(options).arg(built("rank")).args(["alone", "6"]).run(SOON).expect_code(0);
+}
+
+/// One `rank` on each of two nodes, which hang after 3 s, the shortest timeout there is.
+fn rank_on_two_nodes(arguments: [&str; 2]) -> [Job; 2] {
+    let port = free_port().to_string();
+    ["0", "1"].map(|node| {
+        Program::ice_launch(["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", &port])
+            .args(["--node-rank", node, "--devices", "cpu:0", "--hang-timeout", "1"])
+            .arg(built("rank"))
+            .args(arguments)
+            .start()
+    })
+}
+
+#[test]
+fn ranks_of_two_nodes_that_wait_for_each_other_outside_of_steps_are_found() {
+    let jobs = [["part", "1"], ["meet", "1"], ["alone", "6"]].map(rank_on_two_nodes);
+    let [part, meet, alone] = jobs.map(|nodes| nodes.map(|node| node.finish(SOON)));
+    let hung = "failed: hung: no rank got anything done for 3 s";
+    part[1].expect_code(1).expect_in_stderr(&[&format!("rank 1 {hung}")]);
+    part[0].expect_code(1).expect_in_stderr(&["the job is over", "node 1"]);
+    // Neither rank is behind, and one failure ends the round.
+    meet.iter().for_each(|node| _ = node.expect_code(1));
+    let blamed = meet.iter().filter(|node| node.stderr.contains(hung));
+    assert_eq!(blamed.count(), 1, "{}", meet.each_ref().map(Finished::transcript).concat());
+    alone.iter().for_each(|node| _ = node.expect_code(0));
 }

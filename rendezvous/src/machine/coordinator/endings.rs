@@ -85,10 +85,13 @@ impl Coordinator {
         if round != self.round || !self.is_member(peer) {
             return Vec::new();
         }
-        let Phase::Running { members, finished } = &mut self.phase else { return Vec::new() };
+        let Phase::Running { members, finished, standstill } = &mut self.phase else { return Vec::new() };
         finished.insert(peer);
-        let all = members.is_subset(finished);
-        if all { self.end(true, "all ranks finished".into(), None) } else { Vec::new() }
+        standstill.remove(peer);
+        match members.is_subset(finished) {
+            true => self.end(true, "all ranks finished".into(), None),
+            false => self.check_standstill(),
+        }
     }
 
     /// A node is lost or leaves. An elastic job goes on with the others, or waits for more. One of a fixed size waits for a lost node
@@ -108,7 +111,9 @@ impl Coordinator {
         match &mut self.phase {
             Phase::Closed(_) => Vec::new(),
             // One that had finished is not missed, nor one that only waited.
-            Phase::Running { members, finished } if !members.contains(&peer) || finished.contains(&peer) => {
+            Phase::Running { members, finished, .. }
+                if !members.contains(&peer) || finished.contains(&peer) =>
+            {
                 Vec::new()
             }
             Phase::Joining(joining) if self.round == 0 || node.place.is_none() || goes_on => {

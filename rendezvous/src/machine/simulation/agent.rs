@@ -335,7 +335,8 @@ impl World {
             ToAgent::Waiting { run_stamp, .. } => {
                 (self.agents[host].state, self.agents[host].job) = (State::Waiting, Some(run_stamp));
             }
-            ToAgent::KeepAlive => {}
+            // Model agents have no ranks that could stand still.
+            ToAgent::KeepAlive | ToAgent::Standstill { .. } => {}
         }
     }
 

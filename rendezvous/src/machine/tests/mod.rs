@@ -8,6 +8,7 @@ use super::*;
 
 mod elastic;
 mod roles;
+mod standstill;
 mod successor;
 
 const NOW: Duration = Duration::from_secs(1);
