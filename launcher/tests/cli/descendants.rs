@@ -9,7 +9,9 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal, getuid, kill_process};
 use tempfile::{TempDir, tempdir};
 
-use crate::support::{Finished, Freezer, Gate, Job, SOON, copy, launch, lives, run};
+use crate::support::{
+    Finished, Freezer, Gate, Job, SOON, copy, launch, lives, run, wait_for_state, wait_until_reaped,
+};
 use crate::{STAY, TWO};
 
 /// Starts a process of each kind, which writes its number into `$PIDS`: a child, one in a session of its own, one that is
@@ -79,16 +81,23 @@ fn as_nobody(inner: &Command, folder: &Path) -> Option<Command> {
     Some(command)
 }
 
+/// Ends the launcher by a signal once this many of its ranks have said `up`, and waits until none of
+/// the processes lives that have written their numbers down.
+#[track_caller]
+fn expect_nothing_left(mut command: Command, end: Signal, ranks: usize, processes: usize) {
+    let pids = Pids::new(&mut command);
+    let mut job = Job::start(command);
+    (0..ranks).for_each(|_| _ = job.expect_line("up"));
+    job.signal(end);
+    assert_eq!(job.finish().signal, Some(end.as_raw()));
+    pids.wait_until_none_lives(processes);
+}
+
 #[test]
 fn nothing_is_left_when_the_launcher_is_killed_or_aborts() {
     for end in [Signal::KILL, Signal::ABORT, Signal::ILL] {
-        let mut command = launch(&["--devices", "cpu"], &format!("{EVERY_KIND} echo up; {STAY}"));
-        let pids = Pids::new(&mut command);
-        let mut job = Job::start(command);
-        job.expect_line("up");
-        job.signal(end);
-        assert_eq!(job.finish().signal, Some(end.as_raw()));
-        pids.wait_until_none_lives(9);
+        let command = launch(&["--devices", "cpu"], &format!("{EVERY_KIND} echo up; {STAY}"));
+        expect_nothing_left(command, end, 1, 9);
     }
 }
 
@@ -96,13 +105,8 @@ fn nothing_is_left_when_the_launcher_is_killed_or_aborts() {
 fn nothing_is_left_of_a_killed_launcher_of_an_ordinary_user() {
     let folder = tempdir().unwrap();
     let inner = launch(&["--devices", "cpu"], &format!("{EVERY_KIND} echo up; {STAY}"));
-    let Some(mut command) = as_nobody(&inner, folder.path()) else { return };
-    let pids = Pids::new(&mut command);
-    let mut job = Job::start(command);
-    job.expect_line("up");
-    job.signal(Signal::KILL);
-    job.finish();
-    pids.wait_until_none_lives(9);
+    let Some(command) = as_nobody(&inner, folder.path()) else { return };
+    expect_nothing_left(command, Signal::KILL, 1, 9);
 }
 
 #[test]
@@ -112,14 +116,7 @@ fn rank_that_changes_its_credentials_does_not_outlive_a_killed_launcher() {
     }
     let script =
         "echo $$ >> $PIDS; exec setpriv --reuid=65534 --clear-groups sh -c 'echo up; exec sleep 600'";
-    let mut command = launch(&TWO, script);
-    let pids = Pids::new(&mut command);
-    let mut job = Job::start(command);
-    job.expect_line("up");
-    job.expect_line("up");
-    job.signal(Signal::KILL);
-    job.finish();
-    pids.wait_until_none_lives(2);
+    expect_nothing_left(launch(&TWO, script), Signal::KILL, 2, 2);
 }
 
 #[test]
@@ -129,13 +126,7 @@ fn nothing_is_left_of_a_thousand_descendants() {
             sleep 600 & echo $! >> $PIDS; setsid sh -c 'echo $$ >> $PIDS; exec sleep 600' &
         done; while [ $(wc -l < $PIDS) -lt 1000 ]; do :; done; echo up; {STAY}"
     );
-    let mut command = launch(&["--devices", "cpu"], &script);
-    let pids = Pids::new(&mut command);
-    let mut job = Job::start(command);
-    job.expect_line("up");
-    job.signal(Signal::KILL);
-    job.finish();
-    pids.wait_until_none_lives(1000);
+    expect_nothing_left(launch(&["--devices", "cpu"], &script), Signal::KILL, 1, 1000);
 }
 
 #[test]
@@ -146,12 +137,26 @@ fn job_within_a_job_ends_with_the_outer_one() {
     let script = "exec \"$LAUNCHER\" --devices cpu sh \"$INNER\"";
     let mut command = launch(&["--devices", "cpu"], script);
     command.env("LAUNCHER", env!("CARGO_BIN_EXE_ice-launch")).env("INNER", &inner);
-    let pids = Pids::new(&mut command);
+    expect_nothing_left(command, Signal::KILL, 1, 9);
+}
+
+#[test]
+fn process_that_sheds_its_mark_and_holds_a_pipe_is_ended_before_the_report() {
+    // The mark is a limit that only root can raise, but any process can lower. The report would wait for
+    // the pipe, and then come while the process still lives.
+    let script = "
+        setsid prlimit --locks=5:5 sh -c 'echo $$ >> $PIDS; echo up
+            until set -- $LOGS/*/report.json && [ -e $1 ]; do :; done; echo reported >> $PIDS' &
+        read -r go < $GATE; echo 'last words' >&2; exit 3";
+    let logs = tempdir().unwrap();
+    let mut command = launch(&["--devices", "cpu"], script);
+    command.env("LOGS", logs.path()).env("PET_LOG_DIR", logs.path());
+    let (pids, gate) = (Pids::new(&mut command), Gate::new(&mut command));
     let mut job = Job::start(command);
     job.expect_line("up");
-    job.signal(Signal::KILL);
-    job.finish();
-    pids.wait_until_none_lives(9);
+    gate.open();
+    job.finish().expect(3, &["rank 0 failed: exit code 3", "    last words"]);
+    pids.wait_until_none_lives(1);
 }
 
 #[test]
@@ -202,25 +207,40 @@ fn foreign_proc_is_said_and_no_stranger_is_signalled() {
 fn adopted_orphans_are_reaped_while_the_job_runs() {
     let script = "
         n=0; while [ $n -lt 50 ]; do n=$((n + 1)); (setsid sh -c 'echo $$ >> $PIDS' &); done
-        echo \"launcher $PPID\"; read -r go < $GATE";
+        while [ $(wc -l < $PIDS) -lt 50 ]; do :; done
+        echo up; read -r go < $GATE";
     let mut command = launch(&["--devices", "cpu"], script);
     let (pids, gate) = (Pids::new(&mut command), Gate::new(&mut command));
     let mut job = Job::start(command);
-    let launcher = job.expect_line("launcher ");
-    let deadline = Instant::now() + SOON;
-    let zombie = |pid: &String| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-        fields.first() == Some(&"Z") && fields.get(1) == Some(&launcher.as_str())
-    };
-    while pids.all().len() < 50 || pids.all().iter().any(zombie) {
-        assert!(
-            Instant::now() < deadline,
-            "{:?} are zombies",
-            pids.all().iter().filter(|pid| zombie(pid)).count()
-        );
-        std::thread::yield_now();
-    }
+    job.expect_line("up");
+    pids.all().iter().for_each(|pid| wait_until_reaped(pid));
+    gate.open();
+    job.finish().expect(0, &[]);
+}
+
+#[test]
+fn orphans_that_ended_ranks_hide_are_reaped_while_the_job_runs() {
+    const RANKS: usize = 8;
+    let script = "
+        [ $RANK = 0 ] && { read -r go < $GATE; exit 0; }
+        (setsid sh -c 'echo $$ >> $PIDS; exec sleep 600' &)
+        while [ $(wc -l < $PIDS) -lt 7 ]; do :; done
+        echo \"rank $$\"; until [ -e $PIDS.end ]; do :; done";
+    let mut command = launch(&["--devices", "cpu:0-7"], script);
+    let (pids, gate) = (Pids::new(&mut command), Gate::new(&mut command));
+    let mut job = Job::start(command);
+    let ranks: Vec<String> = (1..RANKS).map(|_| job.expect_line("rank ")).collect();
+    // The ranks and their orphans end while the launcher cannot wait for any of them. The kernel shows
+    // it the ranks first, and no signal tells of the orphans later.
+    job.signal(Signal::STOP);
+    wait_for_state(&job.pid().to_string(), 'T');
+    fs::write(pids.path().with_extension("end"), "").unwrap();
+    ranks.iter().for_each(|pid| wait_for_state(pid, 'Z'));
+    let orphans = pids.all();
+    orphans.iter().for_each(|pid| signal(pid, Signal::KILL));
+    orphans.iter().for_each(|pid| wait_for_state(pid, 'Z'));
+    job.signal(Signal::CONT);
+    orphans.iter().for_each(|pid| wait_until_reaped(pid));
     gate.open();
     job.finish().expect(0, &[]);
 }

@@ -252,9 +252,20 @@ pub(crate) fn lives(pid: &str) -> bool {
 /// Waits until a process is in a state.
 #[track_caller]
 pub(crate) fn wait_for_state(pid: &str, wanted: char) {
+    wait_until_state_is(pid, Some(wanted));
+}
+
+/// Waits until a process has ended and its parent has waited for it.
+#[track_caller]
+pub(crate) fn wait_until_reaped(pid: &str) {
+    wait_until_state_is(pid, None);
+}
+
+#[track_caller]
+fn wait_until_state_is(pid: &str, wanted: Option<char>) {
     let deadline = Instant::now() + SOON;
-    while state(pid) != Some(wanted) {
-        assert!(Instant::now() < deadline, "process {pid} is {:?}, not {wanted}", state(pid));
+    while state(pid) != wanted {
+        assert!(Instant::now() < deadline, "process {pid} is {:?}, not {wanted:?}", state(pid));
         thread::yield_now();
     }
 }
