@@ -5,10 +5,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use image::imageops::FilterType;
-use image::{ImageReader, Limits};
+use image::{ImageFormat, ImageReader, Limits};
 use tch::{Kind, Tensor};
 
 use super::file::{Fingerprint, fail};
+use super::jpeg;
 use crate::data::{Items, SampleRng};
 use crate::{Error, Result};
 
@@ -16,10 +17,15 @@ use crate::{Error, Result};
 const MAX_SIDE: u32 = 1 << 14;
 const MAX_MEMORY: u64 = 1 << 29;
 const MAX_FILE: u64 = 1 << 28;
+/// Files that are images, by the end of their name: those of torchvision's `ImageFolder`.
+const EXTENSIONS: [&str; 9] = ["bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"];
 /// Folders within folders: more are a link that leads back.
 const MAX_DEPTH: usize = 32;
 
-/// Images in one folder per class: `<folder>/<class>/…/<name>.png`, `.jpg` or `.jpeg`.
+/// Images in one folder per class: `<folder>/<class>/…/<name>.jpg`.
+///
+/// Reads the formats of torchvision's `ImageFolder`, by the end of the name: JPEG (`.jpg`, `.jpeg`), PNG, WebP, BMP, TIFF
+/// (`.tif`, `.tiff`) and PNM (`.ppm`, `.pgm`). Other files are passed over.
 ///
 /// Classes are numbered by name and samples are in order of class, folder and name, as in torchvision's `ImageFolder`. A
 /// sample is a uint8 tensor `[3, height, width]` and its class.
@@ -72,7 +78,10 @@ impl ImageFolder {
             let mut found = Vec::new();
             find(&folder, 0, &mut found)?;
             if found.is_empty() {
-                return Err(fail(&folder)("has no .png, .jpg or .jpeg file in it"));
+                return Err(fail(&folder)(format!(
+                    "has no image in it: no file that ends with .{}",
+                    EXTENSIONS.join(", .")
+                )));
             }
             // By the text of the folder first, as torchvision has it, and not by its parts.
             found.sort_by(|a: &PathBuf, b| {
@@ -113,7 +122,7 @@ fn find(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> Result<()> {
         let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
         if path.is_dir() {
             find(&path, depth + 1, found)?;
-        } else if ["png", "jpg", "jpeg"].iter().any(|known| extension == *known) {
+        } else if EXTENSIONS.iter().any(|known| extension == *known) {
             found.push(path);
         }
     }
@@ -149,10 +158,13 @@ impl Items for ImageFolder {
     }
 }
 
-/// Decodes a PNG or JPEG image to a uint8 tensor `[3, height, width]`, scaled to a size (height, width) where one is given.
+/// Decodes an image to a uint8 tensor `[3, height, width]`, scaled to a size (height, width) if one is given.
+///
+/// The formats are those of [`ImageFolder`], recognised by their content. A file that is cut off is an error. So is other damage,
+/// as far as the format shows it: PNG has checksums, and JPEG only codes that cannot occur.
 ///
 /// # Errors
-/// [`Error::Usage`] where it is none, damaged, larger than 16384 on a side or than 512 MiB.
+/// [`Error::Usage`] if it is not an image, or damaged, larger than 16384 pixels on a side or than 512 MiB.
 pub fn decode_image(bytes: &[u8], size: Option<(u32, u32)>) -> Result<Tensor> {
     decode(bytes, size).map_err(|problem| Error::Usage(format!("not an image that can be read: {problem}")))
 }
@@ -160,11 +172,21 @@ pub fn decode_image(bytes: &[u8], size: Option<(u32, u32)>) -> Result<Tensor> {
 fn decode(bytes: &[u8], size: Option<(u32, u32)>) -> Result<Tensor, String> {
     let mut reader =
         ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| error.to_string())?;
-    let mut limits = Limits::default();
-    (limits.max_image_width, limits.max_image_height) = (Some(MAX_SIDE), Some(MAX_SIDE));
-    limits.max_alloc = Some(MAX_MEMORY);
-    reader.limits(limits);
-    let image = reader.decode().map_err(|error| error.to_string())?;
+    // The decoder of WebP fills up the last bytes with zeros.
+    if reader.format() == Some(ImageFormat::WebP)
+        && bytes[4..].first_chunk().is_some_and(|len| u32::from_le_bytes(*len) as usize > bytes.len() - 8)
+    {
+        return Err(format!("the WebP file of {} bytes is cut off", bytes.len()));
+    }
+    let image = if reader.format() == Some(ImageFormat::Jpeg) {
+        jpeg::decode(bytes, MAX_SIDE, MAX_MEMORY)?
+    } else {
+        let mut limits = Limits::default();
+        (limits.max_image_width, limits.max_image_height) = (Some(MAX_SIDE), Some(MAX_SIDE));
+        limits.max_alloc = Some(MAX_MEMORY);
+        reader.limits(limits);
+        reader.decode().map_err(|error| error.to_string())?
+    };
     let image = match size {
         Some((height, width)) => image.resize_exact(width, height, FilterType::Triangle),
         None => image,
@@ -190,10 +212,15 @@ mod tests {
     fn classes_and_files_are_in_torchvisions_order() {
         let folder = tempfile::tempdir().unwrap();
         let image = RgbImage::from_fn(3, 2, |x, y| Rgb([x as u8, y as u8, 9]));
-        for name in ["b/2.png", "b/10.jpeg", "a/z.JPG", "a/sub/0.png", "a/sub-/0.png", "B/0.png"] {
+        let formats = ["b/3.webp", "b/4.bmp", "b/5.tif", "b/6.tiff", "b/7.ppm", "b/8.pgm"];
+        let others = ["b/2.png", "b/10.jpeg", "a/z.JPG", "a/sub/0.png", "a/sub-/0.png", "B/0.png"];
+        for name in formats.iter().chain(&others) {
             let path = folder.path().join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
-            image.save(path).unwrap();
+            match name.ends_with(".pgm") {
+                true => image::DynamicImage::from(image.clone()).into_luma8().save(path).unwrap(),
+                false => image.save(path).unwrap(),
+            }
         }
         fs::write(folder.path().join("b/notes.txt"), "").unwrap();
         fs::write(folder.path().join("readme.png"), "").unwrap();
@@ -207,6 +234,16 @@ mod tests {
         let expected =
             [("B/0.png", 0), ("a/z.JPG", 1), ("a/sub/0.png", 1), ("a/sub-/0.png", 1), ("b/10.jpeg", 2)];
         assert_eq!(names[..5], expected);
+        assert_eq!(names[6..].iter().map(|(name, _)| *name).collect::<Vec<_>>(), formats);
+        for index in 5..11 {
+            let (tensor, _) = get(&images, index).unwrap();
+            assert_eq!(
+                (tensor.size(), tensor.int64_value(&[2, 1, 2])),
+                (vec![3, 2, 3], 9),
+                "{:?}",
+                names[index]
+            );
+        }
 
         let (tensor, class) = get(&images, 5).unwrap();
         assert_eq!((tensor.size(), tensor.kind(), class), (vec![3, 2, 3], Kind::Uint8, 2));
@@ -218,7 +255,7 @@ mod tests {
     #[test]
     fn grey_images_have_three_channels() {
         let mut bytes = Cursor::new(Vec::new());
-        GrayImage::from_pixel(2, 2, Luma([7])).write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+        GrayImage::from_pixel(2, 2, Luma([7])).write_to(&mut bytes, ImageFormat::Png).unwrap();
         let tensor = decode_image(bytes.get_ref(), None).unwrap();
         assert_eq!((tensor.size(), tensor.sum(Kind::Int64).int64_value(&[])), (vec![3, 2, 2], 84));
     }
@@ -229,19 +266,28 @@ mod tests {
         let open = || ImageFolder::open(folder.path()).map(|images| get(&images, 0));
         assert!(open().err().unwrap().to_string().contains("each class is one"));
         fs::create_dir(folder.path().join("a")).unwrap();
-        assert!(open().err().unwrap().to_string().contains("/a: has no .png"));
+        assert!(open().err().unwrap().to_string().contains("/a: has no image"));
 
-        for (name, format) in [("x.png", image::ImageFormat::Png), ("x.jpg", image::ImageFormat::Jpeg)] {
+        for (name, format) in [
+            ("x.png", ImageFormat::Png),
+            ("x.jpg", ImageFormat::Jpeg),
+            ("x.webp", ImageFormat::WebP),
+            ("x.bmp", ImageFormat::Bmp),
+            ("x.tiff", ImageFormat::Tiff),
+            ("x.ppm", ImageFormat::Pnm),
+        ] {
             let mut whole = Cursor::new(Vec::new());
             RgbImage::from_fn(20, 20, |x, y| Rgb([x as u8, y as u8, (x * y) as u8]))
                 .write_to(&mut whole, format)
                 .unwrap();
             let whole = whole.into_inner();
             let path = folder.path().join("a").join(name);
-            for len in [0, 1, 7, 30, whole.len() / 2] {
-                fs::write(&path, &whole[..len]).unwrap();
-                let message = open().unwrap().unwrap_err().to_string();
-                assert!(message.contains(name), "{message}");
+            fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+            let message = open().unwrap().unwrap_err().to_string();
+            assert!(message.contains(name), "{message}");
+            // The last four bytes of a PNG file are the checksum of nothing.
+            for len in 0..whole.len() - if format == ImageFormat::Png { 4 } else { 0 } {
+                assert!(decode_image(&whole[..len], None).is_err(), "{len} bytes of {name}");
             }
             for at in 0..whole.len() {
                 let mut bytes = whole.clone();
@@ -254,7 +300,7 @@ mod tests {
         // Headers alone, that ask for more memory than there may be, or for more on a side.
         for [width, height] in [[15_000_u32, 15_000], [60_000, 1], [1, 60_000]] {
             let mut png = Cursor::new(Vec::new());
-            RgbImage::new(1, 1).write_to(&mut png, image::ImageFormat::Png).unwrap();
+            RgbImage::new(1, 1).write_to(&mut png, ImageFormat::Png).unwrap();
             let mut png = png.into_inner();
             png[16..20].copy_from_slice(&width.to_be_bytes());
             png[20..24].copy_from_slice(&height.to_be_bytes());
@@ -263,6 +309,34 @@ mod tests {
             let message = decode_image(&png, None).unwrap_err().to_string();
             assert!(message.contains("limit"), "{message}");
         }
+    }
+
+    #[test]
+    fn jpeg_with_codes_that_cannot_occur_is_an_error() {
+        let mut whole = Cursor::new(Vec::new());
+        RgbImage::from_fn(64, 64, |x, y| Rgb([(x * 3) as u8, (y * 4) as u8, (x * y) as u8]))
+            .write_to(&mut whole, ImageFormat::Jpeg)
+            .unwrap();
+        let mut bytes = whole.into_inner();
+        assert!(decode_image(&bytes, None).is_ok());
+        // Sixteen ones are no code, and a byte of ones is followed by a zero.
+        let middle = bytes.len() * 2 / 3;
+        bytes[middle..middle + 8].copy_from_slice(&[0xff, 0, 0xff, 0, 0xff, 0, 0xff, 0]);
+        let message = decode_image(&bytes, None).unwrap_err().to_string();
+        assert!(message.contains("damaged"), "{message}");
+    }
+
+    #[test]
+    fn jpeg_end_marker_of_a_thumbnail_or_comment_does_not_count() {
+        let mut whole = Cursor::new(Vec::new());
+        RgbImage::new(9, 9).write_to(&mut whole, ImageFormat::Jpeg).unwrap();
+        let whole = whole.into_inner();
+        let comment = [0xff, 0xfe, 0, 6, 0xff, 0xd9, 0xff, 0xd9];
+        let bytes = [&whole[..2], &comment, &whole[2..]].concat();
+        assert_eq!(decode_image(&bytes, None).unwrap().size(), [3, 9, 9]);
+        assert!(decode_image(&bytes[..bytes.len() - 2], None).is_err());
+        // Cameras write more behind the end of the image.
+        assert!(decode_image(&[&bytes[..], &[0; 9]].concat(), None).is_ok());
     }
 
     /// The CRC of PNG's chunks.

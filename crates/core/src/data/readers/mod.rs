@@ -8,6 +8,8 @@ mod file;
 mod idx;
 #[cfg(feature = "images")]
 mod images;
+#[cfg(feature = "images")]
+mod jpeg;
 mod mnist;
 #[cfg(feature = "parquet")]
 mod parquet;
