@@ -15,6 +15,7 @@ mod mnist;
 mod parquet;
 #[cfg(feature = "tar")]
 mod tar;
+mod token_files;
 mod tokens;
 
 #[cfg(feature = "csv")]

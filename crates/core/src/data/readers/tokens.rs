@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use tch::Tensor;
 
 use super::file::{Fingerprint, fail};
+use super::token_files::{self, Extent};
 use crate::data::{Items, SampleRng};
 use crate::{Error, Result};
 
 /// How a token is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenType {
-    /// A byte: any file is one of tokens from 0 to 255.
+    /// A byte, from 0 to 255: those of any file without a known header.
     U8,
     /// Two bytes, little-endian: the `.bin` files of nanoGPT.
     U16,
@@ -20,7 +21,7 @@ pub enum TokenType {
 }
 
 impl TokenType {
-    fn width(self) -> usize {
+    pub(super) fn width(self) -> usize {
         match self {
             Self::U8 => 1,
             Self::U16 => 2,
@@ -34,6 +35,10 @@ impl TokenType {
 /// A sample is an int64 tensor `[length + 1]`: the first `length` tokens are what a model sees, the last `length` what it is
 /// to say. A window starts every `length` tokens unless [`Tokens::stride`] says otherwise; tokens at the end that fill none
 /// are left out.
+///
+/// The headers of llm.c's files (`.bin` with a magic number) and of NumPy's (`.npy`, one dimension of uint8, uint16 or uint32)
+/// are recognised: tokens begin behind them. An index of Megatron (`.idx`), and compressed files, archives and tables opened as
+/// [`TokenType::U16`] or [`TokenType::U32`], are errors that name what the file is.
 ///
 /// ```
 /// use ice_core::data::{Dataset, Items};
@@ -53,7 +58,7 @@ pub struct Tokens {
     path: PathBuf,
     file: File,
     kind: TokenType,
-    tokens: usize,
+    extent: Extent,
     length: usize,
     stride: usize,
     fingerprint: Fingerprint,
@@ -63,22 +68,17 @@ impl Tokens {
     /// Opens a file for windows of this length, at least 1.
     ///
     /// # Errors
-    /// [`Error::Data`] where it is missing, has a part of a token, or fewer tokens than one window.
+    /// [`Error::Data`] if it is missing, has a part of a token, fewer tokens than one window, or a header that says something
+    /// else.
     pub fn open(path: impl AsRef<Path>, kind: TokenType, length: usize) -> Result<Self> {
         let path = path.as_ref().to_owned();
         if length == 0 {
             return Err(Error::Usage("windows of 0 tokens: give at least 1".into()));
         }
         let file = File::open(&path).map_err(fail(&path))?;
-        let bytes = file.metadata().map_err(fail(&path))?.len() as usize;
-        if !bytes.is_multiple_of(kind.width()) {
-            let problem = format!(
-                "{bytes} bytes are no tokens of {} bytes: it is cut off, or of another type",
-                kind.width()
-            );
-            return Err(fail(&path)(problem));
-        }
-        let tokens = bytes / kind.width();
+        let len = file.metadata().map_err(fail(&path))?.len();
+        let extent = token_files::extent(&path, &file, len, kind).map_err(fail(&path))?;
+        let tokens = extent.tokens;
         if tokens <= length {
             return Err(fail(&path)(format!(
                 "{tokens} tokens do not fill a window of {length} and the one after it"
@@ -86,7 +86,7 @@ impl Tokens {
         }
         let mut fingerprint = Fingerprint::default();
         fingerprint.add_file(&path)?;
-        Ok(Self { path, file, kind, tokens, length, stride: length, fingerprint })
+        Ok(Self { path, file, kind, extent, length, stride: length, fingerprint })
     }
 
     /// Starts a window every so many tokens, at least 1: with less than their length, windows overlap.
@@ -98,7 +98,7 @@ impl Tokens {
 
     /// How many tokens the file has.
     pub fn tokens(&self) -> usize {
-        self.tokens
+        self.extent.tokens
     }
 }
 
@@ -106,13 +106,13 @@ impl Items for Tokens {
     type Item = Tensor;
 
     fn len(&self) -> usize {
-        (self.tokens - self.length - 1) / self.stride + 1
+        (self.extent.tokens - self.length - 1) / self.stride + 1
     }
 
     fn get(&self, index: usize, _: &mut SampleRng) -> Result<Tensor> {
         let width = self.kind.width();
         let mut bytes = vec![0; (self.length + 1) * width];
-        let start = (index * self.stride * width) as u64;
+        let start = self.extent.start + (index * self.stride * width) as u64;
         self.file.read_exact_at(&mut bytes, start).map_err(fail(&self.path))?;
         let tokens: Vec<i64> = match self.kind {
             TokenType::U8 => bytes.into_iter().map(i64::from).collect(),
