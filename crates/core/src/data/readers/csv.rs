@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use ::csv::{ByteRecord, ReaderBuilder};
 
-use super::file::{Fingerprint, fail};
+use super::file::{Fingerprint, fail, only};
 use crate::data::{Items, SampleRng};
 use crate::{Error, Result};
 
@@ -149,22 +149,27 @@ impl CsvRow {
     /// The field of a column.
     ///
     /// # Errors
-    /// [`Error::Usage`] where there is no such column, or the field is not UTF-8.
+    /// [`Error::Usage`] if there is no such column, or two of that name, or the field is not UTF-8.
     pub fn text(&self, column: &str) -> Result<&str> {
-        let at = self.columns.iter().position(|name| name == column).ok_or_else(|| {
-            Error::Usage(format!("no column `{column}`; there are {}", self.columns.join(", ")))
-        })?;
+        let at = only(&self.columns, column)?;
         std::str::from_utf8(&self.fields[at])
             .map_err(|error| Error::Usage(format!("column `{column}`: {error}")))
     }
 
     /// The field of a column as another type, without the spaces around it.
     ///
+    /// `True` and `False` of pandas and Python, and `TRUE` and `FALSE` of spreadsheets, are read as `bool`, too.
+    ///
     /// # Errors
-    /// As [`CsvRow::text`], or where the field is none of that type.
+    /// As [`CsvRow::text`], or if the field is not of that type.
     pub fn parse<T: FromStr<Err: Display>>(&self, column: &str) -> Result<T> {
         let text = self.text(column)?.trim();
-        text.parse().map_err(|error| Error::Usage(format!("column `{column}`, `{text}`: {error}")))
+        let parsed = text.parse().or_else(|error| match text {
+            "True" | "TRUE" => "true".parse().map_err(|_| error),
+            "False" | "FALSE" => "false".parse().map_err(|_| error),
+            _ => Err(error),
+        });
+        parsed.map_err(|error| Error::Usage(format!("column `{column}`, `{text}`: {error}")))
     }
 }
 
@@ -214,6 +219,29 @@ mod tests {
         assert!(row(&csv, 1).text("b").unwrap_err().to_string().contains("utf-8"));
         assert_eq!(open(b"").1.unwrap().len(), 0);
         assert_eq!(open(b"a,b").1.unwrap().len(), 0);
+    }
+
+    #[test]
+    fn booleans_of_pandas_and_spreadsheets_are_read() {
+        let (_folder, csv) = open(b"a,b\nTrue, False\nTRUE,FALSE\ntrue,false\nyes,1\n");
+        let csv = csv.unwrap();
+        for index in 0..3 {
+            let row = row(&csv, index);
+            assert_eq!((row.parse::<bool>("a").unwrap(), row.parse::<bool>("b").unwrap()), (true, false));
+        }
+        let message = row(&csv, 3).parse::<bool>("a").unwrap_err().to_string();
+        assert!(message.contains("column `a`, `yes`"), "{message}");
+        assert_eq!(row(&csv, 0).parse::<String>("a").unwrap(), "True");
+        assert!(row(&csv, 0).parse::<f32>("a").is_err());
+    }
+
+    #[test]
+    fn name_of_two_columns_is_an_error_and_the_others_are_read() {
+        let (_folder, csv) = open(b"id,x,x,,\n1,2,3,4,5\n");
+        let row = row(&csv.unwrap(), 0);
+        assert_eq!(row.parse::<i64>("id").unwrap(), 1);
+        let message = row.text("x").unwrap_err().to_string();
+        assert!(message.contains("2 columns are named `x` (columns 2, 3)"), "{message}");
     }
 
     #[test]

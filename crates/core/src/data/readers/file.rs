@@ -14,6 +14,23 @@ pub(super) fn fail<E: Display>(path: &Path) -> impl Fn(E) -> Error {
     move |problem| Error::Data { path: path.clone(), problem: problem.to_string() }
 }
 
+/// The position of the one column of a name.
+pub(super) fn only(columns: &[String], name: &str) -> Result<usize> {
+    let found: Vec<_> = (0..columns.len()).filter(|&at| columns[at] == name).collect();
+    match found[..] {
+        [at] => Ok(at),
+        [] => Err(Error::Usage(format!("no column `{name}`; there are {}", columns.join(", ")))),
+        _ => {
+            let numbers: Vec<_> = found.iter().map(|at| (at + 1).to_string()).collect();
+            Err(Error::Usage(format!(
+                "{} columns are named `{name}` (columns {}): rename them in the file",
+                found.len(),
+                numbers.join(", ")
+            )))
+        }
+    }
+}
+
 /// A hash that is the same on every machine and in every release: FNV-1a.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Fingerprint(u64);

@@ -1,10 +1,10 @@
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, Seek, SeekFrom};
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use ::tar::Archive;
+use ::tar::{Archive, Entry};
 
 use super::file::fail;
 use crate::data::{SampleRng, ShardIter, Stream};
@@ -134,10 +134,12 @@ fn find(path: &Path, shard: usize) -> Result<Vec<TarFound>> {
     let mut archive = Archive::new(BufReader::with_capacity(BLOCK, file));
     let mut found: Vec<TarFound> = Vec::new();
     for entry in archive.entries_with_seek().map_err(fail(path))? {
-        let entry = entry.map_err(fail(path))?;
+        let mut entry = entry.map_err(fail(path))?;
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        if entry.header().entry_type().is_gnu_sparse() {
-            return Err(fail(path)(format!("member {name} is sparse, which is not read")));
+        if entry.header().entry_type().is_gnu_sparse() || is_pax_sparse(&mut entry).map_err(fail(path))? {
+            return Err(fail(path)(format!(
+                "member {name} is sparse, which is not read: write the file without --sparse"
+            )));
         }
         if !entry.header().entry_type().is_file() {
             continue;
@@ -163,6 +165,20 @@ fn find(path: &Path, shard: usize) -> Result<Vec<TarFound>> {
         }
     }
     Ok(found)
+}
+
+/// Whether a member has records of GNU tar's sparse files in its PAX header (`tar --sparse --format=pax`).
+///
+/// Such a member is a regular file to other programs. Its content begins with a map of the holes in version 1.0, and is the
+/// data without the holes in all versions.
+fn is_pax_sparse<R: Read>(entry: &mut Entry<'_, R>) -> io::Result<bool> {
+    let Some(records) = entry.pax_extensions()? else { return Ok(false) };
+    for record in records {
+        if record?.key_bytes().starts_with(b"GNU.sparse.") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// A tar file ends with blocks of zeros. One that is cut off between two members looks whole but for that.
@@ -266,6 +282,29 @@ mod tests {
         assert_eq!(samples[2].text("txt").unwrap(), "text");
         let message = samples[1].bytes("txt").unwrap_err().to_string();
         assert_eq!(message, "sample b/0001 has no `txt`; there are jpg");
+    }
+
+    #[test]
+    fn pax_sparse_member_is_refused_in_all_versions() {
+        for records in [
+            [("GNU.sparse.major", "1"), ("GNU.sparse.name", "0001.jpg")],
+            [("GNU.sparse.size", "1000"), ("GNU.sparse.map", "0,3,900,3")],
+            [("mtime", "1.5"), ("GNU.sparse.offset", "0")],
+        ] {
+            let mut tar = Builder::new(Vec::new());
+            tar.append_pax_extensions(records.map(|(key, value)| (key, value.as_bytes()))).unwrap();
+            let mut header = Header::new_ustar();
+            header.set_size(6);
+            tar.append_data(&mut header, "GNUSparseFile.7/0001.jpg", b"abcxyz".as_slice()).unwrap();
+            let message = samples(&tar.into_inner().unwrap()).unwrap_err().to_string();
+            assert!(message.contains("x.tar") && message.contains("is sparse"), "{message}");
+        }
+        let mut tar = Builder::new(Vec::new());
+        tar.append_pax_extensions([("mtime", b"1.5".as_slice())]).unwrap();
+        let mut header = Header::new_ustar();
+        header.set_size(6);
+        tar.append_data(&mut header, "0001.jpg", b"abcxyz".as_slice()).unwrap();
+        assert_eq!(samples(&tar.into_inner().unwrap()).unwrap().len(), 1);
     }
 
     #[test]
