@@ -235,14 +235,9 @@ mod tests {
             [("B/0.png", 0), ("a/z.JPG", 1), ("a/sub/0.png", 1), ("a/sub-/0.png", 1), ("b/10.jpeg", 2)];
         assert_eq!(names[..5], expected);
         assert_eq!(names[6..].iter().map(|(name, _)| *name).collect::<Vec<_>>(), formats);
-        for index in 5..11 {
+        for (index, (name, _)) in names.iter().enumerate().take(11).skip(5) {
             let (tensor, _) = get(&images, index).unwrap();
-            assert_eq!(
-                (tensor.size(), tensor.int64_value(&[2, 1, 2])),
-                (vec![3, 2, 3], 9),
-                "{:?}",
-                names[index]
-            );
+            assert_eq!((tensor.size(), tensor.int64_value(&[2, 1, 2])), (vec![3, 2, 3], 9), "{name}");
         }
 
         let (tensor, class) = get(&images, 5).unwrap();

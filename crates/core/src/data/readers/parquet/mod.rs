@@ -1,6 +1,7 @@
 //! Rows of Parquet files, without Arrow.
 
 mod row;
+mod schema;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -24,6 +25,9 @@ const MAX_GROUP: i64 = 1 << 32;
 const GROUPS_KEPT: usize = 4;
 
 /// The rows of one or more Parquet files, uncompressed or compressed with Snappy or Zstandard.
+///
+/// Cells are numbers, text, bytes, lists and structs: `row.bytes("image.bytes")` are those of an image of Hugging Face's
+/// datasets. Decimals and maps are errors, unless [`Parquet::columns`] leaves them out.
 ///
 /// A row group is decoded as a whole when one of its rows is wanted, and the last few are kept. So rows are best read as a
 /// [`Stream`], whose shards are the row groups: shuffled by a buffer, most rows come out of groups that are still there. As
@@ -68,7 +72,7 @@ impl Parquet {
     /// Opens files with the same columns, in this order. Their footers are read.
     ///
     /// # Errors
-    /// [`Error::Data`] where one is missing or damaged.
+    /// [`Error::Data`] if one is missing, damaged, or compressed in another way than this reader knows.
     pub fn open<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Result<Self> {
         let (mut groups, mut rows, mut fingerprint) = (Vec::new(), 0, Fingerprint::default());
         for path in paths {
@@ -87,6 +91,7 @@ impl Parquet {
                         group.num_rows()
                     ))
                 })?;
+                schema::check_codecs(group).map_err(fail(&path))?;
                 groups.push(Group { path: Arc::clone(&path), number, start: rows, rows: count });
                 rows += count;
             }
@@ -95,10 +100,10 @@ impl Parquet {
         Ok(Self { groups, rows, columns: None, keep: GROUPS_KEPT, decoded: Mutex::default(), fingerprint })
     }
 
-    /// Reads these columns only.
+    /// Reads these columns only; `image.bytes` is the field `bytes` of a column `image` of structs.
     ///
     /// # Errors
-    /// [`Error::Data`] where a file has no such column; says what there is.
+    /// [`Error::Data`] if a file has no such column; says which there are.
     pub fn columns(mut self, names: &[&str]) -> Result<Self> {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
         for group in &self.groups {
@@ -145,12 +150,15 @@ impl Parquet {
             let reader = reader(path)?;
             let projection = self.columns.as_ref().map(|names| projection(&reader, names)).transpose();
             let projection = projection.map_err(&named)?;
+            let root = reader.metadata().file_metadata().schema();
+            let schema = projection.clone();
+            let schema = schema.as_ref().unwrap_or(root);
             let text = |error: ParquetError| named(error.to_string());
             let found = reader.get_row_group(*number).map_err(text)?;
             let mut names = None;
             let mut decoded = Vec::new();
             for row in found.get_row_iter(projection).map_err(text)? {
-                decoded.push(Row::new(row.map_err(text)?, &mut names).map_err(&named)?);
+                decoded.push(Row::new(row.map_err(text)?, schema, &mut names).map_err(&named)?);
             }
             Ok::<_, Error>(decoded)
         };
@@ -178,17 +186,9 @@ fn reader(path: &Path) -> Result<SerializedFileReader<File>> {
 /// The schema with these columns only.
 fn projection(reader: &SerializedFileReader<File>, names: &[String]) -> Result<Type, String> {
     let schema = reader.metadata().file_metadata().schema();
-    let fields: Result<Vec<_>, String> = names
-        .iter()
-        .map(|name| {
-            let field = schema.get_fields().iter().find(|field| field.name() == name).cloned();
-            field.ok_or_else(|| {
-                let there: Vec<_> = schema.get_fields().iter().map(|field| field.name()).collect();
-                format!("no column `{name}`; there are {}", there.join(", "))
-            })
-        })
-        .collect();
-    let builder = Type::group_type_builder(schema.name()).with_fields(fields?);
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let fields = schema::select(schema.get_fields(), &names)?;
+    let builder = Type::group_type_builder(schema.name()).with_fields(fields);
     builder.build().map_err(|error| error.to_string())
 }
 

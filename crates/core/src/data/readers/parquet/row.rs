@@ -1,17 +1,22 @@
 use std::sync::Arc;
 
 use ::parquet::record::{Field, Row as Decoded};
+use ::parquet::schema::types::Type;
 
+use super::schema::{Unit, element};
+use crate::data::readers::file::only;
 use crate::{Error, Result};
 
 /// A value in a [`Row`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Cell {
-    /// There is none.
+    /// No value.
     Null,
     /// True or false.
     Bool(bool),
-    /// An integer, a date (in days) or a time (in the file's unit).
+    /// An integer, a date (days since 1970), a timestamp (microseconds since 1970) or a time of day (microseconds since midnight).
+    ///
+    /// The unit does not depend on the file's. Nanoseconds are rounded down, and timestamps stored as INT96 to milliseconds.
     Int(i64),
     /// A floating-point number.
     Float(f64),
@@ -21,6 +26,39 @@ pub enum Cell {
     Bytes(Vec<u8>),
     /// Values of one type.
     List(Vec<Cell>),
+    /// Named values: an image of Hugging Face's datasets is a struct of `bytes` and `path`.
+    Struct(Vec<(String, Cell)>),
+}
+
+static NULL: Cell = Cell::Null;
+
+impl Cell {
+    /// The value of a field of a struct; `bbox.width` is the field of a struct in a struct. A field of no value has no value.
+    pub fn field(&self, path: &str) -> Option<&Cell> {
+        match self {
+            Self::Struct(fields) => find(fields.iter().map(|(name, cell)| (name.as_str(), cell)), path),
+            Self::Null => Some(&NULL),
+            _ => None,
+        }
+    }
+
+    /// Names of the fields in it, with `name` before each.
+    fn paths(&self, name: &str, paths: &mut Vec<String>) {
+        match self {
+            Self::Struct(fields) => {
+                fields.iter().for_each(|(field, cell)| cell.paths(&format!("{name}.{field}"), paths));
+            }
+            _ => paths.push(name.to_owned()),
+        }
+    }
+}
+
+/// The cell of this name, or the one within a struct.
+fn find<'a>(cells: impl Iterator<Item = (&'a str, &'a Cell)> + Clone, path: &str) -> Option<&'a Cell> {
+    let whole = cells.clone().find(|(name, _)| *name == path).map(|(_, cell)| cell);
+    whole.or_else(|| {
+        cells.into_iter().find_map(|(name, cell)| cell.field(path.strip_prefix(name)?.strip_prefix('.')?))
+    })
 }
 
 /// A row of a [`Parquet`](super::Parquet) file.
@@ -32,26 +70,36 @@ pub struct Row {
 
 impl Row {
     /// The names of the columns are shared by the rows of a group.
-    pub(super) fn new(row: Decoded, names: &mut Option<Arc<[String]>>) -> Result<Self, String> {
+    pub(super) fn new(
+        row: Decoded,
+        schema: &Type,
+        names: &mut Option<Arc<[String]>>,
+    ) -> Result<Self, String> {
         let columns = row.into_columns();
         let names = names.get_or_insert_with(|| columns.iter().map(|(name, _)| name.clone()).collect());
         let cells: Result<Vec<_>, String> = columns
             .into_iter()
-            .map(|(name, field)| {
-                cell(field).map_err(|kind| format!("column `{name}` is {kind}, which is not read"))
+            .zip(schema.get_fields())
+            .map(|((name, field), kind)| {
+                cell(field, kind).map_err(|kind| format!("column `{name}` has {kind}, which is not read"))
             })
             .collect();
         Ok(Self { columns: Arc::clone(names), cells: cells? })
     }
 
-    /// The value of a column.
+    /// The value of a column. `image.bytes` is the field `bytes` of a column `image` of structs.
     ///
     /// # Errors
-    /// [`Error::Usage`] where there is no such column; says what there is.
+    /// [`Error::Usage`] if there is no such column, or two of that name; says which there are.
     pub fn cell(&self, column: &str) -> Result<&Cell> {
-        let at = self.columns.iter().position(|name| name == column);
-        at.and_then(|at| self.cells.get(at)).ok_or_else(|| {
-            Error::Usage(format!("no column `{column}`; there are {}", self.columns.join(", ")))
+        if self.columns.iter().any(|name| name == column) {
+            return Ok(&self.cells[only(&self.columns, column)?]);
+        }
+        let cells = self.columns.iter().map(String::as_str).zip(&self.cells);
+        find(cells.clone(), column).ok_or_else(|| {
+            let mut there = Vec::new();
+            cells.for_each(|(name, cell)| cell.paths(name, &mut there));
+            Error::Usage(format!("no column `{column}`; there are {}", there.join(", ")))
         })
     }
 
@@ -147,22 +195,25 @@ fn unexpected(column: &str, cell: &Cell, wanted: &str) -> Error {
         Cell::Text(_) => "text",
         Cell::Bytes(_) => "bytes",
         Cell::List(_) => "a list",
+        Cell::Struct(_) => "a struct",
     };
     Error::Usage(format!("column `{column}` has {kind} and not {wanted}"))
 }
 
-/// The value, or what it is where there is no cell for it.
-fn cell(field: Field) -> Result<Cell, &'static str> {
+/// The value, or what it is if there is no cell for it.
+fn cell(field: Field, kind: &Type) -> Result<Cell, &'static str> {
+    let time = |value: i64, unit: Unit| unit.to_micros(value).map(Cell::Int).ok_or("a time beyond 63 bits");
     Ok(match field {
         Field::Null => Cell::Null,
         Field::Bool(value) => Cell::Bool(value),
         Field::Byte(value) => Cell::Int(value.into()),
         Field::Short(value) => Cell::Int(value.into()),
-        Field::Int(value) | Field::Date(value) | Field::TimeMillis(value) => Cell::Int(value.into()),
-        Field::Long(value)
-        | Field::TimeMicros(value)
-        | Field::TimestampMillis(value)
-        | Field::TimestampMicros(value) => Cell::Int(value),
+        Field::Date(value) => Cell::Int(value.into()),
+        Field::Int(value) => time(value.into(), Unit::of(kind))?,
+        Field::Long(value) => time(value, Unit::of(kind))?,
+        Field::TimeMillis(value) => time(value.into(), Unit::Millis)?,
+        Field::TimestampMillis(value) => time(value, Unit::Millis)?,
+        Field::TimeMicros(value) | Field::TimestampMicros(value) => Cell::Int(value),
         Field::UByte(value) => Cell::Int(value.into()),
         Field::UShort(value) => Cell::Int(value.into()),
         Field::UInt(value) => Cell::Int(value.into()),
@@ -173,10 +224,16 @@ fn cell(field: Field) -> Result<Cell, &'static str> {
         Field::Str(text) => Cell::Text(text),
         Field::Bytes(bytes) => Cell::Bytes(bytes.data().to_vec()),
         Field::ListInternal(list) => {
-            Cell::List(list.elements().iter().cloned().map(cell).collect::<Result<_, _>>()?)
+            let kind = element(kind);
+            let cells = list.elements().iter().map(|field| cell(field.clone(), kind));
+            Cell::List(cells.collect::<Result<_, _>>()?)
+        }
+        Field::Group(row) => {
+            let fields = row.into_columns().into_iter().zip(kind.get_fields());
+            let fields = fields.map(|((name, field), kind)| Ok((name, cell(field, kind)?)));
+            Cell::Struct(fields.collect::<Result<_, &'static str>>()?)
         }
         Field::Decimal(_) => return Err("a decimal"),
-        Field::Group(_) => return Err("a group"),
         Field::MapInternal(_) => return Err("a map"),
     })
 }

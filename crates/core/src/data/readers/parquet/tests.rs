@@ -1,7 +1,7 @@
 use std::fs;
 
 use ::parquet::basic::{Compression, ZstdLevel};
-use ::parquet::data_type::{ByteArray, ByteArrayType, DoubleType, Int64Type};
+use ::parquet::data_type::{ByteArray, ByteArrayType, DoubleType, Int32Type, Int64Type, Int96, Int96Type};
 use ::parquet::file::properties::WriterProperties;
 use ::parquet::file::writer::SerializedFileWriter;
 use ::parquet::schema::parser::parse_message_type;
@@ -138,5 +138,114 @@ fn files_that_are_cut_off_or_damaged_are_errors_that_name_them() {
         if let Err(error) = read() {
             assert!(error.to_string().contains("x.parquet"), "{error}");
         }
+    }
+}
+
+/// As Hugging Face's datasets write images and boxes, and pyarrow 26 times.
+const NESTED: &str = "message rows {
+    optional group image { optional binary bytes; optional binary path (UTF8); }
+    optional group boxes (LIST) { repeated group list { optional group element { optional int64 x; } } }
+    required int64 ms (TIMESTAMP(MILLIS,false));
+    required int64 ms_utc (TIMESTAMP(MILLIS,true));
+    required int64 us (TIMESTAMP(MICROS,false));
+    required int64 ns (TIMESTAMP(NANOS,false));
+    required int32 time_ms (TIME(MILLIS,false));
+    required int64 time_ns (TIME(NANOS,false));
+    required int96 spark;
+}";
+
+/// Two rows: an image and two boxes; neither, and no boxes.
+fn write_nested(path: &Path) {
+    let schema = Arc::new(parse_message_type(NESTED).unwrap());
+    let mut file =
+        SerializedFileWriter::new(fs::File::create(path).unwrap(), schema, Arc::default()).unwrap();
+    let mut group = file.next_row_group().unwrap();
+    let bytes = |text: &str| [ByteArray::from(text)];
+    // A second and a millisecond after 1970, which is Julian day 2440588.
+    let spark = [1_001_000_000_u64, 2_002_000_000]
+        .map(|nanos| Int96::from(vec![(nanos & 0xffff_ffff) as u32, (nanos >> 32) as u32, 2_440_588]));
+    for number in 0.. {
+        let Some(mut column) = group.next_column().unwrap() else { break };
+        match number {
+            0 => column.typed::<ByteArrayType>().write_batch(&bytes("abc"), Some(&[2, 0]), None),
+            1 => column.typed::<ByteArrayType>().write_batch(&bytes("a.png"), Some(&[2, 0]), None),
+            2 => column.typed::<Int64Type>().write_batch(&[7, 8], Some(&[4, 4, 1]), Some(&[0, 1, 0])),
+            3 | 4 => column.typed::<Int64Type>().write_batch(&[1_001, 2_002], None, None),
+            5 => column.typed::<Int64Type>().write_batch(&[1_001_000, 2_002_000], None, None),
+            7 => column.typed::<Int32Type>().write_batch(&[1_001, 2_002], None, None),
+            9 => column.typed::<Int96Type>().write_batch(&spark, None, None),
+            _ => column.typed::<Int64Type>().write_batch(&[1_001_000_000, 2_002_000_999], None, None),
+        }
+        .unwrap();
+        column.close().unwrap();
+    }
+    group.close().unwrap();
+    file.close().unwrap();
+}
+
+#[test]
+fn structs_and_lists_of_structs_are_read_by_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.parquet");
+    write_nested(&path);
+    let all = Parquet::open([&path]).unwrap();
+    let some = Parquet::open([&path]).unwrap().columns(&["image.path", "boxes", "image.bytes"]).unwrap();
+    for rows in [&all, &some] {
+        let row = get(rows, 0).unwrap();
+        assert_eq!(
+            (row.bytes("image.bytes").unwrap(), row.text("image.path").unwrap()),
+            (&b"abc"[..], "a.png")
+        );
+        let Cell::List(boxes) = row.cell("boxes").unwrap() else { panic!("{row:?}") };
+        let xs: Vec<_> = boxes.iter().map(|found| found.field("x").unwrap()).collect();
+        assert_eq!(xs, [&Cell::Int(7), &Cell::Int(8)]);
+        let row = get(rows, 1).unwrap();
+        assert_eq!(row.cell("image").unwrap(), &Cell::Null);
+        assert_eq!(row.cell("image.bytes").unwrap(), &Cell::Null);
+        assert_eq!(row.cell("boxes").unwrap(), &Cell::List(Vec::new()));
+    }
+    let message = get(&some, 0).unwrap().text("image.name").unwrap_err().to_string();
+    assert_eq!(message, "no column `image.name`; there are image.path, image.bytes, boxes");
+    let message = get(&all, 0).unwrap().bytes("image").unwrap_err().to_string();
+    assert_eq!(message, "column `image` has a struct and not bytes");
+    let one = Parquet::open([&path]).unwrap().columns(&["image.path"]).unwrap();
+    let expected = Cell::Struct(vec![("path".into(), Cell::Text("a.png".into()))]);
+    assert_eq!(get(&one, 0).unwrap().cell("image").unwrap(), &expected);
+    let message = Parquet::open([&path]).unwrap().columns(&["image.name"]).err().unwrap().to_string();
+    assert!(message.contains("no column `name`; there are bytes, path"), "{message}");
+}
+
+#[test]
+fn times_are_in_microseconds_whatever_unit_the_file_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.parquet");
+    write_nested(&path);
+    let rows = Parquet::open([&path]).unwrap();
+    for (index, micros) in [(0, 1_001_000), (1, 2_002_000)] {
+        let row = get(&rows, index).unwrap();
+        for column in ["ms", "ms_utc", "us", "ns", "time_ms", "time_ns", "spark"] {
+            assert_eq!(row.int(column).unwrap(), micros, "{column}");
+        }
+    }
+    assert_eq!(schema::Unit::Nanos.to_micros(-1), Some(-1));
+    assert_eq!(schema::Unit::Millis.to_micros(i64::MAX), None);
+}
+
+#[test]
+fn codec_that_is_not_built_in_is_named_with_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.parquet");
+    write(&path, Compression::UNCOMPRESSED, 0, &[4]);
+    let whole = fs::read(&path).unwrap();
+    // In Thrift's compact protocol: a list of one string, the path, and the codec after it.
+    let codec = [0x19, 0x18, 2, b'i', b'd', 0x15, 0];
+    let at = whole.windows(codec.len()).position(|bytes| bytes == codec).unwrap();
+    for (number, name) in [(2, "gzip"), (4, "brotli"), (5, "LZ4"), (7, "LZ4")] {
+        let mut bytes = whole.clone();
+        bytes[at + codec.len() - 1] = 2 * number;
+        fs::write(&path, bytes).unwrap();
+        let message = Parquet::open([&path]).err().unwrap().to_string();
+        assert!(message.contains(&format!("x.parquet: column `id` is compressed with {name}")), "{message}");
+        assert!(message.contains("compression=\"zstd\""), "{message}");
     }
 }
