@@ -11,7 +11,8 @@ use std::rc::Rc;
 use common::{Line, as_ranks, on_ranks};
 use ice_core::optim::{Optimizer, Schedule, Sgd};
 use ice_core::{
-    Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, ModuleNode, Repeat, Run, RunConfig, Task,
+    Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Repeat, Run, RunConfig,
+    Task,
 };
 use tch::{Kind, Tensor, nn};
 
@@ -266,4 +267,110 @@ fn buffers_of_any_type_and_strides_are_those_of_rank_0_after_a_step() {
         (graph, tasks, Box::new(move || seen.borrow().clone()) as Box<dyn Fn() -> Vec<i64>>)
     });
     assert_eq!(seen, [[7; 4], [7; 4]]);
+}
+
+/// Two datasets, `a` and `b`, whose samples are the numbers from 1: so many of each, by so many per rank. Trains for an epoch of both with a loss of
+/// one, and returns the weight, which begins at 0 and goes down by the mean of the samples of each step, and the measures of loss and metric.
+fn two_datasets(
+    ranks: usize,
+    sizes: [(usize, usize); 2],
+    samples_of: Option<&'static str>,
+    of: &'static [&'static str],
+) -> Vec<Result<[f64; 3], String>> {
+    let out = tempfile::tempdir().unwrap();
+    as_ranks(ranks, |worker| {
+        let mut graph = HyperGraph::new();
+        for (name, (samples, batch)) in ["a", "b"].into_iter().zip(sizes) {
+            graph.add(name, DatasetNode::new(Line(samples)).batch_size(batch), "*").unwrap();
+        }
+        let net = ModuleNode::new(
+            |path| path.zeros("w", &[1]),
+            move |w, x| {
+                let means = of.iter().map(|name| {
+                    let scale = sizes[usize::from(*name == "b")].0 as f64;
+                    Ok((x.tensor(name)? * scale + 1.0).mean(Kind::Float) * w)
+                });
+                Ok(means.collect::<ice_core::Result<Vec<Tensor>>>()?.into_iter().sum::<Tensor>())
+            },
+        );
+        graph.add("net", net.optimizer(Sgd::new(1.0)), "*").unwrap();
+        let loss = LossNode::new(|x| Ok(x.tensor("net")?.sum(Kind::Float)));
+        let last = of[of.len() - 1];
+        let scale = sizes[usize::from(last == "b")].0 as f64;
+        let metric = MetricNode::average(move |x| Ok(x.tensor(last)?.squeeze_dim(1) * scale + 1.0));
+        let loss = match samples_of {
+            Some(name) => loss.samples_of(name),
+            None => loss,
+        };
+        graph.add("loss", loss, "*").unwrap().add("metric", metric, "*").unwrap();
+        let seen = Rc::new(Cell::new([0.0; 3]));
+        let see = Rc::clone(&seen);
+        let tasks = Repeat::once().then(Task::train("train")).call(move |run| {
+            let node = run.graph().node::<ModuleNode<Tensor, Tensor>>("net")?;
+            see.set([node.module()?.double_value(&[0]), run.measure("*/loss")?, run.measure("*/metric")?]);
+            Ok(())
+        });
+        let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+        let outcome = Run::execute(&graph, &tasks, Rc::new(worker), config);
+        outcome.map(|()| seen.get()).map_err(|error| error.to_string())
+    })
+}
+
+#[test]
+fn loss_and_metric_weigh_samples_of_the_dataset_they_depend_on() {
+    // In the second step rank 1 has no sample of `a`, and each rank 4 of `b`: 1 to 8, then 9 to 16.
+    for outcome in two_datasets(2, [(5, 2), (30, 4)], None, &["b"]) {
+        assert_eq!(outcome.unwrap()[..], [-17.0, (0.0 - 4.5 * 12.5) / 2.0, 8.5]);
+    }
+    for outcome in two_datasets(2, [(5, 2), (30, 4)], None, &["a"]) {
+        assert_eq!(outcome.unwrap()[..], [-2.5 - 5.0, (0.0 * 4.0 - 2.5 * 5.0) / 5.0, 3.0]);
+    }
+}
+
+#[test]
+fn loss_over_datasets_that_are_spread_differently_is_refused_by_name_unless_one_is_chosen() {
+    let both: &[&str] = &["a", "b"];
+    for outcome in two_datasets(2, [(5, 2), (30, 4)], None, both) {
+        let problem = outcome.unwrap_err();
+        assert!(
+            ["`*/a` and `*/b`", "samples_of(\"a\")"].iter().all(|part| problem.contains(part)),
+            "{problem}"
+        );
+    }
+    // Spread alike, though of different sizes.
+    for outcome in two_datasets(2, [(8, 2), (16, 4)], None, both) {
+        assert_eq!(outcome.unwrap()[0], -(2.5 + 4.5) - (6.5 + 12.5));
+    }
+    // In the second step rank 0 alone has a sample of `a`, the fifth, and 9 to 12 of `b`.
+    for outcome in two_datasets(2, [(5, 2), (30, 4)], Some("a"), both) {
+        assert_eq!(outcome.unwrap()[0], -(2.5 + 4.5) - (5.0 + 10.5));
+    }
+    for outcome in two_datasets(2, [(5, 2), (30, 4)], Some("net"), both) {
+        assert!(outcome.unwrap_err().contains("`net` is not a dataset"));
+    }
+}
+
+#[test]
+fn loss_without_a_dataset_weighs_the_same_on_any_number_of_ranks() {
+    let outcome = |ranks| {
+        on_ranks(ranks, |_| {
+            let mut graph = HyperGraph::new();
+            let net = ModuleNode::new(|path| path.ones("w", &[1]), |w, _| Ok(w.shallow_clone()));
+            graph.add("net", net.optimizer(Sgd::new(0.25)), "*").unwrap();
+            let loss = LossNode::new(|x| Ok(x.tensor("net")?.square().sum(Kind::Float)));
+            graph.add("loss", loss, "*").unwrap();
+            let seen = Rc::new(Cell::new([0.0; 2]));
+            let see = Rc::clone(&seen);
+            let tasks =
+                Repeat::once().then(Task::train("train").steps(2).simulate_epoch()).call(move |run| {
+                    let node = run.graph().node::<ModuleNode<Tensor, Tensor>>("net")?;
+                    see.set([node.module()?.double_value(&[0]), run.measure("*/loss")?]);
+                    Ok(())
+                });
+            (graph, tasks, Box::new(move || seen.get()) as Box<_>)
+        })
+    };
+    for ranks in [1, 2, 3] {
+        assert_eq!(outcome(ranks), vec![[0.25, (1.0 + 0.25) / 2.0]; ranks], "{ranks}");
+    }
 }

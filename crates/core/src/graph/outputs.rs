@@ -15,15 +15,35 @@ pub struct Outputs<'a> {
     graph: &'a ExecutableGraph,
     worker: &'a Worker,
     train: bool,
-    values: RefCell<Vec<Option<Value>>>,
-    running: RefCell<Vec<usize>>,
-    share: Cell<Option<Share>>,
+    values: RefCell<Vec<Option<Made>>>,
+    running: RefCell<Vec<Running>>,
+    /// Datasets that have run.
+    datasets: Cell<u32>,
+    /// Samples of all ranks, of the first dataset that ran.
+    samples: Cell<u64>,
+}
+
+/// What a node has made.
+struct Made {
+    value: Value,
+    /// The datasets that it depends on, a bit for each.
+    sources: u64,
+    /// Of a dataset: its bit, and how its samples are spread over the ranks.
+    share: Option<(u64, Share)>,
+}
+
+/// A node that is running, with what is known of its output so far.
+struct Running {
+    index: usize,
+    sources: u64,
+    share: Option<(u64, Share)>,
 }
 
 impl<'a> Outputs<'a> {
     pub(crate) fn new(graph: &'a ExecutableGraph, worker: &'a Worker, train: bool) -> Self {
         let values = RefCell::new((0..graph.entries().len()).map(|_| None).collect());
-        Self { graph, worker, train, values, running: RefCell::default(), share: Cell::default() }
+        let (running, datasets, samples) = Default::default();
+        Self { graph, worker, train, values, running, datasets, samples }
     }
 
     /// The output of the node `name`, as the type that the node makes.
@@ -45,7 +65,12 @@ impl<'a> Outputs<'a> {
         })?;
         self.run(index)?;
         let values = self.values.borrow();
-        values[index].clone().ok_or_else(|| Error::Graph(format!("node `{name}` made no output")))
+        let made = values[index].as_ref();
+        let made = made.ok_or_else(|| Error::Graph(format!("node `{name}` made no output")))?;
+        if let Some(asking) = self.running.borrow_mut().last_mut() {
+            asking.sources |= made.sources;
+        }
+        Ok(made.value.clone())
     }
 
     /// Training epochs and steps that were done before this step.
@@ -86,19 +111,67 @@ impl<'a> Outputs<'a> {
         self.worker
     }
 
-    /// How the samples of this iteration are spread over the ranks. The first dataset to run says so.
-    pub fn share(&self) -> Share {
-        self.share.get().unwrap_or_default()
-    }
-
-    pub(crate) fn set_share(&self, share: Share) {
-        if self.share.get().is_none() {
-            self.share.set(Some(share));
+    /// How the samples of this iteration are spread over the ranks: those of the datasets that the running node has asked for so far, by itself or
+    /// by other nodes. Without any, each rank counts as one sample.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] names the datasets if there are several that are spread in different ways, which happens in the last batches of an
+    /// epoch.
+    pub fn share(&self) -> Result<Share> {
+        let sources = self.running.borrow().last().map_or(u64::MAX, |running| running.sources);
+        let values = self.values.borrow();
+        let mut shares = values.iter().enumerate().filter_map(|(index, made)| {
+            let (bit, share) = made.as_ref()?.share?;
+            (sources & bit != 0).then_some((index, share))
+        });
+        let Some((first, share)) = shares.next() else {
+            return Ok(Share { here: 1, total: self.worker.world_size() as u64 });
+        };
+        match shares.find(|(_, other)| !share.is_spread_like(other)) {
+            None => Ok(share),
+            Some((other, _)) => Err(Error::Graph(format!(
+                "this depends on the datasets `{}` and `{}`, whose samples are spread over the ranks in different ways in this step: \
+                 say which ones count, by `.samples_of(\"{}\")`, or leave out their last samples by `.drop_last(true)`",
+                self.uid(first),
+                self.uid(other),
+                self.graph.entries()[first].name,
+            ))),
         }
     }
 
+    /// How the samples of the dataset `name` are spread over the ranks in this iteration.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if that node is not a dataset; as [`Outputs::get`].
+    pub fn share_of(&self, name: &str) -> Result<Share> {
+        self.value(name)?;
+        let made = self.graph.position(name).and_then(|index| self.values.borrow()[index].as_ref()?.share);
+        let (_, share) = made.ok_or_else(|| Error::Graph(format!("node `{name}` is not a dataset")))?;
+        Ok(share)
+    }
+
+    /// How the samples are spread over the ranks that a node counts: of a dataset that it names, or of those that it depends on.
+    pub(crate) fn share_for(&self, samples_of: Option<&str>) -> Result<Share> {
+        samples_of.map_or_else(|| self.share(), |name| self.share_of(name))
+    }
+
+    /// Notes how the samples of the running node, which is a dataset, are spread over the ranks.
+    pub(crate) fn set_share(&self, share: Share) -> Result<()> {
+        let number = self.datasets.get();
+        if number == 0 {
+            self.samples.set(share.total);
+        }
+        let bit = 1_u64.checked_shl(number);
+        let bit = bit.ok_or_else(|| Error::Graph("a task has more than 64 datasets".into()))?;
+        self.datasets.set(number + 1);
+        if let Some(running) = self.running.borrow_mut().last_mut() {
+            (running.sources, running.share) = (running.sources | bit, Some((bit, share)));
+        }
+        Ok(())
+    }
+
     pub(crate) fn samples(&self) -> u64 {
-        self.share.get().map_or(0, |share| share.total)
+        self.samples.get()
     }
 
     pub(crate) fn run_all(&self) -> Result<()> {
@@ -110,19 +183,22 @@ impl<'a> Outputs<'a> {
             return Ok(());
         }
         let entry = &self.graph.entries()[index];
-        if let Some(start) = self.running.borrow().iter().position(|&running| running == index) {
+        if let Some(start) = self.running.borrow().iter().position(|running| running.index == index) {
             let running = self.running.borrow();
-            let path: Vec<_> = running[start..].iter().chain([&index]).map(|&i| self.uid(i)).collect();
+            let mut path: Vec<_> = running[start..].iter().map(|running| running.index).collect();
+            path.push(index);
+            let path: Vec<_> = path.into_iter().map(|index| self.uid(index)).collect();
             return Err(Error::Graph(format!("the nodes wait for each other: {}", path.join(" → "))));
         }
-        self.running.borrow_mut().push(index);
+        self.running.borrow_mut().push(Running { index, sources: 0, share: None });
         let forward = || entry.node.borrow_mut().forward(self);
         let value = self
             .graph
             .timed(&entry.uid, "forward", forward)
             .map_err(|error| error.at(&entry.uid, "forward"))?;
-        self.running.borrow_mut().pop();
-        self.values.borrow_mut()[index] = Some(value);
+        let (sources, share) =
+            self.running.borrow_mut().pop().map_or((0, None), |running| (running.sources, running.share));
+        self.values.borrow_mut()[index] = Some(Made { value, sources, share });
         Ok(())
     }
 

@@ -197,7 +197,7 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
         let (batch, share) = self.feed()?.next()?;
-        x.set_share(share);
+        x.set_share(share)?;
         Ok(Value::new(batch))
     }
 

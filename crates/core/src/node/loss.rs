@@ -9,10 +9,13 @@ type Function = dyn Fn(&Outputs) -> Result<Tensor>;
 /// A loss: the mean over the samples of the rank, as a scalar. Several losses of a task are summed.
 ///
 /// The loss is scaled by `world size × samples here / samples of all ranks`, since the gradients of the ranks are averaged: so
-/// every sample weighs the same, also in an uneven last batch.
+/// every sample weighs the same, also in an uneven last batch. The samples are those of the dataset that the loss depends on, by whichever
+/// nodes; a loss that depends on none weighs the same on all ranks. If a loss depends on several datasets,
+/// [`LossNode::samples_of`] says which one counts.
 pub struct LossNode {
     function: Box<Function>,
     weight: f64,
+    samples_of: Option<String>,
     pending: Option<Tensor>,
     /// Of the epoch: the loss, summed over samples, and the samples.
     epoch: Sums,
@@ -28,6 +31,7 @@ impl LossNode {
         Self {
             function: Box::new(function),
             weight: 1.0,
+            samples_of: None,
             pending: None,
             epoch: Sums::doubles(2),
             step: None,
@@ -39,6 +43,13 @@ impl LossNode {
     #[must_use]
     pub fn weight(mut self, weight: f64) -> Self {
         self.weight = weight;
+        self
+    }
+
+    /// The dataset whose samples the loss is a mean over. Default: the one that the loss depends on.
+    #[must_use]
+    pub fn samples_of(mut self, dataset: impl Into<String>) -> Self {
+        self.samples_of = Some(dataset.into());
         self
     }
 }
@@ -53,7 +64,7 @@ impl Node for LossNode {
         if !loss.size().is_empty() {
             return Err(Error::Graph(format!("a loss must be a scalar, not of shape {:?}", loss.size())));
         }
-        let share = x.share();
+        let share = x.share_for(self.samples_of.as_deref())?;
         let row = sum_and_samples(&loss, share.here)?;
         let is_new = std::mem::take(&mut self.is_counted);
         self.step = Some(match self.step.take().filter(|_| !is_new) {

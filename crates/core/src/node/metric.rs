@@ -11,7 +11,8 @@ use crate::{Context, Measure, Node, NodeState, Outputs, Result, Value};
 type Function<I> = dyn Fn(&Outputs) -> Result<I>;
 
 /// A metric over an epoch, measured with a [`Meter`]; exact over ranks that hold different counts of samples. A rank that has no
-/// share of a batch adds nothing.
+/// share of a batch adds nothing: of the dataset that the metric depends on, by whichever nodes. If there are several,
+/// [`MetricNode::samples_of`] says which one counts.
 ///
 /// What a function makes of a step is the output of the node, too.
 ///
@@ -25,6 +26,7 @@ type Function<I> = dyn Fn(&Outputs) -> Result<I>;
 pub struct MetricNode<M: Meter = Average> {
     function: Box<Function<M::Input>>,
     meter: Rc<RefCell<M>>,
+    samples_of: Option<String>,
     /// What was made in the step that does not count yet; nothing of a batch that this rank had no share of.
     step: Vec<Option<Value>>,
 }
@@ -32,7 +34,15 @@ pub struct MetricNode<M: Meter = Average> {
 impl<M: Meter> MetricNode<M> {
     /// Measures what `function` makes of each step, without gradients.
     pub fn new(meter: M, function: impl Fn(&Outputs) -> Result<M::Input> + 'static) -> Self {
-        Self { function: Box::new(function), meter: Rc::new(RefCell::new(meter)), step: Vec::new() }
+        let (meter, samples_of, step) = (Rc::new(RefCell::new(meter)), None, Vec::new());
+        Self { function: Box::new(function), meter, samples_of, step }
+    }
+
+    /// The dataset whose samples are measured. Default: the one that the metric depends on.
+    #[must_use]
+    pub fn samples_of(mut self, dataset: impl Into<String>) -> Self {
+        self.samples_of = Some(dataset.into());
+        self
     }
 
     /// The meter, to be read after an epoch: it is reset when the next one begins.
@@ -132,7 +142,8 @@ impl<M: Meter + 'static> Node for MetricNode<M> {
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
         let values = tch::no_grad(|| (self.function)(x))?;
         let values = Value::new(values);
-        self.step.push((x.share().here > 0).then(|| values.clone()));
+        let share = x.share_for(self.samples_of.as_deref())?;
+        self.step.push((share.here > 0).then(|| values.clone()));
         Ok(values)
     }
 

@@ -60,9 +60,10 @@ pub struct Share {
     pub total: u64,
 }
 
-impl Default for Share {
-    fn default() -> Self {
-        Self { here: 1, total: 1 }
+impl Share {
+    /// Whether a mean over these samples weighs as much on this rank as one over the others.
+    pub(crate) fn is_spread_like(&self, other: &Self) -> bool {
+        u128::from(self.here) * u128::from(other.total) == u128::from(other.here) * u128::from(self.total)
     }
 }
 

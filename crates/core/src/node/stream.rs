@@ -179,7 +179,7 @@ impl<S: BatchStream + 'static> Node for StreamNode<S> {
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
         let (batch, share) = self.feed()?.next()?;
-        x.set_share(share);
+        x.set_share(share)?;
         Ok(Value::new(batch))
     }
 
