@@ -280,3 +280,33 @@ fn a_run_that_need_not_fit_starts_from_the_beginning() {
     Options { samples: 23, epochs: 1, ..Options::new(fresh.path()) }.run().unwrap();
     assert_eq!(bits(new.path(), "E1S6"), bits(fresh.path(), "E1S6"), "nothing of the checkpoint was loaded");
 }
+
+#[test]
+fn random_numbers_of_an_evaluation_are_the_same_after_a_resume_and_others_in_each_step() {
+    let measured = |out: &Path, from: Option<&str>| {
+        let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut graph = graph(8);
+        graph.add("x", DatasetNode::new(Line(8)).batch_size(4), "val").unwrap();
+        let noise = |x: &ice_core::Outputs| Ok(x.tensor("x")?.rand_like());
+        graph.add("noise", ice_core::MetricNode::average(noise), "val").unwrap();
+        let seen = Rc::new(RefCell::new(Vec::new()));
+        let see = Rc::clone(&seen);
+        let tasks = Repeat::new(3)
+            .then(Task::train("train"))
+            .then(SaveCheckpoint::new())
+            .then(Task::eval("val"))
+            .call(move |run| {
+                see.borrow_mut().push(run.measure("val/noise")?);
+                Ok(())
+            });
+        let resume_from = from.map(|name| ResumeFrom::Path(saved(out, name)));
+        let config = RunConfig { out_dir: out.to_owned(), resume_from, ..RunConfig::default() };
+        Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
+        seen.take()
+    };
+    let out = tempfile::tempdir().unwrap();
+    let whole = measured(out.path(), None);
+    assert!(whole[0] != whole[1] && whole[1] != whole[2], "{whole:?}");
+    assert_eq!(measured(out.path(), Some("E1S2")), whole);
+    assert_eq!(measured(out.path(), Some("E2S4")), whole[1..]);
+}

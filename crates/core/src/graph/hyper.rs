@@ -105,28 +105,59 @@ impl HyperGraph {
         &self.sources
     }
 
-    /// Removes the nodes that a query selects, and returns their uids.
+    /// Removes the nodes that a query selects, and returns their uids. Like in a task, nodes that are tagged `*` are among those that any query
+    /// selects. A single node is removed by [`HyperGraph::remove_node`].
     ///
     /// # Errors
-    /// [`Error::Graph`] where it selects none; says what there is.
+    /// [`Error::Graph`] if the query selects none, and says what there is; or if the query is not made of tags, such as a uid.
     pub fn remove(&mut self, query: impl Into<Tags>) -> Result<Vec<String>> {
         let query = query.into();
+        query.check_query()?;
         let removed: Vec<_> = self.select_nodes(query.clone()).map(str::to_owned).collect();
         if removed.is_empty() {
             return Err(self.nothing(&query));
         }
-        self.entries.retain(|entry| !removed.contains(&entry.uid));
-        if removed.iter().any(|uid| uid == SCALER) {
-            self.precision.scaler = None;
-        }
-        self.changed();
+        self.drop_nodes(&removed);
         Ok(removed)
     }
 
-    /// The uids of the nodes that a query selects, in the order that they were added in.
+    /// Removes the node with a uid, and no other.
+    ///
+    /// ```
+    /// use ice_core::{HyperGraph, MetricNode};
+    ///
+    /// let mut graph = HyperGraph::new();
+    /// graph.add("hits", MetricNode::average(|x| x.tensor("hit")), "val")?;
+    /// graph.add("net", MetricNode::average(|x| x.tensor("x")), "*")?;
+    /// graph.remove_node("val/hits")?;
+    /// assert_eq!(graph.uids().collect::<Vec<_>>(), ["*/net"]);
+    /// # Ok::<(), ice_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if there is no such node; says what there is.
+    pub fn remove_node(&mut self, uid: &str) -> Result<()> {
+        if self.entries.iter().all(|entry| entry.uid != uid) {
+            return Err(Error::Graph(format!("there is no node `{uid}`; there are {}", self.listing())));
+        }
+        self.drop_nodes(&[uid.to_owned()]);
+        Ok(())
+    }
+
+    fn drop_nodes(&mut self, uids: &[String]) {
+        self.entries.retain(|entry| !uids.contains(&entry.uid));
+        if uids.iter().any(|uid| uid == SCALER) {
+            self.precision.scaler = None;
+        }
+        self.changed();
+    }
+
+    /// The uids of the nodes that a query selects, in the order that they were added in: those tagged `*` are among them. A query that is
+    /// not made of tags, such as a uid, selects none.
     pub fn select_nodes(&self, query: impl Into<Tags>) -> impl Iterator<Item = &str> {
         let query = query.into();
-        let selected = self.entries.iter().filter(move |entry| entry.tags.selected_by(&query));
+        let is_query = query.check_query().is_ok();
+        let selected = self.entries.iter().filter(move |entry| is_query && entry.tags.selected_by(&query));
         selected.map(|entry| entry.uid.as_str())
     }
 
@@ -259,6 +290,7 @@ impl HyperGraph {
     }
 
     fn choose(&self, query: &Tags) -> Result<Vec<Rc<Entry>>> {
+        query.check_query()?;
         let mut chosen: Vec<Rc<Entry>> = Vec::new();
         for entry in self.entries.iter().filter(|entry| entry.tags.selected_by(query)) {
             let Some(rival) = chosen.iter_mut().find(|other| other.name == entry.name) else {
@@ -377,6 +409,28 @@ mod tests {
         assert!(!graph.is_grad_scaler_enabled());
         let message = graph.remove("train").unwrap_err().to_string();
         assert!(message.contains("no nodes at all"), "{message}");
+    }
+
+    #[test]
+    fn uid_removes_its_node_alone_and_is_not_a_query() {
+        let mut graph = HyperGraph::new();
+        for (name, tags) in [("net", "*"), ("acc", "val"), ("loss", "train")] {
+            graph.add(name, node(), tags).unwrap();
+        }
+        for query in ["val/acc", "val,", "#"] {
+            assert_eq!(graph.select_nodes(query).count(), 0, "{query}");
+            assert!(graph.remove(query).unwrap_err().to_string().contains("is not a tag"), "{query}");
+            assert!(
+                graph.select(&query.into()).err().unwrap().to_string().contains("is not a tag"),
+                "{query}"
+            );
+        }
+        assert!(graph.remove_node("acc").unwrap_err().to_string().contains("`val/acc`"));
+        graph.remove_node("val/acc").unwrap();
+        assert_eq!(graph.uids().collect::<Vec<_>>(), ["*/net", "train/loss"]);
+        graph.grad_scaler(GradScaler::new()).unwrap();
+        graph.remove_node(SCALER).unwrap();
+        assert!(!graph.is_grad_scaler_enabled());
     }
 
     #[test]

@@ -54,9 +54,24 @@ impl Tags {
         self.0.contains(tag)
     }
 
+    /// The first of these that is not a tag.
+    fn find_bad(&self) -> Option<&str> {
+        self.0.iter().map(String::as_str).find(|tag| tag.is_empty() || *tag == "#" || tag.contains('/'))
+    }
+
+    /// Checks a query. Several nodes may have a tag, and one node has a uid.
+    pub(crate) fn check_query(&self) -> Result<()> {
+        match self.find_bad() {
+            Some(uid) if uid.contains('/') => Err(Error::Graph(format!(
+                "`{uid}` is not a tag but looks like the uid of a node: give tags, or use HyperGraph::node or HyperGraph::remove_node"
+            ))),
+            Some(tag) => Err(Error::Graph(format!("`{tag}` is not a tag: it is empty"))),
+            None => Ok(()),
+        }
+    }
+
     pub(crate) fn check(&self, name: &str) -> Result<()> {
-        let bad = |tag: &&String| tag.is_empty() || tag.as_str() == "#" || tag.contains('/');
-        match self.0.iter().find(bad) {
+        match self.find_bad() {
             _ if self.0.is_empty() => {
                 Err(Error::Graph(format!("node `{name}` has no tags: use `*` for every task")))
             }

@@ -289,15 +289,26 @@ impl<'a> Run<'a> {
         Ok(step)
     }
 
+    /// The iteration of an evaluation that this run is at. Returns the samples of all ranks.
+    pub(crate) fn eval_step(&self, graph: &ExecutableGraph) -> Result<u64> {
+        // The byte keeps its numbers apart from those of training steps.
+        self.seed_from(&[1], self.counters.eval_steps());
+        graph.eval_step(&self.worker)
+    }
+
     /// Makes the random numbers of a training step a function of the seed, the rank and the step, so that a resumed run
     /// draws what an undisturbed one would have drawn.
     fn seed_step(&self) {
+        self.seed_from(&[], self.counters.train_steps());
+    }
+
+    fn seed_from(&self, domain: &[u8], step: u64) {
         let mut bytes = [0; 24];
         bytes[..8].copy_from_slice(&self.config.seed.to_le_bytes());
         bytes[8..16].copy_from_slice(&(self.worker.rank() as u64).to_le_bytes());
-        bytes[16..].copy_from_slice(&self.counters.train_steps().to_le_bytes());
-        let (low, high) = (crc32c::crc32c(&bytes), crc32c::crc32c_append(!0, &bytes));
-        tch::manual_seed((i64::from(high) << 31) ^ i64::from(low));
+        bytes[16..].copy_from_slice(&step.to_le_bytes());
+        let of = |start| crc32c::crc32c_append(crc32c::crc32c_append(start, &bytes), domain);
+        tch::manual_seed((i64::from(of(!0)) << 31) ^ i64::from(of(0)));
     }
 
     pub(crate) fn epoch_ended(&self, measures: &[(String, Measure)], heading: &str, took: Duration) {

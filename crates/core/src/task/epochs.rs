@@ -173,7 +173,7 @@ impl Task {
             let step = run.train_step(graph)?;
             (step.passes, step.samples, Some(step.loss))
         } else {
-            (1, graph.eval_step(run.worker())?, None)
+            (1, run.eval_step(graph)?, None)
         };
         let mut progress = self.progress.get();
         (progress.steps, progress.iteration) = (progress.steps + 1, progress.iteration + passes);
