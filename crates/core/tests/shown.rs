@@ -106,3 +106,27 @@ fn a_probe_prints_outputs_with_their_place() {
     let x = "E0S0: x = \n[[0.0000],\n [0.1250]]\nTensor[[2, 1], Float]\nE0S0: net = \n[[";
     assert!(tensors.starts_with(x) && tensors.lines().count() == 8, "{tensors}");
 }
+
+#[test]
+fn scalars_of_nodes_are_shown_once_in_each_step_that_counts() {
+    let out = tempfile::tempdir().unwrap();
+    as_ranks(2, |worker| {
+        let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+        let mut graph = graph();
+        let shown = LossNode::new(|x| {
+            x.show_scalar("own/weight", 1.0);
+            x.show_scalar("own/weight", x.train_steps() as f64);
+            Ok(x.tensor("net")?.mean(Kind::Float))
+        });
+        graph.add("shown", shown, "train").unwrap();
+        let tasks = Repeat::new(2).then(Task::train("train")).then(Task::eval("val"));
+        Run::execute(&graph, &tasks, Rc::new(worker), config).unwrap();
+    });
+    let files = std::fs::read_dir(out.path().join("none_local")).unwrap().map(|entry| entry.unwrap().path());
+    let events = files
+        .filter(|path| path.to_str().unwrap().contains("tfevents"))
+        .map(|path| std::fs::read(path).unwrap());
+    let events: Vec<u8> = events.flatten().collect();
+    let tag = b"own/weight";
+    assert_eq!(events.windows(tag.len()).filter(|window| window == tag).count(), 4);
+}

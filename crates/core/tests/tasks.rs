@@ -394,3 +394,51 @@ fn state_of_a_closure_keeps_infinities_over_a_resume_and_begins_again_with_its_r
     Run::execute(&net(), &Repeat::new(2).then(inner), Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
     assert_eq!(*seen.borrow(), [1, 2, 1, 2]);
 }
+
+#[test]
+fn nodes_see_where_the_run_is_also_after_a_resume() {
+    let seen = |out: &std::path::Path, from: Option<&str>| {
+        let seen = Rc::new(RefCell::new(Vec::new()));
+        let see = Rc::clone(&seen);
+        // A weight of the loss by the number of the step.
+        let mut graph = graph_with(move |x, _| {
+            let size = x.epoch_iterations().unwrap();
+            let folder = x.folder().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
+            see.borrow_mut().push((
+                (x.train_steps(), x.epoch(), x.iteration(), size),
+                x.run_id().to_owned(),
+                folder,
+            ));
+            Ok(())
+        });
+        let loss = |x: &Outputs| Ok(x.tensor("net")?.mean(Kind::Float) * x.train_steps() as f64);
+        graph.add("annealed", LossNode::new(loss), "train").unwrap();
+        graph.add("x", DatasetNode::new(Line(8)).batch_size(2), "val").unwrap();
+        let net = Rc::new(Cell::new(0.0));
+        let weight = Rc::clone(&net);
+        let tasks = Repeat::new(2)
+            .then(Task::train("train").steps(3))
+            .then(SaveCheckpoint::new())
+            .then(Task::eval("val").steps(2).simulate_epoch())
+            .call(move |run| {
+                let node = run.graph().node::<ModuleNode<nn::Linear, Tensor>>("net")?;
+                weight.set(node.module()?.ws.double_value(&[0, 0]));
+                Ok(())
+            });
+        let _turn = turn();
+        let from = from.map(|name| ResumeFrom::Path(out.join("none_local/ckpts").join(name)));
+        let config =
+            RunConfig { seed: 7, out_dir: out.to_owned(), resume_from: from, ..RunConfig::default() };
+        Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
+        (seen.take(), net.get())
+    };
+    let out = tempfile::tempdir().unwrap();
+    let (whole, weight) = seen(out.path(), None);
+    let places: Vec<_> = whole.iter().map(|(place, ..)| *place).collect();
+    // Four batches are an epoch, of which the second task trains the last one and two of the next.
+    let first = [(0, 0, 0, 4), (1, 0, 1, 4), (2, 0, 2, 4), (3, 0, 0, 2), (3, 0, 1, 2)];
+    let second = [(3, 0, 0, 1), (4, 1, 0, 4), (5, 1, 1, 4), (6, 1, 0, 2), (6, 1, 1, 2)];
+    assert_eq!(places, [first, second].concat());
+    assert!(whole.iter().all(|(_, run, folder)| run == "none" && folder == "none_local"), "{whole:?}");
+    assert_eq!(seen(out.path(), Some("E0S3")), (whole[3..].to_vec(), weight));
+}

@@ -1,5 +1,6 @@
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::num::NonZeroU64;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -26,9 +27,26 @@ pub(crate) struct ExecutableGraph {
     /// Passes of a training step.
     passes: NonZeroU64,
     timers: Option<Rc<Timers>>,
-    place: Cell<(u64, u64)>,
+    place: Cell<StepPlace>,
+    /// Of the run; `None` for a graph that is run by hand.
+    folder: Option<Rc<Path>>,
+    /// What nodes show of this step.
+    scalars: RefCell<Vec<(String, f64)>>,
     /// What a node wants to leave after this step.
     asked: Cell<Leave>,
+}
+
+/// Where a run is when a step begins.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct StepPlace {
+    /// Done in the run.
+    pub(crate) train_steps: u64,
+    pub(crate) train_epochs: u64,
+    /// Done in the run, of training or else of evaluation.
+    pub(crate) epochs: u64,
+    /// Done in the epoch.
+    pub(crate) iteration: u64,
+    pub(crate) epoch_iterations: Option<u64>,
 }
 
 /// What a training step was.
@@ -61,12 +79,15 @@ impl ExecutableGraph {
             passes,
             timers: None,
             place: Cell::default(),
+            folder: None,
+            scalars: RefCell::default(),
             asked: Cell::default(),
         }
     }
 
-    pub(crate) fn with_timers(&self, timers: Option<Rc<Timers>>) -> Self {
-        Self { timers, ..self.clone() }
+    /// For a task of a run in this folder.
+    pub(crate) fn for_task(&self, folder: &Rc<Path>, timers: Option<Rc<Timers>>) -> Self {
+        Self { timers, folder: Some(Rc::clone(folder)), ..self.clone() }
     }
 
     /// Does a part of a step, and times it where that is asked for.
@@ -77,13 +98,30 @@ impl ExecutableGraph {
         }
     }
 
-    /// Training epochs and steps that are done.
-    pub(crate) fn place(&self) -> (u64, u64) {
+    pub(crate) fn place(&self) -> StepPlace {
         self.place.get()
     }
 
-    pub(crate) fn set_place(&self, place: (u64, u64)) {
+    pub(crate) fn set_place(&self, place: StepPlace) {
         self.place.set(place);
+    }
+
+    pub(crate) fn folder(&self) -> Option<&Path> {
+        self.folder.as_deref()
+    }
+
+    /// Keeps the last value of a tag in the step.
+    pub(crate) fn show_scalar(&self, tag: &str, value: f64) {
+        let mut scalars = self.scalars.borrow_mut();
+        match scalars.iter_mut().find(|(known, _)| known == tag) {
+            Some((_, known)) => *known = value,
+            None => scalars.push((tag.to_owned(), value)),
+        }
+    }
+
+    /// What nodes have shown since this was called last.
+    pub(crate) fn take_scalars(&self) -> Vec<(String, f64)> {
+        self.scalars.take()
     }
 
     pub(crate) fn ask_to_leave(&self, what: Leave) {

@@ -7,7 +7,7 @@ mod outputs;
 mod tags;
 
 pub use eager::Eager;
-pub(crate) use executable::{Entries, ExecutableGraph, Step};
+pub(crate) use executable::{Entries, ExecutableGraph, Step, StepPlace};
 pub(crate) use hyper::Entry;
 pub use hyper::HyperGraph;
 pub use outputs::Outputs;

@@ -1,10 +1,11 @@
 use std::cell::{Cell, RefCell};
+use std::path::Path;
 use std::rc::Rc;
 
 use ice_worker::Worker;
 use tch::{Device, Tensor};
 
-use crate::graph::ExecutableGraph;
+use crate::graph::{ExecutableGraph, StepPlace};
 use crate::run::Leave;
 use crate::{Error, Result, Share, Value};
 
@@ -73,9 +74,46 @@ impl<'a> Outputs<'a> {
         Ok(made.value.clone())
     }
 
-    /// Training epochs and steps that were done before this step.
-    pub(crate) fn place(&self) -> (u64, u64) {
+    /// Where the run was when this step began.
+    pub(crate) fn place(&self) -> StepPlace {
         self.graph.place()
+    }
+
+    /// Training steps of the run that are done, in all tasks. In a training step the number of the step, from 0: what a schedule of one's own
+    /// depends on, since a resumed run continues with it. 0 in a graph that is run by hand.
+    pub fn train_steps(&self) -> u64 {
+        self.place().train_steps
+    }
+
+    /// Epochs of the run that are done: of training in a training step, of evaluation in an evaluation.
+    pub fn epoch(&self) -> u64 {
+        self.place().epochs
+    }
+
+    /// Iterations of the epoch that were done when the step began.
+    pub fn iteration(&self) -> u64 {
+        self.place().iteration
+    }
+
+    /// Iterations of the epoch; `None` if no node has a size.
+    pub fn epoch_iterations(&self) -> Option<u64> {
+        self.place().epoch_iterations
+    }
+
+    /// The folder of the run, where nodes may write; `None` in a graph that is run by hand.
+    pub fn folder(&self) -> Option<&Path> {
+        self.graph.folder()
+    }
+
+    /// The identifier of the job.
+    pub fn run_id(&self) -> &str {
+        self.worker.run_id()
+    }
+
+    /// Shows a value of one's own in TensorBoard, at the number of training steps that are done after this one. Rank 0 alone writes; other ranks may
+    /// call it or not. A tag has one value in a step: the last one. A step that is done again, since a rank was lost, shows it once.
+    pub fn show_scalar(&self, tag: &str, value: f64) {
+        self.graph.show_scalar(tag, value);
     }
 
     /// The output of the node `name` as a tensor that shares its storage.

@@ -78,7 +78,7 @@ impl Node for Probe {
         let looks = x.is_training() || !self.train_only;
         if looks && self.seen.is_multiple_of(self.every) && self.left > 0 {
             self.left -= 1;
-            let (epochs, steps) = x.place();
+            let (epochs, steps) = (x.place().train_epochs, x.train_steps());
             for name in &self.names {
                 // Every rank asks, so that none runs nodes that others do not.
                 let output = x.value(name)?;

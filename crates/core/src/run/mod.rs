@@ -91,7 +91,7 @@ pub struct Run<'a> {
     tasks: &'a dyn TaskItem,
     worker: Rc<Worker>,
     config: RunConfig,
-    folder: PathBuf,
+    folder: Rc<Path>,
     counters: Counters,
     measures: RefCell<BTreeMap<String, f64>>,
     writer: RefCell<Writer>,
@@ -120,7 +120,7 @@ impl<'a> Run<'a> {
         let run = Self {
             graph,
             tasks,
-            folder: config.out_dir.join(format!("{}_{stamp}", worker.run_id())),
+            folder: config.out_dir.join(format!("{}_{stamp}", worker.run_id())).into(),
             writer: RefCell::new(Writer::new(&worker, &config.checkpoints)),
             worker,
             board: RefCell::new(Board::new(config.log_every)),
@@ -232,6 +232,15 @@ impl<'a> Run<'a> {
     /// The folder of this run: `<out_dir>/<run id>_<MMDDHHmm>_<random>`.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    pub(crate) fn shared_folder(&self) -> &Rc<Path> {
+        &self.folder
+    }
+
+    /// The identifier of the job.
+    pub fn run_id(&self) -> &str {
+        self.worker.run_id()
     }
 
     /// What the node with this uid measured in the last epoch that it was in, over all ranks.

@@ -13,6 +13,13 @@ impl Run<'_> {
         self.board.borrow().scalars(self.counters.train_steps(), [(tag.to_owned(), value)]);
     }
 
+    /// Shows what nodes have shown in a step that counts now.
+    pub(crate) fn show_scalars(&self, scalars: Vec<(String, f64)>) {
+        if !scalars.is_empty() {
+            self.board.borrow().scalars(self.counters.train_steps(), scalars);
+        }
+    }
+
     pub(super) fn open_board(&self) {
         let own = [("seed", self.config.seed as f64), ("world_size", self.worker.world_size() as f64)];
         let own = own.map(|(name, value)| (name.to_owned(), value.into()));

@@ -5,7 +5,7 @@ use ice_worker::Progress;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::graph::{ExecutableGraph, Tags};
+use crate::graph::{ExecutableGraph, StepPlace, Tags};
 use crate::run::Leave;
 use crate::task::parse;
 use crate::{Error, Measure, Result, Run, TaskItem};
@@ -168,7 +168,14 @@ impl Task {
             Leave::Nothing => {}
             leave => return self.leave(run, graph, leave),
         }
-        graph.set_place((run.counters().train_epochs(), run.counters().train_steps()));
+        let (counters, progress) = (run.counters(), self.progress.get());
+        graph.set_place(StepPlace {
+            train_steps: counters.train_steps(),
+            train_epochs: counters.train_epochs(),
+            epochs: counters.epochs(self.train),
+            iteration: if self.is_whole() { progress.steps } else { progress.iteration },
+            epoch_iterations: report.epoch_iterations,
+        });
         let (passes, samples, loss) = if self.train {
             let step = run.train_step(graph)?;
             (step.passes, step.samples, Some(step.loss))
@@ -194,6 +201,7 @@ impl Task {
             // It holds for the tasks that follow, too.
             Leave::Run => run.ask_to_leave(Leave::Run),
         }
+        run.show_scalars(graph.take_scalars());
         run.worker().link().advance(run.counters().train_steps());
         report.step(samples, loss.as_ref());
         if !self.train {
@@ -223,7 +231,7 @@ impl TaskItem for Task {
     fn run(&self, run: &Run) -> Result<()> {
         let timed = self.timed || self.tags.contains("timer");
         let timers = timed.then(|| run.timers(&self.tags)).flatten();
-        let graph = run.graph().select(&self.tags)?.with_timers(timers);
+        let graph = run.graph().select(&self.tags)?.for_task(run.shared_folder(), timers);
         if matches!(self.length, Length::Epochs(_)) && graph.remaining().is_none() {
             return Err(Error::Graph(format!(
                 "no node with the tags `{}` has a size, so an epoch never ends: add a dataset or use steps",
@@ -300,6 +308,8 @@ struct Report<'a> {
     task: &'a Task,
     run: &'a Run<'a>,
     iterations: u64,
+    /// Of the epoch, whichever task it ends in.
+    epoch_iterations: Option<u64>,
     started: Instant,
     sent: Instant,
     samples: u64,
@@ -317,7 +327,19 @@ impl<'a> Report<'a> {
             Length::Epochs(_) => graph.remaining().unwrap_or(0),
         };
         let now = Instant::now();
-        Self { task, run, iterations: progress.iteration + left, started: now, sent: now, samples: 0 }
+        let epoch_iterations = match task.length {
+            Length::Steps(steps) if task.whole => Some(steps),
+            _ => graph.remaining().map(|left| progress.iteration + left),
+        };
+        Self {
+            epoch_iterations,
+            task,
+            run,
+            iterations: progress.iteration + left,
+            started: now,
+            sent: now,
+            samples: 0,
+        }
     }
 
     fn epoch(&self) -> (u64, u64) {
