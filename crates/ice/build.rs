@@ -1,8 +1,10 @@
-//! Lets the examples find libtorch at run time; a link argument of a dependency does not reach them.
+//! Lets the examples find libtorch at run time; a link argument of a dependency does not reach them. For the same reason a program's
+//! build script is told the folder, as `DEP_ICE_LIBTORCH_LIB`.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     if let Ok(lib) = std::env::var("DEP_ICE_C10D_LIBTORCH_LIB") {
         println!("cargo::rustc-link-arg=-Wl,-rpath,{lib}");
+        println!("cargo::metadata=LIBTORCH_LIB={lib}");
     }
 }

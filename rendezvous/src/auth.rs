@@ -58,6 +58,7 @@ pub(crate) enum Channel {
     /// Nothing does.
     Plain,
     /// The channel binding.
+    #[cfg_attr(not(any(feature = "tls", test)), expect(dead_code, reason = "TLS alone has it"))]
     Tls([u8; 32]),
 }
 
@@ -84,7 +85,7 @@ impl Token {
         Ok(Self { secret: text.as_bytes().to_vec(), over_tls: false })
     }
 
-    /// The same token, which is shown inside of TLS alone.
+    /// Returns the same token, which is shown inside of TLS alone. A build without the feature `tls` cannot show such a token.
     #[must_use]
     pub fn over_tls(self) -> Self {
         Self { over_tls: true, ..self }
@@ -146,9 +147,10 @@ pub(crate) enum AuthError {
     #[error(
         "this agent asks for TLS, and the endpoint has none: give the agent that hosts it --rdzv-tls, too"
     )]
+    #[cfg_attr(not(feature = "tls"), expect(dead_code, reason = "TLS alone has it"))]
     NoTls,
     #[error("no TLS with the endpoint ({0}): is it an agent of this job, and of the same release?")]
-    Tls(rustls::Error),
+    Tls(tls::Problem),
     #[error(transparent)]
     Frame(#[from] FrameError),
     #[error(transparent)]
@@ -158,8 +160,8 @@ pub(crate) enum AuthError {
 impl From<io::Error> for AuthError {
     /// What TLS finds wrong reaches us as an error of reading or writing, and trying again does not help.
     fn from(error: io::Error) -> Self {
-        match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-            Some(problem) => Self::Tls(problem.clone()),
+        match tls::problem(&error) {
+            Some(problem) => Self::Tls(problem),
             None => Self::Io(error),
         }
     }

@@ -20,3 +20,8 @@ pub use auth::Token;
 pub use backend::{Endpoint, EtcdConfig, EtcdTls, Meeting, MeetingConfig, Patience, Place, Role, Session};
 pub use error::Error;
 pub use host::{Host, HostConfig};
+
+/// Whether this build can meet through etcd: its feature `etcd`.
+pub const HAS_ETCD: bool = cfg!(feature = "etcd");
+/// Whether this build can encrypt what agents say: its feature `tls`.
+pub const HAS_TLS: bool = cfg!(feature = "tls");

@@ -18,11 +18,12 @@ pub use run::Launch;
 
 pub use ice_core as core;
 pub use ice_core::{HyperGraph, Run};
-pub use tch;
+pub use {clap, serde_json, tch};
 
 /// What a training program needs, in one import. In the book: `docs/nodes.md#names-to-know`.
 pub mod prelude {
-    pub use clap::Parser;
+    /// For `#[derive(Parser)]`, whose code says `clap::`: a program needs no dependency of that name.
+    pub use clap::{self, Parser};
     pub use ice_core::data::{Dataset, Items, Labelled, Mnist, Split, Stream, items, stream};
     pub use ice_core::meter;
     pub use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};

@@ -30,6 +30,9 @@ pub(super) fn is_dynamic(args: &LaunchArgs, nnodes: u32) -> bool {
 pub(super) fn place(args: &LaunchArgs, nnodes: u32) -> Result<Place, UsageError> {
     if let Some(etcd) = &args.rendezvous.etcd {
         let place = etcd.place(args.master_port.unwrap_or(0))?;
+        if matches!(place, Place::Etcd(_)) && !ice_rendezvous::HAS_ETCD {
+            return Err(UsageError::new("--rdzv-backend", lacks("etcd")));
+        }
         if let Place::Etcd(config) = &place {
             config.check_endpoints().map_err(|problem| UsageError::new("--rdzv-endpoint", problem))?;
             config.check_tls().map_err(|problem| UsageError::new("--rdzv-conf", problem))?;
@@ -82,7 +85,17 @@ fn role(args: &LaunchArgs, nnodes: u32) -> Result<Role, UsageError> {
     })
 }
 
+/// Says that the build lacks a feature.
+fn lacks(feature: &str) -> String {
+    format!(
+        "this program was built without `{feature}`: name that feature where Cargo.toml names ice, or build ice-launch with it"
+    )
+}
+
 fn token(args: &LaunchArgs) -> Result<Option<Token>, UsageError> {
+    if args.rdzv_tls && !ice_rendezvous::HAS_TLS {
+        return Err(UsageError::new("--rdzv-tls", lacks("tls")));
+    }
     match (secret(args)?, args.rdzv_tls) {
         (token, false) => Ok(token),
         (Some(token), true) => Ok(Some(token.over_tls())),

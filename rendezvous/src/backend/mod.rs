@@ -161,10 +161,10 @@ impl Meeting {
                 let port = host.as_ref().map_or(endpoint.port, Host::port);
                 (host, notes, (endpoint.host.clone(), port))
             }
-            Place::Etcd(_) if cfg!(feature = "etcd") => (None, Vec::new(), (String::new(), 0)),
+            Place::Etcd(_) if crate::HAS_ETCD => (None, Vec::new(), (String::new(), 0)),
             Place::Etcd(_) => {
                 return Err(Error::Refused {
-                    problem: "this ice-launch was built without its feature `etcd`".into(),
+                    problem: "this program was built without the feature `etcd`".into(),
                 });
             }
         };

@@ -172,6 +172,7 @@ async fn meet(stream: &mut TcpStream, peer: SocketAddr, shared: &Shared) -> io::
     Ok(Kind::Rank)
 }
 
+#[cfg(feature = "tls")]
 #[cfg(test)]
 mod tests {
     use ice_proto::rendezvous::{KeepAlive, ToCoordinator};

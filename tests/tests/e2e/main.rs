@@ -16,6 +16,7 @@ mod gpt;
 mod hostile;
 mod kills;
 mod leaving;
+mod outside;
 mod python;
 #[path = "../../../rendezvous/src/machine/random.rs"]
 #[expect(dead_code, reason = "the simulation uses the rest")]

@@ -1,11 +1,3 @@
-//! TLS 1.3 between agents and the coordinator, without certificates.
-//!
-//! The coordinator's host makes a key for as long as it lives and shows it as it is (a raw public key, RFC 7250). The agent takes any: who
-//! is at the other end is found out inside, by proofs of the token that hold for this one connection (see [`crate::auth`]).
-//!
-//! Whoever speaks to a side in a way that it does not speak, plain or TLS, is told so by the same seven bytes: a TLS alert. A TLS client
-//! understands it, and no frame starts like it.
-
 use std::io;
 use std::sync::Arc;
 
@@ -21,36 +13,21 @@ use rustls::version::TLS13;
 use rustls::{
     AlertDescription, ClientConfig, ConnectionCommon, DigitallySignedStruct, ServerConfig, SignatureScheme,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Join, ReadHalf, Take, WriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, Join, ReadHalf, Take, WriteHalf};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
+use super::MOST;
 use crate::auth::{AuthError, Channel, timed};
 
-/// The first byte of a TLS connection: a record of the handshake (RFC 8446, section 5.1). No command of the store and no frame starts so.
-pub(crate) const HANDSHAKE: u8 = 0x16;
-/// A fatal alert, `handshake_failure` (RFC 8446, section 6).
-const REFUSAL: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 40];
-/// Bytes that a stranger may send, all in all. Ours needs less than a third.
-const MOST: u64 = 4096;
+/// What TLS finds wrong.
+pub(crate) type Problem = rustls::Error;
+
 /// RFC 9266, section 4.2.
 const BINDING: &[u8] = b"EXPORTER-Channel-Binding";
 
-/// Whether these are the first bytes of an alert.
-pub(crate) fn is_refusal(first: &[u8; 4]) -> bool {
-    first[..2] == REFUSAL[..2]
-}
-
-/// Tells the other end that it is not spoken to in its way, and waits until it has gone.
-pub(crate) async fn refuse(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
-    let part = async {
-        stream.write_all(&REFUSAL).await?;
-        stream.shutdown().await?;
-        // What it has sent and nobody reads would reset the connection, and the alert be lost.
-        let mut rest = stream.take(MOST);
-        while rest.read(&mut [0; 256]).await? > 0 {}
-        Ok(())
-    };
-    timed(part).await
+/// Returns what TLS found wrong with a stream: it reaches the stream's user as an error of reading or writing.
+pub(crate) fn problem(error: &io::Error) -> Option<Problem> {
+    error.get_ref()?.downcast_ref::<rustls::Error>().cloned()
 }
 
 /// A stranger's bytes are counted.
@@ -184,9 +161,10 @@ impl ServerCertVerifier for AnyKey {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{DuplexStream, copy_bidirectional, duplex};
+    use tokio::io::{AsyncWriteExt, DuplexStream, copy_bidirectional, duplex};
     use tokio::time::Instant;
 
+    use super::super::{HANDSHAKE, REFUSAL};
     use super::*;
     use crate::auth::{Token, admit, greet};
 
