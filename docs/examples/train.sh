@@ -12,12 +12,6 @@ cd "$(dirname "$0")" || exit
 # systemd hands the secret over in a folder of its own, which this user alone can read.
 token=${CREDENTIALS_DIRECTORY:-/etc/ice-launch}/token
 
-# `--resume-from latest` is an error if there is no checkpoint, so the first start does without it.
-set --
-for manifest in out/job7_*/ckpts/*/manifest.json; do
-    if [ -e "$manifest" ]; then set -- --resume-from latest; fi
-done
-
 # The host `node0` hosts the endpoint. SIGTERM (`systemctl stop`, a shutdown) is the notice: the
 # node leaves after a checkpoint, and the others continue if 2 are left.
 exec ice-launch --devices 'cuda:*' --nnodes 2:8 \
@@ -25,4 +19,4 @@ exec ice-launch --devices 'cuda:*' --nnodes 2:8 \
     --rdzv-token-file "$token" --rdzv-tls --max-restarts 4 --restart-window 3600 \
     --preempt-notice TERM --shutdown-timeout 240 --log-dir logs --tee 3 -- \
     ./mnist --data data/mnist --epochs 50 --out-dir out \
-    --save-every-steps 500 --keep-checkpoints 3 "$@"
+    --save-every-steps 500 --keep-checkpoints 3 --resume-from auto

@@ -38,8 +38,7 @@ fn examples() -> Vec<String> {
     entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// The words of a shell's command up to what ends it. A quoted part stays one word; `$@` is what the
-/// scripts put into it.
+/// The words of a shell's command up to what ends it. A quoted part stays one word.
 fn words(line: &str) -> Vec<String> {
     let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
     for c in line.chars() {
@@ -56,8 +55,7 @@ fn words(line: &str) -> Vec<String> {
         }
     }
     words.extend(word);
-    let resume = || ["--resume-from", "latest"].map(str::to_owned).to_vec();
-    words.into_iter().flat_map(|word| if word == "$@" { resume() } else { vec![word] }).collect()
+    words
 }
 
 /// The command lines of the launcher in a script, a manifest, a unit or a block of code.

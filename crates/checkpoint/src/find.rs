@@ -1,6 +1,7 @@
 //! Which checkpoint to go on from: the newest valid one wins, a damaged one is reported and skipped.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -15,6 +16,8 @@ const DOWNLOADS: &str = "downloads";
 pub enum ResumeFrom {
     /// The newest valid one of this run id below the output folder.
     Latest,
+    /// As [`ResumeFrom::Latest`], and the beginning if this run id has not saved any yet: what a job script gives whether it starts or continues.
+    Auto,
     /// A checkpoint's folder, or one that holds checkpoints: the newest valid one in it. Or the address of an object store with
     /// checkpoints.
     Path(PathBuf),
@@ -24,7 +27,11 @@ impl FromStr for ResumeFrom {
     type Err = std::convert::Infallible;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Ok(if s == "latest" { Self::Latest } else { Self::Path(s.into()) })
+        Ok(match s {
+            "latest" => Self::Latest,
+            "auto" => Self::Auto,
+            path => Self::Path(path.into()),
+        })
     }
 }
 
@@ -77,7 +84,7 @@ impl Checkpoint {
                 let [own, best] = of_run(path);
                 Self::newest_of(&[path.clone(), own, best], None)
             }
-            ResumeFrom::Latest => {
+            ResumeFrom::Latest | ResumeFrom::Auto => {
                 let all: Vec<_> = folders(out_dir).iter().flat_map(|run| of_run(run)).collect();
                 Self::newest_of(&all, Some(run_id))
             }
@@ -85,12 +92,50 @@ impl Checkpoint {
         found.ok_or_else(|| {
             Error::NotFound(match from {
                 ResumeFrom::Path(path) => format!("--resume-from {}: no valid checkpoint there", path.display()),
+                ResumeFrom::Auto => format!(
+                    "--resume-from auto: run id `{run_id}` has checkpoints below {}, and none is valid: repair or remove them",
+                    out_dir.display()
+                ),
                 ResumeFrom::Latest => format!(
                     "--resume-from latest: no valid checkpoint of run id `{run_id}` below {}: check --out-dir and --run-id",
                     out_dir.display()
                 ),
             })
         })
+    }
+
+    /// As [`Checkpoint::find`]. `None` for [`ResumeFrom::Auto`] if the run id has no checkpoint that it could resume from, not even a damaged one:
+    /// nothing is lost by beginning.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::find`], and [`Error::Io`] if the output folder cannot be read.
+    pub fn find_if_any(from: &ResumeFrom, out_dir: &Path, run_id: &str) -> Result<Option<Self>> {
+        if *from == ResumeFrom::Auto && !Self::has_any(out_dir, run_id)? {
+            return Ok(None);
+        }
+        Self::find(from, out_dir, run_id).map(Some)
+    }
+
+    /// Whether this run id has checkpoints of whole graphs, damaged ones included. The folder of a run is `<run id>_<stamp>`, and at most one `_`
+    /// is in the stamp.
+    fn has_any(out_dir: &Path, run_id: &str) -> Result<bool> {
+        match fs::read_dir(out_dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            entries => entries.map(drop).map_err(Error::io(out_dir))?,
+        }
+        let is_named = |name: &str| {
+            let stamp = name.strip_prefix(run_id).and_then(|rest| rest.strip_prefix('_'));
+            stamp.is_some_and(|stamp| stamp.matches('_').count() <= 1)
+        };
+        let is_of_run = |run: &Path, manifest: &Result<Manifest>| match manifest {
+            Ok(manifest) => manifest.run_id == run_id && manifest.tags.is_none(),
+            Err(_) => run.file_name().is_some_and(|name| is_named(&name.to_string_lossy())),
+        };
+        Ok(folders(out_dir).iter().any(|run| {
+            let all =
+                [run.join(CHECKPOINTS), run.join(BEST)].into_iter().flat_map(|holder| candidates(&holder));
+            all.into_iter().any(|candidate| is_of_run(run, &candidate.manifest))
+        }))
     }
 
     #[cfg(feature = "object-store")]

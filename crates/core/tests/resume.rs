@@ -310,3 +310,24 @@ fn random_numbers_of_an_evaluation_are_the_same_after_a_resume_and_others_in_eac
     assert_eq!(measured(out.path(), Some("E1S2")), whole);
     assert_eq!(measured(out.path(), Some("E2S4")), whole[1..]);
 }
+
+#[test]
+fn auto_begins_where_nothing_was_saved_and_resumes_later_but_not_past_damage() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("not/yet");
+    let run = |epochs| Options { from: Some(ResumeFrom::Auto), epochs, ..Options::new(&out) }.run();
+    // What another run has saved, and what is damaged of it, is not this one's.
+    fs::create_dir_all(out.join("none_other_1129_ab/ckpts/E0S1")).unwrap();
+    run(1).unwrap();
+    assert_eq!(names(&out.join("none_local/ckpts")), ["E1S6", "latest"]);
+    run(2).unwrap();
+    assert_eq!(names(&out.join("none_local/ckpts")), ["E1S6", "E2S12", "latest"]);
+    let whole = tempfile::tempdir().unwrap();
+    Options { epochs: 2, ..Options::new(whole.path()) }.run().unwrap();
+    assert_eq!(bits(&out, "E2S12"), bits(whole.path(), "E2S12"), "it has resumed");
+    for name in ["E1S6", "E2S12"] {
+        fs::write(saved(&out, name).join("manifest.json"), "{").unwrap();
+    }
+    let problem = run(3).unwrap_err().to_string();
+    assert!(problem.contains("`none` has checkpoints") && problem.contains("none is valid"), "{problem}");
+}

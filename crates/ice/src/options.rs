@@ -24,8 +24,9 @@ pub struct RunOptions {
     #[arg(long, value_name = "STEPS", help_heading = "Run")]
     pub save_every_steps: Option<NonZeroU64>,
 
-    /// Go on from a checkpoint: its folder, or `latest` for the newest of this run id below the output folder.
-    #[arg(long, value_name = "PATH|latest", help_heading = "Run")]
+    /// Resume from a checkpoint: its folder, or `latest` for the newest of this run id below the output folder, or `auto` for that, or the
+    /// beginning if there is none yet.
+    #[arg(long, value_name = "PATH|latest|auto", help_heading = "Run")]
     pub resume_from: Option<ResumeFrom>,
 
     /// Begin with the parameters in a safetensors file, under the names of a checkpoint's model.safetensors, or PyTorch's alone where one

@@ -51,7 +51,7 @@ impl Run<'_> {
             match (own, &self.config.resume_from) {
                 (Some(own), _) => Ok(Some(own)),
                 (None, Some(from)) => {
-                    Checkpoint::find(from, &self.config.out_dir, self.worker.run_id()).map(Some)
+                    Checkpoint::find_if_any(from, &self.config.out_dir, self.worker.run_id())
                 }
                 (None, None) => Ok(None),
             }
