@@ -37,7 +37,7 @@ pub use manifest::{Best, Better, Counts, FORMAT_VERSION, FileInfo, Manifest};
 pub use read::{Checkpoint, Piece};
 #[cfg(feature = "object-store")]
 pub use remote::Remote;
-pub use staging::{Staging, remove_leftovers};
+pub use staging::{Staging, probe, remove_abandoned, remove_leftovers};
 pub use stream::{CHUNK, forget_contents, verify_file, write_file};
 
 /// Whether what should be a path is the address of an object store.

@@ -1,12 +1,11 @@
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::catalog::{Catalog, Section};
 use crate::header::Header;
-use crate::stream::file_info;
+use crate::stream::{file_info, open_regular};
 use crate::{CHUNK, Counts, Error, FileInfo, Manifest, Result, verify_file};
 
 /// A checkpoint that was read once, whole, and found to be what was written. Its tensors stay on the disk.
@@ -38,11 +37,7 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Self> {
         let manifest = Manifest::read(path)?;
         for (name, info) in &manifest.files {
-            let file = path.join(name);
-            if Path::new(name).components().count() != 1 {
-                return Err(Error::checkpoint(&file, "lies outside of its checkpoint"));
-            }
-            verify_file(&file, info)?;
+            verify(path, name, info)?;
         }
         let catalog = Self::read_catalog(path, &manifest)?;
         Ok(Self { path: path.to_owned(), manifest, catalog })
@@ -56,8 +51,9 @@ impl Checkpoint {
     pub fn of_parameters(file: &Path, prefix: impl FnOnce(&[&str]) -> String) -> Result<Self> {
         let missing = |error: std::io::Error| Error::NotFound(format!("{}: {error}", file.display()));
         let fail = |problem: String| Error::checkpoint(file, problem);
-        let info = file_info(&File::open(file).map_err(missing)?).map_err(|error| fail(error.to_string()))?;
-        let mut reader = BufReader::new(File::open(file).map_err(missing)?);
+        let info =
+            file_info(&open_regular(file).map_err(missing)?).map_err(|error| fail(error.to_string()))?;
+        let mut reader = BufReader::new(open_regular(file).map_err(missing)?);
         let mut header = Header::read(&mut reader, info.bytes).map_err(fail)?;
         let keys: Vec<_> = header.tensors.iter().map(|tensor| tensor.entry.key.as_str()).collect();
         let prefix = prefix(&keys);
@@ -79,7 +75,7 @@ impl Checkpoint {
             Ok(manifest) => manifest,
             Err(error) => return vec![error],
         };
-        let files = manifest.files.iter().map(|(name, info)| verify_file(&path.join(name), info));
+        let files = manifest.files.iter().map(|(name, info)| verify(path, name, info));
         let damage: Vec<_> = files.filter_map(Result::err).collect();
         match damage.is_empty() {
             true => Self::headers(path, &manifest).err().into_iter().collect(),
@@ -129,7 +125,7 @@ impl Checkpoint {
             let Some(section) = Section::of(name) else { continue };
             let file = path.join(name);
             let fail = |problem: String| Error::checkpoint(&file, problem);
-            let mut reader = BufReader::new(File::open(&file).map_err(|error| fail(error.to_string()))?);
+            let mut reader = BufReader::new(open_regular(&file).map_err(|error| fail(error.to_string()))?);
             let header = Header::read(&mut reader, info.bytes).map_err(fail)?;
             catalog.add(section, name, header.data_start, header.tensors).map_err(fail)?;
         }
@@ -164,7 +160,7 @@ impl Checkpoint {
         for extent in &saved.extents {
             let path = self.path.join(&extent.file);
             let (start, len) = ((extent.start * width / 8) as usize, (extent.len * width / 8) as usize);
-            File::open(&path)
+            open_regular(&path)
                 .and_then(|file| file.read_exact_at(&mut bytes[start..start + len], extent.offset))
                 .map_err(|error| Error::checkpoint(&path, error))?;
         }
@@ -212,7 +208,7 @@ impl Checkpoint {
         for (name, pieces) in self.pieces() {
             let path = self.path.join(name);
             let fail = |error: std::io::Error| Error::checkpoint(&path, error);
-            let mut file = File::open(&path).map_err(fail)?;
+            let mut file = open_regular(&path).map_err(fail)?;
             let info = self.manifest.files[name];
             let (mut at, mut crc) = (0, 0);
             let mut fill = |buffer: &mut Vec<u8>, len: u64| {
@@ -239,5 +235,15 @@ impl Checkpoint {
             }
         }
         Ok(())
+    }
+}
+
+/// Checks that a file of the manifest lies in the checkpoint and is what was written.
+fn verify(checkpoint: &Path, name: &str, info: &FileInfo) -> Result<()> {
+    let file = checkpoint.join(name);
+    let mut parts = Path::new(name).components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(_)), None) => verify_file(&file, info),
+        _ => Err(Error::checkpoint(&file, "lies outside of its checkpoint")),
     }
 }

@@ -4,21 +4,25 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock};
 
 use crate::manifest::FileInfo;
-use crate::{Error, LATEST, MANIFEST, Manifest, Result, write_file};
+use crate::{BEST, CHECKPOINTS, Error, LATEST, MANIFEST, Manifest, Result, write_file};
 
 const PARTIAL: &str = "partial";
 const REPLACED: &str = "replaced";
 const REMOVED: &str = "removed";
 
 /// The hidden folder that a checkpoint is written in. Several processes may fill it; one of them commits it.
+///
+/// Each of them holds a shared lock on the folder, so that [`remove_abandoned`] of another run leaves it alone.
 #[derive(Debug, Clone)]
 pub struct Staging {
     folder: PathBuf,
     beside: PathBuf,
+    _lock: Arc<File>,
 }
 
 impl Staging {
@@ -36,7 +40,10 @@ impl Staging {
         }
         let beside = hidden(folder, &format!("{attempt}.{PARTIAL}"));
         fs::create_dir_all(&beside).map_err(Error::io(&beside))?;
-        Ok(Self { folder: folder.to_owned(), beside })
+        let lock = File::open(&beside).map_err(Error::io(&beside))?;
+        // A file system without locks refuses the lock that removes the folder, too.
+        let _ = flock(&lock, FlockOperation::NonBlockingLockShared);
+        Ok(Self { folder: folder.to_owned(), beside, _lock: Arc::new(lock) })
     }
 
     /// Removes what earlier attempts at saving this checkpoint have left. To be called by one of those who write it.
@@ -184,6 +191,63 @@ pub fn remove_leftovers(checkpoints: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Removes what killed runs of this id have left half written in folders of their own, `<out_dir>/<run id>_<stamp>`.
+///
+/// A folder that a process holds stays, and one of which that is not known, since the file system has no locks. What cannot be
+/// removed is a warning.
+pub fn remove_abandoned(out_dir: &Path, run_id: &str) {
+    let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
+    let name = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+    let is_run = |entry: &fs::DirEntry| {
+        name(entry).strip_prefix(run_id).and_then(|rest| rest.strip_prefix('_')).is_some_and(is_stamp)
+    };
+    for run in entries(out_dir).filter(is_run) {
+        for holder in [CHECKPOINTS, BEST].map(|holder| run.path().join(holder)) {
+            for left in entries(&holder) {
+                let name = name(&left);
+                if name.starts_with('.') && name.ends_with(&format!(".{PARTIAL}")) {
+                    remove_unless_held(&left.path());
+                }
+            }
+        }
+    }
+}
+
+/// Whether this ends the name of a run's folder: `<MMDDHHmm>_<random>`, or `local`. Other run ids may begin alike.
+fn is_stamp(text: &str) -> bool {
+    let dated = text.split_once('_').is_some_and(|(date, random)| {
+        date.len() == 8 && date.bytes().all(|byte| byte.is_ascii_digit()) && !random.contains('_')
+    });
+    dated || text == "local"
+}
+
+fn remove_unless_held(folder: &Path) {
+    let Ok(lock) = File::open(folder) else { return };
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return;
+    }
+    if let Err(error) = remove_if_there(folder) {
+        tracing::warn!("{error}");
+    }
+}
+
+/// Checks that checkpoints can be written in a folder, by what a save does: writes, syncs and renames a small file.
+///
+/// # Errors
+/// [`Error::Io`] names the folder and what failed.
+pub fn probe(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let [written, renamed] =
+        ["new", "old"].map(|name| folder.join(format!(".probe.{}.{name}", std::process::id())));
+    let probed = write_file(&written, &[b"probe"])
+        .and_then(|_| fs::rename(&written, &renamed).map_err(Error::io(&renamed)))
+        .and_then(|()| sync_folder(folder));
+    for file in [written, renamed] {
+        let _ = fs::remove_file(file);
+    }
+    probed
+}
+
 /// Removes a checkpoint so that no half of it is ever seen.
 pub(crate) fn remove(checkpoint: &Path) -> Result<()> {
     let removed = hidden(checkpoint, REMOVED);
@@ -256,6 +320,42 @@ mod tests {
         assert_eq!(left, [".somebody.else", "E0S1", "E0S3"]);
         let step = |name: &str| Manifest::read(&out.path().join(name)).unwrap().counters.train_steps;
         assert_eq!((step("E0S1"), step("E0S3")), (1, 3));
+    }
+
+    #[test]
+    fn abandoned_attempts_of_other_runs_are_removed_unless_held() {
+        let out = tempfile::tempdir().unwrap();
+        let begin = |run: &str, holder: &str| {
+            Staging::begin(&out.path().join(run).join(holder).join("E0S2"), "x").unwrap()
+        };
+        let held = begin("job_11290903_ab12", CHECKPOINTS);
+        drop(begin("job_11280101_cd34", CHECKPOINTS));
+        drop(begin("job_11280101_cd34", BEST));
+        drop(begin("job_a_11280101_cd34", CHECKPOINTS));
+        save(&out.path().join("job_11280101_cd34").join(CHECKPOINTS).join("E0S1"), 1);
+        remove_abandoned(out.path(), "job");
+        let left = |run: &str, holder: &str| {
+            let mut names = names(&out.path().join(run).join(holder));
+            names.retain(|name| name != LATEST);
+            names
+        };
+        assert_eq!(left("job_11290903_ab12", CHECKPOINTS), [".E0S2.x.partial"]);
+        assert_eq!(left("job_11280101_cd34", CHECKPOINTS), ["E0S1"]);
+        assert!(left("job_11280101_cd34", BEST).is_empty());
+        assert_eq!(left("job_a_11280101_cd34", CHECKPOINTS), [".E0S2.x.partial"]);
+        drop(held);
+        remove_abandoned(out.path(), "job");
+        assert!(left("job_11290903_ab12", CHECKPOINTS).is_empty());
+    }
+
+    #[test]
+    fn folder_that_cannot_be_written_is_named() {
+        let out = tempfile::tempdir().unwrap();
+        probe(&out.path().join("new/run")).unwrap();
+        assert!(names(&out.path().join("new/run")).is_empty());
+        fs::write(out.path().join("file"), "").unwrap();
+        let message = probe(&out.path().join("file/run")).unwrap_err().to_string();
+        assert!(message.contains("file/run"), "{message}");
     }
 
     #[test]

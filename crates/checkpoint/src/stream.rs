@@ -1,8 +1,8 @@
 //! Files in pieces: written and checked as they pass, so that nothing is copied whole.
 
-use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
@@ -80,13 +80,23 @@ pub(crate) fn file_info(file: &File) -> std::io::Result<FileInfo> {
     Ok(FileInfo { bytes, crc32c: checksum(file, bytes)? })
 }
 
+/// Opens a regular file for reading. Anything else is an error: opening a FIFO would wait for a writer for ever.
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("is not a regular file")),
+    }
+}
+
 /// Reads the whole file and compares it with what was written.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] says what differs.
 pub fn verify_file(path: &Path, written: &FileInfo) -> Result<()> {
     let fail = |error: std::io::Error| Error::checkpoint(path, error);
-    let file = File::open(path).map_err(fail)?;
+    let file = open_regular(path).map_err(fail)?;
     let bytes = file.metadata().map_err(fail)?.len();
     if bytes != written.bytes {
         return Err(Error::checkpoint(

@@ -109,3 +109,31 @@ fn differences_and_damage_are_named() {
         assert_eq!((code, text.contains(name)), (1, true), "{text}");
     }
 }
+
+#[test]
+fn file_outside_of_the_checkpoint_and_fifo_are_damage() {
+    let out = tempfile::tempdir().unwrap();
+    let path = |name: &str| out.path().join(name).to_str().unwrap().to_owned();
+    checkpoint(&out.path().join("a"), [1.0; 4]);
+    let mut manifest = Manifest::read(&out.path().join("a")).unwrap();
+    let info = ice_checkpoint::write_file(&out.path().join("outside"), &[b"abc"]).unwrap();
+    manifest.files.insert("../outside".into(), info);
+    fs::write(out.path().join("a/manifest.json"), manifest.to_bytes().unwrap()).unwrap();
+    let (code, text) = run(&["verify", &path("a")]);
+    assert_eq!((code, text.contains("outside: lies outside of its checkpoint")), (1, true), "{text}");
+
+    for name in ["manifest.json", "model.safetensors"] {
+        checkpoint(&out.path().join("b"), [1.0; 4]);
+        let file = out.path().join("b").join(name);
+        fs::remove_file(&file).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &file, rustix::fs::Mode::RWXU).unwrap();
+        let (code, text) = run(&["verify", &path("b")]);
+        assert_eq!((code, text.contains("is not a regular file")), (1, true), "{text}");
+    }
+    let file = fs::File::create(out.path().join("c.json")).unwrap();
+    file.set_len(65 << 20).unwrap();
+    fs::create_dir(out.path().join("c")).unwrap();
+    fs::rename(out.path().join("c.json"), out.path().join("c/manifest.json")).unwrap();
+    let (code, text) = run(&["verify", &path("c")]);
+    assert_eq!((code, text.contains("a manifest may have")), (1, true), "{text}");
+}

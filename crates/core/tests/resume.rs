@@ -331,3 +331,44 @@ fn auto_begins_where_nothing_was_saved_and_resumes_later_but_not_past_damage() {
     let problem = run(3).unwrap_err().to_string();
     assert!(problem.contains("`none` has checkpoints") && problem.contains("none is valid"), "{problem}");
 }
+
+#[test]
+fn output_folder_that_cannot_be_written_is_an_error_before_the_first_task() {
+    let out = tempfile::tempdir().unwrap();
+    // The tests may run as root, whom no permission stops: nobody makes a folder in /proc.
+    let proc = Path::new("/proc/none");
+    for (folder, saves) in [(proc, true), (proc, false), (out.path(), true)] {
+        let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = Rc::new(RefCell::new(false));
+        let note = Rc::clone(&begun);
+        let mut tasks = Repeat::once().call(move |_| {
+            *note.borrow_mut() = true;
+            Ok(())
+        });
+        if saves {
+            tasks = tasks.then(SaveCheckpoint::new());
+        }
+        let config = RunConfig { out_dir: folder.to_owned(), ..RunConfig::default() };
+        let worker = Rc::new(Worker::alone(Device::Cpu));
+        let outcome = Run::execute(&graph(4), &tasks, worker, config);
+        let works = folder != proc || !saves;
+        assert_eq!((outcome.is_ok(), *begun.borrow()), (works, works), "{outcome:?}");
+        if let Err(error) = outcome {
+            assert!(error.to_string().contains("/proc/none"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn half_written_checkpoint_of_a_killed_run_of_the_same_id_is_removed() {
+    let out = tempfile::tempdir().unwrap();
+    Options::new(out.path()).run().unwrap();
+    let first = fs::read_dir(out.path()).unwrap().next().unwrap().unwrap().file_name();
+    let id = first.to_str().unwrap().strip_suffix("_local").unwrap().to_owned();
+    let left = |run: &str| out.path().join(run).join("ckpts/.E1S1.1-0.partial");
+    let (own, other) = (left(&format!("{id}_01020304_0123abcd")), left("other_01020304_0123abcd"));
+    fs::create_dir_all(&own).unwrap();
+    fs::create_dir_all(&other).unwrap();
+    Options::new(out.path()).run().unwrap();
+    assert_eq!((own.exists(), other.exists()), (false, true));
+}

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ice_checkpoint::{BEST, CHECKPOINTS, candidates, remove_leftovers};
+use ice_checkpoint::{BEST, CHECKPOINTS, candidates, probe, remove_abandoned, remove_leftovers};
 
 use crate::checkpoint::{Best, Better, Keep, Manifest, Request, Selection};
 use crate::ranks::decide;
@@ -75,16 +75,25 @@ impl Run<'_> {
         }
     }
 
-    /// Removes what a killed process of this run has left half written.
+    /// Checks that the run's folder can be written, if the run is to save, and removes what killed processes of this run id have
+    /// left half written.
     pub(super) fn remove_leftovers(&self) -> Result<()> {
+        if self.is_to_save() {
+            probe(&self.folder)?;
+        }
+        remove_abandoned(&self.config.out_dir, self.worker.run_id());
         for holder in [CHECKPOINTS, BEST] {
             remove_leftovers(&self.folder.join(holder))?;
         }
         Ok(())
     }
 
+    fn is_to_save(&self) -> bool {
+        self.config.save_every_steps.is_some() || self.tasks.saves()
+    }
+
     pub(super) fn prepare_to_save(&self) {
-        if self.config.save_every_steps.is_some() || self.tasks.saves() {
+        if self.is_to_save() {
             self.writer.borrow_mut().prepare(self.graph);
         }
     }
