@@ -28,7 +28,7 @@ struct Options {
     /// Share of activations that dropout zeroes.
     #[arg(long, default_value_t = 0.25)]
     dropout: f64,
-    /// End training after this many steps instead.
+    /// Steps per epoch. Default: one pass over the images.
     #[arg(long)]
     steps: Option<u64>,
     #[command(flatten)]
