@@ -116,20 +116,15 @@ impl Checkpoint {
         Self::find(from, out_dir, run_id).map(Some)
     }
 
-    /// Whether this run id has checkpoints of whole graphs, damaged ones included. The folder of a run is `<run id>_<stamp>`, and at most one `_`
-    /// is in the stamp.
+    /// Whether this run id has checkpoints of whole graphs, damaged ones included.
     fn has_any(out_dir: &Path, run_id: &str) -> Result<bool> {
         match fs::read_dir(out_dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             entries => entries.map(drop).map_err(Error::io(out_dir))?,
         }
-        let is_named = |name: &str| {
-            let stamp = name.strip_prefix(run_id).and_then(|rest| rest.strip_prefix('_'));
-            stamp.is_some_and(|stamp| stamp.matches('_').count() <= 1)
-        };
         let is_of_run = |run: &Path, manifest: &Result<Manifest>| match manifest {
             Ok(manifest) => manifest.run_id == run_id && manifest.tags.is_none(),
-            Err(_) => run.file_name().is_some_and(|name| is_named(&name.to_string_lossy())),
+            Err(_) => run.file_name().is_some_and(|name| is_named_for(&name.to_string_lossy(), run_id)),
         };
         Ok(folders(out_dir).iter().any(|run| {
             let all =
@@ -169,6 +164,12 @@ impl Checkpoint {
         }
         fitting.iter().rev().find_map(|path| Self::open(path).inspect_err(|error| warn(path, error)).ok())
     }
+}
+
+/// Whether a folder has the name of a run of this id: `<run id>_<stamp>`, with at most one `_` in the stamp.
+pub(crate) fn is_named_for(folder: &str, run_id: &str) -> bool {
+    let stamp = folder.strip_prefix(run_id).and_then(|rest| rest.strip_prefix('_'));
+    stamp.is_some_and(|stamp| stamp.matches('_').count() <= 1)
 }
 
 /// The visible folders in a folder, links aside; none where it cannot be read.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock};
 
+use crate::find::is_named_for;
 use crate::manifest::FileInfo;
 use crate::{BEST, CHECKPOINTS, Error, LATEST, MANIFEST, Manifest, Result, write_file};
 
@@ -198,10 +199,7 @@ pub fn remove_leftovers(checkpoints: &Path) -> Result<()> {
 pub fn remove_abandoned(out_dir: &Path, run_id: &str) {
     let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
     let name = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
-    let is_run = |entry: &fs::DirEntry| {
-        name(entry).strip_prefix(run_id).and_then(|rest| rest.strip_prefix('_')).is_some_and(is_stamp)
-    };
-    for run in entries(out_dir).filter(is_run) {
+    for run in entries(out_dir).filter(|entry| is_named_for(&name(entry), run_id)) {
         for holder in [CHECKPOINTS, BEST].map(|holder| run.path().join(holder)) {
             for left in entries(&holder) {
                 let name = name(&left);
@@ -211,14 +209,6 @@ pub fn remove_abandoned(out_dir: &Path, run_id: &str) {
             }
         }
     }
-}
-
-/// Whether this ends the name of a run's folder: `<MMDDHHmm>_<random>`, or `local`. Other run ids may begin alike.
-fn is_stamp(text: &str) -> bool {
-    let dated = text.split_once('_').is_some_and(|(date, random)| {
-        date.len() == 8 && date.bytes().all(|byte| byte.is_ascii_digit()) && !random.contains('_')
-    });
-    dated || text == "local"
 }
 
 fn remove_unless_held(folder: &Path) {

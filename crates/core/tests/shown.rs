@@ -11,7 +11,10 @@ use std::rc::Rc;
 
 use common::{Line, as_ranks, on_ranks};
 use ice_core::optim::Sgd;
-use ice_core::{DatasetNode, HyperGraph, LossNode, ModuleNode, Probe, Repeat, Run, RunConfig, Task};
+use ice_core::{
+    DatasetNode, HyperGraph, LossNode, ModuleNode, Probe, Repeat, ResumeFrom, Run, RunConfig, SaveCheckpoint,
+    Task,
+};
 use tch::{Kind, nn};
 
 fn graph() -> HyperGraph {
@@ -129,4 +132,28 @@ fn scalars_of_nodes_are_shown_once_in_each_step_that_counts() {
     let events: Vec<u8> = events.flatten().collect();
     let tag = b"own/weight";
     assert_eq!(events.windows(tag.len()).filter(|window| window == tag).count(), 4);
+}
+
+#[test]
+fn events_of_resumed_runs_share_a_folder_if_one_is_given() {
+    let out = tempfile::tempdir().unwrap();
+    let events = out.path().join("curve");
+    for epochs in [1, 2] {
+        as_ranks(2, |worker| {
+            let config = RunConfig {
+                out_dir: out.path().to_owned(),
+                events_dir: Some(events.clone()),
+                log_every: NonZeroU64::new(1),
+                resume_from: Some(ResumeFrom::Auto),
+                ..RunConfig::default()
+            };
+            let tasks = Repeat::new(epochs).then(Task::train("train")).then(SaveCheckpoint::new());
+            Run::execute(&graph(), &tasks, Rc::new(worker), config).unwrap();
+        });
+    }
+    let files = |folder: &std::path::Path| {
+        let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().contains("tfevents")).count()
+    };
+    assert_eq!((files(&events), files(&out.path().join("none_local"))), (2, 0));
 }

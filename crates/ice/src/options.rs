@@ -66,6 +66,10 @@ pub struct RunOptions {
     /// Show the losses of every such training step as TensorBoard events, in the run's folder; 0 for the ends of epochs alone.
     #[arg(long, value_name = "STEPS", default_value_t = 50, help_heading = "Run")]
     pub log_every: u64,
+
+    /// Folder of the TensorBoard events. Default: the run's folder. With the same folder, resumed jobs continue one curve.
+    #[arg(long, value_name = "DIR", help_heading = "Run")]
+    pub events_dir: Option<PathBuf>,
 }
 
 /// What becomes of batches that are given per rank when nodes come or go.
@@ -97,6 +101,7 @@ impl RunOptions {
                 strict: !self.resume_if_it_fits,
             },
             log_every: NonZeroU64::new(self.log_every),
+            events_dir: self.events_dir.clone(),
             copy_shards_every: NonZeroU64::new(self.copy_shards_every),
             check_finite: self.check_finite,
             elastic_batch: match self.elastic_batch {

@@ -35,16 +35,15 @@ impl Board {
 
     /// Begins a new file in the folder. Where there are others of this run, they count up to `step`, in which the run goes on.
     pub(crate) fn open(&mut self, folder: &Path, step: u64, hparams: &[(String, HParam)]) {
-        let (writer, is_first) = match Writer::open(folder) {
-            Ok(opened) => opened,
+        let writer = match Writer::open(folder) {
+            Ok(writer) => writer,
             // What is shown of a run is not worth its end.
             Err(error) => return tracing::warn!("no TensorBoard events in {}: {error}", folder.display()),
         };
         self.writer = Some(writer);
         self.write(0, Content::Version);
-        if !is_first || step > 0 {
-            self.write(step + 1, Content::SessionStart);
-        }
+        // TensorBoard's loader in Python takes back nothing at the first start that it sees, so the first file has one, too.
+        self.write(step + 1, Content::SessionStart);
         if !hparams.is_empty() {
             self.write(step, Content::Summary(vec![hparams::start(hparams, seconds())]));
         }
@@ -102,4 +101,34 @@ fn seconds() -> f64 {
 fn clean(tag: &str) -> String {
     let allowed = |c: char| c.is_alphanumeric() || "-_./".contains(c);
     tag.chars().map(|c| if allowed(c) { c } else { '_' }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn every_file_says_where_its_session_starts_the_first_included() {
+        let folder = tempfile::tempdir().unwrap();
+        for step in [0, 5] {
+            let mut board = Board::new(None);
+            board.open(folder.path(), step, &[]);
+            board.finish(step, None);
+        }
+        let mut files: Vec<_> =
+            fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        let steps: Vec<_> = files
+            .iter()
+            .map(|file| {
+                let bytes = fs::read(file).unwrap();
+                // The step as a varint, and the start of a session as a message of one field.
+                let at = bytes.windows(4).position(|window| window == [0x3a, 2, 8, 1]).unwrap();
+                (bytes[at - 2], bytes[at - 1])
+            })
+            .collect();
+        assert_eq!(steps, [(0x10, 1), (0x10, 6)]);
+    }
 }

@@ -57,6 +57,9 @@ pub struct RunConfig {
     /// Shows the losses, learning rates and speed of every such training step as TensorBoard events; `None` for the ends of epochs
     /// alone.
     pub log_every: Option<NonZeroU64>,
+    /// Folder of the TensorBoard events; `None` for the run's own folder. Runs that resume from each other with one folder continue
+    /// one curve.
+    pub events_dir: Option<PathBuf>,
     /// What becomes of the batches when nodes come or go.
     pub elastic_batch: ElasticBatch,
     /// Whenever so many training steps are done, each rank gives another, of another node where there is one, a copy of what it alone has of
@@ -78,6 +81,7 @@ impl Default for RunConfig {
             init_from: None,
             checkpoints: CheckpointOptions::default(),
             log_every: NonZeroU64::new(50),
+            events_dir: None,
             elastic_batch: ElasticBatch::default(),
             copy_shards_every: NonZeroU64::new(20),
             check_finite: false,

@@ -26,7 +26,8 @@ impl Run<'_> {
         let given = self.graph.hparams();
         let own = own.into_iter().filter(|(name, _)| given.iter().all(|(given, _)| given != name));
         let hparams: Vec<_> = given.iter().cloned().chain(own).collect();
-        self.board.borrow_mut().open(&self.folder, self.counters.train_steps(), &hparams);
+        let folder = self.config.events_dir.as_deref().unwrap_or(&self.folder);
+        self.board.borrow_mut().open(folder, self.counters.train_steps(), &hparams);
     }
 
     /// A run that was stopped has neither succeeded nor failed.
