@@ -20,8 +20,8 @@ pub struct Outputs<'a> {
     running: RefCell<Vec<Running>>,
     /// Datasets that have run.
     datasets: Cell<u32>,
-    /// Samples of all ranks, of the first dataset that ran.
-    samples: Cell<u64>,
+    /// How the samples of the first of them are spread over the ranks.
+    first_share: Cell<Option<Share>>,
 }
 
 /// What a node has made.
@@ -43,8 +43,8 @@ struct Running {
 impl<'a> Outputs<'a> {
     pub(crate) fn new(graph: &'a ExecutableGraph, worker: &'a Worker, train: bool) -> Self {
         let values = RefCell::new((0..graph.entries().len()).map(|_| None).collect());
-        let (running, datasets, samples) = Default::default();
-        Self { graph, worker, train, values, running, datasets, samples }
+        let (running, datasets, first_share) = Default::default();
+        Self { graph, worker, train, values, running, datasets, first_share }
     }
 
     /// The output of the node `name`, as the type that the node makes.
@@ -157,6 +157,11 @@ impl<'a> Outputs<'a> {
     /// epoch.
     pub fn share(&self) -> Result<Share> {
         let sources = self.running.borrow().last().map_or(u64::MAX, |running| running.sources);
+        if let (1, Some(share)) = (self.datasets.get(), self.first_share.get())
+            && sources != 0
+        {
+            return Ok(share);
+        }
         let values = self.values.borrow();
         let mut shares = values.iter().enumerate().filter_map(|(index, made)| {
             let (bit, share) = made.as_ref()?.share?;
@@ -197,7 +202,7 @@ impl<'a> Outputs<'a> {
     pub(crate) fn set_share(&self, share: Share) -> Result<()> {
         let number = self.datasets.get();
         if number == 0 {
-            self.samples.set(share.total);
+            self.first_share.set(Some(share));
         }
         let bit = 1_u64.checked_shl(number);
         let bit = bit.ok_or_else(|| Error::Graph("a task has more than 64 datasets".into()))?;
@@ -209,7 +214,7 @@ impl<'a> Outputs<'a> {
     }
 
     pub(crate) fn samples(&self) -> u64 {
-        self.samples.get()
+        self.first_share.get().map_or(0, |share| share.total)
     }
 
     pub(crate) fn run_all(&self) -> Result<()> {

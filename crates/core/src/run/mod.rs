@@ -304,24 +304,25 @@ impl<'a> Run<'a> {
 
     /// The iteration of an evaluation that this run is at. Returns the samples of all ranks.
     pub(crate) fn eval_step(&self, graph: &ExecutableGraph) -> Result<u64> {
-        // The byte keeps its numbers apart from those of training steps.
-        self.seed_from(&[1], self.counters.eval_steps());
+        self.seed_from(false, self.counters.eval_steps());
         graph.eval_step(&self.worker)
     }
 
     /// Makes the random numbers of a training step a function of the seed, the rank and the step, so that a resumed run
     /// draws what an undisturbed one would have drawn.
     fn seed_step(&self) {
-        self.seed_from(&[], self.counters.train_steps());
+        self.seed_from(true, self.counters.train_steps());
     }
 
-    fn seed_from(&self, domain: &[u8], step: u64) {
-        let mut bytes = [0; 24];
+    fn seed_from(&self, train: bool, step: u64) {
+        // One byte more keeps the numbers of evaluations apart from those of training.
+        let mut bytes = [1; 25];
         bytes[..8].copy_from_slice(&self.config.seed.to_le_bytes());
         bytes[8..16].copy_from_slice(&(self.worker.rank() as u64).to_le_bytes());
-        bytes[16..].copy_from_slice(&step.to_le_bytes());
-        let of = |start| crc32c::crc32c_append(crc32c::crc32c_append(start, &bytes), domain);
-        tch::manual_seed((i64::from(of(!0)) << 31) ^ i64::from(of(0)));
+        bytes[16..24].copy_from_slice(&step.to_le_bytes());
+        let bytes = if train { &bytes[..24] } else { &bytes[..] };
+        let (low, high) = (crc32c::crc32c(bytes), crc32c::crc32c_append(!0, bytes));
+        tch::manual_seed((i64::from(high) << 31) ^ i64::from(low));
     }
 
     pub(crate) fn epoch_ended(&self, measures: &[(String, Measure)], heading: &str, took: Duration) {
