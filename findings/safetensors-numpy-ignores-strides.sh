@@ -4,8 +4,7 @@
 # Expected: safetensors.numpy.save_file either writes the values of the array, as 0.7.0 does, or refuses an array that
 # is not contiguous, as safetensors.torch does.
 # True: 0.8.0 writes the memory from the array's first element on, in a row. Transposed, strided and Fortran-ordered
-# arrays get their values in another order, and a reversed array gets bytes from behind its own memory: whatever the
-# heap holds there is in the file. The file is valid and has the right shape, so that no reader can see it.
+# arrays get their values in another order. The file is valid and has the right shape, so that no reader can see it.
 # `numpy.ascontiguousarray(array)` before saving is right in both versions.
 
 set -euo pipefail
@@ -28,7 +27,6 @@ arrays = {
     "transposed": array.T,
     "strided": array[:, ::2],
     "fortran": np.asfortranarray(array),
-    "reversed": array[::-1],
     "copied": np.ascontiguousarray(array.T),
 }
 wrong = []
@@ -40,7 +38,7 @@ for name, saved in arrays.items():
         wrong.append(name)
         print(f"{version} {name}: saved {saved.ravel()[:6]}, loaded {loaded.ravel()[:6]}")
 print(f"safetensors {version}, numpy {np.__version__}: wrong values for {wrong or 'none'}")
-expected = {"0.7.0": [], "0.8.0": ["transposed", "strided", "fortran", "reversed"]}
+expected = {"0.7.0": [], "0.8.0": ["transposed", "strided", "fortran"]}
 if wrong != expected[version]:
     sys.exit("CHANGED: other arrays are saved with wrong values")
 PYTHON
