@@ -59,11 +59,13 @@ impl EarlyStop {
     }
 
     fn is_better(&self, value: f64, best: Option<f64>) -> bool {
-        match (best, self.better) {
-            (None, _) => !value.is_nan(),
-            (Some(best), Better::Higher) => value > best + self.min_delta,
-            (Some(best), Better::Lower) => value < best - self.min_delta,
-        }
+        // Any number is better than NaN.
+        let best = best.unwrap_or(f64::NAN);
+        let bar = match self.better {
+            Better::Higher => best + self.min_delta,
+            Better::Lower => best - self.min_delta,
+        };
+        self.better.prefers(value, bar)
     }
 }
 
