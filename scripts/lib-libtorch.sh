@@ -24,7 +24,7 @@ usable() {
 # with_torch DIR: wheels with a whole libtorch
 with_torch() { usable "$1/torch"; }
 
-# install NAME CHECK REQUIREMENT...: wheels into .deps/wheels/NAME, complete or not at all; CHECK is told the folder
+# install NAME CHECK REQUIREMENT...: wheels into .deps/wheels/NAME, complete or not at all; CHECK gets the folder
 install() {
     local name=$1 check=$2 dir=$DEPS/wheels/$1 partial=$DEPS/wheels/$1.partial
     shift 2

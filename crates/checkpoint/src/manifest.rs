@@ -151,7 +151,7 @@ impl Manifest {
     /// The bytes of the file, its own checksum included.
     ///
     /// # Errors
-    /// What keeps it from being JSON, or that it is larger than 64 MiB.
+    /// The reason that it is not JSON, or that it is larger than 64 MiB.
     pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
         let sealed = Sealed { manifest: self, manifest_crc32c: "00000000" };
         let mut bytes = serde_json::to_vec_pretty(&sealed).map_err(|error| error.to_string())?;

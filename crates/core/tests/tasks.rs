@@ -118,7 +118,7 @@ fn steps_are_one_epoch_where_that_is_said() {
     assert_eq!(seen(false), (2_u64, 3.5));
 }
 
-/// What every rank notes in the closures of its tasks, which are equal on all ranks.
+/// Notes that every rank takes in the closures of its tasks, which are equal on all ranks.
 fn notes_of_ranks(make: impl Fn(usize, &Notes) -> (HyperGraph, Repeat) + Sync) -> Vec<String> {
     let mut notes = on_ranks(2, |rank| {
         let notes = Notes::default();

@@ -7,7 +7,7 @@ use crate::auth::{AuthError, Channel};
 
 const ABSENT: &str = "this program was built without the feature `tls`";
 
-/// What TLS finds wrong: nothing.
+/// A fault that TLS reports: there are none.
 pub(crate) type Problem = Infallible;
 
 /// Returns `None`: errors of a stream are never those of TLS.

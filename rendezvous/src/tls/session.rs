@@ -19,7 +19,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use super::MOST;
 use crate::auth::{AuthError, Channel, timed};
 
-/// What TLS finds wrong.
+/// A fault that TLS reports.
 pub(crate) type Problem = rustls::Error;
 
 /// RFC 9266, section 4.2.

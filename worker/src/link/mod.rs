@@ -485,7 +485,7 @@ struct InRound {
     rank: u64,
 }
 
-/// What a rank answers if it is asked whether it has left a step.
+/// The answer of a rank to the question whether it has left a step.
 fn answer(has_left: bool, rank: u64) -> u64 {
     if has_left { 0 } else { rank + 1 }
 }

@@ -30,9 +30,9 @@ pub(crate) struct ExecutableGraph {
     place: Cell<StepPlace>,
     /// Of the run; `None` for a graph that is run by hand.
     folder: Option<Rc<Path>>,
-    /// What nodes show of this step.
+    /// Scalars that nodes show of this step.
     scalars: RefCell<Vec<(String, f64)>>,
-    /// What a node wants to leave after this step.
+    /// The most that a node asks to leave after this step.
     asked: Cell<Leave>,
 }
 
@@ -119,7 +119,7 @@ impl ExecutableGraph {
         }
     }
 
-    /// What nodes have shown since this was called last.
+    /// Takes the scalars that nodes have shown since the last call.
     pub(crate) fn take_scalars(&self) -> Vec<(String, f64)> {
         self.scalars.take()
     }
@@ -128,7 +128,7 @@ impl ExecutableGraph {
         self.asked.set(self.asked.get().max(what));
     }
 
-    /// What nodes want to leave since this was called last.
+    /// Takes the most that nodes have asked to leave since the last call.
     pub(crate) fn asked_to_leave(&self) -> Leave {
         self.asked.take()
     }

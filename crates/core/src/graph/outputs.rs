@@ -24,7 +24,7 @@ pub struct Outputs<'a> {
     first_share: Cell<Option<Share>>,
 }
 
-/// What a node has made.
+/// The output of a node, and the datasets behind it.
 struct Made {
     value: Value,
     /// The datasets that it depends on, a bit for each.

@@ -23,7 +23,7 @@ pub(crate) enum Leave {
 }
 
 impl Leave {
-    /// What an error of a node or a closure leaves.
+    /// The part that an error of a node or a closure leaves.
     pub(crate) fn of(error: &Error) -> Self {
         match error.root() {
             Error::StopTask => Self::Task,
@@ -33,10 +33,10 @@ impl Leave {
     }
 }
 
-/// What the run knows of leaving.
+/// The run's wishes and agreements to leave.
 #[derive(Default)]
 pub(super) struct Leaving {
-    /// What this rank wants to leave, and the ranks have not agreed on yet.
+    /// The most that this rank asks to leave, as long as the ranks have not agreed on it.
     asked: Cell<Leave>,
     /// Whether the other ranks of the round were told of a wish of this rank.
     is_published: Cell<bool>,
@@ -66,7 +66,7 @@ impl Run<'_> {
         self.leaving.asked.set(self.leaving.asked.get().max(what));
     }
 
-    /// What the ranks leave after a closure that all of them have run: the most that any of them asks for. Collective.
+    /// Agrees on the part that the ranks leave after a closure that all of them have run: the most that any of them asks for. Collective.
     pub(crate) fn vote(&self) -> Result<Leave> {
         let own = self.leaving.asked.get();
         let votes = gather(&[own as i64], &self.worker)?.concat();

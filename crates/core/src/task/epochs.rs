@@ -28,7 +28,7 @@ pub struct Task {
     whole: bool,
     timed: bool,
     progress: Cell<Progressed>,
-    /// What a node of this rank wants to leave, and the ranks have not agreed on yet.
+    /// The most that a node of this rank asks to leave, as long as the ranks have not agreed on it.
     asked: Cell<Leave>,
 }
 
