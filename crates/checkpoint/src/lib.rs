@@ -21,6 +21,7 @@ mod find;
 mod header;
 mod keep;
 mod manifest;
+mod parameters;
 mod read;
 #[cfg(feature = "object-store")]
 mod remote;

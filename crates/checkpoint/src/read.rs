@@ -1,19 +1,20 @@
 use std::collections::BTreeMap;
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use crate::catalog::{Catalog, Section};
 use crate::header::Header;
-use crate::stream::{file_info, open_regular};
-use crate::{CHUNK, Counts, Error, FileInfo, Manifest, Result, verify_file};
+use crate::parameters::is_file_name;
+use crate::stream::open_regular;
+use crate::{CHUNK, Error, FileInfo, Manifest, Result, verify_file};
 
 /// A checkpoint that was read once, whole, and found to be what was written. Its tensors stay on the disk.
 #[derive(Debug)]
 pub struct Checkpoint {
-    path: PathBuf,
-    manifest: Manifest,
-    catalog: Catalog,
+    pub(crate) path: PathBuf,
+    pub(crate) manifest: Manifest,
+    pub(crate) catalog: Catalog,
 }
 
 /// A few elements of a tensor on their way from a file.
@@ -41,32 +42,6 @@ impl Checkpoint {
         }
         let catalog = Self::read_catalog(path, &manifest)?;
         Ok(Self { path: path.to_owned(), manifest, catalog })
-    }
-
-    /// A safetensors file that belongs to no checkpoint, as one that holds parameters alone. `prefix` is told their keys, and says
-    /// what is put before each.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`] where there is no such file, [`Error::Checkpoint`] where it is no safetensors file.
-    pub fn of_parameters(file: &Path, prefix: impl FnOnce(&[&str]) -> String) -> Result<Self> {
-        let missing = |error: std::io::Error| Error::NotFound(format!("{}: {error}", file.display()));
-        let fail = |problem: String| Error::checkpoint(file, problem);
-        let info =
-            file_info(&open_regular(file).map_err(missing)?).map_err(|error| fail(error.to_string()))?;
-        let mut reader = BufReader::new(open_regular(file).map_err(missing)?);
-        let mut header = Header::read(&mut reader, info.bytes).map_err(fail)?;
-        let keys: Vec<_> = header.tensors.iter().map(|tensor| tensor.entry.key.as_str()).collect();
-        let prefix = prefix(&keys);
-        for tensor in &mut header.tensors {
-            tensor.entry.key.insert_str(0, &prefix);
-        }
-        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let mut catalog = Catalog::default();
-        catalog.add(Section::Model, &name, header.data_start, header.tensors).map_err(fail)?;
-        catalog.complete().map_err(fail)?;
-        let mut manifest = Manifest::new("", 1, 0, Counts::default(), serde_json::Value::Null);
-        manifest.files.insert(name, info);
-        Ok(Self { path: file.parent().unwrap_or(Path::new("")).to_owned(), manifest, catalog })
     }
 
     /// All that is wrong with a checkpoint; nothing where it is whole.
@@ -241,9 +216,8 @@ impl Checkpoint {
 /// Checks that a file of the manifest lies in the checkpoint and is what was written.
 fn verify(checkpoint: &Path, name: &str, info: &FileInfo) -> Result<()> {
     let file = checkpoint.join(name);
-    let mut parts = Path::new(name).components();
-    match (parts.next(), parts.next()) {
-        (Some(Component::Normal(_)), None) => verify_file(&file, info),
-        _ => Err(Error::checkpoint(&file, "lies outside of its checkpoint")),
+    match is_file_name(name) {
+        true => verify_file(&file, info),
+        false => Err(Error::checkpoint(&file, "lies outside of its checkpoint")),
     }
 }

@@ -12,7 +12,8 @@
 //! - `docs/data.md`: [`data`]
 //! - `docs/optimizers.md`: [`optim`], [`Autocast`], [`GradScaler`]
 //! - `docs/metrics.md`: [`meter`], [`Measure`], [`HParam`], [`Probe`]
-//! - `docs/checkpoints.md`: [`SaveCheckpoint`], [`SaveBest`], [`LoadCheckpoint`], [`ResumeFrom`], [`Manifest`]
+//! - `docs/checkpoints.md`: [`SaveCheckpoint`], [`SaveBest`], [`LoadCheckpoint`], [`ResumeFrom`], [`InitFrom`],
+//!   [`Manifest`]
 //! - `docs/elasticity.md`: [`ElasticBatch`], and what becomes of a step when a rank is lost
 
 mod board;
@@ -30,7 +31,7 @@ mod run;
 mod task;
 
 pub use board::HParam;
-pub use checkpoint::{Best, Better, Checkpoint, CheckpointOptions, Manifest, Part, ResumeFrom};
+pub use checkpoint::{Best, Better, Checkpoint, CheckpointOptions, InitFrom, Manifest, Part, ResumeFrom};
 pub use counters::Counters;
 pub use error::{Error, Result};
 pub use graph::{Eager, HyperGraph, Outputs, Tags};

@@ -1,4 +1,4 @@
-//! Runs that begin with parameters from a safetensors file.
+//! Runs that begin with parameters from safetensors files. Those of PyTorch are written by tests/python/init_reference.py.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -9,10 +9,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use ice_core::{HyperGraph, ModuleNode, Repeat, Result, ResumeFrom, Run, RunConfig, SaveCheckpoint};
+use ice_core::{
+    HyperGraph, InitFrom, ModuleNode, Node as _, Repeat, Result, ResumeFrom, Run, RunConfig, SaveCheckpoint,
+};
 use ice_worker::Worker;
+use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
-use tch::{Device, Tensor, nn};
+use tch::{Device, Kind, Tensor, nn};
 
 use common::{as_ranks, turn};
 
@@ -58,8 +61,8 @@ fn begin(worker: Worker, nodes: &[&str], config: RunConfig) -> Result<BTreeMap<S
     Ok(seen.take())
 }
 
-fn config(out: &Path, init_from: PathBuf) -> RunConfig {
-    RunConfig { out_dir: out.to_owned(), init_from: Some(init_from), ..RunConfig::default() }
+fn config(out: &Path, init_from: impl Into<InitFrom>) -> RunConfig {
+    RunConfig { out_dir: out.to_owned(), init_from: Some(init_from.into()), ..RunConfig::default() }
 }
 
 fn given() -> BTreeMap<String, Vec<f32>> {
@@ -122,4 +125,219 @@ fn a_run_that_goes_on_from_a_checkpoint_does_not_read_the_file() {
     let resume_from = Some(ResumeFrom::Latest);
     let resumed = RunConfig { resume_from, ..config(out.path(), path) };
     assert_eq!(begin(Worker::alone(Device::Cpu), &["net"], resumed).unwrap(), given());
+}
+
+/// A file that PyTorch has written.
+fn of_pytorch(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/init").join(name)
+}
+
+/// What that file has of floats, rounded to bfloat16 if asked for.
+fn floats_of(name: &str, round: bool) -> BTreeMap<String, Vec<f32>> {
+    let bytes = std::fs::read(of_pytorch(name)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let floats = tensors.iter().filter(|(_, tensor)| tensor.dtype() == Dtype::F32).map(|(key, tensor)| {
+        let values = tensor.data().chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()));
+        let values = Tensor::from_slice(&values.collect::<Vec<_>>());
+        let values = if round { values.to_kind(Kind::BFloat16).to_kind(Kind::Float) } else { values };
+        (key.to_owned(), Vec::try_from(values).unwrap())
+    });
+    floats.collect()
+}
+
+/// PyTorch's network of that file, as a program has it with a layer `fc` of so many outputs.
+struct Net {
+    /// Of floats.
+    state: BTreeMap<String, Vec<f32>>,
+    batches: Option<i64>,
+}
+
+/// What a program with that network begins with, alone.
+fn net(init: InitFrom, classes: i64, counts_batches: bool) -> Result<Net> {
+    let (out, _turn) = (tempfile::tempdir().unwrap(), turn());
+    let module = ModuleNode::new(
+        move |path| {
+            nn::conv2d(path / "conv", 1, 2, 3, Default::default());
+            nn::batch_norm2d(path / "norm", 2, Default::default());
+            nn::linear(path / "fc", 8, classes, Default::default());
+            if counts_batches {
+                let zero = Tensor::zeros([], (Kind::Int64, Device::Cpu));
+                let _ = (path / "norm").add("num_batches_tracked", zero, false);
+            }
+        },
+        |_, x| x.tensor("x"),
+    );
+    let mut graph = HyperGraph::new();
+    graph.add("net", module, "*").unwrap();
+    Run::execute(&graph, &Repeat::once(), Rc::new(Worker::alone(Device::Cpu)), config(out.path(), init))?;
+    let state = graph.node::<ModuleNode<(), Tensor>>("net")?.state().model;
+    let (floats, counters): (Vec<_>, Vec<_>) =
+        state.into_iter().partition(|(_, tensor)| tensor.kind() == Kind::Float);
+    let floats = floats.into_iter().map(|(key, tensor)| (key, Vec::try_from(tensor.flatten(0, -1)).unwrap()));
+    Ok(Net { state: floats.collect(), batches: counters.first().map(|(_, tensor)| tensor.int64_value(&[])) })
+}
+
+#[test]
+fn state_dict_of_pytorch_is_loaded_whether_batches_are_counted_or_not() {
+    let expected = floats_of("net.safetensors", false);
+    let without = net(InitFrom::new(of_pytorch("net.safetensors")), 3, false).unwrap();
+    assert_eq!((&without.state, without.batches), (&expected, None));
+    let with = net(InitFrom::new(of_pytorch("net.safetensors")), 3, true).unwrap();
+    assert_eq!((&with.state, with.batches), (&expected, Some(1)));
+
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = std::fs::read(of_pytorch("net.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let path = folder.path().join("uncounted.safetensors");
+    let floats = tensors.iter().filter(|(_, tensor)| tensor.dtype() == Dtype::F32);
+    serialize_to_file(floats, None, &path).unwrap();
+    let missing = net(InitFrom::new(path), 3, true).unwrap();
+    assert_eq!((&missing.state, missing.batches), (&expected, Some(0)));
+}
+
+#[test]
+fn sharded_half_precision_of_hugging_face_is_loaded_into_single_precision() {
+    let expected = floats_of("net.safetensors", true);
+    for path in ["sharded/model.safetensors.index.json", "sharded"] {
+        assert_eq!(net(InitFrom::new(of_pytorch(path)), 3, true).unwrap().state, expected, "{path}");
+    }
+}
+
+#[test]
+fn renamed_keys_are_loaded_and_a_common_prefix_is_named() {
+    let init = || InitFrom::new(of_pytorch("ddp.safetensors"));
+    let error = net(init(), 3, false).err().unwrap();
+    let text = error.to_string();
+    assert!(error.is_usage() && text.contains(r"hint: --init-rename '^module\.='"), "{text}");
+    let renamed = net(init().rename(r"^module\.", "").unwrap(), 3, false).unwrap();
+    assert_eq!(renamed.state, floats_of("net.safetensors", false));
+    let renamed = net(init().rename(r"^module\.(fc|conv|norm)", "net.$1").unwrap(), 3, false).unwrap();
+    assert_eq!(renamed.state, floats_of("net.safetensors", false));
+
+    let equal = init().rename("weight|bias", "x").unwrap();
+    let text = net(equal, 3, false).err().unwrap().to_string();
+    assert!(
+        text.contains("`module.conv.bias` and `module.conv.weight` both become `module.conv.x`"),
+        "{text}"
+    );
+    let text = init().rename("(", "").err().unwrap().to_string();
+    assert!(text.contains("`(` is no pattern of keys"), "{text}");
+}
+
+#[test]
+fn other_shapes_are_an_error_even_in_part_and_skipped_parameters_stay_random() {
+    let init = || InitFrom::new(of_pytorch("net.safetensors"));
+    for strict in [true, false] {
+        let text = net(init().strict(strict), 5, false).err().unwrap().to_string();
+        for named in
+            ["`fc.weight` has the shape [3, 8] in the file and [5, 8] here", "`fc.bias`", "--init-skip"]
+        {
+            assert!(text.contains(named), "{named}: {text}");
+        }
+    }
+    let skipped = net(init().skip(r"^fc\.").unwrap(), 5, false).unwrap();
+    let file = floats_of("net.safetensors", false);
+    for (key, values) in &skipped.state {
+        assert_eq!(Some(values) == file.get(key), !key.starts_with("fc."), "{key}");
+    }
+    assert_eq!(skipped.state["fc.weight"].len(), 40);
+}
+
+#[test]
+fn partial_files_are_an_error_unless_asked_for() {
+    let out = tempfile::tempdir().unwrap();
+    let path = file(out.path(), ("layer.weight", &[3, 1]), "other.bias");
+    let begin = |init: InitFrom| {
+        let _turn = turn();
+        begin(Worker::alone(Device::Cpu), &["net"], config(out.path(), init))
+    };
+    let text = begin(InitFrom::new(&path)).unwrap_err().to_string();
+    for named in ["missing `layer.bias`", "unexpected `other.bias`", "--init-partial"] {
+        assert!(text.contains(named), "{named}: {text}");
+    }
+    let partial = begin(InitFrom::new(&path).strict(false)).unwrap();
+    assert_eq!(partial["net.weight"], WEIGHT);
+    assert_ne!(partial["net.bias"], BIAS);
+
+    let nothing = InitFrom::new(&path).rename("^", "elsewhere.").unwrap().strict(false);
+    let text = begin(nothing).unwrap_err().to_string();
+    assert!(text.contains("has no parameter of this program"), "{text}");
+}
+
+#[test]
+fn types_that_would_lose_values_are_an_error() {
+    let out = tempfile::tempdir().unwrap();
+    let save = |dtype, weight: &[u8], bias: &[u8]| {
+        let path = out.path().join("typed.safetensors");
+        let view = |shape, bytes| TensorView::new(dtype, shape, bytes).unwrap();
+        let tensors = [("layer.weight", view(vec![3, 1], weight)), ("layer.bias", view(vec![3], bias))];
+        serialize_to_file(tensors, None, &path).unwrap();
+        path
+    };
+    let _turn = turn();
+    let begin = |path: PathBuf| {
+        let run = begin(Worker::alone(Device::Cpu), &["net"], config(out.path(), path));
+        run.map_err(|error| error.to_string())
+    };
+    let doubles = |values: [f64; 3]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
+    let (weight, bias) = (doubles([1.0, 2.0, f64::INFINITY]), doubles([4.0, 5.0, 6.0]));
+    let begun = begin(save(Dtype::F64, &weight, &bias)).unwrap();
+    assert_eq!(
+        (&begun["net.weight"][..], &begun["net.bias"][..]),
+        (&[1.0, 2.0, f32::INFINITY][..], &BIAS[..])
+    );
+    let error = begin(save(Dtype::F64, &doubles([1.0, 2.0, 1e300]), &bias)).unwrap_err();
+    assert!(error.contains("`net.layer.weight` has values that are infinite in Float"), "{error}");
+    let error = begin(save(Dtype::I32, &[0; 12], &[0; 12])).unwrap_err();
+    assert!(error.contains("`layer.bias` is I32 in the file and Float here"), "{error}");
+}
+
+#[test]
+fn damaged_indexes_and_other_formats_are_named() {
+    let out = tempfile::tempdir().unwrap();
+    let index = out.path().join("model.safetensors.index.json");
+    let error = |path: &Path| net(InitFrom::new(path), 3, false).err().unwrap().to_string();
+    let of_index = |map: &str| {
+        std::fs::write(&index, format!("{{\"weight_map\": {map}}}")).unwrap();
+        error(&index)
+    };
+    std::fs::copy(of_pytorch("net.safetensors"), out.path().join("a.safetensors")).unwrap();
+    let outside = of_index(r#"{"conv.weight": "../a.safetensors"}"#);
+    assert!(outside.contains("names `../a.safetensors`, which lies outside of its folder"), "{outside}");
+    let lacks = of_index(r#"{"conv.weight": "a.safetensors", "gone": "a.safetensors"}"#);
+    assert!(lacks.contains("names `gone` in a.safetensors, which does not have it"), "{lacks}");
+    let absent = of_index(r#"{"conv.weight": "b.safetensors"}"#);
+    assert!(absent.contains("b.safetensors"), "{absent}");
+    let other = of_index("[]");
+    assert!(other.contains("is not an index of a sharded model"), "{other}");
+
+    rustix::fs::mkfifoat(rustix::fs::CWD, out.path().join("fifo"), rustix::fs::Mode::RUSR).unwrap();
+    let fifo = of_index(r#"{"conv.weight": "fifo"}"#);
+    assert!(fifo.contains("fifo") && fifo.contains("not a regular file"), "{fifo}");
+    std::fs::File::create(&index).unwrap().set_len(65 << 20).unwrap();
+    assert!(error(&index).contains("an index may have"), "{}", error(&index));
+
+    let archive = out.path().join("pytorch_model.bin");
+    std::fs::write(&archive, b"PK\x03\x04 and so on, as torch.save writes").unwrap();
+    let text = error(&archive);
+    assert!(
+        text.contains("archive of torch.save") && text.contains("save_file(model.state_dict(), path)"),
+        "{text}"
+    );
+    let empty = tempfile::tempdir().unwrap();
+    let text = error(empty.path());
+    assert!(text.contains("has none of manifest.json"), "{text}");
+}
+
+#[test]
+fn a_checkpoint_gives_its_parameters_and_not_its_optimizers() {
+    let out = tempfile::tempdir().unwrap();
+    let _turn = turn();
+    let path = file(out.path(), ("layer.weight", &[3, 1]), "layer.bias");
+    begin(Worker::alone(Device::Cpu), &["net"], config(out.path(), path)).unwrap();
+    let run = std::fs::read_dir(out.path()).unwrap().map(|entry| entry.unwrap().path());
+    let run = run.into_iter().find(|path| path.is_dir()).unwrap();
+    let other = tempfile::tempdir().unwrap();
+    let begun = begin(Worker::alone(Device::Cpu), &["net"], config(other.path(), run.join("ckpts/latest")));
+    assert_eq!(begun.unwrap(), given());
 }

@@ -2,7 +2,7 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use ice_core::{CheckpointOptions, ElasticBatch, LrRule, ResumeFrom, RunConfig};
+use ice_core::{CheckpointOptions, ElasticBatch, Error, InitFrom, LrRule, ResumeFrom, RunConfig};
 use ice_launch::LaunchArgs;
 
 /// The options of every training program, to be flattened into its own.
@@ -29,10 +29,23 @@ pub struct RunOptions {
     #[arg(long, value_name = "PATH|latest|auto", help_heading = "Run")]
     pub resume_from: Option<ResumeFrom>,
 
-    /// Begin with the parameters in a safetensors file, under the names of a checkpoint's model.safetensors, or PyTorch's alone where one
-    /// node has them all. A run that goes on from a checkpoint does not read it.
-    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    /// Begin with the parameters in safetensors files: a file, the index of a sharded model, or a folder with either or a checkpoint. Keys are
+    /// those of a checkpoint's model.safetensors, or PyTorch's own if one node has all parameters. A run that resumes does not read them.
+    #[arg(long, value_name = "PATH", help_heading = "Run")]
     pub init_from: Option<PathBuf>,
+
+    /// Replace the first match of a regular expression in each key of --init-from, such as '^module\.='. May be given several times.
+    #[arg(long, value_name = "PATTERN=REPLACEMENT", requires = "init_from", help_heading = "Run")]
+    pub init_rename: Vec<String>,
+
+    /// Leave out the parameters whose key has a match of a regular expression, such as '^fc\.': they begin with random values. May be given
+    /// several times.
+    #[arg(long, value_name = "PATTERN", requires = "init_from", help_heading = "Run")]
+    pub init_skip: Vec<String>,
+
+    /// Load what --init-from has. A warning names what is missing in it, and what the program does not have. Different shapes are an error.
+    #[arg(long, requires = "init_from", help_heading = "Run")]
+    pub init_partial: bool,
 
     /// Start from the beginning, with a warning, where the checkpoint does not fit the program.
     #[arg(long, requires = "resume_from", help_heading = "Run")]
@@ -87,13 +100,14 @@ pub enum BatchRule {
 }
 
 impl RunOptions {
-    pub(crate) fn config(&self) -> RunConfig {
-        RunConfig {
+    /// What the options say.
+    pub(crate) fn config(&self) -> Result<RunConfig, Error> {
+        Ok(RunConfig {
             seed: self.seed,
             out_dir: self.out_dir.clone(),
             save_every_steps: self.save_every_steps.map(NonZeroU64::get),
             resume_from: self.resume_from.clone(),
-            init_from: self.init_from.clone(),
+            init_from: self.init_from()?,
             checkpoints: CheckpointOptions {
                 keep_last: self.keep_checkpoints,
                 split: self.split_checkpoints,
@@ -110,6 +124,20 @@ impl RunOptions {
                 BatchRule::KeepLocalLinear => ElasticBatch::KeepLocal(LrRule::Linear),
                 BatchRule::KeepLocalSqrt => ElasticBatch::KeepLocal(LrRule::Sqrt),
             },
+        })
+    }
+
+    fn init_from(&self) -> Result<Option<InitFrom>, Error> {
+        let Some(path) = &self.init_from else { return Ok(None) };
+        let mut init = InitFrom::new(path).strict(!self.init_partial);
+        for rename in &self.init_rename {
+            let (pattern, replacement) = rename.split_once('=').ok_or_else(|| {
+                Error::Usage(format!(
+                    "--init-rename {rename}: has no `=`: give PATTERN=REPLACEMENT, such as '^module\\.='"
+                ))
+            })?;
+            init = init.rename(pattern, replacement)?;
         }
+        self.init_skip.iter().try_fold(init, |init, pattern| init.skip(pattern)).map(Some)
     }
 }

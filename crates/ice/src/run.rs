@@ -21,6 +21,8 @@ pub trait Launch {
 
 impl Launch for HyperGraph {
     fn run(self, tasks: impl TaskItem, options: &RunOptions) -> Result<(), Error> {
+        // Before anything is started, since options may not fit.
+        let config = options.config()?;
         if !Worker::is_rank() {
             // The ranks make graphs of their own; this one's memory is better given back.
             drop(self);
@@ -32,7 +34,7 @@ impl Launch for HyperGraph {
             };
         }
         let worker = Rc::new(Worker::start()?);
-        let outcome = Run::execute(&self, &tasks, Rc::clone(&worker), options.config());
+        let outcome = Run::execute(&self, &tasks, Rc::clone(&worker), config);
         if outcome.is_err() {
             // Stay in the group until the process ends: the others' errors about a rank that left would hide this one.
             std::mem::forget(Rc::clone(&worker));

@@ -1,7 +1,6 @@
 //! From the files into the tensors of the nodes. Everything is compared first, so that nothing is half loaded.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use ice_checkpoint::{Checkpoint, Overlap, Part, Piece, Section};
@@ -70,7 +69,7 @@ pub(crate) fn is_misfit(error: &Error) -> bool {
 }
 
 /// A tensor to be filled.
-struct Target {
+pub(super) struct Target {
     /// As a row of elements.
     elements: Tensor,
     /// Where it goes in the end, where that is no row of elements.
@@ -78,8 +77,9 @@ struct Target {
     start: u64,
 }
 
-struct Loading {
-    targets: BTreeMap<(Section, String), Target>,
+#[derive(Default)]
+pub(super) struct Loading {
+    pub(super) targets: BTreeMap<(Section, String), Target>,
     /// The nodes' states, whose tensors are the targets.
     states: Vec<(Rc<NodeEntry>, NodeState)>,
     keep: BTreeMap<String, KeptTensor>,
@@ -112,58 +112,7 @@ pub(crate) fn load(
     Ok(loading.keep)
 }
 
-/// Finds in a safetensors file the parameters of the graph: under the keys that a checkpoint has, or PyTorch's own where there is only
-/// one node with parameters.
-pub(crate) fn find_parameters(file: &Path, graph: &HyperGraph) -> Result<Checkpoint> {
-    let owners: Vec<_> = graph
-        .entries()
-        .iter()
-        .filter(|entry| !entry.node.borrow().state().model.is_empty())
-        .map(|entry| key_prefix(&entry.uid))
-        .collect();
-    Ok(Checkpoint::of_parameters(file, |keys| match &owners[..] {
-        [only] if !keys.iter().any(|key| key.starts_with(only.as_str())) => only.clone(),
-        _ => String::new(),
-    })?)
-}
-
-/// Loads all parameters and buffers of the graph on every rank, and nothing else, from what was found in the file; rank 0 reads for all.
-pub(crate) fn load_parameters(
-    found: &Checkpoint,
-    file: &Path,
-    graph: &HyperGraph,
-    worker: &Worker,
-) -> Result<()> {
-    let (mut loading, report) = Loading::prepare_parameters(found, graph)?;
-    if !report.is_none() {
-        return Err(Error::Usage(format!(
-            "{} does not have the parameters of this program: {report}",
-            file.display()
-        )));
-    }
-    loading.fill(found, None, graph, &Selection::All, worker)
-}
-
 impl Loading {
-    fn prepare_parameters(found: &Checkpoint, graph: &HyperGraph) -> Result<(Self, Report)> {
-        let mut report = Report::default();
-        let mut loading = Self { targets: BTreeMap::new(), states: Vec::new(), keep: BTreeMap::new() };
-        let mut left: BTreeSet<_> = found.catalog().model.keys().collect();
-        for entry in graph.entries() {
-            let (prefix, misfit) = (key_prefix(&entry.uid), report.of(&entry.uid));
-            let state = entry.node.borrow().state();
-            for (key, tensor) in &state.model {
-                let (full, part) = (format!("{prefix}{key}"), state.model_parts.get(key));
-                left.remove(&full);
-                if misfit.check(key, tensor, part, found.catalog().model.get(&full)) {
-                    loading.targets.insert((Section::Model, full), Target::new(tensor, part)?);
-                }
-            }
-        }
-        left.into_iter().for_each(|key| report.nobodys(key));
-        Ok((loading, report))
-    }
-
     fn prepare(
         checkpoint: &Checkpoint,
         graph: &HyperGraph,
@@ -172,7 +121,7 @@ impl Loading {
     ) -> Result<(Self, Report)> {
         let (catalog, manifest) = (checkpoint.catalog(), checkpoint.manifest());
         let mut report = Report::default();
-        let mut loading = Self { targets: BTreeMap::new(), states: Vec::new(), keep: BTreeMap::new() };
+        let mut loading = Self::default();
         for entry in selection.of(graph) {
             let (prefix, misfit) = (key_prefix(&entry.uid), report.of(&entry.uid));
             let mut state = entry.node.borrow().state();
@@ -232,7 +181,7 @@ impl Loading {
     }
 
     /// Passes all elements by the targets. What is passed is the same on every rank, whatever a rank has a use for.
-    fn fill(
+    pub(super) fn fill(
         &mut self,
         checkpoint: &Checkpoint,
         in_memory: Option<&Supplies>,
@@ -318,12 +267,17 @@ impl Loading {
         let data = data.f_view_dtype(kinds::kind(saved.dtype).map_err(fail)?)?;
         let from = data.f_narrow(0, common.in_first as i64, common.len as i64)?;
         let mut to = target.elements.f_narrow(0, common.in_second as i64, common.len as i64)?;
-        Ok(tch::no_grad(|| to.f_copy_(&from))?)
+        tch::no_grad(|| to.f_copy_(&from))?;
+        let lost = |kind| fail(format!("`{}` has values that are infinite in {kind:?}", piece.key));
+        match to.kind() != from.kind() && finite(&to)? != finite(&from)? {
+            true => Err(lost(to.kind()).into()),
+            false => Ok(()),
+        }
     }
 }
 
 impl Target {
-    fn new(tensor: &Tensor, part: Option<&Part>) -> Result<Self> {
+    pub(super) fn new(tensor: &Tensor, part: Option<&Part>) -> Result<Self> {
         let start = part.map_or(0, |part| part.start);
         let tensor = tensor.detach();
         if tensor.is_contiguous() {
@@ -335,7 +289,12 @@ impl Target {
 }
 
 /// The uid of the node that a key belongs to: of those whose prefix it begins with, the longest.
-fn owner<'a>(graph: &'a HyperGraph, key: &str) -> Option<&'a String> {
+pub(super) fn owner<'a>(graph: &'a HyperGraph, key: &str) -> Option<&'a String> {
     let of = graph.entries().iter().map(|entry| &entry.uid).filter(|uid| key.starts_with(&key_prefix(uid)));
     of.max_by_key(|uid| key_prefix(uid).len())
+}
+
+/// How many elements are finite.
+fn finite(tensor: &Tensor) -> Result<i64> {
+    Ok(tensor.f_isfinite()?.f_sum(Kind::Int64)?.f_int64_value(&[])?)
 }

@@ -4,6 +4,7 @@
 
 mod exchange;
 mod fit;
+mod init;
 mod kinds;
 mod load;
 mod memory;
@@ -13,9 +14,10 @@ mod snapshot;
 mod writer;
 
 pub use ice_checkpoint::{Best, Better, Checkpoint, Manifest, Part, ResumeFrom};
+pub use init::InitFrom;
 pub use options::CheckpointOptions;
 
-pub(crate) use load::{Kept, Selection, find_parameters, is_misfit, load, load_parameters};
+pub(crate) use load::{Kept, Selection, is_misfit, load};
 pub(crate) use memory::{Label, pack, unpack};
 pub(crate) use share::share;
 pub(crate) use writer::{Keep, Request, Writer};

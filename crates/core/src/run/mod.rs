@@ -33,7 +33,9 @@ pub(crate) use self::timers::Timers;
 use crate::board::Board;
 use crate::checkpoint::{Kept, Writer};
 use crate::graph::{ExecutableGraph, Step};
-use crate::{CheckpointOptions, Context, Counters, Error, HyperGraph, Measure, Result, ResumeFrom, TaskItem};
+use crate::{
+    CheckpointOptions, Context, Counters, Error, HyperGraph, InitFrom, Measure, Result, ResumeFrom, TaskItem,
+};
 
 /// After a collective failed, how long a request to stop may take to arrive that would explain it: the other ranks may have
 /// been asked first.
@@ -50,8 +52,8 @@ pub struct RunConfig {
     pub save_every_steps: Option<u64>,
     /// The checkpoint to go on from.
     pub resume_from: Option<ResumeFrom>,
-    /// A safetensors file with the parameters to begin with, unless the run goes on from a checkpoint.
-    pub init_from: Option<PathBuf>,
+    /// The parameters to begin with, unless the run resumes from a checkpoint.
+    pub init_from: Option<InitFrom>,
     /// How to save and resume.
     pub checkpoints: CheckpointOptions,
     /// Shows the losses, learning rates and speed of every such training step as TensorBoard events; `None` for the ends of epochs

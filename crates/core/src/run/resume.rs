@@ -1,8 +1,6 @@
 //! Going on from a checkpoint.
 
-use crate::checkpoint::{
-    Checkpoint, Manifest, Selection, find_parameters, is_misfit, load, load_parameters, share,
-};
+use crate::checkpoint::{Checkpoint, Manifest, Selection, is_misfit, load, share};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
 
 impl Run<'_> {
@@ -36,10 +34,10 @@ impl Run<'_> {
                     .into(),
             ));
         }
-        let Some(file) = &self.config.init_from else { return Ok(()) };
-        let found = if self.is_main() { Some(find_parameters(file, self.graph)?) } else { None };
+        let Some(init) = &self.config.init_from else { return Ok(()) };
+        let found = if self.is_main() { Some(init.find(self.graph)?) } else { None };
         let Some(found) = share(found, &self.worker)? else { return Ok(()) };
-        load_parameters(&found, file, self.graph, &self.worker)
+        init.load(&found, self.graph, &self.worker)
     }
 
     /// Goes on from a checkpoint: the one of this run where the group was started again, after a failure or because nodes have come or

@@ -1,0 +1,160 @@
+//! Files of parameters that belong to no checkpoint, as PyTorch and Hugging Face's libraries write them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::catalog::{Catalog, Saved, Section};
+use crate::header::Header;
+use crate::stream::{file_info, open_regular};
+use crate::{Checkpoint, Counts, Error, MANIFEST, MODEL, MODEL_INDEX, Manifest, Result};
+
+/// The largest index that is read. One of a model with 100,000 tensors has about 10 MB.
+const MAX_INDEX: u64 = 64 << 20;
+
+/// How an archive of `torch.save` begins.
+const ZIP: [u8; 4] = *b"PK\x03\x04";
+
+/// The file that says which shard has which parameter. Other fields are of no use here.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens parameters that were written as safetensors: a file, the index of a sharded model (`*.index.json`), or a folder with
+    /// `model.safetensors.index.json`, `model.safetensors` or a checkpoint, whose optimizers are left out. Shards must lie in the folder of
+    /// their index; links to files elsewhere, as in the cache of `huggingface_hub`, are followed.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is no such file, [`Error::Checkpoint`] if one is not a safetensors file or lacks a tensor that the index
+    /// names.
+    pub fn of_parameters(path: &Path) -> Result<Self> {
+        if path.join(MANIFEST).exists() {
+            return Ok(Self::open(path)?.without_optimizers());
+        }
+        let found = match path.is_dir() {
+            true => {
+                let in_folder = [MODEL_INDEX, MODEL].map(|name| path.join(name));
+                in_folder.into_iter().find(|file| file.exists()).ok_or_else(|| {
+                    Error::NotFound(format!(
+                        "{} has none of {MANIFEST}, {MODEL_INDEX} and {MODEL}: give the file itself",
+                        path.display()
+                    ))
+                })?
+            }
+            false => path.to_owned(),
+        };
+        match found.extension().is_some_and(|extension| extension == "json") {
+            true => Self::of_shards(&found),
+            false => {
+                let name = found.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                Self::of_files(folder_of(&found), [name])
+            }
+        }
+    }
+
+    /// The same parameters under other keys.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] names two keys that become one.
+    pub fn map_keys(mut self, mut rename: impl FnMut(&str) -> String) -> Result<Self> {
+        let mut origins = BTreeMap::new();
+        let mut renamed: BTreeMap<String, Saved> = BTreeMap::new();
+        for (key, saved) in std::mem::take(&mut self.catalog.model) {
+            let new = rename(&key);
+            if let Some(other) = origins.insert(new.clone(), key.clone()) {
+                return Err(Error::checkpoint(
+                    &self.path,
+                    format!("`{other}` and `{key}` both become `{new}`"),
+                ));
+            }
+            renamed.insert(new, saved);
+        }
+        self.catalog.model = renamed;
+        Ok(self)
+    }
+
+    fn without_optimizers(mut self) -> Self {
+        self.catalog.optimizer.clear();
+        self.manifest.files.retain(|name, _| Section::of(name) == Some(Section::Model));
+        self
+    }
+
+    fn of_shards(index: &Path) -> Result<Self> {
+        let fail = |problem: String| Error::checkpoint(index, problem);
+        let bytes = read_index(index).map_err(|error| unreadable(index, error))?;
+        let Index { weight_map } = serde_json::from_slice(&bytes)
+            .map_err(|error| fail(format!("is not an index of a sharded model: {error}")))?;
+        let files: BTreeSet<_> = weight_map.values().cloned().collect();
+        if let Some(outside) = files.iter().find(|name| !is_file_name(name)) {
+            return Err(fail(format!("names `{outside}`, which lies outside of its folder")));
+        }
+        let found = Self::of_files(folder_of(index), files)?;
+        for (key, file) in &weight_map {
+            let saved = found.catalog.model.get(key);
+            if !saved.is_some_and(|saved| saved.extents.iter().any(|extent| extent.file == *file)) {
+                return Err(fail(format!("names `{key}` in {file}, which does not have it")));
+            }
+        }
+        Ok(found)
+    }
+
+    fn of_files(folder: PathBuf, names: impl IntoIterator<Item = String>) -> Result<Self> {
+        let mut catalog = Catalog::default();
+        let mut manifest = Manifest::new("", 1, 0, Counts::default(), serde_json::Value::Null);
+        for name in names {
+            let file = folder.join(&name);
+            let fail = |problem: String| Error::checkpoint(&file, problem);
+            let read = |error: io::Error| fail(error.to_string());
+            let info =
+                file_info(&open_regular(&file).map_err(|error| unreadable(&file, error))?).map_err(read)?;
+            let mut reader = BufReader::new(open_regular(&file).map_err(read)?);
+            let header = Header::read(&mut reader, info.bytes).map_err(|problem| match is_zip(&file) {
+                true => fail(
+                    "is an archive of torch.save and not a safetensors file: \
+                     write it with safetensors.torch.save_file(model.state_dict(), path)"
+                        .into(),
+                ),
+                false => fail(problem),
+            })?;
+            catalog.add(Section::Model, &name, header.data_start, header.tensors).map_err(fail)?;
+            manifest.files.insert(name, info);
+        }
+        catalog.complete().map_err(|problem| Error::checkpoint(&folder, problem))?;
+        Ok(Self { path: folder, manifest, catalog })
+    }
+}
+
+fn folder_of(file: &Path) -> PathBuf {
+    file.parent().unwrap_or(Path::new("")).to_owned()
+}
+
+/// Whether this names a file in its folder, and not a path.
+pub(crate) fn is_file_name(name: &str) -> bool {
+    use std::path::Component;
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
+}
+
+fn unreadable(file: &Path, error: io::Error) -> Error {
+    Error::NotFound(format!("{}: {error}", file.display()))
+}
+
+fn is_zip(file: &Path) -> bool {
+    let mut start = [0; ZIP.len()];
+    open_regular(file).and_then(|mut file| file.read_exact(&mut start)).is_ok() && start == ZIP
+}
+
+fn read_index(path: &Path) -> io::Result<Vec<u8>> {
+    let file = open_regular(path)?;
+    let len = file.metadata()?.len();
+    if len > MAX_INDEX {
+        return Err(io::Error::other(format!("has {len} bytes, and an index may have {MAX_INDEX}")));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_INDEX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}

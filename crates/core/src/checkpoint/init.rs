@@ -1,0 +1,295 @@
+//! Parameters to begin with, from files that PyTorch and others have written.
+
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use ice_checkpoint::{Checkpoint, Saved, Section};
+use ice_worker::Worker;
+use regex::Regex;
+use safetensors::Dtype;
+use tch::{Kind, Tensor};
+
+use super::fit::Report;
+use super::load::{Loading, Target, owner};
+use super::{Selection, key_prefix, kinds};
+use crate::graph::Entry;
+use crate::{Error, HyperGraph, Result};
+
+/// The counter of PyTorch's batch norms, which only those without a momentum read.
+const BATCH_COUNTER: &str = "num_batches_tracked";
+
+/// Parameters that a run begins with instead of random ones, in safetensors files.
+///
+/// Every parameter and buffer must be in the files, in its shape, and the files must hold nothing else. Floating-point types are converted
+/// into each other. The counters `num_batches_tracked` of PyTorch's batch norms may be missing on either side.
+///
+/// ```
+/// use ice_core::InitFrom;
+///
+/// // A ResNet that was trained with DistributedDataParallel on other classes.
+/// let init = InitFrom::new("resnet18.safetensors").rename(r"^module\.", "")?.skip(r"^fc\.")?;
+/// # Ok::<(), ice_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct InitFrom {
+    path: PathBuf,
+    renames: Vec<(Regex, String)>,
+    skips: Vec<Regex>,
+    strict: bool,
+}
+
+impl InitFrom {
+    /// A safetensors file, the index of a sharded model (`*.index.json`), a folder with `model.safetensors.index.json` or
+    /// `model.safetensors`, or the folder of a checkpoint. Its keys are those of a checkpoint's model, or PyTorch's own if one node has all
+    /// parameters.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), renames: Vec::new(), skips: Vec::new(), strict: true }
+    }
+
+    /// Replaces the first match of `pattern`, a regular expression, in each key of the files; `$1` in `replacement` is the pattern's first
+    /// group. Several are applied in the order in which they are given.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a pattern that is not a regular expression.
+    pub fn rename(mut self, pattern: &str, replacement: &str) -> Result<Self> {
+        self.renames.push((regex(pattern)?, replacement.to_owned()));
+        Ok(self)
+    }
+
+    /// Leaves out the parameters, of the program and of the files, whose key has a match of `pattern`, a regular expression: they begin with
+    /// random values. Keys of the files are those after renaming; the name of the node before a key is optional.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a pattern that is not a regular expression.
+    pub fn skip(mut self, pattern: &str) -> Result<Self> {
+        self.skips.push(regex(pattern)?);
+        Ok(self)
+    }
+
+    /// Whether the files must have all parameters and no others. Otherwise what is missing begins with random values, and a warning names it
+    /// and what is unexpected, like `strict=False` of PyTorch's `load_state_dict`. Different shapes are an error in any case. Default: true.
+    #[must_use]
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.strict = strict;
+        self
+    }
+
+    /// Finds the parameters of the graph, under the keys that a checkpoint would have.
+    pub(crate) fn find(&self, graph: &HyperGraph) -> Result<Checkpoint> {
+        let found = Checkpoint::of_parameters(&self.path)?;
+        let found = found.map_keys(|key| self.renamed(key)).map_err(|error| {
+            Error::Usage(format!("{}: --init-rename makes keys equal: {error}", self.path.display()))
+        })?;
+        let prefix = prefix(&found.catalog().model.keys().map(String::as_str).collect::<Vec<_>>(), graph);
+        Ok(found.map_keys(|key| format!("{prefix}{key}"))?)
+    }
+
+    /// Loads what was found on every rank; rank 0 reads for all. Collective.
+    pub(crate) fn load(&self, found: &Checkpoint, graph: &HyperGraph, worker: &Worker) -> Result<()> {
+        let mut fit = Fit::default();
+        let mut loading = self.compare(found, graph, &mut fit)?;
+        let differs = !fit.different.is_none();
+        if differs || self.strict && !fit.absent.is_none() {
+            let reports = [&fit.different, &fit.absent].map(|report| report.to_string());
+            let reports: Vec<_> = reports.into_iter().filter(|report| !report.is_empty()).collect();
+            return Err(Error::Usage(format!(
+                "{} does not have the parameters of this program: {}\n  hint: {}",
+                self.path.display(),
+                reports.join("\n  "),
+                self.hint(found, graph, differs)
+            )));
+        }
+        if loading.targets.is_empty() {
+            return Err(Error::Usage(format!(
+                "{} has no parameter of this program: {}\n  hint: {}",
+                self.path.display(),
+                fit.absent,
+                self.hint(found, graph, false)
+            )));
+        }
+        if worker.is_main() {
+            fit.tell(&self.path, loading.targets.len());
+        }
+        loading.fill(found, None, graph, &Selection::All, worker)
+    }
+
+    fn compare(&self, found: &Checkpoint, graph: &HyperGraph, fit: &mut Fit) -> Result<Loading> {
+        let mut loading = Loading::default();
+        let mut left: BTreeSet<_> = found.catalog().model.keys().collect();
+        for entry in graph.entries() {
+            let prefix = key_prefix(&entry.uid);
+            let state = entry.node.borrow().state();
+            for (key, tensor) in &state.model {
+                let (full, part) = (format!("{prefix}{key}"), state.model_parts.get(key));
+                if self.skips(&full, key) {
+                    continue;
+                }
+                left.remove(&full);
+                let Some(saved) = found.catalog().model.get(&full) else {
+                    if !is_batch_counter(key) {
+                        fit.absent.of(&entry.uid).missing.push(key.clone());
+                    }
+                    continue;
+                };
+                let shape = part.map_or_else(|| kinds::shape(tensor), |part| part.of.clone());
+                match difference(key, tensor.kind(), &shape, saved) {
+                    Some(difference) => fit.different.of(&entry.uid).different.push(difference),
+                    None => {
+                        if kinds::kind(saved.dtype) != Ok(tensor.kind()) {
+                            *fit.converted
+                                .entry(format!("{:?} to {:?}", saved.dtype, tensor.kind()))
+                                .or_default() += 1;
+                        }
+                        loading.targets.insert((Section::Model, full), Target::new(tensor, part)?);
+                    }
+                }
+            }
+        }
+        for full in left {
+            match owner(graph, full) {
+                _ if is_batch_counter(full) => {}
+                Some(uid) => {
+                    let key = &full[key_prefix(uid).len()..];
+                    if !self.skips(full, key) {
+                        fit.absent.of(uid).unexpected.push(key.into());
+                    }
+                }
+                None if self.skips(full, full) => {}
+                None => fit.absent.nobodys(full),
+            }
+        }
+        Ok(loading)
+    }
+
+    fn renamed(&self, key: &str) -> String {
+        self.renames.iter().fold(key.to_owned(), |key, (pattern, replacement)| {
+            pattern.replace(&key, replacement.as_str()).into_owned()
+        })
+    }
+
+    fn skips(&self, full: &str, key: &str) -> bool {
+        self.skips.iter().any(|pattern| pattern.is_match(full) || pattern.is_match(key))
+    }
+
+    /// What to do about parameters that do not fit.
+    fn hint(&self, found: &Checkpoint, graph: &HyperGraph, differs: bool) -> String {
+        if let Some(first) = common_prefix(found, graph) {
+            return format!("--init-rename '^{}='", regex::escape(&first));
+        }
+        match differs {
+            true => "--init-skip PATTERN leaves out the parameters whose keys have a match, of the program and of the file".into(),
+            false => "--init-rename PATTERN=REPLACEMENT renames keys of the file, --init-skip PATTERN leaves keys out, \
+                      and --init-partial loads what there is"
+                .into(),
+        }
+    }
+}
+
+/// What all keys of the files begin with, up to the first dot, if more of them fit without it.
+fn common_prefix(found: &Checkpoint, graph: &HyperGraph) -> Option<String> {
+    let node = only_owner(graph).unwrap_or_default();
+    let keys = found.catalog().model.keys().map(|key| key.strip_prefix(&node).unwrap_or(key));
+    let keys: Vec<_> = keys.collect();
+    let (first, _) = keys.first()?.split_once('.')?;
+    let first = format!("{first}.");
+    let rest: Vec<_> = keys.iter().map(|key| key.strip_prefix(&first)).collect::<Option<_>>()?;
+    let fitting =
+        |keys: &[&str]| [&node, ""].map(|prefix| fitting(keys, prefix, &wanted(graph))).into_iter().max();
+    (fitting(&rest) > fitting(&keys)).then_some(first)
+}
+
+impl From<PathBuf> for InitFrom {
+    fn from(path: PathBuf) -> Self {
+        Self::new(path)
+    }
+}
+
+/// How files and graph compare.
+#[derive(Default)]
+struct Fit {
+    /// What one side has and the other has not.
+    absent: Report,
+    different: Report,
+    /// Numbers of tensors by what happens to their type.
+    converted: BTreeMap<String, usize>,
+}
+
+impl Fit {
+    fn tell(&self, path: &Path, loaded: usize) {
+        let of_types =
+            self.converted.iter().map(|(types, count)| format!(", {count} converted from {types}"));
+        println!(
+            "beginning with {loaded} tensor{} of {}{}",
+            if loaded == 1 { "" } else { "s" },
+            path.display(),
+            of_types.collect::<String>()
+        );
+        if !self.absent.is_none() {
+            tracing::warn!("{} was loaded in part: {}", path.display(), self.absent);
+        }
+    }
+}
+
+/// Why a saved tensor cannot be loaded into one of this kind and shape.
+fn difference(key: &str, kind: Kind, shape: &[u64], saved: &Saved) -> Option<String> {
+    let is_float = |kind: Kind| matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double);
+    let fits = match kinds::kind(saved.dtype) {
+        Ok(own) => own == kind || is_float(own) && is_float(kind),
+        Err(_) => false,
+    };
+    if shape != saved.shape {
+        return Some(format!("`{key}` has the shape {:?} in the file and {shape:?} here", saved.shape));
+    }
+    (!fits).then(|| {
+        format!(
+            "`{key}` is {:?} in the file and {kind:?} here, and only {} are converted",
+            saved.dtype,
+            [Dtype::F16, Dtype::BF16, Dtype::F32, Dtype::F64].map(|dtype| format!("{dtype:?}")).join(", ")
+        )
+    })
+}
+
+/// Whether this is the counter of a batch norm, which PyTorch's own loader lets a file without versions leave out.
+fn is_batch_counter(key: &str) -> bool {
+    key.rsplit('.').next() == Some(BATCH_COUNTER)
+}
+
+/// The keys of all parameters and buffers.
+fn wanted(graph: &HyperGraph) -> BTreeSet<String> {
+    let of_node = |entry: &Rc<Entry>| {
+        let prefix = key_prefix(&entry.uid);
+        let state = entry.node.borrow().state();
+        state.model.into_iter().map(move |(key, _): (String, Tensor)| format!("{prefix}{key}"))
+    };
+    graph.entries().iter().flat_map(of_node).collect()
+}
+
+/// How many of the keys are wanted with this before them.
+fn fitting(keys: &[&str], prefix: &str, wanted: &BTreeSet<String>) -> usize {
+    keys.iter().filter(|key| wanted.contains(&format!("{prefix}{key}"))).count()
+}
+
+/// What the keys of the only node with parameters begin with.
+fn only_owner(graph: &HyperGraph) -> Option<String> {
+    let mut owners = graph.entries().iter().filter(|entry| !entry.node.borrow().state().model.is_empty());
+    let only = owners.next().filter(|_| owners.next().is_none())?;
+    Some(key_prefix(&only.uid))
+}
+
+/// What comes before the keys of a file: the name of the only node with parameters, if more of them fit so. Of keys that fit neither way,
+/// those of PyTorch have no such name.
+fn prefix(keys: &[&str], graph: &HyperGraph) -> String {
+    let Some(only) = only_owner(graph) else { return String::new() };
+    let (wanted, has_name) = (wanted(graph), keys.iter().any(|key| key.starts_with(&only)));
+    match fitting(keys, &only, &wanted).cmp(&fitting(keys, "", &wanted)) {
+        Ordering::Greater => only,
+        Ordering::Equal if !has_name => only,
+        _ => String::new(),
+    }
+}
+
+fn regex(pattern: &str) -> Result<Regex> {
+    Regex::new(pattern).map_err(|error| Error::Usage(format!("`{pattern}` is no pattern of keys: {error}")))
+}
