@@ -18,6 +18,7 @@ pub use run::Launch;
 
 pub use ice_core as core;
 pub use ice_core::{HyperGraph, Run};
+pub use ice_nn as nn;
 pub use {clap, serde_json, tch};
 
 /// What a training program needs, in one import. In the book: `docs/nodes.md#names-to-know`.

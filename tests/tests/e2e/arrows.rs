@@ -78,6 +78,7 @@ fn the_arrows_point_one_way() {
         ("ice-checkpoint", &["ice-proto", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
         ("ice-ckpt", &["ice-proto", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
         ("ice-c10d", &["ice-proto", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
+        ("ice-nn", &["ice-proto", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
         ("ice-worker", &["ice-rendezvous", "ice-launch", "ice-core", "ice"]),
         ("ice-core", &["ice-rendezvous", "ice-launch", "ice-ckpt", "ice"]),
     ];

@@ -1,0 +1,172 @@
+use std::borrow::Borrow;
+
+use tch::nn::{ModuleT, Path};
+use tch::{Kind, Tensor};
+
+use crate::init;
+use crate::parameter::{buffer, parameter};
+
+/// Batch normalisation over `N` dimensions (Ioffe and Szegedy, 2015): PyTorch's `BatchNorm1d`, `BatchNorm2d` and
+/// `BatchNorm3d`.
+///
+/// `(x − mean)/√(var + eps)·weight + bias` for each channel. Training takes mean and variance of this rank's batch, and moves
+/// the running ones towards them. Evaluation takes the running ones.
+///
+/// `weight` and `running_var` begin with 1, `bias`, `running_mean` and `num_batches_tracked` with 0.
+#[derive(Debug)]
+pub struct BatchNorm<const N: usize> {
+    /// `[features]`
+    pub weight: Option<Tensor>,
+    /// `[features]`
+    pub bias: Option<Tensor>,
+    /// `[features]`, a buffer.
+    pub running_mean: Option<Tensor>,
+    /// `[features]`, a buffer; of the unbiased variance.
+    pub running_var: Option<Tensor>,
+    /// Batches of training so far: int64 `[]`, a buffer.
+    pub num_batches_tracked: Option<Tensor>,
+    options: BatchNormOptions<N>,
+}
+
+/// Of `[n, features]` or `[n, features, length]`.
+pub type BatchNorm1d = BatchNorm<1>;
+/// Of `[n, features, height, width]`.
+pub type BatchNorm2d = BatchNorm<2>;
+/// Of `[n, features, depth, height, width]`.
+pub type BatchNorm3d = BatchNorm<3>;
+
+/// Options of a [`BatchNorm`].
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct BatchNormOptions<const N: usize> {
+    features: i64,
+    eps: f64,
+    momentum: Option<f64>,
+    affine: bool,
+    bias: bool,
+    track_running_stats: bool,
+}
+
+impl<const N: usize> BatchNorm<N> {
+    /// Makes the layer with PyTorch's defaults.
+    #[track_caller]
+    pub fn new<'a>(path: impl Borrow<Path<'a>>, num_features: i64) -> Self {
+        Self::options(num_features).build(path)
+    }
+
+    /// PyTorch's defaults, to be changed.
+    pub fn options(num_features: i64) -> BatchNormOptions<N> {
+        const { assert!(N >= 1 && N <= 3, "PyTorch has batch norms over one to three dimensions") };
+        BatchNormOptions {
+            features: num_features,
+            eps: 1e-5,
+            momentum: Some(0.1),
+            affine: true,
+            bias: true,
+            track_running_stats: true,
+        }
+    }
+
+    #[track_caller]
+    fn check(&self, x: &Tensor, train: bool) {
+        let size = x.size();
+        let fits = match N {
+            1 => size.len() == 2 || size.len() == 3,
+            _ => size.len() == N + 2,
+        };
+        assert!(fits, "BatchNorm{N}d got an input of shape {size:?}");
+        // One value has no unbiased variance: the running one would become NaN and stay so.
+        let values: i64 = size.iter().product::<i64>() / size[1].max(1);
+        assert!(
+            !train || values != 1,
+            "BatchNorm{N}d needs more than one value per channel in training, and got an input of shape {size:?}; \
+             `drop_last(true)` of a dataset leaves out a last batch that is too small"
+        );
+    }
+}
+
+impl<const N: usize> BatchNormOptions<N> {
+    /// Number added to the variance. Default: 1e-5.
+    pub fn eps(mut self, eps: f64) -> Self {
+        self.eps = eps;
+        self
+    }
+
+    /// The share by which running mean and variance move towards those of a batch. `None` averages over all batches.
+    /// Default: 0.1.
+    pub fn momentum(mut self, momentum: impl Into<Option<f64>>) -> Self {
+        self.momentum = momentum.into();
+        self
+    }
+
+    /// Whether there are `weight` and `bias`. Default: true.
+    pub fn affine(mut self, affine: bool) -> Self {
+        self.affine = affine;
+        self
+    }
+
+    /// Whether there is a `bias` next to the `weight`. Default: true.
+    pub fn bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// Whether there are running statistics. Default: true. Without them, evaluations take the statistics of their batches, too.
+    pub fn track_running_stats(mut self, track: bool) -> Self {
+        self.track_running_stats = track;
+        self
+    }
+
+    /// Makes the layer.
+    ///
+    /// # Panics
+    /// If the path has such a layer already.
+    #[track_caller]
+    pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> BatchNorm<N> {
+        let (path, features) = (path.borrow(), [self.features]);
+        let options = (path.kind(), path.device());
+        let weight = self.affine.then(|| parameter(path, "weight", &features));
+        let bias = (self.affine && self.bias).then(|| parameter(path, "bias", &features));
+        weight.iter().for_each(init::ones_);
+        bias.iter().for_each(init::zeros_);
+        let tracked =
+            |name: &str, tensor: Tensor| self.track_running_stats.then(|| buffer(path, name, tensor));
+        BatchNorm {
+            weight,
+            bias,
+            running_mean: tracked("running_mean", Tensor::zeros(features, options)),
+            running_var: tracked("running_var", Tensor::ones(features, options)),
+            num_batches_tracked: tracked(
+                "num_batches_tracked",
+                Tensor::zeros([0; 0], (Kind::Int64, path.device())),
+            ),
+            options: self,
+        }
+    }
+}
+
+impl<const N: usize> ModuleT for BatchNorm<N> {
+    /// `[n, features, size…]` to the same.
+    fn forward_t(&self, x: &Tensor, train: bool) -> Tensor {
+        self.check(x, train);
+        let mut share = self.options.momentum.unwrap_or_default();
+        if let Some(batches) = self.num_batches_tracked.as_ref().filter(|_| train) {
+            let batches = tch::no_grad(|| batches.shallow_clone().g_add_scalar_(1));
+            if self.options.momentum.is_none() {
+                share = 1.0 / batches.double_value(&[]);
+            }
+        }
+        let of_batch = train || self.running_mean.is_none();
+        Tensor::batch_norm(
+            x,
+            self.weight.as_ref(),
+            self.bias.as_ref(),
+            self.running_mean.as_ref(),
+            self.running_var.as_ref(),
+            of_batch,
+            share,
+            self.options.eps,
+            true,
+        )
+    }
+}

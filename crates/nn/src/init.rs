@@ -1,0 +1,166 @@
+//! New values for existing tensors: the functions of PyTorch's `torch.nn.init` (`torch/nn/init.py`).
+//!
+//! All of them draw from libtorch's CPU generator, so that one seed gives the same values on every device. They record no
+//! gradients.
+
+use tch::{Device, Tensor};
+
+/// The side of a weight that [`kaiming_uniform_`] and [`kaiming_normal_`] count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fan {
+    /// The inputs: keeps the variance of the forward pass.
+    #[default]
+    In,
+    /// The outputs: keeps the variance of the backward pass.
+    Out,
+}
+
+/// The function that follows a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Nonlinearity {
+    /// None, or that of a convolution.
+    Linear,
+    /// The logistic function.
+    Sigmoid,
+    /// The hyperbolic tangent.
+    Tanh,
+    /// The positive part.
+    Relu,
+    /// [`Nonlinearity::Relu`] with this slope below zero.
+    LeakyRelu(f64),
+    /// Klambauer et al., 2017.
+    Selu,
+}
+
+impl Nonlinearity {
+    /// The factor of the weights' standard deviation: PyTorch's `calculate_gain`.
+    #[must_use]
+    pub fn gain(self) -> f64 {
+        match self {
+            Self::Linear | Self::Sigmoid => 1.0,
+            Self::Tanh => 5.0 / 3.0,
+            Self::Relu => 2f64.sqrt(),
+            Self::LeakyRelu(slope) => (2.0 / (1.0 + slope.powi(2))).sqrt(),
+            Self::Selu => 3.0 / 4.0,
+        }
+    }
+}
+
+/// Draws evenly from `low..high`.
+pub fn uniform_(tensor: &Tensor, low: f64, high: f64) {
+    fill(tensor, |values| values.uniform_(low, high));
+}
+
+/// Draws from a normal distribution.
+pub fn normal_(tensor: &Tensor, mean: f64, std: f64) {
+    fill(tensor, |values| values.normal_(mean, std));
+}
+
+/// Sets all elements to `value`.
+pub fn constant_(tensor: &Tensor, value: f64) {
+    tch::no_grad(|| {
+        let _ = tensor.shallow_clone().fill_(value);
+    });
+}
+
+/// Sets all elements to 0.
+pub fn zeros_(tensor: &Tensor) {
+    constant_(tensor, 0.0);
+}
+
+/// Sets all elements to 1.
+pub fn ones_(tensor: &Tensor) {
+    constant_(tensor, 1.0);
+}
+
+/// Draws evenly from within ±gain·√(3/fan) (He et al., 2015).
+///
+/// # Panics
+/// If the tensor has fewer than two dimensions.
+#[track_caller]
+pub fn kaiming_uniform_(tensor: &Tensor, fan: Fan, nonlinearity: Nonlinearity) {
+    if tensor.numel() > 0 {
+        let bound = 3f64.sqrt() * kaiming_std(tensor, fan, nonlinearity);
+        uniform_(tensor, -bound, bound);
+    }
+}
+
+/// Draws from a normal distribution with a standard deviation of gain/√fan (He et al., 2015).
+///
+/// # Panics
+/// If the tensor has fewer than two dimensions.
+#[track_caller]
+pub fn kaiming_normal_(tensor: &Tensor, fan: Fan, nonlinearity: Nonlinearity) {
+    if tensor.numel() > 0 {
+        normal_(tensor, 0.0, kaiming_std(tensor, fan, nonlinearity));
+    }
+}
+
+/// Draws evenly from within ±gain·√(6/(fan in + fan out)) (Glorot and Bengio, 2010).
+///
+/// # Panics
+/// If the tensor has fewer than two dimensions.
+#[track_caller]
+pub fn xavier_uniform_(tensor: &Tensor, gain: f64) {
+    let bound = 3f64.sqrt() * xavier_std(tensor, gain);
+    uniform_(tensor, -bound, bound);
+}
+
+/// Draws from a normal distribution with a standard deviation of gain·√(2/(fan in + fan out)) (Glorot and Bengio, 2010).
+///
+/// # Panics
+/// If the tensor has fewer than two dimensions.
+#[track_caller]
+pub fn xavier_normal_(tensor: &Tensor, gain: f64) {
+    normal_(tensor, 0.0, xavier_std(tensor, gain));
+}
+
+/// Draws weight and bias evenly within ±1/√(fan in): `reset_parameters` of linear layers and convolutions.
+#[track_caller]
+pub(crate) fn weight_and_bias(weight: &Tensor, bias: Option<&Tensor>) {
+    // A slope of √5 gives the bound above. PyTorch computes it this way, and another rounding would change the bits.
+    kaiming_uniform_(weight, Fan::In, Nonlinearity::LeakyRelu(5f64.sqrt()));
+    if let Some(bias) = bias {
+        let (fan_in, _) = fans(weight);
+        let bound = if fan_in > 0 { 1.0 / (fan_in as f64).sqrt() } else { 0.0 };
+        uniform_(bias, -bound, bound);
+    }
+}
+
+#[track_caller]
+fn kaiming_std(tensor: &Tensor, fan: Fan, nonlinearity: Nonlinearity) -> f64 {
+    let (fan_in, fan_out) = fans(tensor);
+    let fan = match fan {
+        Fan::In => fan_in,
+        Fan::Out => fan_out,
+    };
+    nonlinearity.gain() / (fan as f64).sqrt()
+}
+
+#[track_caller]
+fn xavier_std(tensor: &Tensor, gain: f64) -> f64 {
+    let (fan_in, fan_out) = fans(tensor);
+    gain * (2.0 / (fan_in + fan_out) as f64).sqrt()
+}
+
+/// Inputs per output and outputs per input of a weight `[out, in, …]`.
+#[track_caller]
+fn fans(weight: &Tensor) -> (i64, i64) {
+    let size = weight.size();
+    assert!(size.len() > 1, "a tensor of shape {size:?} has no inputs and outputs: it needs two dimensions");
+    let field: i64 = size[2..].iter().product();
+    (size[1] * field, size[0] * field)
+}
+
+fn fill(tensor: &Tensor, draw: impl FnOnce(&mut Tensor) -> Tensor) {
+    tch::no_grad(|| {
+        let mut tensor = tensor.shallow_clone();
+        if tensor.device() == Device::Cpu {
+            let _ = draw(&mut tensor);
+        } else {
+            let mut values = Tensor::empty(tensor.size(), (tensor.kind(), Device::Cpu));
+            let _ = draw(&mut values);
+            tensor.copy_(&values);
+        }
+    });
+}

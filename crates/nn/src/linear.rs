@@ -1,0 +1,68 @@
+use std::borrow::Borrow;
+
+use tch::Tensor;
+use tch::nn::{Module, Path};
+
+use crate::init;
+use crate::parameter::parameter;
+
+/// `x·weightᵀ + bias`, over the last dimension: PyTorch's `Linear`.
+///
+/// Both begin evenly within ±1/√`in_features`.
+#[derive(Debug)]
+pub struct Linear {
+    /// `[out_features, in_features]`
+    pub weight: Tensor,
+    /// `[out_features]`
+    pub bias: Option<Tensor>,
+}
+
+/// Options of a [`Linear`].
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct LinearOptions {
+    in_features: i64,
+    out_features: i64,
+    bias: bool,
+}
+
+impl Linear {
+    /// Makes the layer with PyTorch's defaults.
+    #[track_caller]
+    pub fn new<'a>(path: impl Borrow<Path<'a>>, in_features: i64, out_features: i64) -> Self {
+        Self::options(in_features, out_features).build(path)
+    }
+
+    /// PyTorch's defaults, to be changed.
+    pub fn options(in_features: i64, out_features: i64) -> LinearOptions {
+        LinearOptions { in_features, out_features, bias: true }
+    }
+}
+
+impl LinearOptions {
+    /// Whether there is a bias. Default: true.
+    pub fn bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// Makes the layer.
+    ///
+    /// # Panics
+    /// If the path has such a layer already.
+    #[track_caller]
+    pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> Linear {
+        let path = path.borrow();
+        let weight = parameter(path, "weight", &[self.out_features, self.in_features]);
+        let bias = self.bias.then(|| parameter(path, "bias", &[self.out_features]));
+        init::weight_and_bias(&weight, bias.as_ref());
+        Linear { weight, bias }
+    }
+}
+
+impl Module for Linear {
+    /// `[…, in_features]` to `[…, out_features]`.
+    fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}

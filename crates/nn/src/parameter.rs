@@ -1,0 +1,27 @@
+//! Parameters and buffers of a layer, under names of their own.
+
+use tch::Tensor;
+use tch::nn::Path;
+
+/// Adds a parameter of the path's kind and device, with values to be filled in.
+#[track_caller]
+pub(crate) fn parameter(path: &Path, name: &str, shape: &[i64]) -> Tensor {
+    add(path, name, Tensor::empty(shape, (path.kind(), path.device())), true)
+}
+
+/// Adds a tensor that changes without gradients.
+#[track_caller]
+pub(crate) fn buffer(path: &Path, name: &str, tensor: Tensor) -> Tensor {
+    add(path, name, tensor, false)
+}
+
+/// Adds a tensor, and panics if the name exists: `Path::add` would store it as `name__N`, which no state dict has.
+#[track_caller]
+fn add(path: &Path, name: &str, tensor: Tensor, trainable: bool) -> Tensor {
+    assert!(
+        path.get(name).is_none(),
+        "`{}` is there already: each layer needs a path of its own, as `path / \"name\"`",
+        path.path(name)
+    );
+    path.add(name, tensor, trainable)
+}
