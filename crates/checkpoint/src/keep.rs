@@ -28,7 +28,14 @@ pub fn keep_best(
     protected: Option<&Path>,
 ) -> Result<Vec<PathBuf>> {
     let whole: Vec<_> = candidates(folder).into_iter().filter(is_whole).collect();
-    let mut ranked: Vec<_> = whole
+    let ranked = ranked(&whole, measure);
+    let surplus = ranked.iter().skip(keep.max(1)).map(|candidate| &candidate.path);
+    remove(surplus, protected, whole.last())
+}
+
+/// The candidates that compete by a measure, the best first.
+pub(crate) fn ranked<'a>(candidates: &'a [Candidate], measure: &str) -> Vec<&'a Candidate> {
+    let mut ranked: Vec<_> = candidates
         .iter()
         .filter_map(|candidate| {
             let best = candidate.manifest.as_ref().ok()?.best.as_ref()?;
@@ -44,8 +51,7 @@ pub fn keep_best(
         };
         order.then_with(|| other.age().cmp(&one.age()))
     });
-    let surplus = ranked.iter().skip(keep.max(1)).map(|(_, candidate)| &candidate.path);
-    remove(surplus, protected, whole.last())
+    ranked.into_iter().map(|(_, candidate)| candidate).collect()
 }
 
 fn remove<'a>(

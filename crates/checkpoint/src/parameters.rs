@@ -8,8 +8,11 @@ use serde::Deserialize;
 
 use crate::catalog::{Catalog, Saved, Section};
 use crate::header::Header;
+use crate::keep::ranked;
 use crate::stream::{file_info, open_regular};
-use crate::{Checkpoint, Counts, Error, MANIFEST, MODEL, MODEL_INDEX, Manifest, Result};
+use crate::{
+    BEST, CHECKPOINTS, Checkpoint, Counts, Error, MANIFEST, MODEL, MODEL_INDEX, Manifest, Result, candidates,
+};
 
 /// The largest index that is read. One of a model with 100,000 tensors has about 10 MB.
 const MAX_INDEX: u64 = 64 << 20;
@@ -24,34 +27,67 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Opens parameters that were written as safetensors: a file, the index of a sharded model (`*.index.json`), or a folder with
-    /// `model.safetensors.index.json`, `model.safetensors` or a checkpoint, whose optimizers are left out. Shards must lie in the folder of
-    /// their index; links to files elsewhere, as in the cache of `huggingface_hub`, are followed.
+    /// Opens parameters that were written as safetensors: a file, the index of a sharded model (`*.index.json`), or a folder. The folder is
+    /// a checkpoint, has `model.safetensors.index.json` or `model.safetensors`, or has checkpoints: a run's `best` gives the best one, any
+    /// other the newest one. Optimizers are left out. Shards must lie in the folder of their index; links to files elsewhere, as in the cache
+    /// of `huggingface_hub`, are followed.
     ///
     /// # Errors
-    /// [`Error::NotFound`] if there is no such file, [`Error::Checkpoint`] if one is not a safetensors file or lacks a tensor that the index
-    /// names.
+    /// [`Error::NotFound`] if there are no parameters, [`Error::Checkpoint`] if a file is not a safetensors file or lacks a tensor that the
+    /// index names.
     pub fn of_parameters(path: &Path) -> Result<Self> {
+        if !path.is_dir() {
+            return Self::of_file(path);
+        }
         if path.join(MANIFEST).exists() {
             return Ok(Self::open(path)?.without_optimizers());
         }
-        let found = match path.is_dir() {
-            true => {
-                let in_folder = [MODEL_INDEX, MODEL].map(|name| path.join(name));
-                in_folder.into_iter().find(|file| file.exists()).ok_or_else(|| {
-                    Error::NotFound(format!(
-                        "{} has none of {MANIFEST}, {MODEL_INDEX} and {MODEL}: give the file itself",
-                        path.display()
-                    ))
-                })?
-            }
-            false => path.to_owned(),
+        let files = [MODEL_INDEX, MODEL].map(|name| path.join(name));
+        if let Some(file) = files.iter().find(|file| file.exists()) {
+            return Self::of_file(file);
+        }
+        let found = match path.file_name().is_some_and(|name| name == BEST) {
+            true => Self::best_of(path)?,
+            false => Self::newest_of(&[path.to_owned(), path.join(CHECKPOINTS), path.join(BEST)], None),
         };
-        match found.extension().is_some_and(|extension| extension == "json") {
-            true => Self::of_shards(&found),
+        let nothing = || {
+            Error::NotFound(format!(
+                "{} has neither {MODEL_INDEX} nor {MODEL} nor a valid checkpoint: give the folder of a checkpoint or of a run, or a file",
+                path.display()
+            ))
+        };
+        Ok(found.ok_or_else(nothing)?.without_optimizers())
+    }
+
+    /// The best valid checkpoint in a folder of those that compete by a measure. Damaged ones are reported and passed over.
+    fn best_of(folder: &Path) -> Result<Option<Self>> {
+        let candidates = candidates(folder);
+        let measures = candidates.iter().filter_map(|candidate| {
+            let best = candidate.manifest.as_ref().ok()?.best.as_ref()?;
+            Some(best.measure.as_str())
+        });
+        let measures: BTreeSet<_> = measures.collect();
+        if measures.len() > 1 {
+            let measures: Vec<_> = measures.iter().map(|measure| format!("`{measure}`")).collect();
+            return Err(Error::NotFound(format!(
+                "{} has the best checkpoints by {}: give the folder of one of them",
+                folder.display(),
+                measures.join(" and ")
+            )));
+        }
+        let ranked = measures.first().map(|measure| ranked(&candidates, measure)).unwrap_or_default();
+        Ok(ranked.into_iter().find_map(|candidate| {
+            let warn = |error: &Error| tracing::warn!("skipping {}: {error}", candidate.path.display());
+            Self::open(&candidate.path).inspect_err(warn).ok()
+        }))
+    }
+
+    fn of_file(file: &Path) -> Result<Self> {
+        match file.extension().is_some_and(|extension| extension == "json") {
+            true => Self::of_shards(file),
             false => {
-                let name = found.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                Self::of_files(folder_of(&found), [name])
+                let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                Self::of_files(folder_of(file), [name])
             }
         }
     }

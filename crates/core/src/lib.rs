@@ -14,6 +14,7 @@
 //! - `docs/metrics.md`: [`meter`], [`Measure`], [`HParam`], [`Probe`]
 //! - `docs/checkpoints.md`: [`SaveCheckpoint`], [`SaveBest`], [`LoadCheckpoint`], [`ResumeFrom`], [`InitFrom`],
 //!   [`Manifest`]
+//! - `docs/use.md`: [`Eager`]
 //! - `docs/elasticity.md`: [`ElasticBatch`], and what becomes of a step when a rank is lost
 
 mod board;

@@ -9,15 +9,17 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use ice_core::optim::Sgd;
 use ice_core::{
-    HyperGraph, InitFrom, ModuleNode, Node as _, Repeat, Result, ResumeFrom, Run, RunConfig, SaveCheckpoint,
+    Better, Context, DatasetNode, HyperGraph, InitFrom, LossNode, MetricNode, ModuleNode, Node, NodeState,
+    Outputs, Repeat, Result, ResumeFrom, Run, RunConfig, SaveBest, SaveCheckpoint, Task, Value,
 };
 use ice_worker::Worker;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tch::{Device, Kind, Tensor, nn};
 
-use common::{as_ranks, turn};
+use common::{Line, as_ranks, turn};
 
 const WEIGHT: [f32; 3] = [1.0, 2.0, 3.0];
 const BIAS: [f32; 3] = [4.0, 5.0, 6.0];
@@ -326,7 +328,7 @@ fn damaged_indexes_and_other_formats_are_named() {
     );
     let empty = tempfile::tempdir().unwrap();
     let text = error(empty.path());
-    assert!(text.contains("has none of manifest.json"), "{text}");
+    assert!(text.contains("has neither model.safetensors.index.json nor"), "{text}");
 }
 
 #[test]
@@ -340,4 +342,97 @@ fn a_checkpoint_gives_its_parameters_and_not_its_optimizers() {
     let other = tempfile::tempdir().unwrap();
     let begun = begin(Worker::alone(Device::Cpu), &["net"], config(other.path(), run.join("ckpts/latest")));
     assert_eq!(begun.unwrap(), given());
+}
+
+/// Counts training steps, as a node of one's own does.
+#[derive(Default)]
+struct Steps(u64);
+
+impl Node for Steps {
+    fn set_up(&mut self, _: &Context) -> Result<()> {
+        Ok(())
+    }
+
+    fn forward(&mut self, _: &Outputs) -> Result<Value> {
+        Ok(Value::new(self.0))
+    }
+
+    fn before_step(&mut self) -> Result<()> {
+        self.0 += 1;
+        Ok(())
+    }
+
+    fn state(&self) -> NodeState {
+        NodeState { values: self.0.into(), ..NodeState::default() }
+    }
+
+    fn load_state(&mut self, saved: &NodeState) -> Result<()> {
+        self.0 = saved.values.as_u64().unwrap();
+        Ok(())
+    }
+}
+
+fn line_net() -> ModuleNode<nn::Linear, Tensor> {
+    let build = |path: &nn::Path| nn::linear(path, 1, 1, Default::default());
+    ModuleNode::new(build, |net: &nn::Linear, x| Ok(x.tensor("line")?.apply(net)))
+}
+
+#[test]
+fn what_a_run_trained_is_used_without_its_data_and_losses() {
+    let (out, _turn) = (tempfile::tempdir().unwrap(), turn());
+    let mut graph = HyperGraph::new();
+    let error = |x: &Outputs| Ok((x.tensor("net")? - x.tensor("line")? * 3.0).square());
+    graph.add("line", DatasetNode::new(Line(8)).batch_size(2), "train").unwrap();
+    graph.add("line", DatasetNode::new(Line(6)).batch_size(3), "val").unwrap();
+    graph.add("steps", Steps::default(), "*").unwrap();
+    graph.add("net", line_net().optimizer(Sgd::new(0.1)), "*").unwrap();
+    graph.add("loss", LossNode::new(move |x| Ok(error(x)?.mean(Kind::Float))), "train").unwrap();
+    graph.add("error", MetricNode::average(error), "val").unwrap();
+    let seen = Rc::new(RefCell::new(Vec::new()));
+    let note = Rc::clone(&seen);
+    // The error falls: the highest one is that of the first epoch, and the second best is newer.
+    let tasks = Repeat::new(4)
+        .then(Task::train("train"))
+        .then(Task::eval("val"))
+        .then(SaveCheckpoint::new())
+        .then(SaveBest::new("val/error", Better::Higher).max_keep(2))
+        .call(move |run| {
+            let net = run.graph().node::<ModuleNode<nn::Linear, Tensor>>("net")?;
+            note.borrow_mut().push((net.module()?.ws.double_value(&[0, 0]), run.measure("val/error")?));
+            Ok(())
+        });
+    let no_init = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+    Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), no_init).unwrap();
+    let run = std::fs::read_dir(out.path()).unwrap().next().unwrap().unwrap().path();
+    let [first, .., last] = &seen.take()[..] else { panic!("four epochs") };
+    assert!(first.1 > last.1);
+
+    let mut used = HyperGraph::new();
+    used.add("net", line_net(), "*").unwrap().add("steps", Steps::default(), "*").unwrap();
+    let eager = used.eager(Device::Cpu, 9).unwrap();
+    for (path, (weight, _)) in [("ckpts/latest", last), ("", last), ("best", first), ("ckpts", last)] {
+        eager.load(&*run.join(path)).unwrap();
+        let output = |at: f32| {
+            eager.set_input("line", Tensor::from_slice(&[at]).view([1, 1]));
+            let output =
+                eager.forward("*", |x| Ok((x.tensor("net")?.double_value(&[0, 0]), *x.get::<u64>("steps")?)));
+            output.unwrap()
+        };
+        let ((zero, steps), (one, _)) = (output(0.0), output(1.0));
+        assert!((one - zero - weight).abs() < 1e-6, "{path}: {} for {weight}", one - zero);
+        assert_eq!(steps, if path == "best" { 4 } else { 16 }, "{path}");
+    }
+    // The graph of the training program, at the start of its data, with the measures of the run.
+    let eager = graph.eager(Device::Cpu, 9).unwrap();
+    eager.load(&*run.join("best")).unwrap();
+    assert_eq!(eager.evaluate("val").unwrap(), BTreeMap::from([("val/error".to_owned(), first.1)]));
+    assert_eq!(eager.evaluate("val").unwrap()["val/error"], first.1);
+
+    let mut other = HyperGraph::new();
+    other.add("network", line_net(), "*").unwrap();
+    let eager = other.eager(Device::Cpu, 9).unwrap();
+    let text = eager.load(&*run).unwrap_err().to_string();
+    assert!(text.contains("node `*/network`: missing `bias`, `weight`") && text.contains("rename"), "{text}");
+    let text = eager.load(out.path()).unwrap_err().to_string();
+    assert!(text.contains("nor a valid checkpoint"), "{text}");
 }

@@ -1,8 +1,11 @@
 //! Nodes, a dataset and a meter of one's own: a small network learns to tell two spirals apart, from points with less and less noise.
 //!
 //!     cargo run --release --example own_nodes -- --devices cpu:0-1
+//!
+//! With `--predict out/…` it uses what such a run has trained.
 
 use std::f32::consts::TAU;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ice::core::meter::Meter;
@@ -17,6 +20,9 @@ struct Options {
     /// Times to go through the points.
     #[arg(long, default_value_t = 30)]
     epochs: u64,
+    /// Say which spiral three points are of, by what was trained: the folder of a run, or of a checkpoint.
+    #[arg(long, value_name = "DIR")]
+    predict: Option<PathBuf>,
     #[command(flatten)]
     run: RunOptions,
 }
@@ -143,20 +149,10 @@ fn classes(x: &Outputs<'_>) -> Result<Tensor> {
     Ok(x.get::<(Tensor, Tensor)>("spirals")?.1.shallow_clone())
 }
 
-fn main() -> ExitCode {
-    let options = Options::parse();
-    ice::main(|| train(&options))
-}
-
-fn train(options: &Options) -> Result<(), ice::Error> {
-    let mut graph = HyperGraph::new();
-    // ANCHOR: graph
-    let learn = DatasetNode::new(Spirals { count: 2000 }).shuffle(true).batch_size(50);
-    let test = DatasetNode::new(Spirals { count: 500 }).batch_size(100);
-    graph.add("spirals", learn, "train")?.add("spirals", test, "val")?;
-    graph.add("noise", Noise { start: 0.05, decay: 0.997, steps: 0, is_training: false }, "*")?;
-
-    let net = ModuleNode::new(
+// ANCHOR: net
+/// Makes float `[n, 2]`, how much each point looks like one of each spiral, of the output of `noise`.
+fn net() -> ModuleNode<nn::Sequential, Tensor> {
+    ModuleNode::new(
         |path| {
             nn::seq()
                 .add(nn::linear(path / "in", 2, 64, Default::default()))
@@ -166,8 +162,43 @@ fn train(options: &Options) -> Result<(), ice::Error> {
                 .add(nn::linear(path / "out", 64, 2, Default::default()))
         },
         |net, x| Ok(net.forward(&x.tensor("noise")?)),
-    );
-    graph.add("net", net.optimizer(AdamW::new(5e-3)), "*")?;
+    )
+}
+// ANCHOR_END: net
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    ice::main(|| match &options.predict {
+        Some(trained) => predict(trained),
+        None => train(&options),
+    })
+}
+
+// ANCHOR: predict
+/// Says which spiral a point is of, with what a run has trained.
+fn predict(trained: &Path) -> Result<(), ice::Error> {
+    let mut graph = HyperGraph::new();
+    graph.add("net", net(), "*")?;
+    let eager = graph.eager(Device::Cpu, 0)?;
+    eager.load(trained)?;
+
+    let points = Tensor::from_slice2(&[[0.0_f32, 0.25], [0.0, -0.25], [-0.5, 0.0]]);
+    eager.set_input("noise", points);
+    let likelihood = eager.forward("*", |x| Ok(x.tensor("net")?.softmax(1, Kind::Float)))?;
+    likelihood.print();
+    Ok(())
+}
+// ANCHOR_END: predict
+
+fn train(options: &Options) -> Result<(), ice::Error> {
+    let mut graph = HyperGraph::new();
+    // ANCHOR: graph
+    let learn = DatasetNode::new(Spirals { count: 2000 }).shuffle(true).batch_size(50);
+    let test = DatasetNode::new(Spirals { count: 500 }).batch_size(100);
+    graph.add("spirals", learn, "train")?.add("spirals", test, "val")?;
+    graph.add("noise", Noise { start: 0.05, decay: 0.997, steps: 0, is_training: false }, "*")?;
+
+    graph.add("net", net().optimizer(AdamW::new(5e-3)), "*")?;
 
     let loss = LossNode::new(|x| Ok(x.tensor("net")?.cross_entropy_for_logits(&classes(x)?)));
     graph.add("loss", loss, "train")?;

@@ -15,7 +15,7 @@ use super::fit::Report;
 use super::load::{Loading, Target, owner};
 use super::{Selection, key_prefix, kinds};
 use crate::graph::Entry;
-use crate::{Error, HyperGraph, Result};
+use crate::{Error, HyperGraph, NodeState, Result};
 
 /// The counter of PyTorch's batch norms, which only those without a momentum read.
 const BATCH_COUNTER: &str = "num_batches_tracked";
@@ -42,7 +42,7 @@ pub struct InitFrom {
 
 impl InitFrom {
     /// A safetensors file, the index of a sharded model (`*.index.json`), a folder with `model.safetensors.index.json` or
-    /// `model.safetensors`, or the folder of a checkpoint. Its keys are those of a checkpoint's model, or PyTorch's own if one node has all
+    /// `model.safetensors`, the folder of a checkpoint, a run's folder (its newest checkpoint) or the `best` in it. Its keys are those of a checkpoint's model, or PyTorch's own if one node has all
     /// parameters.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), renames: Vec::new(), skips: Vec::new(), strict: true }
@@ -88,34 +88,61 @@ impl InitFrom {
 
     /// Loads what was found on every rank; rank 0 reads for all. Collective.
     pub(crate) fn load(&self, found: &Checkpoint, graph: &HyperGraph, worker: &Worker) -> Result<()> {
-        let mut fit = Fit::default();
-        let mut loading = self.compare(found, graph, &mut fit)?;
-        let differs = !fit.different.is_none();
-        if differs || self.strict && !fit.absent.is_none() {
-            let reports = [&fit.different, &fit.absent].map(|report| report.to_string());
-            let reports: Vec<_> = reports.into_iter().filter(|report| !report.is_empty()).collect();
-            return Err(Error::Usage(format!(
-                "{} does not have the parameters of this program: {}\n  hint: {}",
-                self.path.display(),
-                reports.join("\n  "),
-                self.hint(found, graph, differs)
-            )));
-        }
-        if loading.targets.is_empty() {
-            return Err(Error::Usage(format!(
-                "{} has no parameter of this program: {}\n  hint: {}",
-                self.path.display(),
-                fit.absent,
-                self.hint(found, graph, false)
-            )));
-        }
+        let (mut loading, fit) = self.fit(found, graph, Use::Begin)?;
         if worker.is_main() {
-            fit.tell(&self.path, loading.targets.len());
+            println!("beginning with {}", fit.summary(&self.path, loading.targets.len()));
+            fit.warn(&self.path);
         }
         loading.fill(found, None, graph, &Selection::All, worker)
     }
 
-    fn compare(&self, found: &Checkpoint, graph: &HyperGraph, fit: &mut Fit) -> Result<Loading> {
+    /// Loads the nodes of a graph that is run by hand, with what they remember beside tensors, and leaves out other nodes of the files.
+    pub(crate) fn load_trained(&self, graph: &HyperGraph, worker: &Worker) -> Result<()> {
+        let found = self.find(graph)?;
+        let (mut loading, fit) = self.fit(&found, graph, Use::Trained)?;
+        fit.warn(&self.path);
+        let nodes = &found.manifest().nodes;
+        let mut states = Vec::new();
+        for entry in graph.entries() {
+            let node = entry.node.borrow();
+            if let Some(values) = nodes.get(&entry.uid)
+                && !node.is_measure()
+                && node.remaining().is_none()
+            {
+                node.check_values(values).map_err(|error| error.at(&entry.uid, "check of the checkpoint"))?;
+                states.push((entry, NodeState { values: values.clone(), ..node.state() }));
+            }
+        }
+        loading.fill(&found, None, graph, &Selection::All, worker)?;
+        for (entry, state) in states {
+            entry.node.borrow_mut().load_state(&state).map_err(|error| error.at(&entry.uid, "load"))?;
+        }
+        Ok(())
+    }
+
+    /// Compares files and graph. What does not fit is an error that names all of it, or a warning.
+    fn fit(&self, found: &Checkpoint, graph: &HyperGraph, usage: Use) -> Result<(Loading, Fit)> {
+        let mut fit = Fit::default();
+        let loading = self.compare(found, graph, usage, &mut fit)?;
+        let differs = !fit.different.is_none();
+        let problem = if differs || self.strict && !fit.absent.is_none() {
+            "does not have the parameters of this program"
+        } else if loading.targets.is_empty() {
+            "has no parameter of this program"
+        } else {
+            return Ok((loading, fit));
+        };
+        let reports = [&fit.different, &fit.absent].map(|report| report.to_string());
+        let reports: Vec<_> = reports.into_iter().filter(|report| !report.is_empty()).collect();
+        Err(Error::Usage(format!(
+            "{} {problem}: {}\n  hint: {}",
+            self.path.display(),
+            reports.join("\n  "),
+            self.hint(found, graph, differs, usage)
+        )))
+    }
+
+    fn compare(&self, found: &Checkpoint, graph: &HyperGraph, usage: Use, fit: &mut Fit) -> Result<Loading> {
         let mut loading = Loading::default();
         let mut left: BTreeSet<_> = found.catalog().model.keys().collect();
         for entry in graph.entries() {
@@ -134,29 +161,24 @@ impl InitFrom {
                     continue;
                 };
                 let shape = part.map_or_else(|| kinds::shape(tensor), |part| part.of.clone());
-                match difference(key, tensor.kind(), &shape, saved) {
-                    Some(difference) => fit.different.of(&entry.uid).different.push(difference),
-                    None => {
-                        if kinds::kind(saved.dtype) != Ok(tensor.kind()) {
-                            *fit.converted
-                                .entry(format!("{:?} to {:?}", saved.dtype, tensor.kind()))
-                                .or_default() += 1;
-                        }
-                        loading.targets.insert((Section::Model, full), Target::new(tensor, part)?);
-                    }
+                if let Some(difference) = difference(key, tensor.kind(), &shape, saved) {
+                    fit.different.of(&entry.uid).different.push(difference);
+                    continue;
                 }
+                if kinds::kind(saved.dtype) != Ok(tensor.kind()) {
+                    let types = format!("{:?} to {:?}", saved.dtype, tensor.kind());
+                    *fit.converted.entry(types).or_default() += 1;
+                }
+                loading.targets.insert((Section::Model, full), Target::new(tensor, part)?);
             }
         }
         for full in left {
-            match owner(graph, full) {
-                _ if is_batch_counter(full) => {}
-                Some(uid) => {
-                    let key = &full[key_prefix(uid).len()..];
-                    if !self.skips(full, key) {
-                        fit.absent.of(uid).unexpected.push(key.into());
-                    }
-                }
-                None if self.skips(full, full) => {}
+            let uid = owner(graph, full);
+            let key = uid.map_or(full.as_str(), |uid| &full[key_prefix(uid).len()..]);
+            match uid {
+                _ if is_batch_counter(full) || self.skips(full, key) => {}
+                Some(uid) => fit.absent.of(uid).unexpected.push(key.into()),
+                None if usage == Use::Trained => {}
                 None => fit.absent.nobodys(full),
             }
         }
@@ -174,11 +196,15 @@ impl InitFrom {
     }
 
     /// What to do about parameters that do not fit.
-    fn hint(&self, found: &Checkpoint, graph: &HyperGraph, differs: bool) -> String {
-        if let Some(first) = common_prefix(found, graph) {
-            return format!("--init-rename '^{}='", regex::escape(&first));
+    fn hint(&self, found: &Checkpoint, graph: &HyperGraph, differs: bool, usage: Use) -> String {
+        if let Some(first) = common_prefix(found, graph).map(|first| regex::escape(&first)) {
+            return match usage {
+                Use::Begin => format!("--init-rename '^{first}='"),
+                Use::Trained => format!("InitFrom::new(path).rename(r\"^{first}\", \"\")?"),
+            };
         }
         match differs {
+            _ if usage == Use::Trained => "InitFrom has rename for keys, skip for parameters to leave out, and strict(false)".into(),
             true => "--init-skip PATTERN leaves out the parameters whose keys have a match, of the program and of the file".into(),
             false => "--init-rename PATTERN=REPLACEMENT renames keys of the file, --init-skip PATTERN leaves keys out, \
                       and --init-partial loads what there is"
@@ -206,6 +232,27 @@ impl From<PathBuf> for InitFrom {
     }
 }
 
+impl From<&Path> for InitFrom {
+    fn from(path: &Path) -> Self {
+        Self::new(path)
+    }
+}
+
+impl From<&str> for InitFrom {
+    fn from(path: &str) -> Self {
+        Self::new(path)
+    }
+}
+
+/// What parameters are loaded for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    /// A run begins with them, and what belongs to no node does not fit.
+    Begin,
+    /// They are used as they are, perhaps by a part of the graph that was trained.
+    Trained,
+}
+
 /// How files and graph compare.
 #[derive(Default)]
 struct Fit {
@@ -217,15 +264,14 @@ struct Fit {
 }
 
 impl Fit {
-    fn tell(&self, path: &Path, loaded: usize) {
+    fn summary(&self, path: &Path, loaded: usize) -> String {
         let of_types =
             self.converted.iter().map(|(types, count)| format!(", {count} converted from {types}"));
-        println!(
-            "beginning with {loaded} tensor{} of {}{}",
-            if loaded == 1 { "" } else { "s" },
-            path.display(),
-            of_types.collect::<String>()
-        );
+        let plural = if loaded == 1 { "" } else { "s" };
+        format!("{loaded} tensor{plural} of {}{}", path.display(), of_types.collect::<String>())
+    }
+
+    fn warn(&self, path: &Path) {
         if !self.absent.is_none() {
             tracing::warn!("{} was loaded in part: {}", path.display(), self.absent);
         }

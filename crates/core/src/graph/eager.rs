@@ -1,10 +1,12 @@
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use ice_worker::Worker;
 use tch::Device;
 
 use crate::graph::{ExecutableGraph, Outputs};
-use crate::{Context, HyperGraph, Result, Round, Tags};
+use crate::{Context, HyperGraph, InitFrom, Result, Round, Tags, Value};
 
 /// A graph that is run by hand, in this process alone: for tests of single nodes, and for using what was trained.
 ///
@@ -31,6 +33,7 @@ use crate::{Context, HyperGraph, Result, Round, Tags};
 pub struct Eager<'a> {
     graph: &'a HyperGraph,
     worker: Rc<Worker>,
+    inputs: RefCell<Vec<(String, Value)>>,
 }
 
 impl HyperGraph {
@@ -47,11 +50,43 @@ impl HyperGraph {
             lr_factor: 1.0,
             is_fresh: true,
         })?;
-        Ok(Eager { graph: self, worker })
+        Ok(Eager { graph: self, worker, inputs: RefCell::default() })
     }
 }
 
 impl Eager<'_> {
+    /// Loads what was trained into the nodes of this graph: the parameters and buffers of a run, of a checkpoint, or of safetensors files
+    /// that other programs have written. A run's folder gives its newest valid checkpoint, the `best` in it the best one. Other nodes that
+    /// have a state get it, too, unless it is a position in data or a measure. Optimizers stay as they are.
+    ///
+    /// ```no_run
+    /// use ice_core::HyperGraph;
+    /// use tch::{Device, Tensor};
+    ///
+    /// # fn predict(graph: HyperGraph, images: Tensor) -> ice_core::Result<Tensor> {
+    /// let eager = graph.eager(Device::Cpu, 0)?;
+    /// eager.load("out/digits_20260131-120000/best")?;
+    /// eager.set_input("images", images);
+    /// eager.forward("*", |x| x.tensor("net"))
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Usage`](crate::Error::Usage) names all parameters of the graph that are missing or have another shape, and what its nodes
+    /// have no parameter for; nothing is loaded then. Nodes that the graph does not have are left out.
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint) if there is nothing to load, or it is damaged.
+    pub fn load(&self, from: impl Into<InitFrom>) -> Result<()> {
+        from.into().load_trained(self.graph, &self.worker)
+    }
+
+    /// Gives an output by name: in [`Eager::forward`] a node of that name does not run, and no such node is needed. Holds until it is set
+    /// again.
+    pub fn set_input<T: 'static>(&self, name: &str, value: T) {
+        let mut inputs = self.inputs.borrow_mut();
+        inputs.retain(|(known, _)| known != name);
+        inputs.push((name.to_owned(), Value::new(value)));
+    }
+
     /// Begins an iteration of the nodes that a query selects, without gradients; those run that are asked for.
     ///
     /// # Errors
@@ -62,7 +97,26 @@ impl Eager<'_> {
         look: impl FnOnce(&Outputs<'_>) -> Result<T>,
     ) -> Result<T> {
         let graph = self.begin(query)?;
-        tch::no_grad(|| graph.forward(&self.worker, look))
+        tch::no_grad(|| graph.forward(&self.worker, &self.inputs.borrow(), look))
+    }
+
+    /// Evaluates the nodes that a query selects over one epoch of their data, or what is left of it, or once if none has a size, and returns what they measured, by
+    /// the uid of the node.
+    ///
+    /// # Errors
+    /// The query selects no nodes, or a node fails.
+    pub fn evaluate(&self, query: impl Into<Tags>) -> Result<BTreeMap<String, f64>> {
+        let graph = self.begin(query)?;
+        // Measures hold the sums of the epoch before until here.
+        graph.epoch_start();
+        loop {
+            graph.eval_step(&self.worker)?;
+            if graph.remaining().is_none_or(|left| left == 0) {
+                break;
+            }
+        }
+        let measures = graph.epoch_end(&self.worker, |_| true)?;
+        Ok(measures.iter().flat_map(|(uid, measure)| measure.named(uid)).collect())
     }
 
     /// Does one training step of the nodes that a query selects, and returns its loss.

@@ -14,7 +14,7 @@ use crate::graph::hyper::Entry;
 use crate::precision::Precision;
 use crate::ranks::gather;
 use crate::run::{Leave, Timers};
-use crate::{Error, Measure, Node, Result};
+use crate::{Error, Measure, Node, Result, Value};
 
 /// Nodes that run together.
 pub(crate) type Entries = Rc<[Rc<Entry>]>;
@@ -210,7 +210,7 @@ impl ExecutableGraph {
         tch::no_grad(|| {
             let mut samples = 0;
             loop {
-                samples += self.forward(worker, |outputs| {
+                samples += self.forward(worker, &[], |outputs| {
                     outputs.run_all()?;
                     Ok(outputs.samples())
                 })?;
@@ -225,13 +225,14 @@ impl ExecutableGraph {
         })
     }
 
-    /// Lets somebody ask for the outputs of an iteration.
+    /// Lets somebody ask for the outputs of an iteration with these inputs.
     pub(crate) fn forward<T>(
         &self,
         worker: &Worker,
+        inputs: &[(String, Value)],
         look: impl FnOnce(&Outputs<'_>) -> Result<T>,
     ) -> Result<T> {
-        let outputs = Outputs::new(self, worker, false);
+        let outputs = Outputs::new(self, worker, false).with_inputs(inputs);
         let _range = self.precision.begin(worker.device())?;
         look(&outputs)
     }

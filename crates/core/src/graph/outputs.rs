@@ -17,6 +17,8 @@ pub struct Outputs<'a> {
     worker: &'a Worker,
     train: bool,
     values: RefCell<Vec<Option<Made>>>,
+    /// Values by names that no node has.
+    inputs: Vec<(String, Value)>,
     running: RefCell<Vec<Running>>,
     /// Datasets that have run.
     datasets: Cell<u32>,
@@ -43,8 +45,22 @@ struct Running {
 impl<'a> Outputs<'a> {
     pub(crate) fn new(graph: &'a ExecutableGraph, worker: &'a Worker, train: bool) -> Self {
         let values = RefCell::new((0..graph.entries().len()).map(|_| None).collect());
-        let (running, datasets, first_share) = Default::default();
-        Self { graph, worker, train, values, running, datasets, first_share }
+        let (inputs, running, datasets, first_share) = Default::default();
+        Self { graph, worker, train, values, inputs, running, datasets, first_share }
+    }
+
+    /// With values by name: nodes of these names do not run.
+    pub(crate) fn with_inputs(mut self, inputs: &[(String, Value)]) -> Self {
+        for (name, value) in inputs {
+            match self.graph.position(name) {
+                Some(index) => {
+                    let made = Made { value: value.clone(), sources: 0, share: None };
+                    self.values.get_mut()[index] = Some(made);
+                }
+                None => self.inputs.push((name.clone(), value.clone())),
+            }
+        }
+        self
     }
 
     /// The output of the node `name`, as the type that the node makes.
@@ -60,10 +76,16 @@ impl<'a> Outputs<'a> {
 
     /// The output of the node `name`, of whatever type.
     pub(crate) fn value(&self, name: &str) -> Result<Value> {
-        let index = self.graph.position(name).ok_or_else(|| {
+        let Some(index) = self.graph.position(name) else {
+            if let Some((_, value)) = self.inputs.iter().find(|(input, _)| input == name) {
+                return Ok(value.clone());
+            }
             let there: Vec<_> = self.graph.entries().iter().map(|entry| format!("`{}`", entry.uid)).collect();
-            Error::Graph(format!("no node `{name}` in this task; there are {}", there.join(", ")))
-        })?;
+            return Err(Error::Graph(format!(
+                "no node `{name}` in this task; there are {}",
+                there.join(", ")
+            )));
+        };
         self.run(index)?;
         let values = self.values.borrow();
         let made = values[index].as_ref();
