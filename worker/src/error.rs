@@ -34,6 +34,11 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The process has joined its job before.
+    #[error(
+        "this process has joined its job before: use the one Worker for all runs, or Launch::run on the thread of the first run"
+    )]
+    JoinedBefore,
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] TchError),

@@ -94,6 +94,9 @@ impl Worker {
         if stays && env.link_fd.is_some() && env.device.is_some_and(|device| device != RankDevice::Cpu) {
             ice_c10d::nccl::keep_process_after_errors();
         }
+        if env.link_fd.is_some() && Link::current().is_open() {
+            return Err(Error::JoinedBefore);
+        }
         let (rank, round) = ((!spare).then_some(env.rank), (!spare).then_some(env.round));
         let link = match env.link_fd {
             Some(fd) => Link::open(fd, rank, round).map_err(|source| Error::Link { source })?,
@@ -426,6 +429,7 @@ impl Worker {
     /// broken connection, unless this one was told to stop.
     pub fn leave(&self) {
         self.link.finish();
+        self.drop_group();
     }
 
     /// Leaves word of a failure with the agent and in the error file. `message` is one line, `detail` may be many.

@@ -143,9 +143,13 @@ impl Checkpoint {
         Err(crate::without_remote(address))
     }
 
-    /// The newest valid checkpoint in the folder of a run.
-    pub fn newest_in_run(run: &Path) -> Option<Self> {
-        Self::newest_of(&[run.join(CHECKPOINTS), run.join(BEST)], None)
+    /// The newest valid checkpoint of a job whose program has several runs: in the folder of the run of this number, or of a later
+    /// one. `first` is the folder of the first run.
+    pub fn newest_of_runs(first: &Path, from: u64) -> Option<Self> {
+        let is_due = |folder: &PathBuf| number_of(folder, first).is_some_and(|number| number >= from);
+        let runs = first.parent().map(folders).unwrap_or_default().into_iter().filter(is_due);
+        let holders: Vec<_> = runs.flat_map(|run| [run.join(CHECKPOINTS), run.join(BEST)]).collect();
+        Self::newest_of(&holders, None)
     }
 
     /// The newest valid checkpoint of a whole graph directly in one of the folders. Damaged ones are reported and passed over.
@@ -163,6 +167,24 @@ impl Checkpoint {
             }
         }
         fitting.iter().rev().find_map(|path| Self::open(path).inspect_err(|error| warn(path, error)).ok())
+    }
+}
+
+/// The folder of a run of a program, by the folder of its first run: the second run has `.2` behind the name.
+pub fn folder_of_run(first: &Path, number: u64) -> PathBuf {
+    let mut folder = first.as_os_str().to_owned();
+    if number > 0 {
+        folder.push(format!(".{}", number + 1));
+    }
+    folder.into()
+}
+
+/// The number of the run whose folder this is; `None` for a folder of another job.
+fn number_of(folder: &Path, first: &Path) -> Option<u64> {
+    let name = folder.file_name()?.to_str()?.strip_prefix(first.file_name()?.to_str()?)?;
+    match name {
+        "" => Some(0),
+        name => name.strip_prefix('.')?.parse::<u64>().ok()?.checked_sub(1),
     }
 }
 

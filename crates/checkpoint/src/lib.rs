@@ -31,7 +31,7 @@ mod stream;
 pub use catalog::{Catalog, Extent, Overlap, Saved, Section};
 pub use error::{Error, Result};
 pub use exact::Exact;
-pub use find::{Candidate, ResumeFrom, candidates};
+pub use find::{Candidate, ResumeFrom, candidates, folder_of_run};
 pub use header::{Entry, Header, Layout, Part, Placed, Stored};
 pub use keep::{keep_best, keep_last};
 pub use manifest::{Best, Better, Counts, FORMAT_VERSION, FileInfo, Manifest};

@@ -26,6 +26,9 @@ pub struct Manifest {
     pub format_version: u32,
     /// The job that saved it.
     pub run_id: String,
+    /// Number of the run in its program, from 0. A checkpoint of a later run shows that the earlier ones are done.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub run: u64,
     /// Ranks of the job.
     pub world_size: usize,
     /// Ranks that it began with, which batches and learning rates of an elastic run refer to.
@@ -110,6 +113,11 @@ impl Better {
     }
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_first(run: &u64) -> bool {
+    *run == 0
+}
+
 #[derive(Serialize)]
 struct Sealed<'a> {
     #[serde(flatten)]
@@ -124,6 +132,7 @@ impl Manifest {
         Self {
             format_version: FORMAT_VERSION,
             run_id: run_id.into(),
+            run: 0,
             world_size,
             base_ranks: None,
             seed,

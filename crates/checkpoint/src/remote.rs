@@ -57,8 +57,10 @@ impl Remote {
     /// # Errors
     /// [`Error::Remote`] names what could not be uploaded.
     pub fn upload(&self, checkpoint: &Path) -> Result<()> {
-        let name = checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let manifest = Manifest::read(checkpoint)?;
+        // Checkpoints of several runs of a program have the same names.
+        let name = crate::folder_of_run(checkpoint, manifest.run);
+        let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
         self.runtime.block_on(async {
             // A checkpoint of that name that is replaced must not be taken for whole meanwhile.
             let last = self.key(&name, MANIFEST);

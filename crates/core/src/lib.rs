@@ -42,5 +42,5 @@ pub use node::{
     StreamNode, Value,
 };
 pub use precision::{Autocast, GradScaler};
-pub use run::{ElasticBatch, LrRule, Run, RunConfig};
+pub use run::{ElasticBatch, LrRule, Run, RunConfig, Runs};
 pub use task::{Call, CallWith, EarlyStop, LoadCheckpoint, Repeat, SaveBest, SaveCheckpoint, Task, TaskItem};

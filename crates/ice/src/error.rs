@@ -45,7 +45,8 @@ impl Error {
 /// Runs the body of a program's `main` and maps its error to a message and an exit code: 2 where an option or a file that it
 /// names is wrong, the ranks' own code where they failed.
 ///
-/// In a rank, an error or a panic is also told to the agent and left in the error file.
+/// In a rank, an error or a panic is also told to the agent and left in the error file, and a body that succeeds ends with the rank leaving
+/// the job.
 pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
     let filter = std::env::var("ICE_LOG").ok().filter(|filter| !filter.is_empty());
     let filter = filter.and_then(|filter| filter.parse().ok());
@@ -58,7 +59,7 @@ pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
     if Worker::is_rank() {
         report_panics();
     }
-    match body() {
+    match body().and_then(|()| crate::run::finish()) {
         Ok(()) => ExitCode::Success.into(),
         Err(error) => {
             if !matches!(error, Error::Job(_)) {

@@ -32,9 +32,12 @@ struct Options {
     /// Ends the run when a closure has been called this many times, which a rank that is started again counts from 0.
     #[arg(long)]
     end_after: Option<u64>,
-    /// This rank dies in the second call of that closure, unless it was started again.
+    /// This rank dies in the second call of that closure in the last run, unless it was started again.
     #[arg(long)]
     dies: Option<usize>,
+    /// Runs of the program, one after the other. Those after the first write to `rank<N>.run<M>.txt`.
+    #[arg(long, default_value_t = 1)]
+    runs: u64,
     #[command(flatten)]
     run: RunOptions,
 }
@@ -66,6 +69,8 @@ impl Dataset for Curve {
 /// Writes down what was trained on, and counts passes over kills.
 struct Seen {
     folder: PathBuf,
+    /// What follows the number of the rank in the name of a file.
+    suffix: String,
     life: u64,
     out: Option<(File, bool)>,
     passes: u64,
@@ -75,8 +80,9 @@ struct Seen {
 }
 
 impl Seen {
-    fn new(folder: &Path, life: u64) -> Self {
-        Self { folder: folder.to_owned(), life, out: None, passes: 0, mark: 0, indices: Vec::new() }
+    fn new(folder: &Path, life: u64, run: u64) -> Self {
+        let suffix = if run == 1 { String::new() } else { format!(".run{run}") };
+        Self { folder: folder.to_owned(), suffix, life, out: None, passes: 0, mark: 0, indices: Vec::new() }
     }
 }
 
@@ -86,7 +92,7 @@ impl Node for Seen {
     }
 
     fn enter_round(&mut self, round: &Round) -> Result<()> {
-        let path = self.folder.join(format!("rank{}.txt", round.worker.rank()));
+        let path = self.folder.join(format!("rank{}{}.txt", round.worker.rank(), self.suffix));
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.map_err(|source| Error::Io { path, source })?;
         self.out = Some((file, round.worker.is_main()));
@@ -133,10 +139,10 @@ impl Node for Seen {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    ice::main(|| train(&options))
+    ice::main(|| (1..=options.runs).try_for_each(|run| train(&options, run)))
 }
 
-fn train(options: &Options) -> Result<(), ice::Error> {
+fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
     let mut graph = HyperGraph::new();
     graph.accumulate_gradients(TWO);
     let curve = DatasetNode::new(Curve).shuffle(true).workers(2);
@@ -146,7 +152,7 @@ fn train(options: &Options) -> Result<(), ice::Error> {
     };
     graph.add("curve", curve, "train")?;
     graph.add("curve", DatasetNode::new(Curve).in_total(10), "val")?;
-    graph.add("seen", Seen::new(&options.seen, options.life), "train")?;
+    graph.add("seen", Seen::new(&options.seen, options.life, run), "train")?;
     let net = ModuleNode::new(
         |path: &nn::Path| {
             let first = nn::linear(path / "first", 4, 32, Default::default());
@@ -182,9 +188,16 @@ fn train(options: &Options) -> Result<(), ice::Error> {
         .then(SaveCheckpoint::new())
         .then(inner)
         .then(SaveBest::new("*/error", Better::Lower).max_keep(2))
-        .call(end(options.end_after, options.dies));
+        .call(end(options.end_after, options.dies.filter(|_| run == options.runs)));
     let last = Task::train("train").steps(7).simulate_epoch();
-    graph.run(Repeat::once().then(outer).then(last).then(SaveCheckpoint::new()), &options.run)
+    let tasks = Repeat::once().then(outer).then(last).then(SaveCheckpoint::new());
+    let tasks = tasks.call(move |state| {
+        if state.is_main() {
+            println!("run {run} is at its end");
+        }
+        Ok(())
+    });
+    graph.run(tasks, &options.run)
 }
 
 /// A closure that counts its calls by itself, so that ranks which were started again disagree with the others.

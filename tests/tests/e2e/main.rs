@@ -25,6 +25,7 @@ mod readme;
 #[path = "../../../launcher/tests/nodes/server.rs"]
 #[expect(dead_code, reason = "the launcher's tests use the rest")]
 mod server;
+mod several;
 mod signals;
 mod stopping;
 mod store;

@@ -4,6 +4,8 @@ use ice_proto::link::Request;
 
 /// The answer of a rank that has no boundary left.
 pub(crate) const END: u64 = u64::MAX;
+/// How far the numbers of the boundaries of two runs lie apart: more than a run has.
+const RUN: u64 = 1 << 40;
 
 /// What a rank does at its boundary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub(crate) enum Turn {
 /// All ranks come to the same boundaries in the same order, and count them. Asked for a request, each answers with the first one that it
 /// can still act at, and stays there until it knows the target: the last of all these answers. A rank that waits for others within a step
 /// answers all the same, with the boundary after it, so that those which stay behind are let go on and reach it there.
+///
+/// A rank that has come to the end of a run answers with the first boundary of the next run. If the program has no further run, nobody acts.
 #[derive(Debug, Default)]
 pub(crate) struct Boundaries {
     /// How many were left behind.
@@ -76,11 +80,13 @@ impl Boundaries {
 
     /// The first boundary that this rank can act at.
     pub(crate) fn ask(&mut self, request: Request) -> u64 {
-        if self.ended {
-            return END;
-        }
         self.pending = Some(Pending { request, target: None });
-        self.passed + 1
+        if self.ended { self.next_run() + 1 } else { self.passed + 1 }
+    }
+
+    /// The number before that of the first boundary of the next run.
+    fn next_run(&self) -> u64 {
+        (self.passed / RUN + 1) * RUN
     }
 
     /// All have answered.
@@ -122,13 +128,20 @@ impl Boundaries {
         answer
     }
 
-    /// A run begins: there are boundaries again.
+    /// A run begins: there are boundaries again. The same on all ranks, since all have come to the end of the run before.
     pub(crate) fn begin(&mut self) {
-        self.ended = false;
+        if std::mem::take(&mut self.ended) {
+            self.passed = self.next_run();
+        }
     }
 
-    /// There are no more boundaries. What was to be done at one of them will not be done by anybody.
+    /// The run has no more boundaries. What all ranks were asked for is done at the first one of the next run.
     pub(crate) fn end(&mut self) {
+        (self.ended, self.paused) = (true, false);
+    }
+
+    /// The other ranks cannot be heard any more: nothing will be agreed on.
+    pub(crate) fn close(&mut self) {
         (self.ended, self.pending, self.paused) = (true, None, false);
     }
 }

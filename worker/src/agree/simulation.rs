@@ -9,8 +9,13 @@ use ice_proto::link::Request;
 use self::random::Random;
 use super::boundaries::{Boundaries, END, Turn};
 
-/// A program, the same on all ranks: whether they wait for each other in the step after each boundary.
-struct Program(Vec<bool>);
+/// A program, the same on all ranks.
+struct Program {
+    /// Whether they wait for each other in the step after each boundary.
+    waits: Vec<bool>,
+    /// After which boundaries a run ends and the next one begins, in ascending order.
+    runs: Vec<usize>,
+}
 
 #[derive(Default)]
 struct Rank {
@@ -19,6 +24,9 @@ struct Rank {
     passed: usize,
     /// Whether it is within a step.
     inside: bool,
+    /// Runs that it has left behind, and whether it is between two of them.
+    runs: usize,
+    between: bool,
     ended: bool,
     /// The request that its thread is at, and whether it has answered that.
     request: usize,
@@ -43,8 +51,10 @@ struct Simulation {
 impl Simulation {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let waits = random.below(101);
-        let program = Program((0..random.below(30)).map(|_| random.chance(waits)).collect());
+        let (waits, ends) = (random.below(101), random.below(20));
+        let waits: Vec<_> = (0..random.below(30)).map(|_| random.chance(waits)).collect();
+        let runs = (1..waits.len()).filter(|_| random.chance(ends)).collect();
+        let program = Program { waits, runs };
         let ranks = (0..1 + random.below(6)).map(|_| Rank::default()).collect();
         Self { program, ranks, requests: Vec::new(), random }
     }
@@ -58,9 +68,11 @@ impl Simulation {
         let everybody = |at: usize| self.ranks.iter().all(|rank| rank.passed >= at);
         let may_leave = {
             let rank = &self.ranks[number];
-            rank.inside && (!self.program.0[rank.passed - 1] || everybody(rank.passed))
+            rank.inside && (!self.program.waits[rank.passed - 1] || everybody(rank.passed))
         };
-        let length = self.program.0.len();
+        let length = self.program.waits.len();
+        let all_ended = |runs: usize| self.ranks.iter().all(|rank| rank.runs > runs || rank.between);
+        let may_begin = all_ended(self.ranks[number].runs);
         let rank = &mut self.ranks[number];
         if rank.ended || (rank.inside && !may_leave) {
             return false;
@@ -68,6 +80,18 @@ impl Simulation {
         if rank.inside {
             rank.inside = false;
             return true;
+        }
+        if self.program.runs.get(rank.runs) == Some(&rank.passed) {
+            if !rank.between {
+                rank.boundaries.end();
+                rank.between = true;
+                return true;
+            }
+            if may_begin {
+                rank.boundaries.begin();
+                (rank.between, rank.runs) = (false, rank.runs + 1);
+            }
+            return may_begin;
         }
         if rank.passed == length {
             rank.boundaries.end();
@@ -141,7 +165,7 @@ fn check(seed: u64) -> u64 {
         one.settle();
     }
     for rank in &one.ranks {
-        assert!(rank.ended, "seed {seed}: a rank stays at {} of {}", rank.passed, one.program.0.len());
+        assert!(rank.ended, "seed {seed}: a rank stays at {} of {}", rank.passed, one.program.waits.len());
         assert_eq!(rank.done, one.ranks[0].done, "seed {seed}");
     }
     one.ranks[0].done.len() as u64

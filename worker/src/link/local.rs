@@ -43,7 +43,8 @@ impl Local {
             }
             // A rank that waits at a boundary must not wait for an answer that cannot come.
             part.local.is_joined.store(false, Ordering::SeqCst);
-            part.local.end();
+            part.local.lock().close();
+            part.local.changed.notify_all();
         };
         thread::Builder::new().name("ice-agree".into()).spawn(answer).map(drop)
     }

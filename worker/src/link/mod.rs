@@ -153,6 +153,22 @@ impl Link {
         }
     }
 
+    /// Notes that the rank begins a run, and from now on waits for other ranks.
+    pub fn begin_run(&self) {
+        if let Some(inner) = &self.inner {
+            inner.state().noticed = false;
+        }
+    }
+
+    /// Notes that the rank is in no run: it will look by itself, at the beginning of the next one, whether the round is over, and is not to be
+    /// ended before.
+    pub fn end_run(&self) {
+        if let Some(inner) = &self.inner {
+            inner.state().noticed = true;
+            inner.changed.notify_all();
+        }
+    }
+
     /// Notes that all ranks of the round are at work from here on, and have got as much done as each other.
     pub fn begin(&self) {
         if let Some(inner) = &self.inner {

@@ -12,6 +12,9 @@ use crate::graph::Entries;
 use crate::ranks::gather;
 use crate::{Error, Result};
 
+/// Where the number of the run begins in that of a task.
+const RUN_BITS: u32 = 40;
+
 /// How much is left before its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(crate) enum Leave {
@@ -40,7 +43,8 @@ pub(super) struct Leaving {
     asked: Cell<Leave>,
     /// Whether the other ranks of the round were told of a wish of this rank.
     is_published: Cell<bool>,
-    /// Progress counter when the task that is running began in this round: its number, the same on all ranks.
+    /// Number of the task that is running, the same on all ranks: the number of the run, and in the lower bits the progress counter when the
+    /// task began in this round.
     task: Cell<u64>,
     /// Whether the ranks have agreed on the end of the run.
     is_over: Cell<bool>,
@@ -90,7 +94,7 @@ impl Run<'_> {
 
     /// A task begins, or is continued in this round.
     pub(crate) fn task_begins(&self) {
-        self.leaving.task.set(self.progress.position.get());
+        self.leaving.task.set((self.place.number << RUN_BITS) | self.progress.position.get());
     }
 
     /// At a step boundary: does what all ranks were asked for, and waits while the job is paused. Returns what all ranks leave there;
@@ -105,8 +109,9 @@ impl Run<'_> {
                 Boundary::GoOn => return Ok(Leave::Nothing),
                 Boundary::Leave { all, task } => {
                     self.leaving.is_published.set(false);
-                    // A request that was made in an earlier task is void.
-                    if all || task == self.leaving.task.get() {
+                    // A request that was made in an earlier task, or in an earlier run, is void.
+                    let own = self.leaving.task.get();
+                    if task == own || (all && task >> RUN_BITS == own >> RUN_BITS) {
                         return Ok(if all { Leave::Run } else { Leave::Task });
                     }
                 }

@@ -7,6 +7,7 @@ mod pace;
 mod parts;
 mod regroup;
 mod resume;
+mod runs;
 mod save;
 mod show;
 mod sources;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use ice_checkpoint::folder_of_run;
 use ice_worker::{Boundary, Stop, Worker};
 
 use self::copies::Copies;
@@ -27,7 +29,8 @@ pub use self::elastic::{ElasticBatch, LrRule};
 pub(crate) use self::leave::Leave;
 use self::leave::Leaving;
 use self::pace::Pace;
-use self::regroup::Progress;
+use self::regroup::{Beginning, Progress};
+pub use self::runs::Runs;
 use self::timers::AllTimers;
 pub(crate) use self::timers::Timers;
 use crate::board::Board;
@@ -91,12 +94,33 @@ impl Default for RunConfig {
     }
 }
 
+/// Which of the runs of its program a run is.
+#[derive(Debug, Clone, Copy, Default)]
+struct Place {
+    /// Runs before it.
+    number: u64,
+    /// Whether this process has done the run before it. The checkpoint to resume from is then an older one.
+    has_done_the_last: bool,
+}
+
+/// What becomes of a run.
+enum End {
+    Done,
+    /// The job is told to stop, or has no place for this rank.
+    Stopped,
+    /// It was done before, as are all before the one of this number.
+    Skipped {
+        due: u64,
+    },
+}
+
 /// A run under way, as tasks and closures see it.
 pub struct Run<'a> {
     graph: &'a HyperGraph,
     tasks: &'a dyn TaskItem,
     worker: Rc<Worker>,
     config: RunConfig,
+    place: Place,
     folder: Rc<Path>,
     counters: Counters,
     measures: RefCell<BTreeMap<String, f64>>,
@@ -112,7 +136,7 @@ pub struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Sets the graph up, resumes where that is asked for, and runs the tasks to their end. Collective: every rank calls
-    /// it with the same graph, tasks and configuration.
+    /// it with the same graph, tasks and configuration. A program with several runs has them done by [`Runs`].
     ///
     /// # Errors
     /// The first failure, named by node and phase.
@@ -122,11 +146,23 @@ impl<'a> Run<'a> {
         worker: Rc<Worker>,
         config: RunConfig,
     ) -> Result<()> {
-        let stamp = worker.run_stamp().unwrap_or("local");
+        let runs = Runs::new(worker);
+        runs.execute(graph, tasks, config)?;
+        runs.finish()
+    }
+
+    fn perform(
+        graph: &'a HyperGraph,
+        tasks: &'a dyn TaskItem,
+        worker: Rc<Worker>,
+        config: RunConfig,
+        place: Place,
+    ) -> Result<End> {
         let run = Self {
             graph,
             tasks,
-            folder: config.out_dir.join(format!("{}_{stamp}", worker.run_id())).into(),
+            place,
+            folder: folder_of_run(&first_folder(&config, &worker), place.number).into(),
             writer: RefCell::new(Writer::new(&worker, &config.checkpoints)),
             worker,
             board: RefCell::new(Board::new(config.log_every)),
@@ -142,17 +178,18 @@ impl<'a> Run<'a> {
         };
         let worker = &run.worker;
         worker.stay();
+        worker.link().begin_run();
         // A spare does what takes long before it is needed, where that does not take a GPU.
         let mut is_in = if worker.is_unbound() { worker.enter_round()? } else { true };
         graph.set_up(&Context { worker: Rc::clone(worker), seed: run.config.seed })?;
         is_in = is_in && worker.enter_round()?;
-        let mut outcome = Ok(());
+        let mut outcome = Ok(End::Stopped);
         while is_in {
             outcome = run.take_part();
             match &outcome {
                 // The ranks of a node that was told to stop leave, whatever becomes of the others.
                 Err(error) if error.is_collective() && worker.link().stop() == Some(Stop::Requested) => {
-                    outcome = Ok(());
+                    outcome = Ok(End::Stopped);
                     break;
                 }
                 Err(error) if run.is_over_for_all(error) => is_in = run.change_round(error)?,
@@ -160,23 +197,34 @@ impl<'a> Run<'a> {
             }
         }
         if !is_in {
-            outcome = Ok(());
+            outcome = Ok(End::Stopped);
+        }
+        if let Ok(skipped @ End::Skipped { .. }) = outcome {
+            run.leave_nodes();
+            return Ok(skipped);
         }
         worker.link().end();
-        let outcome = outcome.and_then(|()| graph.switch_to(&[]));
+        let outcome = outcome.and_then(|end| graph.switch_to(&[]).map(|()| end));
         let written = run.writer.borrow_mut().finish();
-        let outcome = outcome.and(match written {
+        let outcome = outcome.and_then(|end| match written {
             // Another rank is gone, and the checkpoint that it had a part in with it.
-            Err(Error::Stopped) => Ok(()),
-            written => written,
+            Ok(()) | Err(Error::Stopped) => Ok(end),
+            Err(error) => Err(error),
         });
         run.close_board(outcome.is_ok());
+        worker.link().end_run();
         outcome
     }
 
     /// Runs the tasks in one round, to their end if it lasts so long.
-    fn take_part(&self) -> Result<()> {
-        let from_memory = self.begin_round()?;
+    fn take_part(&self) -> Result<End> {
+        if let Some(due) = self.meet_in_run()? {
+            return Ok(End::Skipped { due });
+        }
+        let from_memory = match self.begin_round()? {
+            Beginning::Later { due } => return Ok(End::Skipped { due }),
+            beginning => matches!(beginning, Beginning::FromMemory),
+        };
         if !self.is_main() {
             // It may have been.
             self.board.borrow_mut().finish(self.counters.train_steps(), None);
@@ -191,13 +239,14 @@ impl<'a> Run<'a> {
         // The ranks may have agreed on the end of the run before one of them was lost.
         let outcome = if self.is_over_early() { Ok(()) } else { self.tasks.run(self) };
         match outcome {
-            Err(Error::Stopped) if !self.worker.link().is_broken() => return Ok(()),
+            Err(Error::Stopped) if !self.worker.link().is_broken() => return Ok(End::Stopped),
             Err(error) if Leave::of(&error) > Leave::Nothing => self.end_early(),
             outcome => outcome?,
         }
         // A rank may be lost in the very last step, and the others are needed for it then.
         self.worker.link().end();
-        Ok(self.worker.barrier()?)
+        self.worker.barrier()?;
+        Ok(End::Done)
     }
 
     /// Whether an error means that the ranks go on in another round.
@@ -235,7 +284,7 @@ impl<'a> Run<'a> {
         &self.counters
     }
 
-    /// The folder of this run: `<out_dir>/<run id>_<MMDDHHmm>_<random>`.
+    /// The folder of this run: `<out_dir>/<run id>_<MMDDHHmm>_<random>`, of the second run of a program with `.2` behind it.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -335,6 +384,12 @@ impl<'a> Run<'a> {
             println!("{heading}{values}  ({:.1} s)", took.as_secs_f64());
         }
     }
+}
+
+/// The folder of the first run of the program.
+fn first_folder(config: &RunConfig, worker: &Worker) -> PathBuf {
+    let stamp = worker.run_stamp().unwrap_or("local");
+    config.out_dir.join(format!("{}_{stamp}", worker.run_id()))
 }
 
 /// As the line of an epoch has it. Many parts, as those of a confusion matrix, would fill the screen.

@@ -48,6 +48,16 @@ pub(super) struct Mark {
     position: u64,
 }
 
+/// How a run begins in a round.
+pub(super) enum Beginning {
+    /// With the state that ranks have.
+    FromMemory,
+    /// With a checkpoint, or at its beginning.
+    Afresh,
+    /// It is done: the checkpoint to resume from is of the run of this number.
+    Later { due: u64 },
+}
+
 /// A rank's word on how far it has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Standing {
@@ -131,9 +141,7 @@ impl Run<'_> {
     pub(super) fn change_round(&self, why: &Error) -> Result<bool> {
         tracing::debug!(%why, "leaving the round");
         self.end_copies();
-        for entry in self.graph.entries() {
-            entry.node.borrow_mut().leave_round();
-        }
+        self.leave_nodes();
         if let Some(mark) = self.progress.mark.take() {
             self.tasks.load_state(&mark.tasks, false)?;
             self.counters.restore(mark.counters.saved());
@@ -147,9 +155,8 @@ impl Run<'_> {
         Ok(self.worker.enter_round()?)
     }
 
-    /// Begins a round, on every rank: agrees on the state to go on with, brings it to those who lack it, and makes the nodes ready. Whether
-    /// the run goes on from memory, and not from a checkpoint or its beginning.
-    pub(super) fn begin_round(&self) -> Result<bool> {
+    /// Begins a round, on every rank: agrees on the state to go on with, brings it to those who lack it, and makes the nodes ready.
+    pub(super) fn begin_round(&self) -> Result<Beginning> {
         let began = Instant::now();
         self.writer.borrow_mut().enter_round(&self.worker);
         let was_running = self.progress.has_state.get();
@@ -208,7 +215,9 @@ impl Run<'_> {
             }
             None if newest.has_state => Some(format!("the memory of rank {source}")),
             None => {
-                self.begin(was_running)?;
+                if let Some(due) = self.begin(was_running)? {
+                    return Ok(Beginning::Later { due });
+                }
                 None
             }
         };
@@ -239,7 +248,7 @@ impl Run<'_> {
             false => 0,
         };
         self.progress.first_step.set(Some(again));
-        Ok(from.is_some())
+        Ok(if from.is_some() { Beginning::FromMemory } else { Beginning::Afresh })
     }
 
     /// The step that was begun does not count.

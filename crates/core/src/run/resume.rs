@@ -1,7 +1,16 @@
 //! Going on from a checkpoint.
 
+use super::first_folder;
 use crate::checkpoint::{Checkpoint, Manifest, Selection, is_misfit, load, share};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
+
+/// The checkpoint that a run was to go on from.
+enum Found {
+    Nothing,
+    Loaded,
+    /// The number of the run that it is of.
+    OfLaterRun(u64),
+}
 
 impl Run<'_> {
     /// Loads the state of the nodes that `tags` select, of all where there are none. The progress of the tasks stays as it is.
@@ -22,10 +31,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Goes on from a checkpoint, or begins with the parameters that were given. A run that has begun needs a checkpoint.
-    pub(super) fn begin(&self, has_begun: bool) -> Result<()> {
-        if self.resume()? {
-            return Ok(());
+    /// Goes on from a checkpoint, or begins with the parameters that were given. A run that has begun needs a checkpoint. If the checkpoint
+    /// is of a later run, nothing is loaded, and the number of that run is returned.
+    pub(super) fn begin(&self, has_begun: bool) -> Result<Option<u64>> {
+        match self.resume()? {
+            Found::Loaded => return Ok(None),
+            Found::OfLaterRun(due) => return Ok(Some(due)),
+            Found::Nothing => {}
         }
         if has_begun {
             return Err(Error::Resume(
@@ -34,36 +46,51 @@ impl Run<'_> {
                     .into(),
             ));
         }
-        let Some(init) = &self.config.init_from else { return Ok(()) };
+        let Some(init) = &self.config.init_from else { return Ok(None) };
         let found = if self.is_main() { Some(init.find(self.graph)?) } else { None };
-        let Some(found) = share(found, &self.worker)? else { return Ok(()) };
-        init.load(&found, self.graph, &self.worker)
+        let Some(found) = share(found, &self.worker)? else { return Ok(None) };
+        init.load(&found, self.graph, &self.worker)?;
+        Ok(None)
     }
 
-    /// Goes on from a checkpoint: the one of this run where the group was started again, after a failure or because nodes have come or
-    /// gone; else the one asked for. False where there is none.
-    fn resume(&self) -> Result<bool> {
-        let from = || {
-            let again = self.worker.restart_count() > 0 || self.worker.round() > 0;
-            let own = again.then(|| Checkpoint::newest_in_run(&self.folder)).flatten();
-            match (own, &self.config.resume_from) {
-                (Some(own), _) => Ok(Some(own)),
-                (None, Some(from)) => {
-                    Checkpoint::find_if_any(from, &self.config.out_dir, self.worker.run_id())
-                }
-                (None, None) => Ok(None),
-            }
+    /// The checkpoint to go on from: the one of this run, or a later one, where the group was started again, after a failure or because
+    /// nodes have come or gone; else the one asked for, unless it is of an earlier run.
+    fn find_checkpoint(&self) -> Result<Option<Checkpoint>> {
+        let number = self.place.number;
+        let again = self.worker.restart_count() > 0 || self.worker.round() > 0;
+        let first = first_folder(&self.config, &self.worker);
+        if let Some(own) = again.then(|| Checkpoint::newest_of_runs(&first, number)).flatten() {
+            return Ok(Some(own));
+        }
+        let Some(from) = self.config.resume_from.as_ref().filter(|_| !self.place.has_done_the_last) else {
+            return Ok(None);
         };
-        let found = if self.is_main() { from()? } else { None };
-        let Some(checkpoint) = share(found, &self.worker)? else { return Ok(false) };
+        match Checkpoint::find_if_any(from, &self.config.out_dir, self.worker.run_id()) {
+            // An earlier run has begun without one, or with one that is replaced by now.
+            Err(ice_checkpoint::Error::NotFound(_)) if number > 0 => Ok(None),
+            found => Ok(found?.filter(|found| found.manifest().run >= number)),
+        }
+    }
+
+    fn resume(&self) -> Result<Found> {
+        let found = if self.is_main() { self.find_checkpoint()? } else { None };
+        let Some(checkpoint) = share(found, &self.worker)? else { return Ok(Found::Nothing) };
+        let due = checkpoint.manifest().run;
+        if due > self.place.number {
+            if self.is_main() {
+                let (path, run) = (checkpoint.path().display(), self.place.number + 1);
+                println!("run {run} is done: {path} is of run {}", due + 1);
+            }
+            return Ok(Found::OfLaterRun(due));
+        }
         match self.resume_from(&checkpoint) {
             Err(error) if !self.config.checkpoints.strict && is_misfit(&error) => {
                 if self.is_main() {
                     tracing::warn!("starting from the beginning: {error}");
                 }
-                Ok(false)
+                Ok(Found::Nothing)
             }
-            outcome => outcome.map(|()| true),
+            outcome => outcome.map(|()| Found::Loaded),
         }
     }
 

@@ -116,6 +116,7 @@ impl Run<'_> {
             self.counters.saved(),
             self.tasks.state(),
         );
+        manifest.run = self.place.number;
         manifest.measures = self.measures.borrow().clone();
         manifest.base_ranks = Some(self.progress.base_ranks.get()).filter(|ranks| *ranks > 0);
         manifest.tags = tags.map(ToString::to_string);

@@ -26,8 +26,13 @@ impl Run<'_> {
         let given = self.graph.hparams();
         let own = own.into_iter().filter(|(name, _)| given.iter().all(|(given, _)| given != name));
         let hparams: Vec<_> = given.iter().cloned().chain(own).collect();
-        let folder = self.config.events_dir.as_deref().unwrap_or(&self.folder);
-        self.board.borrow_mut().open(folder, self.counters.train_steps(), &hparams);
+        let folder = match (&self.config.events_dir, self.place.number) {
+            (None, _) => self.folder.to_path_buf(),
+            (Some(given), 0) => given.clone(),
+            // Steps are counted from 0 in each run, so each has a curve of its own.
+            (Some(given), number) => given.join((number + 1).to_string()),
+        };
+        self.board.borrow_mut().open(&folder, self.counters.train_steps(), &hparams);
     }
 
     /// A run that was stopped has neither succeeded nor failed.

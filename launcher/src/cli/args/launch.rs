@@ -5,7 +5,7 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 
 /// The options of the launcher. What is `None` is taken from the cluster, or else has the default that its help names.
-#[derive(Args, Debug, Clone, Default)]
+#[derive(Args, Debug, Clone, Default, PartialEq)]
 pub struct LaunchArgs {
     /// One rank each: cuda, cuda:0-3, cpu:0-1
     ///

@@ -9,7 +9,7 @@ use crate::cli::UsageError;
 const C10D_PORT: u16 = 29400;
 
 /// torchrun's ways to say where the nodes meet. Programs that launch themselves take them, too.
-#[derive(Args, Debug, Clone, Default)]
+#[derive(Args, Debug, Clone, Default, PartialEq)]
 pub struct RdzvArgs {
     /// How nodes meet: static, c10d or etcd
     ///

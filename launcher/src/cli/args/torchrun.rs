@@ -12,7 +12,7 @@ use crate::cli::{UsageError, devices};
 use crate::placement;
 
 /// torchrun's ways to say what [`LaunchArgs`] says, and those of its options that have no meaning here.
-#[derive(Args, Debug, Clone, Default)]
+#[derive(Args, Debug, Clone, Default, PartialEq)]
 #[command(next_help_heading = "As torchrun says it")]
 pub struct TorchrunArgs {
     /// Ranks of this node, instead of --devices

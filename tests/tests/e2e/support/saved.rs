@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The whole checkpoints of all runs in an output folder, by steps of training and then by epochs.
+/// The whole checkpoints of all runs in an output folder: those of a program's later runs last, then by steps of training and by epochs.
 pub(crate) fn checkpoints(out_dir: &Path) -> Vec<PathBuf> {
     let runs = entries(out_dir);
     let all = runs.iter().flat_map(|run| entries(&run.join("ckpts")));
@@ -18,8 +18,9 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
     fs::read_dir(folder).map_or(Vec::new(), |all| all.map(|entry| entry.unwrap().path()).collect())
 }
 
-/// Steps and epochs of a checkpoint named `E<epochs>S<steps>`.
-fn progress(path: &Path) -> Option<(u64, u64)> {
+/// The number of the run, and steps and epochs of a checkpoint named `E<epochs>S<steps>`.
+fn progress(path: &Path) -> Option<(u64, u64, u64)> {
+    let run = path.ancestors().nth(2)?.extension().and_then(|run| run.to_str()?.parse().ok()).unwrap_or(1);
     let (epochs, steps) = path.file_name()?.to_str()?.strip_prefix('E')?.split_once('S')?;
-    Some((steps.parse().ok()?, epochs.parse().ok()?))
+    Some((run, steps.parse().ok()?, epochs.parse().ok()?))
 }
