@@ -33,7 +33,7 @@ fn train(options: &Options) -> Result<(), ice::Error> {
 
     let net = ModuleNode::new(
         |path| {
-            let layer = |name, from, to| nn::linear(path / name, from, to, Default::default());
+            let layer = |name, from, to| nn::Linear::new(path / name, from, to);
             [layer("first", 2, 64), layer("second", 64, 64), layer("last", 64, 2)]
         },
         |[first, second, last], x| {

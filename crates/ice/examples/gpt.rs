@@ -70,10 +70,10 @@ impl Block {
         // The branches of all layers add up.
         let branch = 0.02 / (2.0 * options.layers as f64).sqrt();
         Self {
-            norm1: nn::layer_norm(path / "norm1", vec![width], Default::default()),
+            norm1: nn::LayerNorm::new(path / "norm1", width),
             attention: linear(path / "attention", width, 3 * width, 0.02),
             project: linear(path / "project", width, width, branch),
-            norm2: nn::layer_norm(path / "norm2", vec![width], Default::default()),
+            norm2: nn::LayerNorm::new(path / "norm2", width),
             expand: linear(path / "expand", width, 4 * width, 0.02),
             contract: linear(path / "contract", 4 * width, width, branch),
             heads: options.heads,
@@ -114,16 +114,16 @@ struct Gpt {
 impl Gpt {
     fn new(path: &nn::Path, options: &Options) -> Self {
         let embedding = |name: &str, count: i64| {
-            let ws_init = nn::Init::Randn { mean: 0.0, stdev: 0.02 };
-            let config = nn::EmbeddingConfig { ws_init, ..Default::default() };
-            nn::embedding(path / name, count, options.width, config)
+            let embedding = nn::Embedding::new(path / name, count, options.width);
+            nn::init::normal_(&embedding.ws, 0.0, 0.02);
+            embedding
         };
         let blocks = path / "blocks";
         Self {
             tokens: embedding("tokens", VOCABULARY),
             places: embedding("places", options.context as i64),
             blocks: (0..options.layers).map(|layer| Block::new(&(&blocks / layer), options)).collect(),
-            norm: nn::layer_norm(path / "norm", vec![options.width], Default::default()),
+            norm: nn::LayerNorm::new(path / "norm", options.width),
             head: linear(path / "head", options.width, VOCABULARY, 0.02),
             context: options.context as i64,
         }
@@ -154,13 +154,12 @@ impl Gpt {
     }
 }
 
-fn linear(path: nn::Path, inputs: i64, outputs: i64, stdev: f64) -> nn::Linear {
-    let config = nn::LinearConfig {
-        ws_init: nn::Init::Randn { mean: 0.0, stdev },
-        bs_init: Some(nn::Init::Const(0.0)),
-        bias: true,
-    };
-    nn::linear(path, inputs, outputs, config)
+/// A layer that begins as GPT-2's do.
+fn linear(path: nn::Path, inputs: i64, outputs: i64, std: f64) -> nn::Linear {
+    let layer = nn::Linear::new(path, inputs, outputs);
+    nn::init::normal_(&layer.ws, 0.0, std);
+    layer.bs.iter().for_each(nn::init::zeros_);
+    layer
 }
 
 fn main() -> ExitCode {

@@ -36,29 +36,31 @@ struct Options {
 }
 
 struct Net {
-    conv1: nn::Conv2D,
-    conv2: nn::Conv2D,
+    conv1: nn::Conv2d,
+    conv2: nn::Conv2d,
+    channels: nn::Dropout2d,
     fc1: nn::Linear,
+    dropout: nn::Dropout,
     fc2: nn::Linear,
-    dropout: f64,
 }
 
 impl Net {
     fn new(path: &nn::Path, dropout: f64) -> Self {
         Self {
-            conv1: nn::conv2d(path / "conv1", 1, 10, 5, Default::default()),
-            conv2: nn::conv2d(path / "conv2", 10, 20, 5, Default::default()),
-            fc1: nn::linear(path / "fc1", 320, 50, Default::default()),
-            fc2: nn::linear(path / "fc2", 50, 10, Default::default()),
-            dropout,
+            conv1: nn::Conv2d::new(path / "conv1", 1, 10, 5),
+            conv2: nn::Conv2d::new(path / "conv2", 10, 20, 5),
+            channels: nn::Dropout2d::new(dropout),
+            fc1: nn::Linear::new(path / "fc1", 320, 50),
+            dropout: nn::Dropout::new(dropout),
+            fc2: nn::Linear::new(path / "fc2", 50, 10),
         }
     }
 
     /// Images `[n, 1, 28, 28]` to log-probabilities `[n, 10]`.
     fn forward(&self, images: &Tensor, train: bool) -> Tensor {
         let x = images.apply(&self.conv1).max_pool2d_default(2).relu();
-        let x = x.apply(&self.conv2).feature_dropout(self.dropout, train).max_pool2d_default(2).relu();
-        let x = x.view([-1, 320]).apply(&self.fc1).relu().dropout(self.dropout, train);
+        let x = x.apply(&self.conv2).apply_t(&self.channels, train).max_pool2d_default(2).relu();
+        let x = x.view([-1, 320]).apply(&self.fc1).relu().apply_t(&self.dropout, train);
         x.apply(&self.fc2).log_softmax(-1, Kind::Float)
     }
 }

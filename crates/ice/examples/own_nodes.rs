@@ -155,11 +155,11 @@ fn net() -> ModuleNode<nn::Sequential, Tensor> {
     ModuleNode::new(
         |path| {
             nn::seq()
-                .add(nn::linear(path / "in", 2, 64, Default::default()))
+                .add(nn::Linear::new(path / "in", 2, 64))
                 .add_fn(|x| x.tanh())
-                .add(nn::linear(path / "middle", 64, 64, Default::default()))
+                .add(nn::Linear::new(path / "middle", 64, 64))
                 .add_fn(|x| x.tanh())
-                .add(nn::linear(path / "out", 64, 2, Default::default()))
+                .add(nn::Linear::new(path / "out", 64, 2))
         },
         |net, x| Ok(net.forward(&x.tensor("noise")?)),
     )

@@ -32,7 +32,7 @@ pub mod prelude {
         Autocast, Better, DatasetNode, EarlyStop, GradScaler, HParam, HyperGraph, LoadCheckpoint, LossNode,
         MetricNode, ModuleNode, Outputs, Repeat, Run, SaveBest, SaveCheckpoint, StreamNode, Tags, Task,
     };
-    pub use tch::nn::{self, Module as _};
+    pub use ice_nn::{self as nn, Module as _, ModuleT as _};
     pub use tch::{Kind, Reduction, Tensor};
 
     pub use crate::{Launch, RunOptions};

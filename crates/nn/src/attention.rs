@@ -279,7 +279,7 @@ impl MultiheadAttentionOptions {
                 weights.iter().for_each(|weight| init::xavier_uniform_(weight, 1.0))
             }
         }
-        in_proj_bias.iter().chain(&out_proj.bias).for_each(init::zeros_);
+        in_proj_bias.iter().chain(&out_proj.bs).for_each(init::zeros_);
         MultiheadAttention { in_proj, in_proj_bias, out_proj, heads, dropout, batch_first: self.batch_first }
     }
 }

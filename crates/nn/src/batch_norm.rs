@@ -12,13 +12,16 @@ use crate::parameter::{buffer, parameter};
 /// `(x − mean)/√(var + eps)·weight + bias` for each channel. Training takes mean and variance of this rank's batch, and moves
 /// the running ones towards them. Evaluation takes the running ones.
 ///
+/// A batch with one value per channel has no variance. It leaves the running ones alone, for it may be the last of an epoch, or
+/// that of a rank without samples; if it is the first batch, it is an error. PyTorch makes it an error whenever it comes.
+///
 /// `weight` and `running_var` begin with 1, `bias`, `running_mean` and `num_batches_tracked` with 0.
 #[derive(Debug)]
-pub struct BatchNorm<const N: usize> {
-    /// `[features]`
-    pub weight: Option<Tensor>,
-    /// `[features]`
-    pub bias: Option<Tensor>,
+pub struct BatchNorm<const N: usize = 2> {
+    /// `weight`, `[features]`
+    pub ws: Option<Tensor>,
+    /// `bias`, `[features]`
+    pub bs: Option<Tensor>,
     /// `[features]`, a buffer.
     pub running_mean: Option<Tensor>,
     /// `[features]`, a buffer; of the unbiased variance.
@@ -67,21 +70,20 @@ impl<const N: usize> BatchNorm<N> {
         }
     }
 
+    /// Whether the statistics of this batch count. Those of one value per channel do not: it has no unbiased variance, which would
+    /// make the running one NaN for good.
     #[track_caller]
-    fn check(&self, x: &Tensor, train: bool) {
+    fn counts(&self, x: &Tensor) -> bool {
         let size = x.size();
-        let fits = match N {
-            1 => size.len() == 2 || size.len() == 3,
-            _ => size.len() == N + 2,
-        };
-        assert!(fits, "BatchNorm{N}d got an input of shape {size:?}");
-        // One value has no unbiased variance: the running one would become NaN and stay so.
-        let values: i64 = size.iter().product::<i64>() / size[1].max(1);
+        if size.iter().product::<i64>() != size[1] {
+            return true;
+        }
+        let batches = self.num_batches_tracked.as_ref();
         assert!(
-            !train || values != 1,
-            "BatchNorm{N}d needs more than one value per channel in training, and got an input of shape {size:?}; \
-             `drop_last(true)` of a dataset leaves out a last batch that is too small"
+            batches.is_some_and(|batches| batches.int64_value(&[]) > 0),
+            "BatchNorm{N}d needs more than one value per channel in training, and got an input of shape {size:?}"
         );
+        false
     }
 }
 
@@ -132,8 +134,8 @@ impl<const N: usize> BatchNormOptions<N> {
         let tracked =
             |name: &str, tensor: Tensor| self.track_running_stats.then(|| buffer(path, name, tensor));
         BatchNorm {
-            weight,
-            bias,
+            ws: weight,
+            bs: bias,
             running_mean: tracked("running_mean", Tensor::zeros(features, options)),
             running_var: tracked("running_var", Tensor::ones(features, options)),
             num_batches_tracked: tracked(
@@ -147,22 +149,28 @@ impl<const N: usize> BatchNormOptions<N> {
 
 impl<const N: usize> ModuleT for BatchNorm<N> {
     /// `[n, features, size…]` to the same.
+    ///
+    /// # Panics
+    /// If the shape is another one, or in training if no batch before this one had more than one value per channel.
     fn forward_t(&self, x: &Tensor, train: bool) -> Tensor {
-        self.check(x, train);
+        let size = x.size();
+        let fits = size.len() == N + 2 || (N == 1 && size.len() == 2);
+        assert!(fits, "BatchNorm{N}d got an input of shape {size:?}");
+        let of_batch = train || self.running_mean.is_none();
+        let counts = !of_batch || self.counts(x);
         let mut share = self.options.momentum.unwrap_or_default();
-        if let Some(batches) = self.num_batches_tracked.as_ref().filter(|_| train) {
+        if let Some(batches) = self.num_batches_tracked.as_ref().filter(|_| train && counts) {
             let batches = tch::no_grad(|| batches.shallow_clone().g_add_scalar_(1));
             if self.options.momentum.is_none() {
                 share = 1.0 / batches.double_value(&[]);
             }
         }
-        let of_batch = train || self.running_mean.is_none();
         Tensor::batch_norm(
             x,
-            self.weight.as_ref(),
-            self.bias.as_ref(),
-            self.running_mean.as_ref(),
-            self.running_var.as_ref(),
+            self.ws.as_ref(),
+            self.bs.as_ref(),
+            self.running_mean.as_ref().filter(|_| counts),
+            self.running_var.as_ref().filter(|_| counts),
             of_batch,
             share,
             self.options.eps,

@@ -12,10 +12,10 @@ use crate::sizes::Sizes;
 /// Weight and bias begin evenly within ±1/√(`in_channels`/`groups` · elements of the kernel).
 #[derive(Debug)]
 pub struct Conv<const N: usize> {
-    /// `[out_channels, in_channels / groups, kernel…]`
-    pub weight: Tensor,
-    /// `[out_channels]`
-    pub bias: Option<Tensor>,
+    /// `weight`, `[out_channels, in_channels / groups, kernel…]`
+    pub ws: Tensor,
+    /// `bias`, `[out_channels]`
+    pub bs: Option<Tensor>,
     options: ConvOptions<N>,
 }
 
@@ -148,7 +148,7 @@ impl<const N: usize> ConvOptions<N> {
         }
         let shape = [&[self.out_channels, self.in_channels / self.groups], &self.kernel[..]].concat();
         let (weight, bias) = weight_and_bias(path.borrow(), &shape, self.bias.then_some(self.out_channels));
-        Conv { weight, bias, options: self }
+        Conv { ws: weight, bs: bias, options: self }
     }
 
     /// Elements added before and after each dimension, the last one first, as `Tensor::pad` takes them.
@@ -167,24 +167,24 @@ impl<const N: usize> ConvOptions<N> {
 impl<const N: usize> Module for Conv<N> {
     /// `[n, in_channels, size…]` to `[n, out_channels, size…]`, or both without `n`.
     fn forward(&self, x: &Tensor) -> Tensor {
-        let Self { weight, bias, options } = self;
+        let Self { ws, bs, options } = self;
         let ConvOptions { stride, dilation, groups, .. } = options;
-        let bias = bias.as_ref();
+        let bs = bs.as_ref();
         let (x, padding) = match (options.padding_mode, options.padding) {
             (PaddingMode::Zeros, Padding::Of(padding)) => (x.shallow_clone(), padding),
             (PaddingMode::Zeros, Padding::Same) => {
                 return match N {
-                    1 => x.conv1d_padding(weight, bias, stride, "same", dilation, *groups),
-                    2 => x.conv2d_padding(weight, bias, stride, "same", dilation, *groups),
-                    _ => x.conv3d_padding(weight, bias, stride, "same", dilation, *groups),
+                    1 => x.conv1d_padding(ws, bs, stride, "same", dilation, *groups),
+                    2 => x.conv2d_padding(ws, bs, stride, "same", dilation, *groups),
+                    _ => x.conv3d_padding(ws, bs, stride, "same", dilation, *groups),
                 };
             }
             (mode, _) => (x.pad(options.borders(), mode.name(), None), [0; N]),
         };
         match N {
-            1 => x.conv1d(weight, bias, stride, padding, dilation, *groups),
-            2 => x.conv2d(weight, bias, stride, padding, dilation, *groups),
-            _ => x.conv3d(weight, bias, stride, padding, dilation, *groups),
+            1 => x.conv1d(ws, bs, stride, padding, dilation, *groups),
+            2 => x.conv2d(ws, bs, stride, padding, dilation, *groups),
+            _ => x.conv3d(ws, bs, stride, padding, dilation, *groups),
         }
     }
 }
@@ -207,10 +207,10 @@ impl PaddingMode {
 /// Weight and bias begin evenly within ±1/√(`out_channels`/`groups` · elements of the kernel).
 #[derive(Debug)]
 pub struct ConvTranspose<const N: usize> {
-    /// `[in_channels, out_channels / groups, kernel…]`
-    pub weight: Tensor,
-    /// `[out_channels]`
-    pub bias: Option<Tensor>,
+    /// `weight`, `[in_channels, out_channels / groups, kernel…]`
+    pub ws: Tensor,
+    /// `bias`, `[out_channels]`
+    pub bs: Option<Tensor>,
     options: ConvTransposeOptions<N>,
 }
 
@@ -315,20 +315,20 @@ impl<const N: usize> ConvTransposeOptions<N> {
         check_groups(self.groups, self.in_channels, self.out_channels);
         let shape = [&[self.in_channels, self.out_channels / self.groups], &self.kernel[..]].concat();
         let (weight, bias) = weight_and_bias(path.borrow(), &shape, self.bias.then_some(self.out_channels));
-        ConvTranspose { weight, bias, options: self }
+        ConvTranspose { ws: weight, bs: bias, options: self }
     }
 }
 
 impl<const N: usize> Module for ConvTranspose<N> {
     /// `[n, in_channels, size…]` to `[n, out_channels, size…]`, or both without `n`.
     fn forward(&self, x: &Tensor) -> Tensor {
-        let Self { weight, bias, options } = self;
+        let Self { ws, bs, options } = self;
         let ConvTransposeOptions { stride, padding, output_padding, dilation, groups, .. } = options;
-        let bias = bias.as_ref();
+        let bs = bs.as_ref();
         match N {
-            1 => x.conv_transpose1d(weight, bias, stride, padding, output_padding, *groups, dilation),
-            2 => x.conv_transpose2d(weight, bias, stride, padding, output_padding, *groups, dilation),
-            _ => x.conv_transpose3d(weight, bias, stride, padding, output_padding, *groups, dilation),
+            1 => x.conv_transpose1d(ws, bs, stride, padding, output_padding, *groups, dilation),
+            2 => x.conv_transpose2d(ws, bs, stride, padding, output_padding, *groups, dilation),
+            _ => x.conv_transpose3d(ws, bs, stride, padding, output_padding, *groups, dilation),
         }
     }
 }

@@ -11,8 +11,8 @@ use crate::parameter::parameter;
 /// The vectors begin with elements from a normal distribution of mean 0 and deviation 1.
 #[derive(Debug)]
 pub struct Embedding {
-    /// `[num_embeddings, embedding_dim]`
-    pub weight: Tensor,
+    /// `weight`, `[num_embeddings, embedding_dim]`
+    pub ws: Tensor,
     padding_idx: Option<i64>,
 }
 
@@ -61,13 +61,13 @@ impl EmbeddingOptions {
         if let Some(index) = padding_idx {
             init::zeros_(&weight.detach().get(index));
         }
-        Embedding { weight, padding_idx }
+        Embedding { ws: weight, padding_idx }
     }
 }
 
 impl Module for Embedding {
     /// Integers `[…]` to `[…, embedding_dim]`.
     fn forward(&self, indices: &Tensor) -> Tensor {
-        Tensor::embedding(&self.weight, indices, self.padding_idx.unwrap_or(-1), false, false)
+        Tensor::embedding(&self.ws, indices, self.padding_idx.unwrap_or(-1), false, false)
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! All of them draw from libtorch's CPU generator, so that one seed gives the same values on every device. They record no
 //! gradients.
+//!
+//! In the book: `docs/nn.md`.
 
 use tch::{Device, Tensor};
 

@@ -18,6 +18,9 @@
 //! Layers that compute the same in training and evaluation are [`Module`]s, the others [`ModuleT`]s. Recurrent layers and
 //! attention have a `forward_t` of their own. In the closure of a node, `x.is_training()` is the argument that they need.
 //!
+//! Fields have the names of tch's layers, `ws` and `bs`, and [`linear`], [`conv2d`] and others are called like tch's
+//! functions: a program written for `tch::nn` gets PyTorch's initial values as it is.
+//!
 //! # Panics
 //! Mistakes of the program panic, like in tch, with a message that names them: a second layer at one path, sizes that do not
 //! divide, an input of a wrong shape.
@@ -29,6 +32,7 @@ mod batch_norm;
 mod conv;
 mod dropout;
 mod embedding;
+mod functions;
 pub mod init;
 mod linear;
 mod norm;
@@ -44,6 +48,10 @@ pub use conv::{
 };
 pub use dropout::{Dropout, Dropout2d};
 pub use embedding::{Embedding, EmbeddingOptions};
+pub use functions::{
+    BatchNormConfig, Conv1D, Conv2D, Conv3D, ConvConfig, EmbeddingConfig, LayerNormConfig, LinearConfig,
+    batch_norm1d, batch_norm2d, batch_norm3d, conv1d, conv2d, conv3d, embedding, layer_norm, linear,
+};
 pub use linear::{Linear, LinearOptions};
 pub use norm::{GroupNorm, GroupNormOptions, LayerNorm, LayerNormOptions, RMSNorm, RMSNormOptions};
 pub use recurrent::{GRU, LSTM, RecurrentOptions};

@@ -11,10 +11,10 @@ use crate::parameter::parameter;
 /// Both begin evenly within ±1/√`in_features`.
 #[derive(Debug)]
 pub struct Linear {
-    /// `[out_features, in_features]`
-    pub weight: Tensor,
-    /// `[out_features]`
-    pub bias: Option<Tensor>,
+    /// `weight`, `[out_features, in_features]`
+    pub ws: Tensor,
+    /// `bias`, `[out_features]`
+    pub bs: Option<Tensor>,
 }
 
 /// Options of a [`Linear`].
@@ -56,13 +56,13 @@ impl LinearOptions {
         let weight = parameter(path, "weight", &[self.out_features, self.in_features]);
         let bias = self.bias.then(|| parameter(path, "bias", &[self.out_features]));
         init::weight_and_bias(&weight, bias.as_ref());
-        Linear { weight, bias }
+        Linear { ws: weight, bs: bias }
     }
 }
 
 impl Module for Linear {
     /// `[…, in_features]` to `[…, out_features]`.
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        x.linear(&self.ws, self.bs.as_ref())
     }
 }

@@ -14,10 +14,10 @@ use crate::sizes::Shape;
 /// `(x − mean)/√(var + eps)·weight + bias`. `weight` begins with 1, `bias` with 0.
 #[derive(Debug)]
 pub struct LayerNorm {
-    /// Of the normalised shape.
-    pub weight: Option<Tensor>,
-    /// Of the normalised shape.
-    pub bias: Option<Tensor>,
+    /// `weight`, of the normalised shape.
+    pub ws: Option<Tensor>,
+    /// `bias`, of the normalised shape.
+    pub bs: Option<Tensor>,
     options: LayerNormOptions,
 }
 
@@ -70,15 +70,15 @@ impl LayerNormOptions {
     #[track_caller]
     pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> LayerNorm {
         let (weight, bias) = scale_and_shift(path.borrow(), &self.shape, self.affine, self.bias);
-        LayerNorm { weight, bias, options: self }
+        LayerNorm { ws: weight, bs: bias, options: self }
     }
 }
 
 impl Module for LayerNorm {
     /// `[…, normalized_shape…]` to the same.
     fn forward(&self, x: &Tensor) -> Tensor {
-        let Self { weight, bias, options } = self;
-        x.layer_norm(&options.shape, weight.as_ref(), bias.as_ref(), options.eps, true)
+        let Self { ws, bs, options } = self;
+        x.layer_norm(&options.shape, ws.as_ref(), bs.as_ref(), options.eps, true)
     }
 }
 
@@ -87,10 +87,10 @@ impl Module for LayerNorm {
 /// `(x − mean)/√(var + eps)·weight + bias`. `weight` begins with 1, `bias` with 0.
 #[derive(Debug)]
 pub struct GroupNorm {
-    /// `[channels]`
-    pub weight: Option<Tensor>,
-    /// `[channels]`
-    pub bias: Option<Tensor>,
+    /// `weight`, `[channels]`
+    pub ws: Option<Tensor>,
+    /// `bias`, `[channels]`
+    pub bs: Option<Tensor>,
     options: GroupNormOptions,
 }
 
@@ -149,15 +149,15 @@ impl GroupNormOptions {
             "{channels} channels cannot be divided into {groups} groups"
         );
         let (weight, bias) = scale_and_shift(path.borrow(), &[channels], self.affine, self.bias);
-        GroupNorm { weight, bias, options: self }
+        GroupNorm { ws: weight, bs: bias, options: self }
     }
 }
 
 impl Module for GroupNorm {
     /// `[n, channels, …]` to the same.
     fn forward(&self, x: &Tensor) -> Tensor {
-        let Self { weight, bias, options } = self;
-        x.group_norm(options.groups, weight.as_ref(), bias.as_ref(), options.eps, true)
+        let Self { ws, bs, options } = self;
+        x.group_norm(options.groups, ws.as_ref(), bs.as_ref(), options.eps, true)
     }
 }
 
@@ -166,8 +166,8 @@ impl Module for GroupNorm {
 /// `x/√(mean(x²) + eps)·weight`. `weight` begins with 1.
 #[derive(Debug)]
 pub struct RMSNorm {
-    /// Of the normalised shape.
-    pub weight: Option<Tensor>,
+    /// `weight`, of the normalised shape.
+    pub ws: Option<Tensor>,
     options: RMSNormOptions,
 }
 
@@ -213,14 +213,14 @@ impl RMSNormOptions {
     #[track_caller]
     pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> RMSNorm {
         let (weight, _) = scale_and_shift(path.borrow(), &self.shape, self.affine, false);
-        RMSNorm { weight, options: self }
+        RMSNorm { ws: weight, options: self }
     }
 }
 
 impl Module for RMSNorm {
     /// `[…, normalized_shape…]` to the same.
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.rms_norm(&self.options.shape, self.weight.as_ref(), self.options.eps)
+        x.rms_norm(&self.options.shape, self.ws.as_ref(), self.options.eps)
     }
 }
 

@@ -450,11 +450,30 @@ fn inputs_that_would_broadcast_or_spoil_statistics_are_errors() {
     let message = panics(|| norm.forward_t(&x(&[1, 3]), true));
     assert!(message.contains("more than one value per channel"), "{message}");
     let _ = norm.forward_t(&x(&[1, 3]), false);
+    let plain = nn::BatchNorm1d::options(3).track_running_stats(false).build(&p / "plain");
+    let message = panics(|| plain.forward_t(&x(&[1, 3]), true));
+    assert!(message.contains("more than one value per channel"), "{message}");
     let attention = nn::MultiheadAttention::options(4, 2).batch_first(true).build(&p / "attention");
     let (queries, mask) = (x(&[2, 5, 4]), x(&[1, 5]));
     let message =
         panics(|| attention.forward_t(&queries, &queries, &queries, &AttentionMask::of_pairs(&mask), false));
     assert!(message.contains("a mask of shape [1, 5] instead of [5, 5]"), "{message}");
+}
+
+#[test]
+fn batch_of_one_value_per_channel_leaves_running_statistics_alone() {
+    let store = VarStore::new(Device::Cpu);
+    let norm = nn::BatchNorm1d::new(store.root(), 3);
+    let x = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([2, 3]);
+    let _ = norm.forward_t(&x, true);
+    let state =
+        || ["running_mean", "running_var", "num_batches_tracked"].map(|name| store.variables()[name].copy());
+    let before = state();
+    let output = norm.forward_t(&x.narrow(0, 0, 1), true);
+    assert_eq!(output.abs().max().double_value(&[]), 0.0);
+    assert_eq!(state(), before);
+    let _ = norm.forward_t(&x, true);
+    assert_ne!(state(), before);
 }
 
 #[test]
@@ -469,7 +488,20 @@ fn layers_have_the_kind_of_their_store() {
         assert_eq!(*kind, expected, "{key}");
     }
     assert_eq!(kinds.len(), 5);
-    assert_eq!(norm.weight.unwrap().kind(), Kind::BFloat16);
+    assert_eq!(norm.ws.unwrap().kind(), Kind::BFloat16);
+}
+
+#[test]
+fn constructors_of_tchs_names_make_the_same_layers() {
+    check("linear", |p| nn::linear(p, 5, 3, Default::default()), one);
+    check("linear_no_bias", |p| nn::linear(p, 5, 3, nn::LinearConfig { bias: false }), one);
+    let config = nn::ConvConfig { groups: 4, bias: false, ..Default::default() };
+    check("conv2d_groups", |p| nn::conv2d(p, 4, 4, 3, config), one);
+    check("batch_norm1d", |p| nn::batch_norm1d(p, 3, Default::default()), one);
+    check("batch_norm2d", |p| -> nn::BatchNorm { nn::batch_norm2d(p, 3, Default::default()) }, one);
+    check("layer_norm", |p| nn::layer_norm(p, vec![6], Default::default()), one);
+    check("embedding", |p| nn::embedding(p, 3, 4, Default::default()), one);
+    check("embedding_padding", |p| nn::embedding(p, 7, 5, nn::EmbeddingConfig { padding_idx: 5 }), one);
 }
 
 #[test]
@@ -487,4 +519,56 @@ fn sequences_of_layers_are_modules() {
     assert_eq!(x.apply_t(&net, false).flatten(1, -1).apply(&head).size(), [2, 3]);
     assert!(store.variables().contains_key("1.num_batches_tracked"));
     assert_eq!(head.forward(&Tensor::ones([1, 8], (Kind::Float, Device::Cpu))).size(), [1, 3]);
+}
+
+// ANCHOR: block
+struct Block {
+    conv: nn::Conv2d,
+    norm: nn::BatchNorm2d,
+}
+
+impl Block {
+    fn new(path: &nn::Path, width: i64) -> Self {
+        Self {
+            conv: nn::Conv2d::options(width, width, 3).padding(1).bias(false).build(path / "conv"),
+            norm: nn::BatchNorm2d::new(path / "norm", width),
+        }
+    }
+
+    fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+        (x + x.apply(&self.conv).apply_t(&self.norm, train)).relu()
+    }
+}
+// ANCHOR_END: block
+
+/// The code of docs/nn.md.
+#[test]
+fn examples_of_the_book_run() {
+    let store = VarStore::new(Device::Cpu);
+    let (root, train) = (store.root(), true);
+    let path = &root;
+    // ANCHOR: make
+    // With PyTorch's defaults.
+    let fc = nn::Linear::new(path / "fc", 320, 50);
+    // With options. Sizes are one number, or one for each dimension.
+    let conv = nn::Conv2d::options(3, 64, 7).stride(2).padding([3, 3]).bias(false).build(path / "conv");
+    // ANCHOR_END: make
+    let floats = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    assert_eq!(floats(&[2, 320]).apply(&fc).size(), [2, 50]);
+    assert_eq!(floats(&[1, 3, 32, 32]).apply(&conv).size(), [1, 64, 16, 16]);
+
+    let lstm = nn::LSTM::options(8, 8).batch_first(true).build(path / "lstm");
+    let attention = nn::MultiheadAttention::options(8, 2).batch_first(true).build(path / "attention");
+    let (tokens, more) = (floats(&[2, 5, 8]), floats(&[2, 3, 8]));
+    // ANCHOR: call
+    let (output, (hidden, cell)) = lstm.forward_t(&tokens, None, train);
+    let (next, _) = lstm.forward_t(&more, Some(&(hidden, cell)), train);
+
+    let mask = nn::AttentionMask::causal();
+    let seen = attention.forward_t(&tokens, &tokens, &tokens, &mask, train);
+    // ANCHOR_END: call
+    assert_eq!([output.size(), next.size(), seen.size()], [[2, 5, 8], [2, 3, 8], [2, 5, 8]]);
+
+    let block = Block::new(&(path / "block"), 4);
+    assert_eq!(block.forward(&floats(&[2, 4, 6, 6]), train).size(), [2, 4, 6, 6]);
 }
