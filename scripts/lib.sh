@@ -146,8 +146,10 @@ place() {
     mv -fT "$1.new" "$1"
 }
 
-# for_others: from here on cargo builds what others run, into a folder of its own: without paths of this machine
+# for_others: from here on cargo builds what others run, into a folder of its own: without paths of this machine, dated by the commit
 for_others() {
+    SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git -C "$ROOT" log -1 --format=%ct 2>/dev/null || echo 0)}
+    export SOURCE_DATE_EPOCH
     export RUSTFLAGS="--remap-path-prefix=$ROOT=/ice-launch --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo"
     export CARGO_TARGET_DIR=$TARGET/package
 }

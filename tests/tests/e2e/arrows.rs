@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::{built, cargo, executables, root};
+use crate::support::{built, cargo, root};
 
 struct Packages {
     names: BTreeMap<String, String>,
@@ -116,14 +116,6 @@ fn the_launcher_is_not_linked_to_libtorch() {
     let launcher = needed(built("ice-launch"));
     assert!(!launcher.iter().any(torch), "ice-launch needs {launcher:?}");
     assert!(needed(built("rank")).iter().any(torch), "the check sees libtorch where it is linked");
-}
-
-#[test]
-fn the_launcher_is_small() {
-    let built = executables(&["build", "--release", "--package", "ice-launch", "--bin", "ice-launch"]);
-    let bytes = fs::metadata(&built["ice-launch"]).unwrap().len();
-    println!("ice-launch, stripped: {:.1} MB", bytes as f64 / 1e6);
-    assert!(bytes < 10_000_000, "ice-launch is {bytes} bytes");
 }
 
 /// The Rust files below a folder.

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use tempfile::tempdir;
 
-use crate::support::{Program, TRAINING, root};
+use crate::support::{Program, TRAINING, cargo, root};
 
 /// Runs a command and returns what it wrote, for a code that is `expected`.
 fn run(command: &mut Command, expected: i32) -> Output {
@@ -79,18 +79,9 @@ fn a_project_outside_the_checkout_builds_trains_and_resumes() {
     assert!(lean.contains("default-features"), "{lean}");
     fs::write(&manifest, lean).unwrap();
 
-    // What cargo sets for this test is not what a user's shell has. The folder is kept, so that the next run builds less.
-    let mut cargo = Command::new(env!("CARGO"));
-    for (name, _) in std::env::vars_os() {
-        let name = name.to_string_lossy();
-        if name.starts_with("CARGO_PKG")
-            || name.starts_with("CARGO_MANIFEST")
-            || name == "LIBTORCH"
-            || name == "LD_LIBRARY_PATH"
-        {
-            cargo.env_remove(&*name);
-        }
-    }
+    // Neither the configuration of the checkout nor its libtorch is a user's. The folder is kept, so that the next run builds less.
+    let mut cargo = cargo();
+    cargo.env_remove("LIBTORCH");
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("outside");
     cargo.current_dir(&project).env("CARGO_TARGET_DIR", &target).args(["build", "--offline"]);
     run(&mut cargo, 0);

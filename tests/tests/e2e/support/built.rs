@@ -20,11 +20,22 @@ pub(crate) fn built(name: &str) -> &'static Path {
 
 /// Cargo, on this checkout, in the environment that a shell would give it.
 ///
-/// A variable that cargo itself has set from `.cargo/config.toml` is taken out again: as a real variable it could count as
-/// a change of configuration, and everything above torch-sys would be built anew.
+/// Cargo sets variables for the tests that it runs: LIBTORCH from `.cargo/config.toml`, OUT_DIR, and CARGO_MANIFEST_DIR and
+/// others of the package. The build scripts of ring and torch-sys ask to run again when these change, so both, and the crates that
+/// use them, would be compiled twice: here, and by the next command in a shell.
 pub(crate) fn cargo() -> Command {
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(root());
+    cargo.current_dir(root()).env_remove("LD_LIBRARY_PATH").env_remove("OUT_DIR");
+    let is_of_the_package = |name: &str| {
+        ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"]
+            .iter()
+            .any(|start| name.starts_with(start))
+    };
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(is_of_the_package) {
+            cargo.env_remove(name);
+        }
+    }
     if std::env::var_os("LIBTORCH").is_some_and(|value| Path::new(&value) == root().join(".deps/libtorch")) {
         cargo.env_remove("LIBTORCH");
     }
@@ -32,7 +43,7 @@ pub(crate) fn cargo() -> Command {
 }
 
 /// Runs a `cargo build` and returns the executables that it made or found made, by name.
-pub(crate) fn executables(arguments: &[&str]) -> BTreeMap<String, PathBuf> {
+fn executables(arguments: &[&str]) -> BTreeMap<String, PathBuf> {
     let mut build = cargo();
     build
         .args(arguments)

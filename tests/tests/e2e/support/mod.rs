@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub(crate) use built::{built, cargo, executables};
+pub(crate) use built::{built, cargo};
 pub(crate) use job::{Finished, Job, Program};
 pub(crate) use saved::checkpoints;
 pub(crate) use traces::{SAMPLES, Traces, assert_epochs, last_pass, random};
