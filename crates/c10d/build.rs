@@ -7,8 +7,15 @@ use std::{env, fs};
 
 /// The release that tch and the layout of the gloo stubs are made for.
 const TORCH_VERSION: &str = "2.13.0";
-const SOURCES: [&str; 6] =
-    ["cpp/error.cpp", "cpp/store.cpp", "cpp/group.cpp", "cpp/reducer.cpp", "cpp/optim.cpp", "cpp/amp.cpp"];
+const SOURCES: [&str; 7] = [
+    "cpp/error.cpp",
+    "cpp/store.cpp",
+    "cpp/group.cpp",
+    "cpp/reducer.cpp",
+    "cpp/optim.cpp",
+    "cpp/amp.cpp",
+    "cpp/script.cpp",
+];
 const HEADERS: [&str; 3] = ["cpp/shim.h", "cpp/shim_internal.h", "cpp/gloo-stubs"];
 const NCCL_SOURCES: [&str; 2] = ["cpp/nccl.cpp", "cpp/error.cpp"];
 

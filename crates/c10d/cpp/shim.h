@@ -36,6 +36,7 @@ struct IceStore;
 struct IceGroup;
 struct IceWork;
 struct IceReducer;
+struct IceScript;
 
 struct IceAdam {
   double lr, beta1, beta2, weight_decay, eps;
@@ -134,6 +135,18 @@ ICE_API int32_t ice_amp_unscale(IceTensors gradients, void* found_inf, void* inv
 ICE_API int32_t ice_amp_update_scale(
     void* scale, void* growth_tracker, void* found_inf, double growth_factor, double backoff_factor,
     int64_t growth_interval, char** message);
+
+// A negative device is the CPU.
+ICE_API int32_t ice_script_load(IceStr path, int32_t cuda_device, IceScript** out, char** message);
+// Leaves `name` and `tensor` (an at::Tensor* that the caller owns) as they are behind the last one.
+ICE_API int32_t ice_script_tensor(
+    const IceScript* script, bool buffer, size_t index, char** name, void** tensor, char** message);
+ICE_API int32_t ice_script_has_fixed_mode(const IceScript* script, bool* fixed, char** message);
+ICE_API int32_t
+ice_script_forward(IceScript* script, IceTensors inputs, bool train, size_t* count, char** message);
+// Gives away an output of the last forward pass.
+ICE_API int32_t ice_script_output(IceScript* script, size_t index, void** tensor, char** message);
+ICE_API void ice_script_free(IceScript* script);
 
 // In libice_nccl.so, which src/nccl.rs opens.
 ICE_API int32_t ice_nccl_device_count(int32_t* count, char** message);

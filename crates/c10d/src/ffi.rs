@@ -41,6 +41,7 @@ opaque! {
     IceGroup frees with ice_group_free;
     IceWork frees with ice_work_free;
     IceReducer frees with ice_reducer_free;
+    IceScript frees with ice_script_free;
 }
 
 /// An owned C++ object.
@@ -261,6 +262,13 @@ unsafe extern "C" {
     pub(crate) fn ice_clear_gradients(parameters: Tensors<'_>, message: Message) -> i32;
     pub(crate) fn ice_scale(list: Tensors<'_>, factor: f64, message: Message) -> i32;
     pub(crate) fn ice_clip_norm(list: Tensors<'_>, max_norm: f64, norm: *mut c_void, message: Message) -> i32;
+
+    pub(crate) fn ice_script_load(path: IceStr<'_>, cuda_device: i32, out: *mut *mut IceScript, message: Message) -> i32;
+    pub(crate) fn ice_script_tensor(script: *const IceScript, buffer: bool, index: usize, name: *mut *mut c_char, tensor: *mut *mut c_void, message: Message) -> i32;
+    pub(crate) fn ice_script_has_fixed_mode(script: *const IceScript, fixed: *mut bool, message: Message) -> i32;
+    pub(crate) fn ice_script_forward(script: *mut IceScript, inputs: Tensors<'_>, train: bool, count: *mut usize, message: Message) -> i32;
+    pub(crate) fn ice_script_output(script: *mut IceScript, index: usize, tensor: *mut *mut c_void, message: Message) -> i32;
+    fn ice_script_free(script: *mut IceScript);
 
     pub(crate) fn ice_autocast_begin(cuda: bool, dtype: i8, before: *mut IceAutocast, message: Message) -> i32;
     pub(crate) fn ice_autocast_end(before: IceAutocast);

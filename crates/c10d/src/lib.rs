@@ -1,5 +1,5 @@
 //! Safe bindings to libtorch's `torch.distributed` (c10d): the store that processes meet at, process groups and their collectives,
-//! the reducer of `DistributedDataParallel`, fused optimizer steps, and mixed precision.
+//! the reducer of `DistributedDataParallel`, fused optimizer steps, mixed precision, and modules in TorchScript.
 //!
 //! It knows nothing of launchers, rounds or training. It holds the project's calls into foreign code, so that the rest needs no
 //! `unsafe`; no C++ exception gets through, each becomes an [`Error`] with a [kind](ErrorKind).
@@ -27,6 +27,7 @@ pub mod memory;
 pub mod nccl;
 pub mod optim;
 mod reducer;
+mod script;
 pub mod signals;
 mod sockets;
 mod store;
@@ -37,6 +38,7 @@ mod work;
 pub use error::{Error, ErrorKind, Result};
 pub use group::{GlooOptions, ProcessGroup, ReduceOp};
 pub use reducer::{Reducer, ReducerOptions, run_backward};
+pub use script::ScriptModule;
 pub use sockets::Connections;
 pub use store::Store;
 pub use work::Work;

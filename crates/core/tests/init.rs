@@ -1,18 +1,20 @@
-//! Runs that begin with parameters from safetensors files. Those of PyTorch are written by tests/python/init_reference.py.
+//! Runs with files of other programs: parameters in safetensors, and modules in TorchScript. Those of PyTorch are written by
+//! tests/python/init_reference.py and script_reference.py.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use ice_core::data::Dataset;
 use ice_core::optim::Sgd;
 use ice_core::{
     Better, Context, DatasetNode, HyperGraph, InitFrom, LossNode, MetricNode, ModuleNode, Node, NodeState,
-    Outputs, Repeat, Result, ResumeFrom, Run, RunConfig, SaveBest, SaveCheckpoint, Task, Value,
+    Outputs, Repeat, Result, ResumeFrom, Run, RunConfig, SaveBest, SaveCheckpoint, Task, TorchScript, Value,
 };
 use ice_worker::Worker;
 use safetensors::SafeTensors;
@@ -435,4 +437,157 @@ fn what_a_run_trained_is_used_without_its_data_and_losses() {
     assert!(text.contains("node `*/network`: missing `bias`, `weight`") && text.contains("rename"), "{text}");
     let text = eager.load(out.path()).unwrap_err().to_string();
     assert!(text.contains("nor a valid checkpoint"), "{text}");
+}
+
+/// What PyTorch has made of the TorchScript module, by name.
+fn script_tensors() -> BTreeMap<String, Tensor> {
+    let tensors = Tensor::read_safetensors(of_pytorch("../script/steps.safetensors")).unwrap();
+    tensors.into_iter().collect()
+}
+
+/// PyTorch's inputs and targets.
+struct Pairs([Vec<Vec<f32>>; 2]);
+
+impl Dataset for Pairs {
+    type Batch = (Tensor, Tensor);
+
+    fn len(&self) -> usize {
+        12
+    }
+
+    fn batch(&self, indices: &[i64], _: Device) -> Result<Self::Batch> {
+        let [x, target] = &self.0;
+        let stacked = |rows: &[Vec<f32>]| {
+            let rows: Vec<_> =
+                indices.iter().map(|&index| Tensor::from_slice(&rows[index as usize])).collect();
+            Tensor::stack(&rows, 0)
+        };
+        Ok((stacked(x), stacked(target)))
+    }
+}
+
+type Script = ModuleNode<TorchScript, Tensor>;
+
+fn script_graph(file: &str) -> HyperGraph {
+    let mut graph = HyperGraph::new();
+    let tensors = script_tensors();
+    let pairs = Pairs(["x", "target"].map(|name| Vec::try_from(&tensors[name]).unwrap()));
+    graph.add("data", DatasetNode::new(pairs).batch_size(12), "*").unwrap();
+    let input = |x: &Outputs| -> Result<_> { Ok(x.get::<(Tensor, Tensor)>("data")?.0.shallow_clone()) };
+    let net = ModuleNode::torch_script(of_pytorch("../script").join(file), move |net, x| {
+        net.forward(x, &[input(x)?])
+    });
+    graph.add("net", net.optimizer(Sgd::new(0.1).momentum(0.9)), "*").unwrap();
+    let loss = LossNode::new(|x| {
+        let target = &x.get::<(Tensor, Tensor)>("data")?.1;
+        Ok(x.tensor("net")?.mse_loss(target, tch::Reduction::Mean))
+    });
+    graph.add("loss", loss, "train").unwrap();
+    graph.add("sum", MetricNode::average(|x| Ok(x.tensor("net")?.sum(Kind::Float))), "val").unwrap();
+    graph
+}
+
+fn state_of(graph: &HyperGraph) -> BTreeMap<String, Tensor> {
+    let state = graph.node::<Script>("net").unwrap().state().model;
+    state.into_iter().map(|(key, tensor)| (key, tensor.copy())).collect()
+}
+
+/// Runs so many training steps of PyTorch's script, an epoch each, and evaluates. Returns the state, and the evaluation's measure.
+fn run_script(worker: Worker, steps: u64, config: RunConfig) -> (BTreeMap<String, Tensor>, f64) {
+    let graph = script_graph("net.pt");
+    let measured = Rc::new(Cell::new(f64::NAN));
+    let measure = Rc::clone(&measured);
+    let tasks = Repeat::new(steps)
+        .then(Task::train("train"))
+        .then(SaveCheckpoint::new())
+        .then(Task::eval("val"))
+        .call(move |run| {
+            measure.set(run.measure("val/sum")?);
+            Ok(())
+        });
+    Run::execute(&graph, &tasks, Rc::new(worker), config).unwrap();
+    (state_of(&graph), measured.get())
+}
+
+#[test]
+fn torch_script_is_trained_and_evaluated_as_in_pytorch() {
+    let _turn = turn();
+    let (tensors, graph) = (script_tensors(), script_graph("net.pt"));
+    let eager = graph.eager(Device::Cpu, 5).unwrap();
+    let close = |a: &Tensor, b: &Tensor| a.allclose(b, 1e-5, 1e-6, false);
+    let evaluate = || eager.forward("val", |x| x.tensor("net")).unwrap();
+    assert!(close(&evaluate(), &tensors["before"]));
+    for _ in 0..3 {
+        eager.train_step("train").unwrap();
+    }
+    assert!(close(&evaluate(), &tensors["after"]));
+    let state = state_of(&graph);
+    let of_pytorch: BTreeMap<_, _> = tensors
+        .iter()
+        .filter_map(|(key, tensor)| Some((key.strip_prefix("state.")?.to_owned(), tensor)))
+        .collect();
+    assert!(state.keys().eq(of_pytorch.keys()), "{:?}", state.keys());
+    for (key, tensor) in &state {
+        assert!(close(tensor, of_pytorch[key]), "{key}: {tensor:?}");
+    }
+    assert_eq!(state["norm.num_batches_tracked"].int64_value(&[]), 3);
+}
+
+#[test]
+fn resumed_torch_script_ends_with_the_same_bits() {
+    let _turn = turn();
+    let alone = || Worker::alone(Device::Cpu);
+    let begin = |out: &Path| RunConfig { out_dir: out.to_owned(), ..RunConfig::default() };
+    let whole = tempfile::tempdir().unwrap();
+    let expected = run_script(alone(), 5, begin(whole.path()));
+    let run = std::fs::read_dir(whole.path()).unwrap().next().unwrap().unwrap().path();
+    for from in ["E1S1", "E3S3"] {
+        let resumed = tempfile::tempdir().unwrap();
+        let resume_from = Some(ResumeFrom::Path(run.join("ckpts").join(from)));
+        let got = run_script(alone(), 5, RunConfig { resume_from, ..begin(resumed.path()) });
+        assert_eq!(got, expected, "{from}");
+    }
+}
+
+#[test]
+fn ranks_of_torch_script_share_gradients_and_buffers() {
+    let out = tempfile::tempdir().unwrap();
+    let config = || RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+    let states = as_ranks(2, |worker| run_script(worker, 3, config()));
+    assert_eq!(states[0], states[1]);
+    let tensors = script_tensors();
+    let moved = &states[0].0["first.weight"] - &tensors["state.first.weight"];
+    // The ranks have a batch norm of half the samples each.
+    assert!(moved.abs().max().double_value(&[]) > 1e-4);
+    assert_eq!(states[0].0["norm.num_batches_tracked"].int64_value(&[]), 3);
+}
+
+#[test]
+fn torch_script_that_cannot_be_trained_is_named() {
+    let _turn = turn();
+    let error = |file: &str| {
+        let graph = script_graph(file);
+        let error = graph.eager(Device::Cpu, 0).err().unwrap();
+        assert!(error.is_usage(), "{error}");
+        error.to_string()
+    };
+    let traced = error("traced.pt");
+    assert!(
+        traced.contains("traced.pt") && traced.contains("save the module with torch.jit.script"),
+        "{traced}"
+    );
+    let other = error("steps.safetensors");
+    assert!(other.contains("cannot be loaded as a TorchScript module"), "{other}");
+    let nowhere = error("nowhere.pt");
+    assert!(nowhere.contains("nowhere.pt"), "{nowhere}");
+
+    // Without an optimizer its mode does not matter.
+    let mut graph = HyperGraph::new();
+    let net =
+        Script::torch_script(of_pytorch("../script/traced.pt"), |net, x| net.forward(x, &[x.tensor("x")?]));
+    graph.add("net", net, "*").unwrap();
+    let eager = graph.eager(Device::Cpu, 0).unwrap();
+    eager.set_input("x", script_tensors()["x"].shallow_clone());
+    let output = eager.forward("*", |x| x.tensor("net")).unwrap();
+    assert!(output.allclose(&script_tensors()["before"], 1e-5, 1e-6, false));
 }

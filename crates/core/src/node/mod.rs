@@ -20,7 +20,7 @@ use tch::Tensor;
 pub use dataset::DatasetNode;
 pub use loss::LossNode;
 pub use metric::MetricNode;
-pub use module::ModuleNode;
+pub use module::{ModuleNode, TorchScript};
 pub use probe::Probe;
 pub use stream::StreamNode;
 pub use value::Value;

@@ -45,6 +45,10 @@ impl Groups {
         });
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.groups.is_empty()
+    }
+
     /// Gives each parameter to its optimizer, and returns the parameters that no optimizer wants.
     pub(super) fn set_up(&mut self, parameters: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
         let patterns = self.groups.iter().map(|group| {

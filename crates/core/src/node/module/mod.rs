@@ -1,5 +1,6 @@
 mod averaging;
 mod groups;
+mod script;
 mod sharding;
 
 use std::collections::{HashMap, HashSet};
@@ -15,11 +16,13 @@ use tch::nn::{Path, VarStore};
 
 use self::averaging::Averaging;
 use self::groups::Groups;
+pub use self::script::TorchScript;
 use crate::node::copy_tensors;
 use crate::optim::Optimizer;
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
-type Build<M> = dyn FnOnce(&Path) -> M;
+/// Makes the module under a path, and is told whether the module has an optimizer.
+type Build<M> = dyn FnOnce(&Path, bool) -> Result<M>;
 type Forward<M, T> = dyn Fn(&M, &Outputs) -> Result<T>;
 
 /// A module with parameters, what it does in a step, and the optimizers that train it.
@@ -74,6 +77,13 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
     /// of a step, of any type.
     pub fn new(
         build: impl FnOnce(&Path) -> M + 'static,
+        forward: impl Fn(&M, &Outputs) -> Result<T> + 'static,
+    ) -> Self {
+        Self::with_build(|path, _| Ok(build(path)), forward)
+    }
+
+    fn with_build(
+        build: impl FnOnce(&Path, bool) -> Result<M> + 'static,
         forward: impl Fn(&M, &Outputs) -> Result<T> + 'static,
     ) -> Self {
         Self {
@@ -194,7 +204,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         tch::manual_seed(context.seed as i64);
         let worker = &context.worker;
         let store = VarStore::new(worker.device());
-        let module = build(&store.root());
+        let module = build(&store.root(), !self.groups.is_empty())?;
         let mut trainable = in_order(&store);
         let frozen = self.groups.set_up(&trainable)?;
         if !self.sharded {
