@@ -39,7 +39,7 @@ pub use graph::{Eager, HyperGraph, Outputs, Tags};
 pub use ice_worker::Worker;
 pub use node::{
     Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Probe, Round, Share,
-    StreamNode, TorchScript, Value,
+    SharedNode, StreamNode, TorchScript, Value,
 };
 pub use precision::{Autocast, GradScaler};
 pub use run::{ElasticBatch, LrRule, Run, RunConfig, Runs};

@@ -11,10 +11,10 @@ use std::rc::Rc;
 use common::{Line, as_ranks, on_ranks};
 use ice_core::optim::{Optimizer, Schedule, Sgd};
 use ice_core::{
-    Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Repeat, Run, RunConfig,
-    Task,
+    Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Repeat, Result, Run,
+    RunConfig, Task,
 };
-use tch::{Kind, Tensor, nn};
+use tch::{Device, Kind, Tensor, nn};
 
 /// What a rank saw.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -373,4 +373,156 @@ fn loss_without_a_dataset_weighs_the_same_on_any_number_of_ranks() {
     for ranks in [1, 2, 3] {
         assert_eq!(outcome(ranks), vec![[0.25, (1.0 + 0.25) / 2.0]; ranks], "{ranks}");
     }
+}
+
+/// A line with a slope and a height that are the same in each program.
+fn line(path: &nn::Path) -> nn::Linear {
+    let (ws_init, bs_init) = (nn::Init::Const(0.5), Some(nn::Init::Const(0.25)));
+    nn::linear(path, 1, 1, nn::LinearConfig { ws_init, bs_init, bias: true })
+}
+
+/// Two networks that train against each other, and the tasks.
+fn adversaries() -> Result<(HyperGraph, Repeat)> {
+    let mut graph = HyperGraph::new();
+    graph.add("noise", DatasetNode::new(Line(8)).batch_size(8), "*")?;
+    graph.add("real", DatasetNode::new(Line(8)).batch_size(8), "critic")?;
+    // ANCHOR: gan
+    let generator = ModuleNode::new(line, |net: &nn::Linear, x| Ok(x.tensor("noise")?.apply(net)));
+    let critic = ModuleNode::new(line, |net: &nn::Linear, x| {
+        Ok((x.tensor("real")?.apply(net), x.tensor("fake")?.apply(net)))
+    });
+    // Each task trains one network. The other one is a constant in it.
+    graph.add("fake", generator.share(|net, x| Ok(x.tensor("noise")?.apply(net))), "critic")?;
+    graph.add("judged", critic.share(|net, x| Ok(x.tensor("fake")?.apply(net))), "generator")?;
+    graph.add("fake", generator.optimizer(Sgd::new(0.1)), "generator")?;
+    graph.add("judged", critic.optimizer(Sgd::new(0.1)), "critic")?;
+
+    let critic_loss = LossNode::new(|x| {
+        let judged = x.get::<(Tensor, Tensor)>("judged")?;
+        Ok((&judged.1 - &judged.0).mean(Kind::Float))
+    });
+    let generator_loss = LossNode::new(|x| Ok(-x.tensor("judged")?.mean(Kind::Float)));
+    graph.add("loss", critic_loss, "critic")?.add("loss", generator_loss, "generator")?;
+
+    let tasks = Repeat::new(3).then(Task::train("critic").steps(1)).then(Task::train("generator").steps(1));
+    // ANCHOR_END: gan
+    Ok((graph, tasks))
+}
+
+#[test]
+fn shared_modules_are_constants_in_steps_that_do_not_train_them() {
+    // The mean of the samples of all ranks.
+    let mean = 3.5 / 8.0;
+    let ([mut slope, mut height], mut critic) = ([0.5, 0.25], 0.5);
+    for _ in 0..3 {
+        critic -= 0.1 * (slope * mean + height - mean);
+        slope += 0.1 * critic * mean;
+        height += 0.1 * critic;
+    }
+    let expected = [slope, height, critic, 0.25];
+    let out = tempfile::tempdir().unwrap();
+    let ends = as_ranks(2, |worker| {
+        let (graph, tasks) = adversaries().unwrap();
+        let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+        Run::execute(&graph, &tasks, Rc::new(worker), config).unwrap();
+        let generator = graph.node::<ModuleNode<nn::Linear, Tensor>>("generator/fake").unwrap();
+        let critic = graph.node::<ModuleNode<nn::Linear, (Tensor, Tensor)>>("critic/judged").unwrap();
+        let of = |net: &nn::Linear| [&net.ws, net.bs.as_ref().unwrap()].map(|part| part.sum(Kind::Double));
+        let [slope, height] = of(generator.module().unwrap());
+        let [weight, offset] = of(critic.module().unwrap());
+        [slope, height, weight, offset].map(|value| value.double_value(&[]))
+    });
+    assert_eq!(ends[0], ends[1]);
+    for (got, expected) in ends[0].iter().zip(expected) {
+        assert!((got - expected).abs() < 1e-5, "{ends:?} for {expected:?}");
+    }
+
+    let (graph, _) = adversaries().unwrap();
+    graph.eager(Device::Cpu, 0).unwrap().train_step("generator").unwrap();
+    let critic = graph.node::<ModuleNode<nn::Linear, (Tensor, Tensor)>>("critic/judged").unwrap();
+    let weight = critic.module().unwrap().ws.shallow_clone();
+    assert!(weight.requires_grad() && !weight.grad().defined());
+    drop(critic);
+
+    let (mut graph, _) = adversaries().unwrap();
+    graph.remove_node("critic/judged").unwrap();
+    let eager = graph.eager(Device::Cpu, 0).unwrap();
+    let error = eager.train_step("generator").unwrap_err().to_string();
+    assert!(error.contains("`generator/judged`") && error.contains("add that node, too"), "{error}");
+}
+
+#[test]
+fn gradients_of_two_uses_in_one_step_are_added() {
+    let mut graph = HyperGraph::new();
+    graph.add("x", DatasetNode::new(Line(8)).batch_size(8), "*").unwrap();
+    let net = ModuleNode::new(line, |net: &nn::Linear, x| Ok(x.tensor("x")?.apply(net)));
+    graph.add("again", net.share(|net, x| Ok(x.tensor("net")?.apply(net))), "*").unwrap();
+    graph.add("net", net.optimizer(Sgd::new(0.1)), "*").unwrap();
+    graph.add("loss", LossNode::new(|x| Ok(x.tensor("again")?.mean(Kind::Float))), "*").unwrap();
+    graph.eager(Device::Cpu, 0).unwrap().train_step("*").unwrap();
+    let net = graph.node::<ModuleNode<nn::Linear, Tensor>>("net").unwrap();
+    // The loss is w (w x + b) + b.
+    let expected = 0.5 - 0.1 * (2.0 * 0.5 * 3.5 / 8.0 + 0.25);
+    let got = net.module().unwrap().ws.double_value(&[0, 0]);
+    assert!((got - expected).abs() < 1e-6, "{got} for {expected}");
+}
+
+#[test]
+fn buffers_of_a_shared_module_are_those_of_rank_0() {
+    let out = tempfile::tempdir().unwrap();
+    let means = as_ranks(2, |worker| {
+        let mut graph = HyperGraph::new();
+        graph.add("x", DatasetNode::new(Line(8)).batch_size(8), "*").unwrap();
+        graph
+            .add(
+                "net",
+                ModuleNode::new(line, |net: &nn::Linear, x| Ok(x.tensor("x")?.apply(net)))
+                    .optimizer(Sgd::new(0.1)),
+                "*",
+            )
+            .unwrap();
+        let norm = ModuleNode::new(
+            |path: &nn::Path| nn::batch_norm1d(path, 1, Default::default()),
+            |norm: &nn::BatchNorm, x| Ok(x.tensor("net")?.apply_t(norm, x.is_training())),
+        );
+        let shared = norm.share(|norm, x| Ok(x.tensor("net")?.apply_t(norm, x.is_training())));
+        graph.add("norm", norm.optimizer(Sgd::new(0.1)), "first").unwrap();
+        graph.add("norm", shared, "second").unwrap();
+        graph.add("loss", LossNode::new(|x| Ok(x.tensor("norm")?.square().mean(Kind::Float))), "*").unwrap();
+        let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+        Run::execute(&graph, &Task::train("second"), Rc::new(worker), config).unwrap();
+        let norm = graph.node::<ModuleNode<nn::BatchNorm, Tensor>>("first/norm").unwrap();
+        norm.module().unwrap().running_mean.double_value(&[0])
+    });
+    assert!(means[0] == means[1] && means[0] != 0.0, "{means:?}");
+}
+
+#[test]
+fn sparse_gradients_are_refused_by_the_name_of_the_parameter() {
+    let graph = || {
+        let mut graph = HyperGraph::new();
+        graph.add("x", DatasetNode::new(Line(8)).batch_size(4), "*").unwrap();
+        let net = ModuleNode::new(
+            |path: &nn::Path| (path / "rows").randn("weight", &[8, 3], 0.0, 1.0),
+            |table: &Tensor, x| {
+                let rows = (x.tensor("x")? * 8.0).to_kind(Kind::Int64).squeeze_dim(1);
+                Ok(Tensor::embedding(table, &rows, -1, false, true))
+            },
+        );
+        graph.add("table", net.optimizer(Sgd::new(0.1)), "*").unwrap();
+        graph.add("loss", LossNode::new(|x| Ok(x.tensor("table")?.square().mean(Kind::Float))), "*").unwrap();
+        graph
+    };
+    let check = |error: String| {
+        let named = ["node `*/table`", "gradient of `rows.weight` is sparse", "with `sparse` false"];
+        assert!(named.iter().all(|named| error.contains(named)), "{error}");
+    };
+    let graph_alone = graph();
+    check(graph_alone.eager(Device::Cpu, 0).unwrap().train_step("*").unwrap_err().to_string());
+    let out = tempfile::tempdir().unwrap();
+    let errors = as_ranks(2, |worker| {
+        let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+        Run::execute(&graph(), &Task::train("*"), Rc::new(worker), config).unwrap_err().to_string()
+    });
+    errors.into_iter().for_each(check);
 }

@@ -243,6 +243,29 @@ impl ExecutableGraph {
     /// The passes of a step weigh as their samples do: each loss is scaled by its samples over those of the first pass, and the
     /// gradients at the end by those of the first pass over those of all.
     pub(crate) fn train_step(&self, worker: &Worker, check: bool) -> Result<Option<Step>> {
+        self.apply_step(worker, check).map_err(|error| self.name_sparse(error))
+    }
+
+    /// Names the parameter if a step has failed since its gradient is sparse: libtorch names the operation that cannot take it alone.
+    fn name_sparse(&self, error: Error) -> Error {
+        if error.is_lost() {
+            return error;
+        }
+        let sparse = self.entries.iter().find_map(|entry| {
+            let names = entry.node.borrow().sparse_gradients();
+            (!names.is_empty()).then(|| (entry, names.join("`, `")))
+        });
+        match sparse {
+            Some((entry, names)) => Error::Graph(format!(
+                "the gradient of `{names}` is sparse, and can neither be averaged over ranks nor applied: \
+                 make the embedding with `sparse` false"
+            ))
+            .at(&entry.uid, "backward"),
+            None => error,
+        }
+    }
+
+    fn apply_step(&self, worker: &Worker, check: bool) -> Result<Option<Step>> {
         let Passes { passes, samples, first, mut loss, own } = self.passes_of_step(worker, true)?;
         worker.confirm()?;
         let gradients: Vec<_> =

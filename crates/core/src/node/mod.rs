@@ -20,7 +20,7 @@ use tch::Tensor;
 pub use dataset::DatasetNode;
 pub use loss::LossNode;
 pub use metric::MetricNode;
-pub use module::{ModuleNode, TorchScript};
+pub use module::{ModuleNode, SharedNode, TorchScript};
 pub use probe::Probe;
 pub use stream::StreamNode;
 pub use value::Value;
@@ -196,6 +196,11 @@ pub trait Node: Any {
 
     /// The gradients of all passes, averaged over the ranks, which may still be scaled.
     fn gradients(&self) -> Vec<Tensor> {
+        Vec::new()
+    }
+
+    /// The parameters whose gradients are sparse, which can neither be averaged nor applied: asked for when a step has failed.
+    fn sparse_gradients(&self) -> Vec<String> {
         Vec::new()
     }
 

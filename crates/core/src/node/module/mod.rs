@@ -2,6 +2,7 @@ mod averaging;
 mod groups;
 mod script;
 mod sharding;
+mod shared;
 
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
@@ -17,6 +18,8 @@ use tch::nn::{Path, VarStore};
 use self::averaging::Averaging;
 use self::groups::Groups;
 pub use self::script::TorchScript;
+pub use self::shared::SharedNode;
+use self::shared::{Parts, Slot};
 use crate::node::copy_tensors;
 use crate::optim::Optimizer;
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
@@ -40,10 +43,11 @@ pub struct ModuleNode<M, T> {
     histograms: bool,
     options: ReducerOptions,
     ready: Option<Ready<M>>,
+    slot: Rc<Slot<M>>,
 }
 
 struct Ready<M> {
-    module: M,
+    module: Rc<M>,
     store: VarStore,
     /// In order of creation.
     trainable: Vec<(String, Tensor)>,
@@ -97,7 +101,30 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
             // Gradients are made anew in each step, and nobody keeps them.
             options: ReducerOptions { gradient_as_bucket_view: true, ..ReducerOptions::default() },
             ready: None,
+            slot: Rc::default(),
         }
+    }
+
+    /// Another node that uses this module: a discriminator that judges what a generator makes, in the task that trains the generator.
+    ///
+    /// In a step that trains this node, too, gradients of both uses flow into the module. In others its parameters are constants: gradients
+    /// flow through it to its inputs. Parameters, buffers and optimizers belong to this node alone, which must be in the graph.
+    ///
+    /// ```
+    /// use ice_core::ModuleNode;
+    /// use tch::nn::{self, Module as _};
+    ///
+    /// let critic = ModuleNode::new(
+    ///     |path| nn::linear(path, 2, 1, Default::default()),
+    ///     |net: &nn::Linear, x| Ok(net.forward(&x.tensor("real")?) - net.forward(&x.tensor("fake")?)),
+    /// );
+    /// let judge = critic.share(|net, x| Ok(net.forward(&x.tensor("fake")?)));
+    /// ```
+    pub fn share<U: 'static>(
+        &self,
+        forward: impl Fn(&M, &Outputs) -> Result<U> + 'static,
+    ) -> SharedNode<M, U> {
+        SharedNode::new(Rc::clone(&self.slot), Box::new(forward))
     }
 
     /// Trains with this optimizer all parameters that no other one has.
@@ -204,7 +231,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         tch::manual_seed(context.seed as i64);
         let worker = &context.worker;
         let store = VarStore::new(worker.device());
-        let module = build(&store.root(), !self.groups.is_empty())?;
+        let module = Rc::new(build(&store.root(), !self.groups.is_empty())?);
         let mut trainable = in_order(&store);
         let frozen = self.groups.set_up(&trainable)?;
         if !self.sharded {
@@ -219,6 +246,12 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         trainable.retain(|(_, parameter)| parameter.requires_grad());
         let buffers: Vec<_> = buffers.into_iter().map(|(_, tensor)| tensor).collect();
         let before = if worker.can_stay() { buffers.iter().map(Tensor::copy).collect() } else { Vec::new() };
+        *self.slot.parts.borrow_mut() = Some(Parts {
+            module: Rc::clone(&module),
+            trainable: trainable.iter().map(|(_, tensor)| tensor.shallow_clone()).collect(),
+            buffers: buffers.iter().map(Tensor::shallow_clone).collect(),
+            broadcast_buffers: self.broadcast_buffers,
+        });
         let worker = Rc::clone(worker);
         let (averaging, order, norm) = (None, Vec::new(), None);
         self.ready = Some(Ready {
@@ -270,6 +303,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     }
 
     fn before_step(&mut self) -> Result<()> {
+        self.slot.is_trained.set(true);
         let ready = self.ready_mut()?;
         ready.in_step = true;
         for (before, buffer) in ready.before.iter().zip(&ready.buffers) {
@@ -279,12 +313,14 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     }
 
     fn step_end(&mut self) -> Result<()> {
+        self.slot.is_trained.set(false);
         self.groups.step_counts();
         self.ready_mut()?.in_step = false;
         Ok(())
     }
 
     fn roll_back(&mut self) {
+        self.slot.is_trained.set(false);
         // An evaluation changes no buffers.
         if let Some(ready) = self.ready.as_mut().filter(|ready| ready.in_step) {
             ready.in_step = false;
@@ -332,6 +368,12 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     fn gradients(&self) -> Vec<Tensor> {
         let trainable = self.ready.iter().flat_map(|ready| &ready.trainable);
         trainable.map(|(_, tensor)| tensor.grad()).filter(Tensor::defined).collect()
+    }
+
+    fn sparse_gradients(&self) -> Vec<String> {
+        let trainable = self.ready.iter().flat_map(|ready| &ready.trainable);
+        let is_sparse = |tensor: &Tensor| tensor.grad().defined() && tensor.grad().is_sparse();
+        trainable.filter(|(_, tensor)| is_sparse(tensor)).map(|(name, _)| name.clone()).collect()
     }
 
     fn update(&mut self) -> Result<()> {

@@ -1,0 +1,112 @@
+//! A module that several nodes use.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use ice_worker::{Begun, Worker};
+use tch::Tensor;
+
+use super::Forward;
+use crate::{Context, Error, Node, Outputs, Result, Value};
+
+/// What the owner of a module gives to the nodes that use it, too.
+pub(super) struct Slot<M> {
+    pub(super) parts: RefCell<Option<Parts<M>>>,
+    /// Whether the step that was begun trains the module.
+    pub(super) is_trained: Cell<bool>,
+}
+
+pub(super) struct Parts<M> {
+    pub(super) module: Rc<M>,
+    pub(super) trainable: Vec<Tensor>,
+    pub(super) buffers: Vec<Tensor>,
+    pub(super) broadcast_buffers: bool,
+}
+
+impl<M> Default for Slot<M> {
+    fn default() -> Self {
+        Self { parts: RefCell::default(), is_trained: Cell::default() }
+    }
+}
+
+/// Another use of the module of a [`ModuleNode`](crate::ModuleNode), which [`ModuleNode::share`](crate::ModuleNode::share) makes.
+pub struct SharedNode<M, T> {
+    slot: Rc<Slot<M>>,
+    forward: Box<Forward<M, T>>,
+    worker: Option<Rc<Worker>>,
+    /// The buffers when the step began, where it may have to be done again.
+    before: Vec<Tensor>,
+    in_step: bool,
+}
+
+impl<M: 'static, T: 'static> SharedNode<M, T> {
+    pub(super) fn new(slot: Rc<Slot<M>>, forward: Box<Forward<M, T>>) -> Self {
+        Self { slot, forward, worker: None, before: Vec::new(), in_step: false }
+    }
+
+    /// The buffers, if this node alone looks after them in this step.
+    fn own_buffers(&self) -> Vec<Tensor> {
+        let parts = self.slot.parts.borrow();
+        let parts = parts.as_ref().filter(|_| !self.slot.is_trained.get());
+        parts.map_or(Vec::new(), |parts| parts.buffers.iter().map(Tensor::shallow_clone).collect())
+    }
+}
+
+impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
+    fn set_up(&mut self, context: &Context) -> Result<()> {
+        self.worker = Some(Rc::clone(&context.worker));
+        Ok(())
+    }
+
+    fn before_step(&mut self) -> Result<()> {
+        self.in_step = true;
+        if self.worker.as_ref().is_some_and(|worker| worker.can_stay()) {
+            self.before = self.own_buffers().iter().map(Tensor::copy).collect();
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, x: &Outputs) -> Result<Value> {
+        let parts = self.slot.parts.borrow();
+        let parts = parts.as_ref().ok_or_else(|| {
+            Error::Graph(
+                "this shares the module of a node that is not in the graph: add that node, too".into(),
+            )
+        })?;
+        let is_constant = x.is_training() && !self.slot.is_trained.get();
+        let require = |require: bool| {
+            for parameter in parts.trainable.iter().filter(|_| is_constant) {
+                let _ = parameter.set_requires_grad(require);
+            }
+        };
+        // The graph of libtorch notes at each operation which of its inputs want gradients.
+        require(false);
+        let output = (self.forward)(&parts.module, x);
+        require(true);
+        Ok(Value::new(output?))
+    }
+
+    fn after_backward(&mut self, _: bool) -> Result<()> {
+        let broadcasts = self.slot.parts.borrow().as_ref().is_some_and(|parts| parts.broadcast_buffers);
+        let Some(worker) = self.worker.as_ref().filter(|worker| broadcasts && worker.world_size() > 1) else {
+            return Ok(());
+        };
+        let begin = |buffer: &Tensor| worker.begin_broadcast(0, buffer);
+        let begun = self.own_buffers().iter().map(begin).collect::<Result<Vec<_>, _>>()?;
+        Ok(begun.into_iter().try_for_each(Begun::wait)?)
+    }
+
+    fn step_end(&mut self) -> Result<()> {
+        self.in_step = false;
+        Ok(())
+    }
+
+    fn roll_back(&mut self) {
+        if std::mem::take(&mut self.in_step) {
+            for (before, buffer) in self.before.iter().zip(self.own_buffers()) {
+                // A buffer that cannot be copied on its own device cannot be used in the next step, which fails then.
+                drop(buffer.shallow_clone().f_copy_(before));
+            }
+        }
+    }
+}
