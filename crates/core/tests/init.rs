@@ -225,7 +225,7 @@ fn renamed_keys_are_loaded_and_a_common_prefix_is_named() {
         "{text}"
     );
     let text = init().rename("(", "").err().unwrap().to_string();
-    assert!(text.contains("`(` is no pattern of keys"), "{text}");
+    assert!(text.contains("`(` is not a regular expression for keys"), "{text}");
 }
 
 #[test]

@@ -337,5 +337,6 @@ fn prefix(keys: &[&str], graph: &HyperGraph) -> String {
 }
 
 fn regex(pattern: &str) -> Result<Regex> {
-    Regex::new(pattern).map_err(|error| Error::Usage(format!("`{pattern}` is no pattern of keys: {error}")))
+    Regex::new(pattern)
+        .map_err(|error| Error::Usage(format!("`{pattern}` is not a regular expression for keys: {error}")))
 }
