@@ -204,6 +204,10 @@ draws = {
     "xavier_uniform": lambda w: nn.init.xavier_uniform_(w, nn.init.calculate_gain("selu")),
     "xavier_normal": nn.init.xavier_normal_,
     "normal": lambda w: nn.init.normal_(w, 1.0, 0.02),
+    "orthogonal": lambda w: nn.init.orthogonal_(w, 2.0),
+    # By drawing values outside again, and by rejection of even ones.
+    "trunc_normal": lambda w: nn.init.trunc_normal_(w, 0.0, 0.02, -0.02, 0.02),
+    "trunc_normal_tail": lambda w: nn.init.trunc_normal_(w, 0.0, 1.0, 1.0, 4.0),
     "uniform": lambda w: nn.init.uniform_(w, -2.0, 1.0),
 }
 for name, draw in draws.items():

@@ -5,6 +5,7 @@
 //!
 //! In the book: `docs/nn.md`.
 
+use tch::nn::Init;
 use tch::{Device, Tensor};
 
 /// The side of a weight that [`kaiming_uniform_`] and [`kaiming_normal_`] count.
@@ -50,12 +51,16 @@ impl Nonlinearity {
 
 /// Draws evenly from `low..high`.
 pub fn uniform_(tensor: &Tensor, low: f64, high: f64) {
-    fill(tensor, |values| values.uniform_(low, high));
+    fill(tensor, |values| {
+        let _ = values.uniform_(low, high);
+    });
 }
 
 /// Draws from a normal distribution.
 pub fn normal_(tensor: &Tensor, mean: f64, std: f64) {
-    fill(tensor, |values| values.normal_(mean, std));
+    fill(tensor, |values| {
+        let _ = values.normal_(mean, std);
+    });
 }
 
 /// Sets all elements to `value`.
@@ -117,6 +122,75 @@ pub fn xavier_normal_(tensor: &Tensor, gain: f64) {
     normal_(tensor, 0.0, xavier_std(tensor, gain));
 }
 
+/// Fills a matrix with orthonormal rows or columns, times `gain`; dimensions after the second one count as columns (Saxe et al.,
+/// 2013).
+///
+/// # Panics
+/// If the tensor has fewer than two dimensions.
+#[track_caller]
+pub fn orthogonal_(tensor: &Tensor, gain: f64) {
+    fans(tensor);
+    if tensor.numel() > 0 {
+        fill(tensor, |values| Init::Orthogonal { gain }.set(values));
+    }
+}
+
+/// Draws from the part of a normal distribution that lies in `low..=high`, as PyTorch does since 2.13: by drawing again those
+/// values that lie outside. PyTorch's defaults are mean 0, deviation 1, -2 and 2.
+///
+/// # Panics
+/// If `low` is not below `high`, or if `std` is not positive.
+#[track_caller]
+pub fn trunc_normal_(tensor: &Tensor, mean: f64, std: f64, low: f64, high: f64) {
+    assert!(low < high && std > 0.0, "a deviation of {std} from {mean} between {low} and {high}");
+    let below = |x: f64| Tensor::from((x - mean) / std / 2f64.sqrt()).erf().double_value(&[]) / 2.0;
+    let inside = below(high) - below(low);
+    fill(tensor, |values| {
+        if inside > 0.3 {
+            redraw_normal(values, mean, std, low, high);
+        } else {
+            reject_uniform(values, mean, std, low, high);
+        }
+    });
+}
+
+/// Draws normal values until all lie within the bounds, which are rounded to the kind of the values.
+fn redraw_normal(values: &mut Tensor, mean: f64, std: f64, low: f64, high: f64) {
+    let rounded = |bound: f64| Tensor::from(bound).to_kind(values.kind()).double_value(&[]);
+    let (low, high) = (rounded(low), rounded(high));
+    let _ = values.normal_(mean, std);
+    loop {
+        let outside = values.lt(low).logical_or(&values.gt(high));
+        if !is_any(&outside) {
+            return;
+        }
+        let again = values.empty_like().normal_(mean, std);
+        values.copy_(&again.where_self(&outside, values));
+    }
+}
+
+/// Draws even values within the bounds, and accepts each with the chance that its density gives it. Quicker where little of
+/// the normal distribution lies within.
+fn reject_uniform(values: &mut Tensor, mean: f64, std: f64, low: f64, high: f64) {
+    let mode = mean.clamp(low, high);
+    let peak = -0.5 * ((mode - mean) / std).powi(2);
+    let rejected = |candidates: &Tensor| {
+        let density = ((candidates - mean) / std).square() * -0.5 - peak;
+        candidates.empty_like().uniform_(0.0, 1.0).log().gt_tensor(&density)
+    };
+    let _ = values.uniform_(low, high);
+    let mut pending = rejected(values);
+    while is_any(&pending) {
+        let candidates = values.empty_like().uniform_(low, high);
+        values.copy_(&candidates.where_self(&pending, values));
+        pending = rejected(&candidates).logical_and(&pending);
+    }
+}
+
+fn is_any(mask: &Tensor) -> bool {
+    mask.any().int64_value(&[]) != 0
+}
+
 /// Draws weight and bias evenly within ±1/√(fan in): `reset_parameters` of linear layers and convolutions.
 #[track_caller]
 pub(crate) fn weight_and_bias(weight: &Tensor, bias: Option<&Tensor>) {
@@ -154,14 +228,14 @@ fn fans(weight: &Tensor) -> (i64, i64) {
     (size[1] * field, size[0] * field)
 }
 
-fn fill(tensor: &Tensor, draw: impl FnOnce(&mut Tensor) -> Tensor) {
+fn fill(tensor: &Tensor, draw: impl FnOnce(&mut Tensor)) {
     tch::no_grad(|| {
         let mut tensor = tensor.shallow_clone();
         if tensor.device() == Device::Cpu {
-            let _ = draw(&mut tensor);
+            draw(&mut tensor);
         } else {
             let mut values = Tensor::empty(tensor.size(), (tensor.kind(), Device::Cpu));
-            let _ = draw(&mut values);
+            draw(&mut values);
             tensor.copy_(&values);
         }
     });

@@ -8,7 +8,7 @@ use std::path::Path as FilePath;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use ice_nn::{self as nn, AttentionMask, Module, ModuleT, Path, VarStore, init};
-use tch::{Device, Kind, Tensor};
+use tch::{Cuda, Device, Kind, Tensor};
 
 const SEED: i64 = 11;
 
@@ -338,6 +338,12 @@ fn functions_of_init_draw_as_pytorchs_do() {
     compare("xavier_normal", &|w| init::xavier_normal_(w, 1.0));
     compare("normal", &|w| init::normal_(w, 1.0, 0.02));
     compare("uniform", &|w| init::uniform_(w, -2.0, 1.0));
+    compare("trunc_normal", &|w| init::trunc_normal_(w, 0.0, 0.02, -0.02, 0.02));
+    compare("trunc_normal_tail", &|w| init::trunc_normal_(w, 0.0, 1.0, 1.0, 4.0));
+    tch::manual_seed(SEED);
+    init::orthogonal_(&weight, 2.0);
+    // LAPACK's, which rounds as it likes.
+    assert_close("orthogonal", &weight, &reference["orthogonal"], 1e-5);
     assert!(weight.requires_grad() && weight.is_leaf());
 }
 
@@ -474,6 +480,38 @@ fn batch_of_one_value_per_channel_leaves_running_statistics_alone() {
     assert_eq!(state(), before);
     let _ = norm.forward_t(&x, true);
     assert_ne!(state(), before);
+}
+
+/// What a GPU has of its own: draws are copied to it, and cuDNN wants the weights of recurrent layers in one piece.
+#[test]
+fn layers_begin_and_compute_on_a_gpu_as_on_the_cpu() {
+    if !Cuda::is_available() {
+        println!("no GPU here: nothing was compared");
+        return;
+    }
+    let run = |device: Device| {
+        let _guard = seeded();
+        let store = VarStore::new(device);
+        let p = store.root();
+        let fc = nn::Linear::new(&p / "fc", 6, 8);
+        let norm = nn::BatchNorm1d::new(&p / "norm", 8);
+        let lstm = nn::LSTM::options(8, 8).num_layers(2).bidirectional(true).bias(false).build(&p / "lstm");
+        let gru = nn::GRU::new(&p / "gru", 16, 8);
+        let attention = nn::MultiheadAttention::new(&p / "attention", 8, 2);
+        let start: BTreeMap<_, _> = store
+            .variables()
+            .into_iter()
+            .map(|(key, tensor)| (key, tensor.to_device(Device::Cpu).copy()))
+            .collect();
+        let x = Tensor::arange(60, (Kind::Float, device)).sin().view([10, 6]);
+        let x = x.apply(&fc).apply_t(&norm, true).view([5, 2, 8]);
+        let x = gru.forward_t(&lstm.forward_t(&x, None, true).0, None, true).0;
+        let x = attention.forward_t(&x, &x, &x, &AttentionMask::causal(), true);
+        (start, x.to_device(Device::Cpu))
+    };
+    let ((start, output), (cuda_start, cuda_output)) = (run(Device::Cpu), run(Device::Cuda(0)));
+    assert_eq!(start, cuda_start);
+    assert_close("output", &cuda_output, &output, 1e-3);
 }
 
 #[test]
