@@ -19,7 +19,7 @@ use ice_core::{
 use ice_worker::Worker;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
-use tch::{Device, Kind, Tensor, nn};
+use tch::{Device, Kind, Tensor, TrainableCModule, nn};
 
 use common::{Line, as_ranks, turn};
 
@@ -202,8 +202,14 @@ fn state_dict_of_pytorch_is_loaded_whether_batches_are_counted_or_not() {
 #[test]
 fn sharded_half_precision_of_hugging_face_is_loaded_into_single_precision() {
     let expected = floats_of("net.safetensors", true);
-    for path in ["sharded/model.safetensors.index.json", "sharded"] {
-        assert_eq!(net(InitFrom::new(of_pytorch(path)), 3, true).unwrap().state, expected, "{path}");
+    // The cache of huggingface_hub has links to files of other folders.
+    let cache = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(of_pytorch("sharded")).unwrap().map(|file| file.unwrap()) {
+        std::os::unix::fs::symlink(file.path(), cache.path().join(file.file_name())).unwrap();
+    }
+    let index = of_pytorch("sharded/model.safetensors.index.json");
+    for path in [&index, &of_pytorch("sharded"), cache.path()] {
+        assert_eq!(net(InitFrom::new(path), 3, true).unwrap().state, expected, "{}", path.display());
     }
 }
 
@@ -580,6 +586,15 @@ fn torch_script_that_cannot_be_trained_is_named() {
     assert!(other.contains("cannot be loaded as a TorchScript module"), "{other}");
     let nowhere = error("nowhere.pt");
     assert!(nowhere.contains("nowhere.pt"), "{nowhere}");
+
+    let mut graph = HyperGraph::new();
+    let net = ModuleNode::new(
+        |path: &nn::Path| TrainableCModule::load(of_pytorch("../script/net.pt"), path / "net").unwrap(),
+        |net: &TrainableCModule, x| Ok(net.forward_ts(&[x.tensor("x")?])?),
+    );
+    graph.add("net", net.optimizer(Sgd::new(0.1)), "*").unwrap();
+    let of_tch = graph.eager(Device::Cpu, 0).err().unwrap().to_string();
+    assert!(of_tch.contains("use ModuleNode::torch_script"), "{of_tch}");
 
     // Without an optimizer its mode does not matter.
     let mut graph = HyperGraph::new();

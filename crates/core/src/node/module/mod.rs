@@ -227,6 +227,12 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
 
 impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     fn set_up(&mut self, context: &Context) -> Result<()> {
+        if !self.groups.is_empty() && script::is_of_tch::<M>() {
+            return Err(Error::Graph(
+                "tch does not tell the buffers of a CModule, which checkpoints would lack: use ModuleNode::torch_script"
+                    .into(),
+            ));
+        }
         let build = self.build.take().ok_or_else(|| Error::Graph("the module was set up twice".into()))?;
         tch::manual_seed(context.seed as i64);
         let worker = &context.worker;

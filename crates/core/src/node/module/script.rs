@@ -1,11 +1,12 @@
 //! Modules that Python has saved as TorchScript.
 
+use std::any::TypeId;
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use ice_c10d::ScriptModule;
-use tch::{Tensor, nn};
+use tch::{CModule, Tensor, TrainableCModule, nn};
 
 use super::ModuleNode;
 use crate::{Error, Outputs, Result};
@@ -61,6 +62,11 @@ impl<T: 'static> ModuleNode<TorchScript, T> {
         let file = file.into();
         Self::with_build(move |path, is_trained| load(&file, path, is_trained), forward)
     }
+}
+
+/// Whether this is a TorchScript module of tch itself.
+pub(super) fn is_of_tch<M: 'static>() -> bool {
+    [TypeId::of::<CModule>(), TypeId::of::<TrainableCModule>()].contains(&TypeId::of::<M>())
 }
 
 fn load(file: &Path, path: &nn::Path, is_trained: bool) -> Result<TorchScript> {
