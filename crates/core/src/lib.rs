@@ -38,9 +38,12 @@ pub use error::{Error, Result};
 pub use graph::{Eager, HyperGraph, Outputs, Tags};
 pub use ice_worker::Worker;
 pub use node::{
-    Context, DatasetNode, LossNode, Measure, MetricNode, ModuleNode, Node, NodeState, Probe, Round, Share,
-    SharedNode, StreamNode, TorchScript, Value,
+    Context, DatasetNode, LossNode, LrReduction, Measure, MetricNode, ModuleNode, Node, NodeState, Probe,
+    Round, Share, SharedNode, StreamNode, TorchScript, Value,
 };
 pub use precision::{Autocast, GradScaler};
 pub use run::{ElasticBatch, LrRule, Run, RunConfig, Runs};
-pub use task::{Call, CallWith, EarlyStop, LoadCheckpoint, Repeat, SaveBest, SaveCheckpoint, Task, TaskItem};
+pub use task::{
+    Call, CallWith, EarlyStop, LoadCheckpoint, ReduceLROnPlateau, Repeat, SaveBest, SaveCheckpoint, Task,
+    TaskItem, TrainLength,
+};

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};
+use ice_core::optim::{Adam, AdamW, Field, Optimizer, RmsProp, Schedule, Sgd};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -16,6 +16,10 @@ struct Reference {
 
 fn reference() -> Reference {
     serde_json::from_str(include_str!("reference/optim.json")).unwrap()
+}
+
+fn lambda(value: impl Fn(f64) -> f64 + 'static) -> Schedule {
+    Schedule::lambda(move |step| value(step as f64))
 }
 
 fn wave(count: i64, scale: f64) -> Tensor {
@@ -31,7 +35,7 @@ fn close(got: &[f64], expected: &[f64], limit: f64, what: &str) {
 
 #[test]
 fn every_step_of_every_optimizer_is_torchs() {
-    let optimizers: [(&str, Box<dyn Optimizer>); 8] = [
+    let optimizers: [(&str, Box<dyn Optimizer>); 11] = [
         ("adam", Box::new(Adam::new(0.1))),
         ("adam with penalty", Box::new(Adam::new(0.1).betas(0.8, 0.95).epsilon(1e-6).weight_decay(0.1))),
         ("adam amsgrad", Box::new(Adam::new(0.1).amsgrad(true))),
@@ -42,6 +46,41 @@ fn every_step_of_every_optimizer_is_torchs() {
         (
             "rmsprop centered",
             Box::new(RmsProp::new(0.1).alpha(0.9).momentum(0.8).centered(true).weight_decay(0.01)),
+        ),
+        (
+            "sgd courses",
+            Box::new(
+                Sgd::new(0.1)
+                    .momentum(0.9)
+                    .weight_decay(0.1)
+                    .value_of(
+                        Field::Momentum,
+                        lambda(|step| if [2.0, 4.0].contains(&step) { 0.0 } else { 0.5 + 0.05 * step }),
+                    )
+                    .schedule_of(Field::WeightDecay, lambda(|step| 1.0 + step)),
+            ),
+        ),
+        (
+            "adamw courses",
+            Box::new(
+                AdamW::new(0.1)
+                    .weight_decay(0.05)
+                    .schedule(Schedule::exponential(0.5))
+                    .value_of(Field::Beta1, lambda(|step| 0.9 - 0.02 * step))
+                    .value_of(Field::Beta2, lambda(|step| 0.99 + 0.001 * step))
+                    .schedule_of(Field::WeightDecay, lambda(|step| 1.0 + step)),
+            ),
+        ),
+        (
+            "rmsprop courses",
+            Box::new(
+                RmsProp::new(0.1)
+                    .alpha(0.9)
+                    .momentum(0.8)
+                    .value_of(Field::Momentum, lambda(|step| if step == 3.0 { 0.0 } else { 0.8 }))
+                    .value_of(Field::Alpha, lambda(|step| 0.9 + 0.01 * step))
+                    .schedule_of(Field::Epsilon, lambda(|step| 1.0 + step)),
+            ),
         ),
     ];
     let reference = reference().optimizers;
@@ -73,6 +112,8 @@ fn every_schedule_is_torchs() {
         ("linear", Schedule::linear(0.2, 0.9, 15)),
         ("cosine", Schedule::cosine(30, lowest)),
         ("one cycle", Schedule::one_cycle(40)),
+        // The values themselves, where the others are rates of an optimizer with 0.5.
+        ("one cycle momentum", Schedule::one_cycle_momentum(40).times(Schedule::lambda(|_| 2.0))),
         ("warm-up and cosine", Schedule::linear(0.1, 1.0, 10).then(10, Schedule::cosine(30, lowest))),
     ];
     let reference = reference().schedules;
@@ -86,6 +127,20 @@ fn every_schedule_is_torchs() {
             optimizer.step(&parameters, &parameters).unwrap();
         }
     }
+}
+
+#[test]
+fn field_that_the_optimizer_does_not_have_is_named_in_the_first_step() {
+    let parameters = [Tensor::zeros([1], (Kind::Float, Device::Cpu))];
+    let mut optimizer = Sgd::new(0.1).value_of(Field::Momentum, Schedule::constant());
+    optimizer.set_up(&parameters);
+    let error = optimizer.step(&parameters, &parameters).unwrap_err().to_string();
+    assert!(error.contains("no Momentum"), "{error}");
+    // Nobody has told it the length of the run.
+    let mut optimizer = Sgd::new(0.1).schedule(Schedule::cosine(10, 0.0).over_run(10));
+    optimizer.set_up(&parameters);
+    let error = optimizer.step(&parameters, &parameters).unwrap_err().to_string();
+    assert!(error.contains("all training tasks a number of epochs"), "{error}");
 }
 
 #[test]

@@ -8,10 +8,10 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use common::{Line, as_ranks, on_ranks, turn};
-use ice_core::optim::Sgd;
+use ice_core::optim::{Optimizer, Schedule, Sgd};
 use ice_core::{
-    Better, DatasetNode, EarlyStop, Error, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat,
-    ResumeFrom, Run, RunConfig, SaveCheckpoint, Task,
+    Better, DatasetNode, EarlyStop, Error, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs,
+    ReduceLROnPlateau, Repeat, ResumeFrom, Run, RunConfig, SaveCheckpoint, Task,
 };
 use ice_worker::Worker;
 use tch::{Device, Kind, Tensor, nn};
@@ -441,4 +441,138 @@ fn nodes_see_where_the_run_is_also_after_a_resume() {
     assert_eq!(places, [first, second].concat());
     assert!(whole.iter().all(|(_, run, folder)| run == "none" && folder == "none_local"), "{whole:?}");
     assert_eq!(seen(out.path(), Some("E0S3")), (whole[3..].to_vec(), weight));
+}
+
+/// SGD that writes down the learning rate of each step.
+struct Recorded(Sgd, Rc<RefCell<Vec<f64>>>);
+
+impl Optimizer for Recorded {
+    fn set_up(&mut self, parameters: &[Tensor]) {
+        self.0.set_up(parameters);
+    }
+
+    fn step(&mut self, parameters: &[Tensor], gradients: &[Tensor]) -> ice_core::Result<()> {
+        self.1.borrow_mut().push(self.0.learning_rate());
+        self.0.step(parameters, gradients)
+    }
+
+    fn state(&self) -> Vec<(&'static str, &[Tensor])> {
+        self.0.state()
+    }
+
+    fn learning_rate(&self) -> f64 {
+        self.0.learning_rate()
+    }
+
+    fn set_learning_rate(&mut self, learning_rate: f64) {
+        self.0.set_learning_rate(learning_rate);
+    }
+}
+
+/// A net over eight points whose learning rates are written down.
+fn recorded(
+    batch_size: usize,
+    optimizer: impl FnOnce(Recorded) -> ModuleNode<nn::Linear, Tensor>,
+) -> (HyperGraph, Rc<RefCell<Vec<f64>>>) {
+    let mut graph = HyperGraph::new();
+    graph.add("x", DatasetNode::new(Line(8)).batch_size(batch_size), "*").unwrap();
+    let rates = Rc::new(RefCell::default());
+    graph.add("net", optimizer(Recorded(Sgd::new(0.5), Rc::clone(&rates))), "*").unwrap();
+    graph.add("loss", LossNode::new(|x| Ok(x.tensor("net")?.square().mean(Kind::Float))), "train").unwrap();
+    (graph, rates)
+}
+
+fn linear() -> ModuleNode<nn::Linear, Tensor> {
+    ModuleNode::new(
+        |path| nn::linear(path / "layer", 1, 1, Default::default()),
+        |net: &nn::Linear, x| Ok(x.tensor("x")?.apply(net)),
+    )
+}
+
+#[test]
+fn schedules_by_epoch_and_over_the_run_do_not_depend_on_the_steps_of_an_epoch() {
+    let rates = |ranks: usize, schedule: fn() -> Schedule| {
+        let mut rates = on_ranks(ranks, |_| {
+            let (graph, rates) = recorded(2, |sgd| linear().optimizer(sgd.schedule(schedule())));
+            let tasks = Repeat::new(2).then(Task::train("train").epochs(2));
+            (graph, tasks, Box::new(move || rates.take()) as Box<_>)
+        });
+        let first: Vec<f64> = rates.remove(0);
+        assert!(rates.iter().all(|other| *other == first));
+        first
+    };
+    for (ranks, steps) in [(1, 16_u32), (2, 8)] {
+        let falls = rates(ranks, || Schedule::linear(1.0, 0.0, 100).over_run(100));
+        let expected: Vec<f64> =
+            (0..steps).map(|step| 0.5 * (1.0 - f64::from(step) / f64::from(steps))).collect();
+        assert_eq!(falls.len(), expected.len());
+        assert!(falls.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-12), "{falls:?}");
+        let drops = rates(ranks, || Schedule::milestones([1, 3], 0.5).by_epoch());
+        let of_epoch = [0.5, 0.25, 0.25, 0.125];
+        let expected: Vec<f64> = (0..steps).map(|step| of_epoch[(step * 4 / steps) as usize]).collect();
+        assert_eq!(drops, expected, "{ranks} ranks");
+    }
+}
+
+#[test]
+fn schedule_over_a_run_of_steps_is_that_of_the_steps_and_needs_one_unit() {
+    let run = |schedule: Schedule, more: Option<Task>| {
+        let _turn = turn();
+        let (graph, rates) = recorded(2, |sgd| linear().optimizer(sgd.schedule(schedule)));
+        let tasks = Repeat::new(3).then(Task::train("train").steps(7));
+        let tasks = Repeat::once().then(more.into_iter().fold(tasks, Repeat::then));
+        let out = tempfile::tempdir().unwrap();
+        let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+        let outcome = Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), config);
+        outcome.map(|()| rates.take())
+    };
+    let cosine = || Schedule::linear_warmup(5).then(5, Schedule::cosine(16, 0.1));
+    assert_eq!(run(cosine().over_run(21), None).unwrap(), run(cosine(), None).unwrap());
+    let error = run(cosine().over_run(21), Some(Task::train("train"))).unwrap_err().to_string();
+    assert!(error.contains("all training tasks a number of epochs"), "{error}");
+}
+
+/// The rates that a run of so many turns trains with, from the beginning or from the last checkpoint.
+fn rates_on_plateau(out: &std::path::Path, turns: u64, from: Option<ResumeFrom>) -> Vec<f64> {
+    const LOSSES: [f64; 8] = [3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0];
+    let _turn = turn();
+    let (mut graph, rates) = recorded(2, |sgd| {
+        let half = Schedule::lambda(|step| if step % 2 == 0 { 1.0 } else { 0.5 });
+        linear().optimizer_for("bias", Sgd::new(0.1)).optimizer(sgd.schedule(half))
+    });
+    // More samples than there are steps: no epoch ends.
+    graph.add("x", DatasetNode::new(Line(40)).batch_size(2), "train").unwrap();
+    let measured = MetricNode::last(|x| Ok(Tensor::from_slice(&[LOSSES[x.train_steps() as usize - 1]])));
+    graph.add("measured", measured, "val").unwrap();
+    let plateau = ReduceLROnPlateau::new("val/measured", Better::Lower).patience(1).factor(0.1).of("*/net");
+    let tasks = Repeat::new(turns)
+        .then(Task::train("train").steps(1))
+        .then(Task::eval("val").steps(1).simulate_epoch())
+        .then(plateau)
+        .then(SaveCheckpoint::new());
+    let config = RunConfig {
+        seed: 7,
+        out_dir: out.to_owned(),
+        resume_from: from,
+        log_every: None,
+        ..RunConfig::default()
+    };
+    Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
+    rates.take()
+}
+
+#[test]
+fn plateau_reduces_what_a_schedule_multiplies_and_a_resumed_run_goes_on_with_it() {
+    let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let undisturbed = rates_on_plateau(whole.path(), 8, None);
+    let reduced = 0.5 * 0.1;
+    let twice = reduced * 0.1;
+    let expected = [0.5, 0.25, 0.5, 0.25, reduced, reduced * 0.5, reduced, twice * 0.5];
+    assert_eq!(undisturbed, expected);
+    for turns in [3, 4, 6] {
+        let parts = parts.path().join(turns.to_string());
+        let mut rates = rates_on_plateau(&parts, turns, None);
+        rates.extend(rates_on_plateau(&parts, 8, Some(ResumeFrom::Latest)));
+        assert_eq!(rates, expected, "resumed after turn {turns}");
+    }
 }

@@ -27,10 +27,11 @@ pub mod prelude {
     pub use clap::{self, Parser};
     pub use ice_core::data::{Dataset, Items, Labelled, Mnist, Split, Stream, items, stream};
     pub use ice_core::meter;
-    pub use ice_core::optim::{Adam, AdamW, Optimizer, RmsProp, Schedule, Sgd};
+    pub use ice_core::optim::{Adam, AdamW, Field, Optimizer, RmsProp, Schedule, Sgd};
     pub use ice_core::{
         Autocast, Better, DatasetNode, EarlyStop, GradScaler, HParam, HyperGraph, LoadCheckpoint, LossNode,
-        MetricNode, ModuleNode, Outputs, Repeat, Run, SaveBest, SaveCheckpoint, StreamNode, Tags, Task,
+        MetricNode, ModuleNode, Outputs, ReduceLROnPlateau, Repeat, Run, SaveBest, SaveCheckpoint,
+        StreamNode, Tags, Task,
     };
     pub use ice_nn::{self as nn, Module as _, ModuleT as _};
     pub use tch::{Kind, Reduction, Tensor};

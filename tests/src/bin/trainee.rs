@@ -166,8 +166,13 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
         },
     );
     let net = net
-        .optimizer_for("first", AdamW::new(0.02).schedule(Schedule::cosine(60, 0.1)))
-        .optimizer_for("norm", RmsProp::new(0.01))
+        .optimizer_for(
+            "first",
+            AdamW::new(0.02)
+                .schedule(Schedule::cosine(60, 0.1))
+                .value_of(Field::Beta1, Schedule::linear(0.85, 0.95, 60)),
+        )
+        .optimizer_for("norm", RmsProp::new(0.01).schedule(Schedule::exponential(0.9).by_epoch()))
         .optimizer(Sgd::new(0.05).momentum(0.9).schedule(Schedule::step(9, 0.8)))
         .clip_grad_norm(1.0)
         .shard_optimizer(options.shard_optimizer);
@@ -187,6 +192,7 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
         .then(Task::eval("val"))
         .then(SaveCheckpoint::new())
         .then(inner)
+        .then(ReduceLROnPlateau::new("*/error", Better::Lower).patience(0).rel_threshold(0.3).factor(0.9))
         .then(SaveBest::new("*/error", Better::Lower).max_keep(2))
         .call(end(options.end_after, options.dies.filter(|_| run == options.runs)));
     let last = Task::train("train").steps(7).simulate_epoch();

@@ -43,7 +43,7 @@ impl HyperGraph {
     /// Whatever keeps a node from being ready.
     pub fn eager(&self, device: Device, seed: u64) -> Result<Eager<'_>> {
         let worker = Rc::new(Worker::alone(device));
-        self.set_up(&Context { worker: Rc::clone(&worker), seed })?;
+        self.set_up(&Context::new(Rc::clone(&worker), seed))?;
         self.enter_round(&Round {
             worker: Rc::clone(&worker),
             batch_ranks: 1,

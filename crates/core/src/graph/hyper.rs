@@ -8,6 +8,7 @@ use std::rc::Rc;
 use ice_worker::Worker;
 
 use crate::graph::{ExecutableGraph, Tags};
+use crate::optim::RunClock;
 use crate::precision::Precision;
 use crate::{Autocast, Context, Error, GradScaler, HParam, Node, Probe, Result, Round};
 
@@ -40,6 +41,8 @@ pub struct HyperGraph {
     set_up: RefCell<bool>,
     /// By query.
     selections: RefCell<BTreeMap<Tags, Rc<ExecutableGraph>>>,
+    /// Of the run, for schedules.
+    clock: RunClock,
     /// The nodes that were prepared last.
     prepared: RefCell<Vec<Rc<Entry>>>,
 }
@@ -54,6 +57,7 @@ impl Default for HyperGraph {
             sources: Vec::new(),
             set_up: RefCell::default(),
             selections: RefCell::default(),
+            clock: RunClock::default(),
             prepared: RefCell::default(),
         }
     }
@@ -63,6 +67,10 @@ impl HyperGraph {
     /// A graph without nodes.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    pub(crate) fn clock(&self) -> &RunClock {
+        &self.clock
     }
 
     /// Adds a node under a name. Several nodes may share a name if no task selects two of them.

@@ -25,6 +25,7 @@ pub use probe::Probe;
 pub use stream::StreamNode;
 pub use value::Value;
 
+use crate::optim::RunClock;
 use crate::{Error, Outputs, Result};
 
 /// What a node is made ready with.
@@ -34,6 +35,35 @@ pub struct Context {
     pub worker: Rc<Worker>,
     /// The seed of the run.
     pub seed: u64,
+    /// The clock of the run, for schedules of optimizers.
+    pub clock: RunClock,
+}
+
+impl Context {
+    /// The rank and the seed, and a clock that stands still.
+    pub fn new(worker: Rc<Worker>, seed: u64) -> Self {
+        Self { worker, seed, clock: RunClock::default() }
+    }
+}
+
+/// A reduction of learning rates, like those of `torch.optim.lr_scheduler.ReduceLROnPlateau`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LrReduction {
+    /// The factor, below 1.
+    pub factor: f64,
+    /// The lowest learning rate.
+    pub min_lr: f64,
+    /// A rate that would change by no more than this stays.
+    pub eps: f64,
+}
+
+impl LrReduction {
+    /// The new learning rate; `None` if it stays.
+    pub fn of(&self, rate: f64) -> Option<f64> {
+        // `f64::max` would take the bound for a rate that is NaN.
+        let reduced = if rate * self.factor < self.min_lr { self.min_lr } else { rate * self.factor };
+        (rate - reduced > self.eps).then_some(reduced)
+    }
 }
 
 /// A round that begins: a time in which the ranks stay the same.
@@ -210,6 +240,11 @@ pub trait Node: Any {
     /// The failure of the update.
     fn update(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    /// Reduces the learning rates of the node's optimizers. Returns the number of optimizers. The rates are a part of the state.
+    fn reduce_learning_rates(&mut self, _reduction: &LrReduction) -> usize {
+        0
     }
 
     /// The batch is used up.

@@ -2,7 +2,7 @@ use ice_c10d::optim::{AdamState, AdamStep, fused_adam};
 use tch::{Kind, Tensor};
 
 use crate::Result;
-use crate::optim::{Optimizer, with_gradient};
+use crate::optim::{Field, Optimizer, with_gradient};
 
 /// What Adam and AdamW have in common.
 #[derive(Debug)]
@@ -46,6 +46,18 @@ impl Moments {
             state.push(("max_exp_avg_sq", &self.largest));
         }
         state
+    }
+}
+
+/// Where a field is.
+fn slot(options: &mut AdamStep, field: Field) -> Option<&mut f64> {
+    match field {
+        Field::LearningRate => Some(&mut options.lr),
+        Field::Beta1 => Some(&mut options.beta1),
+        Field::Beta2 => Some(&mut options.beta2),
+        Field::WeightDecay => Some(&mut options.weight_decay),
+        Field::Epsilon => Some(&mut options.eps),
+        Field::Momentum | Field::Alpha => None,
     }
 }
 
@@ -93,6 +105,14 @@ macro_rules! adam {
 
             fn set_learning_rate(&mut self, learning_rate: f64) {
                 self.0.options.lr = learning_rate;
+            }
+
+            fn field(&self, field: Field) -> Option<f64> {
+                slot(&mut self.0.options.clone(), field).copied()
+            }
+
+            fn set_field(&mut self, field: Field, value: f64) {
+                slot(&mut self.0.options, field).into_iter().for_each(|slot| *slot = value);
             }
         }
     };

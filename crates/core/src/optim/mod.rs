@@ -3,19 +3,44 @@
 //! In the book: `docs/optimizers.md`.
 
 mod adam;
+mod elapsed;
 mod rmsprop;
 mod schedule;
+mod scheduled;
 mod sgd;
 
 use serde_json::Value as Json;
 use tch::Tensor;
 
 pub use adam::{Adam, AdamW};
+pub(crate) use elapsed::Elapsed;
+pub use elapsed::RunClock;
 pub use rmsprop::RmsProp;
-pub use schedule::{Schedule, Scheduled};
+pub use schedule::Schedule;
+pub use scheduled::Scheduled;
 pub use sgd::Sgd;
 
 use crate::Result;
+
+/// A field of a parameter group, which a schedule can change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Field {
+    /// Learning rate.
+    LearningRate,
+    /// Momentum of [`Sgd`] and [`RmsProp`]. They have the field if they were made with a momentum other than 0.
+    Momentum,
+    /// Decay rate of the first moment of [`Adam`] and [`AdamW`].
+    Beta1,
+    /// Decay rate of the second moment of [`Adam`] and [`AdamW`].
+    Beta2,
+    /// Decay rate of the average of squares of [`RmsProp`].
+    Alpha,
+    /// Weight decay, or L2 penalty.
+    WeightDecay,
+    /// The term that keeps the division from zero.
+    Epsilon,
+}
 
 /// Turns gradients into new parameters.
 pub trait Optimizer {
@@ -51,6 +76,26 @@ pub trait Optimizer {
     /// Sets the learning rate of the steps to come.
     fn set_learning_rate(&mut self, learning_rate: f64);
 
+    /// The learning rate before a schedule; what [`Optimizer::set_learning_rate`] sets.
+    fn base_learning_rate(&self) -> f64 {
+        self.learning_rate()
+    }
+
+    /// The value of a field; `None` if the optimizer does not have it.
+    fn field(&self, field: Field) -> Option<f64> {
+        (field == Field::LearningRate).then(|| self.learning_rate())
+    }
+
+    /// Sets a field for the steps to come, if the optimizer has it.
+    fn set_field(&mut self, field: Field, value: f64) {
+        if field == Field::LearningRate {
+            self.set_learning_rate(value);
+        }
+    }
+
+    /// Gives the optimizer the clock of the run, before the first step. An optimizer that wraps another one hands it on.
+    fn use_clock(&mut self, _clock: &RunClock) {}
+
     /// Multiplies the learning rate of all steps to come, that of a schedule included.
     fn scale_learning_rate(&mut self, factor: f64) {
         self.set_learning_rate(self.learning_rate() * factor);
@@ -68,7 +113,37 @@ pub trait Optimizer {
     where
         Self: Sized,
     {
-        Scheduled::new(self, schedule)
+        Scheduled::new(self).schedule(schedule)
+    }
+
+    /// Multiplies the value of a field by a schedule.
+    ///
+    /// ```
+    /// use ice_core::optim::{AdamW, Field, Optimizer, Schedule};
+    /// // From a weight decay of 0.04 to 0.4 over the run.
+    /// let optimizer =
+    ///     AdamW::new(1e-3).weight_decay(0.04).schedule_of(Field::WeightDecay, Schedule::linear(1.0, 10.0, 1).over_run(1));
+    /// assert_eq!(optimizer.field(Field::WeightDecay), Some(0.04));
+    /// ```
+    fn schedule_of(self, field: Field, schedule: Schedule) -> Scheduled<Self>
+    where
+        Self: Sized,
+    {
+        Scheduled::new(self).schedule_of(field, schedule)
+    }
+
+    /// Gives a field the values of a schedule.
+    ///
+    /// ```
+    /// use ice_core::optim::{Field, Optimizer, Schedule, Sgd};
+    /// let optimizer = Sgd::new(0.1).momentum(0.9).value_of(Field::Momentum, Schedule::linear(0.5, 0.9, 100));
+    /// assert_eq!(optimizer.field(Field::Momentum), Some(0.5));
+    /// ```
+    fn value_of(self, field: Field, schedule: Schedule) -> Scheduled<Self>
+    where
+        Self: Sized,
+    {
+        Scheduled::new(self).value_of(field, schedule)
     }
 }
 

@@ -2,7 +2,7 @@ use ice_c10d::optim::{RmspropStep, foreach_rmsprop};
 use tch::Tensor;
 
 use crate::Result;
-use crate::optim::{Optimizer, with_gradient};
+use crate::optim::{Field, Optimizer, with_gradient};
 
 /// RMSprop (Hinton, 2012), as `torch.optim.RMSprop(foreach=True)`.
 #[derive(Debug)]
@@ -74,8 +74,9 @@ impl Optimizer for RmsProp {
     }
 
     fn step(&mut self, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
-        let lists =
-            [parameters, gradients, &self.square_averages, &self.gradient_averages, &self.momentum_buffers];
+        // A schedule may set a momentum of 0: the buffers then stay as they are, as in PyTorch.
+        let buffers = if self.options.momentum == 0.0 { &[] } else { &self.momentum_buffers[..] };
+        let lists = [parameters, gradients, &self.square_averages, &self.gradient_averages, buffers];
         let chosen = with_gradient(gradients, lists);
         let lists = chosen.as_ref().map_or(lists, |chosen| chosen.each_ref().map(Vec::as_slice));
         let [parameters, gradients, squares, averages, buffers] = lists;
@@ -97,5 +98,28 @@ impl Optimizer for RmsProp {
 
     fn set_learning_rate(&mut self, learning_rate: f64) {
         self.options.lr = learning_rate;
+    }
+
+    fn field(&self, field: Field) -> Option<f64> {
+        let has_momentum = self.options.momentum != 0.0 || !self.momentum_buffers.is_empty();
+        match field {
+            Field::LearningRate => Some(self.options.lr),
+            Field::Momentum => has_momentum.then_some(self.options.momentum),
+            Field::Alpha => Some(self.options.alpha),
+            Field::WeightDecay => Some(self.options.weight_decay),
+            Field::Epsilon => Some(self.options.eps),
+            _ => None,
+        }
+    }
+
+    fn set_field(&mut self, field: Field, value: f64) {
+        match field {
+            Field::LearningRate => self.options.lr = value,
+            Field::Momentum => self.options.momentum = value,
+            Field::Alpha => self.options.alpha = value,
+            Field::WeightDecay => self.options.weight_decay = value,
+            Field::Epsilon => self.options.eps = value,
+            _ => {}
+        }
     }
 }

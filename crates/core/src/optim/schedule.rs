@@ -1,29 +1,37 @@
 use std::f64::consts::PI;
 use std::rc::Rc;
 
-use serde::Deserialize;
-use serde_json::Value as Json;
-use tch::Tensor;
+use crate::optim::elapsed::Elapsed;
 
-use crate::optim::Optimizer;
-use crate::{Error, Result};
-
-/// What the learning rate is multiplied by, as a function of the optimizer's steps so far. Nothing but that number is saved, so that a
-/// resumed run follows the same curve.
+/// The factor of a learning rate, or of another field of an optimizer, over the course of training.
 ///
-/// The formulas are those of `torch.optim.lr_scheduler`, where the scheduler is stepped after every optimizer step.
+/// A schedule is a function of the optimizer's steps so far, unless [`Schedule::by_epoch`] or [`Schedule::over_run`] says otherwise. A checkpoint
+/// holds nothing but the number of steps, so that a resumed run follows the same curve.
+///
+/// The formulas are those of `torch.optim.lr_scheduler`, where the scheduler is stepped after every optimizer step, or with
+/// [`Schedule::by_epoch`] after every epoch.
 #[derive(Clone)]
-pub struct Schedule(Rc<dyn Fn(u64) -> f64>);
+pub struct Schedule {
+    curve: Rc<dyn Fn(Elapsed) -> f64>,
+    /// Whether it is a function of more than the optimizer's steps.
+    reads_clock: bool,
+    /// Whether it is a function of the share of the run that is done.
+    needs_share: bool,
+}
 
 impl Schedule {
     /// Any function of the steps so far, from 0 (`LambdaLR`).
     pub fn lambda(factor: impl Fn(u64) -> f64 + 'static) -> Self {
-        Self(Rc::new(factor))
+        Self::curve(move |steps| factor(steps as u64))
+    }
+
+    fn curve(curve: impl Fn(f64) -> f64 + 'static) -> Self {
+        Self { curve: Rc::new(move |now| curve(now.steps)), reads_clock: false, needs_share: false }
     }
 
     /// Always 1.
     pub fn constant() -> Self {
-        Self::lambda(|_| 1.0)
+        Self::curve(|_| 1.0)
     }
 
     /// `gamma` once more after every `every` steps (`StepLR`).
@@ -46,53 +54,129 @@ impl Schedule {
 
     /// From one factor to another in so many steps, in a straight line, and that from then on (`LinearLR`).
     pub fn linear(from: f64, to: f64, steps: u64) -> Self {
-        Self::lambda(move |step| from + (to - from) * share(step, steps))
+        Self::curve(move |step| from + (to - from) * share(step, steps))
     }
 
     /// Up to 1 within so many steps. The first step has `1 / (steps + 1)`, so that it is not lost.
     pub fn linear_warmup(steps: u64) -> Self {
-        Self::lambda(move |step| ((step + 1) as f64 / (steps + 1) as f64).min(1.0))
+        Self::curve(move |step| ((step + 1.0) / (steps + 1) as f64).min(1.0))
     }
 
     /// From 1 to `lowest` in so many steps, along half a cosine, and that from then on (`CosineAnnealingLR`, which would rise again).
     pub fn cosine(steps: u64, lowest: f64) -> Self {
-        Self::lambda(move |step| lowest + (1.0 - lowest) * (1.0 + (PI * share(step, steps)).cos()) / 2.0)
+        Self::curve(move |step| anneal(1.0, lowest, share(step, steps)))
     }
 
     /// Up from 1/25 to 1 in three tenths of the steps and down to 1/250,000, along cosines (`OneCycleLR` with its defaults, where the
-    /// optimizer's own learning rate is the highest). Momentum stays as it is.
+    /// optimizer's own learning rate is the highest). [`Schedule::one_cycle_momentum`] belongs to it.
     pub fn one_cycle(steps: u64) -> Self {
-        let anneal = |from: f64, to: f64, share: f64| to + (from - to) * (1.0 + (PI * share).cos()) / 2.0;
-        Self::lambda(move |step| {
-            let (start, end) = (1.0 / 25.0, 1.0 / 25.0 / 1e4);
-            let top = 0.3 * steps as f64 - 1.0;
-            let last = steps.saturating_sub(1) as f64;
-            let step = (step as f64).min(last);
-            match step <= top {
-                true => anneal(start, 1.0, step / top),
-                false => anneal(1.0, end, (step - top) / (last - top)),
-            }
-        })
+        Self::curve(move |step| cycle(step, steps, [1.0 / 25.0, 1.0, 1.0 / 25.0 / 1e4]))
+    }
+
+    /// The value of the momentum, or of the first beta of Adam, that `OneCycleLR` with its defaults sets: down from 0.95 to 0.85 and back.
+    ///
+    /// ```
+    /// use ice_core::optim::{AdamW, Field, Optimizer, Schedule};
+    /// let optimizer = AdamW::new(1e-3)
+    ///     .schedule(Schedule::one_cycle(1000))
+    ///     .value_of(Field::Beta1, Schedule::one_cycle_momentum(1000));
+    /// assert_eq!(optimizer.field(Field::Beta1), Some(0.95));
+    /// ```
+    pub fn one_cycle_momentum(steps: u64) -> Self {
+        Self::curve(move |step| cycle(step, steps, [0.95, 0.85, 0.95]))
     }
 
     /// This one for so many steps, then another from its own step 0 (`SequentialLR`).
     #[must_use]
     pub fn then(self, after: u64, next: Self) -> Self {
-        Self::lambda(move |step| match step < after {
-            true => self.factor(step),
-            false => next.factor(step - after),
+        let after = after as f64;
+        self.with(next, move |first, next, now| match now.steps < after {
+            true => first(now),
+            false => next(Elapsed { steps: now.steps - after, ..now }),
         })
     }
 
     /// The product of both (`ChainedScheduler`).
     #[must_use]
     pub fn times(self, other: Self) -> Self {
-        Self::lambda(move |step| self.factor(step) * other.factor(step))
+        self.with(other, |first, other, now| first(now) * other(now))
     }
 
-    /// The factor after so many steps.
+    /// This schedule with an epoch of training in the place of a step: the factor stays the same within an epoch, and changes after each, like
+    /// a scheduler of PyTorch that is stepped once per epoch.
+    ///
+    /// ```
+    /// use ice_core::optim::{Optimizer, Schedule, Sgd};
+    /// // A tenth after 30 and after 60 epochs, however many steps an epoch has.
+    /// let optimizer = Sgd::new(0.1).schedule(Schedule::milestones([30, 60], 0.1).by_epoch());
+    /// ```
+    #[must_use]
+    pub fn by_epoch(self) -> Self {
+        self.of(false, |curve, now| curve(Elapsed { steps: now.epochs as f64, ..now }))
+    }
+
+    /// This schedule, whose numbers of steps refer to a run of `steps` steps, stretched over the training of the whole run. Neither the number
+    /// of ranks nor that of epochs needs to be known: with 100, its steps are per cent of the run.
+    ///
+    /// The run is as long as its tasks say: all training tasks must have a number of epochs, or all a number of steps. If training ends
+    /// early, the schedule has not come to its end.
+    ///
+    /// ```
+    /// use ice_core::optim::{AdamW, Optimizer, Schedule};
+    /// // Warms up for 5 % of the run, and then falls to a tenth at its end.
+    /// let curve = Schedule::linear_warmup(5).then(5, Schedule::cosine(95, 0.1)).over_run(100);
+    /// let optimizer = AdamW::new(3e-4).schedule(curve);
+    /// ```
+    #[must_use]
+    pub fn over_run(self, steps: u64) -> Self {
+        let steps = steps as f64;
+        self.of(true, move |curve, now| {
+            let share = if now.total > 0.0 { now.done * steps / now.total } else { 0.0 };
+            curve(Elapsed { steps: share, ..now })
+        })
+    }
+
+    fn of(
+        self,
+        needs_share: bool,
+        change: impl Fn(&dyn Fn(Elapsed) -> f64, Elapsed) -> f64 + 'static,
+    ) -> Self {
+        let curve = self.curve;
+        Self {
+            curve: Rc::new(move |now| change(&*curve, now)),
+            reads_clock: true,
+            needs_share: needs_share || self.needs_share,
+        }
+    }
+
+    fn with(
+        self,
+        other: Self,
+        join: impl Fn(&dyn Fn(Elapsed) -> f64, &dyn Fn(Elapsed) -> f64, Elapsed) -> f64 + 'static,
+    ) -> Self {
+        let (first, second) = (self.curve, other.curve);
+        Self {
+            curve: Rc::new(move |now| join(&*first, &*second, now)),
+            reads_clock: self.reads_clock || other.reads_clock,
+            needs_share: self.needs_share || other.needs_share,
+        }
+    }
+
+    /// The factor after so many steps, before the first epoch is done.
     pub fn factor(&self, steps: u64) -> f64 {
-        (self.0)(steps)
+        self.at(Elapsed { steps: steps as f64, ..Elapsed::default() })
+    }
+
+    pub(super) fn at(&self, now: Elapsed) -> f64 {
+        (self.curve)(now)
+    }
+
+    pub(super) fn reads_clock(&self) -> bool {
+        self.reads_clock
+    }
+
+    pub(super) fn needs_share(&self) -> bool {
+        self.needs_share
     }
 }
 
@@ -101,74 +185,22 @@ fn power(base: f64, exponent: u64) -> f64 {
 }
 
 /// How much of the way is done; all of none.
-fn share(step: u64, steps: u64) -> f64 {
-    if step >= steps { 1.0 } else { step as f64 / steps as f64 }
+fn share(step: f64, steps: u64) -> f64 {
+    if step >= steps as f64 { 1.0 } else { step / steps as f64 }
 }
 
-/// An optimizer whose learning rate follows a [`Schedule`].
-pub struct Scheduled<O> {
-    optimizer: O,
-    schedule: Schedule,
-    highest: f64,
-    steps: u64,
+/// A value on the way from one to another, along half a cosine.
+fn anneal(from: f64, to: f64, share: f64) -> f64 {
+    to + (from - to) * (1.0 + (PI * share).cos()) / 2.0
 }
 
-impl<O: Optimizer> Scheduled<O> {
-    pub(super) fn new(optimizer: O, schedule: Schedule) -> Self {
-        let highest = optimizer.learning_rate();
-        let mut scheduled = Self { optimizer, schedule, highest, steps: 0 };
-        scheduled.follow();
-        scheduled
-    }
-
-    fn follow(&mut self) {
-        self.optimizer.set_learning_rate(self.highest * self.schedule.factor(self.steps));
-    }
-}
-
-impl<O: Optimizer> Optimizer for Scheduled<O> {
-    fn set_up(&mut self, parameters: &[Tensor]) {
-        self.optimizer.set_up(parameters);
-    }
-
-    fn step(&mut self, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
-        self.optimizer.step(parameters, gradients)?;
-        self.steps += 1;
-        self.follow();
-        Ok(())
-    }
-
-    fn state(&self) -> Vec<(&'static str, &[Tensor])> {
-        self.optimizer.state()
-    }
-
-    fn values(&self) -> Json {
-        serde_json::json!({ "scheduled_steps": self.steps, "optimizer": self.optimizer.values() })
-    }
-
-    fn load_values(&mut self, values: &Json) -> Result<()> {
-        let steps = values.get("scheduled_steps").map(u64::deserialize);
-        self.steps = match steps {
-            Some(Ok(steps)) => steps,
-            _ => return Err(Error::Resume("the checkpoint knows no steps of this schedule".into())),
-        };
-        self.optimizer.load_values(values.get("optimizer").unwrap_or(&Json::Null))?;
-        self.follow();
-        Ok(())
-    }
-
-    /// Of the next step.
-    fn learning_rate(&self) -> f64 {
-        self.optimizer.learning_rate()
-    }
-
-    fn scale_learning_rate(&mut self, factor: f64) {
-        self.set_learning_rate(self.highest * factor);
-    }
-
-    /// Sets what the schedule's factors refer to.
-    fn set_learning_rate(&mut self, learning_rate: f64) {
-        self.highest = learning_rate;
-        self.follow();
+/// The two phases of `OneCycleLR`: three tenths of the steps, and the rest.
+fn cycle(step: f64, steps: u64, [start, top, end]: [f64; 3]) -> f64 {
+    let peak = 0.3 * steps as f64 - 1.0;
+    let last = steps.saturating_sub(1) as f64;
+    let step = step.min(last);
+    match step <= peak {
+        true => anneal(start, top, step / peak),
+        false => anneal(top, end, (step - peak) / (last - peak)),
     }
 }

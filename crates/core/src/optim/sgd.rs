@@ -2,7 +2,7 @@ use ice_c10d::optim::{SgdStep, fused_sgd};
 use tch::Tensor;
 
 use crate::Result;
-use crate::optim::{Optimizer, with_gradient};
+use crate::optim::{Field, Optimizer, with_gradient};
 
 /// Stochastic gradient descent with momentum, as `torch.optim.SGD(fused=True)`.
 #[derive(Debug)]
@@ -48,7 +48,9 @@ impl Optimizer for Sgd {
     }
 
     fn step(&mut self, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
-        let lists = [parameters, gradients, &self.momentum_buffers];
+        // A schedule may set a momentum of 0: the buffers then stay as they are, as in PyTorch.
+        let buffers = if self.options.momentum == 0.0 { &[] } else { &self.momentum_buffers[..] };
+        let lists = [parameters, gradients, buffers];
         let chosen = with_gradient(gradients, lists);
         let lists = chosen.as_ref().map_or(lists, |chosen| chosen.each_ref().map(Vec::as_slice));
         let [parameters, gradients, buffers] = lists;
@@ -68,5 +70,24 @@ impl Optimizer for Sgd {
 
     fn set_learning_rate(&mut self, learning_rate: f64) {
         self.options.lr = learning_rate;
+    }
+
+    fn field(&self, field: Field) -> Option<f64> {
+        let has_momentum = self.options.momentum != 0.0 || !self.momentum_buffers.is_empty();
+        match field {
+            Field::LearningRate => Some(self.options.lr),
+            Field::Momentum => has_momentum.then_some(self.options.momentum),
+            Field::WeightDecay => Some(self.options.weight_decay),
+            _ => None,
+        }
+    }
+
+    fn set_field(&mut self, field: Field, value: f64) {
+        match field {
+            Field::LearningRate => self.options.lr = value,
+            Field::Momentum => self.options.momentum = value,
+            Field::WeightDecay => self.options.weight_decay = value,
+            _ => {}
+        }
     }
 }

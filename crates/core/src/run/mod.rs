@@ -35,7 +35,9 @@ use self::timers::AllTimers;
 pub(crate) use self::timers::Timers;
 use crate::board::Board;
 use crate::checkpoint::{Kept, Writer};
-use crate::graph::{ExecutableGraph, Step};
+use crate::graph::{ExecutableGraph, Step, StepPlace};
+use crate::optim::Elapsed;
+use crate::task::TrainLength;
 use crate::{
     CheckpointOptions, Context, Counters, Error, HyperGraph, InitFrom, Measure, Result, ResumeFrom, TaskItem,
 };
@@ -128,6 +130,8 @@ pub struct Run<'a> {
     kept: RefCell<Kept>,
     board: RefCell<Board>,
     timers: AllTimers,
+    /// Of all training tasks.
+    length: TrainLength,
     progress: Progress,
     leaving: Leaving,
     copies: Copies,
@@ -167,6 +171,7 @@ impl<'a> Run<'a> {
             worker,
             board: RefCell::new(Board::new(config.log_every)),
             timers: AllTimers::default(),
+            length: tasks.train_length(),
             config,
             counters: Counters::default(),
             measures: RefCell::default(),
@@ -181,7 +186,8 @@ impl<'a> Run<'a> {
         worker.link().begin_run();
         // A spare does what takes long before it is needed, where that does not take a GPU.
         let mut is_in = if worker.is_unbound() { worker.enter_round()? } else { true };
-        graph.set_up(&Context { worker: Rc::clone(worker), seed: run.config.seed })?;
+        let clock = graph.clock().clone();
+        graph.set_up(&Context { worker: Rc::clone(worker), seed: run.config.seed, clock })?;
         is_in = is_in && worker.enter_round()?;
         let mut outcome = Ok(End::Stopped);
         while is_in {
@@ -333,6 +339,21 @@ impl<'a> Run<'a> {
             }
             Boundary::Regroup | Boundary::Broken => Err(ice_worker::Error::RoundOver.into()),
         }
+    }
+
+    /// Sets the clock that schedules read, before a training step.
+    pub(crate) fn tick(&self, place: StepPlace) {
+        let (done, total) = match self.length {
+            TrainLength { epochs: 1.., steps: 0 } => {
+                let iterations = place.epoch_iterations.unwrap_or(0).max(1);
+                let of_epoch = place.iteration as f64 / iterations as f64;
+                (place.train_epochs as f64 + of_epoch, self.length.epochs)
+            }
+            TrainLength { epochs: 0, steps: 1.. } => (place.train_steps as f64, self.length.steps),
+            _ => (0.0, 0),
+        };
+        let elapsed = Elapsed { steps: 0.0, epochs: place.train_epochs, done, total: total as f64 };
+        self.graph.clock().set(elapsed);
     }
 
     /// The training step that this run is at, on these nodes.

@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 
 use crate::graph::{ExecutableGraph, StepPlace, Tags};
 use crate::run::Leave;
-use crate::task::parse;
+use crate::task::{TrainLength, parse};
 use crate::{Error, Measure, Result, Run, TaskItem};
 
 /// How often rank 0 reports progress.
@@ -177,6 +177,7 @@ impl Task {
             epoch_iterations: report.epoch_iterations,
         });
         let (passes, samples, loss) = if self.train {
+            run.tick(graph.place());
             let step = run.train_step(graph)?;
             (step.passes, step.samples, Some(step.loss))
         } else {
@@ -292,6 +293,14 @@ impl TaskItem for Task {
             self.progress.set(state.progress);
         }
         Ok(())
+    }
+
+    fn train_length(&self) -> TrainLength {
+        match self.length {
+            _ if !self.train => TrainLength::default(),
+            Length::Epochs(epochs) => TrainLength { epochs, steps: 0 },
+            Length::Steps(steps) => TrainLength { epochs: 0, steps },
+        }
     }
 
     fn epochs(&self, train: bool) -> u64 {

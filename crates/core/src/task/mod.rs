@@ -7,6 +7,7 @@ mod early_stop;
 mod epochs;
 mod load;
 mod once;
+mod plateau;
 mod repeat;
 mod save;
 
@@ -18,10 +19,20 @@ pub use call::{Call, CallWith};
 pub use early_stop::EarlyStop;
 pub use epochs::Task;
 pub use load::LoadCheckpoint;
+pub use plateau::ReduceLROnPlateau;
 pub use repeat::Repeat;
 pub use save::SaveCheckpoint;
 
 use crate::{Error, Result, Run};
+
+/// How much training a part of a run does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TrainLength {
+    /// Epochs of tasks that have a number of epochs.
+    pub epochs: u64,
+    /// Steps of tasks that have a number of steps.
+    pub steps: u64,
+}
 
 /// A piece of a run. Its progress changes behind a shared reference, so that a checkpoint taken from inside a task can see
 /// the whole tree.
@@ -54,6 +65,11 @@ pub trait TaskItem {
 
     /// Epochs that this item runs in all, of training or else of evaluation.
     fn epochs(&self, train: bool) -> u64;
+
+    /// How much training this item does in all, for schedules over the run.
+    fn train_length(&self) -> TrainLength {
+        TrainLength::default()
+    }
 
     /// Whether it will save checkpoints, so that memory for them is worth having ready.
     fn saves(&self) -> bool {

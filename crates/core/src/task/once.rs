@@ -67,8 +67,8 @@ impl<T: Once> TaskItem for T {
         if T::VOTES {
             self.stage().set(Stage::Performed);
             leave = run.vote()?;
-            self.carried().into_iter().for_each(Carry::settle);
         }
+        self.carried().into_iter().for_each(Carry::settle);
         self.stage().set(Stage::Finished);
         run.passed();
         match leave {

@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::task::{Call, CallWith, parse};
+use crate::task::{Call, CallWith, TrainLength, parse};
 use crate::{Error, Result, Run, TaskItem};
 
 /// A list of items, run in order and as often as said.
@@ -152,6 +152,12 @@ impl TaskItem for Repeat {
 
     fn saves(&self) -> bool {
         self.items.iter().any(|item| item.saves())
+    }
+
+    fn train_length(&self) -> TrainLength {
+        let all = || self.items.iter().map(|item| item.train_length());
+        let epochs = self.times * all().map(|length| length.epochs).sum::<u64>();
+        TrainLength { epochs, steps: self.times * all().map(|length| length.steps).sum::<u64>() }
     }
 
     fn epochs(&self, train: bool) -> u64 {

@@ -10,14 +10,17 @@ use serde_json::Value as Json;
 use tch::Tensor;
 
 use super::sharding::Sharding;
-use crate::optim::Optimizer;
-use crate::{Error, Result};
+use crate::optim::{Optimizer, RunClock};
+use crate::{Error, LrReduction, Result};
 
 /// An optimizer and the parameters that it trains.
 struct Group {
     /// Of names; all where empty.
     pattern: String,
     optimizer: Box<dyn Optimizer>,
+    /// The learning rate that the optimizer was made with, and the one that it was reduced to, before factors.
+    rate: f64,
+    reduced_rate: Option<f64>,
     names: Vec<String>,
     parameters: Vec<Tensor>,
     /// Where each rank has the state of its own elements alone.
@@ -38,6 +41,8 @@ impl Groups {
     pub(super) fn add(&mut self, pattern: &str, optimizer: impl Optimizer + 'static) {
         self.groups.push(Group {
             pattern: pattern.into(),
+            rate: optimizer.base_learning_rate(),
+            reduced_rate: None,
             optimizer: Box::new(optimizer),
             names: Vec::new(),
             parameters: Vec::new(),
@@ -183,6 +188,38 @@ impl Groups {
     /// Multiplies all learning rates.
     pub(super) fn scale_learning_rates(&mut self, factor: f64) {
         self.groups.iter_mut().for_each(|group| group.optimizer.scale_learning_rate(factor));
+    }
+
+    pub(super) fn use_clock(&mut self, clock: &RunClock) {
+        self.groups.iter_mut().for_each(|group| group.optimizer.use_clock(clock));
+    }
+
+    /// Reduces all learning rates, which the number of ranks multiplies by a factor. Returns the number of optimizers.
+    pub(super) fn reduce_learning_rates(&mut self, reduction: &LrReduction, lr_factor: f64) -> usize {
+        for group in &mut self.groups {
+            if let Some(rate) = reduction.of(group.reduced_rate.unwrap_or(group.rate)) {
+                group.reduced_rate = Some(rate);
+                group.optimizer.set_learning_rate(rate * lr_factor);
+            }
+        }
+        self.groups.len()
+    }
+
+    /// The learning rates that were reduced, by pattern.
+    pub(super) fn reduced_rates(&self) -> BTreeMap<String, f64> {
+        let reduced = |group: &Group| Some((group.pattern.clone(), group.reduced_rate?));
+        self.groups.iter().filter_map(reduced).collect()
+    }
+
+    /// Takes over the learning rates that were reduced; the others are those that the optimizers were made with.
+    pub(super) fn load_rates(&mut self, reduced: &BTreeMap<String, f64>, lr_factor: f64) {
+        for group in &mut self.groups {
+            let saved = reduced.get(&group.pattern).copied();
+            if saved != group.reduced_rate {
+                group.reduced_rate = saved;
+                group.optimizer.set_learning_rate(saved.unwrap_or(group.rate) * lr_factor);
+            }
+        }
     }
 
     /// By pattern.

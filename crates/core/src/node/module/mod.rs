@@ -4,7 +4,7 @@ mod script;
 mod sharding;
 mod shared;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
 use ice_c10d::ReducerOptions;
@@ -22,7 +22,7 @@ pub use self::shared::SharedNode;
 use self::shared::{Parts, Slot};
 use crate::node::copy_tensors;
 use crate::optim::Optimizer;
-use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
+use crate::{Context, Error, LrReduction, Node, NodeState, Outputs, Result, Round, Value};
 
 /// Makes the module under a path, and is told whether the module has an optimizer.
 type Build<M> = dyn FnOnce(&Path, bool) -> Result<M>;
@@ -74,6 +74,9 @@ struct Values {
     optimizers: Json,
     /// The trained parameters in the order in which forward uses them; none where one rank has trained alone.
     order: Vec<String>,
+    /// Learning rates that were reduced, by pattern, before any factor of a schedule or of the number of ranks.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    rates: BTreeMap<String, f64>,
 }
 
 impl<M: 'static, T: 'static> ModuleNode<M, T> {
@@ -209,11 +212,11 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
 
     fn values(&self, ready: &Ready<M>) -> Json {
         let optimizers = self.groups.values();
-        let order = ready.order();
-        if optimizers.is_null() && order.is_empty() {
+        let (order, rates) = (ready.order(), self.groups.reduced_rates());
+        if optimizers.is_null() && order.is_empty() && rates.is_empty() {
             return Json::Null;
         }
-        serde_json::to_value(Values { optimizers, order }).unwrap_or_default()
+        serde_json::to_value(Values { optimizers, order, rates }).unwrap_or_default()
     }
 
     fn ready(&self) -> Result<&Ready<M>> {
@@ -239,6 +242,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         let store = VarStore::new(worker.device());
         let module = Rc::new(build(&store.root(), !self.groups.is_empty())?);
         let mut trainable = in_order(&store);
+        self.groups.use_clock(&context.clock);
         let frozen = self.groups.set_up(&trainable)?;
         if !self.sharded {
             self.groups.begin(None)?;
@@ -392,6 +396,11 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         self.groups.step()
     }
 
+    fn reduce_learning_rates(&mut self, reduction: &LrReduction) -> usize {
+        let lr_factor = self.ready.as_ref().map_or(1.0, |ready| ready.lr_factor);
+        self.groups.reduce_learning_rates(reduction, lr_factor)
+    }
+
     fn scalars(&self) -> Vec<(String, f64)> {
         let rates = self.groups.learning_rates().map(|(pattern, rate)| match pattern {
             "" => ("lr".to_owned(), rate),
@@ -453,7 +462,10 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
                 ready.averaging = Some(Averaging::new(&ready.trainable, &ready.order, &group, &options)?);
             }
         }
-        self.groups.load_values(&values.optimizers)
+        let lr_factor = ready.lr_factor;
+        self.groups.load_values(&values.optimizers)?;
+        self.groups.load_rates(&values.rates, lr_factor);
+        Ok(())
     }
 }
 
@@ -513,7 +525,7 @@ mod tests {
     fn node() -> ModuleNode<nn::Linear, Tensor> {
         let build = |path: &Path| nn::linear(path / "layer", 3, 2, nn::LinearConfig::default());
         let mut node = ModuleNode::new(build, |_, x| x.tensor("x")).optimizer(Sgd::new(0.5).momentum(0.9));
-        node.set_up(&Context { worker: Rc::new(Worker::alone(Device::Cpu)), seed: 3 }).unwrap();
+        node.set_up(&Context::new(Rc::new(Worker::alone(Device::Cpu)), 3)).unwrap();
         node
     }
 
@@ -539,7 +551,7 @@ mod tests {
         let mut node = ModuleNode::new(build, |_, x| x.tensor("x"))
             .optimizer_for(r"^first\.bias$", Sgd::new(1.0))
             .optimizer_for("first", Sgd::new(10.0));
-        node.set_up(&Context { worker: Rc::new(Worker::alone(Device::Cpu)), seed: 3 }).unwrap();
+        node.set_up(&Context::new(Rc::new(Worker::alone(Device::Cpu)), 3)).unwrap();
         let before: Vec<_> = node.state().model.into_iter().map(|(_, tensor)| tensor.copy()).collect();
         node.before_step().unwrap();
         let layers = &node.ready().unwrap().module;
@@ -580,8 +592,7 @@ mod tests {
     fn a_pattern_that_is_none_is_named() {
         let build = |path: &Path| nn::linear(path / "layer", 3, 2, nn::LinearConfig::default());
         let mut node = ModuleNode::new(build, |_, x| x.tensor("x")).optimizer_for("(", Sgd::new(1.0));
-        let error =
-            node.set_up(&Context { worker: Rc::new(Worker::alone(Device::Cpu)), seed: 3 }).unwrap_err();
+        let error = node.set_up(&Context::new(Rc::new(Worker::alone(Device::Cpu)), 3)).unwrap_err();
         assert!(error.is_usage() && error.to_string().contains("`(`"), "{error}");
     }
 
