@@ -11,10 +11,12 @@ use std::rc::Rc;
 use common::{Line, as_ranks, on_ranks};
 use ice_core::optim::{Optimizer, Schedule, Sgd};
 use ice_core::{
-    Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Repeat, Result, Run,
-    RunConfig, Task,
+    Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat, Result,
+    Run, RunConfig, Task,
 };
 use tch::{Device, Kind, Tensor, nn};
+
+type Function = Box<dyn Fn(&Outputs) -> ice_core::Result<Tensor>>;
 
 /// What a rank saw.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -36,6 +38,8 @@ struct Options {
     /// Rank and step, from 0, whose loss is infinite.
     infinite: Option<(usize, u64)>,
     schedule: fn() -> Schedule,
+    /// Whether the loss goes backward by itself.
+    by_itself: bool,
 }
 
 impl Default for Options {
@@ -49,6 +53,7 @@ impl Default for Options {
             scaler: None,
             infinite: None,
             schedule: Schedule::constant,
+            by_itself: false,
         }
     }
 }
@@ -77,16 +82,21 @@ impl Options {
         let optimizer = Sgd::new(0.5).momentum(0.5).schedule((self.schedule)());
         graph.add("net", net.optimizer(optimizer), "*").unwrap();
         let (infinite, step) = (self.infinite, Cell::new(0));
-        let loss = LossNode::new(move |x| {
+        let by_itself = self.by_itself;
+        let loss: Function = Box::new(move |x| {
             let mut loss = x.tensor("net")?.to_kind(Kind::Float).square().mean(Kind::Float);
             if x.is_training() {
                 if infinite == Some((rank, step.get())) {
                     loss *= f64::INFINITY;
                 }
                 step.set(step.get() + 1);
+                if by_itself {
+                    loss.f_backward()?;
+                }
             }
             Ok(loss)
         });
+        let loss = if by_itself { LossNode::with_backward(loss) } else { LossNode::new(loss) };
         graph.add("loss", loss, "*").unwrap();
         // The last one shows the parameters as the training left them.
         let tasks =
@@ -122,6 +132,16 @@ fn several_batches_are_one_whatever_their_sizes() {
         let parts = Options { samples: 22, batch, passes, steps: 3, ..Options::default() }.run(ranks);
         for rank in &parts {
             assert!(close(rank, &whole[0]), "{ranks} ranks, {passes} x {batch}: {rank:?}, {whole:?}");
+        }
+    }
+    // The same where the loss goes backward by itself.
+    for (ranks, batch, passes) in [(1, 22, 1), (1, 4, 6), (2, 3, 4), (3, 3, 3), (2, 11, 1)] {
+        let parts = Options { samples: 22, batch, passes, steps: 3, by_itself: true, ..Options::default() };
+        for rank in &parts.run(ranks) {
+            assert!(
+                close(rank, &whole[0]),
+                "by itself, {ranks} ranks, {passes} x {batch}: {rank:?}, {whole:?}"
+            );
         }
     }
     let other = Options { samples: 22, batch: 4, passes: 5, steps: 3, ..Options::default() }.run(1);
@@ -525,4 +545,72 @@ fn sparse_gradients_are_refused_by_the_name_of_the_parameter() {
         Run::execute(&graph(), &Task::train("*"), Rc::new(worker), config).unwrap_err().to_string()
     });
     errors.into_iter().for_each(check);
+}
+
+/// A policy over two arms, trained without data by REINFORCE: the second arm pays. Ranks draw by themselves, and learn alike.
+#[test]
+fn policy_learns_from_gradients_of_its_own_which_ranks_average() {
+    for ranks in [1, 2] {
+        let policies: Vec<Vec<f64>> = on_ranks(ranks, |rank| {
+            let mut graph = HyperGraph::new();
+            let net = ModuleNode::new(
+                |path| (path.zeros("policy", &[2]), path.zeros("unused", &[3])),
+                |(policy, _), _| Ok(policy.shallow_clone()),
+            );
+            graph.add("policy", net.optimizer(Sgd::new(0.5)), "*").unwrap();
+            let step = Cell::new(0);
+            let learn = LossNode::with_backward(move |x| {
+                let likelihood = x.tensor("policy")?.log_softmax(0, Kind::Float);
+                step.set(step.get() + 1);
+                // One rank plays in every second step.
+                if x.is_training() && (ranks == 1 || step.get() % ranks == rank) {
+                    let arm = tch::no_grad(|| likelihood.exp().multinomial(1, false)).int64_value(&[0]);
+                    let reward = arm as f64;
+                    (likelihood.get(arm) * -reward).f_backward()?;
+                }
+                Ok(likelihood.detach().exp().get(1))
+            });
+            graph.add("learn", learn, "*").unwrap();
+            let seen = Rc::new(RefCell::default());
+            let see = Rc::clone(&seen);
+            let tasks = Repeat::once().then(Task::train("train").steps(40)).call(move |run| {
+                let node = run.graph().node::<ModuleNode<(Tensor, Tensor), Tensor>>("policy")?;
+                let (policy, unused) = node.module()?;
+                *see.borrow_mut() = Vec::<f64>::try_from(policy.softmax(0, Kind::Double))?;
+                assert!(!unused.grad().defined(), "no rank has used it");
+                Ok(())
+            });
+            (graph, tasks, Box::new(move || seen.take()) as Box<_>)
+        });
+        assert!(policies[0][1] > 0.8, "{ranks} ranks: {policies:?}");
+        assert!(policies.iter().all(|policy| *policy == policies[0]), "{policies:?}");
+    }
+}
+
+#[test]
+fn losses_that_leave_the_backward_pass_to_the_step_and_that_do_not_are_named() {
+    let error = |second: fn(Function) -> LossNode, scaler: bool| {
+        let errors = as_ranks(1, |worker| {
+            let mut graph = HyperGraph::new();
+            let net = ModuleNode::new(|path| path.ones("w", &[1]), |w, _| Ok(w.shallow_clone()));
+            graph.add("net", net.optimizer(Sgd::new(0.25)), "*").unwrap();
+            let loss = |x: &Outputs| Ok(x.tensor("net")?.square().sum(Kind::Float));
+            graph.add("first", LossNode::with_backward(loss), "*").unwrap();
+            graph.add("second", second(Box::new(loss)), "*").unwrap();
+            if scaler {
+                graph.grad_scaler(GradScaler::new()).unwrap();
+            }
+            let out = tempfile::tempdir().unwrap();
+            let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+            let tasks = Repeat::once().then(Task::train("train").steps(1));
+            Run::execute(&graph, &tasks, Rc::new(worker), config).unwrap_err().to_string()
+        });
+        errors.concat()
+    };
+    let mixed = error(LossNode::new, false);
+    assert!(mixed.contains("`*/second` leaves the backward pass to the step"), "{mixed}");
+    let weighed = error(|loss| LossNode::with_backward(loss).weight(2.0), false);
+    assert!(weighed.contains("`*/first` and `*/second` weigh differently"), "{weighed}");
+    let scaled = error(LossNode::with_backward, true);
+    assert!(scaled.contains("a gradient scaler needs the backward pass of the step"), "{scaled}");
 }

@@ -26,6 +26,8 @@ pub(crate) struct ExecutableGraph {
     precision: Precision,
     /// Passes of a training step.
     passes: NonZeroU64,
+    /// Whether nodes go backward by themselves.
+    goes_backward: bool,
     timers: Option<Rc<Timers>>,
     place: Cell<StepPlace>,
     /// Of the run; `None` for a graph that is run by hand.
@@ -73,8 +75,10 @@ struct Passes {
 
 impl ExecutableGraph {
     pub(super) fn new(entries: Vec<Rc<Entry>>, precision: Precision, passes: NonZeroU64) -> Self {
+        let goes_backward = entries.iter().any(|entry| entry.node.borrow().goes_backward());
         Self {
             entries: entries.into(),
+            goes_backward,
             precision,
             passes,
             timers: None,
@@ -298,7 +302,10 @@ impl ExecutableGraph {
             let ends = self.parts_left() == 1;
             passes += u64::from(ends);
             let last = ends && (passes == self.passes.get() || self.remaining() == Some(1));
-            let (here, loss, took) = self.pass(worker, last && exchange, first)?;
+            let (here, loss, took) = match self.goes_backward {
+                true => self.pass_with_backward(worker, last, exchange, first)?,
+                false => self.pass(worker, last && exchange, first)?,
+            };
             (samples, own) = (samples + here, own + took);
             first.get_or_insert(here);
             sum = Some(sum.map_or_else(|| loss.shallow_clone(), |sum: Tensor| sum + &loss));
@@ -355,7 +362,11 @@ impl ExecutableGraph {
             .filter_map(|entry| entry.node.borrow_mut().take_loss())
             .reduce(|sum, loss| sum + loss)
             .ok_or_else(|| {
-                Error::Graph("a training task selects no loss node: add one or use Task::eval".into())
+                Error::Graph(
+                    "a training task selects no loss node: add a LossNode, or LossNode::with_backward if the program goes backward by \
+                     itself, or use Task::eval"
+                        .into(),
+                )
             })?;
         drop(range);
         let samples = outputs.samples();
@@ -380,6 +391,54 @@ impl ExecutableGraph {
         self.each("backward", |node| node.after_backward(last))?;
         self.iteration_end();
         Ok((samples, loss.detach(), own))
+    }
+
+    /// Like [`ExecutableGraph::pass`], where nodes go backward by themselves within forward.
+    fn pass_with_backward(
+        &self,
+        worker: &Worker,
+        last: bool,
+        exchange: bool,
+        first: Option<u64>,
+    ) -> Result<(u64, Tensor, Duration)> {
+        if self.precision.scaler.is_some() {
+            return Err(Error::Graph(
+                "a gradient scaler needs the backward pass of the step: use LossNode::new, or bfloat16 without a scaler".into(),
+            ));
+        }
+        let begun = Instant::now();
+        self.each("before the pass", |node| node.before_pass(false))?;
+        let outputs = Outputs::new(self, worker, true);
+        let range = self.precision.begin(worker.device())?;
+        outputs.run_all()?;
+        drop(range);
+        let mut factors = Vec::new();
+        for entry in self.entries.iter() {
+            let mut node = entry.node.borrow_mut();
+            if node.take_loss().is_some() {
+                return Err(Error::Graph(format!(
+                    "`{}` leaves the backward pass to the step, and another node of the task goes backward by itself: \
+                     make all losses with LossNode::with_backward, or none",
+                    entry.uid
+                )));
+            }
+            factors.extend(node.take_gradient_factor().map(|factor| (entry.uid.as_str(), factor)));
+        }
+        let (uid, factor) = factors.first().copied().unwrap_or(("", 1.0));
+        if let Some((other, _)) = factors.iter().find(|(_, other)| *other != factor) {
+            return Err(Error::Graph(format!(
+                "the gradients of `{uid}` and `{other}` weigh differently, since their weights or datasets differ: go backward in one node"
+            )));
+        }
+        let samples = outputs.samples();
+        let of_first = first.filter(|first| *first > 0).map_or(1.0, |first| samples as f64 / first as f64);
+        let (own, last_exchange) = (begun.elapsed(), last && exchange);
+        self.each("gradients", |node| node.collect_gradients(factor * of_first, last, last_exchange))?;
+        self.iteration_end();
+        let losses = self.entries.iter().filter_map(|entry| entry.node.borrow().step_loss());
+        let loss = losses.map(|row| row.get(0) / row.get(1)).reduce(|sum, loss| sum + loss);
+        let loss = loss.unwrap_or_else(|| Tensor::zeros([], (Kind::Double, worker.device())));
+        Ok((samples, loss, own))
     }
 
     /// Calls a hook of all nodes.

@@ -16,7 +16,10 @@ pub struct LossNode {
     function: Box<Function>,
     weight: f64,
     samples_of: Option<String>,
+    goes_backward: bool,
     pending: Option<Tensor>,
+    /// The factor of this pass.
+    factor: Option<f64>,
     /// Of the epoch: the loss, summed over samples, and the samples.
     epoch: Sums,
     /// The same of the passes of one step.
@@ -32,11 +35,35 @@ impl LossNode {
             function: Box::new(function),
             weight: 1.0,
             samples_of: None,
+            goes_backward: false,
             pending: None,
+            factor: None,
             epoch: Sums::doubles(2),
             step: None,
             is_counted: false,
         }
+    }
+
+    /// A loss whose closure goes backward by itself, in a training step (`x.is_training()`): as often as it likes, from whatever it likes, or not
+    /// at all. The step then applies the gradients that the closure has left, averaged over the ranks and weighed by samples as those of
+    /// any loss. The value that the closure returns is measured and shown, and is otherwise of no effect.
+    ///
+    /// All losses of a training task go backward by themselves, or none. A [`GradScaler`](crate::GradScaler) needs one that does not.
+    ///
+    /// ```
+    /// use ice_core::LossNode;
+    /// // Two backward passes in one step.
+    /// let loss = LossNode::with_backward(|x| {
+    ///     let (policy, value) = (x.tensor("policy loss")?, x.tensor("value loss")?);
+    ///     if x.is_training() {
+    ///         policy.f_backward()?;
+    ///         (&value * 0.5).f_backward()?;
+    ///     }
+    ///     Ok(policy + value)
+    /// });
+    /// ```
+    pub fn with_backward(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
+        Self { goes_backward: true, ..Self::new(function) }
     }
 
     /// The factor of this loss in the sum.
@@ -74,6 +101,10 @@ impl Node for LossNode {
         if x.is_training() {
             let scale = x.worker().world_size() as f64 * share.here as f64 / share.total as f64;
             let factor = self.weight * scale;
+            if self.goes_backward {
+                self.factor = Some(factor);
+                return Ok(Value::new(loss.detach()));
+            }
             // What would be multiplied by 1 is left as it is, forward and backward.
             self.pending = Some(if factor == 1.0 { loss.shallow_clone() } else { &loss * factor });
         }
@@ -100,7 +131,7 @@ impl Node for LossNode {
     }
 
     fn roll_back(&mut self) {
-        (self.step, self.pending) = (None, None);
+        (self.step, self.pending, self.factor) = (None, None, None);
     }
 
     fn is_measure(&self) -> bool {
@@ -109,6 +140,14 @@ impl Node for LossNode {
 
     fn take_loss(&mut self) -> Option<Tensor> {
         self.pending.take()
+    }
+
+    fn goes_backward(&self) -> bool {
+        self.goes_backward
+    }
+
+    fn take_gradient_factor(&mut self) -> Option<f64> {
+        self.factor.take()
     }
 
     fn epoch_start(&mut self) {

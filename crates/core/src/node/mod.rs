@@ -224,6 +224,26 @@ pub trait Node: Any {
         Ok(())
     }
 
+    /// Whether [`Node::forward`] goes backward by itself in training, so that the step takes the gradients as they are. The same whenever asked for.
+    fn goes_backward(&self) -> bool {
+        false
+    }
+
+    /// The factor of the gradients that [`Node::forward`] has made in this pass, if it [goes backward](Node::goes_backward) by itself: with it, the
+    /// average of the ranks' gradients is the gradient of the average over all samples.
+    fn take_gradient_factor(&mut self) -> Option<f64> {
+        None
+    }
+
+    /// In a pass whose gradients a node has made by itself: multiplies them by a factor, and adds them to those of the passes before. After
+    /// the last pass the ranks average the sums, unless `exchange` is false.
+    ///
+    /// # Errors
+    /// The failure of a collective.
+    fn collect_gradients(&mut self, _factor: f64, _last: bool, _exchange: bool) -> Result<()> {
+        Ok(())
+    }
+
     /// The gradients of all passes, averaged over the ranks, which may still be scaled.
     fn gradients(&self) -> Vec<Tensor> {
         Vec::new()

@@ -1,4 +1,5 @@
 mod averaging;
+mod collected;
 mod groups;
 mod script;
 mod sharding;
@@ -16,6 +17,7 @@ use tch::Tensor;
 use tch::nn::{Path, VarStore};
 
 use self::averaging::Averaging;
+use self::collected::Collected;
 use self::groups::Groups;
 pub use self::script::TorchScript;
 pub use self::shared::SharedNode;
@@ -58,6 +60,8 @@ struct Ready<M> {
     in_step: bool,
     worker: Rc<Worker>,
     averaging: Option<Averaging>,
+    /// Gradients of passes in which a node goes backward by itself.
+    collected: Collected,
     /// The order in which forward uses the parameters, as it was learned.
     order: Vec<String>,
     /// Of the gradients of the last step, before clipping.
@@ -219,6 +223,17 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
         serde_json::to_value(Values { optimizers, order, rates }).unwrap_or_default()
     }
 
+    /// Gives all ranks rank 0's buffers. Now rather than before the next pass: an evaluation and a checkpoint see the same ones.
+    fn share_buffers(&self) -> Result<()> {
+        let ready = self.ready()?;
+        if self.broadcast_buffers && ready.worker.world_size() > 1 {
+            let begin = |buffer| ready.worker.begin_broadcast(0, buffer);
+            let begun = ready.buffers.iter().map(begin).collect::<Result<Vec<_>, _>>()?;
+            begun.into_iter().try_for_each(Begun::wait)?;
+        }
+        Ok(())
+    }
+
     fn ready(&self) -> Result<&Ready<M>> {
         self.ready.as_ref().ok_or_else(|| Error::Graph("the module was not set up".into()))
     }
@@ -273,6 +288,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
             in_step: false,
             worker,
             averaging,
+            collected: Collected::default(),
             order,
             norm,
             lr_factor: 1.0,
@@ -316,6 +332,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         self.slot.is_trained.set(true);
         let ready = self.ready_mut()?;
         ready.in_step = true;
+        ready.collected.clear();
         for (before, buffer) in ready.before.iter().zip(&ready.buffers) {
             before.shallow_clone().f_copy_(buffer)?;
         }
@@ -361,18 +378,19 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     }
 
     fn after_backward(&mut self, last: bool) -> Result<()> {
-        let broadcast_buffers = self.broadcast_buffers;
-        let ready = self.ready_mut()?;
-        // Now rather than before the next pass: an evaluation and a checkpoint see the same ones.
-        if broadcast_buffers && ready.worker.world_size() > 1 {
-            let begin = |buffer| ready.worker.begin_broadcast(0, buffer);
-            let begun = ready.buffers.iter().map(begin).collect::<Result<Vec<_>, _>>()?;
-            begun.into_iter().try_for_each(Begun::wait)?;
-        }
-        match &mut ready.averaging {
+        self.share_buffers()?;
+        match &mut self.ready_mut()?.averaging {
             Some(averaging) if last => averaging.after_backward(),
             _ => Ok(()),
         }
+    }
+
+    fn collect_gradients(&mut self, factor: f64, last: bool, exchange: bool) -> Result<()> {
+        self.share_buffers()?;
+        let ready = self.ready_mut()?;
+        let parameters = ready.tensors();
+        ready.collected.add(&parameters, factor, last)?;
+        if exchange { ready.collected.average(&parameters, &ready.worker) } else { Ok(()) }
     }
 
     fn gradients(&self) -> Vec<Tensor> {

@@ -96,6 +96,11 @@ impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
         Ok(begun.into_iter().try_for_each(Begun::wait)?)
     }
 
+    fn collect_gradients(&mut self, _: f64, last: bool, _: bool) -> Result<()> {
+        // The owner has the gradients.
+        self.after_backward(last)
+    }
+
     fn step_end(&mut self) -> Result<()> {
         self.in_step = false;
         Ok(())

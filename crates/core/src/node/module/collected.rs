@@ -1,0 +1,103 @@
+//! Gradients that a node has made by backward passes of its own.
+//!
+//! The reducer averages while one backward pass is running, and counts each parameter once. A program that goes backward by itself may do so
+//! several times, or not at all, so its gradients are averaged once they are all there.
+
+use ice_c10d::optim::clear_gradients;
+use ice_worker::Worker;
+use tch::{Kind, Tensor};
+
+use crate::Result;
+
+/// The most that is summed over the ranks at a time, in bytes.
+const AT_ONCE: usize = 25 << 20;
+
+/// Sums of the passes of a step so far, by parameter.
+#[derive(Default)]
+pub(super) struct Collected(Vec<Option<Tensor>>);
+
+impl Collected {
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Takes in the gradients of a pass, multiplied by a factor. After the last pass the parameters have the sums.
+    pub(super) fn add(&mut self, parameters: &[Tensor], factor: f64, last: bool) -> Result<()> {
+        if last && self.0.is_empty() && factor == 1.0 {
+            return Ok(());
+        }
+        self.0.resize_with(parameters.len(), || None);
+        for (sum, parameter) in self.0.iter_mut().zip(parameters) {
+            let gradient = parameter.grad();
+            if gradient.defined() {
+                let gradient = gradient.f_detach()?.f_mul_scalar(factor)?;
+                *sum = Some(match sum.take() {
+                    Some(before) => before.f_add(&gradient)?,
+                    None => gradient,
+                });
+            }
+        }
+        if !last {
+            return Ok(clear_gradients(parameters)?);
+        }
+        for (sum, parameter) in self.0.drain(..).zip(parameters) {
+            if let Some(sum) = sum {
+                gradient_of(parameter)?.f_copy_(&sum)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Averages the gradients of all ranks. A parameter that has one on any rank gets one on all. Collective.
+    pub(super) fn average(&self, parameters: &[Tensor], worker: &Worker) -> Result<()> {
+        if worker.world_size() == 1 || parameters.is_empty() {
+            return Ok(());
+        }
+        let own: Vec<_> = parameters.iter().map(|parameter| i64::from(parameter.grad().defined())).collect();
+        let there = Tensor::f_from_slice(&own)?.f_to_device(worker.device())?;
+        worker.all_reduce_sum(&there)?;
+        let there = Vec::<i64>::try_from(there.f_to_device(tch::Device::Cpu)?)?;
+        let mut gradients = Vec::new();
+        for (parameter, _) in parameters.iter().zip(there).filter(|(_, ranks)| *ranks > 0) {
+            gradients.push(gradient_of(parameter)?);
+        }
+        let mut rest = &gradients[..];
+        while !rest.is_empty() {
+            let (portion, next) = rest.split_at(portion(rest));
+            let rows =
+                portion.iter().map(|gradient| gradient.f_reshape([-1])).collect::<Result<Vec<_>, _>>()?;
+            let mut flat = Tensor::f_cat(&rows, 0)?;
+            worker.all_reduce_sum(&flat)?;
+            let _ = flat.f_div_scalar_(worker.world_size() as i64)?;
+            let mut start = 0;
+            for gradient in portion {
+                let len = gradient.numel() as i64;
+                let averaged = flat.f_narrow(0, start, len)?.f_view_as(gradient)?;
+                gradient.shallow_clone().f_copy_(&averaged)?;
+                start += len;
+            }
+            rest = next;
+        }
+        Ok(())
+    }
+}
+
+/// How many of the tensors go together: at least one, all of one type.
+fn portion(tensors: &[Tensor]) -> usize {
+    let kind: Option<Kind> = tensors.first().map(Tensor::kind);
+    let mut bytes = 0;
+    let fits = |tensor: &&Tensor| {
+        bytes += tensor.numel() * tensor.kind().elt_size_in_bytes();
+        Some(tensor.kind()) == kind && bytes <= AT_ONCE
+    };
+    tensors.iter().take_while(fits).count().max(1)
+}
+
+/// The gradient of a parameter, zeros if it has none yet.
+fn gradient_of(parameter: &Tensor) -> Result<Tensor> {
+    if !parameter.grad().defined() {
+        // A gradient can only be made by going backward.
+        tch::with_grad(|| parameter.f_zeros_like()?.f_mul(parameter)?.f_sum(parameter.kind())?.f_backward())?;
+    }
+    Ok(parameter.grad())
+}
