@@ -167,11 +167,12 @@ fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
 #[test]
 fn what_does_not_fit_is_refused_before_anything_is_loaded() {
     let out = tempfile::tempdir().unwrap();
-    Options { epochs: 2, ..Options::new(out.path()) }.run().unwrap();
+    Options { epochs: 2, every: Some(4), ..Options::new(out.path()) }.run().unwrap();
     let from = || Some(ResumeFrom::Latest);
+    let within = Some(ResumeFrom::Path(saved(out.path(), "E0S4")));
     for (options, named) in [
         (Options { from: from(), seed: 8, ..Options::new(out.path()) }, "--seed 7"),
-        (Options { from: from(), samples: 23, ..Options::new(out.path()) }, "22 samples"),
+        (Options { from: within, samples: 23, ..Options::new(out.path()) }, "22 samples"),
         (Options { from: from(), epochs: 0, ..Options::new(out.path()) }, "only 0"),
     ] {
         let message = options.run().unwrap_err().to_string();
@@ -269,12 +270,13 @@ fn parameters_of_some_nodes_go_to_a_folder_and_back() {
 #[test]
 fn a_run_that_need_not_fit_starts_from_the_beginning() {
     let [old, new] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    Options { epochs: 2, ..Options::new(old.path()) }.run().unwrap();
+    Options { epochs: 1, every: Some(4), ..Options::new(old.path()) }.run().unwrap();
     let other = |from| Options { samples: 23, epochs: 1, from, ..Options::new(new.path()) };
-    let from = Some(ResumeFrom::Path(old.path().join("none_local")));
+    // Within a pass over other data.
+    let from = Some(ResumeFrom::Path(saved(old.path(), "E0S4")));
     let strict = other(from.clone()).run().unwrap_err();
     assert!(strict.is_usage(), "{strict}");
-    let lenient = CheckpointOptions { strict: false, ..CheckpointOptions::default() };
+    let lenient = CheckpointOptions { begin_if_misfit: true, ..CheckpointOptions::default() };
     other(from).run_with(lenient).unwrap();
     let fresh = tempfile::tempdir().unwrap();
     Options { samples: 23, epochs: 1, ..Options::new(fresh.path()) }.run().unwrap();
@@ -371,4 +373,93 @@ fn half_written_checkpoint_of_a_killed_run_of_the_same_id_is_removed() {
     fs::create_dir_all(&other).unwrap();
     Options::new(out.path()).run().unwrap();
     assert_eq!((own.exists(), other.exists()), (false, true));
+}
+
+/// Resumes the small graph, changed in some way, with other tasks.
+fn resume_changed(
+    out: &Path,
+    from: &Path,
+    strict: bool,
+    change: impl Fn(&mut HyperGraph),
+    tasks: &Repeat,
+) -> Result<()> {
+    let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut graph = graph(22);
+    change(&mut graph);
+    let config = RunConfig {
+        seed: 7,
+        out_dir: out.to_owned(),
+        resume_from: Some(ResumeFrom::Path(from.to_owned())),
+        checkpoints: CheckpointOptions { strict, ..CheckpointOptions::default() },
+        ..RunConfig::default()
+    };
+    Run::execute(&graph, tasks, Rc::new(Worker::alone(Device::Cpu)), config)
+}
+
+#[test]
+fn measures_validation_and_tasks_may_change_and_the_training_is_resumed() {
+    let [whole, old] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    Options::new(whole.path()).run().unwrap();
+    Options { epochs: 2, every: Some(4), ..Options::new(old.path()) }.run().unwrap();
+    let change = |graph: &mut HyperGraph| {
+        graph.remove_node("train/loss").unwrap();
+        let loss = |x: &ice_core::Outputs| Ok(x.tensor("net")?.square().mean(Kind::Float));
+        graph.add("error", LossNode::new(loss), "*").unwrap();
+        let mean = |x: &ice_core::Outputs| Ok(x.tensor("net")?.mean_dim(1, false, Kind::Float));
+        graph.add("mean", ice_core::MetricNode::average(mean), "*").unwrap();
+        graph.add("x", DatasetNode::new(Line(8)).batch_size(4), "val").unwrap();
+    };
+    // Within the second epoch, and at its end.
+    for (from, validated) in [("E1S8", 2), ("E2S12", 2)] {
+        let new = tempfile::tempdir().unwrap();
+        let (seen, called) = (Rc::new(RefCell::new(0)), Rc::new(RefCell::new(0)));
+        let (see, call) = (Rc::clone(&seen), Rc::clone(&called));
+        // The closure at the front was not there, and training is behind it.
+        let tasks = || {
+            let (see, call) = (Rc::clone(&see), Rc::clone(&call));
+            Repeat::new(3)
+                .then(Task::eval("val").steps(0))
+                .then(Task::train("train"))
+                .call(move |run| {
+                    *see.borrow_mut() += 1;
+                    run.measure("*/mean").map(drop)
+                })
+                .then(Task::eval("val"))
+                .then(SaveCheckpoint::new())
+                .call(move |_| {
+                    *call.borrow_mut() += 1;
+                    Ok(())
+                })
+        };
+        let from = saved(old.path(), from);
+        let error = resume_changed(new.path(), &from, true, change, &tasks()).unwrap_err().to_string();
+        assert!(error.contains("6 items and had 2"), "{error}");
+        resume_changed(new.path(), &from, false, change, &tasks()).unwrap();
+        assert_eq!(bits(whole.path(), "E3S18"), bits(new.path(), "E3S18"), "{}", from.display());
+        assert!(*seen.borrow() >= 1 && *called.borrow() == validated, "{seen:?} {called:?}");
+    }
+    // Parameters and the state of optimizers must fit.
+    let other = |graph: &mut HyperGraph| {
+        let more = ModuleNode::new(|path| path.ones("w", &[2]), |w: &tch::Tensor, _| Ok(w.shallow_clone()));
+        graph.add("more", more, "*").unwrap();
+    };
+    let new = tempfile::tempdir().unwrap();
+    let error = resume_changed(new.path(), &saved(old.path(), "E2S12"), false, other, &tasks(3));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("node `*/more`: missing `w`"), "{error}");
+}
+
+#[test]
+fn task_that_was_made_longer_is_continued_and_what_follows_is_done_after_it() {
+    let [whole, old, new] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let tasks = |epochs| Repeat::once().then(Task::train("train").epochs(epochs)).then(SaveCheckpoint::new());
+    run(whole.path(), &tasks(3), CheckpointOptions::default()).unwrap();
+    run(old.path(), &tasks(2), CheckpointOptions::default()).unwrap();
+    let from = saved(old.path(), "E2S12");
+    let error = resume_changed(new.path(), &from, true, |_| {}, &tasks(3)).unwrap_err().to_string();
+    assert!(error.contains("Epochs(3)") && error.contains("Epochs(2)"), "{error}");
+    resume_changed(new.path(), &from, false, |_| {}, &tasks(3)).unwrap();
+    assert_eq!(bits(whole.path(), "E3S18"), bits(new.path(), "E3S18"));
+    let error = resume_changed(new.path(), &from, false, |_| {}, &tasks(1)).unwrap_err().to_string();
+    assert!(error.contains("only Epochs(1) are asked for"), "{error}");
 }

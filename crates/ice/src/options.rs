@@ -51,6 +51,10 @@ pub struct RunOptions {
     #[arg(long, requires = "resume_from", help_heading = "Run")]
     pub resume_if_it_fits: bool,
 
+    /// Resume only if everything in the checkpoint fits the program: measures, validation datasets, lengths of tasks and the task list as well.
+    #[arg(long, help_heading = "Run")]
+    pub resume_strict: bool,
+
     /// Keep only the newest so many checkpoints of the run.
     #[arg(long, value_name = "N", help_heading = "Run")]
     pub keep_checkpoints: Option<NonZeroUsize>,
@@ -112,7 +116,8 @@ impl RunOptions {
                 keep_last: self.keep_checkpoints,
                 split: self.split_checkpoints,
                 upload_to: self.upload_checkpoints.clone(),
-                strict: !self.resume_if_it_fits,
+                strict: self.resume_strict,
+                begin_if_misfit: self.resume_if_it_fits,
             },
             log_every: NonZeroU64::new(self.log_every),
             events_dir: self.events_dir.clone(),

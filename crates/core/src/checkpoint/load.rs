@@ -35,6 +35,17 @@ impl Selection {
     }
 }
 
+/// What becomes of a part of a checkpoint that does not fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Strictness {
+    /// It is an error that names all of them, before anything is loaded.
+    Strict,
+    /// It is an error, except for what the training does not depend on, which is left out.
+    Graded,
+    /// It is left out.
+    Any,
+}
+
 /// Where the data of a file are that lies in a rank's memory.
 pub(crate) struct Supply<'a> {
     /// The rank that has it.
@@ -85,25 +96,23 @@ pub(super) struct Loading {
     keep: BTreeMap<String, KeptTensor>,
 }
 
-/// Loads the state of the selected nodes on every rank; rank 0 reads for all, unless the checkpoint is in memory. Where something does not fit, `strict` makes it an
-/// error that names it all, before anything is loaded; otherwise it is a warning, and what fits is loaded.
+/// Loads the state of the selected nodes on every rank; rank 0 reads for all, unless the checkpoint is in memory. A part that is left out, since
+/// it does not fit, is added to `left_out`.
 pub(crate) fn load(
     checkpoint: &Checkpoint,
     in_memory: Option<&Supplies>,
     graph: &HyperGraph,
     selection: &Selection,
-    strict: bool,
+    fit: Strictness,
+    left_out: &mut Vec<String>,
     worker: &Worker,
 ) -> Result<Kept> {
-    let (mut loading, report) = Loading::prepare(checkpoint, graph, selection, strict)?;
+    let (mut loading, report) = Loading::prepare(checkpoint, graph, selection, fit, left_out)?;
     if !report.is_none() {
-        let problem = format!("{} does not fit: {report}", checkpoint.path().display());
-        if strict {
-            return Err(Error::Resume(problem));
+        if fit != Strictness::Any {
+            return Err(Error::Resume(format!("{} does not fit: {report}", checkpoint.path().display())));
         }
-        if worker.is_main() {
-            tracing::warn!("{problem}");
-        }
+        left_out.push(report.to_string());
     }
     loading.fill(checkpoint, in_memory, graph, selection, worker)?;
     for (entry, state) in &loading.states {
@@ -117,7 +126,8 @@ impl Loading {
         checkpoint: &Checkpoint,
         graph: &HyperGraph,
         selection: &Selection,
-        strict: bool,
+        fit: Strictness,
+        left_out: &mut Vec<String>,
     ) -> Result<(Self, Report)> {
         let (catalog, manifest) = (checkpoint.catalog(), checkpoint.manifest());
         let mut report = Report::default();
@@ -154,19 +164,30 @@ impl Loading {
                     }
                 }
             }
-            match manifest.nodes.get(&entry.uid) {
-                Some(values) => state.values = values.clone(),
-                None if state.values.is_null() || !entry.node.borrow().requires_values() => {
-                    state.values = Json::Null;
+            let saved = manifest.nodes.get(&entry.uid);
+            let needs_values = !state.values.is_null() && entry.node.borrow().requires_values();
+            let may_begin = fit == Strictness::Graded
+                && entry.node.borrow().may_begin_after(saved.unwrap_or(&Json::Null));
+            match saved {
+                None if needs_values && may_begin => {
+                    left_out.push(format!(
+                        "node `{}` is not in the checkpoint and begins at its beginning",
+                        entry.uid
+                    ));
+                    continue;
                 }
-                None => misfit.missing.push("its position or sums".into()),
+                None if needs_values => misfit.missing.push("its position or sums".into()),
+                saved => state.values = saved.cloned().unwrap_or(Json::Null),
             }
-            if strict || manifest.nodes.contains_key(&entry.uid) {
-                entry
-                    .node
-                    .borrow()
-                    .check_values(&state.values)
-                    .map_err(|error| error.at(&entry.uid, CHECK))?;
+            if fit != Strictness::Any || saved.is_some() {
+                let checked = entry.node.borrow().check_values(&state.values);
+                match checked {
+                    Err(error) if may_begin => {
+                        left_out.push(format!("node `{}` begins at its beginning: {error}", entry.uid));
+                        continue;
+                    }
+                    checked => checked.map_err(|error| error.at(&entry.uid, CHECK))?,
+                }
             }
             loading.states.push((Rc::clone(entry), state));
         }
@@ -174,7 +195,11 @@ impl Loading {
             let keys = catalog.model.keys().chain(catalog.optimizer.keys());
             keys.filter(|key| owner(graph, key).is_none()).for_each(|key| report.nobodys(key));
             for uid in manifest.nodes.keys().filter(|uid| !graph.uids().any(|own| own == uid.as_str())) {
-                report.of(uid).unexpected.push("the node itself".into());
+                let has_tensors = || catalog.model.keys().any(|key| key.starts_with(&key_prefix(uid)));
+                match fit == Strictness::Graded && !has_tensors() {
+                    true => left_out.push(format!("node `{uid}` is not in the program")),
+                    false => report.of(uid).unexpected.push("the node itself".into()),
+                }
             }
         }
         Ok((loading, report))

@@ -10,7 +10,7 @@ use ice_worker::copies::Parcel;
 
 use super::load::Supply;
 use super::snapshot::{Buffers, Share, Snapshot};
-use super::{Kept, Selection, load};
+use super::{Kept, Selection, Strictness, load};
 use crate::ranks::{broadcast, gather_all};
 use crate::{Error, HyperGraph, Result};
 
@@ -80,7 +80,15 @@ pub(crate) fn unpack(
     }
     let place = PathBuf::from(format!("the copies of step {} in memory", manifest.counters.train_steps));
     let checkpoint = Checkpoint::in_memory(place, manifest, files)?;
-    let kept = load(&checkpoint, Some(&supply), graph, &Selection::All, true, worker)?;
+    let kept = load(
+        &checkpoint,
+        Some(&supply),
+        graph,
+        &Selection::All,
+        Strictness::Strict,
+        &mut Vec::new(),
+        worker,
+    )?;
     Ok((checkpoint.manifest().clone(), kept))
 }
 

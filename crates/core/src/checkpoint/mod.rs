@@ -17,7 +17,7 @@ pub use ice_checkpoint::{Best, Better, Checkpoint, Manifest, Part, ResumeFrom};
 pub use init::InitFrom;
 pub use options::CheckpointOptions;
 
-pub(crate) use load::{Kept, Selection, is_misfit, load};
+pub(crate) use load::{Kept, Selection, Strictness, is_misfit, load};
 pub(crate) use memory::{Label, pack, unpack};
 pub(crate) use share::share;
 pub(crate) use writer::{Keep, Request, Writer};

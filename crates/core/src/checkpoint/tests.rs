@@ -13,7 +13,7 @@ use serde_json::Value as Json;
 use tch::{Device, Kind, Tensor};
 
 use super::exchange::Exchange;
-use super::{Checkpoint, Keep, Kept, Manifest, Request, Selection, Writer, load};
+use super::{Checkpoint, Keep, Kept, Manifest, Request, Selection, Strictness, Writer, load};
 use crate::{Context, Error, HyperGraph, Node, NodeState, Outputs, Part, Result, Value};
 
 /// Messages of ranks that are threads.
@@ -176,7 +176,16 @@ fn check_loaded(folder: &Path, job: &Job, ranks: usize) {
     let checkpoint = Checkpoint::open(folder).unwrap();
     for rank in 0..ranks {
         let (empty, full) = (graph(job, rank, ranks, false), graph(job, rank, ranks, true));
-        load(&checkpoint, None, &empty, &Selection::All, true, &Worker::alone(Device::Cpu)).unwrap();
+        load(
+            &checkpoint,
+            None,
+            &empty,
+            &Selection::All,
+            Strictness::Strict,
+            &mut Vec::new(),
+            &Worker::alone(Device::Cpu),
+        )
+        .unwrap();
         let states = [&empty, &full].map(|graph| graph.entries()[0].node.borrow().state());
         for (loaded, expected) in
             [(&states[0].model, &states[1].model), (&states[0].optimizer, &states[1].optimizer)]
@@ -361,7 +370,9 @@ fn what_does_not_fit_is_listed_or_passed_over() {
     let worker = Worker::alone(Device::Cpu);
 
     let other = plain(&["a", "d", "e"], &["d.exp_avg"], 5.0);
-    let Err(Error::Resume(message)) = load(&checkpoint, None, &other, &Selection::All, true, &worker) else {
+    let Err(Error::Resume(message)) =
+        load(&checkpoint, None, &other, &Selection::All, Strictness::Strict, &mut Vec::new(), &worker)
+    else {
         panic!("it was loaded")
     };
     for part in ["node `*/net`", "missing `d`, `e`, `d.exp_avg`", "unexpected `b`, `c`, `z.exp_avg`"] {
@@ -369,7 +380,7 @@ fn what_does_not_fit_is_listed_or_passed_over() {
     }
     assert_eq!(first(&other), 5.0, "nothing is half loaded");
 
-    load(&checkpoint, None, &other, &Selection::All, false, &worker).unwrap();
+    load(&checkpoint, None, &other, &Selection::All, Strictness::Any, &mut Vec::new(), &worker).unwrap();
     assert_eq!(first(&other), 1.0);
     assert_eq!(other.entries()[0].node.borrow().state().model[1].1.double_value(&[0]), 5.0);
 }
@@ -381,11 +392,29 @@ fn state_of_an_optimizer_that_is_not_in_use_is_kept() {
     write(&old, &plain(&["a", "b"], &["a.exp_avg", "b.exp_avg"], 1.0), &Kept::new());
     let worker = Worker::alone(Device::Cpu);
     let half = plain(&["a", "b"], &["b.exp_avg"], 2.0);
-    let kept = load(&Checkpoint::open(&old).unwrap(), None, &half, &Selection::All, true, &worker).unwrap();
+    let kept = load(
+        &Checkpoint::open(&old).unwrap(),
+        None,
+        &half,
+        &Selection::All,
+        Strictness::Strict,
+        &mut Vec::new(),
+        &worker,
+    )
+    .unwrap();
     write(&new, &half, &kept);
 
     let whole = plain(&["a", "b"], &["a.exp_avg", "b.exp_avg"], 3.0);
-    let kept = load(&Checkpoint::open(&new).unwrap(), None, &whole, &Selection::All, true, &worker).unwrap();
+    let kept = load(
+        &Checkpoint::open(&new).unwrap(),
+        None,
+        &whole,
+        &Selection::All,
+        Strictness::Strict,
+        &mut Vec::new(),
+        &worker,
+    )
+    .unwrap();
     assert!(kept.is_empty());
     let state = whole.entries()[0].node.borrow().state();
     assert_eq!(state.optimizer[0].1.double_value(&[1]), 1.0);

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::data::{Ahead, BatchSize, Dataset, Feed, Place, Sampler, Seat};
+use crate::node::is_between_passes;
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
 /// Feeds a [`Dataset`] to the graph, batch by batch, each rank its own share.
@@ -246,6 +247,10 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
             )));
         }
         Ok(())
+    }
+
+    fn may_begin_after(&self, saved: &Json) -> bool {
+        is_between_passes(saved)
     }
 
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {

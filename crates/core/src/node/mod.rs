@@ -336,6 +336,12 @@ pub trait Node: Any {
         true
     }
 
+    /// Whether a run may resume although the [`NodeState::values`] that are saved of this node do not fit it, or are missing (null): the node then begins
+    /// at its beginning. True of measures, whose values are those of the epoch that was under way.
+    fn may_begin_after(&self, _saved: &Json) -> bool {
+        self.is_measure()
+    }
+
     /// Checks that [`Node::load_state`] will take these values. Nothing is changed.
     ///
     /// # Errors
@@ -370,6 +376,11 @@ pub struct NodeState {
     pub optimizer_parts: BTreeMap<String, Part>,
     /// Positions and sums; null for none.
     pub values: Json,
+}
+
+/// Whether the saved position of a dataset is at the beginning of a pass; also if none is saved.
+pub(crate) fn is_between_passes(saved: &Json) -> bool {
+    saved.is_null() || ["cursor", "iteration"].iter().all(|place| saved[place] == 0)
 }
 
 /// Copies saved tensors into those of a node; both must have the same names and shapes.

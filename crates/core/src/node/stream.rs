@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::data::{Ahead, BatchSize, BatchStream, Place, Seat, StreamFeed, StreamOrder};
+use crate::node::is_between_passes;
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
 /// Feeds a [`Stream`](crate::data::Stream) to the graph, batch by batch, each rank its own share.
@@ -143,6 +144,21 @@ impl<S: BatchStream> StreamNode<S> {
     }
 }
 
+impl<S: BatchStream> StreamNode<S> {
+    /// What is saved, if it is of the same order.
+    fn position(&self, values: &Json) -> Result<Position> {
+        let position = Position::deserialize(values).map_err(|error| Error::Resume(error.to_string()))?;
+        if position.of != self.order() {
+            return Err(Error::Resume(format!(
+                "the stream had {:?} when the checkpoint was saved and has {:?} now, which gives another order",
+                position.of,
+                self.order()
+            )));
+        }
+        Ok(position)
+    }
+}
+
 impl<S: BatchStream + 'static> Node for StreamNode<S> {
     fn set_up(&mut self, context: &Context) -> Result<()> {
         if self.iterations == Some(0) {
@@ -208,15 +224,16 @@ impl<S: BatchStream + 'static> Node for StreamNode<S> {
         NodeState { values: serde_json::to_value(position).unwrap_or(Json::Null), ..NodeState::default() }
     }
 
+    fn may_begin_after(&self, saved: &Json) -> bool {
+        is_between_passes(saved)
+    }
+
+    fn check_values(&self, values: &Json) -> Result<()> {
+        self.position(values).map(drop)
+    }
+
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {
-        let Position { of, pass, cursor, iteration } =
-            Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
-        if of != self.order() {
-            return Err(Error::Resume(format!(
-                "the stream had {of:?} when the checkpoint was saved and has {:?} now, which gives another order",
-                self.order()
-            )));
-        }
+        let Position { pass, cursor, iteration, .. } = self.position(&saved.values)?;
         self.feed()?.seek(Place { pass, cursor, iteration });
         Ok(())
     }

@@ -103,7 +103,9 @@ impl Run<'_> {
     pub(super) fn put_together(&self, parts: &Parts) -> Result<()> {
         let (manifest, kept) = unpack(&parts.parcels, &parts.suppliers, self.graph, &self.worker)?;
         self.kept.borrow_mut().extend(kept);
-        self.take_up(&manifest)
+        self.tasks.load_state(&manifest.tasks, false)?;
+        self.take_up(&manifest);
+        Ok(())
     }
 
     /// Makes a copy of this rank's part, and sends it to the rank that holds it, while training goes on. Waits for the copy before. Collective;

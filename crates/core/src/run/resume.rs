@@ -1,7 +1,7 @@
 //! Going on from a checkpoint.
 
 use super::first_folder;
-use crate::checkpoint::{Checkpoint, Manifest, Selection, is_misfit, load, share};
+use crate::checkpoint::{Checkpoint, Manifest, Selection, Strictness, is_misfit, load, share};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
 
 /// The checkpoint that a run was to go on from.
@@ -27,7 +27,11 @@ impl Run<'_> {
         };
         let Some(checkpoint) = share(found, &self.worker)? else { return Ok(()) };
         let selection = tags.map_or(Selection::All, |tags| Selection::Tags(tags.clone()));
-        self.kept.borrow_mut().extend(load(&checkpoint, None, self.graph, &selection, strict, &self.worker)?);
+        let fit = if strict { Strictness::Strict } else { Strictness::Any };
+        let mut left_out = Vec::new();
+        let kept = load(&checkpoint, None, self.graph, &selection, fit, &mut left_out, &self.worker)?;
+        self.kept.borrow_mut().extend(kept);
+        self.name_left_out(&checkpoint, &left_out);
         Ok(())
     }
 
@@ -84,7 +88,7 @@ impl Run<'_> {
             return Ok(Found::OfLaterRun(due));
         }
         match self.resume_from(&checkpoint) {
-            Err(error) if !self.config.checkpoints.strict && is_misfit(&error) => {
+            Err(error) if self.config.checkpoints.begin_if_misfit && is_misfit(&error) => {
                 if self.is_main() {
                     tracing::warn!("starting from the beginning: {error}");
                 }
@@ -108,10 +112,20 @@ impl Run<'_> {
                 manifest.seed, self.config.seed
             )));
         }
-        self.tasks.load_state(&manifest.tasks, true)?;
-        let kept = load(checkpoint, None, self.graph, &Selection::All, true, &self.worker)?;
+        let fit = if self.config.checkpoints.strict { Strictness::Strict } else { Strictness::Graded };
+        let mut left_out = Vec::new();
+        match fit {
+            Strictness::Strict => self.tasks.load_state(&manifest.tasks, true)?,
+            _ => self.tasks.load_what_fits(&manifest.tasks, true, &mut left_out)?,
+        }
+        let kept = load(checkpoint, None, self.graph, &Selection::All, fit, &mut left_out, &self.worker)?;
         self.kept.borrow_mut().extend(kept);
-        self.take_up(manifest)?;
+        match fit {
+            Strictness::Strict => self.tasks.load_state(&manifest.tasks, false)?,
+            _ => self.tasks.load_what_fits(&manifest.tasks, false, &mut Vec::new())?,
+        }
+        self.take_up(manifest);
+        self.name_left_out(checkpoint, &left_out);
         self.writer.borrow_mut().resumed(checkpoint.path(), manifest);
         if self.is_main() {
             println!("resuming from {}", checkpoint.path().display());
@@ -120,10 +134,18 @@ impl Run<'_> {
     }
 
     /// Is where the state is that was loaded.
-    pub(super) fn take_up(&self, manifest: &Manifest) -> Result<()> {
-        self.tasks.load_state(&manifest.tasks, false)?;
+    pub(super) fn take_up(&self, manifest: &Manifest) {
         self.counters.restore(manifest.counters);
         self.measures.borrow_mut().extend(manifest.measures.clone());
-        Ok(())
+    }
+
+    fn name_left_out(&self, checkpoint: &Checkpoint, left_out: &[String]) {
+        if !left_out.is_empty() && self.is_main() {
+            let list: String = left_out.iter().map(|what| format!("\n  {what}")).collect();
+            tracing::warn!(
+                "not all of {} fits this program; it is loaded but for{list}",
+                checkpoint.path().display()
+            );
+        }
     }
 }

@@ -281,6 +281,37 @@ impl TaskItem for Task {
         serde_json::to_value(state).unwrap_or(Json::Null)
     }
 
+    fn skip(&self) {
+        self.progress.set(Progressed { left: true, ..Progressed::default() });
+    }
+
+    fn load_what_fits(&self, state: &Json, dry_run: bool, left_out: &mut Vec<String>) -> Result<()> {
+        let mut state: State = parse(state, &format!("the task `{}`", self.tags))?;
+        let done = match (state.length, self.length) {
+            (Length::Epochs(before), Length::Epochs(now)) if before != now => {
+                Some((state.progress.epochs, now))
+            }
+            (Length::Steps(before), Length::Steps(now)) if before != now => Some((state.progress.steps, now)),
+            _ => None,
+        };
+        if let Some((done, now)) = done {
+            if done > now {
+                return Err(Error::Resume(format!(
+                    "{done} of the task `{}` were done when the checkpoint was saved, and only {:?} are asked for",
+                    self.tags, self.length
+                )));
+            }
+            if dry_run {
+                left_out.push(format!(
+                    "the task `{}` has {:?} and had {:?}",
+                    self.tags, self.length, state.length
+                ));
+            }
+            state.length = self.length;
+        }
+        self.load_state(&serde_json::to_value(state).unwrap_or(Json::Null), dry_run)
+    }
+
     fn load_state(&self, state: &Json, dry_run: bool) -> Result<()> {
         let state: State = parse(state, &format!("the task `{}`", self.tags))?;
         if (state.train, &state.tags, state.length) != (self.train, &self.tags.to_string(), self.length) {

@@ -1,5 +1,6 @@
 //! What a run does, in order: tasks over parts of the graph, repetitions, checkpoints, and any closure.
 
+mod align;
 mod best;
 mod call;
 mod carried;
@@ -62,6 +63,18 @@ pub trait TaskItem {
     /// # Errors
     /// [`Error::Resume`] says what does not fit.
     fn load_state(&self, state: &Json, dry_run: bool) -> Result<()>;
+
+    /// Like [`TaskItem::load_state`], if the saved progress need not fit in everything: what is left out, or is another than it was, is added to
+    /// `left_out`, by name. By default everything must fit.
+    ///
+    /// # Errors
+    /// [`Error::Resume`] says what does not fit.
+    fn load_what_fits(&self, state: &Json, dry_run: bool, _left_out: &mut Vec<String>) -> Result<()> {
+        self.load_state(state, dry_run)
+    }
+
+    /// Counts as done in this repetition without being run: it was added to the list before the place that a resumed run is at.
+    fn skip(&self) {}
 
     /// Epochs that this item runs in all, of training or else of evaluation.
     fn epochs(&self, train: bool) -> u64;

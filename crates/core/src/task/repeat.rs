@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
+use crate::task::align::{align, has_begun, is_finished, unpaired};
 use crate::task::{Call, CallWith, TrainLength, parse};
 use crate::{Error, Result, Run, TaskItem};
 
@@ -85,6 +86,29 @@ impl Repeat {
     }
 }
 
+impl Repeat {
+    /// What is saved, if there are not more turns than are asked for.
+    fn parse(&self, state: &Json) -> Result<State> {
+        let state: State = parse(state, "a repetition")?;
+        if state.done > self.times {
+            return Err(Error::Resume(format!(
+                "{} repetitions were done when the checkpoint was saved, and only {} are asked for",
+                state.done, self.times
+            )));
+        }
+        Ok(state)
+    }
+
+    /// Is in the turn that was saved, with items that are there already.
+    fn take_up(&self, state: &State) {
+        self.done.set(state.done);
+        self.left.set(state.left);
+        if state.done == state.times && !self.is_finished() {
+            self.items.iter().for_each(|item| item.repeat());
+        }
+    }
+}
+
 impl TaskItem for Repeat {
     fn run(&self, run: &Run) -> Result<()> {
         while !self.is_finished() {
@@ -123,7 +147,7 @@ impl TaskItem for Repeat {
 
     /// `times` may differ from what was saved, so that a run can be made longer; what was done is kept.
     fn load_state(&self, state: &Json, dry_run: bool) -> Result<()> {
-        let state: State = parse(state, "a repetition")?;
+        let state = self.parse(state)?;
         if state.items.len() != self.items.len() {
             return Err(Error::Resume(format!(
                 "a repetition has {} items and had {} when the checkpoint was saved",
@@ -131,23 +155,45 @@ impl TaskItem for Repeat {
                 state.items.len()
             )));
         }
-        if state.done > self.times {
-            return Err(Error::Resume(format!(
-                "{} repetitions were done when the checkpoint was saved, and only {} are asked for",
-                state.done, self.times
-            )));
-        }
         for (item, saved) in self.items.iter().zip(&state.items) {
             item.load_state(saved, dry_run)?;
         }
         if !dry_run {
-            self.done.set(state.done);
-            self.left.set(state.left);
-            if state.done == state.times && !self.is_finished() {
-                self.items.iter().for_each(|item| item.repeat());
-            }
+            self.take_up(&state);
         }
         Ok(())
+    }
+
+    fn load_what_fits(&self, state: &Json, dry_run: bool, left_out: &mut Vec<String>) -> Result<()> {
+        let state = self.parse(state)?;
+        let own: Vec<_> = self.items.iter().map(|item| item.state()).collect();
+        let pairs = align(&state.items, &own);
+        if dry_run {
+            left_out.extend(unpaired(&state.items, &own, &pairs));
+        }
+        // Items before the place where the run was are done in this turn, whichever they are; those after it are not.
+        let place = pairs.iter().rfind(|(saved, _)| has_begun(&state.items[*saved]));
+        let place = place.map_or(0, |(_, own)| *own);
+        let mut is_longer = false;
+        for (index, item) in self.items.iter().enumerate() {
+            let saved = pairs.iter().find(|(_, own)| *own == index).map(|(saved, _)| &state.items[*saved]);
+            match saved {
+                Some(saved) if !is_longer => item.load_what_fits(saved, dry_run, left_out)?,
+                None if index < place && !is_longer && !dry_run => item.skip(),
+                _ if !dry_run => item.reset(),
+                _ => {}
+            }
+            // A task that was made longer is continued, and what follows comes after it.
+            is_longer |= !dry_run && saved.is_some_and(is_finished) && !item.is_finished();
+        }
+        if !dry_run {
+            self.take_up(&state);
+        }
+        Ok(())
+    }
+
+    fn skip(&self) {
+        self.left.set(true);
     }
 
     fn saves(&self) -> bool {
