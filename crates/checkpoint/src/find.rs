@@ -18,8 +18,8 @@ pub enum ResumeFrom {
     Latest,
     /// As [`ResumeFrom::Latest`], and the beginning if this run id has not saved any yet: what a job script gives whether it starts or continues.
     Auto,
-    /// A checkpoint's folder, or one that holds checkpoints: the newest valid one in it. Or the address of an object store with
-    /// checkpoints.
+    /// A checkpoint's folder, or one that holds checkpoints, or one that holds such folders: the newest valid one in it. Or the address of an
+    /// object store with checkpoints.
     Path(PathBuf),
 }
 
@@ -82,7 +82,9 @@ impl Checkpoint {
             ResumeFrom::Path(path) if path.join(MANIFEST).exists() => return Self::open(path),
             ResumeFrom::Path(path) => {
                 let [own, best] = of_run(path);
-                Self::newest_of(&[path.clone(), own, best], None)
+                // Or the output folder, with the folders of runs.
+                let below = || folders(path).iter().flat_map(|run| of_run(run)).collect::<Vec<_>>();
+                Self::newest_of(&[path.clone(), own, best], None).or_else(|| Self::newest_of(&below(), None))
             }
             ResumeFrom::Latest | ResumeFrom::Auto => {
                 let all: Vec<_> = folders(out_dir).iter().flat_map(|run| of_run(run)).collect();

@@ -463,3 +463,15 @@ fn task_that_was_made_longer_is_continued_and_what_follows_is_done_after_it() {
     let error = resume_changed(new.path(), &from, false, |_| {}, &tasks(1)).unwrap_err().to_string();
     assert!(error.contains("only Epochs(1) are asked for"), "{error}");
 }
+
+#[test]
+fn run_is_found_in_a_folder_above_its_own() {
+    let [whole, old, new] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    Options::new(whole.path()).run().unwrap();
+    Options { epochs: 2, ..Options::new(old.path()) }.run().unwrap();
+    let from = Some(ResumeFrom::Path(old.path().to_owned()));
+    Options { from, ..Options::new(new.path()) }.run().unwrap();
+    assert_eq!(bits(whole.path(), "E3S18"), bits(new.path(), "E3S18"));
+    let dataset = DatasetNode::new(Line(22));
+    assert!(dataset.len() == 22 && !dataset.is_empty());
+}

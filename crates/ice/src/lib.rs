@@ -13,6 +13,7 @@ mod options;
 mod run;
 
 pub use error::{Error, main};
+pub use ice_launch::LaunchArgs;
 pub use options::{BatchRule, RunOptions};
 pub use run::Launch;
 
@@ -34,7 +35,7 @@ pub mod prelude {
         StreamNode, Tags, Task,
     };
     pub use ice_nn::{self as nn, Module as _, ModuleT as _};
-    pub use tch::{Kind, Reduction, Tensor};
+    pub use tch::{Device, Kind, Reduction, Tensor};
 
     pub use crate::{Launch, RunOptions};
 }

@@ -5,7 +5,17 @@ use clap::{Args, ValueEnum};
 use ice_core::{CheckpointOptions, ElasticBatch, Error, InitFrom, LrRule, ResumeFrom, RunConfig};
 use ice_launch::LaunchArgs;
 
-/// The options of every training program, to be flattened into its own.
+// A comment that clap can read would become the help text of the program.
+#[doc = concat!(
+    "The options of every training program, to be flattened into its own.\n\n",
+    "A program without a command line makes them by [`RunOptions::new`]; the default is a command line without options.\n\n",
+    "```\n",
+    "use ice::RunOptions;\n",
+    "let options = RunOptions::new().devices(\"cpu:0-1\").seed(3).out_dir(\"runs\");\n",
+    "let options = RunOptions { check_finite: true, ..options };\n",
+    "assert_eq!(options.log_every, 50);\n",
+    "```"
+)]
 #[derive(Args, Debug, Clone)]
 pub struct RunOptions {
     /// Options of the launcher; of no effect where the program is started by one.
@@ -103,7 +113,60 @@ pub enum BatchRule {
     KeepLocalSqrt,
 }
 
+impl Default for RunOptions {
+    fn default() -> Self {
+        ice_launch::cli::defaults()
+    }
+}
+
 impl RunOptions {
+    /// The options of a command line without any, whatever the environment.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Devices, one rank each, such as `cuda:0-3` or `cpu:0-1`.
+    #[must_use]
+    pub fn devices(mut self, devices: impl Into<String>) -> Self {
+        self.launch.devices = Some(devices.into());
+        self
+    }
+
+    /// The seed that all randomness follows from.
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// The folder in which each run makes one of its own.
+    #[must_use]
+    pub fn out_dir(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.out_dir = folder.into();
+        self
+    }
+
+    /// Saves a checkpoint whenever this many training steps are done; 0 for never.
+    #[must_use]
+    pub fn save_every_steps(mut self, steps: u64) -> Self {
+        self.save_every_steps = NonZeroU64::new(steps);
+        self
+    }
+
+    /// The checkpoint to resume from.
+    #[must_use]
+    pub fn resume_from(mut self, from: ResumeFrom) -> Self {
+        self.resume_from = Some(from);
+        self
+    }
+
+    /// The parameters to begin with, as `--init-from` takes them.
+    #[must_use]
+    pub fn init_from(mut self, path: impl Into<PathBuf>) -> Self {
+        self.init_from = Some(path.into());
+        self
+    }
+
     /// What the options say.
     pub(crate) fn config(&self) -> Result<RunConfig, Error> {
         Ok(RunConfig {
@@ -111,7 +174,7 @@ impl RunOptions {
             out_dir: self.out_dir.clone(),
             save_every_steps: self.save_every_steps.map(NonZeroU64::get),
             resume_from: self.resume_from.clone(),
-            init_from: self.init_from()?,
+            init_from: self.init()?,
             checkpoints: CheckpointOptions {
                 keep_last: self.keep_checkpoints,
                 split: self.split_checkpoints,
@@ -132,7 +195,7 @@ impl RunOptions {
         })
     }
 
-    fn init_from(&self) -> Result<Option<InitFrom>, Error> {
+    fn init(&self) -> Result<Option<InitFrom>, Error> {
         let Some(path) = &self.init_from else { return Ok(None) };
         let mut init = InitFrom::new(path).strict(!self.init_partial);
         for rename in &self.init_rename {
@@ -144,5 +207,43 @@ impl RunOptions {
             init = init.rename(pattern, replacement)?;
         }
         self.init_skip.iter().try_fold(init, |init, pattern| init.skip(pattern)).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+
+    /// Trains a net.
+    #[derive(Parser, Debug)]
+    struct Described {
+        #[command(flatten)]
+        run: RunOptions,
+    }
+
+    #[derive(Parser, Debug)]
+    struct Plain {
+        #[command(flatten)]
+        run: RunOptions,
+    }
+
+    #[test]
+    fn default_options_are_those_of_an_empty_command_line() {
+        let parsed = Plain::try_parse_from(["program"]).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(format!("{:?}", parsed.run), format!("{:?}", RunOptions::default()));
+        let given =
+            ["program", "--devices", "cpu:0-1", "--seed", "3", "--out-dir", "x", "--save-every-steps", "5"];
+        let parsed = Plain::try_parse_from(given).unwrap_or_else(|error| panic!("{error}"));
+        let built = RunOptions::new().devices("cpu:0-1").seed(3).out_dir("x").save_every_steps(5);
+        assert_eq!(format!("{:?}", parsed.run), format!("{built:?}"));
+    }
+
+    #[test]
+    fn help_of_a_program_is_its_own_comment() {
+        let about = |command: clap::Command| command.get_about().map(ToString::to_string);
+        assert_eq!(about(Described::command()).as_deref(), Some("Trains a net"));
+        assert_eq!(about(Plain::command()), None);
     }
 }

@@ -14,7 +14,7 @@ mod program;
 mod python;
 mod streams;
 
-pub use args::{Cli, CompletionShell, Generate, LaunchArgs, RdzvArgs, TorchrunArgs};
+pub use args::{Cli, CompletionShell, Generate, LaunchArgs, RdzvArgs, TorchrunArgs, defaults};
 pub use generate::generate;
 pub(crate) use lists::signals;
 pub(crate) use plan::{FileTimer, HangTimeout, Rotation};

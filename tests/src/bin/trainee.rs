@@ -38,6 +38,9 @@ struct Options {
     /// Runs of the program, one after the other. Those after the first write to `rank<N>.run<M>.txt`.
     #[arg(long, default_value_t = 1)]
     runs: u64,
+    /// Saves the nodes of validation in this folder at the end of a run.
+    #[arg(long)]
+    tagged: Option<PathBuf>,
     #[command(flatten)]
     run: RunOptions,
 }
@@ -197,6 +200,10 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
         .call(end(options.end_after, options.dies.filter(|_| run == options.runs)));
     let last = Task::train("train").steps(7).simulate_epoch();
     let tasks = Repeat::once().then(outer).then(last).then(SaveCheckpoint::new());
+    let tasks = match &options.tagged {
+        Some(folder) => tasks.then(SaveCheckpoint::new().to(folder).tags("val")),
+        None => tasks,
+    };
     let tasks = tasks.call(move |state| {
         if state.is_main() {
             println!("run {run} is at its end");

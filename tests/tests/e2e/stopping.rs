@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::tempdir;
 
 use crate::forms::Run;
-use crate::support::{Finished, Job, Program, SOON, TRAINING, built, free_port, wait_until};
+use crate::support::{Finished, Job, Program, SOON, TRAINING, Traces, built, free_port, wait_until};
 
 /// The events of this name.
 pub(crate) fn events(file: &Path, name: &str) -> Vec<Value> {
@@ -190,4 +190,19 @@ fn ranks_of_two_nodes_that_wait_for_each_other_outside_of_steps_are_found() {
     let blamed = meet.iter().filter(|node| node.stderr.contains(hung));
     assert_eq!(blamed.count(), 1, "{}", meet.each_ref().map(Finished::transcript).concat());
     alone.iter().for_each(|node| _ = node.expect_code(0));
+}
+
+#[test]
+fn checkpoint_of_some_nodes_is_not_named_as_the_one_to_resume_from() {
+    let traces = Traces::new();
+    let (log, tagged) = (traces.path("events"), traces.path("tagged"));
+    let launcher = Program::ice_launch(["--devices", "cpu:0", "--events", &log]);
+    let outcome = traces.trainee(launcher, 1).args(["--repeats", "1", "--tagged", &tagged]).run(TRAINING);
+    outcome.expect_code(0);
+    assert!(Path::new(&tagged).join("manifest.json").is_file(), "{}", outcome.transcript());
+    let saved = events(Path::new(&log), "checkpoint_saved");
+    assert!(!saved.is_empty());
+    for checkpoint in saved {
+        assert_ne!(checkpoint["path"].as_str().unwrap(), tagged);
+    }
 }

@@ -311,9 +311,12 @@ impl Job {
         let manifest = &mut self.request.manifest;
         manifest.files = files;
         manifest.nodes = std::mem::take(&mut self.snapshot.nodes);
-        let step = manifest.counters.train_steps;
+        let (step, is_whole) = (manifest.counters.train_steps, manifest.tags.is_none());
         staging.clone().commit(manifest)?;
-        self.link.checkpoint_saved(&self.request.folder, step);
+        // The agent names it as the one to resume from, which needs all nodes.
+        if is_whole {
+            self.link.checkpoint_saved(&self.request.folder, step);
+        }
         self.make_room();
         match &self.upload_to {
             Some(address) => Ok(ice_checkpoint::upload(&self.request.folder, address)?),

@@ -124,6 +124,16 @@ impl<D: Dataset> DatasetNode<D> {
         self
     }
 
+    /// Samples of the dataset.
+    pub fn len(&self) -> usize {
+        self.dataset.len()
+    }
+
+    /// Whether the dataset has no samples.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// At the start of the data, for a rank of so many.
     fn make_feed(&self, seat: Seat, batch_ranks: u64) -> Result<Feed<D>>
     where

@@ -1,11 +1,15 @@
 use std::path::PathBuf;
 
-use super::{RdzvArgs, RendezvousArgs, values};
+use super::{RdzvArgs, RendezvousArgs, defaults, values};
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
-/// The options of the launcher. What is `None` is taken from the cluster, or else has the default that its help names.
-#[derive(Args, Debug, Clone, Default, PartialEq)]
+// A comment that clap can read would become the help text of each program that flattens these options.
+#[doc = concat!(
+    "The options of the launcher. What is `None` is taken from the cluster, or else has the default that its help names.\n\n",
+    "The default is a command line without options, whatever the environment."
+)]
+#[derive(Args, Debug, Clone, PartialEq)]
 pub struct LaunchArgs {
     /// One rank each: cuda, cuda:0-3, cpu:0-1
     ///
@@ -402,4 +406,10 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub progress_interval: f64,
+}
+
+impl Default for LaunchArgs {
+    fn default() -> Self {
+        defaults()
+    }
 }

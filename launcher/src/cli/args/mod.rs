@@ -12,7 +12,7 @@ use std::path::Path;
 
 use clap::builder::Resettable;
 use clap::error::ContextKind;
-use clap::{Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 pub(crate) use conf::{EtcdArgs, RendezvousArgs};
 pub use launch::LaunchArgs;
@@ -120,6 +120,16 @@ pub(crate) fn program_name(first: &OsString) -> String {
     Path::new(first)
         .file_name()
         .map_or_else(|| "ice-launch".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The values that options have on a command line without any, whatever the environment. Options that must be given are an error, which ends the
+/// process with a message.
+pub fn defaults<T: Args>() -> T {
+    let command = T::augment_args(Command::new("")).no_binary_name(true);
+    let command = command.mut_args(|arg| arg.env(Resettable::Reset));
+    let matches =
+        command.try_get_matches_from([""; 0]).and_then(|mut matches| T::from_arg_matches_mut(&mut matches));
+    matches.unwrap_or_else(|error| error.exit())
 }
 
 /// A variable that is set to nothing is not set: an operator leaves such for what has no value.

@@ -8,7 +8,8 @@ use crate::cli::UsageError;
 /// torchrun's port for `--rdzv-backend c10d`.
 const C10D_PORT: u16 = 29400;
 
-/// torchrun's ways to say where the nodes meet. Programs that launch themselves take them, too.
+// A comment that clap can read would become the help text of each program that flattens these options.
+#[doc = concat!("torchrun's ways to say where the nodes meet. Programs that launch themselves take them, too.")]
 #[derive(Args, Debug, Clone, Default, PartialEq)]
 pub struct RdzvArgs {
     /// How nodes meet: static, c10d or etcd
