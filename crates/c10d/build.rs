@@ -7,11 +7,12 @@ use std::{env, fs};
 
 /// The release that tch and the layout of the gloo stubs are made for.
 const TORCH_VERSION: &str = "2.13.0";
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 8] = [
     "cpp/error.cpp",
     "cpp/store.cpp",
     "cpp/group.cpp",
     "cpp/reducer.cpp",
+    "cpp/batch_norm.cpp",
     "cpp/optim.cpp",
     "cpp/amp.cpp",
     "cpp/script.cpp",

@@ -3,7 +3,6 @@
 usage: ddp_mnist.py DATA --steps N --batch-size N --node net [--lr RATE] [--start FILE] [--save FILE] [--warm-up N]
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import twin
@@ -30,11 +29,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    images = np.fromfile(f"{options.data}/train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)
-    labels = np.fromfile(f"{options.data}/train-labels-idx1-ubyte", np.uint8, offset=8)
-    # All of them once, and then one indexing for a batch: quicker than a DataLoader, whose workers would take the cores.
-    images = ((torch.from_numpy(images).float() / 255 - 0.1307) / 0.3081).unsqueeze(1)
-    labels = torch.from_numpy(labels).long()
+    images, labels = twin.mnist(options.data)
     batches = twin.forever(len(images), options)
 
     def step(model):

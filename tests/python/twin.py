@@ -81,6 +81,14 @@ class Order(torch.utils.data.Sampler):
             yield order[start : start + each + (self.rank < extra)]
 
 
+def mnist(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All training images at once, and one indexing for a batch: quicker than a DataLoader, whose workers would take the cores."""
+    images = np.fromfile(f"{folder}/train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)
+    labels = np.fromfile(f"{folder}/train-labels-idx1-ubyte", np.uint8, offset=8)
+    images = ((torch.from_numpy(images).float() / 255 - 0.1307) / 0.3081).unsqueeze(1)
+    return images, torch.from_numpy(labels).long()
+
+
 def forever(samples: int, options: argparse.Namespace):
     """The indices of this rank's batches."""
     order = Order(samples, options.batch_size, options.seed, dist.get_rank(), dist.get_world_size())

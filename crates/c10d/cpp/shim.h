@@ -112,6 +112,10 @@ ICE_API int32_t ice_reducer_regroup(const IceReducer* reducer, bool* regrouped, 
 ICE_API int32_t ice_reducer_order(const IceReducer* reducer, int64_t* places, size_t count, char** message);
 ICE_API int32_t ice_reducer_prepare_backward(IceReducer* reducer, IceTensors outputs, char** message);
 ICE_API void ice_reducer_free(IceReducer* reducer);
+// weight and bias may be null. *out is a new at::Tensor.
+ICE_API int32_t ice_batch_norm(
+    const IceGroup* group, void* x, void* weight, void* bias, void* mean, void* var, double count, double eps,
+    void** out, char** message);
 ICE_API int32_t ice_run_backward(void* tensor, char** message);
 
 // Lists that an option does not need are empty.

@@ -254,6 +254,7 @@ unsafe extern "C" {
     pub(crate) fn ice_reducer_order(reducer: *const IceReducer, places: *mut i64, count: usize, message: Message) -> i32;
     pub(crate) fn ice_reducer_prepare_backward(reducer: *mut IceReducer, outputs: Tensors<'_>, message: Message) -> i32;
     fn ice_reducer_free(reducer: *mut IceReducer);
+    pub(crate) fn ice_batch_norm(group: *const IceGroup, x: *mut c_void, weight: *mut c_void, bias: *mut c_void, mean: *mut c_void, var: *mut c_void, count: f64, eps: f64, out: *mut *mut c_void, message: Message) -> i32;
     pub(crate) fn ice_run_backward(tensor: *mut c_void, message: Message) -> i32;
 
     pub(crate) fn ice_fused_adam(parameters: Tensors<'_>, gradients: Tensors<'_>, exp_avgs: Tensors<'_>, exp_avg_sqs: Tensors<'_>, max_exp_avg_sqs: Tensors<'_>, steps: Tensors<'_>, options: IceAdam, message: Message) -> i32;

@@ -19,6 +19,7 @@
 //! (`docs/design.md`).
 
 pub mod amp;
+mod batch_norm;
 mod error;
 mod ffi;
 mod group;
@@ -35,6 +36,7 @@ mod store;
 pub mod testing;
 mod work;
 
+pub use batch_norm::{BatchStatistics, batch_norm};
 pub use error::{Error, ErrorKind, Result};
 pub use group::{GlooOptions, ProcessGroup, ReduceOp};
 pub use reducer::{Reducer, ReducerOptions, run_backward};

@@ -5,12 +5,13 @@ use tch::{Kind, Tensor};
 
 use crate::init;
 use crate::parameter::{buffer, parameter};
+use crate::sync::{self, Ranks};
 
 /// Batch normalisation over `N` dimensions (Ioffe and Szegedy, 2015): PyTorch's `BatchNorm1d`, `BatchNorm2d` and
 /// `BatchNorm3d`.
 ///
-/// `(x − mean)/√(var + eps)·weight + bias` for each channel. Training takes mean and variance of this rank's batch, and moves
-/// the running ones towards them. Evaluation takes the running ones.
+/// `(x − mean)/√(var + eps)·weight + bias` for each channel. Training takes mean and variance of this rank's batch (of all
+/// ranks' batches: [`SyncBatchNorm`]), and moves the running ones towards them. Evaluation takes the running ones.
 ///
 /// A batch with one value per channel has no variance. It leaves the running ones alone, for it may be the last of an epoch, or
 /// that of a rank without samples; if it is the first batch, it is an error. PyTorch makes it an error whenever it comes.
@@ -37,6 +38,13 @@ pub type BatchNorm1d = BatchNorm<1>;
 pub type BatchNorm2d = BatchNorm<2>;
 /// Of `[n, features, depth, height, width]`.
 pub type BatchNorm3d = BatchNorm<3>;
+/// Of `[n, features, size…]` with any number of dimensions; in training over the batches of all ranks: PyTorch's `SyncBatchNorm`.
+///
+/// The gradients are those of one process with the whole batch. Each layer costs one exchange of `2·features + 1` numbers in
+/// the forward pass and one of `2·features` in the backward pass. Outside a node that several ranks train, for example in an
+/// evaluation, it is an ordinary batch norm. A rank without samples in a step computes with one, which counts.
+/// `ModuleNode::sync_batch_norm` makes all batch norms of a module such layers.
+pub type SyncBatchNorm = BatchNorm<0>;
 
 /// Options of a [`BatchNorm`].
 #[derive(Debug, Clone)]
@@ -59,7 +67,7 @@ impl<const N: usize> BatchNorm<N> {
 
     /// PyTorch's defaults, to be changed.
     pub fn options(num_features: i64) -> BatchNormOptions<N> {
-        const { assert!(N >= 1 && N <= 3, "PyTorch has batch norms over one to three dimensions") };
+        const { assert!(N <= 3, "PyTorch has batch norms over one to three dimensions") };
         BatchNormOptions {
             features: num_features,
             eps: 1e-5,
@@ -70,20 +78,74 @@ impl<const N: usize> BatchNorm<N> {
         }
     }
 
-    /// Whether the statistics of this batch count. Those of one value per channel do not: it has no unbiased variance, which would
-    /// make the running one NaN for good.
+    fn name() -> String {
+        if N == 0 { "SyncBatchNorm".into() } else { format!("BatchNorm{N}d") }
+    }
+
+    /// Whether the statistics of a batch with so many values per channel count. Those of one value do not: it has no unbiased
+    /// variance, which would make the running one NaN for good.
     #[track_caller]
-    fn counts(&self, x: &Tensor) -> bool {
-        let size = x.size();
-        if size.iter().product::<i64>() != size[1] {
+    fn counts(&self, values: f64, size: &[i64]) -> bool {
+        if values != 1.0 {
             return true;
         }
         let batches = self.num_batches_tracked.as_ref();
         assert!(
             batches.is_some_and(|batches| batches.int64_value(&[]) > 0),
-            "BatchNorm{N}d needs more than one value per channel in training, and got an input of shape {size:?}"
+            "{} needs more than one value per channel in training, and got an input of shape {size:?}",
+            Self::name()
         );
         false
+    }
+
+    /// Counts a batch of training. Returns the share by which the running statistics move towards those of the batch.
+    fn share(&self) -> f64 {
+        if let Some(batches) = &self.num_batches_tracked {
+            let batches = tch::no_grad(|| batches.shallow_clone().g_add_scalar_(1));
+            if self.options.momentum.is_none() {
+                return 1.0 / batches.double_value(&[]);
+            }
+        }
+        self.options.momentum.unwrap_or_default()
+    }
+
+    fn within_rank(&self, x: &Tensor, size: &[i64], train: bool) -> Tensor {
+        let of_batch = train || self.running_mean.is_none();
+        let values = size.iter().product::<i64>() as f64 / size[1].max(1) as f64;
+        let counts = !of_batch || self.counts(values, size);
+        let share = if train && counts { self.share() } else { 0.0 };
+        Tensor::batch_norm(
+            x,
+            self.ws.as_ref(),
+            self.bs.as_ref(),
+            self.running_mean.as_ref().filter(|_| counts),
+            self.running_var.as_ref().filter(|_| counts),
+            of_batch,
+            share,
+            self.options.eps,
+            true,
+        )
+    }
+
+    /// In training, over the batches of all ranks. `None` where an exchange failed, which the ranks keep.
+    fn over(&self, ranks: &dyn Ranks, x: &Tensor, size: &[i64]) -> Option<Tensor> {
+        let statistics = sync::statistics(x, ranks)?;
+        if self.counts(statistics.count, size) {
+            let share = self.share();
+            let unbiased = &statistics.var * (statistics.count / (statistics.count - 1.0));
+            tch::no_grad(|| {
+                for (running, of_batch) in
+                    [(&self.running_mean, &statistics.mean), (&self.running_var, &unbiased)]
+                {
+                    if let Some(running) = running {
+                        _ = running.shallow_clone().g_mul_scalar_(1.0 - share).g_add_(&(of_batch * share));
+                    }
+                }
+            });
+        }
+        let (ws, bs) = (self.ws.as_ref(), self.bs.as_ref());
+        let normalized = ice_c10d::batch_norm(ranks.group(), x, ws, bs, &statistics, self.options.eps);
+        normalized.map_err(|error| ranks.fail(error)).ok()
     }
 }
 
@@ -154,27 +216,15 @@ impl<const N: usize> ModuleT for BatchNorm<N> {
     /// If the shape is another one, or in training if no batch before this one had more than one value per channel.
     fn forward_t(&self, x: &Tensor, train: bool) -> Tensor {
         let size = x.size();
-        let fits = size.len() == N + 2 || (N == 1 && size.len() == 2);
-        assert!(fits, "BatchNorm{N}d got an input of shape {size:?}");
-        let of_batch = train || self.running_mean.is_none();
-        let counts = !of_batch || self.counts(x);
-        let mut share = self.options.momentum.unwrap_or_default();
-        if let Some(batches) = self.num_batches_tracked.as_ref().filter(|_| train && counts) {
-            let batches = tch::no_grad(|| batches.shallow_clone().g_add_scalar_(1));
-            if self.options.momentum.is_none() {
-                share = 1.0 / batches.double_value(&[]);
-            }
+        let fits = match N {
+            0 => size.len() >= 2,
+            1 => size.len() == 2 || size.len() == 3,
+            _ => size.len() == N + 2,
+        };
+        assert!(fits, "{} got an input of shape {size:?}", Self::name());
+        match sync::ranks(N == 0).filter(|_| train) {
+            Some(ranks) => self.over(&*ranks, x, &size).unwrap_or_else(|| x.shallow_clone()),
+            None => self.within_rank(x, &size, train),
         }
-        Tensor::batch_norm(
-            x,
-            self.ws.as_ref(),
-            self.bs.as_ref(),
-            self.running_mean.as_ref().filter(|_| counts),
-            self.running_var.as_ref().filter(|_| counts),
-            of_batch,
-            share,
-            self.options.eps,
-            true,
-        )
     }
 }

@@ -39,9 +39,10 @@ mod norm;
 mod parameter;
 mod recurrent;
 mod sizes;
+mod sync;
 
 pub use attention::{AttentionMask, InProjection, MultiheadAttention, MultiheadAttentionOptions};
-pub use batch_norm::{BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOptions};
+pub use batch_norm::{BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOptions, SyncBatchNorm};
 pub use conv::{
     Conv, Conv1d, Conv2d, Conv3d, ConvOptions, ConvTranspose, ConvTranspose1d, ConvTranspose2d,
     ConvTranspose3d, ConvTransposeOptions, PaddingMode,
@@ -56,6 +57,7 @@ pub use linear::{Linear, LinearOptions};
 pub use norm::{GroupNorm, GroupNormOptions, LayerNorm, LayerNormOptions, RMSNorm, RMSNormOptions};
 pub use recurrent::{GRU, LSTM, RecurrentOptions};
 pub use sizes::{Shape, Sizes};
+pub use sync::{Ranks, over_ranks};
 
 pub use tch::nn::{
     Func, FuncT, Id, Init, Module, ModuleT, Path, Sequential, SequentialT, VarStore, func, func_t, seq, seq_t,

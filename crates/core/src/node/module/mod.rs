@@ -1,6 +1,7 @@
 mod averaging;
 mod collected;
 mod groups;
+mod over_ranks;
 mod script;
 mod sharding;
 mod shared;
@@ -19,6 +20,7 @@ use tch::nn::{Path, VarStore};
 use self::averaging::Averaging;
 use self::collected::Collected;
 use self::groups::Groups;
+use self::over_ranks::over_ranks;
 pub use self::script::TorchScript;
 pub use self::shared::SharedNode;
 use self::shared::{Parts, Slot};
@@ -42,6 +44,7 @@ pub struct ModuleNode<M, T> {
     clip: Option<f64>,
     sharded: bool,
     broadcast_buffers: bool,
+    sync_batch_norm: bool,
     histograms: bool,
     options: ReducerOptions,
     ready: Option<Ready<M>>,
@@ -104,6 +107,7 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
             clip: None,
             sharded: false,
             broadcast_buffers: true,
+            sync_batch_norm: false,
             histograms: false,
             // Gradients are made anew in each step, and nobody keeps them.
             options: ReducerOptions { gradient_as_bucket_view: true, ..ReducerOptions::default() },
@@ -166,6 +170,14 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
     #[must_use]
     pub fn shard_optimizer(mut self, shard: bool) -> Self {
         self.sharded = shard;
+        self
+    }
+
+    /// Whether every batch norm of `ice::nn` in the module takes its statistics over the batches of all ranks in training, as after
+    /// PyTorch's `convert_sync_batchnorm`. A [`SyncBatchNorm`](ice_nn::SyncBatchNorm) always does.
+    #[must_use]
+    pub fn sync_batch_norm(mut self, sync: bool) -> Self {
+        self.sync_batch_norm = sync;
         self
     }
 
@@ -276,6 +288,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
             trainable: trainable.iter().map(|(_, tensor)| tensor.shallow_clone()).collect(),
             buffers: buffers.iter().map(Tensor::shallow_clone).collect(),
             broadcast_buffers: self.broadcast_buffers,
+            sync_batch_norm: self.sync_batch_norm,
         });
         let worker = Rc::clone(worker);
         let (averaging, order, norm) = (None, Vec::new(), None);
@@ -367,7 +380,8 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
         let ready = self.ready()?;
-        Ok(Value::new((self.forward)(&ready.module, x)?))
+        let forward = || (self.forward)(&ready.module, x);
+        Ok(Value::new(over_ranks(&ready.worker, x, self.sync_batch_norm, forward)?))
     }
 
     fn before_backward(&mut self, loss: &Tensor, last: bool) -> Result<()> {

@@ -7,6 +7,7 @@ use ice_worker::{Begun, Worker};
 use tch::Tensor;
 
 use super::Forward;
+use super::over_ranks::over_ranks;
 use crate::{Context, Error, Node, Outputs, Result, Value};
 
 /// What the owner of a module gives to the nodes that use it, too.
@@ -21,6 +22,7 @@ pub(super) struct Parts<M> {
     pub(super) trainable: Vec<Tensor>,
     pub(super) buffers: Vec<Tensor>,
     pub(super) broadcast_buffers: bool,
+    pub(super) sync_batch_norm: bool,
 }
 
 impl<M> Default for Slot<M> {
@@ -81,7 +83,11 @@ impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
         };
         // The graph of libtorch notes at each operation which of its inputs want gradients.
         require(false);
-        let output = (self.forward)(&parts.module, x);
+        let forward = || (self.forward)(&parts.module, x);
+        let output = match &self.worker {
+            Some(worker) => over_ranks(worker, x, parts.sync_batch_norm, forward),
+            None => forward(),
+        };
         require(true);
         Ok(Value::new(output?))
     }

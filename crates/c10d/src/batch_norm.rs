@@ -1,0 +1,61 @@
+#![expect(unsafe_code, reason = "calls the C++ shim")]
+
+use std::ffi::c_void;
+
+use tch::Tensor;
+
+use crate::error::check;
+use crate::ffi::{self, pointer};
+use crate::{ProcessGroup, Result};
+
+/// Mean and variance of each feature, `[features]`, over `count` values of each on all ranks together. The variance is not corrected.
+#[derive(Debug)]
+pub struct BatchStatistics {
+    /// `[features]`, of the dtype of weight and bias.
+    pub mean: Tensor,
+    /// `[features]`, of the same dtype.
+    pub var: Tensor,
+    /// Values of each feature.
+    pub count: f64,
+}
+
+/// Normalises `x`, `[n, features, size…]`, by the statistics of the batch that the ranks of the group have together:
+/// `(x − mean)/√(var + eps)·weight + bias`. The output has the dtype of `x`.
+///
+/// Its backward pass is a collective: the gradient of `x` takes into account that mean and variance depend on the values of all ranks.
+/// Those of `weight` and `bias` are of this rank's batch. All ranks call it in the same order, and do the same with the output.
+/// As PyTorch's SyncBatchNorm.
+///
+/// # Errors
+/// `Torch` for shapes that do not fit. In the backward pass [`run_backward`](crate::run_backward) returns those of the all-reduce.
+pub fn batch_norm(
+    group: &ProcessGroup,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    statistics: &BatchStatistics,
+    eps: f64,
+) -> Result<Tensor> {
+    let optional = |tensor: Option<&Tensor>| tensor.map_or(std::ptr::null_mut(), pointer);
+    let (_guard, group) = group.lock();
+    let mut out: *mut c_void = std::ptr::null_mut();
+    check(|message| {
+        // SAFETY: the group and the tensors are alive, weight and bias may be null, and the out-pointers are valid.
+        unsafe {
+            ffi::ice_batch_norm(
+                group,
+                pointer(x),
+                optional(weight),
+                optional(bias),
+                pointer(&statistics.mean),
+                pointer(&statistics.var),
+                statistics.count,
+                eps,
+                &mut out,
+                message,
+            )
+        }
+    })?;
+    // SAFETY: the shim made a new at::Tensor, which is what tch owns.
+    Ok(unsafe { Tensor::from_ptr(out.cast()) })
+}
