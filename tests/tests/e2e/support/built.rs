@@ -19,27 +19,29 @@ pub(crate) fn built(name: &str) -> &'static Path {
 }
 
 /// Cargo, on this checkout, in the environment that a shell would give it.
-///
-/// Cargo sets variables for the tests that it runs: LIBTORCH from `.cargo/config.toml`, OUT_DIR, and CARGO_MANIFEST_DIR and
-/// others of the package. The build scripts of ring and torch-sys ask to run again when these change, so both, and the crates that
-/// use them, would be compiled twice: here, and by the next command in a shell.
 pub(crate) fn cargo() -> Command {
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(root()).env_remove("LD_LIBRARY_PATH").env_remove("OUT_DIR");
-    let is_of_the_package = |name: &str| {
-        ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"]
-            .iter()
-            .any(|start| name.starts_with(start))
-    };
-    for (name, _) in std::env::vars_os() {
-        if name.to_str().is_some_and(is_of_the_package) {
-            cargo.env_remove(name);
-        }
-    }
+    cargo.current_dir(root()).env_remove("LD_LIBRARY_PATH");
+    forget_package(&mut cargo);
+    // From `.cargo/config.toml`. torch-sys would be compiled again for a variable of the environment.
     if std::env::var_os("LIBTORCH").is_some_and(|value| Path::new(&value) == root().join(".deps/libtorch")) {
         cargo.env_remove("LIBTORCH");
     }
     cargo
+}
+
+/// Removes the variables of the package that cargo sets for its tests: OUT_DIR, CARGO_MANIFEST_DIR and others.
+///
+/// The build script of ring asks to run again when they change. So a cargo that the command runs would compile ring, and the crates
+/// that use it, and so would the next one in a shell.
+pub(crate) fn forget_package(command: &mut Command) {
+    let starts = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"];
+    command.env_remove("OUT_DIR");
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| starts.iter().any(|start| name.starts_with(start))) {
+            command.env_remove(name);
+        }
+    }
 }
 
 /// Runs a `cargo build` and returns the executables that it made or found made, by name.

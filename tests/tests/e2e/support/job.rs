@@ -16,7 +16,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::{TempDir, tempdir};
 
 use super::leftovers::{self, Leftover, MARK};
-use super::{built, root};
+use super::{built, forget_package, root};
 
 /// How long after its end a job's other processes may still be seen.
 const AFTERMATH: Duration = Duration::from_secs(5);
@@ -32,6 +32,7 @@ impl Program {
         for (name, _) in ice_proto::env::ALL {
             command.env_remove(name);
         }
+        forget_package(&mut command);
         Self(command, false)
     }
 

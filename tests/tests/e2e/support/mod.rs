@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use built::forget_package;
 pub(crate) use built::{built, cargo};
 pub(crate) use job::{Finished, Job, Program};
 pub(crate) use saved::checkpoints;
