@@ -75,7 +75,7 @@ impl ScriptModule {
         let inputs = Pointers::of(inputs);
         let script = self.handle.pointer_mut();
         let mut count = 0;
-        // SAFETY: the module and the inputs are alive, nobody else runs the module, the out-pointers are valid.
+        // SAFETY: the module and the inputs are alive, no other thread runs the module, the out-pointers are valid.
         check(|message| unsafe {
             ffi::ice_script_forward(script, inputs.list(), train, &mut count, message)
         })?;

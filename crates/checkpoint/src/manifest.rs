@@ -1,12 +1,11 @@
 use std::collections::BTreeMap;
-use std::io::{self, Read};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::stream::open_regular;
+use crate::stream::{check_size, read_bounded};
 use crate::{Error, MANIFEST, Result};
 
 /// The version of the layout that this release writes and reads.
@@ -14,6 +13,8 @@ pub const FORMAT_VERSION: u32 = 1;
 
 /// The largest manifest that is read or written. One of 10,000 ranks with a file each has about 2 MB.
 const MAX_BYTES: u64 = 64 << 20;
+/// In messages about its size.
+const KIND: &str = "a manifest";
 
 /// The manifest's own checksum stands in it as eight digits; it is taken with zeros in their place.
 const SELF: &str = "\"manifest_crc32c\": \"";
@@ -153,7 +154,7 @@ impl Manifest {
     /// [`Error::Checkpoint`] for one that is missing, damaged, larger than 64 MiB, or of another format.
     pub fn read(checkpoint: &Path) -> Result<Self> {
         let file = checkpoint.join(MANIFEST);
-        let bytes = read_bounded(&file).map_err(|error| Error::checkpoint(&file, error))?;
+        let bytes = read_bounded(&file, KIND, MAX_BYTES).map_err(|error| Error::checkpoint(&file, error))?;
         Self::parse(&bytes).map_err(|problem| Error::checkpoint(&file, problem))
     }
 
@@ -167,7 +168,7 @@ impl Manifest {
         let at = digits(&bytes).ok_or("has no place for its checksum")?;
         let crc = format!("{:08x}", crc32c::crc32c(&bytes));
         bytes[at..at + DIGITS].copy_from_slice(crc.as_bytes());
-        check_size(bytes.len() as u64)?;
+        check_size(bytes.len() as u64, KIND, MAX_BYTES)?;
         Ok(bytes)
     }
 
@@ -192,21 +193,6 @@ impl Manifest {
         }
         Ok(manifest)
     }
-}
-
-fn check_size(bytes: u64) -> Result<(), String> {
-    match bytes <= MAX_BYTES {
-        true => Ok(()),
-        false => Err(format!("has {bytes} bytes, and a manifest may have {MAX_BYTES}")),
-    }
-}
-
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
-    let file = open_regular(path)?;
-    check_size(file.metadata()?.len()).map_err(io::Error::other)?;
-    let mut bytes = Vec::new();
-    file.take(MAX_BYTES).read_to_end(&mut bytes)?;
-    Ok(bytes)
 }
 
 /// Where the digits of the manifest's own checksum begin: those of the last field, since what a task says may look like it.

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use crate::catalog::{Catalog, Saved, Section};
 use crate::header::Header;
 use crate::keep::ranked;
-use crate::stream::{file_info, open_regular};
+use crate::stream::{file_info, open_regular, read_bounded};
 use crate::{
     BEST, CHECKPOINTS, Checkpoint, Counts, Error, MANIFEST, MODEL, MODEL_INDEX, Manifest, Result, candidates,
 };
@@ -121,7 +121,7 @@ impl Checkpoint {
 
     fn of_shards(index: &Path) -> Result<Self> {
         let fail = |problem: String| Error::checkpoint(index, problem);
-        let bytes = read_index(index).map_err(|error| unreadable(index, error))?;
+        let bytes = read_bounded(index, "an index", MAX_INDEX).map_err(|error| unreadable(index, error))?;
         let Index { weight_map } = serde_json::from_slice(&bytes)
             .map_err(|error| fail(format!("is not an index of a sharded model: {error}")))?;
         let files: BTreeSet<_> = weight_map.values().cloned().collect();
@@ -182,15 +182,4 @@ fn unreadable(file: &Path, error: io::Error) -> Error {
 fn is_zip(file: &Path) -> bool {
     let mut start = [0; ZIP.len()];
     open_regular(file).and_then(|mut file| file.read_exact(&mut start)).is_ok() && start == ZIP
-}
-
-fn read_index(path: &Path) -> io::Result<Vec<u8>> {
-    let file = open_regular(path)?;
-    let len = file.metadata()?.len();
-    if len > MAX_INDEX {
-        return Err(io::Error::other(format!("has {len} bytes, and an index may have {MAX_INDEX}")));
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX_INDEX).read_to_end(&mut bytes)?;
-    Ok(bytes)
 }

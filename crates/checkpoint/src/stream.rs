@@ -1,7 +1,7 @@
 //! Files in pieces: written and checked as they pass, so that nothing is copied whole.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::mpsc;
@@ -87,6 +87,23 @@ pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     match file.metadata()?.is_file() {
         true => Ok(file),
         false => Err(io::Error::other("is not a regular file")),
+    }
+}
+
+/// Reads a file of this kind, which is regular and has at most so many bytes.
+pub(crate) fn read_bounded(path: &Path, kind: &str, most: u64) -> io::Result<Vec<u8>> {
+    let file = open_regular(path)?;
+    check_size(file.metadata()?.len(), kind, most).map_err(io::Error::other)?;
+    let mut bytes = Vec::new();
+    file.take(most).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Refuses a file of this kind that has more bytes than it may have.
+pub(crate) fn check_size(bytes: u64, kind: &str, most: u64) -> Result<(), String> {
+    match bytes <= most {
+        true => Ok(()),
+        false => Err(format!("has {bytes} bytes, and {kind} may have {most}")),
     }
 }
 

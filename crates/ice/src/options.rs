@@ -167,7 +167,7 @@ impl RunOptions {
         self
     }
 
-    /// What the options say.
+    /// The configuration that the options describe.
     pub(crate) fn config(&self) -> Result<RunConfig, Error> {
         Ok(RunConfig {
             seed: self.seed,

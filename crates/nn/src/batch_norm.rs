@@ -3,8 +3,7 @@ use std::borrow::Borrow;
 use tch::nn::{ModuleT, Path};
 use tch::{Kind, Tensor};
 
-use crate::init;
-use crate::parameter::{buffer, parameter};
+use crate::parameter::{buffer, scale_and_shift};
 use crate::sync::{self, Ranks};
 
 /// Batch normalisation over `N` dimensions (Ioffe and Szegedy, 2015): PyTorch's `BatchNorm1d`, `BatchNorm2d` and
@@ -189,10 +188,7 @@ impl<const N: usize> BatchNormOptions<N> {
     pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> BatchNorm<N> {
         let (path, features) = (path.borrow(), [self.features]);
         let options = (path.kind(), path.device());
-        let weight = self.affine.then(|| parameter(path, "weight", &features));
-        let bias = (self.affine && self.bias).then(|| parameter(path, "bias", &features));
-        weight.iter().for_each(init::ones_);
-        bias.iter().for_each(init::zeros_);
+        let (weight, bias) = scale_and_shift(path, &features, self.affine, self.bias);
         let tracked =
             |name: &str, tensor: Tensor| self.track_running_stats.then(|| buffer(path, name, tensor));
         BatchNorm {

@@ -5,8 +5,7 @@ use std::borrow::Borrow;
 use tch::Tensor;
 use tch::nn::{Module, Path};
 
-use crate::init;
-use crate::parameter::parameter;
+use crate::parameter::scale_and_shift;
 use crate::sizes::Shape;
 
 /// Normalisation over the last dimensions (Ba et al., 2016): PyTorch's `LayerNorm`.
@@ -222,13 +221,4 @@ impl Module for RMSNorm {
     fn forward(&self, x: &Tensor) -> Tensor {
         x.rms_norm(&self.options.shape, self.ws.as_ref(), self.options.eps)
     }
-}
-
-#[track_caller]
-fn scale_and_shift(path: &Path, shape: &[i64], affine: bool, bias: bool) -> (Option<Tensor>, Option<Tensor>) {
-    let weight = affine.then(|| parameter(path, "weight", shape));
-    let bias = (affine && bias).then(|| parameter(path, "bias", shape));
-    weight.iter().for_each(init::ones_);
-    bias.iter().for_each(init::zeros_);
-    (weight, bias)
 }

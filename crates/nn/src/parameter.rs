@@ -3,10 +3,27 @@
 use tch::Tensor;
 use tch::nn::Path;
 
+use crate::init;
+
 /// Adds a parameter of the path's kind and device, with values to be filled in.
 #[track_caller]
 pub(crate) fn parameter(path: &Path, name: &str, shape: &[i64]) -> Tensor {
     add(path, name, Tensor::empty(shape, (path.kind(), path.device())), true)
+}
+
+/// Adds the weight of a normalisation, ones, and its bias, zeros, as far as it has them.
+#[track_caller]
+pub(crate) fn scale_and_shift(
+    path: &Path,
+    shape: &[i64],
+    affine: bool,
+    bias: bool,
+) -> (Option<Tensor>, Option<Tensor>) {
+    let weight = affine.then(|| parameter(path, "weight", shape));
+    let bias = (affine && bias).then(|| parameter(path, "bias", shape));
+    weight.iter().for_each(init::ones_);
+    bias.iter().for_each(init::zeros_);
+    (weight, bias)
 }
 
 /// Adds a tensor that changes without gradients.

@@ -195,7 +195,7 @@ impl InitFrom {
         self.skips.iter().any(|pattern| pattern.is_match(full) || pattern.is_match(key))
     }
 
-    /// What to do about parameters that do not fit.
+    /// The remedy for parameters that do not fit.
     fn hint(&self, found: &Checkpoint, graph: &HyperGraph, differs: bool, usage: Use) -> String {
         if let Some(first) = common_prefix(found, graph).map(|first| regex::escape(&first)) {
             return match usage {
@@ -213,7 +213,7 @@ impl InitFrom {
     }
 }
 
-/// What all keys of the files begin with, up to the first dot, if more of them fit without it.
+/// The common beginning of all keys of the files, up to the first dot, if more of them fit without it.
 fn common_prefix(found: &Checkpoint, graph: &HyperGraph) -> Option<String> {
     let node = only_owner(graph).unwrap_or_default();
     let keys = found.catalog().model.keys().map(|key| key.strip_prefix(&node).unwrap_or(key));
@@ -244,7 +244,7 @@ impl From<&str> for InitFrom {
     }
 }
 
-/// What parameters are loaded for.
+/// The purpose of parameters.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Use {
     /// A run begins with them, and what belongs to no node does not fit.
@@ -256,7 +256,7 @@ enum Use {
 /// How files and graph compare.
 #[derive(Default)]
 struct Fit {
-    /// What one side has and the other has not.
+    /// Parameters of one side alone.
     absent: Report,
     different: Report,
     /// Numbers of tensors by what happens to their type.
@@ -317,14 +317,14 @@ fn fitting(keys: &[&str], prefix: &str, wanted: &BTreeSet<String>) -> usize {
     keys.iter().filter(|key| wanted.contains(&format!("{prefix}{key}"))).count()
 }
 
-/// What the keys of the only node with parameters begin with.
+/// The prefix of the keys of the only node with parameters.
 fn only_owner(graph: &HyperGraph) -> Option<String> {
     let mut owners = graph.entries().iter().filter(|entry| !entry.node.borrow().state().model.is_empty());
     let only = owners.next().filter(|_| owners.next().is_none())?;
     Some(key_prefix(&only.uid))
 }
 
-/// What comes before the keys of a file: the name of the only node with parameters, if more of them fit so. Of keys that fit neither way,
+/// The prefix that the keys of a file lack: the name of the only node with parameters, if more of them fit so. Of keys that fit neither way,
 /// those of PyTorch have no such name.
 fn prefix(keys: &[&str], graph: &HyperGraph) -> String {
     let Some(only) = only_owner(graph) else { return String::new() };

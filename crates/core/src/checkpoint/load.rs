@@ -35,7 +35,7 @@ impl Selection {
     }
 }
 
-/// What becomes of a part of a checkpoint that does not fit.
+/// The treatment of a part of a checkpoint that does not fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Strictness {
     /// It is an error that names all of them, before anything is loaded.

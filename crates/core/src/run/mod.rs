@@ -105,7 +105,7 @@ struct Place {
     has_done_the_last: bool,
 }
 
-/// What becomes of a run.
+/// How a run ended.
 enum End {
     Done,
     /// The job is told to stop, or has no place for this rank.

@@ -114,16 +114,15 @@ impl Run<'_> {
         }
         let fit = if self.config.checkpoints.strict { Strictness::Strict } else { Strictness::Graded };
         let mut left_out = Vec::new();
-        match fit {
-            Strictness::Strict => self.tasks.load_state(&manifest.tasks, true)?,
-            _ => self.tasks.load_what_fits(&manifest.tasks, true, &mut left_out)?,
-        }
+        let load_tasks = |dry_run, left_out: &mut Vec<String>| match fit {
+            Strictness::Strict => self.tasks.load_state(&manifest.tasks, dry_run),
+            _ => self.tasks.load_what_fits(&manifest.tasks, dry_run, left_out),
+        };
+        load_tasks(true, &mut left_out)?;
         let kept = load(checkpoint, None, self.graph, &Selection::All, fit, &mut left_out, &self.worker)?;
         self.kept.borrow_mut().extend(kept);
-        match fit {
-            Strictness::Strict => self.tasks.load_state(&manifest.tasks, false)?,
-            _ => self.tasks.load_what_fits(&manifest.tasks, false, &mut Vec::new())?,
-        }
+        // The dry run has named the parts already.
+        load_tasks(false, &mut Vec::new())?;
         self.take_up(manifest);
         self.name_left_out(checkpoint, &left_out);
         self.writer.borrow_mut().resumed(checkpoint.path(), manifest);

@@ -2,7 +2,7 @@
 
 use serde_json::Value as Json;
 
-/// What an item is, as far as its saved progress says so.
+/// The kind of an item, as far as its saved progress tells it.
 fn kind(state: &Json) -> String {
     match state {
         Json::Bool(_) => "a closure, save or load".into(),
@@ -72,7 +72,7 @@ pub(super) fn align(saved: &[Json], own: &[Json]) -> Vec<(usize, usize)> {
     pairs
 }
 
-/// What has no counterpart in the other list, in words.
+/// The items without a counterpart in the other list, in words.
 pub(super) fn unpaired(saved: &[Json], own: &[Json], pairs: &[(usize, usize)]) -> Vec<String> {
     let of = |items: &[Json], is_paired: &dyn Fn(usize) -> bool, what: &str| -> Vec<String> {
         let alone = items.iter().enumerate().filter(|(index, _)| !is_paired(*index));

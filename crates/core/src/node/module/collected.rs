@@ -64,17 +64,12 @@ impl Collected {
         let mut rest = &gradients[..];
         while !rest.is_empty() {
             let (portion, next) = rest.split_at(portion(rest));
-            let rows =
-                portion.iter().map(|gradient| gradient.f_reshape([-1])).collect::<Result<Vec<_>, _>>()?;
-            let mut flat = Tensor::f_cat(&rows, 0)?;
+            let mut flat = Tensor::f_flatten_dense_tensors(portion)?;
             worker.all_reduce_sum(&flat)?;
             let _ = flat.f_div_scalar_(worker.world_size() as i64)?;
-            let mut start = 0;
-            for gradient in portion {
-                let len = gradient.numel() as i64;
-                let averaged = flat.f_narrow(0, start, len)?.f_view_as(gradient)?;
+            for (gradient, averaged) in portion.iter().zip(Tensor::f_unflatten_dense_tensors(&flat, portion)?)
+            {
                 gradient.shallow_clone().f_copy_(&averaged)?;
-                start += len;
             }
             rest = next;
         }

@@ -1,4 +1,5 @@
 mod averaging;
+mod buffers;
 mod collected;
 mod groups;
 mod over_ranks;
@@ -11,13 +12,14 @@ use std::rc::Rc;
 
 use ice_c10d::ReducerOptions;
 use ice_c10d::optim::{clear_gradients, clip_grad_norm};
-use ice_worker::{Begun, Worker};
+use ice_worker::Worker;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use tch::Tensor;
 use tch::nn::{Path, VarStore};
 
 use self::averaging::Averaging;
+use self::buffers::{broadcast, restore};
 use self::collected::Collected;
 use self::groups::Groups;
 use self::over_ranks::over_ranks;
@@ -28,7 +30,7 @@ use crate::node::copy_tensors;
 use crate::optim::Optimizer;
 use crate::{Context, Error, LrReduction, Node, NodeState, Outputs, Result, Round, Value};
 
-/// Makes the module under a path, and is told whether the module has an optimizer.
+/// Makes the module under a path. The flag says whether the module has an optimizer.
 type Build<M> = dyn FnOnce(&Path, bool) -> Result<M>;
 type Forward<M, T> = dyn Fn(&M, &Outputs) -> Result<T>;
 
@@ -238,12 +240,7 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
     /// Gives all ranks rank 0's buffers. Now rather than before the next pass: an evaluation and a checkpoint see the same ones.
     fn share_buffers(&self) -> Result<()> {
         let ready = self.ready()?;
-        if self.broadcast_buffers && ready.worker.world_size() > 1 {
-            let begin = |buffer| ready.worker.begin_broadcast(0, buffer);
-            let begun = ready.buffers.iter().map(begin).collect::<Result<Vec<_>, _>>()?;
-            begun.into_iter().try_for_each(Begun::wait)?;
-        }
-        Ok(())
+        if self.broadcast_buffers { broadcast(&ready.buffers, &ready.worker) } else { Ok(()) }
     }
 
     fn ready(&self) -> Result<&Ready<M>> {
@@ -364,10 +361,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         // An evaluation changes no buffers.
         if let Some(ready) = self.ready.as_mut().filter(|ready| ready.in_step) {
             ready.in_step = false;
-            for (before, buffer) in ready.before.iter().zip(&ready.buffers) {
-                // What cannot be copied on its own device cannot be used in the step that follows, which says so.
-                drop(buffer.shallow_clone().f_copy_(before));
-            }
+            restore(&ready.buffers, &ready.before);
         }
     }
 

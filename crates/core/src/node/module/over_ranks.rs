@@ -50,6 +50,6 @@ pub(super) fn over_ranks<T>(
     let Some(group) = group else { return forward() };
     let ranks = Rc::new(Ranks { worker: Rc::clone(worker), group, failure: RefCell::default() });
     let output = ice_nn::over_ranks(Rc::clone(&ranks) as Rc<dyn ice_nn::Ranks>, every_layer, forward);
-    // What the layers returned after it is of no use, and neither is an error that this led to.
+    // Tensors and errors of layers after a failed exchange mean nothing.
     ranks.failure.take().map_or(output, Err)
 }

@@ -3,14 +3,15 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use ice_worker::{Begun, Worker};
+use ice_worker::Worker;
 use tch::Tensor;
 
 use super::Forward;
+use super::buffers::{broadcast, restore};
 use super::over_ranks::over_ranks;
 use crate::{Context, Error, Node, Outputs, Result, Value};
 
-/// What the owner of a module gives to the nodes that use it, too.
+/// The parts of a module that its owner shares with the other nodes.
 pub(super) struct Slot<M> {
     pub(super) parts: RefCell<Option<Parts<M>>>,
     /// Whether the step that was begun trains the module.
@@ -94,12 +95,8 @@ impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
 
     fn after_backward(&mut self, _: bool) -> Result<()> {
         let broadcasts = self.slot.parts.borrow().as_ref().is_some_and(|parts| parts.broadcast_buffers);
-        let Some(worker) = self.worker.as_ref().filter(|worker| broadcasts && worker.world_size() > 1) else {
-            return Ok(());
-        };
-        let begin = |buffer: &Tensor| worker.begin_broadcast(0, buffer);
-        let begun = self.own_buffers().iter().map(begin).collect::<Result<Vec<_>, _>>()?;
-        Ok(begun.into_iter().try_for_each(Begun::wait)?)
+        let Some(worker) = self.worker.as_ref().filter(|_| broadcasts) else { return Ok(()) };
+        broadcast(&self.own_buffers(), worker)
     }
 
     fn collect_gradients(&mut self, _: f64, last: bool, _: bool) -> Result<()> {
@@ -114,10 +111,7 @@ impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
 
     fn roll_back(&mut self) {
         if std::mem::take(&mut self.in_step) {
-            for (before, buffer) in self.before.iter().zip(self.own_buffers()) {
-                // A buffer that cannot be copied on its own device cannot be used in the next step, which fails then.
-                drop(buffer.shallow_clone().f_copy_(before));
-            }
+            restore(&self.own_buffers(), &self.before);
         }
     }
 }
