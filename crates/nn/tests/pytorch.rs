@@ -12,13 +12,18 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 const SEED: i64 = 11;
 
-/// Tests draw from one generator, and one at a time.
+/// Guards libtorch's only generator of a process. A layer that another test builds in between changes the next draws.
 static GENERATOR: Mutex<()> = Mutex::new(());
 
 fn seeded() -> MutexGuard<'static, ()> {
     let guard = GENERATOR.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     tch::manual_seed(SEED);
     guard
+}
+
+/// Returns an empty store. Its layers draw when they are built, so that every test gets its store here.
+fn seeded_store(device: Device) -> (MutexGuard<'static, ()>, VarStore) {
+    (seeded(), VarStore::new(device))
 }
 
 /// What PyTorch has written down, without the name of the layer.
@@ -78,14 +83,11 @@ fn weighted_sum(outputs: &[Tensor]) -> Tensor {
 #[track_caller]
 fn check<L>(name: &str, build: impl Fn(&Path) -> L, call: impl Fn(&L, &[Tensor], bool) -> Vec<Tensor>) {
     let reference = reference(name);
-    let store = VarStore::new(Device::Cpu);
-    let layer = {
-        let _guard = seeded();
-        let layer = build(&store.root());
-        let next = Tensor::rand([2], (Kind::Float, Device::Cpu));
-        assert_drawn_alike(&format!("{name}, what is drawn next"), &next, &reference["next"]);
-        layer
-    };
+    let (guard, store) = seeded_store(Device::Cpu);
+    let layer = build(&store.root());
+    let next = Tensor::rand([2], (Kind::Float, Device::Cpu));
+    drop(guard);
+    assert_drawn_alike(&format!("{name}, the next draw"), &next, &reference["next"]);
     let own: BTreeMap<_, _> = store.variables().into_iter().collect();
     let start = of_kind(&reference, "start");
     assert_eq!(own.keys().map(String::as_str).collect::<Vec<_>>(), start.keys().copied().collect::<Vec<_>>());
@@ -263,7 +265,7 @@ fn attention_is_pytorchs() {
 #[test]
 fn larger_layers_begin_as_pytorchs_do() {
     let compare = |name: &str, build: &dyn Fn(&Path)| {
-        let (_guard, store) = (seeded(), VarStore::new(Device::Cpu));
+        let (_guard, store) = seeded_store(Device::Cpu);
         build(&store.root());
         for (key, own) in store.variables() {
             let own = own.to_kind(Kind::Double);
@@ -283,8 +285,7 @@ fn larger_layers_begin_as_pytorchs_do() {
 /// Bounds and deviations that PyTorch's documentation gives.
 #[test]
 fn parameters_begin_within_the_documented_bounds() {
-    let _guard = seeded();
-    let store = VarStore::new(Device::Cpu);
+    let (_guard, store) = seeded_store(Device::Cpu);
     let p = store.root();
     nn::Linear::new(&p / "linear", 400, 300);
     nn::Conv2d::options(32, 64, 3).groups(2).build(&p / "conv");
@@ -362,8 +363,7 @@ fn dropout_zeroes_what_pytorch_zeroes_and_nothing_in_evaluation() {
 
 #[test]
 fn dropout_within_layers_is_off_in_evaluation() {
-    let _guard = seeded();
-    let store = VarStore::new(Device::Cpu);
+    let (_guard, store) = seeded_store(Device::Cpu);
     let p = store.root();
     let lstm = nn::LSTM::options(8, 8).num_layers(2).dropout(0.5).build(&p / "lstm");
     let gru = nn::GRU::options(8, 8).num_layers(2).dropout(0.5).build(&p / "gru");
@@ -399,7 +399,7 @@ fn panics<T>(code: impl FnOnce() -> T) -> String {
 
 #[test]
 fn second_layer_at_a_path_is_an_error_that_names_it() {
-    let store = VarStore::new(Device::Cpu);
+    let (_guard, store) = seeded_store(Device::Cpu);
     let p = store.root() / "block";
     nn::Linear::new(&p / "fc", 2, 2);
     let message = panics(|| nn::Linear::new(&p / "fc", 2, 2));
@@ -415,7 +415,7 @@ fn second_layer_at_a_path_is_an_error_that_names_it() {
 
 #[test]
 fn sizes_that_do_not_fit_are_errors_that_name_them() {
-    let store = VarStore::new(Device::Cpu);
+    let (_guard, store) = seeded_store(Device::Cpu);
     let p = store.root();
     let wrong: [(&str, &dyn Fn()); 7] = [
         ("3 channels in and 4 out cannot be divided into 2 groups", &|| {
@@ -447,7 +447,7 @@ fn sizes_that_do_not_fit_are_errors_that_name_them() {
 
 #[test]
 fn inputs_that_would_broadcast_or_spoil_statistics_are_errors() {
-    let store = VarStore::new(Device::Cpu);
+    let (_guard, store) = seeded_store(Device::Cpu);
     let p = store.root();
     let x = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
     let norm = nn::BatchNorm1d::new(&p / "norm", 3);
@@ -468,7 +468,7 @@ fn inputs_that_would_broadcast_or_spoil_statistics_are_errors() {
 
 #[test]
 fn batch_of_one_value_per_channel_leaves_running_statistics_alone() {
-    let store = VarStore::new(Device::Cpu);
+    let (_guard, store) = seeded_store(Device::Cpu);
     let norm = nn::BatchNorm1d::new(store.root(), 3);
     let x = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([2, 3]);
     let _ = norm.forward_t(&x, true);
@@ -490,8 +490,7 @@ fn layers_begin_and_compute_on_a_gpu_as_on_the_cpu() {
         return;
     }
     let run = |device: Device| {
-        let _guard = seeded();
-        let store = VarStore::new(device);
+        let (_guard, store) = seeded_store(device);
         let p = store.root();
         let fc = nn::Linear::new(&p / "fc", 6, 8);
         let norm = nn::BatchNorm1d::new(&p / "norm", 8);
@@ -516,7 +515,7 @@ fn layers_begin_and_compute_on_a_gpu_as_on_the_cpu() {
 
 #[test]
 fn layers_have_the_kind_of_their_store() {
-    let mut store = VarStore::new(Device::Cpu);
+    let (_guard, mut store) = seeded_store(Device::Cpu);
     store.set_kind(Kind::BFloat16);
     let norm = nn::BatchNorm1d::new(store.root(), 3);
     let kinds: BTreeMap<_, _> =
@@ -544,7 +543,7 @@ fn constructors_of_tchs_names_make_the_same_layers() {
 
 #[test]
 fn sequences_of_layers_are_modules() {
-    let store = VarStore::new(Device::Cpu);
+    let (_guard, store) = seeded_store(Device::Cpu);
     let p = store.root();
     let net = nn::seq_t()
         .add(nn::Conv2d::new(&p / 0, 1, 2, 3))
@@ -582,7 +581,7 @@ impl Block {
 /// The code of docs/nn.md.
 #[test]
 fn examples_of_the_book_run() {
-    let store = VarStore::new(Device::Cpu);
+    let (_guard, store) = seeded_store(Device::Cpu);
     let (root, train) = (store.root(), true);
     let path = &root;
     // ANCHOR: make
