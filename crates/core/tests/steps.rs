@@ -11,9 +11,10 @@ use std::rc::Rc;
 use common::{Line, as_ranks, on_ranks};
 use ice_core::optim::{Optimizer, Schedule, Sgd};
 use ice_core::{
-    Autocast, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs, Repeat, Result,
-    Run, RunConfig, Task,
+    Autocast, Context, DatasetNode, GradScaler, HyperGraph, LossNode, MetricNode, ModuleNode, Node, Outputs,
+    Repeat, Result, Run, RunConfig, Task, Value,
 };
+use ice_worker::Worker;
 use tch::{Device, Kind, Tensor, nn};
 
 type Function = Box<dyn Fn(&Outputs) -> ice_core::Result<Tensor>>;
@@ -253,40 +254,103 @@ fn gradients_that_are_not_finite_are_not_applied_and_their_rank_is_named() {
     }
 }
 
-#[test]
-fn buffers_of_any_type_and_strides_are_those_of_rank_0_after_a_step() {
-    struct Net {
-        layer: nn::Linear,
-        buffers: [Tensor; 2],
+/// Counts the collectives of each training step.
+#[derive(Default)]
+struct Collectives {
+    worker: Option<Rc<Worker>>,
+    of_steps: Rc<RefCell<Vec<u64>>>,
+}
+
+impl Node for Collectives {
+    fn set_up(&mut self, context: &Context) -> Result<()> {
+        self.worker = Some(Rc::clone(&context.worker));
+        Ok(())
     }
-    let seen = on_ranks(2, |rank| {
-        let mut graph = HyperGraph::new();
-        graph.add("line", DatasetNode::new(Line(4)).batch_size(2), "*").unwrap();
-        let seen = Rc::new(RefCell::new(Vec::new()));
-        let see = Rc::clone(&seen);
-        let build = |path: &nn::Path| {
-            // gloo knows no int16, and takes the elements of a row that begins with the column's first one.
-            let matrix = Tensor::zeros([3, 2], (Kind::Int16, path.device()));
-            let column = path.add("column", matrix.select(1, 1), false);
-            let count = path.add("count", Tensor::zeros([], (Kind::Int16, path.device())), false);
-            Net { layer: linear(path), buffers: [column, count] }
+
+    fn forward(&mut self, _: &Outputs) -> Result<Value> {
+        Ok(Value::new(()))
+    }
+
+    fn step_end(&mut self) -> Result<()> {
+        self.of_steps.borrow_mut().extend(self.worker.as_ref().map(|worker| worker.link().collectives()));
+        Ok(())
+    }
+}
+
+/// A layer, and buffers of three types and any strides.
+struct WithBuffers {
+    layer: nn::Linear,
+    buffers: Vec<Tensor>,
+}
+
+impl WithBuffers {
+    fn new(path: &nn::Path) -> Self {
+        // gloo knows no int16, and takes the elements of a row that begins with the column's first one.
+        let kinds = [Kind::Int16, Kind::Float, Kind::Int64, Kind::Int16, Kind::Float, Kind::Int64];
+        let column = |(place, kind): (usize, &Kind)| {
+            let matrix = Tensor::zeros([3, 2], (*kind, path.device()));
+            [
+                path.add(&format!("column{place}"), matrix.select(1, 1), false),
+                path.add(&format!("count{place}"), Tensor::zeros([], (*kind, path.device())), false),
+            ]
         };
-        let net = ModuleNode::new(build, move |net: &Net, x| {
-            let values = net.buffers.each_ref().map(|buffer| buffer.flatten(0, -1).to_kind(Kind::Int64));
-            *see.borrow_mut() = Vec::<i64>::try_from(Tensor::cat(&values, 0)).unwrap();
-            if x.is_training() {
-                for buffer in &net.buffers {
-                    let _ = buffer.shallow_clone().g_add_scalar_(rank as i64 + 7);
+        Self { layer: linear(path), buffers: kinds.iter().enumerate().flat_map(column).collect() }
+    }
+
+    /// What the buffers are.
+    fn values(&self) -> Vec<i64> {
+        let rows: Vec<_> =
+            self.buffers.iter().map(|buffer| buffer.flatten(0, -1).to_kind(Kind::Int64)).collect();
+        Vec::try_from(Tensor::cat(&rows, 0)).unwrap()
+    }
+}
+
+#[test]
+fn buffers_of_any_type_and_strides_are_those_of_rank_0_after_a_step_by_one_broadcast_per_type() {
+    let run = |broadcast: bool, shared: bool| {
+        on_ranks(2, |rank| {
+            let mut graph = HyperGraph::new();
+            graph.add("line", DatasetNode::new(Line(4)).batch_size(2), "*").unwrap();
+            let seen = Rc::new(RefCell::new(Vec::new()));
+            let see = Rc::clone(&seen);
+            let forward = move |net: &WithBuffers, x: &Outputs| {
+                *see.borrow_mut() = net.values();
+                if x.is_training() {
+                    for (place, buffer) in net.buffers.iter().enumerate() {
+                        let _ = buffer.shallow_clone().g_add_scalar_((10 * rank + place) as i64);
+                    }
                 }
+                let input = if shared { x.tensor("inner")?.narrow(1, 0, 1) } else { x.tensor("line")? };
+                Ok(input.apply(&net.layer))
+            };
+            let net = ModuleNode::new(WithBuffers::new, forward.clone()).broadcast_buffers(broadcast);
+            if shared {
+                graph.add("net", net.share(forward), "*").unwrap();
+                graph.add("owner", net, "other").unwrap();
+                let inner = ModuleNode::new(linear, |net, x| Ok(x.tensor("line")?.apply(net)));
+                graph.add("inner", inner.optimizer(Sgd::new(0.5)), "*").unwrap();
+            } else {
+                graph.add("net", net.optimizer(Sgd::new(0.5)), "*").unwrap();
             }
-            Ok(x.tensor("line")?.apply(&net.layer))
-        });
-        graph.add("net", net.optimizer(Sgd::new(0.5)), "*").unwrap();
-        graph.add("loss", LossNode::new(|x| Ok(x.tensor("net")?.mean(Kind::Float))), "*").unwrap();
-        let tasks = Repeat::once().then(Task::train("train").steps(1)).then(Task::eval("val").steps(1));
-        (graph, tasks, Box::new(move || seen.borrow().clone()) as Box<dyn Fn() -> Vec<i64>>)
-    });
-    assert_eq!(seen, [[7; 4], [7; 4]]);
+            let collectives = Collectives::default();
+            let of_steps = Rc::clone(&collectives.of_steps);
+            graph.add("collectives", collectives, "train").unwrap();
+            graph.add("loss", LossNode::new(|x| Ok(x.tensor("net")?.mean(Kind::Float))), "*").unwrap();
+            let tasks = Repeat::once().then(Task::train("train").steps(1)).then(Task::eval("val").steps(1));
+            let result = move || (seen.take(), of_steps.take());
+            (graph, tasks, Box::new(result) as Box<dyn Fn() -> (Vec<i64>, Vec<u64>)>)
+        })
+    };
+    let of_rank_0: Vec<i64> =
+        (0..12).flat_map(|place| vec![place; if place % 2 == 0 { 3 } else { 1 }]).collect();
+    for shared in [false, true] {
+        let (without, with) = (run(false, shared), run(true, shared));
+        for rank in 0..2 {
+            assert_eq!(with[rank].0, of_rank_0, "rank {rank}");
+            assert_eq!(with[rank].1, [without[rank].1[0] + 3], "rank {rank}: {without:?}");
+        }
+        assert_ne!(without[1].0, of_rank_0);
+    }
 }
 
 /// Two datasets, `a` and `b`, whose samples are the numbers from 1: so many of each, by so many per rank. Trains for an epoch of both with a loss of

@@ -425,13 +425,18 @@ impl Link {
         self.tick();
     }
 
+    /// Returns the number of collectives since the last step boundary. A backward pass that averages gradients counts as one.
+    pub fn collectives(&self) -> u64 {
+        self.local.collectives.load(Ordering::Relaxed)
+    }
+
     /// Notes that this rank leaves the step before its end. Returns the request that asks all ranks whether they do so, too.
     pub(crate) fn leave_step(&self) -> Request {
         let (step, collectives) = match &self.inner {
             None => self.local.leave_step(),
             Some(inner) => {
                 let step = inner.state().boundaries.leave_step();
-                (step, self.local.collectives.load(Ordering::Relaxed))
+                (step, self.collectives())
             }
         };
         Request::Left { step, collectives }

@@ -5,12 +5,10 @@
 
 use ice_c10d::optim::clear_gradients;
 use ice_worker::Worker;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
+use super::flat::{buckets, flatten, unflatten};
 use crate::Result;
-
-/// The most that is summed over the ranks at a time, in bytes.
-const AT_ONCE: usize = 25 << 20;
 
 /// Sums of the passes of a step so far, by parameter.
 #[derive(Default)]
@@ -61,31 +59,14 @@ impl Collected {
         for (parameter, _) in parameters.iter().zip(there).filter(|(_, ranks)| *ranks > 0) {
             gradients.push(gradient_of(parameter)?);
         }
-        let mut rest = &gradients[..];
-        while !rest.is_empty() {
-            let (portion, next) = rest.split_at(portion(rest));
-            let mut flat = Tensor::f_flatten_dense_tensors(portion)?;
-            worker.all_reduce_sum(&flat)?;
-            let _ = flat.f_div_scalar_(worker.world_size() as i64)?;
-            for (gradient, averaged) in portion.iter().zip(Tensor::f_unflatten_dense_tensors(&flat, portion)?)
-            {
-                gradient.shallow_clone().f_copy_(&averaged)?;
-            }
-            rest = next;
+        for bucket in buckets(&gradients) {
+            let mut row = flatten(bucket)?;
+            worker.all_reduce_sum(&row)?;
+            let _ = row.f_div_scalar_(worker.world_size() as i64)?;
+            unflatten(&row, bucket)?;
         }
         Ok(())
     }
-}
-
-/// How many of the tensors go together: at least one, all of one type.
-fn portion(tensors: &[Tensor]) -> usize {
-    let kind: Option<Kind> = tensors.first().map(Tensor::kind);
-    let mut bytes = 0;
-    let fits = |tensor: &&Tensor| {
-        bytes += tensor.numel() * tensor.kind().elt_size_in_bytes();
-        Some(tensor.kind()) == kind && bytes <= AT_ONCE
-    };
-    tensors.iter().take_while(fits).count().max(1)
 }
 
 /// The gradient of a parameter, zeros if it has none yet.

@@ -1,6 +1,7 @@
 mod averaging;
 mod buffers;
 mod collected;
+mod flat;
 mod groups;
 mod over_ranks;
 mod script;
@@ -19,7 +20,7 @@ use tch::Tensor;
 use tch::nn::{Path, VarStore};
 
 use self::averaging::Averaging;
-use self::buffers::{broadcast, restore};
+use self::buffers::Buffers;
 use self::collected::Collected;
 use self::groups::Groups;
 use self::over_ranks::over_ranks;
@@ -58,9 +59,8 @@ struct Ready<M> {
     store: VarStore,
     /// In order of creation.
     trainable: Vec<(String, Tensor)>,
-    /// What changes without gradients, as the statistics of a batch norm.
-    buffers: Vec<Tensor>,
-    /// What they were when the step began, where it may have to be done again.
+    buffers: Rc<Buffers>,
+    /// The buffers when the step began, if it may have to be done again.
     before: Vec<Tensor>,
     in_step: bool,
     worker: Rc<Worker>,
@@ -240,7 +240,7 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
     /// Gives all ranks rank 0's buffers. Now rather than before the next pass: an evaluation and a checkpoint see the same ones.
     fn share_buffers(&self) -> Result<()> {
         let ready = self.ready()?;
-        if self.broadcast_buffers { broadcast(&ready.buffers, &ready.worker) } else { Ok(()) }
+        if self.broadcast_buffers { ready.buffers.broadcast(&ready.worker) } else { Ok(()) }
     }
 
     fn ready(&self) -> Result<&Ready<M>> {
@@ -278,12 +278,12 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         let mut buffers = named(&store.variables());
         buffers.retain(|(_, tensor)| !parameters.contains(&tensor.data_ptr()));
         trainable.retain(|(_, parameter)| parameter.requires_grad());
-        let buffers: Vec<_> = buffers.into_iter().map(|(_, tensor)| tensor).collect();
-        let before = if worker.can_stay() { buffers.iter().map(Tensor::copy).collect() } else { Vec::new() };
+        let buffers = Rc::new(Buffers::new(buffers.into_iter().map(|(_, tensor)| tensor).collect()));
+        let before = if worker.can_stay() { buffers.copies() } else { Vec::new() };
         *self.slot.parts.borrow_mut() = Some(Parts {
             module: Rc::clone(&module),
             trainable: trainable.iter().map(|(_, tensor)| tensor.shallow_clone()).collect(),
-            buffers: buffers.iter().map(Tensor::shallow_clone).collect(),
+            buffers: Rc::clone(&buffers),
             broadcast_buffers: self.broadcast_buffers,
             sync_batch_norm: self.sync_batch_norm,
         });
@@ -343,9 +343,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         let ready = self.ready_mut()?;
         ready.in_step = true;
         ready.collected.clear();
-        for (before, buffer) in ready.before.iter().zip(&ready.buffers) {
-            before.shallow_clone().f_copy_(buffer)?;
-        }
+        ready.buffers.save(&ready.before)?;
         Ok(clear_gradients(&ready.tensors())?)
     }
 
@@ -361,7 +359,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         // An evaluation changes no buffers.
         if let Some(ready) = self.ready.as_mut().filter(|ready| ready.in_step) {
             ready.in_step = false;
-            restore(&ready.buffers, &ready.before);
+            ready.buffers.restore(&ready.before);
         }
     }
 

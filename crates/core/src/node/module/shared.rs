@@ -7,7 +7,7 @@ use ice_worker::Worker;
 use tch::Tensor;
 
 use super::Forward;
-use super::buffers::{broadcast, restore};
+use super::buffers::Buffers;
 use super::over_ranks::over_ranks;
 use crate::{Context, Error, Node, Outputs, Result, Value};
 
@@ -21,7 +21,7 @@ pub(super) struct Slot<M> {
 pub(super) struct Parts<M> {
     pub(super) module: Rc<M>,
     pub(super) trainable: Vec<Tensor>,
-    pub(super) buffers: Vec<Tensor>,
+    pub(super) buffers: Rc<Buffers>,
     pub(super) broadcast_buffers: bool,
     pub(super) sync_batch_norm: bool,
 }
@@ -48,10 +48,9 @@ impl<M: 'static, T: 'static> SharedNode<M, T> {
     }
 
     /// The buffers, if this node alone looks after them in this step.
-    fn own_buffers(&self) -> Vec<Tensor> {
+    fn own_buffers(&self) -> Option<Rc<Buffers>> {
         let parts = self.slot.parts.borrow();
-        let parts = parts.as_ref().filter(|_| !self.slot.is_trained.get());
-        parts.map_or(Vec::new(), |parts| parts.buffers.iter().map(Tensor::shallow_clone).collect())
+        Some(Rc::clone(&parts.as_ref().filter(|_| !self.slot.is_trained.get())?.buffers))
     }
 }
 
@@ -64,7 +63,7 @@ impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
     fn before_step(&mut self) -> Result<()> {
         self.in_step = true;
         if self.worker.as_ref().is_some_and(|worker| worker.can_stay()) {
-            self.before = self.own_buffers().iter().map(Tensor::copy).collect();
+            self.before = self.own_buffers().map_or(Vec::new(), |buffers| buffers.copies());
         }
         Ok(())
     }
@@ -96,7 +95,7 @@ impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
     fn after_backward(&mut self, _: bool) -> Result<()> {
         let broadcasts = self.slot.parts.borrow().as_ref().is_some_and(|parts| parts.broadcast_buffers);
         let Some(worker) = self.worker.as_ref().filter(|_| broadcasts) else { return Ok(()) };
-        broadcast(&self.own_buffers(), worker)
+        self.own_buffers().map_or(Ok(()), |buffers| buffers.broadcast(worker))
     }
 
     fn collect_gradients(&mut self, _: f64, last: bool, _: bool) -> Result<()> {
@@ -110,8 +109,9 @@ impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
     }
 
     fn roll_back(&mut self) {
-        if std::mem::take(&mut self.in_step) {
-            restore(&self.own_buffers(), &self.before);
+        let in_step = std::mem::take(&mut self.in_step);
+        if let Some(buffers) = self.own_buffers().filter(|_| in_step) {
+            buffers.restore(&self.before);
         }
     }
 }
