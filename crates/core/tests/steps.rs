@@ -651,6 +651,111 @@ fn policy_learns_from_gradients_of_its_own_which_ranks_average() {
     }
 }
 
+/// Goes backward by itself through the module node `net`.
+struct Learner;
+
+impl Node for Learner {
+    fn set_up(&mut self, _: &Context) -> Result<()> {
+        Ok(())
+    }
+
+    fn forward(&mut self, x: &Outputs) -> Result<Value> {
+        let loss = x.tensor("net")?.square().mean(Kind::Float);
+        if x.is_training() {
+            loss.f_backward()?;
+        }
+        Ok(Value::new(loss.detach()))
+    }
+
+    fn goes_backward(&self) -> bool {
+        true
+    }
+}
+
+/// Goes down the slope of the same loss without libtorch's gradients, by itself.
+struct Alone {
+    weight: f64,
+    worker: Option<Rc<Worker>>,
+    slope: f64,
+    weights: Rc<Cell<f64>>,
+}
+
+impl Node for Alone {
+    fn set_up(&mut self, context: &Context) -> Result<()> {
+        self.worker = Some(Rc::clone(&context.worker));
+        Ok(())
+    }
+
+    fn forward(&mut self, x: &Outputs) -> Result<Value> {
+        if x.is_training() {
+            self.slope = 2.0 * self.weight * x.tensor("x")?.square().mean(Kind::Float).double_value(&[]);
+        }
+        Ok(Value::new(()))
+    }
+
+    fn goes_backward(&self) -> bool {
+        true
+    }
+
+    fn update(&mut self) -> Result<()> {
+        let worker = self.worker.as_ref().unwrap();
+        let slope = Tensor::from_slice(&[self.slope]);
+        worker.all_reduce_sum(&slope)?;
+        self.weight -= 0.5 * slope.double_value(&[0]) / worker.world_size() as f64;
+        self.weights.set(self.weight);
+        Ok(())
+    }
+}
+
+#[test]
+fn nodes_of_ones_own_train_without_a_loss_node() {
+    let train = |trainer: &'static str| {
+        on_ranks(2, move |_| {
+            let mut graph = HyperGraph::new();
+            graph.add("x", DatasetNode::new(Line(8)).batch_size(2), "*").unwrap();
+            let seen = Rc::new(Cell::new(0.0));
+            let see = Rc::clone(&seen);
+            if trainer == "alone" {
+                let alone = Alone { weight: 1.0, worker: None, slope: 0.0, weights: see };
+                graph.add("alone", alone, "*").unwrap();
+            } else {
+                let net = ModuleNode::new(
+                    |path| path.ones("w", &[1]),
+                    move |w, x| {
+                        see.set(w.double_value(&[0]));
+                        Ok(x.tensor("x")? * w)
+                    },
+                );
+                graph.add("net", net.optimizer(Sgd::new(0.5)), "*").unwrap();
+                let loss = |x: &Outputs| Ok(x.tensor("net")?.square().mean(Kind::Float));
+                match trainer {
+                    "learner" => graph.add("learner", Learner, "train").unwrap(),
+                    _ => graph.add("loss", LossNode::new(loss), "train").unwrap(),
+                };
+            }
+            // The evaluation shows the weight as the training has left it.
+            let tasks = Repeat::once().then(Task::train("train").steps(3)).then(Task::eval("val").steps(1));
+            (graph, tasks, Box::new(move || seen.get()) as Box<dyn Fn() -> f64>)
+        })
+    };
+    let expected = train("loss");
+    assert!(expected[0] < 0.9, "{expected:?}");
+    for trainer in ["learner", "alone"] {
+        let found = train(trainer);
+        assert_eq!(found[0], found[1], "{trainer}");
+        assert!((found[0] - expected[0]).abs() < 1e-6, "{trainer}: {found:?}, {expected:?}");
+    }
+}
+
+#[test]
+fn training_task_without_loss_names_the_ways_out() {
+    let mut graph = HyperGraph::new();
+    graph.add("x", DatasetNode::new(Line(8)).batch_size(2), "*").unwrap();
+    let error = graph.eager(Device::Cpu, 0).unwrap().train_step("*").unwrap_err().to_string();
+    let ways = ["add a LossNode", "LossNode::with_backward", "Node::goes_backward", "Task::eval"];
+    assert!(ways.iter().all(|way| error.contains(way)), "{error}");
+}
+
 #[test]
 fn losses_that_leave_the_backward_pass_to_the_step_and_that_do_not_are_named() {
     let error = |second: fn(Function) -> LossNode, scaler: bool| {

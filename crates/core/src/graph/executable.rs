@@ -364,7 +364,7 @@ impl ExecutableGraph {
             .ok_or_else(|| {
                 Error::Graph(
                     "a training task selects no loss node: add a LossNode, or LossNode::with_backward if the program goes backward by \
-                     itself, or use Task::eval"
+                     itself, let a node of your own say so by Node::goes_backward, or use Task::eval"
                         .into(),
                 )
             })?;

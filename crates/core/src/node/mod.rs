@@ -127,7 +127,9 @@ impl From<f64> for Measure {
 ///
 /// In a training step the hooks run in this order, each on all nodes: `before_step`, for each pass `before_pass`, `forward` (lazily),
 /// `take_loss`, `before_backward`, `after_backward` and `iteration_end`, then `update` and `step_end`. There is one pass, unless gradients are
-/// accumulated. A step that is not finished, since a rank is lost, ends with `roll_back` instead, and is done again.
+/// accumulated. A step that is not finished, since a rank is lost, ends with `roll_back` instead, and is done again. In a task with
+/// a node that [goes backward](Node::goes_backward) by itself, `take_gradient_factor` and `collect_gradients` follow `forward` in each
+/// pass, in place of the hooks from `before_backward` to `after_backward`.
 pub trait Node: Any {
     /// Makes the node ready on the device of the rank; called once, on every rank, in the same order. Which rank that is of how many may not
     /// be known yet, and there are no collectives.
@@ -224,7 +226,37 @@ pub trait Node: Any {
         Ok(())
     }
 
-    /// Whether [`Node::forward`] goes backward by itself in training, so that the step takes the gradients as they are. The same whenever asked for.
+    /// Whether the node trains by itself: [`Node::forward`] goes backward in training, from whatever it likes and as often as it likes, or
+    /// the node computes an update without gradients (`update`). The task then needs no loss, and the step applies the gradients that are
+    /// there after `forward`. A [`ModuleNode`] averages its gradients over the ranks, and a node with parameters of its own does so in
+    /// [`Node::collect_gradients`]. Called once when a task selects its nodes.
+    ///
+    /// ```
+    /// use ice_core::{Context, Node, Outputs, Result, Value};
+    /// use tch::Kind;
+    ///
+    /// /// Two backward passes in a step, through the module nodes `actor` and `critic`, which have optimizers.
+    /// struct Learner;
+    ///
+    /// impl Node for Learner {
+    ///     fn set_up(&mut self, _: &Context) -> Result<()> {
+    ///         Ok(())
+    ///     }
+    ///
+    ///     fn forward(&mut self, x: &Outputs) -> Result<Value> {
+    ///         if x.is_training() {
+    ///             for name in ["actor", "critic"] {
+    ///                 x.tensor(name)?.square().mean(Kind::Float).f_backward()?;
+    ///             }
+    ///         }
+    ///         Ok(Value::new(()))
+    ///     }
+    ///
+    ///     fn goes_backward(&self) -> bool {
+    ///         true
+    ///     }
+    /// }
+    /// ```
     fn goes_backward(&self) -> bool {
         false
     }
