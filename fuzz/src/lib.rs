@@ -74,7 +74,6 @@ pub fn store(bytes: &[u8]) {
     /// A key of no bytes takes 8, and a value of less than 1 KiB is copied.
     const ANSWER_PER_BYTE: usize = (1 << 10) / 8 + 4;
     let mut store = Store::new(LIMIT);
-    let mut replies = Replies::default();
     let mut gone = BTreeSet::new();
     let mut rest = bytes;
     let mut next = 0;
@@ -104,7 +103,7 @@ pub fn store(bytes: &[u8]) {
         let mut again = Vec::new();
         codec::encode(&request, &mut again);
         assert_eq!(again, rest[1..=length], "what is read is what is written");
-        replies = Replies::default();
+        let mut replies = Replies::default();
         let _ = store.handle(id, request, &mut replies);
         assert!(store.held() <= LIMIT + replies.own.len(), "{}", store.held());
         assert!(replies.own.held() <= 2 * (LIMIT + ANSWER_PER_BYTE * length), "{}", replies.own.held());

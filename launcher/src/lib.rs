@@ -8,6 +8,7 @@ pub mod cli;
 mod cluster;
 mod dispatcher;
 mod error;
+mod logging;
 mod logs;
 mod placement;
 mod preempt;
@@ -17,6 +18,7 @@ mod supervise;
 pub use cli::{LaunchArgs, LaunchPlan, Program, UsageError};
 pub use error::Error;
 use ice_proto::exit::ExitCode;
+pub use logging::log_to_stderr;
 
 /// Carries out a plan: blocks until the job is over on this node. Whatever fails is reported on stderr.
 ///

@@ -1,11 +1,7 @@
-use std::io::IsTerminal;
 use std::process;
 
 use ice_proto::exit::ExitCode;
 use ice_worker::Worker;
-use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 /// Why a training program ended before its work was done.
 #[derive(Debug, thiserror::Error)]
@@ -45,17 +41,12 @@ impl Error {
 /// Runs the body of a program's `main` and maps its error to a message and an exit code: 2 where an option or a file that it
 /// names is wrong, the ranks' own code where they failed.
 ///
+/// Diagnostics go to standard error, unless the program has a `tracing` subscriber; `ICE_LOG` selects them.
+///
 /// In a rank, an error or a panic is also told to the agent and left in the error file, and a body that succeeds ends with the rank leaving
 /// the job.
 pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
-    let filter = std::env::var("ICE_LOG").ok().filter(|filter| !filter.is_empty());
-    let filter = filter.and_then(|filter| filter.parse().ok());
-    let filter = filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .without_time();
-    tracing_subscriber::registry().with(lines).with(filter).init();
+    ice_launch::log_to_stderr();
     if Worker::is_rank() {
         report_panics();
     }

@@ -240,3 +240,24 @@ fn link_named_torchrun_is_torchrun() {
     );
     torchrun(&["--print_completion", "tcsh"]).expect(2, &["'tcsh'"]);
 }
+
+#[test]
+fn diagnostics_are_selected_by_ice_log() {
+    let with = |filter: &str| {
+        let mut command = launch(&["--devices=cpu"], "exit 0");
+        command.env("ICE_LOG", filter);
+        let outcome = run(command);
+        outcome.expect(0, &[]);
+        outcome.stderr
+    };
+    for filter in ["", "off", "ice_rendezvous=debug,warn"] {
+        assert_eq!(with(filter), "", "{filter}");
+    }
+    for filter in ["debug", "ice_launch=debug"] {
+        let stderr = with(filter);
+        assert!(stderr.contains("DEBUG ice_launch::dispatcher: event"), "{filter}: {stderr}");
+    }
+    let stderr = with("loud");
+    assert!(stderr.contains("ICE_LOG=`loud`: `loud` is not a level"), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+}

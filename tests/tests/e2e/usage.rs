@@ -137,6 +137,16 @@ fn damaged_data() {
 }
 
 #[test]
+fn empty_variables_of_self_launching_program_count_as_unset() {
+    let empty = ["NNODES", "NODE_RANK", "MASTER_PORT", "MAX_RESTARTS", "RDZV_CONF"];
+    let program = empty
+        .iter()
+        .fold(Program::new(built("mnist")), |program, name| program.env(&format!("PET_{name}"), ""));
+    let outcome = program.args(["--devices", "tpu:0"]).run(SOON);
+    outcome.expect_code(ExitCode::Usage.code().into()).expect_in_stderr(&["--devices", "tpu:0"]);
+}
+
+#[test]
 fn the_help_explains_the_options() {
     let launcher = Program::ice_launch(["--help"]).run(SOON);
     launcher.expect_code(0);

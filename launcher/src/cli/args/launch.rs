@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use super::{RdzvArgs, RendezvousArgs, defaults, values};
+use super::{RdzvArgs, RendezvousArgs, defaults, values, without_empty_variable};
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
@@ -10,6 +10,7 @@ use clap::builder::FalseyValueParser;
     "The default is a command line without options, whatever the environment."
 )]
 #[derive(Args, Debug, Clone, PartialEq)]
+#[command(mut_args(without_empty_variable))]
 pub struct LaunchArgs {
     /// One rank each: cuda, cuda:0-3, cpu:0-1
     ///

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use clap::builder::Resettable;
 use clap::error::ContextKind;
-use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap::{Arg, Args, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 pub(crate) use conf::{EtcdArgs, RendezvousArgs};
 pub use launch::LaunchArgs;
@@ -47,7 +47,8 @@ const SHORT_HELP: &str = "{usage-heading} {usage}\n\n{options}{after-help}";
     after_long_help = AFTER_HELP,
     infer_long_args = true,
     args_override_self = true,
-    max_term_width = 120
+    max_term_width = 120,
+    mut_args(without_empty_variable)
 )]
 pub struct Cli {
     /// The program and its arguments; a `.py` file runs with the `python` of the PATH. ${local_rank} in an argument becomes the rank's
@@ -105,7 +106,7 @@ impl Cli {
 
     fn from_arguments(arguments: Vec<OsString>) -> Result<Self, clap::Error> {
         let asks = |flag: &str| arguments.iter().any(|argument| argument == flag);
-        let mut command = without_empty_variables(Self::command());
+        let mut command = Self::command();
         if asks("-h") && !asks("--help") {
             // A terminal has 24 lines: no headings.
             command = command.mut_args(|arg| arg.help_heading(Resettable::Reset)).help_template(SHORT_HELP);
@@ -132,12 +133,10 @@ pub fn defaults<T: Args>() -> T {
     matches.unwrap_or_else(|error| error.exit())
 }
 
-/// A variable that is set to nothing is not set: an operator leaves such for what has no value.
-fn without_empty_variables(command: Command) -> Command {
-    command.mut_args(|arg| {
-        let is_empty = arg.get_env().and_then(env::var_os).is_some_and(|value| value.is_empty());
-        if is_empty { arg.env(Resettable::Reset) } else { arg }
-    })
+/// Treats an empty variable like one that is not set. Operators of clusters leave such variables for values that they do not have.
+pub(super) fn without_empty_variable(arg: Arg) -> Arg {
+    let is_empty = arg.get_env().and_then(env::var_os).is_some_and(|value| value.is_empty());
+    if is_empty { arg.env(Resettable::Reset) } else { arg }
 }
 
 /// The shells of `--print-completion`. torchrun's third one is tcsh.
