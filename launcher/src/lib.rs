@@ -14,6 +14,7 @@ mod placement;
 mod preempt;
 mod report;
 mod supervise;
+mod warm;
 
 pub use cli::{LaunchArgs, LaunchPlan, Program, UsageError};
 pub use error::Error;

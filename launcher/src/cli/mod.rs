@@ -14,13 +14,13 @@ mod program;
 mod python;
 mod streams;
 
-pub use args::{Cli, CompletionShell, Generate, LaunchArgs, RdzvArgs, TorchrunArgs, defaults};
+pub use args::{Cli, CompletionShell, Generate, LaunchArgs, PythonArgs, RdzvArgs, TorchrunArgs, defaults};
 pub use generate::generate;
 pub(crate) use lists::signals;
 pub(crate) use plan::{FileTimer, HangTimeout, Rotation};
 pub use plan::{LaunchPlan, UsageError};
-pub(crate) use program::Command;
 pub use program::Program;
+pub(crate) use program::{Command, in_path};
 pub(crate) use streams::PerRank;
 
 impl Cli {
@@ -34,6 +34,7 @@ impl Cli {
         notes.extend(args::ignored_variables(&|name| std::env::var(name).ok()));
         let program = Program::find(self.command, self.torchrun.form()?)?;
         let mut plan = LaunchPlan::new(&args, program)?;
+        plan.preload = self.python.modules()?;
         plan.notes.splice(0..0, notes);
         Ok(plan)
     }

@@ -52,6 +52,8 @@ impl UsageError {
 #[derive(Debug, Clone)]
 pub struct LaunchPlan {
     pub(crate) program: Program,
+    /// Modules that ranks of Python find imported.
+    pub(crate) preload: Vec<String>,
     /// One device per rank of this node.
     pub(crate) devices: Vec<RankDevice>,
     pub(crate) backend: DistBackend,
@@ -254,6 +256,7 @@ impl LaunchPlan {
         let logs = logs(args, devices.len())?;
         Ok(Self {
             program,
+            preload: Vec::new(),
             backend: backend(&args.dist_backend, &devices)?,
             devices,
             role: args.role.clone(),

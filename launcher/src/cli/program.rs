@@ -179,7 +179,7 @@ fn exists(file: &Path) -> Result<(), UsageError> {
     }
 }
 
-pub(super) fn in_path(name: &Path) -> Option<PathBuf> {
+pub(crate) fn in_path(name: &Path) -> Option<PathBuf> {
     env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| is_executable(path))
 }
 

@@ -24,8 +24,9 @@ use crate::agent::{Ask, Exit};
 use crate::logs::{Console, Files, LogFile, LogFolder, Names, Pump, RankFiles, prefix};
 use crate::report::{ErrorDocument, Summary};
 use crate::supervise::{
-    Environment, Executable, Heartbeats, MemoryWatch, ProcessTree, Start, explained, spawn,
+    Environment, Executable, Heartbeats, MemoryWatch, ProcessTree, Start, Stdio, explained, spawn,
 };
+use crate::warm::Warm;
 use crate::{Error, LaunchPlan};
 use output::Stream;
 
@@ -47,6 +48,8 @@ pub(super) struct Group<'a> {
     spares: Spares,
     memory: MemoryWatch,
     executable: Executable,
+    /// Forks ranks of Python.
+    warm: Warm,
     /// How many processes were started.
     started: ProcessId,
     /// Where ranks show that they get something done.
@@ -65,6 +68,7 @@ impl<'a> Group<'a> {
         (console, files): (Console, Files),
         events: mpsc::UnboundedSender<RankEvent>,
         rewrites: bool,
+        warm: Warm,
     ) -> Self {
         let summary = Summary::new(&plan.run_id);
         let (logs, round, ranks) = (None, None, BTreeMap::new());
@@ -92,6 +96,7 @@ impl<'a> Group<'a> {
             spares,
             memory,
             executable: Executable::open(&plan.program),
+            warm,
             started,
             heartbeats,
             timer_file: None,
@@ -356,10 +361,13 @@ impl<'a> Group<'a> {
         variables
             .extend(paths.into_iter().filter_map(|(name, path)| Some((name, path?.display().to_string()))));
         let cpus = self.plan.cpus.as_ref().and_then(|cpus| cpus.get(local_rank as usize));
-        let (program, link, output) = (&self.plan.program, &theirs, [stdout, stderr]);
-        let executable = self.executable.started_by();
-        let rank =
-            spawn(&self.tree, Start { id, program, executable, local_rank, cpus, variables, link, output })?;
+        let (program, link, stdin) = (&self.plan.program, &theirs, Stdio::Inherit);
+        let (executable, output) = (self.executable.started_by(), [stdout, stderr]);
+        let start = Start { id, program, executable, local_rank, cpus, variables, link, stdin, output };
+        let rank = match self.warm.start(&start, &environment.thread_variables()) {
+            Some(rank) => rank,
+            None => spawn(&self.tree, start)?,
+        };
         let watch = (&self.events, self.plan.shutdown_timeout);
         Member::started(id, rank, ours, stderr_pump, lives, files.clone(), watch)
     }
@@ -403,7 +411,8 @@ impl<'a> Group<'a> {
     /// Kills what came of no process that lives, spares included.
     pub(super) fn kill_others(&self) {
         let ranks = self.ranks.values().filter_map(|member| Some((member.id, member.living()?)));
-        self.tree.kill_others(&ranks.chain(self.spares.living()).collect::<Vec<_>>());
+        let others = self.spares.living().chain(self.warm.process());
+        self.tree.kill_others(&ranks.chain(others).collect::<Vec<_>>());
     }
 
     /// Processes and where their stacks are to be written.

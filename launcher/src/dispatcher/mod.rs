@@ -34,6 +34,7 @@ use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
 use crate::report::{ErrorDocument, Events, Happened, ProgressLines, Rounds};
 use crate::supervise::{Caught, ProcessId, ProcessTree, Remains, Signals};
+use crate::warm::Warm;
 use crate::{Error, LaunchPlan, preempt};
 use clock::Clock;
 use finished::Finished;
@@ -95,8 +96,17 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     };
     let offer = StoreOffer::new(&plan).map_err(Error::Runtime)?;
     let timers = FileTimers::open(&plan, &console)?;
+    // Modules are imported while the nodes meet.
+    let warm = Warm::new(&plan, &tree, (&console, &files));
+    let meet = async {
+        let session = meeting.meet(hello(&plan, &meeting, &offer)).await;
+        if session.is_ok() {
+            warm.ready().await;
+        }
+        session
+    };
     let session = tokio::select! {
-        session = meeting.meet(hello(&plan, &meeting, &offer)) => session?,
+        session = meet => session?,
         caught = signals.stop() => {
             ErrorDocument::of_launcher("told to stop before the nodes had met").write();
             return Ok(match caught {
@@ -114,6 +124,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         &tree,
         (console.clone(), files),
         events,
+        warm,
     )
     .with_timers(timers);
     let mut gave_up = false;
@@ -220,6 +231,7 @@ impl<'a> Dispatcher<'a> {
         tree: &Arc<ProcessTree>,
         (console, files): (Console, Files),
         log: Events,
+        warm: Warm,
     ) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         preempt::watch(&plan.notices, &sender);
@@ -235,7 +247,14 @@ impl<'a> Dispatcher<'a> {
         };
         Self {
             agent: Agent::new(rules),
-            group: Group::new(plan, Arc::clone(tree), (console.clone(), files), sender.clone(), rewrites),
+            group: Group::new(
+                plan,
+                Arc::clone(tree),
+                (console.clone(), files),
+                sender.clone(),
+                rewrites,
+                warm,
+            ),
             console,
             log,
             session: Some(session),

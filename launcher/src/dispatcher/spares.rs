@@ -53,10 +53,11 @@ impl Spares {
         let (ours, theirs) = UnixStream::pair()?;
         let (lives, ended) = watch::channel(());
         let ((stdout, to_stdout), (stderr, to_stderr)) = (pipe()?, pipe()?);
-        let (link, output) = (&theirs, [to_stdout, to_stderr].map(Stdio::Pipe));
+        let (link, stdin) = (&theirs, Stdio::Inherit);
+        let output = [to_stdout, to_stderr].map(Stdio::Pipe);
         let rank = spawn(
             tree,
-            Start { id, program, executable, local_rank: 0, cpus: None, variables, link, output },
+            Start { id, program, executable, local_rank: 0, cpus: None, variables, link, stdin, output },
         )?;
         let pid = rank.pid();
         let member = Member::started(id, rank, ours, None, lives, RankFiles::default(), watch)?;

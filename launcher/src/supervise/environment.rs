@@ -31,7 +31,7 @@ impl<'a> Environment<'a> {
         let maps_hip = hip.is_some();
         let visible = hip.or_else(visible_devices);
         let placed = place(&plan.devices, visible.as_deref(), plan.virtual_local_rank);
-        Self { plan, round, store, placed, maps_hip, threads: threads(plan, round) }
+        Self { plan, round, store, placed, maps_hip, threads: threads(plan, round.you.ranks_on_host) }
     }
 
     /// The variables of a rank, for one that lives.
@@ -56,12 +56,9 @@ impl<'a> Environment<'a> {
         variables
     }
 
-    /// libtorch takes its number of threads from MKL, which prefers its own variable.
-    fn thread_variables(&self) -> impl Iterator<Item = (&'static str, String)> {
-        let mkl = Some(names::MKL_NUM_THREADS).filter(|name| unset(name));
-        let names = [Some(names::OMP_NUM_THREADS), mkl].into_iter().flatten();
-        let number = self.threads.map(|threads| threads.to_string());
-        names.filter_map(move |name| Some((name, number.clone()?)))
+    /// The variables that libraries read when they are loaded.
+    pub(crate) fn thread_variables(&self) -> Vec<(&'static str, String)> {
+        thread_variables(self.threads)
     }
 
     /// The variables of a rank.
@@ -111,17 +108,30 @@ impl<'a> Environment<'a> {
     }
 }
 
+/// The thread variables that the ranks of this node will have if all agents of the job run on other
+/// machines; known before the nodes have met.
+pub(crate) fn expected_thread_variables(plan: &LaunchPlan) -> Vec<(&'static str, String)> {
+    thread_variables(threads(plan, plan.local_world_size()))
+}
+
+/// libtorch takes its number of threads from MKL, which prefers its own variable.
+fn thread_variables(threads: Option<u32>) -> Vec<(&'static str, String)> {
+    let Some(number) = threads.map(|threads| threads.to_string()) else { return Vec::new() };
+    let mkl = Some(names::MKL_NUM_THREADS).filter(|name| unset(name));
+    let names = [Some(names::OMP_NUM_THREADS), mkl].into_iter().flatten();
+    names.map(|name| (name, number.clone())).collect()
+}
+
 /// Threads of each rank where nobody says how many: its share of this machine's cores, other nodes of the job on the same machine included.
 /// A rank that has the machine to itself keeps its own default.
-fn threads(plan: &LaunchPlan, round: &Round) -> Option<u32> {
+fn threads(plan: &LaunchPlan, ranks_here: u32) -> Option<u32> {
     if plan.omp_num_threads.is_some() {
         return plan.omp_num_threads;
     }
     if !unset(names::OMP_NUM_THREADS) {
         return None;
     }
-    let here = round.you.ranks_on_host;
-    (here > 1).then(|| threads_per_rank(cores(), here))
+    (ranks_here > 1).then(|| threads_per_rank(cores(), ranks_here))
 }
 
 fn signals(plan: &LaunchPlan) -> String {

@@ -17,6 +17,10 @@ use super::ProcessId;
 const TAG: u64 = 1;
 const ALL: u64 = 0xFFFF;
 
+/// The template that ranks are forked from. Its mark is the highest of the job, so that the mark of
+/// each rank can be set by lowering it.
+pub(crate) const TEMPLATE: ProcessId = ProcessId::MAX;
+
 /// What the processes of one job have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mark {
@@ -46,7 +50,10 @@ impl Mark {
     /// The limit of a process that the agent starts.
     pub(crate) fn of(self, process: ProcessId) -> rlim_t {
         match self {
-            Self::Outer(job) => job << 32 | (process % ALL) << 16 | ALL,
+            Self::Outer(job) => {
+                let number = if process == TEMPLATE { ALL } else { process % ALL };
+                job << 32 | number << 16 | ALL
+            }
             Self::Inner(mark) => mark,
         }
     }
@@ -68,6 +75,14 @@ impl Mark {
 /// Gives the calling process a mark; a system call and nothing else.
 pub(super) fn set(mark: rlim_t) -> nix::Result<()> {
     setrlimit(Resource::RLIMIT_LOCKS, mark, mark)
+}
+
+/// Gives a child of this process, forked from the template, the mark of a rank.
+pub(super) fn set_of(pid: u32, mark: rlim_t) -> io::Result<()> {
+    let mark = rustix::process::Rlimit { current: Some(mark), maximum: Some(mark) };
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed());
+    rustix::process::prlimit(pid, rustix::process::Resource::Locks, mark)?;
+    Ok(())
 }
 
 /// The hard limit of locks in `/proc/<pid>/limits`, without an allocation.
@@ -94,6 +109,11 @@ mod tests {
             assert!(job.covers(job.of(process)) && !other.covers(job.of(process)));
             assert!(job.came_of(job.of(process), process));
         }
+        for process in [1, 65_534, 65_535] {
+            assert!(job.of(process) < job.of(TEMPLATE), "a limit can only be lowered");
+            assert!(!job.came_of(job.of(TEMPLATE), process) && !job.came_of(job.of(process), TEMPLATE));
+        }
+        assert!(job.covers(job.of(TEMPLATE)) && job.came_of(job.of(TEMPLATE), TEMPLATE));
         assert!(!job.came_of(job.of(1), 2) && !job.covers(RLIM_INFINITY));
     }
 

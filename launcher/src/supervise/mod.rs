@@ -20,10 +20,11 @@ mod tree;
 pub(crate) type ProcessId = u64;
 
 pub(crate) use drain::{Ending, Orders, Remains};
-pub(crate) use environment::Environment;
+pub(crate) use environment::{Environment, expected_thread_variables};
 pub(crate) use executable::Executable;
 pub(crate) use heartbeats::Heartbeats;
 pub(crate) use limits::{check_limits, explained, raise_open_files, survive_file_size};
+pub(crate) use mark::TEMPLATE;
 pub(crate) use memory::MemoryWatch;
 pub(crate) use proc::{cpu_times, descendants, handles};
 pub(crate) use process::{Rank, Start, Stdio, spawn};

@@ -5,11 +5,11 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::Arc;
 
 use ice_proto::env::{ICE_LINK_FD, ICE_RDZV_TLS, ICE_RDZV_TOKEN, TORCHELASTIC_ERROR_FILE};
@@ -37,6 +37,23 @@ pub(crate) enum Stdio {
     Pipe(OwnedFd),
 }
 
+impl Stdio {
+    /// The descriptor of a stream that this process has under `number`, with `null` as the one that
+    /// leads nowhere; `None` if the stream is closed.
+    pub(crate) fn descriptor<'a>(
+        &'a self,
+        number: BorrowedFd<'a>,
+        null: BorrowedFd<'a>,
+    ) -> Option<BorrowedFd<'a>> {
+        match self {
+            Self::Inherit => rustix::io::fcntl_getfd(number).is_ok().then_some(number),
+            Self::Null => Some(null),
+            Self::File(file) => Some(file.as_fd()),
+            Self::Pipe(end) => Some(end.as_fd()),
+        }
+    }
+}
+
 impl From<Stdio> for std::process::Stdio {
     fn from(stdio: Stdio) -> Self {
         match stdio {
@@ -52,7 +69,7 @@ impl From<Stdio> for std::process::Stdio {
 pub(crate) struct Rank {
     id: ProcessId,
     tree: Arc<ProcessTree>,
-    child: Child,
+    pid: u32,
     pidfd: AsyncFd<OwnedFd>,
 }
 
@@ -67,21 +84,23 @@ pub(crate) struct Start<'a> {
     pub(crate) variables: Vec<(&'static str, String)>,
     /// The rank's end of the link.
     pub(crate) link: &'a UnixStream,
+    pub(crate) stdin: Stdio,
     /// Where stdout and stderr go.
     pub(crate) output: [Stdio; 2],
 }
 
 /// Starts a rank. The calling thread must live as long as the agent: the kernel kills the rank when it ends.
 pub(crate) fn spawn(tree: &Arc<ProcessTree>, start: Start<'_>) -> io::Result<Rank> {
-    let Start { id, program, executable, local_rank, cpus, variables, link, output: [stdout, stderr] } =
-        start;
+    let Start { id, program, executable, local_rank, cpus, variables, link, stdin, output } = start;
+    let [stdout, stderr] = output;
     let mark = tree.mark_of(id);
     let mut command = Command::new(executable);
     command.arg0(&program.path);
     // The launcher's own error file, if it has one, is not that of a rank.
     command.env_remove(TORCHELASTIC_ERROR_FILE);
     command.args(program.args_of(local_rank)).envs(variables).env(ICE_LINK_FD, link.as_raw_fd().to_string());
-    command.env_remove(ICE_RDZV_TOKEN).env_remove(ICE_RDZV_TLS).stdout(stdout).stderr(stderr);
+    command.env_remove(ICE_RDZV_TOKEN).env_remove(ICE_RDZV_TLS);
+    command.stdin(stdin).stdout(stdout).stderr(stderr);
     let cpus = cpus.map(cpu_set).transpose()?;
     let (link_fd, agent) = (link.as_raw_fd(), getpid());
     let open_files = limits::inherited_open_files();
@@ -114,17 +133,8 @@ pub(crate) fn spawn(tree: &Arc<ProcessTree>, start: Start<'_>) -> io::Result<Ran
     // SAFETY: the closure makes system calls only; it allocates nothing and takes no lock.
     unsafe { command.pre_exec(before_exec) };
     let mut child = command.spawn()?;
-    let open = || -> io::Result<AsyncFd<OwnedFd>> {
-        let pid = rustix::process::Pid::from_child(&child);
-        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-        // SAFETY: the pidfd is owned by the AsyncFd, which closes it when it is dropped and not before.
-        unsafe { AsyncFd::register(pidfd) }.map_err(Into::into)
-    };
-    match open() {
-        Ok(pidfd) => {
-            tree.started(child.id());
-            Ok(Rank { id, child, pidfd, tree: Arc::clone(tree) })
-        }
+    match Rank::open(tree, id, child.id()) {
+        Ok(rank) => Ok(rank),
         Err(error) => {
             child.kill()?;
             child.wait()?;
@@ -142,19 +152,73 @@ fn cpu_set(cpus: &BTreeSet<u32>) -> nix::Result<CpuSet> {
 }
 
 impl Rank {
+    /// Holds a child of this process.
+    fn open(tree: &Arc<ProcessTree>, id: ProcessId, pid: u32) -> io::Result<Self> {
+        let number = rustix::process::Pid::from_raw(pid.cast_signed()).ok_or(io::ErrorKind::InvalidInput)?;
+        let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty())?;
+        // SAFETY: the pidfd is owned by the AsyncFd, which closes it when it is dropped and not before.
+        let pidfd = unsafe { AsyncFd::register(pidfd) }.map_err(io::Error::from)?;
+        tree.started(pid);
+        Ok(Self { id, pid, pidfd, tree: Arc::clone(tree) })
+    }
+
+    /// Adopts a process that a template has forked for this agent, and gives it the mark of a rank.
+    /// The process waits for its first message and does nothing else.
+    ///
+    /// # Errors
+    /// The process has ended, is not this process's child, or cannot be marked.
+    pub(crate) fn adopt(tree: &Arc<ProcessTree>, id: ProcessId, pid: u32) -> io::Result<Self> {
+        let rank = Self::open(tree, id, pid)?;
+        // The reaper may have waited for the process before it was noted, and the number be another's.
+        let is_ours = Process::read(pid).is_some_and(|process| {
+            process.lives() && process.parent == std::process::id() && process.session == pid
+        });
+        let marked = match tree.mark_of(id) {
+            _ if !is_ours => Err(io::ErrorKind::NotFound.into()),
+            Some(mark) => mark::set_of(pid, mark),
+            None => Ok(()),
+        };
+        match marked {
+            Ok(()) => Ok(rank),
+            Err(error) => {
+                rank.discard();
+                Err(error)
+            }
+        }
+    }
+
+    /// Binds it to CPUs; for a process that has not begun its work.
+    pub(crate) fn bind(&self, cpus: &BTreeSet<u32>) -> io::Result<()> {
+        Ok(sched_setaffinity(self.group(), &cpu_set(cpus)?)?)
+    }
+
+    /// Ends a process that has not begun its work.
+    pub(crate) fn discard(self) {
+        let _ = rustix::process::pidfd_send_signal(self.pidfd.get_ref(), rustix::process::Signal::KILL);
+        let _ = self.reap();
+    }
+
+    /// Waits for its end, and for nothing that came of it.
+    fn reap(&self) -> io::Result<Option<rustix::process::WaitStatus>> {
+        let pid = rustix::process::Pid::from_raw(self.pid.cast_signed());
+        let status = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
+        self.tree.waited_for(self.pid);
+        Ok(status?.map(|(_, status)| status))
+    }
+
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
     }
 
     /// The process group, for signals while the rank lives.
     pub(crate) fn group(&self) -> Pid {
-        Pid::from_raw(self.child.id().cast_signed())
+        Pid::from_raw(self.pid.cast_signed())
     }
 
     /// Waits for the end of the process and of all that came of it.
     ///
     /// The process is reaped last: until then its number, which is that of its session and its process group, cannot belong to another one.
-    pub(crate) async fn wait(mut self, mut orders: Orders, say: impl Fn(Remains)) -> Exit {
+    pub(crate) async fn wait(self, mut orders: Orders, say: impl Fn(Remains)) -> Exit {
         let pid = self.pid();
         let mut stuck = None;
         let gone = loop {
@@ -174,14 +238,12 @@ impl Rank {
         drain(&self.tree, (self.id, pid), well, orders, say).await;
         // What is left of the group is what `/proc` could not show.
         let _ = killpg(self.group(), Signal::SIGKILL);
-        let status = gone.and_then(|()| self.child.wait());
-        self.tree.waited_for(pid);
-        match status {
-            Ok(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => Exit::Code(code),
-                (None, signal) => Exit::Signal(signal.unwrap_or(0)),
-            },
-            Err(_) => Exit::Code(1),
+        let status = gone.and_then(|()| self.reap()).ok().flatten();
+        let code = status.and_then(|status| status.exit_status());
+        match (code, status.and_then(|status| status.terminating_signal())) {
+            (Some(code), _) => Exit::Code(code),
+            (None, Some(signal)) => Exit::Signal(signal),
+            (None, None) => Exit::Code(1),
         }
     }
 }
@@ -199,7 +261,11 @@ mod tests {
         let (program, link, variables) = (&program, &theirs, Vec::new());
         let tree = ProcessTree::for_tests();
         let executable = &program.path;
-        spawn(&tree, Start { id: 1, program, executable, local_rank: 0, cpus: None, variables, link, output })
+        let stdin = Stdio::Inherit;
+        spawn(
+            &tree,
+            Start { id: 1, program, executable, local_rank: 0, cpus: None, variables, link, stdin, output },
+        )
     }
 
     async fn wait(rank: Rank) -> Exit {

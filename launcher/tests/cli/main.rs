@@ -23,6 +23,7 @@ mod signals;
 mod support;
 mod tls;
 mod usage;
+mod warm;
 
 const TWO: [&str; 2] = ["--devices", "cpu:0-1"];
 /// What a rank does that is to be stopped.

@@ -2,6 +2,7 @@
 
 mod conf;
 mod launch;
+mod python;
 mod rendezvous;
 mod torchrun;
 mod values;
@@ -16,6 +17,7 @@ use clap::{Arg, Args, Command, CommandFactory, FromArgMatches, Parser, ValueEnum
 
 pub(crate) use conf::{EtcdArgs, RendezvousArgs};
 pub use launch::LaunchArgs;
+pub use python::PythonArgs;
 pub use rendezvous::RdzvArgs;
 pub use torchrun::TorchrunArgs;
 pub(crate) use torchrun::ignored_variables;
@@ -28,7 +30,7 @@ Exit codes: 0 all ranks succeeded · 1 the job failed · 2 wrong usage, nothing 
 executed or found · 75 preempted, start it again · 128+n ended by signal n · else the failed rank's own
 
 The book, in docs/ of the sources and of the release: docs/start.md to begin with, docs/torchrun.md for who comes from torchrun, \
-docs/clusters.md for job scripts, docs/elasticity.md, docs/troubleshooting.md for messages.";
+docs/clusters.md for job scripts, docs/elasticity.md, docs/warm-start.md, docs/troubleshooting.md for messages.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -63,6 +65,9 @@ pub struct Cli {
     /// How to launch.
     #[command(flatten)]
     pub launch: LaunchArgs,
+    /// How ranks of Python are started.
+    #[command(flatten)]
+    pub python: PythonArgs,
     /// torchrun's ways to say it.
     #[command(flatten)]
     pub torchrun: TorchrunArgs,

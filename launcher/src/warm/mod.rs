@@ -1,0 +1,253 @@
+//! Warm starts: ranks of Python are forked from a process that has imported their modules.
+//!
+//! - **WS-1** The template is a process of the launcher: it carries the job's mark, and dies with the
+//!   launcher.
+//! - **WS-2** A forked process does nothing before the launcher has adopted it and sent its message.
+//! - **WS-3** Whatever is wrong with the template, the rank starts as without it, and one line says why.
+//!
+//! In the book: `docs/warm-start.md`.
+
+mod command;
+mod template;
+mod wire;
+
+use std::cell::RefCell;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use ice_proto::env as names;
+use tokio::sync::oneshot;
+
+use crate::LaunchPlan;
+use crate::cli::Program;
+use crate::logs::{Console, Files};
+use crate::placement::{CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES};
+use crate::supervise::{ProcessId, ProcessTree, Rank, Start, Stdio, TEMPLATE, expected_thread_variables};
+use command::PythonCommand;
+use template::{Outcome, Setup, Template, Trouble};
+use wire::Message;
+
+/// Templates that a job starts at most: after that something ends each of them.
+const MOST_TEMPLATES: u32 = 10;
+
+/// The template of this node, and what it is made from.
+pub(crate) struct Warm {
+    modules: Vec<String>,
+    /// The variables that differ from rank to rank.
+    rank_variables: Vec<&'static str>,
+    tree: Arc<ProcessTree>,
+    console: Console,
+    files: Files,
+    state: RefCell<State>,
+}
+
+struct State {
+    phase: Phase,
+    /// The thread variables of the template.
+    variables: Vec<(&'static str, String)>,
+    started: u32,
+    /// What was said last.
+    said: String,
+}
+
+enum Phase {
+    Off,
+    Starting(Template, oneshot::Receiver<Outcome>),
+    Ready(Template),
+}
+
+impl Warm {
+    /// Starts the template of a job that has one.
+    pub(crate) fn new(
+        plan: &LaunchPlan,
+        tree: &Arc<ProcessTree>,
+        (console, files): (&Console, &Files),
+    ) -> Self {
+        let is_fixed = |name: &str| name == names::OMP_NUM_THREADS || name == names::MKL_NUM_THREADS;
+        let contract = names::ALL.iter().map(|(name, _)| *name).filter(|name| !is_fixed(name));
+        let warm = Self {
+            modules: plan.preload.clone(),
+            rank_variables: contract.chain([CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES]).collect(),
+            tree: Arc::clone(tree),
+            console: console.clone(),
+            files: files.clone(),
+            state: RefCell::new(State {
+                phase: Phase::Off,
+                variables: expected_thread_variables(plan),
+                started: 0,
+                said: String::new(),
+            }),
+        };
+        if !warm.modules.is_empty() {
+            match &plan.cpus {
+                Some(_) => warm.say("--numa-binding binds ranks before their libraries are loaded"),
+                None => warm.renew(&plan.program, &plan.program.path),
+            }
+        }
+        warm
+    }
+
+    /// Waits until the template can fork, or is known not to.
+    pub(crate) async fn ready(&self) {
+        let phase = std::mem::replace(&mut self.state.borrow_mut().phase, Phase::Off);
+        let phase = match phase {
+            Phase::Starting(template, outcome) => self.judge(template, outcome.await.unwrap_or_else(ended)),
+            phase => phase,
+        };
+        self.state.borrow_mut().phase = phase;
+    }
+
+    /// Its process, which is no rank's.
+    pub(crate) fn process(&self) -> Option<(ProcessId, u32)> {
+        match &self.state.borrow().phase {
+            Phase::Off => None,
+            Phase::Starting(template, _) | Phase::Ready(template) => Some((TEMPLATE, template.pid)),
+        }
+    }
+
+    /// Forks a rank. `None` if it has to be started without the template; why was said then.
+    pub(crate) fn start(&self, start: &Start<'_>, threads: &[(&'static str, String)]) -> Option<Rank> {
+        self.look();
+        let phase = std::mem::replace(&mut self.state.borrow_mut().phase, Phase::Off);
+        let mut template = match phase {
+            Phase::Off => return None,
+            Phase::Starting(..) => {
+                self.state.borrow_mut().phase = phase;
+                self.say("the template is not ready");
+                return None;
+            }
+            Phase::Ready(template) => template,
+        };
+        let trouble = if self.state.borrow().variables == threads {
+            match self.fork(&mut template, start) {
+                Ok(rank) => {
+                    self.state.borrow_mut().phase = Phase::Ready(template);
+                    return Some(rank);
+                }
+                Err(trouble) => trouble,
+            }
+        } else {
+            let now: Vec<_> = threads.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            self.state.borrow_mut().variables = threads.to_vec();
+            Trouble::Refused(format!("the template was started without {}", now.join(" ")))
+        };
+        drop(template);
+        match trouble {
+            Trouble::Failed(why) | Trouble::Refused(why) => self.say(&why),
+        }
+        self.renew(start.program, start.executable);
+        None
+    }
+
+    /// Notes that a template that was being started is ready.
+    fn look(&self) {
+        let mut state = self.state.borrow_mut();
+        state.phase = match std::mem::replace(&mut state.phase, Phase::Off) {
+            Phase::Starting(template, mut outcome) => match outcome.try_recv() {
+                Ok(outcome) => {
+                    drop(state);
+                    let phase = self.judge(template, outcome);
+                    self.state.borrow_mut().phase = phase;
+                    return;
+                }
+                Err(_) => Phase::Starting(template, outcome),
+            },
+            phase => phase,
+        };
+    }
+
+    fn judge(&self, template: Template, outcome: Outcome) -> Phase {
+        match outcome {
+            Ok(()) => Phase::Ready(template),
+            Err(why) => {
+                self.say(&why);
+                Phase::Off
+            }
+        }
+    }
+
+    /// Starts a template, with which this round's ranks, or those of the next one, are started.
+    fn renew(&self, program: &Program, executable: &Path) {
+        let Some(command) = command_of(program, 0) else {
+            return self.say("the program is not run by Python");
+        };
+        let variables = {
+            let mut state = self.state.borrow_mut();
+            if state.started == MOST_TEMPLATES {
+                return;
+            }
+            state.started += 1;
+            state.variables.clone()
+        };
+        let started = Template::start(Setup {
+            tree: &self.tree,
+            executable: command.interpreter.as_deref().unwrap_or(executable),
+            command: &command,
+            modules: &self.modules,
+            variables,
+            rank_variables: &self.rank_variables,
+            output: (&self.console, &self.files),
+        });
+        match started {
+            Ok((template, outcome)) => {
+                self.state.borrow_mut().phase = Phase::Starting(template, outcome);
+            }
+            Err(error) => self.say(&format!("the template cannot be started: {error}")),
+        }
+    }
+
+    fn fork(&self, template: &mut Template, start: &Start<'_>) -> Result<Rank, Trouble> {
+        let command = command_of(start.program, start.local_rank).filter(PythonCommand::is_source);
+        let command = command.ok_or_else(|| Trouble::Refused("the program is no Python source".into()))?;
+        let (rank, mut gate) = template.fork(&self.tree, start.id)?;
+        let sent = (|| -> io::Result<()> {
+            if let Some(cpus) = start.cpus {
+                rank.bind(cpus)?;
+            }
+            let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+            let own = (io::stdin(), io::stdout(), io::stderr());
+            let own = [own.0.as_fd(), own.1.as_fd(), own.2.as_fd()];
+            let [stdout, stderr] = &start.output;
+            let streams: [&Stdio; 3] = [&start.stdin, stdout, stderr];
+            let streams = std::array::from_fn(|at| streams[at].descriptor(own[at], null.as_fd()));
+            let message = Message {
+                launcher: std::process::id(),
+                streams,
+                link: start.link.as_fd(),
+                name: command.name.as_deref(),
+                words: &command.words[command.at..],
+                variables: &start.variables,
+            };
+            message.send(&mut gate)
+        })();
+        match sent {
+            Ok(()) => Ok(rank),
+            Err(error) => {
+                rank.discard();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Says why ranks start cold, once.
+    fn say(&self, why: &str) {
+        let mut state = self.state.borrow_mut();
+        if state.said != why {
+            state.said = why.to_owned();
+            self.console.note(&format!("ranks start without --preload: {why}"));
+        }
+    }
+}
+
+fn ended<E>(_: E) -> Outcome {
+    Err("the template has ended".into())
+}
+
+/// The command line of a rank.
+fn command_of(program: &Program, local_rank: u32) -> Option<PythonCommand> {
+    let args = program.args_of(local_rank).map(|word| OsString::from(&*word)).collect();
+    PythonCommand::new(program, args)
+}

@@ -1,0 +1,264 @@
+//! Ranks of Python that are forked from a template are what they would be without it.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::process::Signal;
+use tempfile::{TempDir, tempdir};
+
+use crate::support::{Finished, Gate, Job, executable, free_port, ice_launch, run, wait_until_reaped};
+
+/// A module that tells a forked rank from others.
+const MARKER: &str = "import os\nPID = os.getpid()\n";
+/// Says whether the rank was forked from a template.
+const TELL: &str = "import os, sys\n\
+    marker = sys.modules.get('marker')\n\
+    sys.stdout.write('forked\\n' if marker and marker.PID != os.getpid() else 'started\\n')\n";
+const WHY: &str = "ice-launch: ranks start without --preload: ";
+
+/// A folder with the programs of these tests.
+fn folder() -> TempDir {
+    let folder = tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    write("marker.py", MARKER);
+    write("tell.py", TELL);
+    write("report.py", include_str!("warm/report.py"));
+    write("ends.py", include_str!("warm/ends.py"));
+    fs::create_dir(folder.path().join("package")).unwrap();
+    write("package/__init__.py", "");
+    write("package/report.py", include_str!("warm/report.py"));
+    folder
+}
+
+fn launched(folder: &Path, options: &[&str]) -> Command {
+    let mut command = ice_launch();
+    command.current_dir(folder).args(["--devices", "cpu"]).args(options);
+    command.env("PYTHON_EXEC", "python3").env("PYTHONDONTWRITEBYTECODE", "1");
+    command
+}
+
+/// Runs a program without and with a template.
+fn both(folder: &Path, program: &[&str]) -> [Finished; 2] {
+    [&["--preload", "none"], &["--preload", "marker"]].map(|options| {
+        let mut command = launched(folder, options);
+        command.args(program).env("PYTHONPATH", folder);
+        run(command)
+    })
+}
+
+#[test]
+fn forked_rank_sees_what_a_started_one_sees() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let python =
+        String::from_utf8(Command::new("sh").args(["-c", "command -v python3"]).output().unwrap().stdout);
+    let report = fs::read_to_string(path("report.py")).unwrap();
+    executable(&folder.path().join("a-long-console-script"), format!("#!{}{report}", python.unwrap()));
+    executable(&folder.path().join("by-env"), format!("#!/usr/bin/env python3\n{report}"));
+    let (console, by_env) = (path("a-long-console-script"), path("by-env"));
+    for program in [
+        &["report.py", "--lr", "", "${local_rank}"][..],
+        &["-m", "package.report", "x"],
+        &["--run-path", "./package/../report.py"],
+        &["python3", "report.py"],
+        &["python3", "-Es", "-O", "-X", "dev", "-Wignore", "report.py"],
+        &[&console, "-x"],
+        &[&by_env],
+    ] {
+        let [started, forked] = both(folder.path(), program);
+        assert!(started.stdout.len() > 40, "{started:#?}");
+        for (one, other) in started.stdout.iter().zip(&forked.stdout) {
+            assert_eq!(one, other, "{program:?}");
+        }
+        assert_eq!(started.stderr, forked.stderr, "{program:?}");
+    }
+}
+
+#[test]
+fn forked_rank_ends_as_a_started_one_ends() {
+    let folder = folder();
+    fs::write(folder.path().join("wrong.py"), "def f(:\n").unwrap();
+    let without_pid = |finished: &Finished| {
+        let lines: Vec<_> = finished.stderr.lines().filter(|line| !line.contains("pid ")).collect();
+        (finished.code, finished.stdout.clone(), lines.join("\n"))
+    };
+    let ends = [
+        "none",
+        "error",
+        "chain",
+        "interrupt",
+        "signal",
+        "code",
+        "text",
+        "abort",
+        "hook",
+        "thread",
+        "partial",
+    ];
+    for program in
+        ends.map(|how| vec!["ends.py", how]).into_iter().chain([vec!["wrong.py"], vec!["-m", "nowhere"]])
+    {
+        let [started, forked] = both(folder.path(), &program);
+        assert_eq!(without_pid(&started), without_pid(&forked), "{program:?}");
+    }
+}
+
+#[test]
+fn restarts_and_all_ranks_are_forked_and_an_edited_script_runs() {
+    let folder = folder();
+    let text = format!("{TELL}\nprint(open(os.environ['GATE']).read().strip())\nraise SystemExit(1)\n");
+    fs::write(folder.path().join("edited.py"), text).unwrap();
+    let mut command = launched(folder.path(), &["--devices=cpu:0-1", "--max-restarts=1", "--preload=marker"]);
+    let gate = Gate::new(&mut command);
+    command.arg("edited.py");
+    let mut job = Job::start(command);
+    job.expect_line("forked");
+    job.expect_line("forked");
+    let new = format!("{TELL}\nprint('new ' + os.environ['TORCHELASTIC_RESTART_COUNT'])\n");
+    fs::write(folder.path().join("edited.py"), new).unwrap();
+    gate.open();
+    let finished = job.finish();
+    finished.expect(0, &["`edited.py` has been changed since the job started"]);
+    let count = |line: &str| finished.stdout.iter().filter(|other| *other == line).count();
+    assert_eq!((count("forked"), count("new 1"), count("started")), (4, 2, 0), "{finished:#?}");
+}
+
+/// Runs a job that preloads a module with this text, which a forked rank must not use.
+fn refused(module: &str, why: &str) {
+    let folder = folder();
+    fs::write(folder.path().join("marker.py"), format!("{MARKER}{module}\n")).unwrap();
+    let mut command = launched(folder.path(), &["--preload", "marker"]);
+    command.arg("tell.py");
+    let finished = run(command);
+    finished.expect(0, &[&format!("{WHY}{why}")]);
+    assert_eq!((&finished.stdout[..], finished.stderr.matches(WHY).count()), (&["started".into()][..], 1));
+}
+
+#[test]
+fn module_that_cannot_be_shared_makes_ranks_start_without_the_template() {
+    refused("1 / 0", "`marker` cannot be imported: ZeroDivisionError: division by zero");
+    refused("import nowhere", "`marker` cannot be imported: No module named 'nowhere'");
+    refused("raise SystemExit(3)", "`marker` cannot be imported: SystemExit: 3");
+    refused("os._exit(3)", "the template ended while it imported `marker`");
+    refused("os.kill(os.getpid(), 9)", "the template ended while it imported `marker`");
+    let thread = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()";
+    refused(thread, "importing `marker` starts 1 threads, which a fork would lose");
+    refused("os.environ.get('LOCAL_RANK')", "`marker` reads LOCAL_RANK when it is imported");
+    refused("os.getenv('WORLD_SIZE', 1)", "`marker` reads WORLD_SIZE when it is imported");
+}
+
+#[test]
+fn module_that_reads_stdin_or_prints_is_shared() {
+    let folder = folder();
+    let module =
+        format!("{MARKER}import sys\nREAD = sys.stdin.read()\nprint('imported')\nos.environ['SET'] = 'x'\n");
+    fs::write(folder.path().join("marker.py"), module).unwrap();
+    let program = "import marker, os\nprint([marker.READ, os.environ['SET'], marker.PID == os.getpid()])\n";
+    fs::write(folder.path().join("program.py"), program).unwrap();
+    let mut command = launched(folder.path(), &["--devices=cpu:0-1", "--preload=marker"]);
+    command.arg("program.py");
+    let finished = run(command);
+    assert_eq!(finished.stdout, ["['', 'x', False]"; 2], "{finished:#?}");
+    assert_eq!(finished.expect(0, &[]).stderr, "[preload]: imported\n");
+}
+
+#[test]
+fn template_that_is_killed_or_stale_is_replaced() {
+    let folder = folder();
+    let program = format!(
+        "{TELL}\nsys.stdout.write('at %s, from %d\\n' % (os.environ['TORCHELASTIC_RESTART_COUNT'], marker.PID if marker else 0))\nopen(os.environ['GATE']).read()\n\
+         raise SystemExit(os.environ['TORCHELASTIC_RESTART_COUNT'] != '3')\n"
+    );
+    fs::write(folder.path().join("program.py"), program).unwrap();
+    let mut command =
+        launched(folder.path(), &["--max-restarts=3", "--preload=marker", "--restart-backoff=0"]);
+    let gate = Gate::new(&mut command);
+    command.arg("program.py");
+    let mut job = Job::start(command);
+    let template = job.expect_line("at 0, from ");
+    let pid = rustix::process::Pid::from_raw(template.parse().unwrap()).unwrap();
+    rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    wait_until_reaped(&template);
+    gate.open();
+    job.expect_line("at 1, from 0");
+    // The next template is ready long before the rank ends.
+    let ready = || {
+        let children =
+            Command::new("pgrep").args(["-P", &job.pid().to_string(), "ice-template"]).output().unwrap();
+        let pid = String::from_utf8(children.stdout).unwrap().trim().to_owned();
+        let wchan = fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+        // recvmsg(2): it waits for requests.
+        wchan.starts_with("47 ") || cfg!(not(target_arch = "x86_64"))
+    };
+    while !ready() {
+        std::thread::yield_now();
+    }
+    gate.open();
+    assert_ne!(job.expect_line("at 2, from "), "0");
+    fs::write(folder.path().join("marker.py"), format!("{MARKER}\n# edited\n")).unwrap();
+    gate.open();
+    job.expect_line("at 3, from 0");
+    gate.open();
+    let finished = job.finish();
+    let changed = format!("{WHY}`marker` has changed since it was preloaded");
+    finished.expect(0, &[&format!("{WHY}the template has ended"), &changed]);
+}
+
+#[test]
+fn forked_rank_draws_its_own_random_numbers_and_keys() {
+    let folder = folder();
+    let program = "import random, os\nfrom multiprocessing import current_process\n\
+        print(random.random(), current_process().authkey.hex())\n";
+    fs::write(folder.path().join("program.py"), program).unwrap();
+    let mut command =
+        launched(folder.path(), &["--devices=cpu:0-1", "--preload=random,multiprocessing.util"]);
+    command.arg("program.py");
+    let finished = run(command);
+    let words: Vec<_> = finished.expect(0, &[]).stdout.iter().flat_map(|line| line.split(' ')).collect();
+    assert!(words.len() == 4 && words[0] != words[2] && words[1] != words[3], "{words:?}");
+}
+
+#[test]
+fn template_started_with_other_threads_than_the_round_has_is_not_used() {
+    let folder = folder();
+    let port = free_port();
+    let jobs = ["0", "1"].map(|rank| {
+        let nodes = ["--nnodes=2", "--node-rank", rank, "--master-port", &port, "--preload=marker"];
+        let mut command = launched(folder.path(), &nodes);
+        command.arg("tell.py");
+        Job::start(command)
+    });
+    for job in jobs {
+        let finished = job.finish();
+        finished.expect(0, &[&format!("{WHY}the template was started without OMP_NUM_THREADS=")]);
+        assert_eq!(finished.stdout, ["started"]);
+    }
+}
+
+#[test]
+fn template_and_forked_ranks_die_with_the_launcher() {
+    let folder = folder();
+    fs::write(folder.path().join("program.py"), format!("{TELL}\nimport signal\nsignal.pause()\n")).unwrap();
+    let mut command = launched(folder.path(), &["--devices=cpu:0-1", "--preload=marker"]);
+    command.arg("program.py");
+    let mut job = Job::start(command);
+    job.expect_line("forked");
+    job.expect_line("forked");
+    job.signal(Signal::KILL);
+    // It finds what is left.
+    assert_eq!(job.finish().signal, Some(9));
+}
+
+#[test]
+fn signal_during_an_import_ends_the_job_at_once() {
+    let folder = folder();
+    let module = format!("{MARKER}import sys, time\nsys.stderr.write('importing\\n')\ntime.sleep(600)\n");
+    fs::write(folder.path().join("marker.py"), module).unwrap();
+    let mut command = launched(folder.path(), &["--preload=marker"]);
+    command.arg("tell.py");
+    let mut job = Job::start_unread(command);
+    job.expect_error("[preload]: importing\n");
+    job.signal(Signal::TERM);
+    assert_eq!(job.finish().code, Some(143));
+}
