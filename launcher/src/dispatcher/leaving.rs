@@ -48,7 +48,7 @@ impl Dispatcher<'_> {
         // What to do next comes last.
         if let ExitCode::Requeue(number) = code {
             let from = match &self.saved {
-                Some((path, step)) => format!(", and it can go on after step {step} from {path}"),
+                Some((path, step)) => format!(", and it can resume after step {step} from {path}"),
                 None => String::new(),
             };
             self.console.note(&format!("preempted: start the job again (exit code {number}){from}"));

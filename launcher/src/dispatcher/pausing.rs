@@ -38,7 +38,7 @@ impl Dispatcher<'_> {
     }
 
     pub(super) fn prompt(&self) {
-        self.console.say("Should I save the checkpoint? [Y/n] (c goes on) ");
+        self.console.say("Should I save the checkpoint? [Y/n] (c continues) ");
     }
 
     pub(super) fn answered(&mut self, answer: Answer) -> Option<Event> {
@@ -70,8 +70,8 @@ impl Dispatcher<'_> {
         }
         match (before, self.paused.len()) {
             (0, 1) if self.asking => self.prompt(),
-            (0, 1) => self.console.note("paused; SIGUSR2 goes on"),
-            (1, 0) if self.agent.is_running() => self.console.note("going on"),
+            (0, 1) => self.console.note("paused; SIGUSR2 resumes"),
+            (1, 0) if self.agent.is_running() => self.console.note("resumed"),
             _ => {}
         }
     }

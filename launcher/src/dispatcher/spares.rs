@@ -79,7 +79,7 @@ impl Spares {
             return Some(format!("a spare ended ({exit}); another one is started with the next round"));
         }
         self.wanted = 0;
-        Some(format!("a spare ended before it was ready ({exit}): going on without spares"))
+        Some(format!("a spare ended before it was ready ({exit}): continuing without spares"))
     }
 
     /// One that is ready.

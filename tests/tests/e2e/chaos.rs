@@ -138,7 +138,7 @@ fn faults_leave_no_trace(options: &[&str], faults: u64) -> Vec<Value> {
     let mut recoveries: Vec<_> =
         rounds.iter().filter_map(|round| round["recovered_after"].as_f64()).collect();
     recoveries.sort_by(f64::total_cmp);
-    let from_memory = first.stdout.matches(": going on after step").count();
+    let from_memory = first.stdout.matches(": continuing after step").count();
     let steps: u64 = rounds.iter().map(repeated).sum();
     println!(
         "{} rounds, {from_memory} of them from memory ({} from copies) and {} from a checkpoint; {steps} steps repeated; recovered after {:.2} s in the middle, {:.2} s at most",

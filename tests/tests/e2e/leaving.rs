@@ -60,7 +60,7 @@ fn what_was_saved_for_a_node_that_leaves_is_where_the_others_go_on() {
     let [(first, log), (second, _)] = two_nodes(folder.path(), "1:2");
     second.signal(Signal::TERM);
     second.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
-    let line = first.wait_for_line(TRAINING, |line| line.contains("going on after step"));
+    let line = first.wait_for_line(TRAINING, |line| line.contains("continuing after step"));
     let saved = checkpoint(&log);
     let (_, step) = saved.rsplit_once('S').unwrap();
     assert!(
@@ -101,7 +101,7 @@ fn a_job_that_is_preempted_saves_says_so_and_goes_on_there_when_it_is_started_ag
     let saved = checkpoint(&log);
     let (_, step) = saved.rsplit_once('S').unwrap();
     let again =
-        format!("start the job again (exit code 75), and it can go on after step {step} from {saved}");
+        format!("start the job again (exit code 75), and it can resume after step {step} from {saved}");
     first.expect_code(75).expect_in_stderr(&["left: preempted: SIGHUP", &again]);
     let again = training(folder.path()).args(["--resume-from", "latest"]);
     let again = again.under_ice_launch(&["--devices", "cpu:0-1"]).start();

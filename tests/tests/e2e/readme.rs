@@ -17,9 +17,9 @@ const ELSEWHERE: [(&str, &str); 5] = [
     ("scripts/setup --cuda", "nobody: 4.7 GB; it differs from --peer in where a link leads to"),
 ];
 
-/// The lines of code blocks, without what comes after a `#`.
+/// Returns the commands of code blocks, without their comments.
 fn commands(readme: &str) -> Vec<String> {
-    let code = readme.lines().filter_map(|line| line.strip_prefix("    "));
+    let code = readme.lines().filter_map(|line| line.strip_prefix("$ "));
     let command = |line: &str| line.split(" #").next().unwrap_or_default().trim().to_owned();
     code.map(command).collect()
 }

@@ -230,7 +230,7 @@ impl Run<'_> {
         {
             let ms = |time: Duration| time.as_secs_f64() * 1e3;
             println!(
-                "round {}: going on after step {} on {}, from {from} ({:.0} ms into the round, {:.0} of them for the state)",
+                "round {}: continuing after step {} on {}, from {from} ({:.0} ms into the round, {:.0} of them for the state)",
                 self.worker.round(),
                 self.counters.train_steps(),
                 match self.worker.world_size() {
