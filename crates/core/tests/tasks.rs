@@ -6,12 +6,15 @@ mod common;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use common::{Line, as_ranks, on_ranks, turn};
 use ice_core::optim::{Optimizer, Schedule, Sgd};
 use ice_core::{
-    Better, DatasetNode, EarlyStop, Error, HyperGraph, LossNode, MetricNode, ModuleNode, Outputs,
-    ReduceLROnPlateau, Repeat, ResumeFrom, Run, RunConfig, SaveCheckpoint, Task,
+    Better, Context, DatasetNode, EarlyStop, Error, HyperGraph, LossNode, MetricNode, ModuleNode, Node,
+    Outputs, ReduceLROnPlateau, Repeat, ResumeFrom, Run, RunConfig, SaveCheckpoint, Task, TaskItem, Value,
 };
 use ice_worker::Worker;
 use tch::{Device, Kind, Tensor, nn};
@@ -268,6 +271,132 @@ fn node_error_that_leaves_a_step_on_one_rank_alone_names_both() {
         });
         let wanted = [format!("rank {alone} has left"), format!("rank {} has not", 1 - alone)];
         assert!(wanted.iter().all(|wanted| errors[alone].contains(wanted)), "{errors:?}");
+    }
+}
+
+/// An item of the task list that returns an error each time that it runs, or nothing.
+struct Leaves(Option<fn() -> Error>);
+
+impl TaskItem for Leaves {
+    fn run(&self, _: &Run) -> ice_core::Result<()> {
+        self.0.map_or(Ok(()), |error| Err(error()))
+    }
+
+    fn is_finished(&self) -> bool {
+        false
+    }
+
+    fn reset(&self) {}
+
+    fn state(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
+    fn load_state(&self, _: &serde_json::Value, _: bool) -> ice_core::Result<()> {
+        Ok(())
+    }
+
+    fn epochs(&self, _: bool) -> u64 {
+        0
+    }
+}
+
+#[test]
+fn ranks_agree_on_what_an_item_of_ones_own_leaves() {
+    let run = |errors: [Option<fn() -> Error>; 2]| {
+        let out = tempfile::tempdir().unwrap();
+        as_ranks(2, |worker| {
+            let rank = worker.rank();
+            let notes = Rc::new(RefCell::new(Vec::new()));
+            let note = |text: &'static str| {
+                let notes = Rc::clone(&notes);
+                move |_: &Run| {
+                    notes.borrow_mut().push(text);
+                    Ok(())
+                }
+            };
+            // The second loop is left as well, with no step between.
+            let leaving = || Repeat::new(3).call(note("turn")).then(Leaves(errors[rank]));
+            let tasks = Repeat::once()
+                .then(leaving())
+                .then(leaving())
+                .then(Task::train("train").steps(1))
+                .call(note("end"));
+            let config = RunConfig { out_dir: out.path().to_owned(), ..RunConfig::default() };
+            let outcome = Run::execute(&graph(None), &tasks, Rc::new(worker), config);
+            (notes.take(), outcome.map_err(|error| error.to_string()))
+        })
+    };
+    let [task, all]: [fn() -> Error; 2] = [|| Error::StopTask, || Error::StopAllTasks];
+    let outcomes = run([Some(task), Some(task)]);
+    assert!(outcomes.iter().all(|outcome| *outcome == (vec!["turn", "turn", "end"], Ok(()))), "{outcomes:?}");
+    // The most that any rank asks for.
+    for errors in [[Some(all), Some(all)], [Some(task), Some(all)], [Some(all), Some(task)]] {
+        let outcomes = run(errors);
+        assert!(outcomes.iter().all(|outcome| *outcome == (vec!["turn"], Ok(()))), "{outcomes:?}");
+    }
+    for (alone, error) in [(0, task), (1, task), (0, all), (1, all)] {
+        let mut errors = [None; 2];
+        errors[alone] = Some(error);
+        let message = run(errors)[alone].1.clone().unwrap_err();
+        let wanted = [format!("rank {alone} has left an item"), format!("rank {} has not", 1 - alone)];
+        assert!(wanted.iter().all(|wanted| message.contains(wanted)), "{message}");
+    }
+}
+
+#[test]
+fn nodes_that_leave_a_step_by_different_errors_leave_the_most() {
+    let notes = notes_of_ranks(|rank, notes| {
+        let graph = graph_with(move |_, step| match step {
+            2 => Err([Error::StopTask, Error::StopAllTasks].into_iter().nth(rank).unwrap()),
+            _ => Ok(()),
+        });
+        (graph, Repeat::once().then(Task::train("train").steps(4)).call(notes.counters("step")))
+    });
+    assert!(notes.is_empty(), "{notes:?}");
+}
+
+#[test]
+fn step_is_left_by_an_error_while_requests_are_pending() {
+    let make = |rank: usize, notes: &Notes| {
+        let worker = Rc::new(RefCell::new(None));
+        let mut graph = graph_with({
+            let worker = Rc::clone(&worker);
+            move |_, step| {
+                if step < 2 {
+                    return Ok(());
+                }
+                let known = worker.borrow();
+                let worker: &Rc<Worker> = known.as_ref().unwrap();
+                if rank == 0 {
+                    // For another task, so that nobody acts on them.
+                    worker.ask_to_leave(false, u64::MAX)?;
+                    worker.ask_to_leave(false, u64::MAX)?;
+                }
+                worker.barrier()?;
+                Err(Error::StopTask)
+            }
+        });
+        graph.add("knows", Knows(worker), "*").unwrap();
+        (graph, Repeat::once().then(Task::train("train").steps(4)).call(notes.counters("step")))
+    };
+    // Ranks that cannot agree wait for ever.
+    let (done, notes) = mpsc::channel();
+    thread::spawn(move || done.send(notes_of_ranks(make)));
+    assert_eq!(notes.recv_timeout(Duration::from_secs(60)).unwrap(), ["step 1 0"]);
+}
+
+/// Keeps the worker.
+struct Knows(Rc<RefCell<Option<Rc<Worker>>>>);
+
+impl Node for Knows {
+    fn set_up(&mut self, context: &Context) -> ice_core::Result<()> {
+        self.0.replace(Some(Rc::clone(&context.worker)));
+        Ok(())
+    }
+
+    fn forward(&mut self, _: &Outputs) -> ice_core::Result<Value> {
+        Ok(Value::new(()))
     }
 }
 

@@ -21,7 +21,7 @@ const RENEWAL: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 100_0
 
 /// The rank's side of an agreement.
 pub(crate) trait Part {
-    /// Waits until the last request was acted on, then takes the next one up; the first boundary that this rank can act at.
+    /// Takes a request up. Returns the first boundary that this rank can act at.
     fn ask(&self, request: Request) -> u64;
 
     /// All have answered.
@@ -31,7 +31,7 @@ pub(crate) trait Part {
     fn has_left(&self, step: u64, collectives: u64) -> u64;
 
     /// All have answered whether they have left the step.
-    fn settle_left(&self, step: u64, answer: u64);
+    fn settle_left(&self, step: u64, collectives: u64, answer: u64);
 }
 
 /// Tells all ranks of a request.
@@ -59,7 +59,7 @@ pub(crate) fn take_part(part: &impl Part, store: &Store, world_size: usize) -> R
         }
         let target = number_in(&wait(store, &key(&"target"))?);
         match request {
-            Some(Request::Left { step, .. }) => part.settle_left(step, target),
+            Some(Request::Left { step, collectives }) => part.settle_left(step, collectives, target),
             _ => part.settle(target),
         }
     }
@@ -125,7 +125,7 @@ mod tests {
             unreachable!()
         }
 
-        fn settle_left(&self, _: u64, _: u64) {
+        fn settle_left(&self, _: u64, _: u64, _: u64) {
             unreachable!()
         }
     }

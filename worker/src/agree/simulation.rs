@@ -116,9 +116,6 @@ impl Simulation {
         let (ranks, rank) = (self.ranks.len(), &mut self.ranks[number]);
         let Some(asked) = self.requests.get_mut(rank.request) else { return false };
         if !rank.answered {
-            if !rank.boundaries.is_free() {
-                return false;
-            }
             asked.answers.push(asked.request.map_or(END, |request| rank.boundaries.ask(request)));
             rank.answered = true;
             return true;

@@ -56,12 +56,8 @@ impl Local {
         }
         let mut boundaries = self.lock();
         loop {
-            let was_free = boundaries.is_free();
-            let waits = asked && was_free && self.is_joined.load(Ordering::SeqCst);
+            let waits = asked && boundaries.is_free() && self.is_joined.load(Ordering::SeqCst);
             let turn = if waits { Turn::Wait } else { boundaries.arrive() };
-            if !was_free && boundaries.is_free() {
-                self.changed.notify_all();
-            }
             match turn {
                 Turn::Pass => {
                     self.collectives.store(0, Ordering::Relaxed);
@@ -77,7 +73,8 @@ impl Local {
 
     /// Notes that this rank leaves the step before its end; the boundaries and collectives before that.
     pub(super) fn leave_step(&self) -> (u64, u64) {
-        (self.lock().leave_step(), self.collectives.load(Ordering::Relaxed))
+        let collectives = self.collectives.load(Ordering::Relaxed);
+        (self.lock().leave_step(collectives), collectives)
     }
 
     /// Waits for the answer of all ranks to [`Local::leave_step`]; `None` if the store is gone.
@@ -113,11 +110,7 @@ impl Local {
 
 impl Part for Member {
     fn ask(&self, request: Request) -> u64 {
-        let busy = |boundaries: &mut Boundaries| !boundaries.is_free();
-        let local = &self.local;
-        let mut boundaries =
-            local.changed.wait_while(local.lock(), busy).unwrap_or_else(PoisonError::into_inner);
-        boundaries.ask(request)
+        self.local.lock().ask(request)
     }
 
     fn settle(&self, target: u64) {
@@ -137,8 +130,8 @@ impl Part for Member {
         }
     }
 
-    fn settle_left(&self, step: u64, answer: u64) {
-        self.local.lock().settle_left(step, answer);
+    fn settle_left(&self, step: u64, collectives: u64, answer: u64) {
+        self.local.lock().settle_left(step, collectives, answer);
         self.local.changed.notify_all();
     }
 }

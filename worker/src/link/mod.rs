@@ -368,11 +368,8 @@ impl Link {
                 state.noticed = true;
                 break Boundary::Broken;
             }
-            let was_free = state.boundaries.is_free();
-            let turn = if asked && was_free { Turn::Wait } else { state.boundaries.arrive() };
-            if !was_free && state.boundaries.is_free() {
-                inner.changed.notify_all();
-            }
+            let turn =
+                if asked && state.boundaries.is_free() { Turn::Wait } else { state.boundaries.arrive() };
             match turn {
                 Turn::Pass => break Boundary::GoOn,
                 Turn::Do(Request::Stop { node, save }) => {
@@ -435,8 +432,8 @@ impl Link {
         let (step, collectives) = match &self.inner {
             None => self.local.leave_step(),
             Some(inner) => {
-                let step = inner.state().boundaries.leave_step();
-                (step, self.collectives())
+                let collectives = self.collectives();
+                (inner.state().boundaries.leave_step(collectives), collectives)
             }
         };
         Request::Left { step, collectives }
@@ -513,9 +510,7 @@ fn answer(has_left: bool, rank: u64) -> u64 {
 
 impl Part for InRound {
     fn ask(&self, request: Request) -> u64 {
-        let busy = |state: &mut State| state.round == Some(self.round) && !state.boundaries.is_free();
-        let mut state =
-            self.inner.changed.wait_while(self.inner.state(), busy).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.inner.state();
         if state.round == Some(self.round) { state.boundaries.ask(request) } else { agree::END }
     }
 
@@ -542,10 +537,10 @@ impl Part for InRound {
         }
     }
 
-    fn settle_left(&self, step: u64, answer: u64) {
+    fn settle_left(&self, step: u64, collectives: u64, answer: u64) {
         let mut state = self.inner.state();
         if state.round == Some(self.round) {
-            state.boundaries.settle_left(step, answer);
+            state.boundaries.settle_left(step, collectives, answer);
         }
         drop(state);
         self.inner.changed.notify_all();

@@ -1,7 +1,9 @@
 //! Leaving tasks, and ending the run, on all ranks at the same place.
 //!
 //! A closure of the task list is a place that all ranks come to: they vote after it, by one gather. Steps have no such place, since nothing
-//! is exchanged in an evaluation: there a rank publishes its wish over the store, and all ranks agree on a boundary between steps.
+//! is exchanged in an evaluation: there a rank publishes its wish over the store, and all ranks agree on a boundary between steps. A node or
+//! an item of the task list that leaves by an error does so on all ranks, which is made sure over the store; a vote then decides how much
+//! they leave.
 
 use std::cell::Cell;
 
@@ -48,6 +50,8 @@ pub(super) struct Leaving {
     task: Cell<u64>,
     /// Whether the ranks have agreed on the end of the run.
     is_over: Cell<bool>,
+    /// Whether the ranks have agreed to leave by the item of the task list that is running.
+    is_agreed: Cell<bool>,
 }
 
 impl Run<'_> {
@@ -79,7 +83,7 @@ impl Run<'_> {
         if self.is_main() && !others.is_empty() {
             let ranks: Vec<_> = others.iter().map(|(rank, _): &(usize, _)| rank.to_string()).collect();
             tracing::warn!(
-                "all ranks leave the {}, though the closure of rank {} did not ask for it: state that decides belongs into Repeat::call_with, \
+                "all ranks leave the {}, though rank {} did not ask for it: state that decides belongs into Repeat::call_with, \
                  which hands it over to ranks that were started again",
                 if most == Leave::Run as i64 { "run" } else { "repetition" },
                 ranks.join(", ")
@@ -90,6 +94,39 @@ impl Run<'_> {
             .into_iter()
             .find(|leave| *leave as i64 == most)
             .unwrap_or_default())
+    }
+
+    /// An item of the task list begins.
+    pub(crate) fn item_begins(&self) {
+        self.leaving.is_agreed.set(false);
+    }
+
+    /// The ranks have agreed to leave by the item that is running.
+    pub(crate) fn item_is_left(&self) {
+        self.leaving.is_agreed.set(true);
+    }
+
+    /// An item of the task list has left by an error: returns what all ranks leave. Makes sure first that all ranks have left the item,
+    /// unless they have agreed on that. Collective.
+    pub(crate) fn leave_item(&self, asked: Leave) -> Result<Leave> {
+        if self.is_over_early() || self.leaving.is_agreed.get() {
+            return Ok(asked);
+        }
+        self.leave_together(asked, |rank, other| {
+            format!(
+                "rank {rank} has left an item of the task list by Error::StopTask or Error::StopAllTasks, and rank {other} has not: \
+                 all ranks return it, or the item is a closure, after which they vote"
+            )
+        })
+    }
+
+    /// Makes sure that all ranks have left the same place by an error, and agrees on the most that any of them leaves. Collective.
+    fn leave_together(&self, asked: Leave, message: impl Fn(usize, u64) -> String) -> Result<Leave> {
+        if let Some(other) = self.worker.leave_step()? {
+            return Err(Error::Graph(message(self.worker.rank(), other)));
+        }
+        self.ask_to_leave(asked);
+        self.vote()
     }
 
     /// A task begins, or is continued in this round.
@@ -131,17 +168,17 @@ impl Run<'_> {
         Ok(false)
     }
 
-    /// After a node has left a step by an error: makes sure that all ranks have left this one, and undoes what was done of it.
-    pub(crate) fn leave_step_by_error(&self, task: &crate::Tags) -> Result<()> {
-        if let Some(other) = self.worker.leave_step()? {
-            return Err(Error::Graph(format!(
-                "rank {} has left the task `{task}` within a step, by Error::StopTask or Error::StopAllTasks, and rank {other} has not: \
-                 use Outputs::stop_task or Outputs::stop_all_tasks, which all ranks follow once the step is done",
-                self.worker.rank(),
-            )));
-        }
+    /// A node has left a step by an error: returns what all ranks leave, and undoes what was done of the step. Makes sure first that all ranks
+    /// have left the step. Collective.
+    pub(crate) fn leave_step_by_error(&self, task: &crate::Tags, asked: Leave) -> Result<Leave> {
+        let agreed = self.leave_together(asked, |rank, other| {
+            format!(
+                "rank {rank} has left the task `{task}` within a step, by Error::StopTask or Error::StopAllTasks, and rank {other} has not: \
+                 use Outputs::stop_task or Outputs::stop_all_tasks, which all ranks follow once the step is done"
+            )
+        })?;
         self.leave_step();
-        Ok(())
+        Ok(agreed)
     }
 
     /// All ranks leave the task with these nodes. What was not measured to its end does not count.
@@ -175,5 +212,6 @@ impl Run<'_> {
     pub(super) fn leaving_in_round(&self, is_over: bool) {
         self.leaving.is_over.set(is_over);
         self.leaving.is_published.set(false);
+        self.leaving.is_agreed.set(false);
     }
 }

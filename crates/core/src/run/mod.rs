@@ -246,7 +246,10 @@ impl<'a> Run<'a> {
         let outcome = if self.is_over_early() { Ok(()) } else { self.tasks.run(self) };
         match outcome {
             Err(Error::Stopped) if !self.worker.link().is_broken() => return Ok(End::Stopped),
-            Err(error) if Leave::of(&error) > Leave::Nothing => self.end_early(),
+            Err(error) if Leave::of(&error) > Leave::Nothing => {
+                self.leave_item(Leave::of(&error))?;
+                self.end_early();
+            }
             outcome => outcome?,
         }
         // A rank may be lost in the very last step, and the others are needed for it then.

@@ -245,8 +245,8 @@ impl TaskItem for Task {
             let before = self.progress.get();
             match self.epoch(run, &graph) {
                 Err(error) if Leave::of(&error) > Leave::Nothing && !self.is_finished() => {
-                    run.leave_step_by_error(&self.tags)?;
-                    self.leave(run, &graph, Leave::of(&error))?;
+                    let leave = run.leave_step_by_error(&self.tags, Leave::of(&error))?;
+                    self.leave(run, &graph, leave)?;
                 }
                 outcome => outcome?,
             }

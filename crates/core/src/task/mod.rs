@@ -41,7 +41,9 @@ pub trait TaskItem {
     /// Does what is left to do.
     ///
     /// # Errors
-    /// The first failure; the run then ends.
+    /// The first failure; the run then ends. [`Error::StopTask`] leaves the [`Repeat`] that the item is in, and [`Error::StopAllTasks`] ends
+    /// the run as well done. All ranks return them at the same item, and the most that any rank asks for counts; if only some ranks do,
+    /// the run fails with an error that names one of each. To let one rank decide for all, use a closure ([`Repeat::call`]).
     fn run(&self, run: &Run) -> Result<()>;
 
     /// Whether nothing is left to do.

@@ -73,7 +73,10 @@ impl<T: Once> TaskItem for T {
         run.passed();
         match leave {
             Leave::Nothing => Ok(()),
-            Leave::Task => Err(Error::StopTask),
+            Leave::Task => {
+                run.item_is_left();
+                Err(Error::StopTask)
+            }
             Leave::Run => {
                 run.end_early();
                 Err(Error::StopAllTasks)

@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
+use crate::run::Leave;
 use crate::task::align::{align, has_begun, is_finished, unpaired};
 use crate::task::{Call, CallWith, TrainLength, parse};
 use crate::{Error, Result, Run, TaskItem};
@@ -113,8 +114,13 @@ impl TaskItem for Repeat {
     fn run(&self, run: &Run) -> Result<()> {
         while !self.is_finished() {
             for item in self.items.iter().filter(|item| !item.is_finished()) {
+                run.item_begins();
                 match item.run(run) {
-                    Err(error) if matches!(error.root(), Error::StopTask) => {
+                    Err(error) if Leave::of(&error) > Leave::Nothing => {
+                        if run.leave_item(Leave::of(&error))? == Leave::Run {
+                            run.end_early();
+                            return Err(Error::StopAllTasks);
+                        }
                         self.left.set(true);
                         return Ok(());
                     }
