@@ -357,6 +357,7 @@ fn buffers_of_any_type_and_strides_are_those_of_rank_0_after_a_step_by_one_broad
 /// one, and returns the weight, which begins at 0 and goes down by the mean of the samples of each step, and the measures of loss and metric.
 fn two_datasets(
     ranks: usize,
+    passes: u64,
     sizes: [(usize, usize); 2],
     samples_of: Option<&'static str>,
     of: &'static [&'static str],
@@ -364,6 +365,7 @@ fn two_datasets(
     let out = tempfile::tempdir().unwrap();
     as_ranks(ranks, |worker| {
         let mut graph = HyperGraph::new();
+        graph.accumulate_gradients(NonZeroU64::new(passes).unwrap());
         for (name, (samples, batch)) in ["a", "b"].into_iter().zip(sizes) {
             graph.add(name, DatasetNode::new(Line(samples)).batch_size(batch), "*").unwrap();
         }
@@ -403,18 +405,34 @@ fn two_datasets(
 #[test]
 fn loss_and_metric_weigh_samples_of_the_dataset_they_depend_on() {
     // In the second step rank 1 has no sample of `a`, and each rank 4 of `b`: 1 to 8, then 9 to 16.
-    for outcome in two_datasets(2, [(5, 2), (30, 4)], None, &["b"]) {
+    for outcome in two_datasets(2, 1, [(5, 2), (30, 4)], None, &["b"]) {
         assert_eq!(outcome.unwrap()[..], [-17.0, (0.0 - 4.5 * 12.5) / 2.0, 8.5]);
     }
-    for outcome in two_datasets(2, [(5, 2), (30, 4)], None, &["a"]) {
+    for outcome in two_datasets(2, 1, [(5, 2), (30, 4)], None, &["a"]) {
         assert_eq!(outcome.unwrap()[..], [-2.5 - 5.0, (0.0 * 4.0 - 2.5 * 5.0) / 5.0, 3.0]);
     }
 }
 
 #[test]
+fn accumulated_losses_weigh_each_sample_of_their_dataset_the_same() {
+    // Samples of the passes on one rank: 2, 2 and 1 of `a`, and 4, 4 and 4 of `b`. On two: 4 and 1, 8 and 8.
+    for (ranks, of, weight) in [(1, &["b"], -6.5), (1, &["a"], -3.0), (2, &["b"], -8.5), (2, &["a"], -3.0)] {
+        for outcome in two_datasets(ranks, 3, [(5, 2), (30, 4)], None, of) {
+            let found = outcome.unwrap()[0];
+            assert!((found - weight).abs() < 1e-5, "{ranks} ranks, {of:?}: {found}");
+        }
+    }
+    // A dataset that the loss names counts.
+    let both = &["a", "b"];
+    let found = two_datasets(1, 3, [(5, 2), (30, 4)], Some("b"), both)[0].clone().unwrap()[0];
+    // The means over a pass of `a`, 1.5, 3.5 and 5, weigh as the samples of `b`.
+    assert!((found + 6.5 + 10.0 / 3.0).abs() < 1e-5, "{found}");
+}
+
+#[test]
 fn loss_over_datasets_that_are_spread_differently_is_refused_by_name_unless_one_is_chosen() {
     let both: &[&str] = &["a", "b"];
-    for outcome in two_datasets(2, [(5, 2), (30, 4)], None, both) {
+    for outcome in two_datasets(2, 1, [(5, 2), (30, 4)], None, both) {
         let problem = outcome.unwrap_err();
         assert!(
             ["`*/a` and `*/b`", "samples_of(\"a\")"].iter().all(|part| problem.contains(part)),
@@ -422,14 +440,14 @@ fn loss_over_datasets_that_are_spread_differently_is_refused_by_name_unless_one_
         );
     }
     // Spread alike, though of different sizes.
-    for outcome in two_datasets(2, [(8, 2), (16, 4)], None, both) {
+    for outcome in two_datasets(2, 1, [(8, 2), (16, 4)], None, both) {
         assert_eq!(outcome.unwrap()[0], -(2.5 + 4.5) - (6.5 + 12.5));
     }
     // In the second step rank 0 alone has a sample of `a`, the fifth, and 9 to 12 of `b`.
-    for outcome in two_datasets(2, [(5, 2), (30, 4)], Some("a"), both) {
+    for outcome in two_datasets(2, 1, [(5, 2), (30, 4)], Some("a"), both) {
         assert_eq!(outcome.unwrap()[0], -(2.5 + 4.5) - (5.0 + 10.5));
     }
-    for outcome in two_datasets(2, [(5, 2), (30, 4)], Some("net"), both) {
+    for outcome in two_datasets(2, 1, [(5, 2), (30, 4)], Some("net"), both) {
         assert!(outcome.unwrap_err().contains("`net` is not a dataset"));
     }
 }

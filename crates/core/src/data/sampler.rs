@@ -103,8 +103,7 @@ impl Sampler {
     /// Goes to a place.
     pub fn seek(&mut self, place: Place) {
         let Place { mut pass, mut cursor, iteration } = place;
-        // A pass that goes on across epochs has no place behind its last batch.
-        if self.iterations.is_some() && self.batches_from(cursor) == 0 && self.batches_from(0) > 0 {
+        if self.begins_again(cursor) {
             (pass, cursor) = (pass + 1, 0);
         }
         if self.ordered != pass && self.seed.is_some() {
@@ -151,6 +150,23 @@ impl Sampler {
             .map(|&index| i64::from(index))
             .collect();
         (indices, share)
+    }
+
+    /// Samples of all ranks in the next iterations.
+    pub(crate) fn samples_in(&self, iterations: u64) -> u64 {
+        let mut cursor = self.place.cursor;
+        let batch = |_| {
+            cursor = if self.begins_again(cursor) { 0 } else { cursor.min(self.samples) };
+            let batch = self.global_batch.min(self.samples - cursor);
+            cursor += self.global_batch;
+            batch
+        };
+        (0..iterations).map(batch).sum()
+    }
+
+    /// Whether the pass after this one follows at `cursor`: one that continues across epochs has no place behind its last batch.
+    fn begins_again(&self, cursor: u64) -> bool {
+        self.iterations.is_some() && self.batches_from(cursor) == 0 && self.batches_from(0) > 0
     }
 
     /// Batches of a pass that start at `cursor` or behind it.

@@ -26,6 +26,8 @@ pub(crate) struct ExecutableGraph {
     precision: Precision,
     /// Passes of a training step.
     passes: NonZeroU64,
+    /// Samples of each node in all passes of the step under way, if it has several; `None` for a node that does not know them.
+    step_samples: RefCell<Vec<Option<u64>>>,
     /// Whether nodes go backward by themselves.
     goes_backward: bool,
     timers: Option<Rc<Timers>>,
@@ -81,6 +83,7 @@ impl ExecutableGraph {
             goes_backward,
             precision,
             passes,
+            step_samples: RefCell::default(),
             timers: None,
             place: Cell::default(),
             folder: None,
@@ -135,6 +138,14 @@ impl ExecutableGraph {
     /// Takes the most that nodes have asked to leave since the last call.
     pub(crate) fn asked_to_leave(&self) -> Leave {
         self.asked.take()
+    }
+
+    /// Samples of the nodes at these positions in all passes of the step under way. `None` if the step is one pass, or a node does not
+    /// know its samples.
+    pub(crate) fn step_samples(&self, nodes: [usize; 2]) -> Option<[u64; 2]> {
+        let samples = self.step_samples.borrow();
+        let [first, second] = nodes.map(|node| samples.get(node).copied().flatten());
+        Some([first?, second?])
     }
 
     pub(crate) fn passes(&self) -> u64 {
@@ -295,6 +306,16 @@ impl ExecutableGraph {
     /// All passes of a step; the ranks exchange gradients in the last one, or not at all.
     fn passes_of_step(&self, worker: &Worker, exchange: bool) -> Result<Passes> {
         self.each("before the step", |node| node.before_step())?;
+        let iterations = match self.passes.get() {
+            1 => 1,
+            passes => self.remaining().map_or(passes, |left| left.min(passes)),
+        };
+        let mut of_step = self.step_samples.borrow_mut();
+        of_step.clear();
+        if iterations > 1 || self.parts_left() > 1 {
+            of_step.extend(self.entries.iter().map(|entry| entry.node.borrow().samples_ahead(iterations)));
+        }
+        drop(of_step);
         let (mut samples, mut first, mut sum, mut own) = (0, None, None, Duration::ZERO);
         let mut passes = 0;
         loop {

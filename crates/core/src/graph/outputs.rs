@@ -22,8 +22,8 @@ pub struct Outputs<'a> {
     running: RefCell<Vec<Running>>,
     /// Datasets that have run.
     datasets: Cell<u32>,
-    /// How the samples of the first of them are spread over the ranks.
-    first_share: Cell<Option<Share>>,
+    /// The position of the first of them, and how its samples are spread over the ranks.
+    first_share: Cell<Option<(usize, Share)>>,
 }
 
 /// The output of a node, and the datasets behind it.
@@ -178,22 +178,30 @@ impl<'a> Outputs<'a> {
     /// [`Error::Graph`] names the datasets if there are several that are spread in different ways, which happens in the last batches of an
     /// epoch.
     pub fn share(&self) -> Result<Share> {
+        Ok(self.dataset_of_running()?.map_or(self.without_dataset(), |(_, share)| share))
+    }
+
+    /// How samples are spread for a node that depends on no dataset.
+    fn without_dataset(&self) -> Share {
+        Share { here: 1, total: self.worker.world_size() as u64 }
+    }
+
+    /// As [`Outputs::share`], and the position of a dataset that is spread like that; `None` without any.
+    fn dataset_of_running(&self) -> Result<Option<(usize, Share)>> {
         let sources = self.running.borrow().last().map_or(u64::MAX, |running| running.sources);
-        if let (1, Some(share)) = (self.datasets.get(), self.first_share.get())
+        if let (1, Some(first)) = (self.datasets.get(), self.first_share.get())
             && sources != 0
         {
-            return Ok(share);
+            return Ok(Some(first));
         }
         let values = self.values.borrow();
         let mut shares = values.iter().enumerate().filter_map(|(index, made)| {
             let (bit, share) = made.as_ref()?.share?;
             (sources & bit != 0).then_some((index, share))
         });
-        let Some((first, share)) = shares.next() else {
-            return Ok(Share { here: 1, total: self.worker.world_size() as u64 });
-        };
+        let Some((first, share)) = shares.next() else { return Ok(None) };
         match shares.find(|(_, other)| !share.is_spread_like(other)) {
-            None => Ok(share),
+            None => Ok(Some((first, share))),
             Some((other, _)) => Err(Error::Graph(format!(
                 "this depends on the datasets `{}` and `{}`, whose samples are spread over the ranks in different ways in this step: \
                  say which ones count, by `.samples_of(\"{}\")`, or leave out their last samples by `.drop_last(true)`",
@@ -209,10 +217,15 @@ impl<'a> Outputs<'a> {
     /// # Errors
     /// [`Error::Graph`] if that node is not a dataset; as [`Outputs::get`].
     pub fn share_of(&self, name: &str) -> Result<Share> {
+        Ok(self.dataset(name)?.1)
+    }
+
+    /// The position of the dataset `name`, and how its samples are spread.
+    fn dataset(&self, name: &str) -> Result<(usize, Share)> {
         self.value(name)?;
-        let made = self.graph.position(name).and_then(|index| self.values.borrow()[index].as_ref()?.share);
-        let (_, share) = made.ok_or_else(|| Error::Graph(format!("node `{name}` is not a dataset")))?;
-        Ok(share)
+        let made = |index: usize| Some((index, self.values.borrow()[index].as_ref()?.share?.1));
+        let dataset = self.graph.position(name).and_then(made);
+        dataset.ok_or_else(|| Error::Graph(format!("node `{name}` is not a dataset")))
     }
 
     /// How the samples are spread over the ranks that a node counts: of a dataset that it names, or of those that it depends on.
@@ -220,23 +233,39 @@ impl<'a> Outputs<'a> {
         samples_of.map_or_else(|| self.share(), |name| self.share_of(name))
     }
 
+    /// As [`Outputs::share_for`], and the factor of a loss over these samples. The passes of a step weigh as the samples of the first dataset
+    /// do. A loss over another dataset is corrected, so that each of its samples weighs the same in the step, too.
+    pub(crate) fn share_of_loss(&self, samples_of: Option<&str>) -> Result<(Share, f64)> {
+        let dataset =
+            samples_of.map_or_else(|| self.dataset_of_running(), |name| self.dataset(name).map(Some))?;
+        let Some((own, share)) = dataset else { return Ok((self.without_dataset(), 1.0)) };
+        let others = self.first_share.get().filter(|(first, _)| *first != own);
+        let correction = others.and_then(|(first, of_first)| {
+            let [in_step, in_step_of_first] = self.graph.step_samples([own, first])?;
+            let part = u128::from(share.total) * u128::from(in_step_of_first);
+            let part_of_first = u128::from(of_first.total) * u128::from(in_step);
+            (part != part_of_first).then_some(part as f64 / part_of_first as f64)
+        });
+        Ok((share, correction.unwrap_or(1.0)))
+    }
+
     /// Notes how the samples of the running node, which is a dataset, are spread over the ranks.
     pub(crate) fn set_share(&self, share: Share) -> Result<()> {
         let number = self.datasets.get();
-        if number == 0 {
-            self.first_share.set(Some(share));
-        }
         let bit = 1_u64.checked_shl(number);
         let bit = bit.ok_or_else(|| Error::Graph("a task has more than 64 datasets".into()))?;
         self.datasets.set(number + 1);
         if let Some(running) = self.running.borrow_mut().last_mut() {
             (running.sources, running.share) = (running.sources | bit, Some((bit, share)));
+            if number == 0 {
+                self.first_share.set(Some((running.index, share)));
+            }
         }
         Ok(())
     }
 
     pub(crate) fn samples(&self) -> u64 {
-        self.first_share.get().map_or(0, |share| share.total)
+        self.first_share.get().map_or(0, |(_, share)| share.total)
     }
 
     pub(crate) fn run_all(&self) -> Result<()> {

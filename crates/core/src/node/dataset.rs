@@ -216,6 +216,10 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
         self.feed.as_ref().map(|feed| feed.sampler().remaining())
     }
 
+    fn samples_ahead(&self, iterations: u64) -> Option<u64> {
+        self.feed.as_ref().map(|feed| feed.sampler().samples_in(iterations))
+    }
+
     fn iteration_end(&mut self) {
         if let Some(feed) = &mut self.feed {
             feed.advance();

@@ -9,7 +9,7 @@ type Function = dyn Fn(&Outputs) -> Result<Tensor>;
 /// A loss: the mean over the samples of the rank, as a scalar. Several losses of a task are summed.
 ///
 /// The loss is scaled by `world size × samples here / samples of all ranks`, since the gradients of the ranks are averaged: so
-/// every sample weighs the same, also in an uneven last batch. The samples are those of the dataset that the loss depends on, by whichever
+/// every sample weighs the same, also in an uneven last batch and in a step of several batches. The samples are those of the dataset that the loss depends on, by whichever
 /// nodes; a loss that depends on none weighs the same on all ranks. If a loss depends on several datasets,
 /// [`LossNode::samples_of`] says which one counts.
 pub struct LossNode {
@@ -91,7 +91,7 @@ impl Node for LossNode {
         if !loss.size().is_empty() {
             return Err(Error::Graph(format!("a loss must be a scalar, not of shape {:?}", loss.size())));
         }
-        let share = x.share_for(self.samples_of.as_deref())?;
+        let (share, correction) = x.share_of_loss(self.samples_of.as_deref())?;
         let row = sum_and_samples(&loss, share.here)?;
         let is_new = std::mem::take(&mut self.is_counted);
         self.step = Some(match self.step.take().filter(|_| !is_new) {
@@ -100,7 +100,7 @@ impl Node for LossNode {
         });
         if x.is_training() {
             let scale = x.worker().world_size() as f64 * share.here as f64 / share.total as f64;
-            let factor = self.weight * scale;
+            let factor = self.weight * scale * correction;
             if self.goes_backward {
                 self.factor = Some(factor);
                 return Ok(Value::new(loss.detach()));

@@ -176,6 +176,12 @@ pub trait Node: Any {
         None
     }
 
+    /// Samples of all ranks in the next iterations of the epoch, for a dataset that knows them. In a step of several passes a loss over
+    /// its samples weighs each of them the same, whatever other datasets the task has.
+    fn samples_ahead(&self, _iterations: u64) -> Option<u64> {
+        None
+    }
+
     /// An epoch begins.
     fn epoch_start(&mut self) {}
 

@@ -203,6 +203,10 @@ impl<S: BatchStream + 'static> Node for StreamNode<S> {
         self.feed.as_ref().and_then(StreamFeed::remaining)
     }
 
+    fn samples_ahead(&self, iterations: u64) -> Option<u64> {
+        self.feed.as_ref().and_then(|feed| feed.samples_in(iterations))
+    }
+
     fn iteration_end(&mut self) {
         if let Some(feed) = &mut self.feed {
             feed.advance();

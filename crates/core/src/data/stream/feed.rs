@@ -98,6 +98,13 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
         Some(if drop_last { left / global_batch } else { left.div_ceil(global_batch) })
     }
 
+    /// Samples of all ranks in the next iterations of the epoch, if the number of samples is known.
+    pub(crate) fn samples_in(&self, iterations: u64) -> Option<u64> {
+        let left = self.samples?.saturating_sub(self.place.cursor);
+        // Passes of a number of iterations may end anywhere.
+        self.iterations.is_none().then(|| left.min(iterations.saturating_mul(self.order.global_batch)))
+    }
+
     /// Consumes the batch that was last taken.
     pub(crate) fn advance(&mut self) {
         if let Some(Place { pass, cursor, .. }) = self.next.take() {
