@@ -249,7 +249,8 @@ impl Agent {
         let what = (!self.failed()).then(|| format!("the job is over: {reason}"));
         let could_stay = self.failed() && !self.rules.may_restart && !self.stays.is_empty();
         let hint = || {
-            "without --max-restarts a failure ends the job; with it, surviving ranks continue from memory".into()
+            "without --max-restarts a failure ends the job; with it, surviving ranks continue from memory"
+                .into()
         };
         let why = no_restart.or_else(|| could_stay.then(hint)).map(|why| format!("no restart: {why}"));
         let said = [what, why].into_iter().flatten().collect::<Vec<_>>().join("; ");

@@ -81,7 +81,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         };
         if let Some(open) = open {
             console.note(&format!(
-                "whoever reaches {open} can join this job, and what its agents say is not encrypted: make a secret with \
+                "any process that reaches {open} can join this job, and messages of its agents are not encrypted: make a secret with \
                  `openssl rand -hex 32 > token`, and give all agents --rdzv-token-file token --rdzv-tls"
             ));
         }

@@ -13,7 +13,7 @@ use std::{env, fs};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-const BEGIN: &str = "<!-- measured: what follows is written by scripts/bench -->";
+const BEGIN: &str = "<!-- measured: scripts/bench writes the rest of the page -->";
 const END: &str = "<!-- end of what is measured -->";
 
 /// The numbers of one side.

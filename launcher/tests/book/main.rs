@@ -1,6 +1,8 @@
 //! The documentation: every page is in the book, every link and every part of an example that is shown leads somewhere, the messages
 //! that the page of troubleshooting explains are those of the program, and no path is one of a single machine.
 
+mod words;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs;
