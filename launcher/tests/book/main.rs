@@ -1,6 +1,7 @@
 //! The documentation: every page is in the book, every link and every part of an example that is shown leads somewhere, the messages
 //! that the page of troubleshooting explains are those of the program, and no path is one of a single machine.
 
+mod options;
 mod words;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -12,7 +12,7 @@ use clap::builder::FalseyValueParser;
 #[derive(Args, Debug, Clone, PartialEq)]
 #[command(mut_args(without_empty_variable))]
 pub struct LaunchArgs {
-    /// One rank each: cuda, cuda:0-3, cpu:0-1
+    /// Devices, one rank each: cuda, cuda:0-3, cpu:0-1
     ///
     /// Or auto, cpu, cuda:*, cuda:1,3, cuda:0-2,7 [default: auto]
     #[arg(long, help_heading = "Ranks", value_name = "DEVICES")]
@@ -115,7 +115,7 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub rdzv_token_file: Option<PathBuf>,
-    /// Encrypt what agents say to each other; all agents of a job or none, and they need the secret. ICE_RDZV_TLS=1 does the same
+    /// Encrypt the traffic between agents; for all agents of a job or none, and with a token. ICE_RDZV_TLS=1 does the same
     #[arg(
         long,
         alias = "rdzv_tls",
@@ -207,7 +207,7 @@ pub struct LaunchArgs {
         allow_hyphen_values = true
     )]
     pub hang_timeout: Option<f64>,
-    /// Processes that wait, started and loaded, to take the place of a rank of this node that dies; for programs made with ice
+    /// Parked processes, started and loaded, that replace dead ranks of this node; for programs made with ice
     #[arg(
         long,
         value_name = "N",
@@ -218,7 +218,7 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub spares: u32,
-    /// How often ranks are looked at for --hang-timeout; failures are seen at once
+    /// Interval of checks for --hang-timeout; failures are noticed at once
     #[arg(
         long,
         alias = "monitor_interval",
@@ -257,8 +257,8 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub signals_to_handle: String,
-    /// What gives notice that this machine, or the job's time, is taken away: a file that comes, http://… (status 200), aws, azure, gcp, or a
-    /// signal; may be given again. The node leaves after a checkpoint, as on SIGTERM
+    /// Source of a notice that this machine, or the job's time, is taken away: a file that appears, http://… (status 200), aws, azure, gcp,
+    /// or a signal; may be repeated. The node leaves after a checkpoint, like on SIGTERM
     #[arg(
         long,
         alias = "preempt_notice",
@@ -370,7 +370,7 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub log_prefix: Option<String>,
-    /// A log file of this size is set aside and a new one begun: 100M, 2G [default: never]
+    /// Size at which a log file is rotated: 100M, 2G [default: never]
     #[arg(
         long,
         alias = "log_max_size",
@@ -379,7 +379,7 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub log_max_size: Option<String>,
-    /// How many full log files are kept beside the current one
+    /// Number of full log files that are kept in addition to the current one
     #[arg(
         long,
         alias = "log_keep",
@@ -391,10 +391,10 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub log_keep: u32,
-    /// Append everything that happens to this file, one JSON object per line
+    /// Append every event to this file, one JSON object per line
     #[arg(long, value_name = "FILE", help_heading = "Output", hide_short_help = true)]
     pub events: Option<PathBuf>,
-    /// Period of progress lines of ranks that report it; 0 for none. On a terminal one line is rewritten in place where all output
+    /// Interval of progress lines of ranks that report progress; 0 for none. On a terminal one line is rewritten in place if all output
     /// passes through the launcher
     #[arg(
         long,

@@ -71,7 +71,7 @@ pub struct Cli {
     /// torchrun's ways to say it.
     #[command(flatten)]
     pub torchrun: TorchrunArgs,
-    /// Print this, made from the definition of the options, and leave: man, bash, zsh or fish
+    /// Print this and exit: man, bash, zsh or fish
     #[arg(
         long,
         value_name = "WHAT",
@@ -81,7 +81,7 @@ pub struct Cli {
         hide_short_help = true
     )]
     pub generate: Option<Generate>,
-    /// torchrun's way to say --generate for a shell: bash, zsh or fish
+    /// Same as --generate, for a shell: bash, zsh or fish
     #[arg(
         long,
         alias = "print_completion",

@@ -25,7 +25,7 @@ pub struct RdzvArgs {
         help_heading = "Nodes"
     )]
     pub rdzv_backend: Option<String>,
-    /// Where nodes meet, with c10d and etcd
+    /// Address where nodes meet, for c10d and etcd
     ///
     /// --master-addr and --master-port in one: HOST:PORT; with etcd its members, separated by commas
     #[arg(

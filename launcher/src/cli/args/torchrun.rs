@@ -13,14 +13,14 @@ use crate::placement;
 
 /// torchrun's ways to say what [`LaunchArgs`] says, and those of its options that have no meaning here.
 #[derive(Args, Debug, Clone, Default, PartialEq)]
-#[command(next_help_heading = "As torchrun says it")]
+#[command(next_help_heading = "torchrun's names")]
 pub struct TorchrunArgs {
     /// Ranks of this node, instead of --devices
     ///
     /// A number, auto, cpu or gpu
     #[arg(long, alias = "nproc_per_node", value_name = "N", env = "PET_NPROC_PER_NODE", hide_env = true)]
     pub nproc_per_node: Option<String>,
-    /// One node on a free port, whatever else is said about nodes
+    /// One node on a free port; other options about nodes are ignored
     #[arg(
         long,
         env = "PET_STANDALONE",
@@ -60,7 +60,7 @@ pub struct TorchrunArgs {
         hide_short_help = true
     )]
     pub run_path: bool,
-    /// Of no effect: every rank is a new process
+    /// No effect: every rank is a new process
     #[arg(
         long,
         alias = "start_method",
@@ -70,7 +70,7 @@ pub struct TorchrunArgs {
         hide_short_help = true
     )]
     pub start_method: Option<String>,
-    /// Of no effect: --events writes them to a file
+    /// No effect: --events writes them to a file
     #[arg(
         long,
         alias = "event_log_handler",
@@ -80,7 +80,7 @@ pub struct TorchrunArgs {
         hide_short_help = true
     )]
     pub event_log_handler: Option<String>,
-    /// Of no effect: it names a Python class
+    /// No effect: it names a Python class
     #[arg(long, alias = "logs_specs", value_name = "NAME", hide_short_help = true)]
     pub logs_specs: Option<String>,
 }
