@@ -4,14 +4,15 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// What the agent found out about the end of a process that its exit status does not tell.
+/// Cause of a process's end that its exit status does not tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Cause {
     /// The kernel killed the process, or one that belongs to it, for lack of memory.
     OutOfMemory(OutOfMemory),
-    /// `/dev/shm` has no room for shared memory.
+    /// `/dev/shm` has no room for shared memory. Sizes in bytes.
     SharedMemory { used: u64, size: u64 },
-    /// A file would have become longer than `ulimit -f` allows. The rank may have set a limit of its own, so no value is known.
+    /// A write would have made a file longer than `ulimit -f` allows. The rank may have set its own
+    /// limit, so the value is not known.
     FileSize,
     /// The process used more CPU time than `ulimit -t` allows.
     CpuTime,
@@ -24,9 +25,9 @@ pub(crate) struct OutOfMemory {
     pub(crate) cgroup: Option<String>,
     /// Limit of the cgroup.
     pub(crate) limit: Option<u64>,
-    /// The most that the cgroup has used.
+    /// Highest memory usage of the cgroup.
     pub(crate) peak: Option<u64>,
-    /// Whether the process itself was killed, and not one that it had started.
+    /// Whether the process itself was killed, rather than a process that it had started.
     #[serde(skip)]
     pub(crate) itself: bool,
 }
@@ -67,7 +68,7 @@ impl fmt::Display for OutOfMemory {
     }
 }
 
-/// A number of bytes for a person.
+/// Formats a number of bytes for people.
 fn size_of(bytes: u64) -> String {
     let (mut unit, mut size) = ("B", bytes as f64);
     for larger in ["KiB", "MiB", "GiB", "TiB"] {
@@ -76,7 +77,7 @@ fn size_of(bytes: u64) -> String {
         }
         (unit, size) = (larger, size / 1024.0);
     }
-    // 250 and not 250.0, but 1.5.
+    // Prints 250 instead of 250.0, but keeps 1.5.
     let text = format!("{size:.1}");
     format!("{} {unit}", text.strip_suffix(".0").unwrap_or(&text))
 }

@@ -1,4 +1,4 @@
-//! What the machine is told, and what it wants done.
+//! Inputs (events) and outputs (actions) of the agent's state machine.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -12,89 +12,94 @@ pub(super) const SIGINT: i32 = 2;
 pub(super) const SIGQUIT: i32 = 3;
 pub(super) const SIGTERM: i32 = 15;
 
+/// An input of the agent.
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
     Coordinator(ToAgent),
     CoordinatorLost(String),
-    /// The coordinator was found again, or another one was.
+    /// The agent has a connection again, to the same coordinator or to another one.
     Met,
-    /// None was found.
+    /// The search for a coordinator ended without one.
     NotMet(String),
-    /// A rank ended. `failed_at` is when it failed by its own account.
+    /// A rank ended. `failed_at` is the time at which it failed according to its own report.
     Exited {
         local_rank: u32,
         exit: Exit,
         failed_at: Option<Duration>,
     },
-    /// A rank will keep its state when its round ends, and take part in the next one.
+    /// A rank will keep its process when its round ends, and take part in the next round.
     Stays(u32),
-    /// One that stays has left this round.
+    /// A survivor has left this round and waits for the next one.
     Parked {
         local_rank: u32,
         round: u64,
     },
-    /// The first training step in a round is applied.
+    /// The first training step of a round is applied.
     FirstStep {
         round: u64,
     },
-    /// A rank's process group does not work any more, though its round is not known to be over.
+    /// A rank's process group no longer works, although its round is not known to be over.
     RoundLost {
         local_rank: u32,
         round: u64,
         reason: String,
     },
-    /// The job stands still, and this rank is behind.
+    /// This rank hangs, or is the one that a hanging job waits for.
     Hung {
         local_rank: u32,
         reason: String,
     },
-    /// The user wants the job to end.
+    /// The user, a scheduler or a notice asks for the end of the job.
     Stop {
         signal: i32,
-        /// After a checkpoint, where the ranks know how.
+        /// Whether ranks that are able to save a checkpoint do so first.
         save: bool,
-        /// Whether all ranks of this node will end at the same step boundary, which they agree on with those of other nodes.
+        /// Whether all ranks of this node end at the same step boundary, agreed on with the ranks
+        /// of other nodes.
         together: bool,
-        /// What says that this node's machine, or the job's time, will be taken away, where that is why.
+        /// Text of the notice that this node's machine, or the job's time, will be taken away.
+        /// `None` if the stop has another reason.
         notice: Option<String>,
     },
-    /// A rank got SIGTERM and asks for what that means.
+    /// A rank received SIGTERM and asks the agent what to do.
     RankTerminated {
         local_rank: u32,
-        /// As for [`Event::Stop`].
+        /// Like `together` of [`Event::Stop`].
         together: bool,
     },
     /// The user wants the job to end at once.
     Abort(i32),
-    /// The user has a signal for the ranks.
+    /// A signal to pass on to the ranks.
     Forward(i32),
+    /// The deadline of the agent has passed.
     Tick,
 }
 
+/// An output of the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
     Send(ToCoordinator),
     /// Look for the coordinator again.
     Meet,
-    /// Start the ranks of this node, and tell those that live of the round.
+    /// Start the missing ranks of this node, and notify its survivors of the round.
     Spawn(Round),
-    /// Ask all ranks that live to end: over the link those that know it, by a signal the others.
+    /// Ask all live ranks to end: over the link if they know it, by a signal otherwise.
     Ask(Ask),
-    /// Send SIGTERM to those that have not had it, and still have to end.
+    /// Send SIGTERM to the ranks that still have to end and have not received it yet.
     Terminate,
     /// Send SIGTERM to this rank.
     TerminateRank(u32),
-    /// End them now.
+    /// Kill all ranks now.
     Kill,
-    /// End those now that do not wait for the next round.
+    /// Kill the ranks now that do not wait for the next round.
     KillUnparked,
-    /// End without waiting for what was killed.
+    /// Exit without waiting for the killed ranks.
     GiveUp,
     /// Pass a signal on to the ranks that handle it.
     Forward(i32),
-    /// Tell the user how the ranks ended, the one that failed first at the front.
+    /// Print how the ranks ended, the first failure at the front.
     Report(Vec<End>),
-    /// Tell the user a decision and its reason.
+    /// Print a decision and its reason.
     Say(String),
     Exit(ExitCode),
 }
@@ -102,11 +107,11 @@ pub(crate) enum Action {
 /// Why ranks are asked to end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Ask {
-    /// The user wants it, by this signal, and with a checkpoint or without.
+    /// The user wants it, by this signal. The flag says whether ranks save a checkpoint first.
     Stop(i32, bool),
-    /// The round is over: those that stay leave it, the others end.
+    /// The round is over: survivors leave it, other ranks exit.
     Broken(String),
-    /// The round ends once the ranks have agreed on a step for that.
+    /// The round ends at a step that the ranks agree on.
     Regroup,
     /// The job is over.
     End(String),
@@ -126,22 +131,24 @@ impl Ask {
 pub(crate) struct End {
     pub(crate) local_rank: u32,
     pub(crate) exit: Exit,
-    /// Whether it had been asked to.
+    /// Whether the rank had been asked to end.
     pub(crate) asked: bool,
-    /// When it failed, or ended.
+    /// Time of its failure or end. Zero for a hang, `Duration::MAX` if the rank ended only because
+    /// it was asked to.
     pub(crate) at: Duration,
 }
 
-/// What does not change over the life of an agent.
+/// Settings that stay the same over the life of an agent.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
     pub(crate) local_world_size: u32,
     pub(crate) may_restart: bool,
     pub(crate) shutdown_timeout: Duration,
-    /// Exit codes that no restart can help.
+    /// Exit codes after which no restart can help.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
-    /// How long the coordinator is looked for when it is lost: it may be another agent then, or be reached again. `None` if it is not.
+    /// Time for which a lost coordinator is looked for: it may be on another agent then, or be
+    /// reachable again. `None` if the agent does not look.
     pub(crate) looks_again: Option<Duration>,
-    /// What the agent of a job that was preempted ends with.
+    /// Exit code of the agent of a preempted job.
     pub(crate) requeue_exit_code: u8,
 }

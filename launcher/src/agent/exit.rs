@@ -9,23 +9,24 @@ use super::cause::Cause;
 pub(crate) enum Exit {
     Code(i32),
     Signal(i32),
-    /// It was never started.
+    /// The rank was never started.
     NotStarted {
         code: ExitCode,
         reason: String,
     },
-    /// It was ended because the job stood still.
+    /// The rank was ended because the job stood still.
     Hung(String),
-    /// It ended so, and the agent found out why.
+    /// The inner exit, and the cause that the agent found for it.
     Explained(Box<Self>, Cause),
 }
 
 impl Exit {
+    /// Whether the rank exited with code 0.
     pub(crate) fn is_success(&self) -> bool {
         *self == Self::Code(0)
     }
 
-    /// The same without what was found out about it.
+    /// Returns the exit without the cause that the agent found.
     pub(crate) fn status(&self) -> &Self {
         match self {
             Self::Explained(exit, _) => exit.status(),
@@ -33,6 +34,7 @@ impl Exit {
         }
     }
 
+    /// Returns the exit code of the launcher if this exit is the cause of the failure.
     pub(crate) fn code(&self) -> ExitCode {
         match self {
             Self::Code(code) => u8::try_from(*code).map_or(ExitCode::Failure, ExitCode::Rank),
@@ -59,7 +61,7 @@ impl fmt::Display for Exit {
     }
 }
 
-/// Names of the signals that end programs or are passed on, as on Linux.
+/// Returns the name of a signal that ends programs or is passed on, with Linux numbers.
 pub(crate) fn signal_name(signal: i32) -> Option<&'static str> {
     Some(match signal {
         1 => "SIGHUP",

@@ -1,11 +1,11 @@
-//! Whether the ranks of this node stand still.
+//! Detects whether the ranks of this node hang.
 //!
-//! Ranks that know the link say every second how much they have got done, and whether more is
-//! expected of them. A rank that is alone at work, as one that saves, keeps the others waiting for
-//! as long as it takes. If there are several nodes, such a rank may be on another one: the agent
-//! reports that its ranks wait, and the coordinator decides whether the round hangs. Of other
-//! programs only the CPU time that they use is known. Time comes in as an argument, as for the
-//! agent.
+//! Ranks that know the link report every second how much they have done, and whether more is
+//! expected of them. The other ranks wait for a rank that works alone (it saves, for example) for
+//! as long as its work takes. If there are several nodes, the rank that works alone may be on
+//! another node: the agent reports that its ranks wait, and the coordinator decides whether the
+//! round hangs. Of other programs, only the CPU time that they use is known. The time is an
+//! argument, like in the agent.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,36 +15,40 @@ use ice_proto::rendezvous::{Achieved, NodeProgress};
 
 use crate::cli::HangTimeout;
 
-/// For ranks that report their steps. Longer than the longest step, evaluation or write of a checkpoint that anyone
-/// waits for; as long as NCCL's own timeout.
+/// Timeout for ranks that report their steps. It is longer than the longest step, evaluation or
+/// write of a checkpoint that ranks wait for, and as long as NCCL's own timeout.
 const DEFAULT: Duration = Duration::from_secs(600);
-/// Heartbeats come every second, and are not to be taken for a standstill.
+/// Lower limit of the timeout. Heartbeats come every second, so a shorter timeout would take the
+/// pause between two of them for a hang.
 const SHORTEST: Duration = Duration::from_secs(3);
-/// A rank that uses less of a core than this does nothing but wait.
+/// Fraction of a core; a rank that uses less of it only waits.
 const IDLE: f64 = 0.02;
-/// A rank whose heartbeat is this late is silent.
+/// Age of the last heartbeat from which on a rank is silent.
 const SILENT: Duration = Duration::from_millis(2500);
 
-/// What is known of a rank.
+/// Last known activity of a rank.
 #[derive(Debug, Clone, Copy)]
 enum Pulse {
-    /// Nothing to go by yet.
+    /// No information yet.
     None,
     Steps {
+        /// Last step that the rank has reported over the link.
         step: u64,
         activity: u64,
         doing: Doing,
         changed: Duration,
+        /// Time of the last heartbeat.
         heard: Duration,
     },
-    /// The rank has a file that it touches.
+    /// The rank touches a heartbeat file.
     File {
-        /// When it did last, by the clock of files.
+        /// Modification time of the file, by the clock of the file system.
         touched: Duration,
-        /// When that was seen.
+        /// Time at which the agent saw that modification.
         changed: Duration,
     },
     Cpu {
+        /// CPU time of the rank, which the agent samples because the program reports nothing.
         used: Duration,
         sampled: Duration,
         changed: Duration,
@@ -52,7 +56,7 @@ enum Pulse {
 }
 
 impl Pulse {
-    /// When the rank last did something.
+    /// Returns the time of the rank's last known activity.
     fn changed(&self) -> Option<Duration> {
         match self {
             Self::None => None,
@@ -63,17 +67,19 @@ impl Pulse {
     }
 }
 
-/// A job that stands still.
+/// A hang of the job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hang {
-    /// The rank that is behind, as far as can be seen from here.
+    /// The rank that the others wait for, as far as this node can tell.
     pub(crate) local_rank: u32,
     pub(crate) reason: String,
-    /// When the last rank still did something.
+    /// Time of the last activity: of all ranks, or of this rank if it is silent or neglects its
+    /// file.
     pub(crate) since: Duration,
-    /// Whether it does not even say that it lives: how it got there is not to be seen then.
+    /// Whether the rank sends no heartbeats either, so that it cannot report its stack.
     pub(crate) is_silent: bool,
-    /// The process and the signal to end it by, before its rank is ended.
+    /// Process id and signal to end that process by, before its rank is ended. Set if a timer
+    /// expired.
     pub(crate) ends_by: Option<(u32, i32)>,
 }
 
@@ -81,9 +87,9 @@ pub(crate) struct HangWatch {
     timeout: HangTimeout,
     ranks: BTreeMap<u32, Pulse>,
     period: Duration,
-    /// Whether other nodes have ranks, too.
+    /// Whether the round has ranks on other nodes.
     several_nodes: bool,
-    /// Progress of this node that the coordinator has heard of.
+    /// Progress of this node that the coordinator was last notified of.
     told: NodeProgress,
 }
 
@@ -93,13 +99,13 @@ impl HangWatch {
         Self { timeout, ranks, period: monitor_interval, several_nodes: false, told }
     }
 
-    /// A round begins, with so many ranks on this node, and others where there are several nodes.
+    /// Starts the watch of a round with `ranks` ranks on this node.
     pub(crate) fn start(&mut self, ranks: u32, nodes: u32) {
         (self.several_nodes, self.told) = (nodes > 1, NodeProgress::Working);
         self.ranks = (0..ranks).map(|rank| (rank, Pulse::None)).collect();
     }
 
-    /// A rank has ended.
+    /// Stops watching a rank that has ended.
     pub(crate) fn gone(&mut self, local_rank: u32) {
         self.ranks.remove(&local_rank);
     }
@@ -124,8 +130,9 @@ impl HangWatch {
         *pulse = Pulse::Steps { step, activity, doing, changed, heard: now };
     }
 
-    /// How often files, and CPU times where [`HangWatch::wants_cpu_times`], are to be looked at;
-    /// never where hangs are of no interest.
+    /// Returns the interval in which heartbeat files (and CPU times, if
+    /// [`HangWatch::wants_cpu_times`]) are sampled. `None` if hangs are not watched, or all ranks
+    /// report their steps.
     pub(crate) fn sampling(&self) -> Option<Duration> {
         let timeout = match self.timeout {
             HangTimeout::Never => return None,
@@ -138,13 +145,14 @@ impl HangWatch {
         })
     }
 
-    /// Whether the CPU times of ranks count. They say little, so the user has to ask for it.
+    /// Whether the CPU times of ranks count. CPU time is a weak sign of progress, so the user has
+    /// to ask for it with an explicit timeout.
     pub(crate) fn wants_cpu_times(&self) -> bool {
         matches!(self.timeout, HangTimeout::After(_))
     }
 
-    /// When a rank has touched its file last. From the first time on, that is what counts of a
-    /// program that does not know the link.
+    /// Records that a rank touched its file at `touched`. From its first touch on, the file is what
+    /// counts for a program that does not know the link.
     pub(crate) fn touched(&mut self, now: Duration, local_rank: u32, touched: Duration) {
         match self.ranks.get_mut(&local_rank) {
             None | Some(Pulse::Steps { .. }) => {}
@@ -153,13 +161,13 @@ impl HangWatch {
         }
     }
 
-    /// The CPU time that a rank and all that came of it have used.
+    /// Records the CPU time that a rank and all of its descendants have used.
     pub(crate) fn cpu_time(&mut self, now: Duration, local_rank: u32, used: Duration) {
         match self.ranks.get_mut(&local_rank) {
             Some(pulse @ Pulse::None) => *pulse = Pulse::Cpu { used, sampled: now, changed: now },
             Some(Pulse::Cpu { used: before, sampled, changed }) => {
                 let passed = now.saturating_sub(*sampled).as_secs_f64();
-                // Less than before where a child has ended.
+                // The total decreases when a child has ended.
                 let spent = used.as_secs_f64() - before.as_secs_f64();
                 if spent < 0.0 || spent > IDLE * passed {
                     *changed = now;
@@ -170,6 +178,7 @@ impl HangWatch {
         }
     }
 
+    /// Returns the time that a rank with this pulse may spend without progress.
     fn timeout_of(&self, pulse: &Pulse) -> Option<Duration> {
         match (self.timeout, pulse) {
             (_, Pulse::None | Pulse::Steps { doing: Doing::Alone | Doing::Resting, .. }) => None,
@@ -182,7 +191,7 @@ impl HangWatch {
         }
     }
 
-    /// For ranks that know the link.
+    /// Returns the timeout of ranks that know the link.
     fn timeout_of_steps(&self) -> Option<Duration> {
         match self.timeout {
             HangTimeout::Never => None,
@@ -191,8 +200,8 @@ impl HangWatch {
         }
     }
 
-    /// Whether a rank is one that the others may rightly wait for, however long that takes. Once
-    /// there were steps, a process that starts has as long as a step.
+    /// Whether the other ranks may rightly wait for this one without a limit. Once there were
+    /// steps, a starting process has only the timeout of a step.
     fn is_waited_for(&self, pulse: &Pulse) -> bool {
         let there_were_steps =
             || self.ranks.values().any(|pulse| matches!(pulse, Pulse::Steps { step: 1.., .. }));
@@ -203,38 +212,44 @@ impl HangWatch {
         }
     }
 
-    /// A rank that does not begin may be what the others wait for, as may one that left the steps
-    /// before them. One that rests is not.
+    /// Whether this rank may be the one that the others wait for. A rank that has not begun its
+    /// first step, or has left the steps before the others, may be. A resting rank and one without
+    /// a heartbeat are not.
     fn may_be_behind(&self, pulse: &Pulse) -> bool {
         !matches!(pulse, Pulse::None | Pulse::Steps { doing: Doing::Resting, .. })
     }
 
-    /// When a rank will have been silent for too long, or the last one that still did something will have stood still.
+    /// Returns the next time at which [`HangWatch::check`] or [`HangWatch::news`] may have a
+    /// result.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         let dues = [self.silence(), self.neglect()].into_iter().flatten().map(|(due, _)| due);
         let waits = self.waits_at().filter(|_| self.told == NodeProgress::Working);
         dues.chain(self.standstill()).chain(waits).min()
     }
 
-    /// When the ranks of this node will have got nothing done for the timeout, if other nodes decide
-    /// whether that is a hang. A node that does well is never due, so it sends nothing.
+    /// Returns the time at which the ranks of this node will have made no progress for the timeout,
+    /// if other nodes decide whether that is a hang. A node with progress is never due, so it sends
+    /// nothing.
     fn waits_at(&self) -> Option<Duration> {
         if !self.is_one_of_several() || self.ranks.values().any(|pulse| self.is_waited_for(pulse)) {
             return None;
         }
         let due = self.ranks.values().filter_map(Pulse::changed).max()? + self.timeout_of_steps()?;
-        // A silent rank does not wait, and its silence is a failure without the other nodes.
+        // A silent rank does not wait: its silence is a failure by itself, whatever the other nodes
+        // do.
         let is_silent = |pulse: &Pulse| matches!(pulse, Pulse::Steps { heard, .. } if *heard + SILENT < due);
         (!self.ranks.values().any(is_silent)).then_some(due)
     }
 
-    /// Whether other nodes have to say whether a standstill of this one is a hang. Plain programs
-    /// hang by themselves.
+    /// Whether the coordinator has to decide whether a standstill of this node is a hang. It does
+    /// not for plain programs: their agent decides alone.
     fn is_one_of_several(&self) -> bool {
         let is_plain = |pulse: &Pulse| matches!(pulse, Pulse::File { .. } | Pulse::Cpu { .. });
         self.several_nodes && !self.ranks.values().any(is_plain)
     }
 
+    /// Returns the progress of this node: the least of its ranks' once they have stood still for
+    /// the timeout.
     fn progress(&self, now: Duration) -> NodeProgress {
         if self.waits_at().is_none_or(|due| now < due) {
             return NodeProgress::Working;
@@ -249,20 +264,21 @@ impl HangWatch {
         least.map_or(NodeProgress::Resting, NodeProgress::Waiting)
     }
 
-    /// The progress of this node, if it is not what the coordinator has heard of last.
+    /// Returns the progress of this node if it differs from the last one that the coordinator was
+    /// notified of.
     pub(crate) fn news(&mut self, now: Duration) -> Option<NodeProgress> {
         let progress = self.progress(now);
         (std::mem::replace(&mut self.told, progress) != progress).then_some(progress)
     }
 
-    /// The rank that is behind, once the coordinator has found that no node works and that this one
-    /// is behind. None if its ranks got something done meanwhile.
+    /// Returns the rank that is behind, once the coordinator has found that no node works and that
+    /// this node is behind. `None` if its ranks have made progress meanwhile.
     pub(crate) fn confirmed(&self, now: Duration) -> Option<Hang> {
         matches!(self.progress(now), NodeProgress::Waiting(_)).then(|| self.behind(now)).flatten()
     }
 
-    /// When a rank will not have touched its file for too long, and which one. That others do
-    /// something is no excuse: the file is a promise of this rank.
+    /// Returns the time at which a rank will have left its file untouched for too long, and that
+    /// rank. Activity of other ranks does not excuse it: the file is a promise of this rank.
     fn neglect(&self) -> Option<(Duration, u32)> {
         let due = |(rank, pulse): (&u32, &Pulse)| match pulse {
             Pulse::File { changed, .. } => Some((*changed + self.timeout_of(pulse)?, *rank)),
@@ -271,7 +287,7 @@ impl HangWatch {
         self.ranks.iter().filter_map(due).min()
     }
 
-    /// Whether a rank has not touched its file for too long.
+    /// Returns a hang if a rank has not touched its file for too long.
     fn check_neglect(&self, now: Duration) -> Option<Hang> {
         let (_, local_rank) = self.neglect().filter(|(due, _)| *due <= now)?;
         let pulse = self.ranks.get(&local_rank)?;
@@ -280,7 +296,8 @@ impl HangWatch {
         Some(Hang { local_rank, reason, since, is_silent: false, ends_by: None })
     }
 
-    /// When a rank will have been silent for too long, and which one: whatever it is doing, a process that runs says so.
+    /// Returns the time at which a rank will have been silent for too long, and that rank. A
+    /// process that runs sends heartbeats, whatever it is doing.
     pub(crate) fn silence(&self) -> Option<(Duration, u32)> {
         let timeout = self.timeout_of_steps()?;
         let due = |(rank, pulse): (&u32, &Pulse)| match pulse {
@@ -290,8 +307,8 @@ impl HangWatch {
         self.ranks.iter().filter_map(due).min()
     }
 
-    /// When the last rank that still did something will have stood still for too long, if this agent
-    /// can tell.
+    /// Returns the time at which all ranks will have stood still for too long, if this agent can
+    /// tell.
     fn standstill(&self) -> Option<Duration> {
         if self.is_one_of_several() || self.ranks.values().any(|pulse| self.is_waited_for(pulse)) {
             return None;
@@ -300,7 +317,7 @@ impl HangWatch {
         self.ranks.values().filter_map(due).max()
     }
 
-    /// Whether a rank is silent for too long.
+    /// Returns a hang if a rank has been silent for too long.
     pub(crate) fn check_silence(&self, now: Duration) -> Option<Hang> {
         let (_, local_rank) = self.silence().filter(|(due, _)| *due <= now)?;
         let Some(Pulse::Steps { step, heard, .. }) = self.ranks.get(&local_rank) else { return None };
@@ -311,7 +328,8 @@ impl HangWatch {
         Some(Hang { local_rank, reason, since: *heard, is_silent: true, ends_by: None })
     }
 
-    /// Whether a rank is silent, or all that are at work stand still, for too long.
+    /// Returns a hang if a rank neglects its file, all ranks at work stand still, or a rank is
+    /// silent for too long.
     pub(crate) fn check(&self, now: Duration) -> Option<Hang> {
         if let Some(hang) = self.check_neglect(now) {
             return Some(hang);
@@ -322,7 +340,7 @@ impl HangWatch {
         self.behind(now)
     }
 
-    /// The rank that is behind, of ranks that stand still.
+    /// Returns the rank that is behind, among ranks that stand still.
     fn behind(&self, now: Duration) -> Option<Hang> {
         let watched: Vec<_> = self.ranks.iter().filter(|(_, pulse)| self.may_be_behind(pulse)).collect();
         let (behind, pulse) = watched.iter().min_by_key(|(_, pulse)| match pulse {

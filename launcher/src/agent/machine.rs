@@ -7,68 +7,81 @@ use ice_proto::rendezvous::{ToAgent, ToCoordinator};
 use super::events::{Action, Ask, End, Event, Rules, SIGINT, SIGQUIT, SIGTERM};
 use super::exit::{Exit, signal_name};
 
-/// For how long a round counts as having run at least, once a step was applied in it.
+/// Shortest uptime that is reported for a round in which a step was applied.
 const PROGRESS: Duration = Duration::from_secs(60);
-/// A signal that follows another one so soon is the same wish: schedulers signal a process, its group and its parent.
+/// Period in which a second signal counts as a repetition of the first. Schedulers signal a
+/// process, its group and its parent, so one request arrives several times.
 const ECHO: Duration = Duration::from_millis(250);
-/// A process that was killed has ended sooner than this, unless the kernel holds it.
+/// Time within which a killed process ends, unless the kernel holds it (frozen, or in an
+/// uninterruptible system call).
 const HELD: Duration = Duration::from_secs(1);
 
+/// State of the agent: what the ranks of this node do, and therefore which events matter.
+///
+/// `Joining` → `Running` when a round starts, `Running` → `Finished` when all ranks succeed. A
+/// failure, an ended round or a request to stop leads to `Stopping`. Once no rank has
+/// to be waited for and the next state is known, `Agent::settle` moves on to `Joining` or `Done`.
 #[derive(Debug, Clone)]
 enum Phase {
     /// Waiting for a round to start.
     Joining,
     Running,
-    /// All ranks ended well; waiting for the other nodes.
+    /// All ranks exited successfully. The agent waits for the other nodes.
     Finished,
-    /// Ranks are ending; what comes when the last one has.
+    /// Ranks are ending. The argument says what follows after the last of them.
     Stopping(Then),
     Done,
 }
 
+/// Next state after [`Phase::Stopping`].
 #[derive(Debug, Clone)]
 enum Then {
-    /// The coordinator has not said yet.
+    /// Wait for the coordinator, which has not yet answered the report of the failure.
     Await,
     Rejoin,
     Exit(Option<ExitCode>),
 }
 
-/// The machine. See the module for its invariants.
+/// The state machine. The module documentation lists its invariants.
 pub(crate) struct Agent {
     rules: Rules,
     phase: Phase,
-    /// Whether there is a coordinator to talk to.
+    /// Whether the agent has a connection to a coordinator.
     met: bool,
-    /// The last round that started.
+    /// Number of the last round that started.
     round: u64,
-    /// The report of a failure in it, until the next one starts. That it is over is no answer: it may be so for another reason.
+    /// The report of a failure in this round, kept until the next round starts (AG-7). A
+    /// `RoundBroken` does not acknowledge the report: the round may have ended for another reason.
     unanswered: Option<ToCoordinator>,
-    /// Which round was over, and why, as the coordinator said last.
+    /// Number and reason of the last `RoundBroken` that was received.
     heard: Option<(u64, String)>,
+    /// Local ranks whose processes run.
     alive: BTreeSet<u32>,
-    /// Those of them that keep their state when the round ends.
+    /// Ranks that keep their process and its state when the round ends (survivors).
     stays: BTreeSet<u32>,
-    /// Those of these that have left the round.
+    /// Survivors that have left the round and wait for the next one.
     parked: BTreeSet<u32>,
-    /// Whether the ranks end the round by themselves.
+    /// Whether the ranks end the round by themselves, at a step that they agree on.
     gentle: bool,
-    /// Whether a training step was applied in the round.
+    /// Whether a training step was applied in this round.
     progressed: bool,
+    /// Time at which the round started.
     started: Duration,
-    /// How ranks of this attempt have ended.
+    /// Ends of ranks in this attempt, in order of arrival.
     ends: Vec<End>,
-    /// When the user first wanted the job to end.
+    /// Time at which the user first asked for the end of the job.
     signalled: Option<Duration>,
-    /// When the last signal that asks for the end was answered.
+    /// Time at which the last signal that asks for the end was answered.
     answered: Duration,
-    /// When the ranks of an agent that leaves were killed.
+    /// Time at which the ranks were killed, if this agent is leaving.
     killed: Option<Duration>,
-    /// Whether there was a notice before.
+    /// Whether a notice of preemption arrived.
     preempted: bool,
-    /// That this node leaves, where the coordinator is not to know yet.
+    /// The `Leave` message of this node, while the coordinator must not receive it yet (AG-8).
     leave: Option<ToCoordinator>,
+    /// Time at which ranks that still run receive SIGTERM.
     terminate_at: Option<Duration>,
+    /// Time at which ranks that still run are killed (AG-4).
     kill_at: Option<Duration>,
 }
 
@@ -98,34 +111,36 @@ impl Agent {
         }
     }
 
-    /// When time alone changes something.
+    /// Returns the next time at which the machine needs a [`Event::Tick`].
     pub(crate) fn deadline(&self) -> Option<Duration> {
         self.terminate_at.into_iter().chain(self.kill_at).min()
     }
 
-    /// Whether the ranks are to be watched for a standstill.
+    /// Whether the agent watches the ranks for hangs.
     pub(crate) fn is_running(&self) -> bool {
         matches!(self.phase, Phase::Running)
     }
 
-    /// Whether the agent ends once its ranks have.
+    /// Whether the agent exits once its ranks have ended.
     fn is_leaving(&self) -> bool {
         matches!(self.phase, Phase::Stopping(Then::Exit(_)))
     }
 
-    /// Whether ranks are on their way out of a round, into the next one or to their end.
+    /// Whether ranks are leaving a round, to join the next one or to exit.
     pub(crate) fn is_regrouping(&self) -> bool {
         matches!(self.phase, Phase::Stopping(Then::Await | Then::Rejoin))
             && !self.alive.is_subset(&self.parked)
     }
 
+    /// Applies an event at time `now` and returns the actions that follow, in order.
     pub(crate) fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         if matches!(self.phase, Phase::Done) {
             return Vec::new();
         }
         let mut actions = match event {
             Event::Coordinator(message) => self.coordinator(now, message),
-            // It is how a job that this agent leaves anyway ends.
+            // This agent leaves the job anyway, so a lost coordinator only ends the wait of its
+            // ranks for those of other nodes (AG-8).
             Event::CoordinatorLost(reason) | Event::NotMet(reason) if self.is_leaving() => {
                 self.alone(&reason)
             }
@@ -194,7 +209,8 @@ impl Agent {
             {
                 let runs = matches!(phase, Phase::Running | Phase::Finished | Phase::Stopping(Then::Await))
                     || (self.gentle && !gentle);
-                // What was said on one connection may be said again on the next.
+                // The coordinator may repeat a message on the next connection; its reason is
+                // printed once.
                 let heard = Some((round, reason.clone()));
                 let is_new = self.heard != heard;
                 let mut actions: Vec<_> = is_new.then(|| Action::Say(reason.clone())).into_iter().collect();
@@ -223,7 +239,8 @@ impl Agent {
         }
     }
 
-    /// The round is over, since nobody knows what becomes of it; the next one is another coordinator's.
+    /// Ends the round and looks for a coordinator. The lost coordinator's decision about the round
+    /// can no longer be received; the next round may be another coordinator's.
     fn lost(&mut self, now: Duration, reason: &str) -> Vec<Action> {
         self.met = false;
         let limit = self.rules.looks_again.unwrap_or_default();
@@ -235,6 +252,8 @@ impl Agent {
         actions
     }
 
+    /// Stops the ranks because the coordinator closed the job or refused this node, and explains
+    /// why no restart follows.
     fn over(
         &mut self,
         now: Duration,
@@ -245,7 +264,7 @@ impl Agent {
         if self.is_leaving() {
             return self.alone(reason);
         }
-        // The report says what failed here.
+        // If a rank failed here, the report of the failure says what ended the job.
         let what = (!self.failed()).then(|| format!("the job is over: {reason}"));
         let could_stay = self.failed() && !self.rules.may_restart && !self.stays.is_empty();
         let hint = || {
@@ -263,6 +282,8 @@ impl Agent {
         actions
     }
 
+    /// Records the end of a rank, and decides whether it is a success, a failure or the answer to a
+    /// request to end.
     fn exited(
         &mut self,
         now: Duration,
@@ -277,7 +298,8 @@ impl Agent {
         self.parked.remove(&local_rank);
         let success = exit.is_success();
         let asked = matches!(self.phase, Phase::Stopping(_)) && !self.gentle;
-        // One that was asked to end is a cause only where it had failed before.
+        // A rank that was asked to end is the cause of the failure only if it had failed before.
+        // `Duration::MAX` sorts all other such ends behind every failure.
         let at = failed_at.unwrap_or(if asked { Duration::MAX } else { now });
         let what = format!("local rank {local_rank}: {exit}");
         let hopeless = self.hopeless(&exit);
@@ -286,7 +308,9 @@ impl Agent {
             return self.fail(now, what, hopeless);
         }
         if !self.is_running() {
-            // What the ranks had to do together is done, or will not be.
+            // The ranks of a node that leaves end together. Once one of them has succeeded, their
+            // common work (a checkpoint) is done and the node leaves. Once one has failed, the work
+            // cannot be completed.
             return match success {
                 true => self.leave.take().map(Action::Send).into_iter().collect(),
                 false => self.alone(&what),
@@ -314,23 +338,27 @@ impl Agent {
         if !self.is_running() {
             return Vec::new();
         }
-        // It has not ended, but that it is behind is the cause of all ends that follow.
+        // The rank has not ended yet. Its hang is the cause of all ends that follow, so
+        // `Duration::ZERO` puts it at the front of the report.
         self.ends.push(End { local_rank, exit: Exit::Hung(reason), asked: false, at: Duration::ZERO });
         let mut actions = vec![Action::Say(what.clone())];
         actions.extend(self.fail(now, what, None));
-        // One that is stopped, or that waits for ever, is not asked in vain.
+        // A stopped or deadlocked rank does not react to `Ask`, so this rank receives SIGTERM at
+        // once.
         actions.push(Action::TerminateRank(local_rank));
         actions
     }
 
-    /// Others that the ranks of this node were to end together with are gone: they end by themselves.
+    /// Sends the delayed `Leave` and asks the ranks to end by themselves, because other ranks that
+    /// they were to end together with are gone.
     fn alone(&mut self, reason: &str) -> Vec<Action> {
         let leave =
             self.leave.take().map(|leave| [Action::Send(leave), Action::Ask(Ask::End(reason.into()))]);
         leave.into_iter().flatten().collect()
     }
 
-    /// Where nobody else knows that the round is over, it is this rank's failure that ends it.
+    /// Reports a rank's broken process group as this rank's failure. If no other part of the job
+    /// knows that the round is over, this report ends it.
     fn round_lost(&mut self, now: Duration, local_rank: u32, round: u64, reason: &str) -> Vec<Action> {
         if round != self.round || !self.alive.contains(&local_rank) || !(self.is_running() || self.gentle) {
             return Vec::new();
@@ -341,9 +369,11 @@ impl Agent {
         actions
     }
 
+    /// Reports a failure to the coordinator and stops the ranks until the coordinator has decided.
     fn fail(&mut self, now: Duration, reason: String, hopeless: Option<String>) -> Vec<Action> {
         let uptime = now.saturating_sub(self.started);
-        // What gets something done does not fail right at its start.
+        // The coordinator counts failures right after a start separately. An attempt that applied a
+        // step is not such a failure, however short it was.
         let uptime = if self.progressed { uptime.max(PROGRESS) } else { uptime };
         let ask = Ask::Broken(reason.clone());
         let failed = ToCoordinator::Failed { round: self.round, reason, uptime, hopeless };
@@ -353,9 +383,11 @@ impl Agent {
         actions
     }
 
+    /// Returns the reason why no restart can help, if there is one.
     fn hopeless(&self, exit: &Exit) -> Option<String> {
         match exit.status() {
-            // A process for which there is no room now may find some after a restart.
+            // A process that could not be started for lack of a resource (memory, processes) may
+            // start after a restart.
             Exit::NotStarted { code: ExitCode::Failure, .. } => None,
             Exit::NotStarted { .. } => Some("the program cannot be started".into()),
             Exit::Code(code) => u8::try_from(*code)
@@ -366,6 +398,9 @@ impl Agent {
         }
     }
 
+    /// Answers a signal of the user or a scheduler: the first one ends the job in order, a later
+    /// SIGINT or SIGQUIT kills the ranks. A later SIGTERM is only answered with the time that is
+    /// left.
     fn signal(&mut self, now: Duration, signal: i32, save: bool, together: bool) -> Vec<Action> {
         if self.is_held(now) {
             return self.give_up();
@@ -380,15 +415,17 @@ impl Agent {
         (self.signalled, self.answered) = (Some(now), now);
         let reason = format!("told to stop by {}", name_of(signal));
         if self.preempted {
-            // Whoever gives notice sends a signal later, and what was begun then goes on.
+            // The sender of a notice sends a signal later. The stop that the notice started
+            // continues.
             return vec![Action::Say(format!("{reason}, as was noticed before"))];
         }
         let code = Exit::Signal(signal).code();
         self.end_ranks(now, reason, code, Ask::Stop(signal, save), together)
     }
 
-    /// Schedulers repeat SIGTERM: as a notice and at the end of the grace time, or because a job script passes
-    /// its own on. A checkpoint that is being saved for the first one must not be lost to the second.
+    /// Answers a repeated SIGTERM without shortening the stop. Schedulers send SIGTERM as a notice
+    /// and again at the end of the grace time, and job scripts pass their own on. A checkpoint that
+    /// is being saved for the first signal must not be lost to the second.
     fn asked_again(&mut self, now: Duration, signal: i32) -> Vec<Action> {
         if now.saturating_sub(self.answered) < ECHO {
             return Vec::new();
@@ -404,9 +441,9 @@ impl Agent {
         vec![Action::Say(format!("told to stop again by {}: {left}", name_of(signal)))]
     }
 
-    /// The signal went to all processes of the job, this agent included, or to this rank alone. A
-    /// rank that ended alone would take the others' checkpoint with it, so all of this node's end
-    /// as if the agent had got the signal.
+    /// Stops all ranks of this node, as if the agent had received the signal. SIGTERM went either
+    /// to all processes of the job, this agent included, or to this rank alone. A rank that ended
+    /// alone would make the checkpoint of the other ranks impossible.
     fn rank_terminated(&mut self, now: Duration, local_rank: u32, together: bool) -> Vec<Action> {
         if self.signalled.is_some() || self.preempted || self.is_leaving() {
             return Vec::new();
@@ -417,12 +454,13 @@ impl Agent {
         self.end_ranks(now, reason, code, Ask::Stop(SIGTERM, true), together)
     }
 
-    /// Whether ranks were killed long enough ago to have ended.
+    /// Whether ranks were killed long enough ago that they should have ended.
     fn is_held(&self, now: Duration) -> bool {
         self.killed.is_some_and(|killed| now.saturating_sub(killed) >= HELD)
     }
 
-    /// Killed ranks that do not end are frozen, or wait within the kernel. The user does not wait for them.
+    /// Exits without the killed ranks that have not ended: they are frozen, or wait within the
+    /// kernel. The user asked again, so the agent does not wait for them any longer (AG-1).
     fn give_up(&mut self) -> Vec<Action> {
         self.killed = None;
         let left = std::mem::take(&mut self.alive).len();
@@ -433,7 +471,8 @@ impl Agent {
         ]
     }
 
-    /// There is some time yet, and then there is none.
+    /// Ends the ranks with a checkpoint after a notice of preemption. The job exits with the code
+    /// for a requeue.
     fn preempted(&mut self, now: Duration, notice: &str, together: bool) -> Vec<Action> {
         if self.signalled.is_some() || std::mem::replace(&mut self.preempted, true) {
             return Vec::new();
@@ -453,7 +492,8 @@ impl Agent {
     ) -> Vec<Action> {
         self.leave = Some(ToCoordinator::Leave { reason: reason.clone(), preempted: self.preempted });
         let mut actions = vec![Action::Say(reason)];
-        // Ranks that end together need those of the other nodes until then.
+        // Ranks that end together with those of other nodes need them until then, so the
+        // coordinator receives `Leave` later.
         if !together || self.alive.is_empty() || !self.is_running() {
             actions.extend(self.leave.take().map(Action::Send));
         }
@@ -461,11 +501,13 @@ impl Agent {
         actions
     }
 
+    /// Kills the ranks at once, and leaves without waiting for a checkpoint.
     fn abort(&mut self, now: Duration, signal: i32) -> Vec<Action> {
         let leave = match self.signalled.replace(now) {
             Some(_) => self.leave.take(),
             None => {
-                // They are not asked any more.
+                // `stop` sets phase and exit code. Its request to the ranks is dropped: they are
+                // killed.
                 self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), Ask::Stop(signal, false));
                 let reason = format!("told to stop by {}", name_of(signal));
                 Some(ToCoordinator::Leave { reason, preempted: false })
@@ -477,6 +519,7 @@ impl Agent {
         actions
     }
 
+    /// Sends SIGTERM to or kills the ranks that are overdue (AG-4).
     fn tick(&mut self, now: Duration) -> Vec<Action> {
         let due = |at: Option<Duration>| at.is_some_and(|at| now >= at);
         let mut actions = Vec::new();
@@ -498,6 +541,12 @@ impl Agent {
         actions
     }
 
+    /// Moves to `Stopping`, and returns the request to the ranks that `ask` leads to, if any.
+    ///
+    /// A second call while ranks already end usually repeats nothing. The exceptions are a gentle
+    /// end of a round that becomes an abrupt one, and a last call (`Then::Exit`) that ranks which
+    /// would wait for a next round must receive. A gentle end has no deadline: ranks take as long
+    /// as their step does.
     fn stop(&mut self, now: Duration, then: Then, ask: Ask) -> Vec<Action> {
         let already = matches!(self.phase, Phase::Stopping(_));
         let was_gentle = std::mem::take(&mut self.gentle);
@@ -509,11 +558,13 @@ impl Agent {
         }
         let ask = match ask {
             Ask::Regroup => {
-                // They take as long as their step does.
+                // No deadline: ranks leave the round once their current step is done, however long
+                // it takes.
                 self.gentle = true;
                 return vec![Action::Ask(Ask::Regroup)];
             }
-            // Those that wait for a round wait in vain now.
+            // Parked ranks wait for a round that will not come. They receive `End` instead of a
+            // request to save.
             Ask::Stop(..) if !self.parked.is_empty() => Ask::End("told to stop".into()),
             Ask::Broken(reason) if is_last => Ask::End(reason),
             _ if already && !was_gentle && !is_last => return Vec::new(),
@@ -528,7 +579,7 @@ impl Agent {
         vec![Action::Ask(ask)]
     }
 
-    /// Goes on once the last rank has ended, or has left the round.
+    /// Continues once the last rank has ended or, if the agent is not leaving, has left the round.
     fn settle(&mut self) -> Vec<Action> {
         let is_ready = self.alive.is_empty() || (!self.is_leaving() && self.alive.is_subset(&self.parked));
         if !is_ready {
@@ -544,7 +595,8 @@ impl Agent {
         let cause = if failed { ends.first().map(|end| end.exit.code()) } else { None };
         let (next, last) = match then {
             Then::Exit(code) => {
-                // A failure elsewhere has no code to pass on.
+                // If no rank of this node failed, the failure was elsewhere and has no exit code to
+                // propagate.
                 let code = code.or(cause).unwrap_or(ExitCode::Failure);
                 (Phase::Done, Some(Action::Exit(code)))
             }
@@ -562,7 +614,8 @@ impl Agent {
         self.ends.iter().any(|end| !end.asked && !end.exit.is_success())
     }
 
-    /// How the ranks ended, each once, in order of their failures.
+    /// Takes the ends of this attempt, each rank once: failures in order of their time, then
+    /// successes.
     fn ends(&mut self) -> Vec<End> {
         let mut ends = std::mem::take(&mut self.ends);
         ends.sort_by_key(|end| (end.exit.is_success(), end.at));
@@ -572,7 +625,8 @@ impl Agent {
     }
 }
 
-/// Whether a signal that follows the first one means "now". A person sends these; schedulers repeat the others.
+/// Whether a signal that follows the first one means "now". People send SIGINT and SIGQUIT;
+/// schedulers repeat the other signals.
 fn ends_at_once(signal: i32) -> bool {
     matches!(signal, SIGINT | SIGQUIT)
 }

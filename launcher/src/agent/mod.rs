@@ -1,18 +1,23 @@
-//! The worker group of this node as a pure state machine: events in, actions out. It has no clock, no processes and no sockets;
-//! time comes in as an argument.
+//! The worker group of this node as a pure state machine: events in, actions out. The machine has
+//! no clock, no processes and no sockets. Every call passes the time as an argument.
 //!
 //! Invariants, which the tests cite:
 //!
-//! - **AG-1** Every rank that was started is waited for before the agent joins again or exits, unless it was killed, has not ended for
-//!   a second, and the user asks for the end once more.
+//! - **AG-1** The agent waits for every rank that was started before it joins again or exits. The
+//!   exception is a rank that was killed and has not ended within a second, if the user then asks
+//!   for the end once more.
 //! - **AG-2** Ranks start only when a round starts; the coordinator alone decides on restarts.
 //! - **AG-3** The agent exits once, and does nothing afterwards.
 //! - **AG-4** Ranks that were asked to end are killed once the shutdown timeout is over.
-//! - **AG-5** An attempt that failed is reported once, with each rank that ended in it once and the first failure at the front.
-//! - **AG-6** An agent joins only while it has a coordinator; where it is looked for again, losing it ends the round and nothing else.
-//! - **AG-7** A failure is reported on each connection, before the agent joins, until a round has started there.
-//! - **AG-8** A node that was told to stop leaves: at once, or, where its ranks end together with a checkpoint of all nodes', when the
-//!   first of them has ended, or fails, or another node is lost, or they take too long.
+//! - **AG-5** A failed attempt is reported once. The report names each rank that ended in the
+//!   attempt once, the first failure at the front.
+//! - **AG-6** An agent joins only while it has a coordinator. If the agent may look for the
+//!   coordinator again, losing it ends the round and nothing else.
+//! - **AG-7** A failure is reported on each connection, before the agent joins, until a round has
+//!   started there.
+//! - **AG-8** A node that was asked to stop leaves at once, unless its ranks end together with a
+//!   checkpoint of all nodes. In that case the node leaves when the first of its ranks has ended or
+//!   fails, when another node is lost, or when the ranks take too long.
 
 mod cause;
 mod events;

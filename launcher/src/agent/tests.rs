@@ -57,7 +57,7 @@ fn agent() -> Agent {
     Agent::new(Rules { fatal_exit_codes, ..rules() })
 }
 
-/// The ranks and ends of a report, in its order.
+/// Returns the ranks and exits of a report, in its order.
 fn reported(actions: &[Action]) -> Vec<(u32, Exit)> {
     let report = actions.iter().find_map(|action| match action {
         Action::Report(ends) => Some(ends.iter().map(|end| (end.local_rank, end.exit.clone())).collect()),
@@ -174,7 +174,7 @@ fn broken(round: u64, gentle: bool) -> Event {
     Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle })
 }
 
-/// An agent whose ranks stay when their round ends.
+/// Returns an agent whose ranks keep their process when their round ends.
 fn staying() -> Agent {
     let mut agent = agent();
     agent.handle(NOW, started(0));
@@ -198,7 +198,7 @@ fn a_rank_that_stays_is_waited_for_until_it_has_left_the_round() {
     let actions = agent.handle(NOW, parked(1, 0));
     assert!(matches!(actions[..], [Action::Report(_), Action::Send(ToCoordinator::Join)]), "{actions:?}");
     assert!(matches!(agent.handle(NOW, started(1))[..], [Action::Spawn(_)]));
-    // The next round fails before the new rank has said anything.
+    // The next round fails before the new rank has reported that it will stay.
     assert!(!agent.handle(NOW, exited(0, Exit::Code(1))).is_empty());
     agent.handle(NOW, broken(1, false));
     let actions = agent.handle(NOW, parked(1, 1));
@@ -228,7 +228,7 @@ fn where_no_rank_is_gone_they_end_the_round_by_themselves_and_take_their_time() 
     assert_eq!(agent.handle(NOW, parked(0, 0)), []);
     assert_eq!(agent.handle(NOW, parked(1, 0)), [Action::Send(ToCoordinator::Join)]);
 
-    // One that dies meanwhile is a failure like any other.
+    // A rank that dies while the ranks regroup is a failure like any other.
     let mut agent = staying();
     agent.handle(NOW, broken(0, true));
     let actions = agent.handle(NOW, exited(0, Exit::Signal(9)));
@@ -238,7 +238,7 @@ fn where_no_rank_is_gone_they_end_the_round_by_themselves_and_take_their_time() 
     );
     assert!(agent.deadline().is_some());
 
-    // Where another node has lost one, these hear of it.
+    // If another node has lost a rank meanwhile, the ranks of this node are asked to leave at once.
     let mut agent = staying();
     agent.handle(NOW, broken(0, true));
     let again = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "lost".into(), gentle: false });
@@ -309,7 +309,7 @@ fn ranks_that_end_together_are_waited_for_before_the_node_leaves() {
     };
     assert_eq!(told().handle(NOW, exited(0, Exit::Code(0))).len(), 1);
     assert!(leaves(&told().handle(NOW, exited(0, Exit::Code(0)))), "AG-8");
-    // One that fails holds up the others, and so does another node's.
+    // A failed rank makes the common checkpoint impossible, and so does another node's.
     let actions = told().handle(NOW, exited(0, Exit::Code(3)));
     assert!(leaves(&actions) && matches!(actions[1], Action::Ask(Ask::End(_))), "AG-8: {actions:?}");
     let broken = || Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into(), gentle: false });
@@ -330,7 +330,7 @@ fn terminate_to_one_rank_stops_all_of_its_node_after_a_checkpoint() {
     agent.handle(NOW, started(0));
     let said = Action::Say("local rank 1 was told to stop by SIGTERM".into());
     assert_eq!(agent.handle(NOW, asks(1)), [said, Action::Ask(Ask::Stop(15, true))]);
-    // The others of this node, and this agent, may have got it, too.
+    // The other ranks of this node, and this agent, may have received SIGTERM, too.
     assert_eq!(agent.handle(NOW, asks(0)), []);
     assert_eq!(agent.handle(NOW, stop(15)), []);
     assert!(agent.handle(NOW * 2, stop(2)).contains(&Action::Kill));
@@ -417,7 +417,7 @@ fn rank_that_outlives_its_kill_is_given_up_when_the_user_asks_again() {
         agent.handle(NOW, stop(15));
         let killed = NOW + Duration::from_secs(30);
         assert!(agent.handle(killed, Event::Tick).contains(&Action::Kill));
-        // The kernel may take a moment.
+        // The kernel may need a moment to end a killed process.
         let soon = agent.handle(killed + Duration::from_millis(999), stop(again));
         assert!(!soon.contains(&Action::GiveUp), "{soon:?}");
         let actions = agent.handle(killed + Duration::from_secs(1), stop(again));
@@ -462,7 +462,7 @@ fn another_coordinator_is_looked_for_and_joined_once_the_ranks_have_ended() {
     assert_eq!(agent.handle(NOW, exited(1, Exit::Signal(15))), [], "AG-6");
     assert_eq!(agent.handle(NOW, Event::Met), [Action::Send(ToCoordinator::Join)]);
     assert!(matches!(agent.handle(NOW, started(1))[..], [Action::Spawn(_)]));
-    // The other way around, and without ranks.
+    // The coordinator is found before the ranks have ended, and then lost while no rank runs.
     agent.handle(NOW, Event::CoordinatorLost("lost".into()));
     assert_eq!(agent.handle(NOW, Event::Met), []);
     agent.handle(NOW, exited(0, Exit::Signal(15)));
@@ -487,7 +487,7 @@ fn a_failure_is_reported_until_the_next_round_starts() {
     assert!(
         matches!(&report, Action::Send(ToCoordinator::Failed { round: 0, uptime, .. }) if *uptime == NOW * 2)
     );
-    // It is met while the other rank ends, and lost before it answers.
+    // A coordinator is found while the other rank ends, and lost before it answers.
     agent.handle(NOW * 4, lost());
     assert_eq!(agent.handle(NOW * 5, Event::Met), std::slice::from_ref(&report), "AG-7");
     agent.handle(NOW, exited(1, Exit::Signal(15)));
@@ -496,11 +496,11 @@ fn a_failure_is_reported_until_the_next_round_starts() {
     assert_eq!(agent.handle(NOW, Event::Met), [report.clone(), join.clone()], "AG-7");
     assert_eq!(agent.handle(NOW, broken(0)), [Action::Say("r".into())]);
     agent.handle(NOW, lost());
-    // The round may have been over for another reason, and the report not heard.
+    // The round may have ended for another reason, and the report may not have arrived.
     assert_eq!(agent.handle(NOW, Event::Met), [report, join.clone()], "AG-7");
     assert_eq!(agent.handle(NOW, broken(0)), [], "it is said once");
     agent.handle(NOW, started(1));
-    // What is said of a round that is over does not end the one that runs.
+    // A message about a round that is over does not end the running one.
     assert_eq!(agent.handle(NOW, broken(0)), [Action::Say("r".into())]);
     assert_eq!(agent.handle(NOW, broken(1))[1], Action::Ask(Ask::Broken("r".into())));
 }

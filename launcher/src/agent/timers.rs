@@ -1,11 +1,11 @@
-//! Countdown timers that processes of ranks set and release. A timer that is not released in time
-//! says that its process hangs.
+//! Countdown timers that processes of ranks set and release. A process whose timer is not released
+//! in time hangs.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Timers of all ranks together. A program has a few at a time; one that sets a new one in each
-/// step and never releases any is not to fill the memory.
+/// Limit for the timers of all ranks together. A program has a few at a time; a program that sets a
+/// new timer in each step and never releases one must not fill the memory.
 const MOST: usize = 10_000;
 
 /// A timer that was not released in time.
@@ -14,9 +14,9 @@ pub(crate) struct Expired {
     pub(crate) local_rank: u32,
     pub(crate) pid: u32,
     pub(crate) scope: String,
-    /// The signal that ends the process; without one it is left alone.
+    /// Signal that ends the process. `None` leaves the process alone.
     pub(crate) signal: Option<i32>,
-    /// When the timer was to be released.
+    /// Time by which the timer had to be released.
     pub(crate) at: Duration,
 }
 
@@ -32,7 +32,7 @@ struct Timer {
 }
 
 impl Timers {
-    /// Sets a timer, or sets it again. Returns whether there was room for it.
+    /// Sets or resets a timer. Returns whether there was room for it.
     pub(crate) fn set(&mut self, timer: Expired) -> bool {
         let Expired { local_rank, pid, scope, signal, at } = timer;
         let key = (pid, scope);
@@ -47,18 +47,18 @@ impl Timers {
         self.0.remove(&(pid, scope));
     }
 
-    /// A rank has ended, and all of its processes with it.
+    /// Removes the timers of a rank that has ended, and with it all of its processes.
     pub(crate) fn gone(&mut self, local_rank: u32) {
         self.0.retain(|_, timer| timer.local_rank != local_rank);
     }
 
-    /// When the next timer expires.
+    /// Returns the time at which the next timer expires.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         self.0.values().map(|timer| timer.at).min()
     }
 
-    /// A process with a timer that has expired, which has no timers from now on. Of several timers
-    /// the first one that has a signal counts.
+    /// Returns an expired timer and removes all timers of its process. Of several expired timers,
+    /// one with a signal has precedence, then the earliest.
     pub(crate) fn expired(&mut self, now: Duration) -> Option<Expired> {
         let due = self.0.iter().filter(|(_, timer)| timer.at <= now);
         let ((pid, scope), timer) = due.min_by_key(|(_, timer)| (timer.signal.is_none(), timer.at))?;

@@ -4,7 +4,7 @@ const fn s(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-/// Steps so far and things done so far of a rank, and what it is about.
+/// A heartbeat: steps, operations and state of a rank.
 type Beat = (u64, u64, Doing);
 
 fn beat(watch: &mut HangWatch, now: u64, local_rank: u32, (step, activity, doing): Beat) {
@@ -58,7 +58,7 @@ fn ranks_that_load_data_or_have_finished_are_not_watched() {
 
 #[test]
 fn ranks_that_wait_for_each_other_before_the_first_step_stand_still() {
-    // The group is not formed, or one waits in a step that the other one will not do.
+    // The group is not formed yet, or a rank waits in a step that the other rank will not do.
     for doing in [Doing::Meeting, Doing::Steps] {
         let mut watch = watch(HangTimeout::After(s(10)));
         for now in 1..30 {
@@ -95,7 +95,7 @@ fn a_rank_that_is_alone_at_work_is_waited_for() {
             beat(&mut watch, now, 1, (7, 9, other));
             assert_eq!(watch.check(s(now)), None, "{now}");
         }
-        // It joins the others, and then they all stand still.
+        // Rank 0 joins the others, and then they all stand still.
         beat(&mut watch, 100, 0, (7, 7, Doing::Meeting));
         beat(&mut watch, 109, 1, (7, 9, other));
         assert_eq!(watch.check(s(109)), None);
@@ -104,14 +104,14 @@ fn a_rank_that_is_alone_at_work_is_waited_for() {
     }
 }
 
-/// A watch of one node of two.
+/// Returns a watch of one node of two.
 fn one_of_two(timeout: HangTimeout) -> HangWatch {
     let mut watch = watch(timeout);
     watch.start(2, 2);
     watch
 }
 
-/// Progress of a node whose rank furthest behind has done this.
+/// Returns the progress of a waiting node whose last rank has done this much.
 fn waiting(step: u64, activity: u64) -> Option<NodeProgress> {
     Some(NodeProgress::Waiting(Achieved { step, activity }))
 }
@@ -129,7 +129,7 @@ fn node_of_several_that_waits_says_so_and_hangs_only_once_that_is_confirmed() {
             assert_eq!(watch.news(s(now)), (now == 11).then(|| waiting(7, 8)).flatten(), "{doing:?} {now}");
             assert!(watch.deadline().unwrap() > s(now), "it is not woken for what it has said");
         }
-        // The rank of another node that these waited for is done with its work.
+        // The rank of another node that these ranks waited for has finished its work.
         beat(&mut watch, 100, 1, (7, 10, Doing::Steps));
         assert_eq!(watch.confirmed(s(100)), None, "the message has crossed this one");
         assert_eq!(watch.news(s(100)), Some(NodeProgress::Working));
@@ -248,7 +248,7 @@ fn of_a_plain_program_the_cpu_time_tells_if_that_was_asked_for() {
     let mut plain = watch(HangTimeout::After(s(10)));
     assert_eq!(plain.sampling(), Some(s(1)));
     for now in 1..=12 {
-        // The first rank works for four seconds, the other one only polls.
+        // The first rank works for four seconds, the other rank only polls.
         plain.cpu_time(s(now), 0, s(now.min(4)));
         plain.cpu_time(s(now), 1, Duration::from_millis(10 * now));
         assert_eq!(plain.check(s(now)), None);
@@ -263,7 +263,7 @@ fn a_rank_that_touches_a_file_is_to_go_on_with_that_from_the_first_time() {
     for (timeout, seconds) in [(HangTimeout::After(s(10)), 10), (HangTimeout::Default, 600)] {
         let mut watch = watch(timeout);
         assert_eq!(watch.deadline(), None);
-        // The other one uses the CPU, as one that spins does.
+        // The other rank uses the CPU, like a program that spins.
         for now in 1..2000 {
             watch.touched(s(now), 1, s(now.min(5)));
             if watch.wants_cpu_times() {
