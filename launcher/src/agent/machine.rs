@@ -16,7 +16,7 @@ const ECHO: Duration = Duration::from_millis(250);
 /// uninterruptible system call).
 const HELD: Duration = Duration::from_secs(1);
 
-/// State of the agent: what the ranks of this node do, and therefore which events matter.
+/// State of the agent, which decides which events matter.
 ///
 /// `Joining` → `Running` when a round starts, `Running` → `Finished` when all ranks succeed. A
 /// failure, an ended round or a request to stop leads to `Stopping`. Once no rank has

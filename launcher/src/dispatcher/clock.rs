@@ -1,8 +1,9 @@
-//! The agent's clock. Time that the process was stopped for, or the machine asleep, does not count.
+//! The agent's clock. Time during which the process was stopped or the machine asleep does not
+//! count.
 
 use std::time::{Duration, Instant};
 
-/// A wake-up that is later than this was not the scheduler's doing.
+/// Delay of a wake-up beyond which the process must have been stopped or the machine asleep.
 const LATE: Duration = Duration::from_secs(1);
 
 pub(super) struct Clock {
@@ -14,7 +15,7 @@ impl Clock {
         Self { start: Instant::now() }
     }
 
-    /// Time since the start.
+    /// Returns the time since the start.
     pub(super) fn now(&self) -> Duration {
         self.start.elapsed()
     }
@@ -23,7 +24,8 @@ impl Clock {
         tokio::time::Instant::from_std(self.start + at)
     }
 
-    /// To be told when a deadline has passed: if the process slept through it, its sleep is taken out.
+    /// Records a wake-up for `deadline`. If the wake-up is late because the process did not run,
+    /// the delay is taken out of the clock.
     pub(super) fn woke(&mut self, deadline: Duration) {
         let late = self.now().saturating_sub(deadline);
         if late > LATE {
@@ -31,7 +33,7 @@ impl Clock {
         }
     }
 
-    /// Takes out the time that this takes.
+    /// Runs `wait` and takes its duration out of the clock.
     pub(super) fn pause(&mut self, wait: impl FnOnce()) {
         let before = Instant::now();
         wait();

@@ -1,32 +1,32 @@
-//! Ranks that have ended with 0 long before the others.
+//! Ranks that have exited with code 0 long before the others.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// After this time a rank that has ended is worth a line.
+/// Time after which the early end of a rank is printed.
 const LONG: Duration = Duration::from_secs(60);
 
 /// The ranks of this node that have finished in the round.
 #[derive(Default)]
 pub(super) struct Finished {
-    /// When they did.
+    /// Time of their ends, by rank.
     ended: BTreeMap<u32, Duration>,
     is_said: bool,
 }
 
 impl Finished {
-    /// A rank has ended with 0.
+    /// Records a rank that exited with code 0.
     pub(super) fn add(&mut self, rank: u32, now: Duration) {
         self.ended.insert(rank, now);
     }
 
-    /// When a line is due.
+    /// Returns the time at which a line is due.
     pub(super) fn deadline(&self) -> Option<Duration> {
         let first = self.ended.values().min().filter(|_| !self.is_said);
         first.map(|first| *first + LONG)
     }
 
-    /// The line if it is due and others still run. It comes once per round.
+    /// Returns the line if it is due and other ranks still run. There is one line per round.
     pub(super) fn line(&mut self, now: Duration, running: &[u32]) -> Option<String> {
         self.deadline().filter(|due| *due <= now)?;
         self.is_said = true;

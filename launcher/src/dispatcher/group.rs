@@ -1,4 +1,4 @@
-//! The ranks of this node in a round: starting them and signalling them.
+//! The ranks of this node in a round: starts, signals and links.
 
 mod output;
 mod reporting;
@@ -33,12 +33,13 @@ use output::Stream;
 pub(super) struct Group<'a> {
     plan: &'a LaunchPlan,
     tree: Arc<ProcessTree>,
-    /// This host's name.
+    /// Name of this host.
     host: String,
     console: Console,
     files: Files,
     events: mpsc::UnboundedSender<RankEvent>,
-    /// Whether a line of the terminal is rewritten, which all other output has to go around.
+    /// Whether the launcher rewrites a line of the terminal in place, which all other output has to
+    /// avoid.
     rewrites: bool,
     logs: Option<LogFolder>,
     round: Option<Round>,
@@ -48,16 +49,16 @@ pub(super) struct Group<'a> {
     spares: Spares,
     memory: MemoryWatch,
     executable: Executable,
-    /// Forks ranks of Python.
+    /// Forks ranks of Python programs.
     warm: Warm,
-    /// How many processes were started.
+    /// Number of processes started so far, and id of the last one.
     started: ProcessId,
-    /// Where ranks show that they get something done.
+    /// Folder of the files that ranks touch to show progress.
     heartbeats: Option<Heartbeats>,
-    /// Where ranks ask for timers.
+    /// Path of the pipe on which ranks request timers.
     timer_file: Option<PathBuf>,
     summary: Summary,
-    /// For the launcher's error file, if the round that ran last failed here.
+    /// Content of the launcher's error file, if the last round failed on this node.
     error: Option<ErrorDocument>,
 }
 
@@ -105,53 +106,54 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// Notes where ranks ask for timers.
+    /// Sets the path of the pipe on which ranks request timers.
     pub(super) fn set_timer_file(&mut self, path: Option<&Path>) {
         self.timer_file = path.map(Path::to_owned);
     }
 
-    /// When the ranks that live have touched their files last.
+    /// Returns the last time at which each live rank touched its heartbeat file.
     pub(super) fn touched(&self) -> BTreeMap<u32, Duration> {
         let living = self.ranks.iter().filter(|(_, member)| member.living().is_some());
         let processes = living.map(|(rank, member)| (*rank, member.id));
         self.heartbeats.as_ref().map(|heartbeats| heartbeats.touched(processes)).unwrap_or_default()
     }
 
-    /// The number of the last round.
+    /// Returns the number of the last round.
     pub(super) fn round(&self) -> Option<u64> {
         self.round.as_ref().map(|round| round.number)
     }
 
-    /// The node's rank in the last round.
+    /// Returns the node rank in the last round.
     pub(super) fn place(&self) -> Option<u32> {
         self.round.as_ref().map(|round| round.you.group_rank)
     }
 
-    /// Nodes and ranks of the last round.
+    /// Returns the numbers of nodes and ranks in the last round.
     pub(super) fn size(&self) -> Option<(u32, u32)> {
         self.round.as_ref().map(|round| (round.nodes, round.world_size))
     }
 
-    /// Failures of the job before the last round.
+    /// Returns the number of restarts before the last round.
     pub(super) fn restarts(&self) -> u32 {
         self.round.as_ref().map_or(0, |round| round.restart_count)
     }
 
-    /// The folder of the job's logs.
+    /// Returns the folder of the job's logs.
     pub(super) fn log_folder(&self) -> Option<&Path> {
         self.logs.as_ref().and_then(LogFolder::path)
     }
 
-    /// How the job ended.
+    /// Returns the outcome of the job, in a word.
     pub(super) fn outcome(&self) -> &'static str {
         self.summary.outcome()
     }
 
-    /// Begins a round: tells it to the ranks that live, and starts the others. One that cannot be started counts as one that ended. Returns
-    /// the local ranks that were started.
+    /// Begins a round: sends it to the live ranks, and starts the others. Returns the local ranks
+    /// that were started. A rank that cannot be started counts as a rank that has ended.
     ///
     /// # Errors
-    /// Logs that cannot be written before this node has started any rank. Later on ranks start without them.
+    /// Fails if log files cannot be made before this node has started any rank. Later, ranks start
+    /// without them.
     pub(super) fn spawn(&mut self, round: Round, store: (&str, u16)) -> Result<Vec<u32>, Error> {
         let is_first = self.logs.is_none();
         let mut logs = match self.logs.take() {
@@ -215,7 +217,7 @@ impl<'a> Group<'a> {
         Ok(started)
     }
 
-    /// The files of ranks that are started.
+    /// Makes the log files of ranks that are about to start.
     fn files_of(
         &self,
         ranks: Vec<u32>,
@@ -245,13 +247,13 @@ impl<'a> Group<'a> {
                 }
             }
             (None, Some(path)) => health.works(path, 0),
-            // Nothing was asked for that could be missed.
+            // The user asked for no log files, so none are missing.
             (_, None) => {}
         }
         Ok(all)
     }
 
-    /// Starts what is missing of the spares; their processes.
+    /// Starts the missing spares. Returns their process ids.
     pub(super) fn start_spares(&mut self, store: (&str, u16)) -> Vec<u32> {
         let Some(round) = self.round.clone() else { return Vec::new() };
         let mut started = Vec::new();
@@ -271,7 +273,7 @@ impl<'a> Group<'a> {
         started
     }
 
-    /// Notes the end of a spare.
+    /// Records the end of a spare.
     pub(super) fn spare_exited(&mut self, process: ProcessId, exit: &Exit) {
         if let Some(note) = self.spares.exited(process, exit) {
             self.console.note(&note);
@@ -293,13 +295,15 @@ impl<'a> Group<'a> {
         let [out_filter, err_filter] = filtered;
         let out = self.route(Stream::Stdout, local_rank, &prefix, out_filter.as_ref());
         let err = self.route(Stream::Stderr, local_rank, &prefix, err_filter.as_ref());
-        // Nobody asks the pump of stdout for anything.
+        // Nothing asks the pump of stdout for its last lines, so its handle is dropped; the pump
+        // keeps running.
         Pump::start(stdout, self.sink(out, files.stdout.as_deref()), ended.clone())?;
         let stderr = Pump::start(stderr, self.sink(err, files.stderr.as_deref()), ended)?;
         member.become_rank(files.clone(), stderr);
         match member.send(&environment.as_message(local_rank, files.error.as_deref())) {
             true => {
-                // It said so before it was anybody.
+                // The spare sent `Stays` before it had a local rank, so the message is repeated for
+                // the rank.
                 let _ = self.events.send(RankEvent::Said(member.id, Up::Stays));
                 Ok(member)
             }
@@ -319,7 +323,7 @@ impl<'a> Group<'a> {
         prefix(&self.plan.logs.prefix, &names)
     }
 
-    /// The local rank of a process, unless another one has taken its place.
+    /// Returns the local rank of a process, unless another process has replaced it.
     pub(super) fn local_rank(&self, process: ProcessId) -> Option<u32> {
         self.ranks.iter().find(|(_, member)| member.id == process).map(|(local_rank, _)| *local_rank)
     }
@@ -327,7 +331,7 @@ impl<'a> Group<'a> {
     fn not_started(&self, error: &io::Error) -> Exit {
         let path = &self.plan.program.path;
         let code = match error.kind() {
-            // A file that is there and not found lacks its interpreter.
+            // `NotFound` for a file that exists means that its interpreter is missing.
             io::ErrorKind::NotFound if path.exists() => ExitCode::NotExecutable,
             io::ErrorKind::NotFound => ExitCode::NotFound,
             io::ErrorKind::PermissionDenied => ExitCode::NotExecutable,
@@ -352,7 +356,8 @@ impl<'a> Group<'a> {
         let stream = |stream, path: &Option<PathBuf>, filter: &Option<LogFile>| {
             self.stream(stream, local_rank, path.as_deref(), &prefix, filter.as_ref(), &ended)
         };
-        // The pump of stdout works by itself: nobody asks it for anything.
+        // Nothing asks the pump of stdout for its last lines, so its handle is dropped; the pump
+        // keeps running.
         let (stdout, _) = stream(Stream::Stdout, &files.stdout, out_filter)?;
         let (stderr, stderr_pump) = stream(Stream::Stderr, &files.stderr, err_filter)?;
         let mut variables = environment.of(local_rank, files.error.as_deref());
@@ -372,12 +377,12 @@ impl<'a> Group<'a> {
         Member::started(id, rank, ours, stderr_pump, lives, files.clone(), watch)
     }
 
-    /// Rank within the job.
+    /// Returns the rank within the job.
     pub(super) fn rank(&self, local_rank: u32) -> u32 {
         self.round.as_ref().map_or(0, |round| round.you.first_rank) + local_rank
     }
 
-    /// Notes what a process said; its local rank, where it is one.
+    /// Records a message of a process. Returns its local rank, or `None` for a spare.
     pub(super) fn said(&mut self, process: ProcessId, message: &Up) -> Option<u32> {
         if self.spares.said(process, message) {
             return None;
@@ -387,7 +392,7 @@ impl<'a> Group<'a> {
         Some(local_rank)
     }
 
-    /// How a rank ended, with what the kernel knows about it.
+    /// Adds to an exit what the kernel knows about its cause.
     pub(super) fn explained(&self, local_rank: u32, exit: Exit) -> Exit {
         let member = self.ranks.get(&local_rank).filter(|member| !member.was_killed());
         match member.and_then(|_| self.memory.cause(&exit)) {
@@ -396,26 +401,27 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// Notes the end of a rank; returns when it failed by its own account.
+    /// Records the end of a rank. Returns the time at which the rank failed according to its own
+    /// report.
     pub(super) fn exited(&mut self, local_rank: u32, exit: &Exit) -> Option<SystemTime> {
         let member = self.ranks.get_mut(&local_rank)?;
         member.exited();
         if *exit == Exit::Code(0) { None } else { member.failed_at() }
     }
 
-    /// The processes that live, by local rank.
+    /// Returns the live processes by local rank.
     pub(super) fn living(&self) -> BTreeMap<u32, u32> {
         self.ranks.iter().filter_map(|(rank, member)| Some((*rank, member.living()?))).collect()
     }
 
-    /// Kills what came of no process that lives, spares included.
+    /// Kills every process of the job that does not descend from a live rank, spare or template.
     pub(super) fn kill_others(&self) {
         let ranks = self.ranks.values().filter_map(|member| Some((member.id, member.living()?)));
         let others = self.spares.living().chain(self.warm.process());
         self.tree.kill_others(&ranks.chain(others).collect::<Vec<_>>());
     }
 
-    /// Processes and where their stacks are to be written.
+    /// Returns rank, process and stack file of each live rank.
     pub(super) fn stack_files(&self) -> Vec<(u32, u32, Option<PathBuf>)> {
         let file = |(rank, member): (&u32, &Member)| {
             Some((self.rank(*rank), member.living()?, member.files.stacks.clone()))
@@ -423,15 +429,17 @@ impl<'a> Group<'a> {
         self.ranks.iter().filter_map(file).collect()
     }
 
+    /// Asks all ranks to end, or to leave the round.
     pub(super) fn ask(&mut self, ask: &Ask) {
         let (round, node) = self.round.as_ref().map_or((0, 0), |round| (round.number, round.you.group_rank));
         let message = match ask {
             Ask::Stop(_, save) if self.agrees() => return self.request(Request::Stop { node, save: *save }),
-            // Some rank is ended by a signal, and takes part in nothing any more.
+            // Some rank is ended by a signal and can take part in no common checkpoint, so the
+            // others end as well.
             Ask::Stop(..) => Down::End { reason: "told to stop".into() },
             Ask::End(reason) => Down::End { reason: reason.clone() },
             Ask::Broken(reason) => Down::RoundBroken { round, reason: reason.clone() },
-            // It is enough that one node does.
+            // A request to one rank reaches the ranks of all nodes, so node 0 alone sends it.
             Ask::Regroup if node > 0 => return,
             Ask::Regroup => return self.request(Request::Regroup),
         };
@@ -439,12 +447,12 @@ impl<'a> Group<'a> {
         self.ranks.values_mut().for_each(|member| member.ask(&message, signal));
     }
 
-    /// Whether the ranks do together what one of them is asked for: all live and know the link.
+    /// Whether a request to one rank is carried out by all of them: all live and know the link.
     pub(super) fn agrees(&self) -> bool {
         !self.ranks.is_empty() && self.ranks.values().all(Member::listens)
     }
 
-    /// Asks one rank for something that all ranks of the job then do.
+    /// Sends one rank a request that all ranks of the job then carry out together.
     pub(super) fn request(&self, request: Request) {
         let told = self.ranks.values().any(|member| member.send(&Down::Ask(request)));
         if !told {
@@ -452,12 +460,13 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// Sends SIGTERM to those that have not had it; not to those that wait for the next round.
+    /// Sends SIGTERM to the ranks that do not wait for the next round. A rank that does not know
+    /// the link receives only one signal.
     pub(super) fn terminate(&mut self) {
         self.ranks.values_mut().for_each(Member::terminate);
     }
 
-    /// Kills those that do not wait for the next round.
+    /// Kills the ranks that do not wait for the next round.
     pub(super) fn kill_unparked(&self) {
         self.ranks.values().filter(|member| !member.is_parked()).for_each(Member::kill);
     }
@@ -471,17 +480,17 @@ impl<'a> Group<'a> {
         self.ranks.get_mut(&local_rank).into_iter().for_each(Member::terminate);
     }
 
-    /// Whether a SIGTERM that a rank got may be this agent's.
+    /// Whether a SIGTERM that a rank received may have come from this agent.
     pub(super) fn was_signalled(&self, local_rank: u32) -> bool {
         self.ranks.get(&local_rank).is_some_and(Member::was_signalled)
     }
 
-    /// Signals the process groups of all ranks that live.
+    /// Signals the process groups of all live ranks.
     pub(super) fn signal(&self, signal: Signal) {
         self.ranks.values().for_each(|member| member.signal(signal));
     }
 
-    /// Passes a signal on; returns the ranks that do not handle it.
+    /// Passes a signal on. Returns the ranks that do not handle it.
     pub(super) fn forward(&self, signal: Signal) -> Vec<u32> {
         let refuses = |(rank, member): (&u32, &Member)| (!member.forward(signal)).then(|| self.rank(*rank));
         self.ranks.iter().filter_map(refuses).collect()

@@ -7,10 +7,11 @@ use super::RankEvent;
 use crate::agent::Hang;
 use crate::supervise::write_stacks;
 
-/// Debuggers at work at the same time.
+/// Number of debuggers that run at the same time.
 const AT_ONCE: usize = 4;
 
-/// Writes the stacks of all ranks, given as rank, process and file, and says so.
+/// Writes the stacks of all ranks, given as rank, process and file, and sends an event once they
+/// are written.
 pub(super) async fn inspect(
     round: u64,
     hang: Hang,

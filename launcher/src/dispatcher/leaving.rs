@@ -10,7 +10,7 @@ use crate::LaunchPlan;
 use crate::report::Outline;
 
 impl Dispatcher<'_> {
-    /// Says what was started: once, when the first ranks of this node run.
+    /// Prints what was started: once, when the first ranks of this node run.
     pub(super) fn introduce(&mut self) {
         if std::mem::replace(&mut self.is_introduced, true) || !self.outlines() {
             return;
@@ -26,14 +26,15 @@ impl Dispatcher<'_> {
         self.console.note(&outline.to_string());
     }
 
-    /// Whether the lines at the start and at the end are said. A job of defaults whose stderr goes to a file or a program stays
-    /// silent, as under torchrun; of several nodes one speaks.
+    /// Whether the lines at the start and at the end are printed. A job with default options whose
+    /// stderr goes to a file or a program stays silent, like under torchrun. Of several nodes, only
+    /// node 0 prints them.
     fn outlines(&self) -> bool {
         let is_first = self.group.place() == Some(0);
         io::stderr().is_terminal() || (is_first && asks_for_more(self.plan))
     }
 
-    /// Says how the job went, and finishes the report.
+    /// Prints how the job went, and finishes the report.
     pub(super) fn leave(&mut self, code: ExitCode) {
         self.end_round("this node leaves");
         let now = self.clock.now();
@@ -45,7 +46,7 @@ impl Dispatcher<'_> {
             let (run_id, restarts) = (&self.plan.run_id, self.group.restarts());
             self.console.note(&ending(run_id, self.group.outcome(), code, now, restarts));
         }
-        // What to do next comes last.
+        // The next action of the user comes last.
         if let ExitCode::Requeue(number) = code {
             let from = match &self.saved {
                 Some((path, step)) => format!(", and it can resume after step {step} from {path}"),
@@ -64,7 +65,7 @@ fn asks_for_more(plan: &LaunchPlan) -> bool {
     plan.logs.are_wanted() || plan.nnodes.1 > 1
 }
 
-/// How a job ended, how long it took, and how often it was restarted.
+/// Returns the line with a job's outcome, duration and number of restarts.
 fn ending(run_id: &str, outcome: &str, code: ExitCode, took: Duration, restarts: u32) -> String {
     let code = match code {
         ExitCode::Success => String::new(),
@@ -78,7 +79,7 @@ fn ending(run_id: &str, outcome: &str, code: ExitCode, took: Duration, restarts:
     format!("run {run_id} {outcome}{code} after {}, {restarts}", duration(took))
 }
 
-/// A time for a person.
+/// Formats a duration for people.
 fn duration(time: Duration) -> String {
     let seconds = time.as_secs();
     let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);

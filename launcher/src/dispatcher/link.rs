@@ -8,8 +8,8 @@ use tokio::sync::mpsc;
 
 use super::{ProcessId, RankEvent};
 
-/// Passes on what a rank says. The link stays open until the rank closes it or the task is aborted; a rank that sees its end
-/// leaves.
+/// Forwards the messages of a rank as events. The link stays open until the rank closes it or this
+/// task is aborted. A rank whose link is closed leaves, since its agent is gone.
 pub(super) async fn listen(
     process: ProcessId,
     mut stream: OwnedReadHalf,
@@ -29,7 +29,7 @@ pub(super) async fn listen(
                 Ok(None) => break,
                 Err(error) => {
                     tracing::warn!(process, %error, "what the rank says cannot be understood: not listening any more");
-                    // Held open, since the rank would take its end for the agent's.
+                    // The link stays open: the rank would take its end for the end of the agent.
                     return std::future::pending().await;
                 }
             }

@@ -1,4 +1,4 @@
-//! A rank of the round, living or not, with all that hangs on it.
+//! A rank of the round, live or ended, with its process, link, output and log files.
 
 use std::cell::Cell;
 use std::io;
@@ -19,21 +19,23 @@ use crate::logs::{Pump, RankFiles};
 use crate::supervise::{Ending, Orders, Rank, descendants, handles};
 
 pub(super) struct Member {
-    /// Which of all processes that the agent has started.
+    /// Number of this process among all that the agent has started.
     pub(super) id: ProcessId,
     pub(super) files: RankFiles,
     process: Option<(u32, Pid)>,
     alive: bool,
-    /// The pump of stderr, where it goes through one.
+    /// The pump of stderr, if stderr goes through one.
     stderr: Option<Pump>,
     link: Option<OwnedWriteHalf>,
+    /// Whether the process has sent `Hello`, so that requests reach it over the link.
     knows_link: bool,
-    /// Whether it has left its round and waits for the next one.
+    /// Whether the rank has left its round and waits for the next one.
     parked: Cell<bool>,
-    /// What is wanted of it.
+    /// The end that the agent wants for the process. The task that waits for the process reads it.
     ending: watch::Sender<Ending>,
-    /// What waits for its end, and what listens to it.
+    /// The tasks that wait for the end of the process and read its link.
     tasks: Vec<JoinHandle<()>>,
+    /// The last error that the rank reported over the link.
     message: Option<String>,
 }
 
@@ -60,7 +62,8 @@ impl Member {
         }
     }
 
-    /// Watches over a rank that was started. `lives` is dropped when it ends.
+    /// Supervises a rank that was started. `lives` is dropped when the rank has ended, which tells
+    /// the pumps that no more output is to come.
     pub(super) fn started(
         id: ProcessId,
         rank: Rank,
@@ -89,17 +92,17 @@ impl Member {
         Ok(member)
     }
 
-    /// What was a spare is a rank now.
+    /// Turns a spare into a rank with these files.
     pub(super) fn become_rank(&mut self, files: RankFiles, stderr: Pump) {
         (self.files, self.stderr) = (files, Some(stderr));
     }
 
-    /// Its process while it lives.
+    /// Returns the process id while the process lives.
     pub(super) fn living(&self) -> Option<u32> {
         self.process.filter(|_| self.alive).map(|(pid, _)| pid)
     }
 
-    /// Its process, also after its end.
+    /// Returns the process id, also after the end of the process.
     pub(super) fn pid(&self) -> Option<u32> {
         self.process.map(|(pid, _)| pid)
     }
@@ -117,7 +120,8 @@ impl Member {
         }
     }
 
-    /// Asks it to end: over the link where it knows it, else by a signal to its process group.
+    /// Asks the rank to end: over the link if the rank knows it, otherwise by a signal to its
+    /// process group.
     pub(super) fn ask(&mut self, message: &Down, signal: Signal) {
         if self.knows_link && self.send(message) {
             self.order(Ending::Asked { signalled: false });
@@ -129,15 +133,16 @@ impl Member {
     fn end_group(&self, signal: Signal) {
         self.signal(signal);
         self.order(Ending::Asked { signalled: true });
-        // One that is stopped cannot end.
+        // A stopped process cannot react to the signal, so SIGCONT follows.
         self.signal(Signal::SIGCONT);
     }
 
-    /// Sends SIGTERM unless its group has had a signal, or it waits for the next round.
+    /// Sends SIGTERM, unless the rank waits for the next round. A rank that does not know the link
+    /// receives only one signal.
     pub(super) fn terminate(&mut self) {
         let is_signalled = matches!(*self.ending.borrow(), Ending::Asked { signalled: true });
-        // A rank that knows the link leaves its signals to the agent, until it hears that this one
-        // counts.
+        // A rank that knows the link reports SIGTERM to the agent instead of exiting.
+        // `Down::Terminate` says that this SIGTERM is to be obeyed.
         if !self.is_parked() && (!is_signalled || self.knows_link) {
             if self.knows_link {
                 self.send(&Down::Terminate);
@@ -146,17 +151,18 @@ impl Member {
         }
     }
 
-    /// Whether a SIGTERM that it got may be this agent's.
+    /// Whether a SIGTERM that the rank received may have come from this agent.
     pub(super) fn was_signalled(&self) -> bool {
         matches!(*self.ending.borrow(), Ending::Asked { signalled: true } | Ending::Killed)
     }
 
-    /// Kills it, and all that came of it.
+    /// Kills the rank and all of its descendants.
     pub(super) fn kill(&self) {
         self.order(Ending::Killed);
         self.signal(Signal::SIGKILL);
     }
 
+    /// Changes what is wanted of the process. A kill is final while the process lives.
     fn order(&self, ending: Ending) {
         let is_final = *self.ending.borrow() == Ending::Killed && self.alive;
         if !is_final {
@@ -164,20 +170,21 @@ impl Member {
         }
     }
 
-    /// Signals its process group while it lives.
+    /// Signals the rank's process group while the rank lives.
     pub(super) fn signal(&self, signal: Signal) {
         if let Some((_, group)) = self.process.filter(|_| self.alive) {
             let _ = killpg(group, signal);
         }
     }
 
-    /// Whether the agent has killed it.
+    /// Whether the agent has killed the rank.
     pub(super) fn was_killed(&self) -> bool {
         *self.ending.borrow() == Ending::Killed
     }
 
-    /// Passes a signal on to the processes of its session that handle it: the rank may be a script that has started the program. False
-    /// if none does, since all would end.
+    /// Passes a signal on to the processes of the rank's session that handle it: the rank may be a
+    /// script that has started the program. Returns false if no process handles it, since the
+    /// signal would end them all.
     pub(super) fn forward(&self, signal: Signal) -> bool {
         let Some(pid) = self.living() else { return true };
         let mut session = descendants([pid]);
@@ -187,30 +194,31 @@ impl Member {
         !session.is_empty()
     }
 
-    /// Whether it lives and knows the link.
+    /// Whether the rank lives and knows the link.
     pub(super) fn listens(&self) -> bool {
         self.alive && self.knows_link
     }
 
-    /// Tells it something over the link; false where it is not to be had.
+    /// Sends a message over the link. Returns false if the message could not be sent.
     pub(super) fn send(&self, message: &Down) -> bool {
         let (Some(link), Ok(frame)) = (&self.link, frame::encode(message)) else { return false };
         if matches!(message, Down::Round { .. } | Down::End { .. }) {
             self.parked.set(false);
         }
         if matches!(message, Down::Round { .. }) {
-            // It had been asked to leave the round before.
+            // The previous round may have ended with a request to leave, which no longer applies.
             self.order(Ending::Unasked);
         }
         link.try_write(&frame).is_ok_and(|written| written == frame.len())
     }
 
-    /// Whether it waits for the next round.
+    /// Whether the rank waits for the next round.
     pub(super) fn is_parked(&self) -> bool {
         self.parked.get()
     }
 
-    /// What the rank left about its failure.
+    /// Returns the rank's own record of its failure: its error file, or else its message over the
+    /// link.
     pub(super) fn record(&self) -> Option<ErrorRecord> {
         let in_file = self.files.error.as_ref().and_then(|file| error_file::read(file).ok().flatten());
         let said = |message: &String| ErrorRecord {
@@ -221,12 +229,12 @@ impl Member {
         in_file.or_else(|| self.message.as_ref().map(said))
     }
 
-    /// When it wrote so.
+    /// Returns the time at which the rank wrote its error file.
     pub(super) fn failed_at(&self) -> Option<SystemTime> {
         self.files.error.as_ref()?.metadata().and_then(|meta| meta.modified()).ok()
     }
 
-    /// The last lines of its stderr, at most this many.
+    /// Returns the last lines of stderr, at most `count`.
     pub(super) async fn last_lines(&mut self, count: usize) -> Vec<String> {
         match &mut self.stderr {
             Some(pump) => pump.last_lines(count).await,

@@ -1,5 +1,7 @@
-//! The one event loop of the agent: signals, ends of ranks, links, the coordinator and timers become events of the pure agent
-//! machine, and its actions become system calls. Nothing is decided here.
+//! The event loop of the agent process. Signals, ends of ranks, links, the coordinator and timers
+//! become events of the pure agent machine, and its actions become system calls. The machine
+//! decides about ranks, rounds and the exit; the loop decides only what is printed and how the user
+//! is asked.
 
 mod clock;
 mod finished;
@@ -43,26 +45,27 @@ use question::Answer;
 use ranks_store::StoreOffer;
 use timers::{FileTimers, requested};
 
-/// How long what is left to write is waited for once the user wants the end.
+/// Time in which pending output may still be written once the user wants the end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// What ranks do.
+/// An event of a rank, or of a thread or task that works for the dispatcher.
 pub(crate) enum RankEvent {
     Exited(ProcessId, Exit),
-    /// Of what a rank has left behind, or of a rank that does not end.
+    /// A message about processes that a rank has left behind, or about a rank that does not end.
     Remains(ProcessId, Remains),
+    /// A message of a process over its link.
     Said(ProcessId, Up),
     /// The user has answered the question.
     Answered(Answer),
-    /// This machine, or the job's time, is about to be taken away; what says so.
+    /// This machine, or the job's time, is about to be taken away. The text names the notice.
     Noticed(String),
-    /// Something that the user should know.
+    /// A warning for the user.
     Warned(String),
-    /// The stacks of a job that hung in this round have been written; what there is.
+    /// The stacks of a job that hung in this round have been written. The text says which exist.
     Inspected(u64, Hang, String),
 }
 
-/// Carries out a plan.
+/// Carries out a plan and returns the exit code of the launcher.
 pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     let mut signals = Signals::new(&plan.signals, &plan.notice_signals()).map_err(Error::Runtime)?;
     let (tree, notes) = ProcessTree::root();
@@ -96,7 +99,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     };
     let offer = StoreOffer::new(&plan).map_err(Error::Runtime)?;
     let timers = FileTimers::open(&plan, &console)?;
-    // Modules are imported while the nodes meet.
+    // The template imports modules while the nodes meet.
     let warm = Warm::new(&plan, &tree, (&console, &files));
     let meet = async {
         let session = meeting.meet(hello(&plan, &meeting, &offer)).await;
@@ -129,10 +132,11 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     .with_timers(timers);
     let mut gave_up = false;
     let outcome = dispatcher.run(&mut signals, &mut gave_up).await;
-    // After an error ranks may still live; their supervision has ended with the dispatcher.
+    // After an error ranks may still run, and the dispatcher that supervised them is gone.
     tokio::select! {
         () = tree.end(|text| console.note(&text)), if !gave_up => tree.dismiss_keeper(),
-        // The user does not wait for what cannot be ended; the keeper does.
+        // A signal ends the wait for processes that cannot be ended; the keeper keeps waiting for
+        // them.
         _ = signals.stop(), if !gave_up => {}
         else => {}
     }
@@ -143,7 +147,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     });
     tokio::select! {
         () = &mut all_written => {}
-        // The user will not wait for a console that nobody reads.
+        // A signal ends the wait for a console that is not read.
         _ = signals.stop() => {
             let _ = tokio::time::timeout(LAST_WORDS, all_written).await;
         }
@@ -179,25 +183,29 @@ pub(crate) fn hostname() -> String {
     nix::unistd::gethostname().map_or_else(|_| "?".into(), |name| name.to_string_lossy().into_owned())
 }
 
+/// State of the event loop. Only this loop's task accesses the state; threads and tasks that work
+/// for the loop send a [`RankEvent`] through `sender`.
 struct Dispatcher<'a> {
     agent: Agent,
     group: Group<'a>,
     console: Console,
     log: Events,
     session: Option<Session>,
+    /// Sender for threads and tasks that work for the loop.
     sender: mpsc::UnboundedSender<RankEvent>,
     events: mpsc::UnboundedReceiver<RankEvent>,
     progress: ProgressLines,
     hangs: HangWatch,
-    /// Where ranks may set timers.
+    /// Pipe and deadlines of the timers that ranks set, if the plan asks for timers.
     timers: Option<FileTimers>,
     rounds: Rounds,
-    /// When what happened that may end the round.
+    /// Time of the first event that may end the round.
     trouble: Option<Duration>,
-    /// When CPU times are read next.
+    /// Time at which heartbeat files and CPU times are read next.
     sample_at: Duration,
+    /// Whether the stacks of a hang are being written. No other hang is looked for meanwhile.
     inspecting: bool,
-    /// Local ranks that stand at a boundary because the job is paused.
+    /// Local ranks that wait at a step boundary because the job is paused.
     paused: BTreeSet<u32>,
     /// Whether the user is being asked.
     asking: bool,
@@ -205,19 +213,19 @@ struct Dispatcher<'a> {
     plan: &'a LaunchPlan,
     meeting: Arc<Meeting>,
     offer: StoreOffer,
-    /// Of the job, once the coordinator has told it.
+    /// Run stamp of the job, once the coordinator has sent it.
     run_stamp: Option<String>,
-    /// The last checkpoint that a rank of this node has saved, and the steps that it holds.
+    /// Path and step of the last checkpoint that a rank of this node has saved.
     saved: Option<(String, u64)>,
-    /// Why this node leaves the job.
+    /// Reason why this node leaves the job.
     left: Option<String>,
-    /// The ranks of this node that have ended with 0 while others run.
+    /// Ranks of this node that have exited with code 0 while others run.
     finished: Finished,
-    /// Whether the line at the start was due.
+    /// Whether the time for the line at the start of the job has come.
     is_introduced: bool,
-    /// Why the job is over, as others say it.
+    /// Reason why the job is over, according to the coordinator or the connection to it.
     over: Option<String>,
-    /// Looks for the coordinator again.
+    /// The search for a lost coordinator.
     looking: Option<Looking>,
     /// Whether processes that do not end are left to the keeper.
     gave_up: bool,
@@ -297,7 +305,8 @@ impl<'a> Dispatcher<'a> {
             let deadline = self.deadline();
             let wake = self.clock.instant(deadline.unwrap_or_default());
             let event = tokio::select! {
-                // What has come is heard before anything is held to be late.
+                // The order of the branches matters. Events that have arrived are handled before
+                // deadlines, so that a heartbeat in the queue prevents a false hang.
                 biased;
                 caught = signals.next() => self.caught(caught),
                 Some(event) = self.events.recv() => self.rank_event(event),
@@ -310,7 +319,7 @@ impl<'a> Dispatcher<'a> {
                             self.run_stamp = Some(run_stamp.clone());
                         }
                         match &message {
-                            // What was said of an earlier round may be said again.
+                            // The coordinator may repeat a message about an earlier round.
                             ToAgent::RoundBroken { round, reason, .. } if self.rounds.current() == Some(*round) => {
                                 self.end_round(reason);
                             }
@@ -348,7 +357,7 @@ impl<'a> Dispatcher<'a> {
                     self.say_finished();
                     self.look().or(Some(Event::Tick))
                 }
-                // The last of all: a rank that writes on and on must not hold up what is due.
+                // Last, because a rank that writes without pause must not hold up deadlines.
                 request = requested(&mut self.timers) => {
                     self.timer_requested(request);
                     None
@@ -366,7 +375,7 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
-    /// When time alone changes something.
+    /// Returns the next time at which the loop has to act without an event.
     fn deadline(&self) -> Option<Duration> {
         let watching = self.agent.is_running() && !self.inspecting;
         let silence = self.hangs.silence().filter(|_| self.agent.is_regrouping()).map(|(due, _)| due);
@@ -389,7 +398,8 @@ impl<'a> Dispatcher<'a> {
                     self.console.say("\n");
                 }
                 Some(match again {
-                    // Who has seen the question says no.
+                    // A second Ctrl-C while the question is on the screen means "no": stop without
+                    // a checkpoint.
                     true if self.is_paused() => self.stop(signal, false),
                     true => Event::Abort(signal),
                     false => self.stop(signal, true),
@@ -419,16 +429,17 @@ impl<'a> Dispatcher<'a> {
         Event::Stop { signal, save: true, together, notice: Some(what) }
     }
 
-    /// Stops all ranks and then this process; goes on when it is continued.
+    /// Stops all ranks and then this process. Returns once the process is continued.
     fn suspend(&mut self) {
-        // They are in sessions of their own, which the terminal does not stop.
+        // Ranks are in sessions of their own, so the terminal does not stop them.
         self.group.signal(Signal::SIGSTOP);
         self.progress.pause();
         self.clock.pause(|| _ = raise(Signal::SIGSTOP));
         self.group.signal(Signal::SIGCONT);
     }
 
-    /// Carries out what an event leads to; the exit code once the agent is done.
+    /// Carries out the actions that follow from an event. Returns the exit code once the agent is
+    /// done.
     async fn handle(&mut self, event: Event) -> Result<Option<ExitCode>, Error> {
         tracing::debug!(?event, "event");
         for action in self.agent.handle(self.clock.now(), event) {
@@ -470,7 +481,8 @@ impl<'a> Dispatcher<'a> {
                 Action::GiveUp => self.gave_up = true,
                 Action::Forward(signal) => self.forward(signal),
                 Action::Report(ends) => {
-                    // A process that has shed its mark may hold the pipes of a rank open.
+                    // A process that has left its rank's session and mark may hold the pipes of the
+                    // rank open, which would delay the report.
                     self.group.kill_others();
                     if let Some(failure) = self.group.report(ends).await {
                         let cause = failure.root_cause;
@@ -500,7 +512,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn spawn(&mut self, round: Round) -> Result<(), Error> {
-        // What the last attempt left behind must not meet the next one.
+        // Processes that the last attempt left behind must not interfere with the next one.
         self.group.kill_others();
         self.log.add(&Happened::RoundStarted {
             round: round.number,
@@ -528,9 +540,9 @@ impl<'a> Dispatcher<'a> {
         Ok(())
     }
 
-    /// Tells the platform that started this launcher why the job failed.
+    /// Writes the error file for the platform that started this launcher.
     fn write_error(&mut self, code: ExitCode) {
-        // A stop by the user is the cause of whatever the ranks said of their end.
+        // After a stop by the user, errors that ranks reported are a consequence of the stop.
         let failed_here = self.group.error().filter(|_| self.left.is_none());
         let document = failed_here.unwrap_or_else(|| {
             let reason = self.left.as_deref().or(self.over.as_deref());
@@ -540,9 +552,9 @@ impl<'a> Dispatcher<'a> {
         document.write();
     }
 
-    /// Writes down what became of the round, where one runs.
+    /// Records the end of the running round, if there is one.
     fn end_round(&mut self, reason: &str) {
-        // What follows from that is no reason of its own.
+        // If this node leaves, other reasons are consequences of that.
         let reason = self.left.as_deref().unwrap_or(reason);
         if let Some(record) = self.rounds.end(self.clock.now(), self.trouble.take(), reason) {
             self.group.write_round(record);
@@ -564,7 +576,8 @@ impl<'a> Dispatcher<'a> {
             _ if self.paused.is_empty() => Request::Pause,
             _ => Request::Resume,
         };
-        // Ranks of ours have no handlers; what such a signal is for, they do together.
+        // Ranks of the runtime install no handlers. They perform together what the signal stands
+        // for.
         if !refused.is_empty() && self.group.agrees() {
             self.request(request);
         } else if !refused.is_empty() {
@@ -580,6 +593,8 @@ impl<'a> Dispatcher<'a> {
 /// A search for the coordinator.
 type Looking = Pin<Box<dyn Future<Output = Result<Session, ice_rendezvous::Error>>>>;
 
+/// Waits for the end of the search, forever if there is none. Cancel-safe: the search stays in
+/// `looking`.
 async fn found(looking: &mut Option<Looking>) -> Result<Session, ice_rendezvous::Error> {
     match looking {
         Some(looking) => looking.await,
@@ -587,6 +602,7 @@ async fn found(looking: &mut Option<Looking>) -> Result<Session, ice_rendezvous:
     }
 }
 
+/// Waits for the next message of the coordinator, forever if there is no connection.
 async fn receive(session: &mut Option<Session>) -> Result<ToAgent, ice_rendezvous::Error> {
     match session {
         Some(session) => session.recv().await,

@@ -1,4 +1,4 @@
-//! What the user asks all ranks for: to pause, to go on, to save, to end.
+//! Requests of the user to all ranks: pause, resume, save, end.
 
 use ice_proto::link::Request;
 use nix::sys::signal::Signal;
@@ -13,7 +13,7 @@ impl Dispatcher<'_> {
         !self.paused.is_empty()
     }
 
-    /// Pauses the job and asks the user what to do, where that can be done.
+    /// Pauses the job and asks the user what to do. Returns false if that is not possible.
     pub(super) fn asks(&mut self) -> bool {
         if self.asking || !self.agent.is_running() || !self.group.agrees() || !question::is_possible() {
             return false;
@@ -56,7 +56,7 @@ impl Dispatcher<'_> {
         }
     }
 
-    /// Notes that a rank was paused, or goes on.
+    /// Records that a rank paused or resumed.
     pub(super) fn rank_paused(&mut self, local_rank: u32, paused: bool) {
         let (before, rank) = (self.paused.len(), self.group.rank(local_rank));
         if paused {

@@ -1,4 +1,4 @@
-//! Ctrl-C on a terminal: the job pauses, and the user is asked.
+//! The question that Ctrl-C on a terminal leads to, while the job pauses.
 
 use std::io::{self, IsTerminal};
 use std::thread;
@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::RankEvent;
 
-/// What the user wants of a job that is paused.
+/// The user's answer about a paused job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Answer {
     SaveAndEnd,
@@ -16,15 +16,16 @@ pub(crate) enum Answer {
     GoOn,
 }
 
-/// Whether somebody sits at a terminal who can be asked.
+/// Whether the launcher is in the foreground of a terminal, so that the user can answer.
 pub(super) fn is_possible() -> bool {
     let is_ours = || tcgetpgrp(io::stdin()).is_ok_and(|group| group == getpgrp());
     io::stdin().is_terminal() && io::stderr().is_terminal() && is_ours()
 }
 
-/// Reads the answer, which comes as an event.
+/// Starts to read the answer, which arrives as an event.
 pub(super) fn ask(events: mpsc::UnboundedSender<RankEvent>) -> io::Result<()> {
-    // A thread, since reading from a terminal cannot be given up; it goes with the process.
+    // A thread, because a read from a terminal cannot be cancelled. The thread ends with the
+    // process.
     let read = move || {
         let mut line = String::new();
         let answer = match io::stdin().read_line(&mut line) {

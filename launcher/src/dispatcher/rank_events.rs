@@ -1,4 +1,4 @@
-//! What ranks do and say, as events of the agent machine.
+//! Turns events and messages of ranks into events of the agent machine.
 
 use std::time::{Duration, SystemTime};
 
@@ -9,7 +9,7 @@ use crate::agent::Event;
 use crate::report::{ExitRecord, Happened};
 use crate::supervise::{ProcessId, Remains};
 
-/// Resolution of the times of files.
+/// Resolution of the modification times of files.
 const TICK: Duration = Duration::from_millis(10);
 
 impl Dispatcher<'_> {
@@ -38,7 +38,7 @@ impl Dispatcher<'_> {
                 self.remains(process, what);
                 None
             }
-            // The round is over, and another one has begun.
+            // The hang was in a round that is over: another one has begun.
             RankEvent::Inspected(round, ..) if Some(round) != self.group.round() => None,
             RankEvent::Inspected(_, hang, found) => {
                 self.trouble.get_or_insert(hang.since);
@@ -69,7 +69,7 @@ impl Dispatcher<'_> {
             Up::Paused => self.rank_paused(local_rank, true),
             Up::Resumed => self.rank_paused(local_rank, false),
             Up::Stays => return Some(Event::Stays(local_rank)),
-            // The signal was faster than the word over the link that this one counts.
+            // The agent's own SIGTERM arrived before the `Down::Terminate` that confirms it.
             Up::Terminated if self.group.was_signalled(local_rank) => {}
             Up::Terminated => {
                 let together = self.group.agrees();
@@ -85,7 +85,7 @@ impl Dispatcher<'_> {
                 return Some(Event::FirstStep { round });
             }
             Up::Progress(progress) => {
-                // What another rank said just before it paused, or was ended, is out of date.
+                // A message that a rank sent just before it paused or ended is out of date.
                 let is_current = self.agent.is_running() && !self.is_paused();
                 if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std())
                     && is_current
@@ -110,13 +110,13 @@ impl Dispatcher<'_> {
         None
     }
 
-    /// Tells of what a rank has left behind.
+    /// Prints which processes a rank has left behind.
     fn remains(&mut self, process: ProcessId, what: Remains) {
         let local_rank = self.group.local_rank(process);
         let name = local_rank
             .map_or_else(|| "a spare".into(), |local_rank| format!("rank {}", self.group.rank(local_rank)));
         match what {
-            // Its own process is not watched for a standstill any more.
+            // The rank's own process has ended, so its missing progress is not a hang.
             Remains::Behind => local_rank.into_iter().for_each(|local_rank| self.hangs.gone(local_rank)),
             Remains::Ended(what) => {
                 self.console.note(&format!("{name} has ended, and what it left has not: {what}"))
@@ -126,8 +126,8 @@ impl Dispatcher<'_> {
     }
 }
 
-/// The time of a file on the agent's clock. Files are stamped with one that is behind by up to a tick; a victim's is not to look
-/// older than its cause.
+/// Converts the time of a file to the agent's clock. Files are stamped with a clock that is up to a
+/// tick behind, so a tick is added: otherwise a victim's failure could look older than its cause.
 fn on_clock(now: Duration, at: SystemTime) -> Duration {
     match SystemTime::now().duration_since(at + TICK) {
         Ok(ago) => now.saturating_sub(ago),

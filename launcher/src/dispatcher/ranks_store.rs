@@ -1,4 +1,5 @@
-//! Where the ranks find their store, if that is not the endpoint: `MASTER_ADDR` and `MASTER_PORT`.
+//! The address of the ranks' store (`MASTER_ADDR` and `MASTER_PORT`), if it differs from the
+//! endpoint.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -10,16 +11,16 @@ use tokio::net::TcpSocket;
 use super::hostname;
 use crate::LaunchPlan;
 
-/// What this agent names to the coordinator.
+/// The address that this agent proposes to the coordinator.
 pub(super) struct StoreOffer {
-    /// `--local-addr`, if the ranks of all nodes are to use it.
+    /// `--local-addr`, if the ranks of all nodes have to use it.
     local: Option<IpAddr>,
-    /// The port of a store that rank 0 serves, if it is on this node.
+    /// Port of a store that rank 0 serves, if rank 0 is on this node.
     reserved: Option<ReservedPort>,
 }
 
-/// A port that no other process is given while this lives. The socket is bound and does not listen:
-/// Linux lets a server with `SO_REUSEADDR` bind the same port, which c10d's does.
+/// A port that no other process is given while this value lives. Its socket is bound and does not
+/// listen: Linux lets a server with `SO_REUSEADDR`, like c10d's, bind the same port.
 struct ReservedPort {
     port: u16,
     _socket: TcpSocket,
@@ -27,13 +28,13 @@ struct ReservedPort {
 
 impl StoreOffer {
     pub(super) fn new(plan: &LaunchPlan) -> io::Result<Self> {
-        // torchrun's static rendezvous takes --master-addr for all ranks, whatever --local-addr is.
+        // torchrun's static rendezvous uses --master-addr for all ranks, whatever --local-addr is.
         let local = plan.meeting.local.filter(|_| plan.dynamic);
         let reserved = if plan.rank_serves_store { Some(ReservedPort::new()?) } else { None };
         Ok(Self { local, reserved })
     }
 
-    /// What the next hello says.
+    /// Returns the proposal for the next `Hello`.
     pub(super) fn of(&self, meeting: &Meeting) -> Option<RanksStore> {
         let (endpoint, port) = meeting.address();
         match &self.reserved {
@@ -52,7 +53,7 @@ impl StoreOffer {
 
 impl ReservedPort {
     fn new() -> io::Result<Self> {
-        // Both families, like c10d's server; a host without IPv6 has one.
+        // Both families, like c10d's server. A host without IPv6 has only IPv4.
         let both = TcpSocket::new_v6().and_then(|socket| Self::bind(socket, Ipv6Addr::UNSPECIFIED.into()));
         both.or_else(|_| Self::bind(TcpSocket::new_v4()?, Ipv4Addr::UNSPECIFIED.into()))
     }
@@ -77,7 +78,7 @@ mod tests {
         let listener = server.listen(1).unwrap();
         let client = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, reserved.port)).await;
         assert!(client.is_ok() && listener.accept().await.is_ok());
-        // Without the option the port is taken.
+        // Without `SO_REUSEADDR` the port is taken.
         let other = TcpSocket::new_v4().unwrap();
         assert!(other.bind((Ipv4Addr::UNSPECIFIED, reserved.port).into()).is_err());
     }

@@ -1,11 +1,12 @@
-//! Where progress is shown.
+//! Decides where progress is shown.
 
 use std::io::{self, IsTerminal};
 
 use crate::LaunchPlan;
 use crate::logs::can_rewrite;
 
-/// Whether progress is a line of the terminal that is rewritten in place. Nothing may be printed there behind the launcher's back.
+/// Whether progress is a line of the terminal that is rewritten in place. In that case all output
+/// to the terminal has to go through the launcher.
 pub(super) fn rewrites_progress(plan: &LaunchPlan) -> bool {
     let logs = &plan.logs;
     let passes = |local_rank: u32| {
@@ -17,8 +18,8 @@ pub(super) fn rewrites_progress(plan: &LaunchPlan) -> bool {
     !plan.progress_interval.is_zero() && can_rewrite() && (is_apart || launches_itself(plan) || all_pass())
 }
 
-/// Such a program is one of ours, whose output does not change where it goes through the launcher. Others fill buffers before they write to
-/// a pipe.
+/// Whether the program is one of this runtime that launches itself. Its output does not change when
+/// it goes through the launcher; other programs buffer their output when they write to a pipe.
 fn launches_itself(plan: &LaunchPlan) -> bool {
     std::env::current_exe().is_ok_and(|path| path == plan.program.path)
 }

@@ -1,6 +1,7 @@
-//! Processes that wait to take the place of a rank that dies: started, loaded, and parked.
+//! Processes that wait to replace a rank that dies: started, loaded and parked.
 //!
-//! They are started once the program has shown that it can use them, by a first step in a round.
+//! The first spares start once the program has applied its first step in a round, which shows that
+//! it can use spares.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -19,7 +20,7 @@ use crate::cli::Program;
 use crate::logs::{RankFiles, pipe};
 use crate::supervise::{ProcessTree, Start, Stdio, spawn};
 
-/// A spare, and the ends of what is read once it is a rank: its output, and that it lives.
+/// A spare, and the streams and the sign of life that pumps read once the spare is a rank.
 pub(super) struct Spare {
     pub(super) member: Member,
     pub(super) streams: [OwnedFd; 2],
@@ -27,6 +28,7 @@ pub(super) struct Spare {
 }
 
 pub(super) struct Spares {
+    /// Number of spares to keep; 0 once a spare has ended before it was ready.
     wanted: usize,
     all: Vec<Spare>,
 }
@@ -36,12 +38,12 @@ impl Spares {
         Self { wanted: wanted as usize, all: Vec::new() }
     }
 
-    /// How many are missing.
+    /// Returns the number of missing spares.
     pub(super) fn missing(&self) -> usize {
         self.wanted.saturating_sub(self.all.len())
     }
 
-    /// Starts one.
+    /// Starts a spare.
     pub(super) fn start(
         &mut self,
         tree: &Arc<ProcessTree>,
@@ -65,13 +67,14 @@ impl Spares {
         Ok(pid)
     }
 
-    /// Notes what one said; false where none has this number.
+    /// Records a message of a spare. Returns false if the process is not a spare.
     pub(super) fn said(&mut self, process: ProcessId, message: &Up) -> bool {
         let spare = self.all.iter_mut().find(|spare| spare.member.id == process);
         spare.map(|spare| spare.member.said(message)).is_some()
     }
 
-    /// Notes the end of one. One that never was ready would end again: there are none any more then, and a note for the user.
+    /// Records the end of a spare and returns a note for the user. A spare that ended before it was
+    /// ready would do so again, so no more are started.
     pub(super) fn exited(&mut self, process: ProcessId, exit: &Exit) -> Option<String> {
         let at = self.all.iter().position(|spare| spare.member.id == process)?;
         let spare = self.all.remove(at);
@@ -82,13 +85,13 @@ impl Spares {
         Some(format!("a spare ended before it was ready ({exit}): continuing without spares"))
     }
 
-    /// One that is ready.
+    /// Takes a spare that is ready.
     pub(super) fn take(&mut self) -> Option<Spare> {
         let at = self.all.iter().position(|spare| spare.member.is_parked())?;
         Some(self.all.remove(at))
     }
 
-    /// Their processes.
+    /// Returns the live spares.
     pub(super) fn living(&self) -> impl Iterator<Item = (ProcessId, u32)> {
         self.all.iter().filter_map(|spare| Some((spare.member.id, spare.member.living()?)))
     }

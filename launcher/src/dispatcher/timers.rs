@@ -1,4 +1,4 @@
-//! Timers that ranks set through PyTorch's `FileTimerClient`, as torchrun's agent serves them.
+//! Timers that ranks set through PyTorch's `FileTimerClient`, served like by torchrun's agent.
 
 use std::io;
 use std::path::Path;
@@ -15,25 +15,25 @@ use crate::logs::Console;
 use crate::supervise::{TimerPipe, TimerRequest};
 use crate::{Error, LaunchPlan};
 
-/// Requests that are read before a timer counts as expired. More than that come from a process that
-/// does nothing else.
+/// Number of requests that are read before a timer counts as expired. The limit is there for a
+/// process that sends requests without pause.
 const AT_ONCE: usize = 1000;
-/// The longest name of a timer, in characters.
+/// Maximum length of a timer's name, in characters.
 const LONGEST_SCOPE: usize = 200;
-/// A timer that is set for longer never expires.
+/// Maximum duration of a timer; a timer that is set for longer never expires in practice.
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// The pipe for requests, and the timers that are set.
 pub(super) struct FileTimers {
     pipe: TimerPipe,
     timers: Timers,
-    /// Whether the user knows that requests were ignored.
+    /// Whether a note about an ignored request was printed.
     is_noted: bool,
     _folder: Option<TempDir>,
 }
 
 impl FileTimers {
-    /// Makes the pipe where the plan asks for timers.
+    /// Makes the pipe if the plan asks for timers.
     pub(super) fn open(plan: &LaunchPlan, console: &Console) -> Result<Option<Self>, Error> {
         let Some(wanted) = &plan.file_timer else { return Ok(None) };
         let fail = |path: &Path| {
@@ -43,7 +43,8 @@ impl FileTimers {
         if let FileTimer::At(path) = wanted {
             match TimerPipe::make(path) {
                 Ok(pipe) => return Ok(Some(Self::new(pipe, None))),
-                // A launcher that is a rank of another one has inherited its variables.
+                // A launcher that is itself a rank has inherited the variable from the other
+                // launcher.
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                     let path = path.display();
                     console.note(&format!(
@@ -64,7 +65,7 @@ impl FileTimers {
         Self { pipe, timers: Timers::default(), is_noted: false, _folder: folder }
     }
 
-    /// What the ranks find in `TORCHELASTIC_TIMER_FILE`.
+    /// Returns the value of `TORCHELASTIC_TIMER_FILE` for the ranks.
     pub(super) fn path(&self) -> &Path {
         self.pipe.path()
     }
@@ -118,9 +119,9 @@ impl Dispatcher<'_> {
         }
     }
 
-    /// The hang of a process that did not release a timer in time.
+    /// Returns the hang of a process that did not release a timer in time.
     pub(super) fn timer_expired(&mut self, now: Duration) -> Option<Hang> {
-        // A request to release it may have come.
+        // A request to release the timer may still be in the pipe.
         for _ in 0..AT_ONCE {
             let Some(request) = self.timers.as_mut()?.pipe.try_next() else { break };
             self.timer_requested(request);
@@ -130,7 +131,7 @@ impl Dispatcher<'_> {
             let expired = self.timers.as_mut()?.timers.expired(now)?;
             let Expired { local_rank, pid, scope, signal, at } = expired;
             let leader = living.get(&local_rank).copied();
-            // The process may have ended, and its number be another one's.
+            // The process may have ended, and its id may belong to another process now.
             if leader.is_none() || session_of(pid) != leader {
                 continue;
             }
@@ -166,7 +167,7 @@ impl Dispatcher<'_> {
     }
 }
 
-/// The process that leads the session of this one, as each rank does.
+/// Returns the leader of this process's session. Each rank leads its own session.
 fn session_of(pid: u32) -> Option<u32> {
     let pid = i32::try_from(pid).ok().filter(|pid| *pid > 0)?;
     getsid(Some(Pid::from_raw(pid))).ok().map(|leader| leader.as_raw().cast_unsigned())

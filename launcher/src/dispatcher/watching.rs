@@ -1,4 +1,4 @@
-//! Whether the ranks of this node still do something.
+//! Watches whether the ranks of this node make progress.
 
 use std::time::Duration;
 
@@ -10,7 +10,8 @@ use crate::report::Happened;
 use crate::supervise::cpu_times;
 
 impl Dispatcher<'_> {
-    /// Looks whether the ranks still do something; one that is silent is not looked into.
+    /// Checks whether the ranks make progress, and returns the event of a hang. For other hangs
+    /// than that of a silent rank, the event follows later, with the stacks.
     pub(super) fn look(&mut self) -> Option<Event> {
         let now = self.clock.now();
         let hang = match (self.agent.is_running(), self.agent.is_regrouping()) {
@@ -23,9 +24,9 @@ impl Dispatcher<'_> {
         hang.and_then(|hang| self.hung(hang))
     }
 
-    /// Tells the coordinator whether the ranks of this node get anything done, if that has changed.
+    /// Notifies the coordinator whether the ranks of this node make progress, if that has changed.
     pub(super) fn tell_progress(&mut self, now: Duration) {
-        // Ranks that are ended or looked into are a failure already.
+        // Ranks that are being ended or inspected are already a failure.
         if !self.agent.is_running() || self.inspecting {
             return;
         }
@@ -36,8 +37,8 @@ impl Dispatcher<'_> {
         }
     }
 
-    /// The coordinator has found that no node of a round works, and that this one is behind. The
-    /// message may cross one that says that a rank of this node got something done.
+    /// Handles the coordinator's finding that no node of a round works and that this node is
+    /// behind. The finding may cross a message that a rank of this node has made progress.
     pub(super) fn stands_still(&mut self, round: u64) -> Option<Event> {
         let is_current = self.agent.is_running() && self.group.round() == Some(round);
         let now = self.clock.now();
@@ -45,7 +46,7 @@ impl Dispatcher<'_> {
         hang.and_then(|hang| self.hung(hang))
     }
 
-    /// Says which ranks have ended long before the others.
+    /// Prints which ranks have exited long before the others.
     pub(super) fn say_finished(&mut self) {
         if self.agent.is_running() {
             let running: Vec<u32> =
@@ -56,7 +57,7 @@ impl Dispatcher<'_> {
         }
     }
 
-    /// What is known of the ranks, their files and CPU times included.
+    /// Samples the ranks' heartbeat files and CPU times, if that is due.
     fn sampled(&mut self, now: Duration) -> &HangWatch {
         if let Some(period) = self.hangs.sampling().filter(|_| now >= self.sample_at) {
             self.sample_at = now + period;
@@ -76,7 +77,8 @@ impl Dispatcher<'_> {
         &self.hangs
     }
 
-    /// Finds out how a rank got where it hangs, unless it is silent.
+    /// Starts to write the stacks of all ranks, unless the hanging rank is silent. A silent rank is
+    /// ended at once: it may be stopped, and a stopped process has no stacks to write.
     fn hung(&mut self, hang: Hang) -> Option<Event> {
         let rank = self.group.rank(hang.local_rank);
         self.log.add(&Happened::Hang { rank, reason: hang.reason.clone() });

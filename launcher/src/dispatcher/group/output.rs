@@ -1,4 +1,4 @@
-//! Where the output of a rank goes.
+//! Routes the output of ranks.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -17,11 +17,11 @@ pub(super) enum Stream {
     Stderr,
 }
 
-/// Where one of them is wanted.
+/// Destinations of one stream.
 pub(super) struct Route {
     target: Target,
     to_file: bool,
-    /// Whether the rank reaches the console.
+    /// Whether the rank's output may appear on the console.
     is_shown: bool,
     to_console: bool,
     prefix: String,
@@ -29,7 +29,8 @@ pub(super) struct Route {
 }
 
 impl Group<'_> {
-    /// Where a stream of a rank goes, and what carries it there.
+    /// Returns the file or pipe that a rank's stream is connected to, and the pump that reads the
+    /// pipe.
     pub(super) fn stream(
         &self,
         stream: Stream,
@@ -51,7 +52,7 @@ impl Group<'_> {
                 Err(error) => self.files.health().failed(path, &error),
             }
         }
-        // The report needs the last lines of stderr, so that goes through the agent in any case.
+        // Stderr always goes through the agent, because the report needs its last lines.
         let over_status = self.rewrites && route.to_console && io::stdout().is_terminal();
         if !route.to_file && stream == Stream::Stdout && !over_status {
             return Ok((if route.to_console { Stdio::Inherit } else { Stdio::Null }, None));
@@ -61,7 +62,7 @@ impl Group<'_> {
         Ok((Stdio::Pipe(writer), Some(Pump::start(reader, sink, ended.clone())?)))
     }
 
-    /// Where a stream of a rank is wanted.
+    /// Returns the destinations of a rank's stream.
     pub(super) fn route(
         &self,
         stream: Stream,
@@ -96,7 +97,8 @@ impl Group<'_> {
         Route { target, to_file, is_shown: shown, to_console, prefix: shown_prefix, filtered }
     }
 
-    /// Output for which there is no file goes to the console instead.
+    /// Opens the destinations of a stream. If its file cannot be opened, its output goes to the
+    /// console.
     pub(super) fn sink(&self, route: Route, path: Option<&Path>) -> Sink {
         let open = |path: &Path| match self.files.append_to(path, self.plan.logs.rotation) {
             Ok(file) => Some(file),

@@ -1,4 +1,4 @@
-//! What a person sees and programs read of the ranks that ended.
+//! Reports about the ranks that ended, for people and for programs.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -16,12 +16,12 @@ use crate::report::{
     store_hint,
 };
 
-/// Lines of stderr that a report shows, and lines in which an exception is looked for.
+/// Number of lines of stderr that a report shows, and that are searched for an exception.
 const SHOWN: usize = 20;
 const SEARCHED: usize = 300;
 
 impl Group<'_> {
-    /// Tells the user how the ranks of an attempt ended.
+    /// Prints and records how the ranks of an attempt ended.
     pub(in crate::dispatcher) async fn report(&mut self, ends: Vec<End>) -> Option<Failure> {
         let mut ends = ends.into_iter();
         let first = ends.next()?;
@@ -31,7 +31,7 @@ impl Group<'_> {
         let rank = self.rank(first.local_rank);
         let member = self.ranks.get_mut(&first.local_rank)?;
         let record = member.record();
-        // Of processes that are stopped there are no stacks, and where nothing is redirected there may be no file.
+        // Stopped processes have no stacks, and without redirection there may be no file.
         let stacks = member.files.stacks.as_ref().filter(|_| matches!(first.exit, Exit::Hung(_)));
         let folder = member.files.error.as_ref().and_then(|error| error.parent());
         let logs = match stacks.filter(|stacks| stacks.exists()) {
@@ -102,7 +102,7 @@ impl Group<'_> {
         self.written(&path, self.summary.write(&path));
     }
 
-    /// Adds a round to `rounds.jsonl` in the folder of the job.
+    /// Appends a round to `rounds.jsonl` in the folder of the job.
     pub(in crate::dispatcher) fn write_round(&self, record: &RoundRecord) {
         let Some(folder) = self.logs.as_ref().and_then(LogFolder::path) else { return };
         let path = folder.join("rounds.jsonl");
@@ -119,12 +119,12 @@ impl Group<'_> {
         }
     }
 
-    /// What the launcher's error file is to say of the round that ran last.
+    /// Takes the content of the launcher's error file for the last round.
     pub(in crate::dispatcher) fn error(&mut self) -> Option<ErrorDocument> {
         self.error.take()
     }
 
-    /// The job is over: a temporary folder goes unless somebody may want it.
+    /// Records the end of the job. A temporary folder is removed, unless its content may be wanted.
     pub(in crate::dispatcher) fn finish(&mut self, code: ExitCode, rounds: &Rounds, now: Duration) {
         self.summary.end(code);
         self.summary.set_rounds(rounds.past(), rounds.goodput(now));
