@@ -2,7 +2,7 @@ use std::cell::Cell;
 
 use ice_checkpoint::Counts;
 
-/// What a run has done so far, over all its tasks. Saved in every checkpoint.
+/// Steps and epochs that a run has completed over all its tasks. Every checkpoint saves them.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Counters {
     train_steps: Cell<u64>,
@@ -12,27 +12,27 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Optimizer steps applied.
+    /// Returns the number of applied optimizer steps.
     pub fn train_steps(&self) -> u64 {
         self.train_steps.get()
     }
 
-    /// Training epochs completed.
+    /// Returns the number of completed training epochs.
     pub fn train_epochs(&self) -> u64 {
         self.train_epochs.get()
     }
 
-    /// Iterations without training.
+    /// Returns the number of iterations of evaluations.
     pub fn eval_steps(&self) -> u64 {
         self.eval_steps.get()
     }
 
-    /// Epochs without training.
+    /// Returns the number of completed epochs of evaluations.
     pub fn eval_epochs(&self) -> u64 {
         self.eval_epochs.get()
     }
 
-    /// Epochs completed, of training or else of evaluation.
+    /// Returns the number of completed epochs: of training with `train`, else of evaluation.
     pub fn epochs(&self, train: bool) -> u64 {
         if train { self.train_epochs() } else { self.eval_epochs() }
     }

@@ -4,50 +4,50 @@ use std::path::{Path, PathBuf};
 use ice_c10d::ErrorKind;
 use tch::TchError;
 
-/// The result of everything here that can fail.
+/// Result of a fallible operation of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a graph cannot be built or run.
+/// Reasons that a graph cannot be built or run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The program put its graph or its tasks together wrongly.
+    /// The program assembled its graph or its tasks incorrectly.
     #[error("{0}")]
     Graph(String),
-    /// A data file is missing or not what it should be.
+    /// A data file is missing or malformed.
     #[error("data file {}: {problem}", path.display())]
     Data {
         /// The file.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// The problem and its remedy.
         problem: String,
     },
-    /// An option has a value that cannot be used.
+    /// An option has an unusable value.
     #[error("{0}")]
     Usage(String),
     /// A node failed.
     #[error("node `{uid}`, {phase}: {source}")]
     Node {
-        /// The node.
+        /// Uid of the node.
         uid: String,
-        /// What it was doing.
+        /// Phase of the step in which it failed.
         phase: &'static str,
-        /// Why.
+        /// Cause of the failure.
         source: Box<Error>,
     },
-    /// A sample of a dataset cannot be had.
+    /// A sample of a dataset cannot be read.
     #[error("sample {index}: {source}")]
     Sample {
-        /// Its index in the dataset; of a stream, its position in the pass.
+        /// Index of the sample in the dataset. For a stream, its position in the pass.
         index: u64,
-        /// Why.
+        /// Cause of the failure.
         source: Box<Error>,
     },
-    /// A batch of a dataset cannot be made.
+    /// A batch of a dataset cannot be assembled.
     #[error("batch of samples {}: {source}", first_of(samples))]
     Batch {
-        /// The indices of its samples.
+        /// Indices of the samples in the batch.
         samples: Vec<i64>,
-        /// Why.
+        /// Cause of the failure.
         source: Box<Error>,
     },
     /// The code of a dataset panicked.
@@ -62,26 +62,28 @@ pub enum Error {
     /// A checkpoint does not fit the program that resumes from it.
     #[error("cannot resume: {0}")]
     Resume(String),
-    /// A node leaves the task that is running, within a step that then does not count, or a closure leaves its repetition. Of nodes, all ranks must
-    /// do so in the same step. Prefer [`Outputs::stop_task`](crate::Outputs::stop_task) and [`Run::stop_task`](crate::Run::stop_task), for
-    /// which one rank is enough.
+    /// A node leaves the current task within a step, which then does not count; or a closure leaves
+    /// its repetition. If nodes return it, all ranks must do so in the same step. Prefer
+    /// [`Outputs::stop_task`](crate::Outputs::stop_task) and
+    /// [`Run::stop_task`](crate::Run::stop_task), which work from a single rank.
     #[error("the task was left before its end")]
     StopTask,
-    /// A node or a closure ends the run, which counts as well done. Of nodes, all ranks must do so in the same step. Prefer
-    /// [`Outputs::stop_all_tasks`](crate::Outputs::stop_all_tasks) and [`Run::stop_all_tasks`](crate::Run::stop_all_tasks), for which one rank
-    /// is enough.
+    /// A node or a closure ends the run successfully. If nodes return it, all ranks must do so in
+    /// the same step. Prefer [`Outputs::stop_all_tasks`](crate::Outputs::stop_all_tasks) and
+    /// [`Run::stop_all_tasks`](crate::Run::stop_all_tasks), which work from a single rank.
     #[error("the run was ended before its end")]
     StopAllTasks,
-    /// Gradients are not finite; says of which ranks.
+    /// Gradients are not finite. The message names the ranks.
     #[error("{0}")]
     NotFinite(String),
-    /// The agent has asked the run to end.
+    /// The agent asked the run to end.
     #[error("stopped on request")]
     Stopped,
-    /// Ranks of another node end at this step, as they were asked to; the others go on in the next round.
+    /// Ranks of another node leave at this step, on request. The remaining ranks continue in the
+    /// next round.
     #[error("nodes leave")]
     NodesLeave,
-    /// The rank cannot go on.
+    /// The rank cannot continue.
     #[error(transparent)]
     Worker(#[from] ice_worker::Error),
     /// The gradient exchange or a fused operation failed.
@@ -95,13 +97,13 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// Whether the command line or a file that it names is at fault, so that nothing is gained by trying again.
+    /// Whether the command line, or a file that it names, is at fault, so that a retry is useless.
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Usage(_) | Self::Data { .. } | Self::Resume(_) => true,
@@ -113,7 +115,7 @@ impl Error {
         }
     }
 
-    /// What it is at its root, whichever node it came from.
+    /// Returns the error below the wrappers that name nodes.
     pub(crate) fn root(&self) -> &Self {
         match self {
             Self::Node { source, .. } => source.root(),
@@ -121,7 +123,7 @@ impl Error {
         }
     }
 
-    /// Whether another rank, or the way to it, is lost.
+    /// Whether another rank, or the connection to it, is lost.
     pub(crate) fn is_lost(&self) -> bool {
         let is_lost =
             |error: &ice_c10d::Error| matches!(error.kind(), ErrorKind::Network | ErrorKind::Timeout);
@@ -164,7 +166,7 @@ impl Error {
     }
 }
 
-/// A list of indices that fits on a line.
+/// Formats at most eight of the indices, and the number of the others.
 fn first_of(samples: &[i64]) -> String {
     let shown: Vec<_> = samples.iter().take(8).map(i64::to_string).collect();
     let more = if samples.len() > 8 { format!(" and {} more", samples.len() - 8) } else { String::new() };

@@ -1,21 +1,24 @@
 //! A hypergraph of tagged nodes, the tasks that run over it, and checkpoints that resume exactly.
 //!
-//! A [`HyperGraph`] holds nodes: datasets, modules, losses, metrics. Tags say which nodes take part in which task: one
-//! module tagged `*` is shared by a training set tagged `train` and a test set tagged `val`. A [`Task`] selects nodes by
-//! tags and runs them step by step; a node asks for the output of another by name, and what is asked for first runs first.
+//! A [`HyperGraph`] holds nodes: datasets, modules, losses, metrics. Tags select the nodes that
+//! take part in a task: a module tagged `*` is shared by a training set tagged `train` and a test
+//! set tagged `val`. A [`Task`] selects nodes by tags and runs them step by step. A node asks for
+//! the output of another node by name, and that node then runs first.
 //!
-//! This crate knows nothing of launchers, and of other ranks only what `ice-worker` offers.
+//! This crate does not depend on launchers. It communicates with other ranks only through
+//! `ice-worker`.
 //!
 //! # In the book
 //!
-//! - `docs/nodes.md`: [`HyperGraph`], [`Node`] and those that are there, [`Outputs`], [`Tags`], [`Task`]s, [`Run`], [`Eager`]
+//! - `docs/nodes.md`: [`HyperGraph`], [`Node`] and its implementations, [`Outputs`], [`Tags`],
+//!   [`Task`]s, [`Run`], [`Eager`]
 //! - `docs/data.md`: [`data`]
 //! - `docs/optimizers.md`: [`optim`], [`Autocast`], [`GradScaler`]
 //! - `docs/metrics.md`: [`meter`], [`Measure`], [`HParam`], [`Probe`]
 //! - `docs/checkpoints.md`: [`SaveCheckpoint`], [`SaveBest`], [`LoadCheckpoint`], [`ResumeFrom`], [`InitFrom`],
 //!   [`Manifest`]
 //! - `docs/use.md`: [`Eager`]
-//! - `docs/elasticity.md`: [`ElasticBatch`], and what becomes of a step when a rank is lost
+//! - `docs/elasticity.md`: [`ElasticBatch`], and the fate of a step when a rank is lost
 
 mod board;
 mod checkpoint;

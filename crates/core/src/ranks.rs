@@ -1,4 +1,5 @@
-//! What ranks tell each other, beside gradients and tensors of their states. Everything here is collective.
+//! Communication between ranks, apart from gradients and tensors of their state. All functions are
+//! collective.
 
 use ice_worker::Worker;
 use serde::Serialize;
@@ -8,14 +9,14 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use crate::{Error, Result};
 
-/// Whether rank 0 says so.
+/// Returns the decision of rank 0 on every rank.
 pub(crate) fn decide(decision: bool, worker: &Worker) -> Result<bool> {
     let decision = Tensor::from_slice(&[i64::from(decision)]).to_device(worker.device());
     worker.broadcast(&decision)?;
     Ok(decision.f_int64_value(&[0])? != 0)
 }
 
-/// What one rank has, on every rank.
+/// Sends the value of the rank `source` to every rank. Only that rank passes `Some`.
 pub(crate) fn broadcast<T: Serialize + DeserializeOwned>(
     own: Option<T>,
     source: usize,
@@ -26,7 +27,7 @@ pub(crate) fn broadcast<T: Serialize + DeserializeOwned>(
     serde_json::from_slice(&broadcast_bytes(&bytes, source, worker)?).map_err(fail)
 }
 
-/// The bytes of one rank, on every rank.
+/// Sends the bytes of the rank `source` to every rank.
 pub(crate) fn broadcast_bytes(bytes: &[u8], source: usize, worker: &Worker) -> Result<Vec<u8>> {
     let len = Tensor::from_slice(&[bytes.len() as i64]).to_device(worker.device());
     worker.broadcast_from(source, &len)?;
@@ -44,7 +45,7 @@ pub(crate) fn broadcast_bytes(bytes: &[u8], source: usize, worker: &Worker) -> R
     Ok(bytes)
 }
 
-/// What each rank has, on every rank, in order of rank.
+/// Returns the values of all ranks on every rank, in order of rank.
 pub(crate) fn gather_all<T: Serialize + DeserializeOwned>(own: &T, worker: &Worker) -> Result<Vec<T>> {
     let fail = |error: serde_json::Error| Error::Resume(error.to_string());
     let mut bytes = serde_json::to_vec(own).map_err(fail)?;
@@ -55,7 +56,7 @@ pub(crate) fn gather_all<T: Serialize + DeserializeOwned>(own: &T, worker: &Work
     rows.map(|(row, len)| serde_json::from_slice(&row[..len as usize]).map_err(fail)).collect()
 }
 
-/// The rows of all ranks, in order of rank. All are as long.
+/// Returns the rows of all ranks, in order of rank. All rows must have the same length.
 pub(crate) fn gather<T: Element + Clone>(own: &[T], worker: &Worker) -> Result<Vec<Vec<T>>>
 where
     Vec<T>: TryFrom<Tensor, Error = TchError>,

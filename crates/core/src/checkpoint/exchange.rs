@@ -1,5 +1,5 @@
-//! How the ranks that write one checkpoint tell each other what they have written. It goes through the store and not through the
-//! process group, since a thread does it while the group is busy with training.
+//! Messages between the ranks that write one checkpoint. They go through the store and not through
+//! the process group: a thread sends them while the group is busy with training.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -8,30 +8,31 @@ use ice_c10d::{ErrorKind, Store};
 
 use crate::{Error, Result};
 
-/// How long a rank may take to write its share after the first one has: as long as a collective may.
+/// Time that a rank may take to write its share after the first rank has: as long as a collective
+/// may take.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
-/// How often a rank that waits looks whether the round is over.
+/// Interval at which a waiting rank checks whether the round is over.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Whether the round is over, so that some rank will never answer.
+/// Returns whether the round is over, so that some rank will never answer.
 pub(super) type IsOver = dyn Fn() -> bool + Send + Sync;
 
 /// Messages between ranks, by key.
 pub(super) trait Exchange: Send + Sync {
-    /// Leaves a message.
+    /// Posts a message.
     fn post(&self, key: &str, message: &[u8]) -> Result<()>;
 
-    /// Waits a little for a message; `None` where there is none yet.
+    /// Waits briefly for a message. Returns `None` if the message has not arrived.
     fn look(&self, key: &str) -> Result<Option<Vec<u8>>>;
 
-    /// Forgets a message.
+    /// Deletes a message.
     fn forget(&self, key: &str);
 }
 
-/// Waits for a message as long as the rank that it should come from may live.
+/// Waits for a message for as long as the rank that sends it may live.
 ///
 /// # Errors
-/// [`Error::Stopped`] once the round is over.
+/// [`Error::Stopped`] if the round is over.
 pub(super) fn wait(exchange: &dyn Exchange, key: &str, is_over: &IsOver, path: &Path) -> Result<Vec<u8>> {
     let started = Instant::now();
     loop {

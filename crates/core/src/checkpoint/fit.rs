@@ -1,4 +1,4 @@
-//! Whether what a checkpoint holds is what a node wants.
+//! Comparison of a checkpoint with the state of the nodes.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,7 +8,7 @@ use tch::Tensor;
 
 use super::kinds;
 
-/// What does not fit between a node and a checkpoint.
+/// Differences between a node and a checkpoint, by key.
 #[derive(Debug, Default)]
 pub(super) struct Misfit {
     pub(super) missing: Vec<String>,
@@ -21,7 +21,8 @@ impl Misfit {
         self.missing.is_empty() && self.unexpected.is_empty() && self.different.is_empty()
     }
 
-    /// Compares one of the node's tensors with the saved one of its key. True where it can be loaded.
+    /// Compares a tensor of the node with the saved tensor of the same key. Returns whether it can
+    /// be loaded.
     pub(super) fn check(
         &mut self,
         key: &str,
@@ -63,7 +64,7 @@ impl fmt::Display for Misfit {
     }
 }
 
-/// All misfits, by node.
+/// Differences of all nodes, by uid.
 #[derive(Default)]
 pub(super) struct Report(pub(super) BTreeMap<String, Misfit>);
 
@@ -72,7 +73,7 @@ impl Report {
         self.0.values().all(Misfit::is_none)
     }
 
-    /// Notes a key of the checkpoint that no node has.
+    /// Records a key of the checkpoint that belongs to no node.
     pub(super) fn nobodys(&mut self, key: &str) {
         let (node, rest) = key.split_once('.').unwrap_or((key, ""));
         self.of(node).unexpected.push(rest.into());

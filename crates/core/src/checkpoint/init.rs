@@ -1,4 +1,4 @@
-//! Parameters to begin with, from files that PyTorch and others have written.
+//! Initial parameters, from files of PyTorch and other programs.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,13 +17,14 @@ use super::{Selection, key_prefix, kinds};
 use crate::graph::Entry;
 use crate::{Error, HyperGraph, NodeState, Result};
 
-/// The counter of PyTorch's batch norms, which only those without a momentum read.
+/// Counter of PyTorch's batch norms. Only batch norms without a momentum read it.
 const BATCH_COUNTER: &str = "num_batches_tracked";
 
-/// Parameters that a run begins with instead of random ones, in safetensors files.
+/// Initial parameters of a run, from safetensors files instead of random values.
 ///
-/// Every parameter and buffer must be in the files, in its shape, and the files must hold nothing else. Floating-point types are converted
-/// into each other. The counters `num_batches_tracked` of PyTorch's batch norms may be missing on either side.
+/// The files must contain every parameter and buffer, in its shape, and nothing else.
+/// Floating-point types are converted into each other. The counters `num_batches_tracked` of
+/// PyTorch's batch norms may be missing on either side.
 ///
 /// ```
 /// use ice_core::InitFrom;
@@ -41,42 +42,50 @@ pub struct InitFrom {
 }
 
 impl InitFrom {
-    /// A safetensors file, the index of a sharded model (`*.index.json`), a folder with `model.safetensors.index.json` or
-    /// `model.safetensors`, the folder of a checkpoint, a run's folder (its newest checkpoint) or the `best` in it. Its keys are those of a checkpoint's model, or PyTorch's own if one node has all
-    /// parameters.
+    /// Reads the parameters from `path`. The keys are those of a checkpoint's model, or PyTorch's
+    /// own keys if a single node has all parameters. `path` is one of:
+    ///
+    /// - a safetensors file, or the index of a sharded model (`*.index.json`);
+    /// - a folder with `model.safetensors.index.json` or `model.safetensors`;
+    /// - the folder of a checkpoint;
+    /// - the folder of a run (its newest checkpoint), or the folder `best` in it.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), renames: Vec::new(), skips: Vec::new(), strict: true }
     }
 
-    /// Replaces the first match of `pattern`, a regular expression, in each key of the files; `$1` in `replacement` is the pattern's first
-    /// group. Several are applied in the order in which they are given.
+    /// Replaces the first match of the regular expression `pattern` in each key of the files. `$1`
+    /// in `replacement` is the first group of the pattern. Several replacements are applied in the
+    /// given order.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a pattern that is not a regular expression.
+    /// [`Error::Usage`] if `pattern` is not a regular expression.
     pub fn rename(mut self, pattern: &str, replacement: &str) -> Result<Self> {
         self.renames.push((regex(pattern)?, replacement.to_owned()));
         Ok(self)
     }
 
-    /// Leaves out the parameters, of the program and of the files, whose key has a match of `pattern`, a regular expression: they begin with
-    /// random values. Keys of the files are those after renaming; the name of the node before a key is optional.
+    /// Skips the parameters whose key matches the regular expression `pattern`, both of the program
+    /// and of the files. They start with random values. Keys of the files are matched after
+    /// renaming, with or without the name of the node.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a pattern that is not a regular expression.
+    /// [`Error::Usage`] if `pattern` is not a regular expression.
     pub fn skip(mut self, pattern: &str) -> Result<Self> {
         self.skips.push(regex(pattern)?);
         Ok(self)
     }
 
-    /// Whether the files must have all parameters and no others. Otherwise what is missing begins with random values, and a warning names it
-    /// and what is unexpected, like `strict=False` of PyTorch's `load_state_dict`. Different shapes are an error in any case. Default: true.
+    /// Sets whether the files must contain all parameters and no others. If false, missing
+    /// parameters start with random values, and a warning names them and the unexpected ones, like
+    /// `strict=False` of PyTorch's `load_state_dict`. Different shapes are always an error.
+    /// Default: true.
     #[must_use]
     pub fn strict(mut self, strict: bool) -> Self {
         self.strict = strict;
         self
     }
 
-    /// Finds the parameters of the graph, under the keys that a checkpoint would have.
+    /// Finds the parameters of the graph, and returns them under the keys of a checkpoint.
     pub(crate) fn find(&self, graph: &HyperGraph) -> Result<Checkpoint> {
         let found = Checkpoint::of_parameters(&self.path)?;
         let found = found.map_keys(|key| self.renamed(key)).map_err(|error| {
@@ -86,7 +95,7 @@ impl InitFrom {
         Ok(found.map_keys(|key| format!("{prefix}{key}"))?)
     }
 
-    /// Loads what was found on every rank; rank 0 reads for all. Collective.
+    /// Loads the parameters on every rank. Rank 0 reads for all. Collective.
     pub(crate) fn load(&self, found: &Checkpoint, graph: &HyperGraph, worker: &Worker) -> Result<()> {
         let (mut loading, fit) = self.fit(found, graph, Use::Begin)?;
         if worker.is_main() {
@@ -96,7 +105,8 @@ impl InitFrom {
         loading.fill(found, None, graph, &Selection::All, worker)
     }
 
-    /// Loads the nodes of a graph that is run by hand, with what they remember beside tensors, and leaves out other nodes of the files.
+    /// Loads the nodes of a graph that is run by hand, both tensors and other values. Ignores other
+    /// nodes of the files.
     pub(crate) fn load_trained(&self, graph: &HyperGraph, worker: &Worker) -> Result<()> {
         let found = self.find(graph)?;
         let (mut loading, fit) = self.fit(&found, graph, Use::Trained)?;
@@ -120,7 +130,8 @@ impl InitFrom {
         Ok(())
     }
 
-    /// Compares files and graph. What does not fit is an error that names all of it, or a warning.
+    /// Compares files and graph. Differences are one error that names all of them, or are returned
+    /// for a warning.
     fn fit(&self, found: &Checkpoint, graph: &HyperGraph, usage: Use) -> Result<(Loading, Fit)> {
         let mut fit = Fit::default();
         let loading = self.compare(found, graph, usage, &mut fit)?;
@@ -195,7 +206,7 @@ impl InitFrom {
         self.skips.iter().any(|pattern| pattern.is_match(full) || pattern.is_match(key))
     }
 
-    /// The remedy for parameters that do not fit.
+    /// Returns the remedy for parameters that do not fit.
     fn hint(&self, found: &Checkpoint, graph: &HyperGraph, differs: bool, usage: Use) -> String {
         if let Some(first) = common_prefix(found, graph).map(|first| regex::escape(&first)) {
             return match usage {
@@ -213,7 +224,8 @@ impl InitFrom {
     }
 }
 
-/// The common beginning of all keys of the files, up to the first dot, if more of them fit without it.
+/// Returns the common prefix of all keys of the files, up to the first dot, if more keys fit
+/// without it.
 fn common_prefix(found: &Checkpoint, graph: &HyperGraph) -> Option<String> {
     let node = only_owner(graph).unwrap_or_default();
     let keys = found.catalog().model.keys().map(|key| key.strip_prefix(&node).unwrap_or(key));
@@ -244,22 +256,22 @@ impl From<&str> for InitFrom {
     }
 }
 
-/// The purpose of parameters.
+/// The purpose of the parameters.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Use {
-    /// A run begins with them, and what belongs to no node does not fit.
+    /// A run starts with them. Parameters that belong to no node are an error.
     Begin,
-    /// They are used as they are, perhaps by a part of the graph that was trained.
+    /// They are used unchanged, possibly by a part of the trained graph.
     Trained,
 }
 
-/// How files and graph compare.
+/// Result of comparing files and graph.
 #[derive(Default)]
 struct Fit {
-    /// Parameters of one side alone.
+    /// Parameters that only one side has.
     absent: Report,
     different: Report,
-    /// Numbers of tensors by what happens to their type.
+    /// Number of converted tensors, by conversion.
     converted: BTreeMap<String, usize>,
 }
 
@@ -278,7 +290,8 @@ impl Fit {
     }
 }
 
-/// Why a saved tensor cannot be loaded into one of this kind and shape.
+/// Returns the reason that a saved tensor cannot be loaded into a tensor of this kind and shape, if
+/// there is one.
 fn difference(key: &str, kind: Kind, shape: &[u64], saved: &Saved) -> Option<String> {
     let is_float = |kind: Kind| matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double);
     let fits = match kinds::kind(saved.dtype) {
@@ -297,12 +310,13 @@ fn difference(key: &str, kind: Kind, shape: &[u64], saved: &Saved) -> Option<Str
     })
 }
 
-/// Whether this is the counter of a batch norm, which PyTorch's own loader lets a file without versions leave out.
+/// Whether this is the counter of a batch norm. PyTorch's own loader lets files without versions
+/// omit it.
 fn is_batch_counter(key: &str) -> bool {
     key.rsplit('.').next() == Some(BATCH_COUNTER)
 }
 
-/// The keys of all parameters and buffers.
+/// Returns the keys of all parameters and buffers of the graph.
 fn wanted(graph: &HyperGraph) -> BTreeSet<String> {
     let of_node = |entry: &Rc<Entry>| {
         let prefix = key_prefix(&entry.uid);
@@ -312,20 +326,21 @@ fn wanted(graph: &HyperGraph) -> BTreeSet<String> {
     graph.entries().iter().flat_map(of_node).collect()
 }
 
-/// How many of the keys are wanted with this before them.
+/// Returns how many of the keys are wanted when the prefix is added.
 fn fitting(keys: &[&str], prefix: &str, wanted: &BTreeSet<String>) -> usize {
     keys.iter().filter(|key| wanted.contains(&format!("{prefix}{key}"))).count()
 }
 
-/// The prefix of the keys of the only node with parameters.
+/// Returns the key prefix of the only node with parameters, if there is only one.
 fn only_owner(graph: &HyperGraph) -> Option<String> {
     let mut owners = graph.entries().iter().filter(|entry| !entry.node.borrow().state().model.is_empty());
     let only = owners.next().filter(|_| owners.next().is_none())?;
     Some(key_prefix(&only.uid))
 }
 
-/// The prefix that the keys of a file lack: the name of the only node with parameters, if more of them fit so. Of keys that fit neither way,
-/// those of PyTorch have no such name.
+/// Returns the prefix that the keys of a file lack: the name of the only node with parameters, if
+/// more keys fit with it. If as many fit either way, the prefix is added unless a key already has
+/// it, since PyTorch's keys never do.
 fn prefix(keys: &[&str], graph: &HyperGraph) -> String {
     let Some(only) = only_owner(graph) else { return String::new() };
     let (wanted, has_name) = (wanted(graph), keys.iter().any(|key| key.starts_with(&only)));

@@ -1,4 +1,4 @@
-//! What tensors are made of, in libtorch's words and in those of the files.
+//! Types of tensors: those of libtorch and those of the files.
 
 use safetensors::Dtype;
 use tch::Kind;

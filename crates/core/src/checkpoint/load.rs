@@ -1,4 +1,5 @@
-//! From the files into the tensors of the nodes. Everything is compared first, so that nothing is half loaded.
+//! Loading from files into the tensors of the nodes. Everything is compared first, so that nothing
+//! is half loaded.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -14,7 +15,7 @@ use super::{key_prefix, kinds};
 use crate::graph::Entry as NodeEntry;
 use crate::{Error, HyperGraph, NodeState, Result, Tags};
 
-/// Which nodes take part in saving or loading.
+/// The nodes that take part in saving or loading.
 #[derive(Debug, Clone, Default)]
 pub(crate) enum Selection {
     #[default]
@@ -38,28 +39,29 @@ impl Selection {
 /// The treatment of a part of a checkpoint that does not fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Strictness {
-    /// It is an error that names all of them, before anything is loaded.
+    /// An error that names all such parts, before anything is loaded.
     Strict,
-    /// It is an error, except for what the training does not depend on, which is left out.
+    /// An error. Exception: parts on which the training does not depend are left out.
     Graded,
-    /// It is left out.
+    /// The part is left out.
     Any,
 }
 
-/// Where the data of a file are that lies in a rank's memory.
+/// A file of a checkpoint in the memory of a rank.
 pub(crate) struct Supply<'a> {
-    /// The rank that has it.
+    /// The rank that has the file.
     pub(crate) source: usize,
-    /// Length of the header, which offsets in the file count.
+    /// Length of the header in bytes. Offsets in the file count from the start of the header.
     pub(crate) header: u64,
-    /// What follows the header, where this is that rank.
+    /// The bytes that follow the header. `None` on other ranks.
     pub(crate) data: Option<&'a [u8]>,
 }
 
-/// By name, the files of a checkpoint in memory.
+/// The files of a checkpoint in memory, by name.
 pub(crate) type Supplies<'a> = BTreeMap<String, Supply<'a>>;
 
-/// State of optimizers that no node has a use for now, by key. Rank 0 keeps it for the checkpoints to come.
+/// Optimizer state that no node has a use for at present, by key. Rank 0 keeps it for the next
+/// checkpoints.
 pub(crate) type Kept = BTreeMap<String, KeptTensor>;
 
 pub(crate) struct KeptTensor {
@@ -68,7 +70,7 @@ pub(crate) struct KeptTensor {
     pub(crate) bytes: Vec<u8>,
 }
 
-/// What a node is doing while nothing is loaded yet.
+/// Phase of a node in errors that occur before anything is loaded.
 const CHECK: &str = "check of the checkpoint";
 
 /// Whether the checkpoint was refused before anything was loaded.
@@ -79,11 +81,11 @@ pub(crate) fn is_misfit(error: &Error) -> bool {
     }
 }
 
-/// A tensor to be filled.
+/// A tensor to fill.
 pub(super) struct Target {
-    /// As a row of elements.
+    /// The elements as one contiguous row.
     elements: Tensor,
-    /// Where it goes in the end, where that is no row of elements.
+    /// The node's tensor, if it is not contiguous: it is filled from the row at the end.
     scattered: Option<Tensor>,
     start: u64,
 }
@@ -91,13 +93,14 @@ pub(super) struct Target {
 #[derive(Default)]
 pub(super) struct Loading {
     pub(super) targets: BTreeMap<(Section, String), Target>,
-    /// The nodes' states, whose tensors are the targets.
+    /// The states of the nodes, whose tensors are the targets.
     states: Vec<(Rc<NodeEntry>, NodeState)>,
     keep: BTreeMap<String, KeptTensor>,
 }
 
-/// Loads the state of the selected nodes on every rank; rank 0 reads for all, unless the checkpoint is in memory. A part that is left out, since
-/// it does not fit, is added to `left_out`.
+/// Loads the state of the selected nodes on every rank. Rank 0 reads for all, unless the checkpoint
+/// is in memory. Adds to `left_out` each part that does not fit and is therefore left out. Returns
+/// the optimizer state that no node uses. Collective.
 pub(crate) fn load(
     checkpoint: &Checkpoint,
     in_memory: Option<&Supplies>,
@@ -205,7 +208,8 @@ impl Loading {
         Ok((loading, report))
     }
 
-    /// Passes all elements by the targets. What is passed is the same on every rank, whatever a rank has a use for.
+    /// Streams all elements past the targets. Every rank takes part in every transfer, in the same
+    /// order, whether it needs the elements or not: the transfers are collective.
     pub(super) fn fill(
         &mut self,
         checkpoint: &Checkpoint,
@@ -266,7 +270,8 @@ impl Loading {
         Ok(())
     }
 
-    /// Passes on what rank `source` has of a piece.
+    /// Sends the piece from the rank `source` to all ranks, and copies the elements that this rank
+    /// needs.
     fn take(
         &mut self,
         piece: &Piece,
@@ -276,7 +281,7 @@ impl Loading {
         worker: &Worker,
     ) -> Result<()> {
         let data = if worker.world_size() > 1 {
-            // As bytes, since not every kind can be sent.
+            // Sends bytes, since the backends do not support every kind of element.
             let data = data.f_to_device(worker.device())?;
             worker.broadcast_from(source, &data)?;
             data
@@ -313,13 +318,13 @@ impl Target {
     }
 }
 
-/// The uid of the node that a key belongs to: of those whose prefix it begins with, the longest.
+/// Returns the uid of the node that a key belongs to: the longest whose prefix the key starts with.
 pub(super) fn owner<'a>(graph: &'a HyperGraph, key: &str) -> Option<&'a String> {
     let of = graph.entries().iter().map(|entry| &entry.uid).filter(|uid| key.starts_with(&key_prefix(uid)));
     of.max_by_key(|uid| key_prefix(uid).len())
 }
 
-/// How many elements are finite.
+/// Returns the number of finite elements.
 fn finite(tensor: &Tensor) -> Result<i64> {
     Ok(tensor.f_isfinite()?.f_sum(Kind::Int64)?.f_int64_value(&[])?)
 }

@@ -1,4 +1,5 @@
-//! Checkpoints that are in the memory of the ranks, each of which has a part. What is in the parts is what would be in files.
+//! Checkpoints in the memory of the ranks, of which each rank has a shard. The shards have the
+//! contents of the files of a saved checkpoint.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,19 +15,20 @@ use super::{Kept, Selection, Strictness, load};
 use crate::ranks::{broadcast, gather_all};
 use crate::{Error, HyperGraph, Result};
 
-/// The part of a parcel that says what the state is.
+/// Name of the manifest within a parcel.
 const ABOUT: &str = "manifest";
-/// What the name of a file's header has behind that of the file.
+/// Suffix that turns the name of a file into the name of its header.
 const HEADER: &str = ".header";
 
-/// Which part of which copy.
+/// Identity of a shard within a replica.
 pub(crate) struct Label {
     pub(crate) number: u64,
     pub(crate) owner: usize,
     pub(crate) of: usize,
 }
 
-/// Copies the part of the state that is this owner's, of all tensors that every rank has its share. Uses the memory of old copies.
+/// Copies this owner's shard of the state. Tensors that every rank has are divided among the
+/// owners. Reuses the memory of old replicas.
 pub(crate) fn pack(
     label: &Label,
     mut manifest: Manifest,
@@ -50,8 +52,9 @@ pub(crate) fn pack(
     Ok(Parcel { number: label.number, owner: label.owner, of: label.of, step, parts })
 }
 
-/// Puts the state together, on every rank: what this one wants of it goes into its nodes. `suppliers` says for each part which rank has it, and
-/// `parcels` are those of this rank. Returns what the state is, and what no node has a use for. Collective.
+/// Reassembles the state on every rank: each rank loads what its own nodes need. `suppliers` names
+/// the rank that has each shard, and `parcels` are the shards of this rank. Returns the manifest,
+/// and the optimizer state that no node uses. Collective.
 pub(crate) fn unpack(
     parcels: &[Arc<Parcel>],
     suppliers: &[usize],
@@ -92,12 +95,13 @@ pub(crate) fn unpack(
     Ok((checkpoint.manifest().clone(), kept))
 }
 
-/// Of each file of a parcel: its name, the text of its header, and its length with the header.
+/// Returns, for each file of a parcel, its name, the text of its header, and its length including
+/// the header.
 fn headers_of(parcel: &Parcel) -> Vec<(String, String, u64)> {
     let file = |(name, header): &(String, Vec<u8>)| {
         let name = name.strip_suffix(HEADER)?;
         let len = header.len() + parcel.part(name)?.len();
-        // Behind its length it is text.
+        // The text of the header follows its length, which has 8 bytes.
         let text = String::from_utf8(header.get(8..)?.to_vec()).ok()?;
         Some((name.to_owned(), text, len as u64))
     };

@@ -1,6 +1,7 @@
-//! From a graph to a checkpoint on disk and back. The files themselves are `ice-checkpoint`'s.
+//! Saving a graph to a checkpoint and loading it back. The crate `ice-checkpoint` reads and writes
+//! the files.
 //!
-//! A node tagged `train` is `train/<name>` in the keys, one tagged `*` just its name.
+//! In the keys, a node tagged `train` is `train/<name>`, and a node tagged `*` is just its name.
 
 mod exchange;
 mod fit;
@@ -25,7 +26,7 @@ pub(crate) use writer::{Keep, Request, Writer};
 #[cfg(test)]
 mod tests;
 
-/// What the keys of a node start with.
+/// Returns the prefix of the keys of a node.
 fn key_prefix(uid: &str) -> String {
     format!("{}.", uid.strip_prefix("*/").unwrap_or(uid))
 }

@@ -1,4 +1,4 @@
-//! What rank 0 read, on every rank.
+//! Distribution of what rank 0 has read.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,8 @@ use ice_worker::Worker;
 use crate::ranks::broadcast_bytes;
 use crate::{Error, Result};
 
-/// Tells all ranks which checkpoint rank 0 has found and what is in it; the tensors follow when it is loaded.
+/// Sends the checkpoint that rank 0 has found, with its manifest and catalog, to all ranks. The
+/// tensors follow when it is loaded. Collective.
 pub(crate) fn share(found: Option<Checkpoint>, worker: &Worker) -> Result<Option<Checkpoint>> {
     if worker.world_size() == 1 {
         return Ok(found);

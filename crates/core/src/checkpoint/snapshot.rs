@@ -1,4 +1,4 @@
-//! The state of a graph, copied to host memory in the order that the files will have it in.
+//! The state of a graph, copied to host memory in the order of the files.
 
 use std::collections::BTreeMap;
 use std::thread::{self, JoinHandle};
@@ -10,16 +10,16 @@ use tch::Tensor;
 use super::{Kept, Selection, key_prefix, kinds};
 use crate::HyperGraph;
 
-/// Touching one byte of each page makes the system provide it.
+/// Size of a memory page. Touching one byte of each page makes the system provide it.
 const PAGE: usize = 4096;
 
-/// Who writes what.
+/// The division of a save among ranks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Share {
     pub(super) rank: usize,
-    /// Ranks that write; 1 where rank 0 writes alone.
+    /// Number of ranks that write: 1 if rank 0 writes alone.
     pub(super) writers: usize,
-    /// Whether tensors that every rank has are divided among them.
+    /// Whether tensors that every rank has are divided among the ranks.
     pub(super) split: bool,
 }
 
@@ -29,16 +29,17 @@ pub(super) struct File {
     pub(super) layout: Layout,
 }
 
-/// What this rank writes of a checkpoint. The data of each file lie in the buffer of its number.
+/// The part of a checkpoint that this rank writes. The buffer with a file's number has its data.
 pub(super) struct Snapshot {
     pub(super) files: Vec<File>,
     /// Positions of data and sums of meters, by uid.
     pub(super) nodes: BTreeMap<String, Json>,
-    /// Which file has which parameter, where they are divided.
+    /// Index that maps each parameter to its file, if the parameters are divided.
     pub(super) index: Option<Vec<u8>>,
 }
 
-/// Host memory that is used again by the next save: the system takes far longer to provide pages than a copy takes.
+/// Host memory that the next save reuses. The system takes far longer to provide new pages than a
+/// copy takes.
 #[derive(Default)]
 pub(super) struct Buffers(Vec<Vec<u8>>);
 
@@ -56,12 +57,12 @@ impl Buffers {
         thread::Builder::new().name("ice-checkpoint-memory".into()).spawn(touch)
     }
 
-    /// Memory that is there already.
+    /// Wraps existing memory.
     pub(super) fn of(buffers: Vec<Vec<u8>>) -> Self {
         Self(buffers)
     }
 
-    /// The memory, by file.
+    /// Returns the memory, by file.
     pub(super) fn into_inner(self) -> Vec<Vec<u8>> {
         self.0
     }
@@ -92,7 +93,7 @@ enum Source<'a> {
     Bytes(&'a [u8]),
 }
 
-/// The files that this rank writes, before anything is copied.
+/// The files that this rank will write, before anything is copied.
 struct Plan<'a> {
     files: BTreeMap<String, Vec<(Entry, Source<'a>)>>,
     nodes: BTreeMap<String, Json>,
@@ -144,7 +145,7 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
-    /// Keeps what this rank writes.
+    /// Keeps the tensors of the section that this rank writes.
     fn divide(
         &mut self,
         section: Section,
@@ -152,7 +153,7 @@ impl<'a> Plan<'a> {
         share: Share,
     ) -> Result<(), String> {
         let split = share.split && share.writers > 1;
-        // What was kept from an older checkpoint lies in rank 0's memory alone.
+        // Only rank 0 has the optimizer state that was kept from an older checkpoint.
         let is_shared = |entry: &Entry, source: &Source| {
             split && entry.part.is_none() && matches!(source, Source::Tensor(_))
         };
@@ -190,7 +191,7 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// The files to be, each with what goes where in it.
+    /// Lays out each file, and returns it with the sources of its entries.
     fn layouts(
         files: BTreeMap<String, Vec<(Entry, Source<'a>)>>,
     ) -> Result<Vec<(File, Vec<Source<'a>>)>, String> {
@@ -205,7 +206,7 @@ impl<'a> Plan<'a> {
 }
 
 impl Snapshot {
-    /// Copies what this rank writes.
+    /// Copies what this rank writes into `buffers`.
     pub(super) fn take(
         graph: &HyperGraph,
         selection: &Selection,
@@ -231,7 +232,7 @@ impl Snapshot {
         Ok(Self { files, nodes: plan.nodes, index: plan.index })
     }
 
-    /// How much memory [`Snapshot::take`] will need, by file.
+    /// Returns the bytes that [`Snapshot::take`] will need, by file.
     pub(super) fn lengths(graph: &HyperGraph, share: Share) -> Result<Vec<usize>, String> {
         let kept = Kept::new();
         let plan = Plan::new(graph, &Selection::All, &kept, share)?;
@@ -239,7 +240,8 @@ impl Snapshot {
     }
 }
 
-/// Divides tensors of these sizes evenly: the largest first, each to the rank that has least. The same on every rank.
+/// Divides tensors of these sizes evenly: the largest first, each to the rank with the smallest
+/// load. Every rank gets the same result.
 fn owners(sizes: &[(usize, u64)], ranks: usize) -> BTreeMap<usize, usize> {
     let mut sizes = sizes.to_vec();
     sizes.sort_by_key(|&(index, size)| (std::cmp::Reverse(size), index));
@@ -253,7 +255,7 @@ fn owners(sizes: &[(usize, u64)], ranks: usize) -> BTreeMap<usize, usize> {
     owner
 }
 
-/// The index that transformers reads.
+/// Returns the index in the format of transformers.
 fn index_of(
     tensors: &[(Entry, Source)],
     owners: &BTreeMap<usize, usize>,

@@ -16,7 +16,7 @@ use super::exchange::Exchange;
 use super::{Checkpoint, Keep, Kept, Manifest, Request, Selection, Strictness, Writer, load};
 use crate::{Context, Error, HyperGraph, Node, NodeState, Outputs, Part, Result, Value};
 
-/// Messages of ranks that are threads.
+/// Messages between ranks that are threads.
 #[derive(Default)]
 struct Meeting {
     messages: Mutex<BTreeMap<String, Vec<u8>>>,
@@ -52,17 +52,17 @@ impl Exchange for Meeting {
     }
 }
 
-/// How the ranks hold a tensor.
+/// The distribution of a tensor over the ranks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Held {
     Whole,
     Rows,
     Flat,
-    /// All of it by the rank of this number, modulo the ranks.
+    /// The rank of this number, modulo the number of ranks, holds all of it.
     By(usize),
 }
 
-/// A node whose optimizer's tensors are held by the ranks together.
+/// A node whose optimizer's tensors are divided among the ranks.
 struct Sharded {
     model: Vec<(String, Tensor)>,
     optimizer: Vec<(String, Tensor)>,
@@ -95,7 +95,7 @@ impl Node for Sharded {
     }
 }
 
-/// The tensors of a job: shape and who holds them.
+/// The tensors of a job: shape and distribution.
 type Job = Vec<(Vec<i64>, Held)>;
 
 fn whole(index: usize, shape: &[i64]) -> Tensor {
@@ -104,7 +104,7 @@ fn whole(index: usize, shape: &[i64]) -> Tensor {
     (Tensor::arange(numel, (Kind::Float, Device::Cpu)) + (index * 1000) as f64).to_kind(kind).view(shape)
 }
 
-/// A rank's part of a tensor. Row and element counts need not divide evenly.
+/// Returns a rank's part of a tensor. The numbers of rows and elements need not divide evenly.
 fn part(tensor: &Tensor, held: Held, rank: usize, ranks: usize) -> (Tensor, Option<Part>) {
     let share = |all: i64| {
         let each = (all as usize).div_ceil(ranks);
@@ -129,7 +129,7 @@ fn part(tensor: &Tensor, held: Held, rank: usize, ranks: usize) -> (Tensor, Opti
     }
 }
 
-/// A rank's graph; with `filled` false all its tensors are zero.
+/// Creates the graph of a rank. Without `filled`, all its tensors are zero.
 fn graph(job: &Job, rank: usize, ranks: usize, filled: bool) -> HyperGraph {
     let mut node = Sharded { model: Vec::new(), optimizer: Vec::new(), parts: BTreeMap::new() };
     for (index, (shape, held)) in job.iter().enumerate() {
@@ -155,7 +155,7 @@ fn request(folder: &Path, step: u64) -> Request {
     Request { folder: folder.to_owned(), manifest: manifest(step), keep: Keep::All }
 }
 
-/// Saves with this many ranks; what each of them made of it.
+/// Saves with this many ranks, and returns the outcome of each.
 fn save(folder: &Path, job: &Job, ranks: usize, split: bool) -> Vec<Result<()>> {
     let meeting = Arc::new(Meeting::default());
     let rank = |rank: usize| {
@@ -262,7 +262,7 @@ fn files_of_the_model_stay_readable_by_others() {
 fn a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_nothing() {
     let out = tempfile::tempdir().unwrap();
     let folder = out.path().join("E0S1");
-    // Where rank 1's file should be there is a folder.
+    // A folder takes the place of rank 1's file.
     let taken = out.path().join(".E0S1.test-1.partial/optimizer-00001-of-00003.safetensors");
     fs::create_dir_all(&taken).unwrap();
     let outcomes = save(&folder, &job(), 3, false);
@@ -282,7 +282,7 @@ fn nobody_waits_for_a_rank_that_is_gone() {
     let out = tempfile::tempdir().unwrap();
     let folder = out.path().join("E0S1");
     let meeting = Arc::new(Meeting::default());
-    // Rank 2 of 3 never comes, and once rank 1 has written the round is over.
+    // Rank 2 of 3 never joins, and the round is over once rank 1 has written.
     let over = {
         let meeting = Arc::clone(&meeting);
         move || {
@@ -337,7 +337,7 @@ proptest! {
     }
 }
 
-/// A node with named tensors alone.
+/// Creates a graph of one node that has only these named tensors.
 fn plain(model: &[&str], optimizer: &[&str], value: f64) -> HyperGraph {
     let tensors = |names: &[&str]| {
         names

@@ -1,4 +1,12 @@
-//! Saving without holding up the run: copied at once, written by a thread, one checkpoint at a time.
+//! Saving without blocking the run: the state is copied at once, and a thread writes the copy.
+//!
+//! [`Writer::save`] copies the state into buffers and hands them over to the thread. At most one
+//! thread exists at a time: [`Writer::finish`] joins it and takes back buffers and outcome. An
+//! error of a write therefore surfaces in the next call of `save` or `finish`.
+//!
+//! Ranks that write together agree over the store, since the process group is busy with training:
+//! each rank posts what it has written, rank 0 commits the checkpoint and posts the outcome. If the
+//! round ends meanwhile, every rank abandons its files.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,9 +28,9 @@ pub(crate) struct Writer {
     world_size: usize,
     split: bool,
     upload_to: Option<String>,
-    /// What tells this process's attempts from those of one before; the same on all ranks.
+    /// Distinguishes the attempts of this round from others. The same on all ranks.
     attempt: String,
-    /// Saves so far that several ranks took part in; the same on all ranks.
+    /// Number of saves in this round that several ranks took part in. The same on all ranks.
     shared_saves: u64,
     exchange: Option<Arc<dyn Exchange>>,
     is_over: Arc<IsOver>,
@@ -30,7 +38,7 @@ pub(crate) struct Writer {
     under_way: Option<JoinHandle<(Buffers, Result<()>)>>,
     last_saved_ms: u64,
     protected: Option<PathBuf>,
-    /// What the save before has written.
+    /// Files that the previous save has written.
     before: Vec<PathBuf>,
 }
 
@@ -39,14 +47,14 @@ enum Memory {
     Coming(JoinHandle<Buffers>),
 }
 
-/// A checkpoint to be saved.
+/// A checkpoint to save.
 pub(crate) struct Request {
     pub(crate) folder: PathBuf,
     pub(crate) manifest: Manifest,
     pub(crate) keep: Keep,
 }
 
-/// What is removed once a checkpoint is there.
+/// The checkpoints to keep once a new one is complete.
 #[derive(Debug, Clone)]
 pub(crate) enum Keep {
     All,
@@ -54,7 +62,7 @@ pub(crate) enum Keep {
     Best { measure: String, keep: usize },
 }
 
-/// What the thread does.
+/// The work of the thread.
 struct Job {
     request: Request,
     snapshot: Snapshot,
@@ -91,7 +99,7 @@ impl Writer {
         }
     }
 
-    /// A writer of several that meet in memory.
+    /// Creates the writer of one of several ranks, which exchange messages in memory.
     #[cfg(test)]
     pub(super) fn of_several(
         rank: usize,
@@ -112,7 +120,7 @@ impl Writer {
         }
     }
 
-    /// Provides the memory for the saves to come while the run begins, where there is none yet.
+    /// Provides the memory for saves while the run starts, unless the writer already has some.
     pub(crate) fn prepare(&mut self, graph: &HyperGraph) {
         if !matches!(&self.memory, Memory::There(buffers) if buffers.is_empty()) {
             return;
@@ -121,14 +129,15 @@ impl Writer {
         if share.rank >= share.writers {
             return;
         }
-        // A state that cannot be saved is an error once it is to be.
+        // If the state cannot be saved, the error is reported by the save itself.
         let Ok(lengths) = Snapshot::lengths(graph, share) else { return };
         if let Ok(thread) = Buffers::prepare(lengths) {
             self.memory = Memory::Coming(thread);
         }
     }
 
-    /// The ranks are others now. What several of them were writing together will not be finished.
+    /// Adapts to the ranks of a new round. A checkpoint that several ranks were writing together
+    /// cannot be completed.
     pub(crate) fn enter_round(&mut self, worker: &Worker) {
         if let Err(error) = self.finish() {
             tracing::warn!("the checkpoint that was being written when the round ended is lost: {error}");
@@ -137,13 +146,13 @@ impl Writer {
         (self.attempt, self.shared_saves, self.exchange) = (attempt_of(worker), 0, None);
     }
 
-    /// Notes what the run went on from: it stays until there is something newer.
+    /// Notes the checkpoint that the run resumed from: it is protected from removal.
     pub(crate) fn resumed(&mut self, from: &Path, manifest: &Manifest) {
         self.protected = Some(from.to_owned());
         self.last_saved_ms = self.last_saved_ms.max(manifest.saved_unix_ms);
     }
 
-    /// Waits for the save before, copies the state, and starts writing. To be called on every rank.
+    /// Waits for the previous save, copies the state, and starts to write. Every rank calls it.
     pub(crate) fn save(
         &mut self,
         mut request: Request,
@@ -163,7 +172,7 @@ impl Writer {
                 self.exchange = Some(Arc::new(store.reconnect()?));
             }
         }
-        // A clock that was set back must not make an old checkpoint the newest.
+        // If the clock was set back, an old checkpoint must not look newer than this one.
         self.last_saved_ms = request.manifest.saved_unix_ms.max(self.last_saved_ms + 1);
         request.manifest.saved_unix_ms = self.last_saved_ms;
 
@@ -190,7 +199,8 @@ impl Writer {
             let _hold = hold;
             let outcome = job.run(&buffers);
             if outcome.is_ok() {
-                // The next save needs as much memory again; the newest checkpoint stays in it, for a restart.
+                // Drops the previous checkpoint from the page cache, since the next save needs the
+                // memory. The newest checkpoint stays cached, for a restart.
                 before.iter().for_each(|file| forget_contents(file));
             }
             (buffers, outcome)
@@ -200,7 +210,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Waits for the save that is under way.
+    /// Waits for the save in progress, and returns its outcome.
     pub(crate) fn finish(&mut self) -> Result<()> {
         let Some(thread) = self.under_way.take() else { return Ok(()) };
         match thread.join() {
@@ -226,12 +236,12 @@ impl Writer {
     }
 }
 
-/// What tells the attempts of this round from those of others; the same on all ranks.
+/// Returns a name for the attempts of this round. The same on all ranks.
 fn attempt_of(worker: &Worker) -> String {
     if worker.store().is_none() { std::process::id().to_string() } else { format!("round{}", worker.round()) }
 }
 
-/// What a rank has written, or why it could not.
+/// The files that a rank has written, or the reason that it could not.
 type Written = std::result::Result<BTreeMap<String, FileInfo>, String>;
 
 impl Job {
@@ -269,7 +279,8 @@ impl Job {
         Ok(files)
     }
 
-    /// Rank 0 hears what all have written, commits, and tells them how that went.
+    /// Agrees on the outcome: rank 0 receives the results of all ranks, commits, and sends them the
+    /// outcome.
     fn agree(&mut self, exchange: &dyn Exchange, staging: Option<&Staging>, written: Written) -> Result<()> {
         let fail = |error: serde_json::Error| Error::Save(error.to_string());
         let key = |what: &dyn std::fmt::Display| format!("checkpoint/{}/{what}", self.attempt);
@@ -313,7 +324,7 @@ impl Job {
         manifest.nodes = std::mem::take(&mut self.snapshot.nodes);
         let (step, is_whole) = (manifest.counters.train_steps, manifest.tags.is_none());
         staging.clone().commit(manifest)?;
-        // The agent names it as the one to resume from, which needs all nodes.
+        // The agent names this checkpoint as the one to resume from, so it must contain all nodes.
         if is_whole {
             self.link.checkpoint_saved(&self.request.folder, step);
         }
@@ -324,7 +335,8 @@ impl Job {
         }
     }
 
-    /// An old checkpoint that cannot be removed is no reason to stop.
+    /// Removes checkpoints that are not to be kept. If an old checkpoint cannot be removed, only
+    /// warns.
     fn make_room(&self) {
         let Some(holder) = self.request.folder.parent() else { return };
         let protected = self.protected.as_deref();

@@ -5,9 +5,10 @@ use tch::{Kind, Tensor};
 use super::{Meter, Sums};
 use crate::{Error, Measure, Result};
 
-/// The share of samples whose class is among the `k` with the highest scores: `hits / n`, both counted. NaN where there were none.
+/// The share of samples whose class is among the `k` highest scores: `hits / n`, both counted. NaN
+/// if there were no samples.
 ///
-/// An update takes scores `[.., classes]` of a floating-point type and the right classes `[..]`, as integers.
+/// An update takes floating-point scores `[.., classes]` and integer labels `[..]`.
 #[derive(Debug)]
 pub struct Accuracy {
     k: i64,
@@ -16,12 +17,12 @@ pub struct Accuracy {
 }
 
 impl Accuracy {
-    /// Only the highest score counts.
+    /// Counts only the highest score.
     pub fn new() -> Self {
         Self::top(1)
     }
 
-    /// The `k` highest scores count.
+    /// Counts the `k` highest scores.
     pub fn top(k: usize) -> Self {
         Self { k: k as i64, counts: Sums::counts(2) }
     }

@@ -5,33 +5,35 @@ use tch::{Kind, Tensor};
 use super::{Meter, Sums};
 use crate::{Error, Measure, Result};
 
-/// How often each class was taken for which: `m[c][g]` counts the samples of class `c` that were taken for class `g`.
+/// Counts of each combination of class and guess: `m[c][g]` counts the samples of class `c` with
+/// the guess `g`.
 ///
-/// Its value is the accuracy, `Σ m[c][c] / Σ m[c][g]`. Beside it there are, for each class `c`, `precision.c` = `m[c][c] / Σᵢ m[i][c]`
-/// and `recall.c` = `m[c][c] / Σᵢ m[c][i]`; NaN for a class that was never guessed or never there.
+/// The value is the accuracy, `Σ m[c][c] / Σ m[c][g]`. In addition, each class `c` has the parts
+/// `precision.c` = `m[c][c] / Σᵢ m[i][c]` and `recall.c` = `m[c][c] / Σᵢ m[c][i]`. They are NaN for
+/// a class that was never guessed or never present.
 ///
-/// An update takes guesses and the right classes `[..]`, as integers. Guesses are classes `[..]` as well, or else scores
-/// `[.., classes]` of a floating-point type, of which the highest is the guess.
+/// An update takes guesses and integer labels `[..]`. Guesses are either integer classes `[..]`, or
+/// floating-point scores `[.., classes]` of which the highest is the guess.
 ///
-/// The matrix itself is read through [`MetricNode::meter`](crate::MetricNode::meter).
+/// [`MetricNode::meter`](crate::MetricNode::meter) gives access to the matrix itself.
 #[derive(Debug)]
 pub struct ConfusionMatrix {
     classes: i64,
-    /// The matrix row by row, and the number of samples that are in none of its cells.
+    /// The matrix row by row, followed by the number of samples outside of its cells.
     counts: Sums,
 }
 
 impl ConfusionMatrix {
-    /// For so many classes, numbered from 0.
+    /// Creates a matrix for this many classes, numbered from 0.
     pub fn new(classes: usize) -> Self {
         let classes = classes as i64;
         Self { classes, counts: Sums::counts(classes * classes + 1) }
     }
 
-    /// The matrix: a row for each class, in it a column for each guess.
+    /// Returns the matrix: a row for each class, with a column for each guess.
     ///
     /// # Errors
-    /// Labels or guesses that are no class.
+    /// Labels or guesses outside of the classes.
     pub fn counts(&self) -> Result<Vec<Vec<u64>>> {
         let mut counts = self.counts.integers()?;
         match counts.pop() {
@@ -72,7 +74,8 @@ impl Meter for ConfusionMatrix {
             let cells = self.classes * self.classes;
             let is_class = |tensor: &Tensor| tensor.f_ge(0)?.f_logical_and(&tensor.f_lt(self.classes)?);
             let inside = is_class(&guesses)?.f_logical_and(&is_class(&labels)?)?;
-            // A cell for what is outside: to look at every label now would make the rank wait for its device.
+            // Counts samples outside of the matrix in a cell of their own. To check each label now
+            // would make the rank wait for its device.
             let cell = (labels * self.classes + guesses)
                 .f_where_self(&inside, &Tensor::full([], cells, (Kind::Int64, inside.device())))?;
             let zeros = Tensor::zeros([cells + 1], (Kind::Int64, inside.device()));

@@ -6,22 +6,23 @@ use super::{Average, Meter};
 use crate::ranks::gather;
 use crate::{Measure, Result};
 
-/// Several named values from one function, each with a meter of its own. The first one named is also the value of the whole: with a
-/// node `val/scores` there are `val/scores`, `val/scores.f1`, `val/scores.loss`.
+/// Several named values from one function, each with its own meter. The value of the dict is that
+/// of the first name. A node `val/scores` has the measures `val/scores`, `val/scores.f1`,
+/// `val/scores.loss`.
 ///
-/// An update may leave names out and bring new ones; the ranks need not agree.
+/// An update may omit names and add new ones. The ranks need not have the same names.
 pub struct Dict<M = Average> {
     make: Box<dyn Fn() -> M>,
     meters: Vec<(String, M)>,
 }
 
 impl<M: Meter> Dict<M> {
-    /// Values that are measured with a meter each, made by `make`.
+    /// Measures each value with a meter created by `make`.
     pub fn new(make: impl Fn() -> M + 'static) -> Self {
         Self { make: Box::new(make), meters: Vec::new() }
     }
 
-    /// The meters, by name, in the order that the names came in.
+    /// Returns the meters with their names, in the order in which the names first appeared.
     pub fn meters(&self) -> impl Iterator<Item = (&str, &M)> {
         self.meters.iter().map(|(name, meter)| (name.as_str(), meter))
     }
@@ -98,7 +99,7 @@ impl<M: Meter> Meter for Dict<M> {
     }
 }
 
-/// The names of all ranks, in order of rank. Collective.
+/// Returns the names of all ranks, in order of rank. Collective.
 fn names_of_all(own: &[&str], worker: &Worker) -> Result<Vec<Vec<String>>> {
     let mut own = serde_json::to_vec(own).unwrap_or_default();
     let lengths: Vec<usize> =

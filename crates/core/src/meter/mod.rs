@@ -1,12 +1,14 @@
-//! Meters: what is summed up over an epoch, on all ranks, and what comes of it.
+//! Meters: sums over an epoch on all ranks, and measures derived from them.
 //!
-//! A meter keeps sums and counts, never averages, in f64 or i64. So what it says is the same however the samples are spread over the
-//! ranks: an epoch of 10 samples on one rank and 3 on another weighs each of the 13 alike, and a rank without any adds nothing. Sums
-//! in f64 are added in an order that depends on the ranks, which is the only difference; counts are exact.
+//! A meter keeps sums and counts in f64 or i64, never averages. Its measure therefore does not
+//! depend on the distribution of samples over ranks: with 10 samples on one rank and 3 on another,
+//! each of the 13 has the same weight. A rank without samples adds nothing. Counts are exact. Only
+//! f64 sums depend on the ranks, by the order of additions.
 //!
-//! What is added stays on the device until it is asked for, so that an update makes no rank wait for its GPU.
+//! Sums stay on the device until they are read, so that an update does not make the rank wait for
+//! its GPU.
 //!
-//! In the book: `docs/metrics.md#metrics`, and how to write one (`docs/nodes.md#a-meter`).
+//! In the book: `docs/metrics.md#metrics`, and how to write a meter (`docs/nodes.md#a-meter`).
 
 mod accuracy;
 mod confusion;
@@ -29,46 +31,47 @@ pub(crate) use sums::Sums;
 
 use crate::{Measure, Result};
 
-/// What a [`MetricNode`](crate::MetricNode) measures with.
+/// The measuring part of a [`MetricNode`](crate::MetricNode).
 ///
-/// In an epoch: [`reset`](Meter::reset), then for each batch [`update`](Meter::update), or [`skip`](Meter::skip) on a rank that has no
-/// samples of it, then [`sync`](Meter::sync) and [`evaluate`](Meter::evaluate). A checkpoint is [`sync`](Meter::sync) and
-/// [`state`](Meter::state) in between.
+/// An epoch calls [`reset`](Meter::reset), then for each batch [`update`](Meter::update), or
+/// [`skip`](Meter::skip) on a rank without samples of the batch, then [`sync`](Meter::sync) and
+/// [`evaluate`](Meter::evaluate). A checkpoint within the epoch calls [`sync`](Meter::sync) and
+/// [`state`](Meter::state).
 pub trait Meter {
-    /// What an update takes in.
+    /// Input of an update.
     type Input: 'static;
 
-    /// Forgets everything.
+    /// Resets all sums.
     fn reset(&mut self);
 
-    /// Takes in what this rank has of a batch.
+    /// Adds this rank's share of a batch.
     ///
     /// # Errors
-    /// Input of a shape that does not fit.
+    /// Input of a wrong shape.
     fn update(&mut self, input: &Self::Input) -> Result<()>;
 
-    /// A batch passed of which this rank has no samples.
+    /// Notes a batch of which this rank has no samples.
     fn skip(&mut self) {}
 
-    /// Takes in what the other ranks have had since the last call. Collective. May be called at any time, and as often as one likes:
-    /// what was taken in is not taken in again.
+    /// Adds the updates of the other ranks since the last call. Collective. May be called at any
+    /// time and any number of times: no update is added twice.
     ///
     /// # Errors
     /// The failure of a collective.
     fn sync(&mut self, worker: &Worker) -> Result<()>;
 
-    /// What comes of everything that was taken in. Right after [`Meter::sync`] it is the same on all ranks.
+    /// Returns the measure of all updates. Right after [`Meter::sync`] it is the same on all ranks.
     ///
     /// # Errors
-    /// Input that turns out to make no sense.
+    /// Input that turns out to be invalid.
     fn evaluate(&self) -> Result<Measure>;
 
-    /// What a checkpoint must hold: everything that was taken in.
+    /// Returns the state for a checkpoint: everything that was added.
     fn state(&self) -> Json;
 
-    /// Takes over what a checkpoint holds. Called on every rank with the same.
+    /// Loads the state of a checkpoint. Every rank calls it with the same state.
     ///
     /// # Errors
-    /// [`Error::Resume`](crate::Error::Resume) where it is of another meter.
+    /// [`Error::Resume`](crate::Error::Resume) if the state belongs to another meter.
     fn load_state(&mut self, state: &Json) -> Result<()>;
 }

@@ -11,14 +11,14 @@ use super::sums::{exact, parse};
 use super::{Meter, Sums};
 use crate::{Measure, Result};
 
-/// An average that follows what happens, over batches: each weighs as its samples do, over all ranks.
+/// A moving average over batches, each weighted by its samples on all ranks.
 ///
-/// * [`window`](MovingAverage::window): over the last `w` batches, `Σ sᵢ / Σ nᵢ` for `i` from `t - w + 1` to `t`, where `sᵢ` is the sum of
-///   the elements of batch `i` on all ranks and `nᵢ` their number;
-/// * [`decay`](MovingAverage::decay): over all, the older the less, `Σ dᵗ⁻ⁱ sᵢ / Σ dᵗ⁻ⁱ nᵢ`. The weights are in the divisor, too, so that
-///   the first batches are not drawn to zero.
+/// * [`window`](MovingAverage::window): over the last `w` batches, `Σ sᵢ / Σ nᵢ` for `i` from `t -
+/// w + 1` to `t`, where `sᵢ` is the sum and `nᵢ` the number of the elements of batch `i` on all
+/// ranks. * [`decay`](MovingAverage::decay): over all batches, with decaying weights, `Σ dᵗ⁻ⁱ sᵢ /
+/// Σ dᵗ⁻ⁱ nᵢ`. The divisor has the same weights, so that the first averages are not biased to zero.
 ///
-/// An update takes a tensor with one element per sample. NaN before the first batch.
+/// An update takes a tensor with one element per sample. The average is NaN before the first batch.
 #[derive(Debug)]
 pub struct MovingAverage(Kept);
 
@@ -26,9 +26,10 @@ pub struct MovingAverage(Kept);
 enum Kept {
     Window {
         width: usize,
-        /// `[sum, count]` of each batch, over all ranks, oldest first.
+        /// `[sum, count]` of each batch over all ranks, oldest first.
         total: VecDeque<[f64; 2]>,
-        /// The same of this rank since the last synchronisation; nothing for a batch without samples.
+        /// `[sum, count]` of each batch of this rank since the last synchronization. `None` for a
+        /// batch without samples.
         here: VecDeque<Option<Tensor>>,
     },
     Decay {
@@ -38,12 +39,13 @@ enum Kept {
 }
 
 impl MovingAverage {
-    /// Over the last batches.
+    /// Averages over the last `batches` batches.
     pub fn window(batches: NonZeroUsize) -> Self {
         Self(Kept::Window { width: batches.get(), total: VecDeque::new(), here: VecDeque::new() })
     }
 
-    /// Over all batches, each with `factor` of the weight of the next: a number from 0 to 1, as 0.99.
+    /// Averages over all batches. Each has `factor` times the weight of the next batch; `factor` is
+    /// from 0 to 1, for example 0.99.
     pub fn decay(factor: f64) -> Self {
         Self(Kept::Decay { factor, sums: Sums::doubles(2) })
     }
@@ -65,7 +67,8 @@ impl MovingAverage {
     }
 }
 
-/// The batches of this rank, `[width, 3]`, the last one last: sum, count, and 1 where there was a batch.
+/// Returns the batches of this rank as `[width, 3]`, the last one last: sum, count, and 1 if there
+/// was a batch.
 fn rows(here: &VecDeque<Option<Tensor>>, width: usize, device: Device) -> Result<Tensor> {
     let rows = Tensor::zeros([width as i64, 3], (Kind::Double, device));
     for (index, row) in (width - here.len()..).zip(here) {
@@ -78,10 +81,10 @@ fn rows(here: &VecDeque<Option<Tensor>>, width: usize, device: Device) -> Result
     Ok(rows)
 }
 
-/// Adds the batches at the end and forgets the oldest.
+/// Appends the batches and drops the oldest.
 fn append(total: &mut VecDeque<[f64; 2]>, rows: &Tensor, width: usize) -> Result<()> {
     let flat: Vec<f64> = Vec::try_from(rows.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?;
-    // A rank that knows of fewer batches, since a name is new to it, takes them over from the others.
+    // A rank that has fewer batches, since a name is new to it, gets them from the other ranks.
     let batches = flat.chunks_exact(3).filter(|row| row[2] > 0.0);
     total.extend(batches.map(|row| [row[0], row[1]]));
     while total.len() > width {
@@ -108,7 +111,7 @@ impl Meter for MovingAverage {
     }
 
     fn skip(&mut self) {
-        // Without a row nothing is added that could fail.
+        // Without a row nothing is added, so this cannot fail.
         let _ = self.step(None);
     }
 

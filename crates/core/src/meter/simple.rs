@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use super::{Meter, Sums};
 use crate::{Measure, Result};
 
-/// `[sum, count]` of all elements.
+/// Returns `[sum, count]` of all elements.
 pub(super) fn sum_and_count(values: &Tensor) -> Result<Tensor> {
     tch::no_grad(|| {
         let sum = values.detach().f_sum(Kind::Double)?;
@@ -23,14 +23,15 @@ pub(super) fn ratio(sums: &[f64]) -> f64 {
     }
 }
 
-/// The mean of all elements of an epoch: `Σ x / n`. NaN where there were none.
+/// The mean of all elements of an epoch: `Σ x / n`. NaN if there are none.
 ///
-/// An update takes a tensor with one element per sample, of any shape and of any type that converts to double.
+/// An update takes a tensor with one element per sample, of any shape and of any type that converts
+/// to double.
 #[derive(Debug)]
 pub struct Average(Sums);
 
 impl Average {
-    /// A mean of nothing so far.
+    /// Creates the mean without elements.
     pub fn new() -> Self {
         Self(Sums::doubles(2))
     }
@@ -70,14 +71,14 @@ impl Meter for Average {
     }
 }
 
-/// The sum of all elements of an epoch: `Σ x`. 0 where there were none.
+/// The sum of all elements of an epoch: `Σ x`. 0 if there are none.
 ///
 /// An update takes a tensor of any shape and of any type that converts to double.
 #[derive(Debug)]
 pub struct Summation(Sums);
 
 impl Summation {
-    /// A sum of nothing so far.
+    /// Creates the sum without elements.
     pub fn new() -> Self {
         Self(Sums::doubles(1))
     }
@@ -117,14 +118,15 @@ impl Meter for Summation {
     }
 }
 
-/// What the last batch had: the mean of its elements on all ranks. NaN before the first batch.
+/// The mean of the elements of the last batch on all ranks. NaN before the first batch.
 ///
-/// An update takes a tensor with one element per sample, as that of [`Average`]; a single number is its own mean.
+/// An update takes a tensor with one element per sample, like that of [`Average`]. A single number
+/// is its own mean.
 #[derive(Debug)]
 pub struct Value(Sums);
 
 impl Value {
-    /// No value so far.
+    /// Creates the meter without a value.
     pub fn new() -> Self {
         Self(Sums::doubles(2))
     }
@@ -149,7 +151,7 @@ impl Meter for Value {
     }
 
     fn skip(&mut self) {
-        // The ranks that have a share of this batch say what its value is.
+        // Other ranks, which have a share of this batch, provide its value.
         self.0.clear();
     }
 

@@ -6,8 +6,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// A row of sums: those of all ranks up to the last synchronisation, and apart from them those of this rank since, which are on its
-/// device.
+/// A row of sums. The sums of all ranks up to the last synchronization are kept apart from this
+/// rank's sums since, which stay on its device.
 #[derive(Debug)]
 pub(crate) struct Sums {
     total: Tensor,
@@ -15,12 +15,12 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// So many sums of `Kind::Double`.
+    /// Creates `len` sums of `Kind::Double`.
     pub(crate) fn doubles(len: i64) -> Self {
         Self { total: Tensor::zeros([len], (Kind::Double, Device::Cpu)), here: None }
     }
 
-    /// So many counts.
+    /// Creates `len` counts.
     pub(crate) fn counts(len: i64) -> Self {
         Self { total: Tensor::zeros([len], (Kind::Int64, Device::Cpu)), here: None }
     }
@@ -42,13 +42,13 @@ impl Sums {
         })
     }
 
-    /// Multiplies everything with a factor.
+    /// Multiplies all sums by a factor.
     pub(crate) fn scale(&mut self, factor: f64) {
         self.total = &self.total * factor;
         self.here = self.here.take().map(|here| here * factor);
     }
 
-    /// Takes in what the ranks have added since the last call. Collective.
+    /// Adds the rows of all ranks since the last call. Collective.
     pub(crate) fn sync(&mut self, worker: &Worker) -> Result<()> {
         let here = match &self.here {
             Some(here) => here.f_to_device(worker.device())?.copy(),
@@ -60,7 +60,7 @@ impl Sums {
         Ok(())
     }
 
-    /// The sums, those of this rank included.
+    /// Returns the sums, including those of this rank.
     fn now(&self) -> Result<Tensor> {
         Ok(match &self.here {
             Some(here) => self.total.f_add(&here.f_to_device(Device::Cpu)?)?,
@@ -68,12 +68,12 @@ impl Sums {
         })
     }
 
-    /// The sums of `Kind::Double`.
+    /// Returns the sums of `Kind::Double`.
     pub(crate) fn values(&self) -> Result<Vec<f64>> {
         Ok(Vec::try_from(self.now()?)?)
     }
 
-    /// The counts.
+    /// Returns the counts.
     pub(crate) fn integers(&self) -> Result<Vec<i64>> {
         Ok(Vec::try_from(self.now()?)?)
     }
@@ -83,7 +83,7 @@ impl Sums {
             Kind::Int64 => self.integers().map(serde_json::to_value),
             _ => self.values().map(|values| serde_json::to_value(exact(&values))),
         };
-        // A device that fails here fails in the next step, too, where that can be said.
+        // A device that fails here also fails in the next step, which reports the error.
         state.ok().and_then(Result::ok).unwrap_or(Json::Null)
     }
 
@@ -104,7 +104,7 @@ impl Sums {
     }
 }
 
-/// What was saved of a meter.
+/// Parses the saved state of a meter.
 pub(super) fn parse<T: for<'a> Deserialize<'a>>(state: &Json) -> Result<T> {
     T::deserialize(state)
         .map_err(|error| Error::Resume(format!("what was measured so far does not fit: {error}")))

@@ -16,7 +16,7 @@ fn part(meter: &impl Meter, name: &str) -> f64 {
     parts.iter().find(|(part, _)| part == name).unwrap_or_else(|| panic!("no {name} in {parts:?}")).1
 }
 
-/// Feeds a meter, in the middle of which it is saved as text and goes on in another one.
+/// Feeds a meter. In the middle its state is saved as text, and another meter continues from it.
 fn fed<M: Meter>(make: impl Fn() -> M, batches: &[M::Input], saved_after: usize) -> M {
     let mut meter = make();
     for (index, batch) in batches.iter().enumerate() {
@@ -113,7 +113,7 @@ fn accuracy_by_hand() {
     let flat = (Tensor::from_slice(&[0.1, 0.2]), Tensor::from_slice(&[1_i64]));
     let message = Accuracy::new().update(&flat).unwrap_err().to_string();
     assert!(message.contains("[2]") && message.contains("[1]"), "{message}");
-    // A net that says the same of all classes knows nothing, and one that says nothing knows no more.
+    // Equal scores for all classes, and scores that are all NaN, are right by chance only.
     let same = Tensor::from_slice2(&[[0.5; 4]; 4]);
     for scores in [same.shallow_clone(), same * f64::NAN] {
         let meter = fed(Accuracy::new, &[(scores, Tensor::from_slice(&[0_i64, 1, 2, 3]))], 0);

@@ -1,4 +1,4 @@
-//! Mixed precision: the type that forward passes run in, and the scale of the loss.
+//! Mixed precision: the type of forward passes, and the scale of the loss.
 
 mod scaler;
 
@@ -12,19 +12,19 @@ pub use scaler::GradScaler;
 
 use crate::Result;
 
-/// Lets forward passes run in a smaller type where that is safe, as `torch.autocast`.
+/// Lets operations of forward passes run in a smaller type if that is safe, like `torch.autocast`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Autocast {
     kind: Option<Kind>,
 }
 
 impl Autocast {
-    /// In `Kind::Half` on CUDA and `Kind::BFloat16` on the CPU.
+    /// Uses `Kind::Half` on CUDA and `Kind::BFloat16` on the CPU.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// In this type: `Kind::Half` or `Kind::BFloat16`.
+    /// Uses this type: `Kind::Half` or `Kind::BFloat16`.
     pub fn of(kind: Kind) -> Self {
         Self { kind: Some(kind) }
     }
@@ -34,7 +34,7 @@ impl Autocast {
     }
 }
 
-/// How the steps of a graph are computed.
+/// Precision options of the steps of a graph.
 #[derive(Default, Clone)]
 pub(crate) struct Precision {
     pub(crate) autocast: Option<Autocast>,
@@ -42,7 +42,7 @@ pub(crate) struct Precision {
 }
 
 impl Precision {
-    /// For a forward pass.
+    /// Enters autocast for a forward pass, until the result is dropped.
     pub(crate) fn begin(&self, device: Device) -> Result<Option<amp::Autocast>> {
         let range = self.autocast.map(|autocast| amp::Autocast::begin(device, autocast.kind(device)));
         Ok(range.transpose()?)

@@ -5,10 +5,11 @@ use tch::{Kind, Tensor};
 
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Value};
 
-/// Scales the loss, so that small gradients do not vanish in `Kind::Half`, as `torch.amp.GradScaler` with its defaults. A step in
-/// which a gradient of any rank is not finite is left out on all ranks and for all optimizers, and the scale is lowered.
+/// Scales the loss so that small gradients do not vanish in `Kind::Half`, like
+/// `torch.amp.GradScaler` with its defaults. If a gradient of any rank is not finite, all ranks
+/// skip the step for all optimizers, and the scale is lowered.
 ///
-/// It is a node of its graph, so that its state is saved with the others'.
+/// The scaler is a node of its graph, so that its state is saved with that of the other nodes.
 #[derive(Debug)]
 pub struct GradScaler {
     first: f64,
@@ -24,7 +25,7 @@ struct Ready {
     found_inf: Tensor,
 }
 
-/// As `GradScaler.state_dict()` has it.
+/// State in the format of `GradScaler.state_dict()`.
 #[derive(Serialize, Deserialize)]
 struct State {
     scale: f64,
@@ -38,41 +39,42 @@ impl Default for GradScaler {
 }
 
 impl GradScaler {
-    /// Begins with 65,536, doubles after 2,000 steps in a row with finite gradients, halves after one without.
+    /// Starts with the scale 65,536, doubles it after 2,000 finite steps in a row, and halves it
+    /// after a step that is not finite.
     pub fn new() -> Self {
         let update = ScaleUpdate { growth_factor: 2.0, backoff_factor: 0.5, growth_interval: 2000 };
         Self { first: 65536.0, update, enabled: true, ready: None }
     }
 
-    /// The scale of the first step.
+    /// Sets the scale of the first step.
     #[must_use]
     pub fn init_scale(mut self, scale: f64) -> Self {
         self.first = scale;
         self
     }
 
-    /// What the scale is multiplied by when it grows.
+    /// Sets the factor by which the scale grows.
     #[must_use]
     pub fn growth_factor(mut self, factor: f64) -> Self {
         self.update.growth_factor = factor;
         self
     }
 
-    /// What the scale is multiplied by after a step that was left out.
+    /// Sets the factor of the scale after a skipped step.
     #[must_use]
     pub fn backoff_factor(mut self, factor: f64) -> Self {
         self.update.backoff_factor = factor;
         self
     }
 
-    /// Steps in a row before the scale grows.
+    /// Sets the number of finite steps in a row after which the scale grows.
     #[must_use]
     pub fn growth_interval(mut self, steps: u32) -> Self {
         self.update.growth_interval = steps.into();
         self
     }
 
-    /// Whether it does anything.
+    /// Sets whether the scaler does anything.
     #[must_use]
     pub fn enabled(mut self, enabled: bool) -> Self {
         self.enabled = enabled;
@@ -94,16 +96,19 @@ impl GradScaler {
         Ok(loss * &self.ready()?.scale)
     }
 
-    /// Whether the step counts: all gradients are finite. They are unscaled then.
+    /// Unscales the gradients and updates the scale. Returns whether all gradients are finite, so
+    /// that the step counts.
     pub(crate) fn unscale(&self, gradients: &[Tensor]) -> Result<bool> {
         if !self.enabled {
             return Ok(true);
         }
         let ready = self.ready()?;
         let _ = ready.found_inf.shallow_clone().f_zero_()?;
-        // In double, since the reciprocal of a large scale would be none in f32.
+        // Computes the reciprocal in double, like PyTorch: an f32 division may be imprecise on a
+        // GPU.
         let inverse = ready.scale.to_kind(Kind::Double).reciprocal().to_kind(Kind::Float);
-        // The ranks have averaged them: what is not finite on one of them is not on all.
+        // The ranks have already averaged the gradients: if one rank's are not finite, all ranks'
+        // are not.
         unscale(gradients, &ready.found_inf, &inverse)?;
         let is_finite = ready.found_inf.f_double_value(&[])? == 0.0;
         update_scale(&ready.scale, &ready.growth_tracker, &ready.found_inf, &self.update)?;

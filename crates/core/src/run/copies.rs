@@ -1,4 +1,4 @@
-//! Copies of sharded state in the memory of other ranks, and going on with them.
+//! Replicas of sharded state in the memory of other ranks, and recovery from them.
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -12,37 +12,41 @@ use crate::Result;
 use crate::checkpoint::{Label, pack, unpack};
 use crate::ranks::{broadcast, gather, gather_all};
 
-/// The copies of a run on this rank.
+/// The replicas that this rank keeps and exchanges during a run.
 #[derive(Default)]
 pub(super) struct Copies {
     shelf: Shelf,
-    /// Of the round, where there are copies in it.
+    /// Connections of the current round for replicas. `None` if the round makes no replicas.
     exchange: RefCell<Option<Exchange>>,
-    /// Number of the next copy, the same on all ranks; 0 before the first round.
+    /// Number of the next replica, the same on all ranks. 0 before the first round.
     next: Cell<u64>,
-    /// The last copy that is known to be whole, and the one that is under way.
+    /// Numbers of the last replica known to be complete on all ranks, and of the replica in
+    /// transit.
     whole: Cell<Option<u64>>,
     under_way: Cell<Option<u64>>,
-    /// As which rank of how many this one has its part of the state.
+    /// The rank and the world size for which this process holds its shard of the state.
     part: Cell<Option<(usize, usize)>>,
 }
 
-/// Parts of a state that the ranks are about to go on with.
+/// Shards in memory from which the ranks are about to reassemble a state.
 pub(super) struct Parts {
     parcels: Vec<Arc<Parcel>>,
-    /// By owner, the ranks that have them.
+    /// The rank that supplies each shard, by owner.
     suppliers: Vec<usize>,
     pub(super) are_copies: bool,
 }
 
 impl Run<'_> {
-    /// Whether ranks have parts of the state that no other has.
+    /// Whether a node of the graph has shards, which no other rank has.
     pub(super) fn is_sharded(&self) -> bool {
         self.graph.entries().iter().any(|entry| entry.node.borrow().is_sharded())
     }
 
-    /// Finds, at the beginning of a round, the state to go on with where it is sharded, and opens the way for copies of it. Parts in memory
-    /// that are to be put together are returned; where there are none, the run has a state still, or needs a checkpoint. Collective.
+    /// Finds, at the start of a round, the state to continue from if it is sharded, and opens the
+    /// connections for replicas of the round. Collective.
+    ///
+    /// Returns the shards in memory that the ranks must reassemble. With `None`, either the state
+    /// of every rank is still usable or the run needs a checkpoint.
     pub(super) fn find_parts(&self) -> Result<Option<Parts>> {
         let copies = &self.copies;
         let is_torn = self.graph.entries().iter().any(|entry| entry.node.borrow().is_torn());
@@ -65,7 +69,7 @@ impl Run<'_> {
         let (mut found, whole) = find(&offers);
         if let Found::Copied { step, .. } = found {
             let newest = self.is_main().then(|| self.newest_saved_step());
-            // What a node has saved before it left is newer.
+            // A node that left may have saved a checkpoint that is newer than the replica.
             if broadcast(newest, 0, &self.worker)? > step {
                 found = Found::Lost;
             }
@@ -99,7 +103,7 @@ impl Run<'_> {
         Ok(parts)
     }
 
-    /// Goes on with parts that are in memory. Collective.
+    /// Reassembles the state from shards in memory, and continues from it. Collective.
     pub(super) fn put_together(&self, parts: &Parts) -> Result<()> {
         let (manifest, kept) = unpack(&parts.parcels, &parts.suppliers, self.graph, &self.worker)?;
         self.kept.borrow_mut().extend(kept);
@@ -108,8 +112,11 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Makes a copy of this rank's part, and sends it to the rank that holds it, while training goes on. Waits for the copy before. Collective;
-    /// does nothing where the state is not sharded, or copies are not wanted.
+    /// Copies this rank's shard, and sends the replica to the rank that holds it while training
+    /// continues. Waits for the previous replica first. Collective.
+    ///
+    /// Does nothing if the round makes no replicas (see
+    /// [`RunConfig::copy_shards_every`](crate::RunConfig)).
     pub(super) fn copy_parts(&self) -> Result<()> {
         let copies = &self.copies;
         let exchange = copies.exchange.borrow();
@@ -140,7 +147,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// As [`Run::copy_parts`], whenever so many steps are done as was asked for.
+    /// Calls [`Run::copy_parts`] every [`RunConfig::copy_shards_every`](crate::RunConfig) training
+    /// steps.
     pub(crate) fn copy_if_due(&self) -> Result<()> {
         match self.config.copy_shards_every {
             Some(every) if self.counters.train_steps().is_multiple_of(every.get()) => self.copy_parts(),
@@ -148,7 +156,7 @@ impl Run<'_> {
         }
     }
 
-    /// No copies go over connections of a round that is over.
+    /// Closes the connections for replicas, which belong to the round that ends.
     pub(super) fn end_copies(&self) {
         self.copies.exchange.replace(None);
     }
@@ -157,7 +165,7 @@ impl Run<'_> {
         pack(&Label { number, owner, of }, self.manifest(None), self.graph, &self.kept.borrow(), old)
     }
 
-    /// The step of the newest checkpoint of the run, 0 where there is none.
+    /// Returns the training step of the newest checkpoint of the run, or 0 if there is none.
     fn newest_saved_step(&self) -> u64 {
         let newest = candidates(&self.folder.join(CHECKPOINTS)).pop();
         newest.and_then(|newest| newest.manifest.ok()).map_or(0, |manifest| manifest.counters.train_steps)

@@ -1,4 +1,4 @@
-//! What the number of ranks means for batches and learning rates.
+//! Effects of a changed number of ranks on batches and learning rates.
 
 use ice_checkpoint::{CHECKPOINTS, candidates};
 
@@ -6,31 +6,32 @@ use super::Run;
 use crate::Result;
 use crate::ranks::broadcast;
 
-/// How the number of ranks bears on the size of a batch that is given per rank, once nodes come or go.
+/// How a changed number of ranks affects batches that are given per rank, when nodes join or leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ElasticBatch {
-    /// The global batch stays: fewer ranks take it in several passes, whose gradients they add up, so that none has more samples at a time
-    /// than it is given.
+    /// The global batch stays. Fewer ranks process it in several passes and add up the gradients,
+    /// so that no rank has more samples at a time than its given batch.
     #[default]
     KeepGlobal,
-    /// Each rank's share stays, so that the global batch changes, and the learning rates with it.
+    /// Each rank's share stays. The global batch changes, and the learning rates follow the rule.
     KeepLocal(LrRule),
 }
 
-/// How learning rates follow a global batch that has become `k` times what it was.
+/// How learning rates follow a global batch that has become `k` times as large.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LrRule {
-    /// They stay.
+    /// Learning rates stay.
     #[default]
     Keep,
-    /// Times `k`, as for SGD (Goyal et al., 2017).
+    /// Learning rates are multiplied by `k`, as for SGD (Goyal et al., 2017).
     Linear,
-    /// Times the square root of `k`, as for Adam (Malladi et al., 2022).
+    /// Learning rates are multiplied by the square root of `k`, as for Adam (Malladi et al., 2022).
     Sqrt,
 }
 
 impl ElasticBatch {
-    /// What a batch per rank is multiplied by, and the learning rates, on so many ranks of a run that began with others.
+    /// Returns the factor from a batch per rank to the global batch, and the factor of the learning
+    /// rates, on `ranks` ranks of a run that began with `base`.
     pub(super) fn on(self, ranks: usize, base: usize) -> (usize, f64) {
         let k = ranks as f64 / base as f64;
         match self {
@@ -43,7 +44,8 @@ impl ElasticBatch {
 }
 
 impl Run<'_> {
-    /// Says what the batches are where there are other ranks than before, or, in a new process, than the run began with.
+    /// Prints the effect on batches if the number of ranks has changed since the previous round. In
+    /// a new process, compares with the number of ranks at the start of the run.
     pub(super) fn tell_batch(&self, base: usize, lr_factor: f64) {
         let ranks = self.worker.world_size();
         let before = self.progress.ranks.replace(Some(ranks)).unwrap_or(base);
@@ -64,7 +66,8 @@ impl Run<'_> {
         }
     }
 
-    /// The ranks that the run began with, as its newest checkpoint has it; rank 0 looks.
+    /// Returns the number of ranks at the start of the run, from its newest checkpoint. Rank 0
+    /// reads it.
     pub(super) fn saved_base(&self) -> Result<Option<usize>> {
         let newest = || candidates(&self.folder.join(CHECKPOINTS)).pop()?.manifest.ok()?.base_ranks;
         if self.worker.world_size() == 1 {

@@ -1,9 +1,12 @@
 //! Leaving tasks, and ending the run, on all ranks at the same place.
 //!
-//! A closure of the task list is a place that all ranks come to: they vote after it, by one gather. Steps have no such place, since nothing
-//! is exchanged in an evaluation: there a rank publishes its wish over the store, and all ranks agree on a boundary between steps. A node or
-//! an item of the task list that leaves by an error does so on all ranks, which is made sure over the store; a vote then decides how much
-//! they leave.
+//! There are three ways, by the place that asks for it:
+//!
+//! - After a closure of the task list, all ranks vote by one gather.
+//! - Between steps there is no common collective, since ranks exchange nothing in an evaluation. A
+//!   rank publishes its wish over the store, and all ranks agree on a step boundary.
+//! - A node or an item of the task list that leaves by an error must do so on all ranks. The ranks
+//!   verify that over the store, and then vote on how much they leave.
 
 use std::cell::Cell;
 
@@ -14,21 +17,21 @@ use crate::graph::Entries;
 use crate::ranks::gather;
 use crate::{Error, Result};
 
-/// Where the number of the run begins in that of a task.
+/// Position of the run's number within the number of a task: the lower bits count the progress.
 const RUN_BITS: u32 = 40;
 
-/// How much is left before its end.
+/// How much of the program the ranks leave before its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(crate) enum Leave {
     #[default]
     Nothing,
-    /// The task, or the repetition that a closure is in.
+    /// The current task, or the repetition that contains the closure.
     Task,
     Run,
 }
 
 impl Leave {
-    /// The part that an error of a node or a closure leaves.
+    /// Returns the part that an error of a node or a closure leaves.
     pub(crate) fn of(error: &Error) -> Self {
         match error.root() {
             Error::StopTask => Self::Task,
@@ -38,34 +41,35 @@ impl Leave {
     }
 }
 
-/// The run's wishes and agreements to leave.
+/// The wishes and agreements of a run to leave.
 #[derive(Default)]
 pub(super) struct Leaving {
-    /// The most that this rank asks to leave, as long as the ranks have not agreed on it.
+    /// The most that this rank asks to leave, until the ranks agree on it.
     asked: Cell<Leave>,
-    /// Whether the other ranks of the round were told of a wish of this rank.
+    /// Whether this rank has published its wish in this round.
     is_published: Cell<bool>,
-    /// Number of the task that is running, the same on all ranks: the number of the run, and in the lower bits the progress counter when the
-    /// task began in this round.
+    /// Number of the current task, the same on all ranks: the number of the run above [`RUN_BITS`],
+    /// and below it the progress counter at the task's start in this round.
     task: Cell<u64>,
-    /// Whether the ranks have agreed on the end of the run.
+    /// Whether the ranks have agreed to end the run early.
     is_over: Cell<bool>,
-    /// Whether the ranks have agreed to leave by the item of the task list that is running.
+    /// Whether the ranks have agreed that the current item of the task list leaves.
     is_agreed: Cell<bool>,
 }
 
 impl Run<'_> {
-    /// Leaves the [`Repeat`](crate::Repeat) that the closure is in, once the closure returns. It is enough that one rank asks for it: all ranks
-    /// leave. Outside of a closure, the task that runs next is left at the beginning of a step.
+    /// Leaves the [`Repeat`](crate::Repeat) that contains the closure, once the closure returns. If
+    /// one rank asks for it, all ranks leave. Outside of a closure, the ranks leave the next task
+    /// at the start of a step.
     ///
-    /// Nodes have [`Outputs::stop_task`](crate::Outputs::stop_task).
+    /// Nodes call [`Outputs::stop_task`](crate::Outputs::stop_task) instead.
     pub fn stop_task(&self) {
         self.ask_to_leave(Leave::Task);
     }
 
-    /// Ends the run, which counts as well done, once the closure returns. It is enough that one rank asks for it: all ranks end.
+    /// Ends the run successfully, once the closure returns. If one rank asks for it, all ranks end.
     ///
-    /// Nodes have [`Outputs::stop_all_tasks`](crate::Outputs::stop_all_tasks).
+    /// Nodes call [`Outputs::stop_all_tasks`](crate::Outputs::stop_all_tasks) instead.
     pub fn stop_all_tasks(&self) {
         self.ask_to_leave(Leave::Run);
     }
@@ -74,7 +78,8 @@ impl Run<'_> {
         self.leaving.asked.set(self.leaving.asked.get().max(what));
     }
 
-    /// Agrees on the part that the ranks leave after a closure that all of them have run: the most that any of them asks for. Collective.
+    /// Agrees on the most that any rank asks to leave, after a closure that all ranks have run.
+    /// Collective.
     pub(crate) fn vote(&self) -> Result<Leave> {
         let own = self.leaving.asked.get();
         let votes = gather(&[own as i64], &self.worker)?.concat();
@@ -96,18 +101,19 @@ impl Run<'_> {
             .unwrap_or_default())
     }
 
-    /// An item of the task list begins.
+    /// Notes that an item of the task list begins.
     pub(crate) fn item_begins(&self) {
         self.leaving.is_agreed.set(false);
     }
 
-    /// The ranks have agreed to leave by the item that is running.
+    /// Notes that the ranks have agreed to leave the current item of the task list.
     pub(crate) fn item_is_left(&self) {
         self.leaving.is_agreed.set(true);
     }
 
-    /// An item of the task list has left by an error: returns what all ranks leave. Makes sure first that all ranks have left the item,
-    /// unless they have agreed on that. Collective.
+    /// Handles an item of the task list that has left by an error, and returns what all ranks
+    /// leave. Verifies first that all ranks have left the item, unless they have agreed to.
+    /// Collective.
     pub(crate) fn leave_item(&self, asked: Leave) -> Result<Leave> {
         if self.is_over_early() || self.leaving.is_agreed.get() {
             return Ok(asked);
@@ -120,7 +126,8 @@ impl Run<'_> {
         })
     }
 
-    /// Makes sure that all ranks have left the same place by an error, and agrees on the most that any of them leaves. Collective.
+    /// Verifies that all ranks have left the same place by an error, and agrees on the most that
+    /// any of them leaves. Collective.
     fn leave_together(&self, asked: Leave, message: impl Fn(usize, u64) -> String) -> Result<Leave> {
         if let Some(other) = self.worker.leave_step()? {
             return Err(Error::Graph(message(self.worker.rank(), other)));
@@ -129,13 +136,14 @@ impl Run<'_> {
         self.vote()
     }
 
-    /// A task begins, or is continued in this round.
+    /// Notes that a task begins, or continues in a new round.
     pub(crate) fn task_begins(&self) {
         self.leaving.task.set((self.place.number << RUN_BITS) | self.progress.position.get());
     }
 
-    /// At a step boundary: does what all ranks were asked for, and waits while the job is paused. Returns what all ranks leave there;
-    /// `asked` is what a node of this rank wants to leave.
+    /// Handles a step boundary: obeys requests that all ranks have agreed on, and waits while the
+    /// job is paused. Returns what all ranks leave there. `asked` is what a node of this rank asks
+    /// to leave.
     pub(crate) fn at_boundary(&self, asked: Leave) -> Result<Leave> {
         loop {
             let asked = asked.max(self.leaving.asked.get());
@@ -146,7 +154,7 @@ impl Run<'_> {
                 Boundary::GoOn => return Ok(Leave::Nothing),
                 Boundary::Leave { all, task } => {
                     self.leaving.is_published.set(false);
-                    // A request that was made in an earlier task, or in an earlier run, is void.
+                    // A request from an earlier task, or from an earlier run, is void.
                     let own = self.leaving.task.get();
                     if task == own || (all && task >> RUN_BITS == own >> RUN_BITS) {
                         return Ok(if all { Leave::Run } else { Leave::Task });
@@ -157,7 +165,8 @@ impl Run<'_> {
         }
     }
 
-    /// Tells the other ranks once what this rank wants to leave. Whether there are none.
+    /// Publishes to the other ranks, once, what this rank asks to leave. Returns whether this rank
+    /// is the only one and may leave at once.
     fn publish(&self, asked: Leave) -> Result<bool> {
         if self.worker.world_size() == 1 {
             return Ok(true);
@@ -168,8 +177,8 @@ impl Run<'_> {
         Ok(false)
     }
 
-    /// A node has left a step by an error: returns what all ranks leave, and undoes what was done of the step. Makes sure first that all ranks
-    /// have left the step. Collective.
+    /// Handles a node that has left a step by an error: undoes the step, and returns what all ranks
+    /// leave. Verifies first that all ranks have left the step. Collective.
     pub(crate) fn leave_step_by_error(&self, task: &crate::Tags, asked: Leave) -> Result<Leave> {
         let agreed = self.leave_together(asked, |rank, other| {
             format!(
@@ -181,7 +190,8 @@ impl Run<'_> {
         Ok(agreed)
     }
 
-    /// All ranks leave the task with these nodes. What was not measured to its end does not count.
+    /// Notes that all ranks leave the task with these nodes. Unfinished measurements of an
+    /// evaluation do not count.
     pub(crate) fn task_was_left(&self, entries: &Entries, train: bool) {
         if !train {
             super::regroup::roll_back(entries);
@@ -193,22 +203,24 @@ impl Run<'_> {
         self.passed();
     }
 
-    /// All ranks end the run before its end.
+    /// Notes that all ranks end the run early.
     pub(crate) fn end_early(&self) {
         self.leaving.is_over.set(true);
     }
 
-    /// Whether all ranks have ended the run before its end.
+    /// Whether all ranks have ended the run early.
     pub(super) fn is_over_early(&self) -> bool {
         self.leaving.is_over.get()
     }
 
-    /// This rank takes over the state of one that has come further, and that has acted on the wishes of all.
+    /// Drops this rank's wishes when it adopts the state of a rank that is further: that rank has
+    /// acted on the wishes of all ranks.
     pub(super) fn forget_wishes(&self) {
         self.leaving.asked.set(Leave::Nothing);
     }
 
-    /// A round begins in which the run is over, or is not.
+    /// Resets the agreements at the start of a round. `is_over` says whether the ranks had already
+    /// agreed to end the run.
     pub(super) fn leaving_in_round(&self, is_over: bool) {
         self.leaving.is_over.set(is_over);
         self.leaving.is_published.set(false);

@@ -1,4 +1,4 @@
-//! A run: a graph, its tasks, and the rank that they run on.
+//! A run: a graph, its tasks, and the rank that executes them.
 
 mod copies;
 mod elastic;
@@ -42,43 +42,46 @@ use crate::{
     CheckpointOptions, Context, Counters, Error, HyperGraph, InitFrom, Measure, Result, ResumeFrom, TaskItem,
 };
 
-/// After a collective failed, how long a request to stop may take to arrive that would explain it: the other ranks may have
-/// been asked first.
+/// Time to wait for a request to stop after a failed collective, since such a request explains the
+/// failure: other ranks may have received it first.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 
-/// What a run needs to know beside its graph and tasks.
+/// Configuration of a run, in addition to its graph and tasks.
 #[derive(Debug, Clone)]
 pub struct RunConfig {
-    /// All randomness of the run follows from it: initial parameters, the order of samples, dropout.
+    /// Seed of all randomness of the run: initial parameters, order of samples, dropout.
     pub seed: u64,
-    /// Each run makes a folder of its own in it.
+    /// Folder in which each run creates its own folder.
     pub out_dir: PathBuf,
-    /// Saves a checkpoint whenever this many training steps are done.
+    /// Number of training steps between two checkpoints. Default: no periodic checkpoints.
     pub save_every_steps: Option<u64>,
-    /// The checkpoint to go on from.
+    /// Checkpoint to resume from.
     pub resume_from: Option<ResumeFrom>,
-    /// The parameters to begin with, unless the run resumes from a checkpoint.
+    /// Initial parameters, if the run does not resume from a checkpoint.
     pub init_from: Option<InitFrom>,
-    /// How to save and resume.
+    /// Options for saving and resuming.
     pub checkpoints: CheckpointOptions,
-    /// Shows the losses, learning rates and speed of every such training step as TensorBoard events; `None` for the ends of epochs
-    /// alone.
+    /// Number of training steps between two that show losses, learning rates and speed as
+    /// TensorBoard events. `None` shows only the ends of epochs.
     pub log_every: Option<NonZeroU64>,
-    /// Folder of the TensorBoard events; `None` for the run's own folder. Runs that resume from each other with one folder continue
-    /// one curve.
+    /// Folder of the TensorBoard events. Default: the run's own folder. Runs that resume from each
+    /// other with the same folder continue one curve.
     pub events_dir: Option<PathBuf>,
-    /// What becomes of the batches when nodes come or go.
+    /// Effect on batches and learning rates when nodes join or leave.
     pub elastic_batch: ElasticBatch,
-    /// Whenever so many training steps are done, each rank gives another, of another node where there is one, a copy of what it alone has of
-    /// the state. If it is lost, all go back to that and not to a checkpoint. Without effect where nothing is sharded.
+    /// Number of training steps between two replicas of sharded state. Each rank sends a copy of
+    /// its shard to another rank, on another node if there are several. When a rank is lost, all
+    /// ranks return to the replica instead of a checkpoint. Has no effect if no state is sharded.
     pub copy_shards_every: Option<NonZeroU64>,
-    /// Looks at the gradients of every step, and ends the run before any that are not finite are applied, naming the ranks that they came
-    /// from. Without effect where losses are scaled, which leaves such steps out. A GPU is waited for in every step.
+    /// Whether to check the gradients of every step. The run ends before it applies gradients that
+    /// are not finite, and names the ranks that they came from. Has no effect when losses are
+    /// scaled, because the scaler skips such steps. Every step then synchronizes with the GPU.
     pub check_finite: bool,
 }
 
 impl Default for RunConfig {
-    /// Seed 0, folders in `out`, no checkpoints but those of the tasks, copies of shards every 20 steps, every 50th step shown.
+    /// Seed 0, folders in `out`, only the checkpoints of the tasks, replicas of shards every 20
+    /// steps, every 50th step shown.
     fn default() -> Self {
         Self {
             seed: 0,
@@ -96,27 +99,28 @@ impl Default for RunConfig {
     }
 }
 
-/// Which of the runs of its program a run is.
+/// Position of a run among the runs of its program.
 #[derive(Debug, Clone, Copy, Default)]
 struct Place {
-    /// Runs before it.
+    /// Number of runs before this one.
     number: u64,
-    /// Whether this process has done the run before it. The checkpoint to resume from is then an older one.
+    /// Whether this process has completed the previous run. The checkpoint to resume from is then
+    /// of an earlier run.
     has_done_the_last: bool,
 }
 
 /// How a run ended.
 enum End {
     Done,
-    /// The job is told to stop, or has no place for this rank.
+    /// The job was asked to stop, or has no place for this rank.
     Stopped,
-    /// It was done before, as are all before the one of this number.
+    /// The run was completed earlier, like all runs before number `due`.
     Skipped {
         due: u64,
     },
 }
 
-/// A run under way, as tasks and closures see it.
+/// A run in progress, as seen by tasks and closures.
 pub struct Run<'a> {
     graph: &'a HyperGraph,
     tasks: &'a dyn TaskItem,
@@ -130,7 +134,7 @@ pub struct Run<'a> {
     kept: RefCell<Kept>,
     board: RefCell<Board>,
     timers: AllTimers,
-    /// Of all training tasks.
+    /// Total length of all training tasks, for schedules.
     length: TrainLength,
     progress: Progress,
     leaving: Leaving,
@@ -139,8 +143,9 @@ pub struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Sets the graph up, resumes where that is asked for, and runs the tasks to their end. Collective: every rank calls
-    /// it with the same graph, tasks and configuration. A program with several runs has them done by [`Runs`].
+    /// Sets up the graph, resumes if configured to, and runs the tasks to their end. Collective:
+    /// every rank calls it with the same graph, tasks and configuration. [`Runs`] executes several
+    /// runs in one program.
     ///
     /// # Errors
     /// The first failure, named by node and phase.
@@ -184,7 +189,8 @@ impl<'a> Run<'a> {
         let worker = &run.worker;
         worker.stay();
         worker.link().begin_run();
-        // A spare does what takes long before it is needed, where that does not take a GPU.
+        // A spare on the CPU sets up its graph before a round needs it. A spare whose GPU is not bound
+        // yet enters the round first, which binds it.
         let mut is_in = if worker.is_unbound() { worker.enter_round()? } else { true };
         let clock = graph.clock().clone();
         graph.set_up(&Context { worker: Rc::clone(worker), seed: run.config.seed, clock })?;
@@ -193,7 +199,8 @@ impl<'a> Run<'a> {
         while is_in {
             outcome = run.take_part();
             match &outcome {
-                // The ranks of a node that was told to stop leave, whatever becomes of the others.
+                // The ranks of a node that was asked to stop leave, whatever happens to the other
+                // nodes.
                 Err(error) if error.is_collective() && worker.link().stop() == Some(Stop::Requested) => {
                     outcome = Ok(End::Stopped);
                     break;
@@ -213,7 +220,7 @@ impl<'a> Run<'a> {
         let outcome = outcome.and_then(|end| graph.switch_to(&[]).map(|()| end));
         let written = run.writer.borrow_mut().finish();
         let outcome = outcome.and_then(|end| match written {
-            // Another rank is gone, and the checkpoint that it had a part in with it.
+            // Another rank has left, and with it the checkpoint that it had a part in.
             Ok(()) | Err(Error::Stopped) => Ok(end),
             Err(error) => Err(error),
         });
@@ -222,7 +229,7 @@ impl<'a> Run<'a> {
         outcome
     }
 
-    /// Runs the tasks in one round, to their end if it lasts so long.
+    /// Runs the tasks in one round, to their end if the round lasts that long.
     fn take_part(&self) -> Result<End> {
         if let Some(due) = self.meet_in_run()? {
             return Ok(End::Skipped { due });
@@ -232,7 +239,7 @@ impl<'a> Run<'a> {
             beginning => matches!(beginning, Beginning::FromMemory),
         };
         if !self.is_main() {
-            // It may have been.
+            // This rank may have been rank 0 in the previous round: its board must be closed.
             self.board.borrow_mut().finish(self.counters.train_steps(), None);
         } else if !from_memory || !self.board.borrow().is_open() {
             self.remove_leftovers()?;
@@ -242,7 +249,7 @@ impl<'a> Run<'a> {
         self.prepare_to_save();
         self.copy_parts()?;
         self.worker.link().begin();
-        // The ranks may have agreed on the end of the run before one of them was lost.
+        // The ranks may have agreed to end the run before one of them was lost.
         let outcome = if self.is_over_early() { Ok(()) } else { self.tasks.run(self) };
         match outcome {
             Err(Error::Stopped) if !self.worker.link().is_broken() => return Ok(End::Stopped),
@@ -252,13 +259,14 @@ impl<'a> Run<'a> {
             }
             outcome => outcome?,
         }
-        // A rank may be lost in the very last step, and the others are needed for it then.
+        // If a rank is lost in the very last step, its replacement needs the others: no rank ends
+        // before all are done.
         self.worker.link().end();
         self.worker.barrier()?;
         Ok(End::Done)
     }
 
-    /// Whether an error means that the ranks go on in another round.
+    /// Whether the error means that the ranks continue in another round.
     fn is_over_for_all(&self, error: &Error) -> bool {
         let link = self.worker.link();
         if !self.worker.can_stay() {
@@ -268,32 +276,33 @@ impl<'a> Run<'a> {
             Error::Stopped => link.is_broken(),
             Error::NodesLeave => true,
             error if error.is_lost() => true,
-            // The others may have been told first.
+            // The other ranks may have received the notice of the end of the round first.
             error => error.is_collective() && link.wait_for_stop(STOP_GRACE) == Some(Stop::Broken),
         }
     }
 
-    /// The graph.
+    /// Returns the graph.
     pub fn graph(&self) -> &HyperGraph {
         self.graph
     }
 
-    /// The rank.
+    /// Returns the rank that executes the run.
     pub fn worker(&self) -> &Worker {
         &self.worker
     }
 
-    /// Whether this is rank 0, which prints for all.
+    /// Whether this process is rank 0, which prints for all ranks.
     pub fn is_main(&self) -> bool {
         self.worker.is_main()
     }
 
-    /// Steps and epochs so far.
+    /// Returns the numbers of steps and epochs so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
     }
 
-    /// The folder of this run: `<out_dir>/<run id>_<MMDDHHmm>_<random>`, of the second run of a program with `.2` behind it.
+    /// Returns the folder of this run: `<out_dir>/<run id>_<MMDDHHmm>_<random>`. The second run of
+    /// a program has the suffix `.2`.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -302,15 +311,16 @@ impl<'a> Run<'a> {
         &self.folder
     }
 
-    /// The identifier of the job.
+    /// Returns the identifier of the job.
     pub fn run_id(&self) -> &str {
         self.worker.run_id()
     }
 
-    /// What the node with this uid measured in the last epoch that it was in, over all ranks.
+    /// Returns the last epoch's measure of the node with this uid, over all ranks.
     ///
     /// # Errors
-    /// [`Error::Graph`] where it has measured nothing; says what there is.
+    /// [`Error::Graph`] if the node has measured nothing. The message lists the nodes with
+    /// measures.
     pub fn measure(&self, uid: &str) -> Result<f64> {
         let measures = self.measures.borrow();
         measures.get(uid).copied().ok_or_else(|| {
@@ -325,7 +335,7 @@ impl<'a> Run<'a> {
         self.tasks.epochs(train)
     }
 
-    /// Does at a step boundary what all ranks were asked for.
+    /// Obeys, at a step boundary, a request that all ranks have agreed on.
     fn obey(&self, boundary: Boundary) -> Result<()> {
         match boundary {
             Boundary::GoOn | Boundary::Leave { .. } => Ok(()),
@@ -344,7 +354,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Sets the clock that schedules read, before a training step.
+    /// Sets the clock of the schedules, before a training step.
     pub(crate) fn tick(&self, place: StepPlace) {
         let (done, total) = match self.length {
             TrainLength { epochs: 1.., steps: 0 } => {
@@ -359,7 +369,7 @@ impl<'a> Run<'a> {
         self.graph.clock().set(elapsed);
     }
 
-    /// The training step that this run is at, on these nodes.
+    /// Executes the next training step of this run on these nodes.
     pub(crate) fn train_step(&self, graph: &ExecutableGraph) -> Result<Step> {
         self.seed_step();
         self.step_begins(graph.entries());
@@ -367,7 +377,8 @@ impl<'a> Run<'a> {
         let step = match graph.train_step(&self.worker, self.config.check_finite)? {
             Some(step) => step,
             None => {
-                // Whose they were is seen where each rank does the step by itself.
+                // The same seed repeats the step: each rank computes it alone, to find whose
+                // gradients are not finite.
                 self.seed_step();
                 return Err(graph.blame(&self.worker, self.counters.train_steps() + 1)?);
             }
@@ -377,20 +388,21 @@ impl<'a> Run<'a> {
         Ok(step)
     }
 
-    /// The iteration of an evaluation that this run is at. Returns the samples of all ranks.
+    /// Executes the next iteration of an evaluation. Returns the number of samples on all ranks.
     pub(crate) fn eval_step(&self, graph: &ExecutableGraph) -> Result<u64> {
         self.seed_from(false, self.counters.eval_steps());
         graph.eval_step(&self.worker)
     }
 
-    /// Makes the random numbers of a training step a function of the seed, the rank and the step, so that a resumed run
-    /// draws what an undisturbed one would have drawn.
+    /// Makes the random numbers of a training step a function of the seed, the rank and the step. A
+    /// resumed run thus draws the numbers of an undisturbed run.
     fn seed_step(&self) {
         self.seed_from(true, self.counters.train_steps());
     }
 
     fn seed_from(&self, train: bool, step: u64) {
-        // One byte more keeps the numbers of evaluations apart from those of training.
+        // The 25th byte separates the random numbers of evaluations from those of training, which
+        // hashes 24 bytes.
         let mut bytes = [1; 25];
         bytes[..8].copy_from_slice(&self.config.seed.to_le_bytes());
         bytes[8..16].copy_from_slice(&(self.worker.rank() as u64).to_le_bytes());
@@ -410,13 +422,14 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The folder of the first run of the program.
+/// Returns the folder of the first run of the program.
 fn first_folder(config: &RunConfig, worker: &Worker) -> PathBuf {
     let stamp = worker.run_stamp().unwrap_or("local");
     config.out_dir.join(format!("{}_{stamp}", worker.run_id()))
 }
 
-/// As the line of an epoch has it. Many parts, as those of a confusion matrix, would fill the screen.
+/// Formats a measure for the line of an epoch. More than `MOST` parts, like those of a confusion
+/// matrix, would fill the screen and are omitted.
 fn printed(uid: &str, measure: &Measure) -> String {
     const MOST: usize = 8;
     let name = uid.rsplit('/').next().unwrap_or(uid);

@@ -1,4 +1,5 @@
-//! Which rank holds up the others: the time that each spends by itself in a step, before it waits for them.
+//! Detection of stragglers, from the time that each rank spends on its own in a step before it
+//! waits for the others.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -6,30 +7,31 @@ use std::time::Duration;
 use crate::ranks::gather;
 use crate::{Result, Run};
 
-/// A rank is slow that takes so many times as long as the median of the others.
+/// A rank is a straggler if it takes this many times as long as the median of the others.
 const SLOW: f64 = 1.5;
-/// Less than this is nobody's trouble, in milliseconds per step.
+/// Smaller differences do not matter, in milliseconds per step.
 const MATTERS: f64 = 5.0;
-/// Who is slow all the time is named again after so many looks.
+/// Number of checks after which a rank that stays slow is named again.
 const AGAIN: u32 = 20;
 
-/// The steps since the last look.
+/// Time and steps of this rank since the last check.
 #[derive(Default)]
 pub(super) struct Pace {
     steps: Cell<u32>,
     own: Cell<Duration>,
-    /// The rank that was slow at the last look, and at how many in a row.
+    /// The slow rank of the last check, and the number of checks in a row before it that also found
+    /// this rank.
     slow: Cell<Option<(usize, u32)>>,
 }
 
 impl Run<'_> {
-    /// Notes how long this rank took before it waited for others.
+    /// Adds the time that this rank took before it waited for others in a step.
     pub(crate) fn took(&self, own: Duration) {
         self.pace.steps.set(self.pace.steps.get() + 1);
         self.pace.own.set(self.pace.own.get() + own);
     }
 
-    /// Compares the ranks, and names one that is slow. Collective.
+    /// Compares the ranks, and names a straggler in a warning. Collective.
     pub(super) fn look_for_stragglers(&self) -> Result<()> {
         let (steps, own) = (self.pace.steps.replace(0), self.pace.own.take());
         let mean = own.as_secs_f64() * 1e3 / f64::from(steps.max(1));
@@ -56,7 +58,7 @@ impl Run<'_> {
     }
 }
 
-/// The slowest of the ranks where it is a straggler, what it takes, and the median of the others.
+/// Returns the slowest rank if it is a straggler, with its time and the median of the others.
 fn straggler(all: &[f64]) -> Option<(usize, f64, f64)> {
     let (rank, own) = all.iter().copied().enumerate().max_by(|a, b| a.1.total_cmp(&b.1))?;
     let mut others: Vec<f64> =

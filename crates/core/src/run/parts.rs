@@ -1,32 +1,34 @@
-//! Which state a round goes on with, where each rank has a part of it that no other has.
+//! The choice of the state that a round continues from, if every rank has a shard that no other
+//! rank has.
 //!
-//! All ranks know what each of them has, and decide alike.
+//! Each rank receives the inventories of all ranks, so that all ranks choose alike.
 
 use serde::{Deserialize, Serialize};
 
-/// What a rank has.
+/// A rank's inventory of shards.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Offer {
-    /// The node that it is on.
+    /// Index of the rank's node.
     pub(super) node: u32,
-    /// Its part of the state that it was in when the last round ended; none where it was in no round, or within an update that cannot be undone.
+    /// The rank's shard of the state in use when the last round ended. `None` if the rank was in no
+    /// round, or if an update was interrupted that cannot be undone.
     pub(super) live: Option<Live>,
-    /// Copies in its memory, its own and others'.
+    /// Replicas in the rank's memory: of its own shard and of shards of other ranks.
     pub(super) copies: Vec<Copy>,
-    /// The number of the next copy, as far as it knows.
+    /// Number of the next replica, as far as the rank knows.
     pub(super) next: u64,
 }
 
-/// A part of a state that is in use.
+/// A shard of the state in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Live {
-    /// Things done that all ranks do: parts of equal positions are of the same state.
+    /// Value of the progress counter: shards with equal positions belong to the same state.
     pub(super) position: u64,
     pub(super) owner: usize,
     pub(super) of: usize,
 }
 
-/// A copy of a part.
+/// A replica of a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Copy {
     pub(super) number: u64,
@@ -35,27 +37,28 @@ pub(super) struct Copy {
     pub(super) of: usize,
 }
 
-/// What a round goes on with.
+/// The state that a round continues from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Found {
-    /// There has been no round before: nobody has anything.
+    /// There was no round before, so no rank has a state.
     Nothing,
-    /// All ranks are what they were, and have what they had.
+    /// All ranks have kept their numbers and their shards.
     AsItWas,
-    /// All parts of the state that was in use are there: by owner, the ranks that have them now.
+    /// All shards of the state in use are left. Holds, by owner, the rank that has each shard now.
     Live(Vec<usize>),
-    /// Parts are lost, and the newest copy of which none is lost is this.
+    /// Shards are lost. This is the newest replica of which every shard is left.
     Copied {
         number: u64,
         step: u64,
-        /// By owner, the ranks that have them now.
+        /// The rank that has each shard now, by owner.
         suppliers: Vec<usize>,
     },
-    /// Parts are lost, and there is no copy.
+    /// Shards are lost, and there is no complete replica.
     Lost,
 }
 
-/// What the ranks can go on with, and the number of the newest whole copy; offers are in order of rank.
+/// Returns the state that the ranks can continue from, and the number of the newest complete
+/// replica. `offers` are in order of rank.
 pub(super) fn find(offers: &[Offer]) -> (Found, Option<u64>) {
     let copy = newest_copy(offers);
     let whole = copy.as_ref().map(|(copy, _)| copy.number);
@@ -74,7 +77,8 @@ pub(super) fn find(offers: &[Offer]) -> (Found, Option<u64>) {
     (found, whole)
 }
 
-/// Who has the parts of the newest state in use, where none is missing. A part that is behind is of another state.
+/// Returns the ranks that have the shards of the newest state in use, or `None` if a shard is
+/// missing. A shard with a smaller position belongs to an older state.
 fn live(offers: &[Offer]) -> Option<Vec<usize>> {
     let newest = offers.iter().filter_map(|offer| offer.live).max_by_key(|live| live.position)?;
     let has = |owner: usize| {
@@ -84,7 +88,8 @@ fn live(offers: &[Offer]) -> Option<Vec<usize>> {
     (0..newest.of).map(has).collect()
 }
 
-/// The newest copy of which all parts are there, and who has them: their owners, where they are still what they were.
+/// Returns the newest replica of which all shards are left, and the rank that supplies each shard:
+/// its owner if that rank still has it, else the first rank that does.
 fn newest_copy(offers: &[Offer]) -> Option<(Copy, Vec<usize>)> {
     let mut copies: Vec<Copy> = offers.iter().flat_map(|offer| offer.copies.iter().copied()).collect();
     copies.sort_unstable_by_key(|copy| std::cmp::Reverse(copy.number));
@@ -135,7 +140,7 @@ mod tests {
     }
 
     proptest! {
-        /// As long as of no rank both it and its holder are lost, no part is.
+        /// If no rank is lost together with the holder of its replica, no shard is lost.
         #[test]
         fn a_copy_survives_its_owner_or_its_holder(
             nodes in prop::collection::vec(0_u32..3, 2..9),

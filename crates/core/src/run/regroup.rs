@@ -1,8 +1,13 @@
-//! Going on when the ranks change: who has come how far, and the newest state for those who lack it.
+//! Recovery when the ranks change: finding the rank that is furthest, and bringing its state to the
+//! ranks that lack it.
 //!
-//! All ranks do the same things in the same order, and count them. So whoever has counted more has come further, and who has counted as much
-//! is in the same state. A rank that was in the middle of something counts what it had done before; if another rank got through, it takes that
-//! one's state, and otherwise all do it again.
+//! All ranks execute the same operations in the same order, and count them. The rank with the
+//! highest progress counter has the newest state, and ranks with equal counters are in the same
+//! state.
+//!
+//! A rank that is interrupted within an operation has counted only the operations before. If
+//! another rank has completed the operation, the interrupted rank adopts that rank's state.
+//! Otherwise all ranks repeat the operation.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -19,28 +24,30 @@ use crate::node::Round;
 use crate::ranks::{broadcast, gather};
 use crate::{Counters, Error, NodeState, Result};
 
-/// How far a rank has come.
+/// A rank's progress.
 #[derive(Default)]
 pub(super) struct Progress {
-    /// Whether there is a state to go on with: not before the run has begun or resumed.
+    /// Whether this rank has a state to continue from. False until the run has begun or resumed.
     pub(super) has_state: Cell<bool>,
-    /// Things done that all ranks do.
+    /// Progress counter: completed operations that all ranks execute.
     pub(super) position: Cell<u64>,
-    /// How many of them were synchronisations of measures.
+    /// Number of these operations that synchronized measures.
     pub(super) syncs: Cell<u64>,
-    /// The nodes of the training step that is under way.
+    /// The nodes of the training step in progress.
     pub(super) in_step: RefCell<Option<Entries>>,
-    /// Ranks that the run began with; 0 as long as there was no round.
+    /// Number of ranks at the start of the run. 0 before the first round.
     pub(super) base_ranks: Cell<usize>,
-    /// Ranks of the round before.
+    /// Number of ranks of the previous round.
     pub(super) ranks: Cell<Option<usize>>,
-    /// What to go back to when an evaluation is disturbed.
+    /// The state to return to if an evaluation is disturbed.
     pub(super) mark: RefCell<Option<Mark>>,
-    /// Whether the first step of the round is still to be applied, and if so how many are done again, it included.
+    /// Number of steps that the round repeats, including the first one, until its first step is
+    /// applied. `None` afterwards.
     pub(super) first_step: Cell<Option<u64>>,
 }
 
-/// Where an epoch of an evaluation began. Its iterations need no other rank, so ranks are anywhere in it, and it is cheap to begin anew.
+/// The start of an epoch of an evaluation. Its iterations need no other rank, so ranks may be
+/// anywhere within it. To restart it is cheap.
 pub(super) struct Mark {
     entries: Entries,
     tasks: Json,
@@ -50,38 +57,38 @@ pub(super) struct Mark {
 
 /// How a run begins in a round.
 pub(super) enum Beginning {
-    /// With the state that ranks have.
+    /// With state from the memory of ranks.
     FromMemory,
-    /// With a checkpoint, or at its beginning.
+    /// From a checkpoint, or from the start of the run.
     Afresh,
-    /// It is done: the checkpoint to resume from is of the run of this number.
+    /// The run is completed: the checkpoint to resume from belongs to the run number `due`.
     Later { due: u64 },
 }
 
-/// A rank's word on how far it has come.
+/// A rank's report of its progress to the other ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Standing {
     has_state: bool,
     position: u64,
     syncs: u64,
     base_ranks: usize,
-    /// Whether the ranks have agreed on the end of the run.
+    /// Whether the ranks have agreed to end the run early.
     is_over: bool,
 }
 
 impl Standing {
-    /// Ranks whose places are equal are in the same state.
+    /// Returns the key for comparing states. Ranks with equal keys are in the same state.
     fn place(&self) -> (bool, u64) {
         (self.has_state, self.position)
     }
 
-    /// Whether both know the measures of all ranks up to the same synchronisation.
+    /// Whether this rank has the measures of all ranks up to the other's last synchronization.
     fn has_measures_of(&self, other: &Self) -> bool {
         self.has_state && self.syncs == other.syncs
     }
 }
 
-/// What goes to those that lack it, beside tensors.
+/// Values that ranks with an older state receive, in addition to tensors.
 #[derive(Serialize, Deserialize)]
 struct Shared {
     tasks: Json,
@@ -93,18 +100,18 @@ struct Shared {
 }
 
 impl Run<'_> {
-    /// Notes that something is done that all ranks do.
+    /// Counts an operation that all ranks execute.
     pub(crate) fn passed(&self) {
         self.progress.position.set(self.progress.position.get() + 1);
     }
 
-    /// Notes that the measures of all ranks were synchronised.
+    /// Counts a synchronization of the measures of all ranks.
     pub(crate) fn synced(&self) {
         self.progress.syncs.set(self.progress.syncs.get() + 1);
         self.passed();
     }
 
-    /// An epoch of an evaluation of these nodes begins.
+    /// Notes that an epoch of an evaluation of these nodes begins.
     pub(crate) fn mark(&self, entries: &Entries) {
         if self.worker.can_stay() {
             let mark = Mark {
@@ -117,17 +124,17 @@ impl Run<'_> {
         }
     }
 
-    /// It is over.
+    /// Notes that the epoch of the evaluation is over.
     pub(crate) fn unmark(&self) {
         self.progress.mark.replace(None);
     }
 
-    /// A training step of these nodes begins.
+    /// Notes that a training step of these nodes begins.
     pub(crate) fn step_begins(&self, entries: &Entries) {
         self.progress.in_step.replace(Some(Rc::clone(entries)));
     }
 
-    /// It is applied.
+    /// Counts the training step in progress, which has been applied.
     pub(crate) fn step_counts(&self) {
         self.progress.in_step.replace(None);
         self.counters.count_step(true);
@@ -137,7 +144,8 @@ impl Run<'_> {
         }
     }
 
-    /// Leaves a round that failed or is over, and takes part in the next one. False where there will be none.
+    /// Leaves a round that failed or is over, and enters the next one. Returns false if there is no
+    /// next round for this rank.
     pub(super) fn change_round(&self, why: &Error) -> Result<bool> {
         tracing::debug!(%why, "leaving the round");
         self.end_copies();
@@ -155,7 +163,8 @@ impl Run<'_> {
         Ok(self.worker.enter_round()?)
     }
 
-    /// Begins a round, on every rank: agrees on the state to go on with, brings it to those who lack it, and makes the nodes ready.
+    /// Begins a round: agrees on the state to continue from, brings it to the ranks that lack it,
+    /// and prepares the nodes. Collective.
     pub(super) fn begin_round(&self) -> Result<Beginning> {
         let began = Instant::now();
         self.writer.borrow_mut().enter_round(&self.worker);
@@ -164,14 +173,17 @@ impl Run<'_> {
         let steps_begun = self.counters.train_steps() + u64::from(begun);
         let parts = match self.is_sharded() {
             true => {
-                // A part that is ahead of others is of no use, so that nobody need know how its step ended.
+                // Undoes the unfinished step before ranks compare their shards. A shard that is
+                // ahead of the others is useless, so no rank needs to know how its step ended
+                // elsewhere.
                 self.leave_step();
                 self.find_parts()?
             }
             false => None,
         };
         let standings = self.standings()?;
-        // Until here it may have been a wait for a rank that had yet to start.
+        // Time until here may include waiting for a rank that was still starting: it does not count
+        // as transfer.
         let met = Instant::now();
         let own = standings[self.worker.rank()];
         let newest = standings.iter().max_by_key(|standing| standing.place()).copied().unwrap_or(own);
@@ -182,7 +194,7 @@ impl Run<'_> {
             None => self.saved_base()?.unwrap_or(self.worker.world_size()),
         };
         let repeats = begun && own == newest;
-        // Parts of a state that is in use are those of the end, too; an older state is not at the end yet.
+        // Shards in use include the agreement to end. A replica is older than the end of the run.
         let has_last_state = newest.has_state || parts.as_ref().is_some_and(|parts| !parts.are_copies);
         self.leaving_in_round(has_last_state && standings.iter().any(|standing| standing.is_over));
         if !newest.has_state {
@@ -251,12 +263,12 @@ impl Run<'_> {
         Ok(if from.is_some() { Beginning::FromMemory } else { Beginning::Afresh })
     }
 
-    /// The step that was begun does not count.
+    /// Undoes the training step in progress, which does not count.
     pub(super) fn leave_step(&self) {
         self.progress.in_step.take().into_iter().for_each(|entries| roll_back(&entries));
     }
 
-    /// The words of all ranks.
+    /// Gathers the progress reports of all ranks.
     fn standings(&self) -> Result<Vec<Standing>> {
         let progress = &self.progress;
         let own = [
@@ -276,11 +288,12 @@ impl Run<'_> {
         Ok(gather(&own, &self.worker)?.into_iter().map(standing).collect())
     }
 
-    /// The state of the rank that has come furthest, on those that lack it.
+    /// Brings the state of the rank that is furthest to the ranks that lack it.
     fn catch_up(&self, source: usize, lacking: &[usize], own: &Standing, newest: &Standing) -> Result<()> {
         let lacks = own.place() != newest.place();
         let has_measures = own.has_measures_of(newest);
-        // Another rank got through the step that this one was in: so has this one but for the end, and what it measured counts.
+        // Another rank has completed the step that interrupted this rank: this rank's measurements
+        // of the step are complete, and count.
         let counts = has_measures && lacks;
         let begun = self.progress.in_step.borrow().clone().filter(|_| counts);
         for entry in begun.iter().flat_map(|entries| entries.iter()) {
@@ -306,7 +319,8 @@ impl Run<'_> {
         for entry in self.graph.entries() {
             let mut node = entry.node.borrow_mut();
             if has_measures && node.is_measure() {
-                // The sums of all ranks are the same, and its own ones are nobody else's.
+                // The sums over all ranks are equal on both ranks, and this rank's own sums exist
+                // nowhere else.
                 continue;
             }
             let values = shared.values.get(&entry.uid).cloned().unwrap_or(Json::Null);

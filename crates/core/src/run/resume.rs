@@ -1,24 +1,28 @@
-//! Going on from a checkpoint.
+//! Resuming a run from a checkpoint.
 
 use super::first_folder;
 use crate::checkpoint::{Checkpoint, Manifest, Selection, Strictness, is_misfit, load, share};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
 
-/// The checkpoint that a run was to go on from.
+/// Result of the search for the checkpoint to resume from.
 enum Found {
     Nothing,
     Loaded,
-    /// The number of the run that it is of.
+    /// The checkpoint belongs to the later run with this number.
     OfLaterRun(u64),
 }
 
 impl Run<'_> {
-    /// Loads the state of the nodes that `tags` select, of all where there are none. The progress of the tasks stays as it is.
-    /// With `strict`, everything that does not fit is an error that names it, and nothing is loaded; otherwise it is a warning.
-    /// State of optimizers that a node has no use for is no misfit: it is kept, and saved again. Collective: rank 0 reads.
+    /// Loads the state of the nodes that `tags` select. Default: all nodes. The progress of the
+    /// tasks stays as it is. Collective: rank 0 reads.
+    ///
+    /// With `strict`, a part that does not fit is an error that names it, and nothing is loaded.
+    /// Otherwise it is a warning. Optimizer state that a node has no use for is not an error: it is
+    /// kept, and saved again.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] where there is none or it is damaged, [`Error::Resume`] where it does not fit.
+    /// [`Error::Checkpoint`] if the checkpoint is missing or damaged, [`Error::Resume`] if it does
+    /// not fit.
     pub fn load_checkpoint(&self, resume_from: &ResumeFrom, strict: bool, tags: Option<&Tags>) -> Result<()> {
         self.writer.borrow_mut().finish()?;
         let found = match self.is_main() {
@@ -35,8 +39,9 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Goes on from a checkpoint, or begins with the parameters that were given. A run that has begun needs a checkpoint. If the checkpoint
-    /// is of a later run, nothing is loaded, and the number of that run is returned.
+    /// Resumes from a checkpoint, or starts with the configured initial parameters. A run that
+    /// `has_begun` needs a checkpoint, and fails without. If the checkpoint belongs to a later run,
+    /// loads nothing and returns the number of that run.
     pub(super) fn begin(&self, has_begun: bool) -> Result<Option<u64>> {
         match self.resume()? {
             Found::Loaded => return Ok(None),
@@ -57,8 +62,9 @@ impl Run<'_> {
         Ok(None)
     }
 
-    /// The checkpoint to go on from: the one of this run, or a later one, where the group was started again, after a failure or because
-    /// nodes have come or gone; else the one asked for, unless it is of an earlier run.
+    /// Finds the checkpoint to resume from. If the ranks were restarted, or nodes have joined or
+    /// left, it is the newest checkpoint of this run or a later one. Otherwise it is the configured
+    /// checkpoint, unless that belongs to an earlier run.
     fn find_checkpoint(&self) -> Result<Option<Checkpoint>> {
         let number = self.place.number;
         let again = self.worker.restart_count() > 0 || self.worker.round() > 0;
@@ -70,7 +76,8 @@ impl Run<'_> {
             return Ok(None);
         };
         match Checkpoint::find_if_any(from, &self.config.out_dir, self.worker.run_id()) {
-            // An earlier run has begun without one, or with one that is replaced by now.
+            // This run need not have a checkpoint: an earlier run began without one, or its
+            // checkpoint was replaced.
             Err(ice_checkpoint::Error::NotFound(_)) if number > 0 => Ok(None),
             found => Ok(found?.filter(|found| found.manifest().run >= number)),
         }
@@ -121,7 +128,7 @@ impl Run<'_> {
         load_tasks(true, &mut left_out)?;
         let kept = load(checkpoint, None, self.graph, &Selection::All, fit, &mut left_out, &self.worker)?;
         self.kept.borrow_mut().extend(kept);
-        // The dry run has named the parts already.
+        // The dry run has already listed the parts that do not fit.
         load_tasks(false, &mut Vec::new())?;
         self.take_up(manifest);
         self.name_left_out(checkpoint, &left_out);
@@ -132,7 +139,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Is where the state is that was loaded.
+    /// Adopts counters and measures of a loaded state.
     pub(super) fn take_up(&self, manifest: &Manifest) {
         self.counters.restore(manifest.counters);
         self.measures.borrow_mut().extend(manifest.measures.clone());

@@ -1,8 +1,10 @@
 //! Several runs in one program, one after the other.
 //!
-//! Every process of a job runs the program from its beginning, so a rank that is started again comes to the first run while the others
-//! are in a later one. The ranks agree on the run at the beginning of each round. A run is skipped if another rank is in a later one, or
-//! if the checkpoint to resume from is of a later one: nobody gets to a run before all ranks have done the run before it.
+//! Every process of a job runs the program from its start. A restarted rank therefore starts the
+//! first run while the other ranks are in a later one. The ranks agree on the run at the start of
+//! each round. A rank skips a run if another rank is in a later one, or if the checkpoint to resume
+//! from belongs to a later one: a rank starts a run only after all ranks have completed the
+//! previous run.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -13,10 +15,10 @@ use super::{End, Place};
 use crate::ranks::gather;
 use crate::{Error, HyperGraph, Result, Run, RunConfig, TaskItem};
 
-/// The runs of a program, one after the other, as this rank does them.
+/// The runs of a program, one after the other, as executed by this rank.
 ///
-/// A run that is done is skipped, by a rank that was started again and by a job that resumes. A job that is told to stop ends with the run
-/// that is under way: those after it are not begun.
+/// A restarted rank, and a job that resumes, skip completed runs. A job that is asked to stop ends
+/// with the current run and starts no further run.
 ///
 /// ```no_run
 /// # use std::rc::Rc;
@@ -30,32 +32,33 @@ use crate::{Error, HyperGraph, Result, Run, RunConfig, TaskItem};
 /// ```
 pub struct Runs {
     worker: Rc<Worker>,
-    /// The number of the next run, from 0.
+    /// Number of the next run, from 0.
     next: Cell<u64>,
-    /// The number of the first run that is not known to be done.
+    /// Number of the first run that is not known to be completed.
     due: Cell<u64>,
     has_done_the_last: Cell<bool>,
     is_stopped: Cell<bool>,
 }
 
 impl Runs {
-    /// No run is done yet.
+    /// Creates the list of runs, with none completed.
     pub fn new(worker: Rc<Worker>) -> Self {
         let (next, due) = (Cell::default(), Cell::default());
         Self { worker, next, due, has_done_the_last: Cell::default(), is_stopped: Cell::default() }
     }
 
-    /// The rank.
+    /// Returns the rank that executes the runs.
     pub fn worker(&self) -> &Rc<Worker> {
         &self.worker
     }
 
-    /// Whether the job was told to stop, so that no further run is begun.
+    /// Whether the job was asked to stop, so that no further run starts.
     pub fn is_stopped(&self) -> bool {
         self.is_stopped.get()
     }
 
-    /// Does the next run, like [`Run::execute`], or skips it if it is done. Collective: all ranks do the same runs in the same order.
+    /// Executes the next run, like [`Run::execute`], or skips it if it is completed. Collective:
+    /// all ranks execute the same runs in the same order.
     ///
     /// # Errors
     /// The first failure, named by node and phase.
@@ -75,7 +78,7 @@ impl Runs {
         Ok(())
     }
 
-    /// Checks at the end of the program that it had the run that it was to resume.
+    /// Checks, at the end of the program, that the program contained the run to resume.
     ///
     /// # Errors
     /// [`Error::Resume`] if the program has fewer runs.
@@ -93,8 +96,8 @@ impl Runs {
 }
 
 impl Run<'_> {
-    /// Waits until all ranks of the round are in this run; those that were started again skip the earlier ones. Returns the run to skip to if
-    /// this rank is one of them. Collective.
+    /// Waits until all ranks of the round are in this run: restarted ranks skip earlier runs.
+    /// Returns the run to skip to if this rank is behind. Collective.
     pub(super) fn meet_in_run(&self) -> Result<Option<u64>> {
         let own = self.place.number;
         loop {
@@ -110,7 +113,7 @@ impl Run<'_> {
         }
     }
 
-    /// The nodes leave the round, but the rank does not.
+    /// Lets the nodes leave the round. The rank itself stays in it.
     pub(super) fn leave_nodes(&self) {
         for entry in self.graph.entries() {
             entry.node.borrow_mut().leave_round();

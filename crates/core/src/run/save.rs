@@ -1,4 +1,4 @@
-//! When and where a run saves.
+//! Times and folders of the checkpoints of a run.
 
 use std::path::{Path, PathBuf};
 
@@ -9,14 +9,16 @@ use crate::ranks::decide;
 use crate::{Result, Run, Tags};
 
 impl Run<'_> {
-    /// Saves a checkpoint of the nodes that `tags` select, of all where there are none, and of the progress of all tasks: in the
-    /// folder `save_to`, or else under `ckpts/E<train epochs>S<train steps>` of the run's. Returns once the state is copied; a
-    /// thread writes it. Collective: every rank calls it; rank 0 writes for all, unless the state is sharded.
+    /// Saves a checkpoint of the nodes that `tags` select (default: all), and of the progress of
+    /// all tasks. The folder is `save_to`; default: `ckpts/E<train epochs>S<train steps>` in the
+    /// run's folder. Returns once the state is copied, and a thread writes it. Collective: every
+    /// rank calls it. Rank 0 writes for all ranks, unless the state is sharded.
     ///
     /// # Errors
-    /// The failure of this save's copy or of the write before it.
+    /// The failure to copy the state, or the failure of the previous write.
     pub fn save_checkpoint(&self, save_to: Option<&Path>, tags: Option<&Tags>) -> Result<()> {
-        // Rank 0 writes for all, and waits for the save before to be on the disk.
+        // Rank 0 writes for all ranks, and waits until the previous save is on disk. The agent must
+        // not take that wait for a hang.
         let _alone = self.worker.link().alone();
         self.graph.sync_measures(&self.worker)?;
         self.synced();
@@ -29,11 +31,13 @@ impl Run<'_> {
         self.save(Request { folder, manifest: self.manifest(tags), keep }, tags)
     }
 
-    /// Saves a checkpoint under `best` of the run's folder if what `measure` last measured is among the best `keep` values that
-    /// are saved there, and removes the one that is no longer. Says whether it was saved. Collective.
+    /// Saves a checkpoint under `best` in the run's folder if the last value of `measure` is among
+    /// the best `keep` values saved there. Removes the checkpoint that is no longer among them.
+    /// Returns whether it saved. Collective.
     ///
     /// # Errors
-    /// [`crate::Error::Graph`] where the node has measured nothing; as [`Run::save_checkpoint`].
+    /// [`crate::Error::Graph`] if the node has measured nothing, and the errors of
+    /// [`Run::save_checkpoint`].
     pub fn save_best(&self, measure: &str, better: Better, keep: usize) -> Result<bool> {
         let _alone = self.worker.link().alone();
         let value = self.measure(measure)?;
@@ -57,10 +61,10 @@ impl Run<'_> {
         Ok(true)
     }
 
-    /// Waits until the checkpoint that is being written is on the disk.
+    /// Waits until the checkpoint in progress is on disk.
     ///
     /// # Errors
-    /// What kept it from being written.
+    /// The failure of the write.
     pub fn finish_saving(&self) -> Result<()> {
         let _alone = self.worker.link().alone();
         self.writer.borrow_mut().finish()
@@ -75,8 +79,8 @@ impl Run<'_> {
         }
     }
 
-    /// Checks that the run's folder can be written, if the run is to save, and removes what killed processes of this run id have
-    /// left half written.
+    /// Checks that the run's folder is writable, if the run saves checkpoints. Removes half-written
+    /// files that killed processes of this run id have left.
     pub(super) fn remove_leftovers(&self) -> Result<()> {
         if self.is_to_save() {
             probe(&self.folder)?;

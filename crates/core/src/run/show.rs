@@ -1,4 +1,4 @@
-//! What a run shows in TensorBoard: see `docs/metrics.md`.
+//! The TensorBoard events of a run: see `docs/metrics.md`.
 
 use std::rc::Rc;
 
@@ -8,12 +8,13 @@ use crate::graph::ExecutableGraph;
 use crate::{Measure, Result, Run, Tags};
 
 impl Run<'_> {
-    /// Shows a value of one's own at the present training step. Rank 0 alone writes; other ranks may call it or not.
+    /// Shows a custom value at the current training step. Only rank 0 writes; other ranks may call
+    /// it or not.
     pub fn show_scalar(&self, tag: &str, value: f64) {
         self.board.borrow().scalars(self.counters.train_steps(), [(tag.to_owned(), value)]);
     }
 
-    /// Shows what nodes have shown in a step that counts now.
+    /// Shows the values that nodes have shown in a step that now counts.
     pub(crate) fn show_scalars(&self, scalars: Vec<(String, f64)>) {
         if !scalars.is_empty() {
             self.board.borrow().scalars(self.counters.train_steps(), scalars);
@@ -29,29 +30,29 @@ impl Run<'_> {
         let folder = match (&self.config.events_dir, self.place.number) {
             (None, _) => self.folder.to_path_buf(),
             (Some(given), 0) => given.clone(),
-            // Steps are counted from 0 in each run, so each has a curve of its own.
+            // Each run counts its steps from 0, so each needs its own curve.
             (Some(given), number) => given.join((number + 1).to_string()),
         };
         self.board.borrow_mut().open(&folder, self.counters.train_steps(), &hparams);
     }
 
-    /// A run that was stopped has neither succeeded nor failed.
+    /// Closes the board. A run that was stopped has neither succeeded nor failed.
     pub(super) fn close_board(&self, is_ok: bool) {
         let succeeded = (!is_ok || self.tasks.is_finished() || self.is_over_early()).then_some(is_ok);
         self.board.borrow_mut().finish(self.counters.train_steps(), succeeded);
     }
 
-    /// What a task is timed with. Rank 0 alone measures.
+    /// Returns the timers of a task. Only rank 0 measures.
     pub(crate) fn timers(&self, task: &Tags) -> Option<Rc<Timers>> {
         self.is_main().then(|| self.timers.of(&task.to_string(), self.worker.device()))
     }
 
-    /// Writes all times so far to `timers.csv` of the run's folder.
+    /// Writes all times so far to `timers.csv` in the run's folder.
     pub(crate) fn write_timers(&self) -> Result<()> {
         self.timers.write(&self.folder.join("timers.csv"))
     }
 
-    /// After a training step over so many samples. Collective where the step is one to be shown.
+    /// Shows a training step over `samples` samples. Collective if the step is one that is shown.
     pub(crate) fn show_step(&self, tags: &Tags, graph: &ExecutableGraph, samples: u64) -> Result<()> {
         let step = self.counters.train_steps();
         let mut board = self.board.borrow_mut();
@@ -72,7 +73,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// After an epoch, with what was measured in it by uid.
+    /// Shows the end of an epoch, with its measures by uid.
     pub(crate) fn show_epoch(
         &self,
         tags: &Tags,

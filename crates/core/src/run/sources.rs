@@ -1,4 +1,4 @@
-//! What the program was made of, kept beside what it made.
+//! A copy of the program's sources, next to the results of the run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,14 @@ use ignore::WalkBuilder;
 use super::Run;
 use crate::{Error, Result};
 
-/// The folder in that of the run.
+/// Name of the folder for sources within the run's folder.
 const SOURCES: &str = "src";
-/// A larger file is no source.
+/// Size limit of a source file, in bytes. Larger files are not copied.
 const LARGEST: u64 = 8 << 20;
 
 impl Run<'_> {
-    /// Copies what the graph was told to into the run's folder, unless an earlier process of the run has. A failure is a warning: what
-    /// was not kept is no reason not to train.
+    /// Copies the graph's sources into the run's folder, unless an earlier process of the run has
+    /// done so. A failure is only a warning, since missing sources must not stop the training.
     pub(super) fn keep_sources(&self) {
         let to = self.folder.join(SOURCES);
         if self.graph.sources().is_empty() || to.exists() {
@@ -27,7 +27,8 @@ impl Run<'_> {
     }
 
     fn copy_sources(&self, to: &Path) -> Result<()> {
-        // Complete or not there: a killed process leaves the partial folder, which the next one replaces.
+        // The rename makes the copy complete or absent. A killed process leaves the partial folder,
+        // which the next process replaces.
         let partial = to.with_extension("partial");
         if partial.exists() {
             fs::remove_dir_all(&partial).map_err(Error::io(&partial))?;
@@ -47,7 +48,7 @@ impl Run<'_> {
     }
 }
 
-/// The name of the folder or file, with a number where an earlier one has it.
+/// Returns the name of the folder or file, with a number if an earlier source has the same name.
 fn unused(source: &Path, taken: &mut Vec<PathBuf>) -> PathBuf {
     let name = PathBuf::from(source.file_name().unwrap_or_else(|| "root".as_ref()));
     let earlier = taken.iter().filter(|other| **other == name).count();

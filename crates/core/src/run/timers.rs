@@ -1,4 +1,4 @@
-//! How long the nodes of timed tasks take.
+//! Times of the nodes of timed tasks.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -12,13 +12,13 @@ use tch::{Cuda, Device};
 
 use crate::{Error, Result};
 
-/// The times of one task.
+/// Times of one task.
 #[derive(Debug)]
 pub(crate) struct Timers {
     device: Device,
-    /// By node and phase, in the order that they came in.
+    /// Rows by node and phase, in order of appearance.
     rows: RefCell<Vec<(String, &'static str, Figures)>>,
-    /// For each node that runs, what those took that it waited for.
+    /// For each active node, the time of the nodes that it waited for.
     nested: RefCell<Vec<Duration>>,
 }
 
@@ -35,7 +35,8 @@ impl Timers {
         Self { device, rows: RefCell::default(), nested: RefCell::default() }
     }
 
-    /// Times what a node does, without what other nodes do for it in between. A GPU is waited for before and after.
+    /// Times the work of a node, without the work that other nodes do for it meanwhile.
+    /// Synchronizes with a GPU before and after.
     pub(crate) fn time<T>(&self, uid: &str, phase: &'static str, work: impl FnOnce() -> T) -> T {
         self.nested.borrow_mut().push(Duration::ZERO);
         let begun = self.now();
@@ -77,13 +78,14 @@ impl Timers {
 pub(crate) struct AllTimers(RefCell<BTreeMap<String, Rc<Timers>>>);
 
 impl AllTimers {
-    /// Those of a task: of all tasks that go by this name, and all their repetitions.
+    /// Returns the timers of a task. Tasks with the same name, and all repetitions of a task, share
+    /// their timers.
     pub(crate) fn of(&self, task: &str, device: Device) -> Rc<Timers> {
         let mut all = self.0.borrow_mut();
         Rc::clone(all.entry(task.to_owned()).or_insert_with(|| Rc::new(Timers::new(device))))
     }
 
-    /// Writes all times so far, unless there are none, in place of what was written before.
+    /// Writes all times so far, unless there are none. Replaces the file.
     pub(crate) fn write(&self, file: &Path) -> Result<()> {
         let all = self.0.borrow();
         if all.is_empty() {

@@ -1,4 +1,11 @@
-//! The tensors of one rank on those that lack them.
+//! Transfer of tensors from one rank to the ranks that lack them.
+//!
+//! On a GPU, NCCL broadcasts to all ranks of the group. On the CPU, tensors travel along a binary
+//! tree of the source and the lacking ranks only, in portions: a rank forwards a portion while the
+//! next one is still in transit. In both cases, several portions are in flight, small tensors are
+//! packed into one portion, and large tensors are split into several.
+//!
+//! All ranks iterate over the same tensors in the same order, so a portion needs no header.
 
 use std::collections::VecDeque;
 
@@ -8,29 +15,34 @@ use tch::{Device, Kind, Tensor};
 use super::Run;
 use crate::Result;
 
-/// Where a tensor begins in a portion, in bytes: where an element of any type may lie.
+/// Alignment of a tensor within a portion, in bytes: sufficient for elements of any type.
 const ALIGNED: usize = 16;
 
-/// What travels by itself, and what together.
+/// Thresholds for packing and splitting tensors.
 struct Sizes {
-    /// Tensors below this size, in bytes, travel together: to copy them costs less than to send each by itself.
+    /// Size in bytes below which tensors are packed together: a copy costs less than a send of its
+    /// own.
     small: usize,
-    /// How much travels together, in bytes, before the last tensor.
+    /// Size in bytes at which packed tensors are sent. The last tensor may exceed it.
     portion: usize,
-    /// What is larger travels in parts.
+    /// Size in bytes above which a tensor is split.
     largest: usize,
-    /// Portions that are under way at a time, so that the connection is never without one.
+    /// Number of portions in flight, so that the connection is never idle.
     at_once: usize,
 }
 
-/// A collective costs as much as megabytes do. Parts are small enough that there is room on a GPU for those that are not received in their place.
+/// Sizes for NCCL's broadcast, which costs as much as megabytes of data. Parts are small enough for
+/// buffers on the GPU, which parts need that are not received in place.
 const BROADCAST: Sizes = Sizes { small: 4 << 20, portion: 8 << 20, largest: 64 << 20, at_once: 4 };
-/// A send costs little, and what is passed on early arrives early.
+/// Sizes for sends, which cost little. A rank that forwards small parts delivers early.
 const TREE: Sizes = Sizes { small: 64 << 10, portion: 1 << 20, largest: 8 << 20, at_once: 64 };
 
 impl Run<'_> {
-    /// The tensors of the rank `source` on those that lack them: of the modules, and of their optimizers unless they are at their beginnings.
-    /// `lacking` are other ranks in ascending order, the same on all; `stages` says to keep apart what comes until all is there.
+    /// Brings the tensors of the rank `source` to the ranks that lack them: those of the modules
+    /// and, without `only_models`, of their optimizers.
+    ///
+    /// `lacking` holds other ranks in ascending order, the same on all ranks. With `stages`,
+    /// received tensors are kept apart until all have arrived.
     pub(super) fn transfer_tensors(
         &self,
         source: usize,
@@ -53,25 +65,28 @@ impl Run<'_> {
     }
 }
 
-/// What a rank has to do with a broadcast.
+/// A rank's part in a broadcast.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
     Source,
     Lacks,
-    /// It has what comes, and need not take it: the collective may be given up on the way, and would leave anything behind.
+    /// The rank already has the tensors and ignores what it receives. An aborted broadcast leaves
+    /// garbage in the receive buffer, so the rank must not receive into its own tensors.
     Beside,
 }
 
-/// How tensors reach this rank, and which ranks get them from it.
+/// The path of tensors to this rank, and the ranks that it forwards them to.
 enum Way {
-    /// To all ranks at once, in the collective that NCCL has for it. It would first have to connect each two ranks that send and receive.
+    /// A broadcast by NCCL to all ranks at once. Sends would first need a connection between each
+    /// pair of ranks.
     Broadcast { source: usize, role: Role },
-    /// From rank to rank, each of which passes on what has come while the rest is on its way.
+    /// Sends from rank to rank. Each rank forwards what has arrived while the rest is still in
+    /// transit.
     Tree { from: Option<usize>, to: Vec<usize> },
 }
 
 impl Way {
-    /// `None` for a rank that has no part in it.
+    /// Returns this rank's part in the transfer, or `None` if it has no part.
     fn of(own: usize, device: Device, source: usize, lacking: &[usize]) -> Option<Self> {
         if lacking.is_empty() {
             return None;
@@ -100,7 +115,7 @@ impl Way {
         }
     }
 
-    /// Those that get from this rank what came to it.
+    /// Returns the ranks to which this rank forwards what it receives.
     fn next(&self) -> &[usize] {
         match self {
             Self::Tree { from: Some(_), to } => to,
@@ -108,7 +123,7 @@ impl Way {
         }
     }
 
-    /// Whether the tensors are here to begin with.
+    /// Whether this rank is the source of the tensors.
     fn is_source(&self) -> bool {
         match self {
             Self::Broadcast { role, .. } => *role == Role::Source,
@@ -116,7 +131,7 @@ impl Way {
         }
     }
 
-    /// Whether a large tensor is sent from, or received in, its place.
+    /// Whether a large tensor is sent from, or received into, its own memory, without a buffer.
     fn comes_in_place(&self, stages: bool) -> bool {
         match self {
             Self::Broadcast { role, .. } => *role == Role::Source || (*role == Role::Lacks && !stages),
@@ -124,7 +139,7 @@ impl Way {
         }
     }
 
-    /// Whether what comes is for this rank.
+    /// Whether this rank needs what it receives.
     fn is_for_this(&self) -> bool {
         match self {
             Self::Broadcast { role, .. } => *role == Role::Lacks,
@@ -133,8 +148,8 @@ impl Way {
     }
 }
 
-/// The place in a binary tree of so many that `place` gets things from, and those that it passes them to. Whatever is below a place follows it
-/// without a gap, so that few branches cross from node to node where places are in the order of ranks.
+/// Returns the parent and the children of `place` in a binary tree of `count` places. The places of
+/// a subtree are contiguous, so that few edges cross nodes if places are in the order of ranks.
 fn neighbours(place: usize, count: usize) -> (Option<usize>, Vec<usize>) {
     let (mut at, mut end, mut from) = (0, count, None);
     loop {
@@ -149,34 +164,35 @@ fn neighbours(place: usize, count: usize) -> (Option<usize>, Vec<usize>) {
     }
 }
 
-/// Tensors on their way.
+/// A transfer of tensors in progress.
 struct Transfer<'a> {
     worker: &'a Worker,
     way: Way,
-    /// Small ones that will travel together.
+    /// Small tensors that will be packed into the next portion.
     small: Vec<Tensor>,
     bytes: usize,
-    /// Memory for portions, to be used again: what is fresh would have to be mapped page by page.
+    /// Buffers of completed portions, for reuse: fresh memory would have to be mapped page by page.
     buffers: Vec<Tensor>,
-    /// What comes, or is sent by the one that has it.
+    /// Portions that are being received, or sent by the source.
     under_way: VecDeque<Portion>,
-    /// What came and is passed on.
+    /// Portions that were received and are being forwarded.
     passed_on: VecDeque<Portion>,
-    /// Whether what comes is kept apart until all is there: a state of one's own is not to be lost with a source that dies meanwhile. In the
-    /// host's memory, since a GPU may have no room for two states.
+    /// Whether received tensors are kept apart until all have arrived. If the source dies
+    /// meanwhile, a rank must not lose its own state. They are kept in host memory, since a GPU may
+    /// lack room for two states.
     stages: bool,
     staged: Vec<(Tensor, Tensor)>,
 }
 
-/// What travels as one.
+/// A unit of transfer.
 struct Portion {
     begun: Vec<Begun>,
-    /// A tensor in its place, or several in a buffer.
+    /// A part of a tensor in place, or of a buffer with several tensors.
     view: Tensor,
     packed: Option<Packed>,
 }
 
-/// Several tensors, one after the other as bytes in a buffer.
+/// Several tensors, packed as bytes one after the other into a buffer.
 struct Packed {
     buffer: Tensor,
     tensors: Vec<Tensor>,
@@ -225,7 +241,7 @@ impl<'a> Transfer<'a> {
         if self.bytes >= sizes.portion { self.flush() } else { Ok(()) }
     }
 
-    /// Sends the small ones.
+    /// Sends the packed small tensors.
     fn flush(&mut self) -> Result<()> {
         let tensors = std::mem::take(&mut self.small);
         let bytes = std::mem::take(&mut self.bytes);
@@ -234,7 +250,7 @@ impl<'a> Transfer<'a> {
 
     fn begin_packed(&mut self, tensors: Vec<Tensor>, bytes: usize) -> Result<()> {
         let sizes = self.way.sizes();
-        // Their buffers come back.
+        // Completes old portions first, so that their buffers can be reused.
         self.settle(sizes.at_once - 1)?;
         let spare = self.buffers.iter().position(|buffer| buffer.numel() >= bytes);
         let buffer = match spare {
@@ -264,7 +280,7 @@ impl<'a> Transfer<'a> {
         Ok(())
     }
 
-    /// Waits until no more than so many are under way.
+    /// Waits until at most `most` portions are in flight, received as well as forwarded.
     fn settle(&mut self, most: usize) -> Result<()> {
         while self.under_way.len() > most
             && let Some(mut portion) = self.under_way.pop_front()
@@ -315,12 +331,12 @@ fn wait(portion: &mut Portion) -> Result<()> {
     portion.begun.drain(..).try_for_each(|begun| Ok(begun.wait()?))
 }
 
-/// Bytes of a tensor.
+/// Returns the size of a tensor in bytes.
 fn size(tensor: &Tensor) -> usize {
     tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
-/// Where the tensors lie in the buffer, as tensors of their shapes and types.
+/// Returns views of the packed tensors in the buffer, with their shapes and types.
 fn places(buffer: &Tensor, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
     let mut start = 0;
     let place = |tensor: &Tensor| {
