@@ -11,12 +11,14 @@ use ice_proto::backend::RankDevice;
 
 use crate::placement::visible_devices;
 
-/// More ranks on one node than anyone has devices: a typing error.
+/// Limit for the ranks of one node. No node has that many devices, so a larger number is a typing
+/// error.
 pub(super) const MOST: u32 = 4096;
 const GRAMMAR: &str =
     "expected auto, cpu, cuda, cuda:*, or indices such as cuda:0, cuda:1,3, cuda:0-2,7, cpu:0-3";
 
-/// The devices that a text names, one per rank. `gpus` is how many CUDA devices this node has.
+/// Returns the devices that a text names, one per rank. `gpus` is the number of CUDA devices of
+/// this node.
 pub(super) fn parse(text: &str, gpus: u32) -> Result<Vec<RankDevice>, String> {
     let (kind, indices) = match text.split_once(':') {
         Some((kind, indices)) => (kind, Some(indices)),
@@ -68,7 +70,7 @@ fn expand(list: &str) -> Result<Vec<u32>, String> {
     Ok(indices)
 }
 
-/// How many CUDA devices a rank would see, without loading CUDA.
+/// Returns the number of CUDA devices that a rank would see, without loading CUDA.
 pub(super) fn count_gpus() -> u32 {
     let installed = fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, |entries| entries.count());
     let installed = u32::try_from(installed).unwrap_or(u32::MAX);

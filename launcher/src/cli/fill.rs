@@ -1,9 +1,10 @@
-//! What is not given on the command line is taken from the cluster.
+//! Takes values that are not on the command line from the cluster.
 
 use super::{LaunchArgs, UsageError, devices};
 use crate::cluster::{self, Cluster};
 
-/// Fills in what the variables of a cluster say, and notes in one line what was taken from where.
+/// Fills in missing options from a cluster's variables, and adds one line to `notes` that names
+/// values and sources.
 pub(super) fn fill(
     args: &mut LaunchArgs,
     notes: &mut Vec<String>,
@@ -13,7 +14,8 @@ pub(super) fn fill(
     let mut cluster = match cluster::detect(lookup) {
         Ok(Some(cluster)) => cluster,
         Ok(None) => return Ok(()),
-        // Who says how many nodes there are does not depend on the cluster.
+        // With --nnodes, the job does not depend on the cluster, so contradictory variables do not
+        // matter.
         Err(_) if nnodes_given => return Ok(()),
         Err(error) => {
             return Err(UsageError::new(error.variable, format!("`{}`: {}", error.value, error.problem)));
@@ -43,7 +45,8 @@ pub(super) fn fill(
     }
     take(&mut args.run_id, &mut cluster.run_id);
     cluster.gpus = cluster.gpus.take().filter(|gpus| {
-        // The others of this node may be somebody else's.
+        // The other GPUs of this node may belong to other jobs, so the cluster's count limits the
+        // ranks.
         let counts = args.devices.is_none() && (1..devices::count_gpus()).contains(&gpus.value);
         if counts {
             args.devices = Some(format!("cuda:0-{}", gpus.value - 1));
@@ -56,7 +59,8 @@ pub(super) fn fill(
     Ok(())
 }
 
-/// What was not given is taken; what was given is not the cluster's doing.
+/// Fills in a missing option. An option that was given is removed from `taken`, because it does not
+/// come from the cluster.
 fn take<T: Clone>(given: &mut Option<T>, taken: &mut Option<cluster::Taken<T>>) {
     match given {
         Some(_) => *taken = None,

@@ -1,4 +1,4 @@
-//! The man page and the completions, from the definition of the command line.
+//! Generates the man page and the completions from the definition of the command line.
 
 use std::io::{self, Write};
 
@@ -8,13 +8,13 @@ use clap_complete::Shell;
 use super::Cli;
 use super::args::{Generate, program_name};
 
-/// Writes what was asked for.
+/// Writes the page or the completions of `what`.
 ///
 /// # Errors
-/// The error of the writer.
+/// Returns the error of the writer.
 pub fn generate(what: Generate, out: &mut dyn Write) -> io::Result<()> {
     let mut command = Cli::command();
-    // A link has completions of its own.
+    // A link to the launcher, such as `torchrun`, has completions for its own name.
     let name = std::env::args_os().next().as_ref().map_or_else(|| "ice-launch".into(), program_name);
     let shell = match what {
         Generate::Man => return clap_mangen::Man::new(command).render(out),

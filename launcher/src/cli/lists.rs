@@ -1,4 +1,4 @@
-//! Values of options that are lists, sizes or seconds.
+//! Parsers for options that are lists, sizes or seconds.
 
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-/// `2,64-78`: numbers and ranges.
+/// Parses numbers and ranges, such as `2,64-78`.
 pub(super) fn numbers<T>(text: &str) -> Result<BTreeSet<T>, String>
 where
     T: FromStr + Ord + Copy + TryFrom<u32>,
@@ -27,7 +27,7 @@ where
     Ok(found)
 }
 
-/// `apple,orange`, where `,,` is a comma.
+/// Parses texts such as `apple,orange`, in which `,,` stands for a comma.
 pub(super) fn texts(text: &str) -> Result<Vec<String>, String> {
     if text.is_empty() {
         return Ok(Vec::new());
@@ -45,13 +45,13 @@ pub(super) fn texts(text: &str) -> Result<Vec<String>, String> {
         }
     }
     match found.iter().any(String::is_empty) {
-        // It would be in every line.
+        // An empty text would match every line.
         true => Err(format!("`{text}` has an empty part: expected texts such as apple,orange")),
         false => Ok(found),
     }
 }
 
-/// `SIGTERM,usr1`: signals that a process can handle.
+/// Parses names of signals that a process can handle, such as `SIGTERM,usr1`.
 pub(crate) fn signals(text: &str) -> Result<Vec<Signal>, String> {
     let (found, unknown) = known_signals(text)?;
     match unknown.first() {
@@ -60,7 +60,7 @@ pub(crate) fn signals(text: &str) -> Result<Vec<Signal>, String> {
     }
 }
 
-/// The signals of a list, and the names in it that this system does not know.
+/// Returns the signals of a list, and the names in it that this system does not know.
 pub(super) fn known_signals(text: &str) -> Result<(Vec<Signal>, Vec<String>), String> {
     let (mut found, mut unknown) = (Vec::new(), Vec::new());
     for name in text.split(',').map(str::trim).filter(|_| !text.trim().is_empty()) {
@@ -95,7 +95,7 @@ pub(super) fn known_signals(text: &str) -> Result<(Vec<Signal>, Vec<String>), St
     Ok((found, unknown))
 }
 
-/// `4096`, `64K`, `100M`, `2G`: bytes, in powers of 1024.
+/// Parses a number of bytes such as `4096`, `64K`, `100M` or `2G`, in powers of 1024.
 pub(super) fn bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("`{text}` is not a size such as 64K, 100M or 2G");
     let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
@@ -110,12 +110,12 @@ pub(super) fn bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(unit).filter(|size| *size > 0).ok_or_else(wrong)
 }
 
-/// A number of seconds that is not negative. Infinity is none.
+/// Converts a number of seconds. Negative and infinite numbers are errors.
 pub(super) fn seconds(value: f64) -> Result<Duration, String> {
     if !value.is_finite() {
         return Err(format!("{value} is not a number of seconds"));
     }
-    // A year is as good as forever, and adds up without an overflow.
+    // A year is as good as forever, and sums of times do not overflow.
     const YEAR: f64 = 366.0 * 24.0 * 3600.0;
     let value = if value > YEAR { YEAR } else { value };
     Duration::try_from_secs_f64(value).map_err(|_| format!("{value} is not a number of seconds"))

@@ -1,4 +1,4 @@
-//! Where and how the agents of the job meet.
+//! The configuration of the rendezvous.
 
 use std::time::Duration;
 
@@ -7,26 +7,26 @@ use ice_rendezvous::{Endpoint, MeetingConfig, Patience, Place, Role, Token, addr
 
 use super::{LaunchArgs, UsageError};
 
-/// torchrun's port.
+/// torchrun's default port.
 const DEFAULT_PORT: u16 = 29500;
-/// How long nodes wait for each other; torchrun's default.
+/// Time that nodes wait for each other; torchrun's default.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
-/// torchrun's default.
+/// Time of the last call; torchrun's default.
 const LAST_CALL: Duration = Duration::from_secs(30);
-/// How long the host waits for the others.
+/// Time that the host waits for the other agents after the end of the job.
 pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// torchrun's variable that lets rank 0 serve the ranks' store instead of the agent.
 pub(super) const UNSHARED_STORE: &str = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE";
 
-/// Whether torchrun would not use its static rendezvous, in which node 0 has `--master-addr` and
-/// `--master-port`. It takes another one for a single node without a port, too.
+/// Whether torchrun would use another rendezvous than its static one, in which node 0 has
+/// `--master-addr` and `--master-port`. That is also the case for a single node without a port.
 pub(super) fn is_dynamic(args: &LaunchArgs, nnodes: u32) -> bool {
     let found = args.rendezvous.elect || args.rendezvous.etcd.is_some();
     found || (nnodes == 1 && args.master_port.is_none())
 }
 
-/// Where they look for each other.
+/// Returns the place where the agents meet: an endpoint or etcd.
 pub(super) fn place(args: &LaunchArgs, nnodes: u32) -> Result<Place, UsageError> {
     if let Some(etcd) = &args.rendezvous.etcd {
         let place = etcd.place(args.master_port.unwrap_or(0))?;
@@ -85,7 +85,7 @@ fn role(args: &LaunchArgs, nnodes: u32) -> Result<Role, UsageError> {
     })
 }
 
-/// Says that the build lacks a feature.
+/// Returns the message that this build lacks a feature.
 fn lacks(feature: &str) -> String {
     format!(
         "this program was built without `{feature}`: name that feature where Cargo.toml names ice, or build ice-launch with it"

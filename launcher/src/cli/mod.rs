@@ -1,5 +1,5 @@
-//! The command line: raw arguments become one validated [`LaunchPlan`]. All that can be known to be wrong is found here, before
-//! anything is started.
+//! The command line: raw arguments become one validated [`LaunchPlan`]. Every mistake that can be
+//! found before a process is started is found here.
 //!
 //! In the book: `docs/torchrun.md#options`.
 
@@ -24,10 +24,10 @@ pub(crate) use program::{Command, in_path};
 pub(crate) use streams::PerRank;
 
 impl Cli {
-    /// What the command line asks for.
+    /// Returns the plan that the command line asks for.
     ///
     /// # Errors
-    /// [`UsageError`] names the option.
+    /// Returns a [`UsageError`] that names the option.
     pub fn plan(self) -> Result<LaunchPlan, UsageError> {
         let (mut args, mut notes) = (self.launch, Vec::new());
         self.torchrun.translate(&mut args, &mut notes)?;

@@ -15,26 +15,27 @@ use crate::logs::check_template;
 
 use super::{LaunchArgs, PerRank, Program, devices, fill, lists, meeting};
 
-/// torchrun's variable that lets ranks set timers, where it is 1.
+/// torchrun's variable; with the value 1, ranks may set timers.
 pub(super) const ENABLE_FILE_TIMER: &str = "TORCHELASTIC_ENABLE_FILE_TIMER";
-/// torchrun's default.
+/// Default of `--shutdown-timeout`, and torchrun's.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Default of `--crash-loop-limit`.
 const CRASH_LOOP_LIMIT: u32 = 5;
-/// How often ranks are looked at at most.
+/// Lower limit of `--monitor-interval`.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
-/// Most bytes of a run id. A few more follow in the name of a folder, which has at most 255.
+/// Maximum length of a run id in bytes. The name of a folder, which has at most 255 bytes, consists
+/// of the run id and a few more.
 const LONGEST_RUN_ID: usize = 200;
-/// Most threads of a rank: more are a typing error.
+/// Limit for the threads of a rank, exclusive. A larger number is a typing error.
 const MOST_THREADS: u32 = 1 << 16;
-/// Most log files that are set aside: each of them is renamed whenever one more is.
+/// Maximum number of rotated log files. Each of them is renamed at every rotation.
 const MOST_KEPT: u32 = 1000;
 /// Default of `--log-prefix`.
 const PREFIX: &str = "[${role_name}${rank}]:";
-/// torchrun's variable for it.
+/// torchrun's variable for `--log-prefix`.
 const PREFIX_VARIABLE: &str = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE";
 
-/// An option that cannot be carried out: its name, its value, and what to do.
+/// An option that cannot be carried out: its name, its value, and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{option}: {problem}")]
 pub struct UsageError {
@@ -48,60 +49,60 @@ impl UsageError {
     }
 }
 
-/// What is to be launched, checked as far as that is possible before anything is started.
+/// The plan of a launch, checked as far as possible before any process is started.
 #[derive(Debug, Clone)]
 pub struct LaunchPlan {
     pub(crate) program: Program,
-    /// Modules that ranks of Python find imported.
+    /// Modules that ranks of Python programs find imported (`--preload`).
     pub(crate) preload: Vec<String>,
-    /// One device per rank of this node.
+    /// Devices, one per rank of this node.
     pub(crate) devices: Vec<RankDevice>,
     pub(crate) backend: DistBackend,
     pub(crate) role: String,
-    /// Threads per rank, where given.
+    /// Threads per rank, if given.
     pub(crate) omp_num_threads: Option<u32>,
     pub(crate) virtual_local_rank: bool,
-    /// The CPUs of each rank, where they are to be bound.
+    /// CPUs of each rank, if ranks are bound to CPUs.
     pub(crate) cpus: Option<Vec<BTreeSet<u32>>>,
-    /// Fewest and most nodes.
+    /// Minimum and maximum number of nodes.
     pub(crate) nnodes: (u32, u32),
-    /// Rank of this node, where given.
+    /// Rank of this node, if given.
     pub(crate) node_rank: Option<u32>,
     pub(crate) place: Place,
-    /// Whether the agents find each other in a way that torchrun calls dynamic.
+    /// Whether the agents use a rendezvous that torchrun calls dynamic.
     pub(crate) dynamic: bool,
     /// Whether rank 0 serves the ranks' store: `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`.
     pub(crate) rank_serves_store: bool,
     pub(crate) meeting: MeetingConfig,
-    /// How long the host waits for the other agents to leave after the end.
+    /// Time that the host waits for the other agents to leave after the end of the job.
     pub(crate) close_timeout: Duration,
     pub(crate) run_id: String,
     pub(crate) restarts: RestartPolicy,
-    /// Exit codes that end the job whatever restarts are left.
+    /// Exit codes that end the job even if restarts are left.
     pub(crate) fatal_exit_codes: BTreeSet<u8>,
     pub(crate) hang_timeout: HangTimeout,
-    /// Whether ranks may set timers as torchrun's do, and where.
+    /// Path of the pipe for torchrun's timers, if ranks may set them.
     pub(crate) file_timer: Option<FileTimer>,
-    /// How many processes wait to take the place of a rank that dies.
+    /// Number of parked processes that replace ranks which die.
     pub(crate) spares: u32,
-    /// How often ranks are looked at for hangs.
+    /// Interval of the checks for hangs.
     pub(crate) monitor_interval: Duration,
-    /// From the request to end to SIGKILL.
+    /// Time from the request to end to SIGKILL.
     pub(crate) shutdown_timeout: Duration,
     /// Signals that stop the job.
     pub(crate) signals: Vec<Signal>,
-    /// What gives notice of the end.
+    /// Sources of a notice that this node, or the job, will have to end.
     pub(crate) notices: Vec<Source>,
     pub(crate) requeue_exit_code: u8,
     pub(crate) logs: LogPlan,
-    /// File for the events, where given.
+    /// File for the events, if given.
     pub(crate) events: Option<PathBuf>,
     pub(crate) progress_interval: Duration,
-    /// What the user should know before it starts, one line each.
+    /// Notes for the user before the start, one line each.
     pub(crate) notes: Vec<String>,
 }
 
-/// Where output goes.
+/// Destinations of the ranks' output.
 #[derive(Debug, Clone)]
 pub(crate) struct LogPlan {
     /// Streams that go to files.
@@ -109,32 +110,32 @@ pub(crate) struct LogPlan {
     /// Streams that go to files and to the console.
     pub(crate) tee: PerRank,
     pub(crate) folder: Option<PathBuf>,
-    /// The local ranks that reach the console; all where `None`.
+    /// Local ranks whose output reaches the console. `None` for all.
     pub(crate) console_ranks: Option<BTreeSet<u32>>,
-    /// Texts that select the lines of stdout and of stderr that are written once more.
+    /// Texts that select lines of stdout and of stderr for the filtered log files.
     pub(crate) filters: [Vec<String>; 2],
-    /// Template of what stands before a line.
+    /// Template of the prefix of a line.
     pub(crate) prefix: String,
     pub(crate) rotation: Option<Rotation>,
 }
 
 impl LogPlan {
-    /// Whether the user asked for files.
+    /// Whether the user asked for log files.
     pub(crate) fn are_wanted(&self) -> bool {
         self.folder.is_some() || !self.redirects.is_empty() || !self.tee.is_empty()
     }
 }
 
-/// When a log file is set aside.
+/// Rotation of log files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rotation {
-    /// In bytes.
+    /// Size at which a log file is rotated, in bytes.
     pub(crate) size: u64,
-    /// Files kept beside the current one.
+    /// Number of files kept in addition to the current one.
     pub(crate) keep: u32,
 }
 
-/// Where the pipe is that ranks write their requests for timers to.
+/// Location of the pipe on which ranks request timers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum FileTimer {
     /// In a temporary folder.
@@ -142,20 +143,21 @@ pub(crate) enum FileTimer {
     At(PathBuf),
 }
 
-/// After how long without a step a job has failed.
+/// Time without progress after which a job has failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HangTimeout {
-    /// The default for ranks that report their steps; none for others.
+    /// The default for ranks that report their steps or touch a heartbeat file; no timeout for
+    /// others.
     Default,
     Never,
     After(Duration),
 }
 
 impl LaunchPlan {
-    /// Takes what is not given from the cluster that this process runs in, and checks all.
+    /// Takes missing values from the cluster that this process runs in, and checks all values.
     ///
     /// # Errors
-    /// [`UsageError`] names the option or the variable.
+    /// Returns a [`UsageError`] that names the option or the variable.
     pub fn new(args: &LaunchArgs, program: Program) -> Result<Self, UsageError> {
         let (mut args, mut notes) = (args.clone(), Vec::new());
         let rdzv = args.rdzv.clone();
@@ -166,12 +168,12 @@ impl LaunchPlan {
         Ok(plan)
     }
 
-    /// How many ranks this node has.
+    /// Returns the number of ranks of this node.
     pub(crate) fn local_world_size(&self) -> u32 {
         u32::try_from(self.devices.len()).unwrap_or(u32::MAX)
     }
 
-    /// Signals that give notice.
+    /// Returns the signals that are a notice.
     pub(crate) fn notice_signals(&self) -> Vec<Signal> {
         let signal = |source: &Source| match source {
             Source::Signal(signal) => Some(*signal),
@@ -180,7 +182,7 @@ impl LaunchPlan {
         self.notices.iter().filter_map(signal).collect()
     }
 
-    /// Whether the job goes on, or waits, when a node is lost.
+    /// Whether the job continues or restarts when a node is lost.
     pub(crate) fn outlives_nodes(&self) -> bool {
         let (fewest, most) = self.nnodes;
         fewest < most || self.restarts.max_restarts > 0
@@ -280,7 +282,7 @@ impl LaunchPlan {
             },
             file_timer: file_timer(&|name| std::env::var(name).ok()),
             spares: args.spares,
-            // 0 is as often as it makes sense.
+            // 0 means as often as possible.
             monitor_interval: seconds("--monitor-interval", args.monitor_interval)?.max(SHORTEST_INTERVAL),
             shutdown_timeout,
             signals,
@@ -298,7 +300,7 @@ impl LaunchPlan {
     }
 }
 
-/// Names that become parts of file names, of variables and of lines.
+/// Checks names that become parts of file names, variables and lines of output.
 fn check_names(run_id: &str, role: &str) -> Result<(), UsageError> {
     let has_control = |text: &str| text.chars().any(char::is_control);
     let problem = match run_id {
@@ -314,7 +316,7 @@ fn check_names(run_id: &str, role: &str) -> Result<(), UsageError> {
     if let Some(problem) = problem {
         return Err(UsageError::new("--run-id", problem));
     }
-    // An empty one is TorchX's way to have none.
+    // TorchX passes an empty role if a job has none.
     if has_control(role) || role.len() > LONGEST_ROLE {
         let problem = format!("{role:?}: at most {LONGEST_ROLE} bytes, and no control characters");
         return Err(UsageError::new("--role", problem));
@@ -322,7 +324,7 @@ fn check_names(run_id: &str, role: &str) -> Result<(), UsageError> {
     Ok(())
 }
 
-/// Numbers that cannot mean anything.
+/// Rejects numbers that have no meaning.
 fn check_numbers(args: &LaunchArgs, nnodes: (u32, u32)) -> Result<(), UsageError> {
     let wrong = |option, problem: String| Err(UsageError::new(option, problem));
     match args.omp_num_threads {
@@ -388,7 +390,7 @@ fn logs(args: &LaunchArgs, ranks_here: usize) -> Result<LogPlan, UsageError> {
     })
 }
 
-/// torchrun's variable for `--shutdown-timeout`.
+/// Returns the value of torchrun's variable for `--shutdown-timeout`, or the default.
 fn shutdown_timeout_of_torch() -> Result<Duration, UsageError> {
     const NAME: &str = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT";
     let text = std::env::var(NAME).ok().filter(|text| !text.is_empty());
@@ -397,7 +399,7 @@ fn shutdown_timeout_of_torch() -> Result<Duration, UsageError> {
     seconds.and_then(lists::seconds).map_err(|problem| UsageError::new(NAME, problem))
 }
 
-/// torchrun's variables for the timers of ranks.
+/// Returns where ranks request timers, according to torchrun's variables.
 fn file_timer(lookup: &dyn Fn(&str) -> Option<String>) -> Option<FileTimer> {
     lookup(ENABLE_FILE_TIMER).filter(|value| value == "1")?;
     let path = lookup(TORCHELASTIC_TIMER_FILE).filter(|path| !path.is_empty());

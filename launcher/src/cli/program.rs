@@ -9,19 +9,20 @@ use serde::Serialize;
 
 use super::{UsageError, python};
 
-/// Stands for the local rank in an argument, as with torchrun.
+/// Stands for the local rank in an argument, like in torchrun.
 const LOCAL_RANK: &[u8] = b"${local_rank}";
 
-/// What is started as every rank.
+/// The program that every rank runs.
 #[derive(Debug, Clone)]
 pub struct Program {
     /// The executable.
     pub path: PathBuf,
-    /// Its arguments.
+    /// Arguments of the executable.
     pub args: Vec<OsString>,
 }
 
-/// What a person started, for reports: the script and not the interpreter that runs it.
+/// The command that the user typed, for reports: the script instead of the interpreter that runs
+/// it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Command {
     /// The script, `-m` with a module, or the executable.
@@ -31,7 +32,7 @@ pub(crate) struct Command {
     pub(crate) executable: PathBuf,
 }
 
-/// Characters of a command line that a person sees.
+/// Number of characters of a command line that reports show.
 const SHOWN: usize = 200;
 
 impl fmt::Display for Command {
@@ -46,7 +47,7 @@ impl fmt::Display for Command {
     }
 }
 
-/// A word in one line, as a shell takes it.
+/// Quotes a word for a shell, on one line.
 fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_alphanumeric() || "-_./=:,@%+$".contains(c);
     let word = word.replace('\n', " ");
@@ -57,12 +58,12 @@ fn quoted(word: &str) -> String {
     }
 }
 
-/// How a program is to be executed.
+/// Way to execute a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// A `.py` file with python, anything else by itself.
+    /// A `.py` file runs with Python, any other file by itself.
     Guess,
-    /// By itself.
+    /// The file runs by itself.
     Executable,
     /// A Python script.
     Script,
@@ -71,18 +72,18 @@ pub(crate) enum Form {
 }
 
 impl Program {
-    /// This very program with the arguments that it was started with.
+    /// Returns this program with the arguments that it was started with.
     ///
     /// # Errors
-    /// [`UsageError`] where its own file cannot be found.
+    /// Returns a [`UsageError`] if the program's own file cannot be found.
     pub fn current() -> Result<Self, UsageError> {
         let path = env::current_exe()
             .map_err(|error| UsageError::new("program", format!("its own executable: {error}")))?;
         Ok(Self { path, args: env::args_os().skip(1).collect() })
     }
 
-    /// Finds the program of a command line as a shell would. Whether the program can be executed is found out when it is
-    /// started.
+    /// Finds the program of a command line like a shell. Whether the program can be executed turns
+    /// out when it is started.
     pub(crate) fn find(command: Vec<OsString>, form: Form) -> Result<Self, UsageError> {
         let mut args = command.into_iter();
         let program = args.next().map(PathBuf::from);
@@ -102,7 +103,7 @@ impl Program {
         })
     }
 
-    /// What a person started.
+    /// Returns the command that the user typed.
     pub(crate) fn command(&self) -> Command {
         let text = |word: &OsStr| word.to_string_lossy().into_owned();
         let mut words: Vec<String> = self.args.iter().map(|word| text(word)).collect();
@@ -116,26 +117,26 @@ impl Program {
         Command { program, args: words, executable: self.path.clone() }
     }
 
-    /// The Python that the launcher took for a script or a module.
+    /// Returns the Python that the launcher chose for a script or a module.
     fn interpreter(&self) -> Option<&Path> {
         let is_python = self.path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"python"));
         (is_python && self.args.first().is_some_and(|first| first == "-u")).then_some(&self.path)
     }
 
-    /// The script that the interpreter runs.
+    /// Returns the script that the interpreter runs.
     pub(crate) fn script(&self) -> Option<&Path> {
         self.interpreter()?;
         self.args.get(1).filter(|script| *script != "-m").map(Path::new)
     }
 
-    /// The interpreter, if `python` on the command line of a shell would be another one.
+    /// Returns the interpreter if a shell would start another one for `python`.
     pub(crate) fn unusual_interpreter(&self) -> Option<&Path> {
         let interpreter = self.interpreter()?;
         let usual = in_path(Path::new("python"));
         (usual.as_deref() != Some(interpreter)).then_some(interpreter)
     }
 
-    /// The arguments as this rank gets them.
+    /// Returns the arguments for a rank, with its local rank in place of `${local_rank}`.
     pub(crate) fn args_of(&self, local_rank: u32) -> impl Iterator<Item = Cow<'_, OsStr>> {
         let number = local_rank.to_string();
         self.args.iter().map(move |argument| substitute(argument, number.as_bytes()))

@@ -1,21 +1,23 @@
-//! Which Python runs a script.
+//! Finds the Python that runs a script.
 //!
-//! torchrun is a Python program, so its ranks run with the Python that it is installed for. The launcher is
-//! not, and looks for the same one:
+//! torchrun is a Python program, so its ranks run with the Python that it is installed for. The
+//! launcher is not a Python program, and looks for the same Python in this order:
 //!
 //! 1. `PYTHON_EXEC`.
-//! 2. The `python` in the folder that the launcher was started from, if that folder is the `bin` of an
-//!    environment: `../pyvenv.cfg` or `../conda-meta` is there. The environment need not be activated.
+//! 2. The `python` in the folder that the launcher was started from, if that folder is the `bin` of
+//!    an environment: `../pyvenv.cfg` or `../conda-meta` exists. The environment need not be
+//!    activated.
 //! 3. The activated environment: `VIRTUAL_ENV`, then `CONDA_PREFIX`.
 //! 4. `python`, then `python3`, of the PATH.
 //!
-//! Rule 2 looks at the path by which the launcher was started, not at the file that a link there leads to:
-//! tools that install programs each into an environment of its own (pipx, uv) put links into the PATH, and
-//! that environment has no PyTorch.
+//! Rule 2 uses the path by which the launcher was started, without following links. Tools that
+//! install each program into an environment of its own (pipx, uv) put links into the PATH, and that
+//! environment has no PyTorch.
 //!
-//! A version manager's shim (pyenv, asdf, mise) finds out at each start which Python it stands for. It is
-//! asked once, since that takes longer than the start of Python itself. A wrapper that sets variables for its
-//! Python, such as `PYTHONPATH`, runs each time: ranks need what it sets.
+//! A version manager's shim (pyenv, asdf, mise) finds out at each start which Python it stands for,
+//! which takes longer than the start of Python itself. The launcher therefore asks a shim once and
+//! starts the Python directly. A wrapper that sets variables for its Python, such as `PYTHONPATH`,
+//! runs each time: ranks need these variables.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -53,7 +55,7 @@ fn python_in(bin: &Path) -> Option<PathBuf> {
     NAMES.iter().map(|name| bin.join(name)).find(|path| is_executable(path))
 }
 
-/// The folder of the program that a shell starts by this name.
+/// Returns the folder of the program that a shell starts by this name.
 fn started_from(name: &OsStr) -> Option<PathBuf> {
     let path = Path::new(name);
     let path = if path.components().count() > 1 { path.to_owned() } else { in_path(path)? };
@@ -64,11 +66,12 @@ fn is_environment(bin: &Path) -> bool {
     bin.parent().is_some_and(|root| root.join("pyvenv.cfg").is_file() || root.join("conda-meta").is_dir())
 }
 
-/// Variables that shims, shells and Python itself change, and that a program does not depend on.
+/// Variables (or prefixes of them) that shims, shells and Python itself change, and that a program
+/// does not depend on.
 const OF_SHIMS: [&str; 10] =
     ["PATH", "PYENV_", "ASDF_", "MISE_", "__MISE_", "SHLVL", "PWD", "OLDPWD", "_=", "LC_CTYPE"];
 
-/// Writes the Python's path and the variables that it has.
+/// Python code that writes the interpreter's path and its environment, separated by NUL.
 const ASK: &str = "import os, sys; sys.stdout.buffer.write(b'\\0'.join(\
     [os.fsencode(sys.executable)] + [k + b'=' + v for k, v in os.environb.items()]))";
 
@@ -83,7 +86,8 @@ fn sets_something<'a>(mut variables: impl Iterator<Item = &'a [u8]>) -> bool {
     })
 }
 
-/// The Python that a shim stands for; `None` if this is a Python, or a wrapper that sets variables for one.
+/// Returns the Python that a shim stands for. `None` if `python` is itself a Python, a wrapper that
+/// sets variables for one, or fails.
 fn real(python: &Path) -> Option<PathBuf> {
     let mut start = [0; 2];
     let is_script =
@@ -125,12 +129,12 @@ mod tests {
         let found = real(&shim).unwrap();
         assert_eq!(fs::canonicalize(&found).unwrap(), fs::canonicalize(&python).unwrap());
         assert_eq!(real(&python), None);
-        // A version manager's own variables are of no consequence. Those that a wrapper sets are.
+        // A version manager's own variables do not matter. Variables that a wrapper sets do.
         script(&shim, &format!("#!/bin/sh\nPYENV_VERSION=3 exec {} \"$@\"\n", python.display()));
         assert_eq!(real(&shim), Some(found));
         script(&shim, &format!("#!/bin/sh\nPYTHONPATH=/opt/lib exec {} \"$@\"\n", python.display()));
         assert_eq!(real(&shim), None);
-        // One that fails is taken as it is.
+        // A shim that fails is used as it is.
         script(&shim, "#!/bin/sh\nexit 1\n");
         assert_eq!(real(&shim), None);
     }
@@ -140,7 +144,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let [venv, conda, given] =
             ["venv/bin/python", "conda/bin/python3", "given"].map(|name| folder.path().join(name));
-        // Named by what they are, and binaries: a shim would be asked.
+        // Binaries that are named like Python: `real` would start a script to ask it.
         for path in [&venv, &conda, &given] {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::copy("/bin/true", path).unwrap();

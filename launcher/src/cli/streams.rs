@@ -1,4 +1,4 @@
-//! `--redirects` and `--tee`: which streams of which ranks.
+//! `--redirects` and `--tee`: selected streams of selected ranks.
 
 use std::collections::BTreeMap;
 
@@ -19,17 +19,18 @@ pub(crate) struct PerRank {
 }
 
 impl PerRank {
-    /// The streams of a rank. Where single ranks are named, the others have none.
+    /// Returns the selected streams of a rank. If the option names single ranks, all others have
+    /// none.
     pub(crate) fn of(&self, local_rank: u32) -> Streams {
         self.some.get(&local_rank).copied().unwrap_or(self.all)
     }
 
-    /// Whether no stream of any rank is named.
+    /// Whether the option selects no stream of any rank.
     pub(crate) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
-    /// The highest rank that is named by its number.
+    /// Returns the highest local rank that the option names.
     pub(super) fn highest(&self) -> Option<u32> {
         self.some.last_key_value().map(|(rank, _)| *rank)
     }

@@ -7,33 +7,33 @@ use crate::cli::{UsageError, lists};
 
 /// etcd's port for clients.
 const ETCD_PORT: u16 = 2379;
-/// What our keys in etcd start with.
+/// Prefix of the launcher's keys in etcd.
 const ETCD_PREFIX: &str = "/ice-launch";
 
-/// How the nodes meet, beyond the endpoint: `--rdzv-conf` and what belongs to it.
+/// Settings of the rendezvous other than the endpoint: `--rdzv-conf` and options that belong to it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct RendezvousArgs {
-    /// Whoever the endpoint's address belongs to hosts it.
+    /// Whether the agent that the endpoint's address belongs to hosts the rendezvous.
     pub(crate) elect: bool,
-    /// Whether this agent does, where that was said.
+    /// Whether this agent hosts the rendezvous, if `--rdzv-conf is_host` is given.
     pub(crate) is_host: Option<bool>,
-    /// How long nodes may take to come.
+    /// Time that nodes may take to join.
     pub(crate) join_timeout: Option<Duration>,
-    /// How long more nodes are waited for once there are enough.
+    /// Time that the coordinator waits for more nodes once there are enough (last call).
     pub(crate) last_call: Option<Duration>,
-    /// How long an address, a coordinator or etcd may take for an answer.
+    /// Time within which an address, a coordinator or etcd has to answer.
     pub(crate) answer: Option<Duration>,
-    /// How long the host waits for the others after the end.
+    /// Time that the host waits for the other agents after the end of the job.
     pub(crate) close_timeout: Option<Duration>,
     pub(crate) keep_alive_interval: Option<Duration>,
     pub(crate) keep_alive_attempts: Option<u32>,
     /// Address or interface of this node.
     pub(crate) local_addr: Option<String>,
-    /// Where etcd is, if that is where the agents meet.
+    /// Settings of etcd, if the agents meet there.
     pub(crate) etcd: Option<EtcdArgs>,
 }
 
-/// etcd and how it lets us in. The keys are those of torchrun's etcd backend, and more.
+/// Addresses of etcd and the credentials for it. The keys include those of torchrun's etcd backend.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub(crate) struct EtcdArgs {
     members: Vec<String>,
@@ -53,14 +53,14 @@ impl std::fmt::Debug for EtcdArgs {
 }
 
 impl RendezvousArgs {
-    /// Takes in `--rdzv-conf`. `notes` gets a line for each key that is of no effect.
+    /// Applies `--rdzv-conf`. `notes` gets a line for each key without an effect.
     pub(super) fn apply(
         &mut self,
         conf: &str,
         node_rank: &mut Option<u32>,
         notes: &mut Vec<String>,
     ) -> Result<(), UsageError> {
-        // Quotes that a shell has left, as from a file of a scheduler.
+        // Quotes that no shell has removed, for example in a scheduler's file.
         let conf = unquoted(conf);
         for pair in conf.split(',').map(str::trim).filter(|_| !conf.is_empty()) {
             let wrong = |problem: &str| UsageError::new("--rdzv-conf", format!("`{pair}`: {problem}"));
@@ -92,7 +92,7 @@ impl RendezvousArgs {
                     "0" | "false" | "f" | "no" | "n" => self.is_host = Some(false),
                     _ => return Err(wrong("expected true or false")),
                 },
-                // How long torchrun's agents wait before they write their common state again.
+                // Time that torchrun's agents wait before they write their common state again.
                 "cas_backoff_max_seconds" => {
                     seconds()?;
                     notes.push(
@@ -100,7 +100,8 @@ impl RendezvousArgs {
                             .into(),
                     );
                 }
-                // The rank of the node in a static rendezvous; a test of torchrun gives it so.
+                // The node rank of a static rendezvous. A test of torchrun passes the rank like
+                // this.
                 "rank" => *node_rank = Some(value.parse().map_err(|_| wrong("expected a node rank"))?),
                 key => {
                     let taken = match &mut self.etcd {
@@ -117,7 +118,7 @@ impl RendezvousArgs {
     }
 }
 
-/// Without a pair of quotes around it.
+/// Removes a pair of quotes around a text.
 fn unquoted(text: &str) -> &str {
     let text = text.trim();
     let without = |quote: char| text.strip_prefix(quote)?.strip_suffix(quote);
@@ -137,7 +138,7 @@ impl EtcdArgs {
         Ok(Self { members, ..Self::default() })
     }
 
-    /// Whether there is such a key.
+    /// Applies a key of etcd. Returns whether there is such a key.
     fn apply(&mut self, key: &str, value: &str) -> Result<bool, String> {
         let file = || fs::read(value).map(Some).map_err(|error| format!("cannot read it: {error}"));
         match key {
@@ -147,7 +148,7 @@ impl EtcdArgs {
                 _ => return Err("expected http or https".into()),
             },
             "etcd_prefix" => self.prefix = Some(value.to_owned()),
-            // Two backends of torchrun have each their own names.
+            // Two backends of torchrun use different names for the same file.
             "cacert" | "ca_cert" => self.ca = file()?,
             "cert" | "ssl_cert" => self.certificate = file()?,
             "key" | "ssl_cert_key" => self.key = file()?,
@@ -161,7 +162,7 @@ impl EtcdArgs {
         Ok(true)
     }
 
-    /// As the agents take it.
+    /// Returns the place where the agents meet, with checked settings.
     pub(crate) fn place(&self, port: u16) -> Result<Place, UsageError> {
         let wrong = |problem: &str| Err(UsageError::new("--rdzv-conf", problem.into()));
         let https = self.https || self.ca.is_some() || self.certificate.is_some();

@@ -4,7 +4,8 @@ use super::{RdzvArgs, RendezvousArgs, defaults, values, without_empty_variable};
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
-// A comment that clap can read would become the help text of each program that flattens these options.
+// A comment that clap can read would become the help text of each program that flattens these
+// options.
 #[doc = concat!(
     "The options of the launcher. What is `None` is taken from the cluster, or else has the default that its help names.\n\n",
     "The default is a command line without options, whatever the environment."
@@ -106,7 +107,8 @@ pub struct LaunchArgs {
     /// Identifier of the job, the same on all nodes [default: none]
     #[arg(long, alias = "run_id", value_name = "ID", help_heading = "Nodes", hide_short_help = true)]
     pub run_id: Option<String>,
-    /// File with a secret that all agents of the job share; ICE_RDZV_TOKEN may hold the secret itself
+    /// File with a secret that all agents of the job share; ICE_RDZV_TOKEN may hold the secret
+    /// itself
     #[arg(
         long,
         alias = "rdzv_token_file",
@@ -115,7 +117,8 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub rdzv_token_file: Option<PathBuf>,
-    /// Encrypt the traffic between agents; for all agents of a job or none, and with a token. ICE_RDZV_TLS=1 does the same
+    /// Encrypt the traffic between agents; for all agents of a job or none, and with a token.
+    /// ICE_RDZV_TLS=1 does the same
     #[arg(
         long,
         alias = "rdzv_tls",
@@ -129,14 +132,14 @@ pub struct LaunchArgs {
     /// torchrun's ways to say where the nodes meet.
     #[command(flatten)]
     pub rdzv: RdzvArgs,
-    /// What `--rdzv-conf` and `--rdzv-backend` add.
+    /// Settings that `--rdzv-conf` and `--rdzv-backend` add.
     #[arg(skip)]
     pub(crate) rendezvous: RendezvousArgs,
 
     /// Restarts after failures
     ///
-    /// All ranks are started again. A job whose attempts keep failing within 10 s of their start ends
-    /// earlier, see --crash-loop-limit
+    /// All ranks are started again. A job whose attempts keep failing within 10 s of their start
+    /// ends earlier, see --crash-loop-limit
     #[arg(
         long,
         alias = "max_restarts",
@@ -149,7 +152,8 @@ pub struct LaunchArgs {
         allow_hyphen_values = true
     )]
     pub max_restarts: u32,
-    /// Only failures within this many seconds count against --max-restarts [default: all of the job's]
+    /// Only failures within this many seconds count against --max-restarts [default: all of the
+    /// job's]
     #[arg(
         long,
         alias = "restart_window",
@@ -160,7 +164,8 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub restart_window: Option<f64>,
-    /// Pause before the second restart in a row within 10 s of a start; doubled for each further one
+    /// Pause before the second restart in a row within 10 s of a start; doubled for each further
+    /// one
     #[arg(
         long,
         alias = "restart_backoff",
@@ -172,8 +177,8 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub restart_backoff: f64,
-    /// Give up after this number of attempts in a row that failed within 10 s of their start; 0 for never,
-    /// like torchrun [default: 5]
+    /// Give up after this number of attempts in a row that failed within 10 s of their start; 0 for
+    /// never, like torchrun [default: 5]
     #[arg(
         long,
         alias = "crash_loop_limit",
@@ -195,8 +200,8 @@ pub struct LaunchArgs {
     pub fatal_exit_codes: Option<String>,
     /// Longest time without progress; 0 for any
     ///
-    /// A job without progress for longer has failed. Progress is a step of a program made with ice, a
-    /// touch of ICE_HEARTBEAT_FILE, and for other programs CPU time, so that a rank which spins
+    /// A job without progress for longer has failed. Progress is a step of a program made with ice,
+    /// a touch of ICE_HEARTBEAT_FILE, and for other programs CPU time, so that a rank which spins
     /// counts as working [default: 600, any for CPU time]
     #[arg(
         long,
@@ -207,7 +212,8 @@ pub struct LaunchArgs {
         allow_hyphen_values = true
     )]
     pub hang_timeout: Option<f64>,
-    /// Parked processes, started and loaded, that replace dead ranks of this node; for programs made with ice
+    /// Parked processes, started and loaded, that replace dead ranks of this node; for programs
+    /// made with ice
     #[arg(
         long,
         value_name = "N",
@@ -232,7 +238,8 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub monitor_interval: f64,
-    /// Time that ranks have to end before they are killed [default: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30]
+    /// Time that ranks have to end before they are killed [default: TORCH_ELASTIC_SHUTDOWN_TIMEOUT,
+    /// else 30]
     #[arg(
         long,
         alias = "shutdown_timeout",
@@ -257,8 +264,9 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub signals_to_handle: String,
-    /// Source of a notice that this machine, or the job's time, is taken away: a file that appears, http://… (status 200), aws, azure, gcp,
-    /// or a signal; may be repeated. The node leaves after a checkpoint, like on SIGTERM
+    /// Source of a notice that this machine, or the job's time, is taken away: a file that appears,
+    /// http://… (status 200), aws, azure, gcp, or a signal; may be repeated. The node leaves after
+    /// a checkpoint, like on SIGTERM
     #[arg(
         long,
         alias = "preempt_notice",
@@ -329,7 +337,8 @@ pub struct LaunchArgs {
         hide_short_help = true
     )]
     pub local_ranks_filter: String,
-    /// Lines of logged stdout that contain one of these go to filtered_stdout.log too: apple,orange (`,,` is a comma)
+    /// Lines of logged stdout that contain one of these go to filtered_stdout.log too: apple,orange
+    /// (`,,` is a comma)
     #[arg(
         long,
         alias = "duplicate_stdout_filters",
@@ -394,8 +403,8 @@ pub struct LaunchArgs {
     /// Append every event to this file, one JSON object per line
     #[arg(long, value_name = "FILE", help_heading = "Output", hide_short_help = true)]
     pub events: Option<PathBuf>,
-    /// Interval of progress lines of ranks that report progress; 0 for none. On a terminal one line is rewritten in place if all output
-    /// passes through the launcher
+    /// Interval of progress lines of ranks that report progress; 0 for none. On a terminal one line
+    /// is rewritten in place if all output passes through the launcher
     #[arg(
         long,
         alias = "progress_interval",

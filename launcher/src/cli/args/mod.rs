@@ -1,4 +1,5 @@
-//! The command line as clap reads it. Help, man page and completions are made from the same definition.
+//! The definition of the command line for clap. Help, man page and completions are generated from
+//! it.
 
 mod conf;
 mod launch;
@@ -53,7 +54,8 @@ const SHORT_HELP: &str = "{usage-heading} {usage}\n\n{options}{after-help}";
     mut_args(without_empty_variable)
 )]
 pub struct Cli {
-    /// The program and its arguments; a `.py` file runs with the `python` of the PATH. ${local_rank} in an argument becomes the rank's
+    /// The program and its arguments; a `.py` file runs with the `python` of the PATH.
+    /// ${local_rank} in an argument becomes the rank's
     #[arg(
         required_unless_present_any = ["generate", "print_completion"],
         hide_short_help = true,
@@ -95,14 +97,15 @@ pub struct Cli {
 }
 
 impl Cli {
-    /// Reads the arguments of this process. Prints what is wrong with them, or the help that they ask
-    /// for, and ends the process then.
+    /// Parses the arguments of this process. If they are wrong or ask for help, prints the error or
+    /// the help and exits.
     pub fn from_env() -> Self {
         let arguments: Vec<OsString> = env::args_os().collect();
         match Self::from_arguments(arguments) {
             Ok(cli) => cli,
             Err(mut error) => {
-                // clap's advice to write `-- --option` would have the option executed as a program.
+                // clap's hint to write `-- --option` is misleading: the launcher would execute
+                // `--option` as a program.
                 error.remove(ContextKind::Suggested);
                 error.exit()
             }
@@ -113,7 +116,7 @@ impl Cli {
         let asks = |flag: &str| arguments.iter().any(|argument| argument == flag);
         let mut command = Self::command();
         if asks("-h") && !asks("--help") {
-            // A terminal has 24 lines: no headings.
+            // Without headings, the short help fits on a terminal with 24 lines.
             command = command.mut_args(|arg| arg.help_heading(Resettable::Reset)).help_template(SHORT_HELP);
         }
         let mut matches = command.try_get_matches_from(arguments)?;
@@ -121,15 +124,15 @@ impl Cli {
     }
 }
 
-/// The name that this process was started by, such as `torchrun` by a link.
+/// Returns the name that this process was started by, such as `torchrun` by a link.
 pub(crate) fn program_name(first: &OsString) -> String {
     Path::new(first)
         .file_name()
         .map_or_else(|| "ice-launch".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// The values that options have on a command line without any, whatever the environment. Options that must be given are an error, which ends the
-/// process with a message.
+/// Returns the values of options for a command line without any, whatever the environment. If there
+/// are required options, prints an error and exits.
 pub fn defaults<T: Args>() -> T {
     let command = T::augment_args(Command::new("")).no_binary_name(true);
     let command = command.mut_args(|arg| arg.env(Resettable::Reset));
@@ -138,13 +141,14 @@ pub fn defaults<T: Args>() -> T {
     matches.unwrap_or_else(|error| error.exit())
 }
 
-/// Treats an empty variable like one that is not set. Operators of clusters leave such variables for values that they do not have.
+/// Treats an empty variable like an unset one. Operators of clusters leave such variables for
+/// values that they do not have.
 pub(super) fn without_empty_variable(arg: Arg) -> Arg {
     let is_empty = arg.get_env().and_then(env::var_os).is_some_and(|value| value.is_empty());
     if is_empty { arg.env(Resettable::Reset) } else { arg }
 }
 
-/// The shells of `--print-completion`. torchrun's third one is tcsh.
+/// The shells of `--print-completion`. torchrun also supports tcsh.
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompletionShell {
     /// Completions for bash.
@@ -165,7 +169,7 @@ impl From<CompletionShell> for Generate {
     }
 }
 
-/// What is made from the definition of the command line.
+/// Outputs that are generated from the definition of the command line.
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Generate {
     /// The man page, as troff.

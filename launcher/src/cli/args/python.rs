@@ -6,16 +6,17 @@ use crate::cli::UsageError;
 #[derive(Args, Debug, Clone, Default, PartialEq)]
 #[command(next_help_heading = "Python")]
 pub struct PythonArgs {
-    /// Import these modules once and fork all ranks from that process: torch, none, or a list such as torch,transformers
+    /// Import these modules once and fork all ranks from that process: torch, none, or a list such
+    /// as torch,transformers
     ///
-    /// `torch` stands for what a DistributedDataParallel program imports. Restarts are forked from the
-    /// same process, so that they take a fraction of a second [default: none]
+    /// `torch` stands for what a DistributedDataParallel program imports. Restarts are forked from
+    /// the same process, so that they take a fraction of a second [default: none]
     #[arg(long, value_name = "MODULES", hide_short_help = true)]
     pub preload: Option<String>,
 }
 
 impl PythonArgs {
-    /// The modules to preload.
+    /// Returns the modules to preload.
     pub(crate) fn modules(&self) -> Result<Vec<String>, UsageError> {
         let text = self.preload.as_deref().unwrap_or("none");
         if text.is_empty() || text == "none" {

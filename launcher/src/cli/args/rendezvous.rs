@@ -1,4 +1,4 @@
-//! torchrun's options for how the nodes meet.
+//! torchrun's options for the rendezvous.
 
 use clap::Args;
 
@@ -8,14 +8,15 @@ use crate::cli::UsageError;
 /// torchrun's port for `--rdzv-backend c10d`.
 const C10D_PORT: u16 = 29400;
 
-// A comment that clap can read would become the help text of each program that flattens these options.
+// A comment that clap can read would become the help text of each program that flattens these
+// options.
 #[doc = concat!("torchrun's ways to say where the nodes meet. Programs that launch themselves take them, too.")]
 #[derive(Args, Debug, Clone, Default, PartialEq)]
 pub struct RdzvArgs {
     /// How nodes meet: static, c10d or etcd
     ///
-    /// static: node 0 by its --node-rank; c10d: the agent that the endpoint's address belongs to; etcd
-    /// [default: static]
+    /// static: node 0 by its --node-rank; c10d: the agent that the endpoint's address belongs to;
+    /// etcd [default: static]
     #[arg(
         long,
         alias = "rdzv_backend",
@@ -27,7 +28,8 @@ pub struct RdzvArgs {
     pub rdzv_backend: Option<String>,
     /// Address where nodes meet, for c10d and etcd
     ///
-    /// --master-addr and --master-port in one: HOST:PORT; with etcd its members, separated by commas
+    /// --master-addr and --master-port in one: HOST:PORT; with etcd its members, separated by
+    /// commas
     #[arg(
         long,
         alias = "rdzv_endpoint",
@@ -74,8 +76,9 @@ pub struct RdzvArgs {
 }
 
 impl RdzvArgs {
-    /// Says it in our words. `notes` gets a line for each part that is not carried out as torchrun
-    /// would. `lookup` reads the environment: an option beats the variable of another one.
+    /// Translates torchrun's options into those of the launcher. `notes` gets a line for each part
+    /// that works differently from torchrun. `lookup` reads the environment: an option has
+    /// precedence over the variable of another option.
     pub(crate) fn translate(
         &self,
         args: &mut LaunchArgs,
@@ -110,7 +113,7 @@ impl RdzvArgs {
         Ok(())
     }
 
-    /// The port that the backend has if the endpoint names none.
+    /// Returns the backend's default port, for an endpoint without a port.
     fn backend(&self, args: &mut LaunchArgs) -> Result<Option<u16>, UsageError> {
         match self.rdzv_backend.as_deref() {
             None | Some("static") => Ok(None),
@@ -164,7 +167,8 @@ impl RdzvArgs {
         if let Some((option, other, _)) = others.iter().find(|(_, _, variable)| *variable == weak) {
             return Err(wrong(format!("contradicts {option} {other}: give one of the two")));
         }
-        // What is left are variables beside this option, or options beside this variable.
+        // Here either `--rdzv-endpoint` comes from a variable and the others are options, or the
+        // other way round. Options win.
         if others.is_empty() || !weak {
             args.master_addr = Some(host);
             args.master_port = port.or(of_backend).or(args.master_port);
@@ -173,7 +177,7 @@ impl RdzvArgs {
     }
 }
 
-/// A host, without the brackets of an IPv6 address.
+/// Checks a host name and removes the brackets of an IPv6 address.
 fn host_name(text: &str) -> Result<String, String> {
     let host = without_brackets(text);
     let is_part = |letter: char| letter.is_alphanumeric() || "._:-%".contains(letter);
@@ -187,7 +191,7 @@ fn without_brackets(text: &str) -> &str {
     text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text)
 }
 
-/// `host`, `host:port`, `[v6]:port` or a bare v6 address.
+/// Splits `host`, `host:port`, `[v6]:port` or a bare v6 address.
 fn split_endpoint(endpoint: &str) -> Option<(&str, Option<u16>)> {
     let number = |port: &str| super::values::port(port).ok();
     if let Some(rest) = endpoint.strip_prefix('[') {
@@ -286,7 +290,7 @@ mod tests {
         assert!(error.contains("contradicts --master-port 2"), "{error}");
         let same = ["--rdzv-endpoint=[::1]:1", "--master-addr=[::1]", "--master-port=1"];
         assert_eq!(met(&same, &[]), Ok(("::1".into(), Some(1))));
-        // An operator sets one of them for all pods, and a user says the other.
+        // An operator sets one of the two for all pods, and a user gives the other one.
         assert_eq!(met(&both, &[("PET_MASTER_ADDR", "b")]), Ok(("a".into(), Some(1))));
         assert_eq!(met(&both, &[("PET_RDZV_ENDPOINT", "a:1")]), Ok(("b".into(), None)));
         assert!(met(&both, &[("PET_RDZV_ENDPOINT", "a:1"), ("PET_MASTER_ADDR", "b")]).is_err());

@@ -11,7 +11,8 @@ use crate::cli::program::Form;
 use crate::cli::{UsageError, devices};
 use crate::placement;
 
-/// torchrun's ways to say what [`LaunchArgs`] says, and those of its options that have no meaning here.
+/// torchrun's ways to say what [`LaunchArgs`] says, and those of its options that have no meaning
+/// here.
 #[derive(Args, Debug, Clone, Default, PartialEq)]
 #[command(next_help_heading = "torchrun's names")]
 pub struct TorchrunArgs {
@@ -91,7 +92,7 @@ const IGNORED: [(&str, &str); 2] = [
     ("TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT", "--hang-timeout finds ranks that stand still"),
 ];
 
-/// A line for each of torchrun's variables that is set and not carried out.
+/// Returns a note for each of torchrun's variables that is set but has no effect.
 pub(crate) fn ignored_variables(lookup: &dyn Fn(&str) -> Option<String>) -> Vec<String> {
     let note = |(name, instead): &(&str, &str)| {
         lookup(name).map(|value| format!("{name}={value} has no effect: {instead}"))
@@ -110,7 +111,7 @@ pub(crate) fn ignored_variables(lookup: &dyn Fn(&str) -> Option<String>) -> Vec<
 }
 
 impl TorchrunArgs {
-    /// How the program is executed.
+    /// Returns how the program is executed.
     pub(crate) fn form(&self) -> Result<Form, UsageError> {
         match (self.module, self.no_python, self.run_path) {
             (true, true, _) => Err(UsageError::new(
@@ -118,14 +119,15 @@ impl TorchrunArgs {
                 "contradicts --no-python: a module runs with python; drop one of the two".into(),
             )),
             (true, false, _) => Ok(Form::Module),
-            // As in torchrun, it beats --no-python.
+            // Like in torchrun, --run-path has precedence over --no-python.
             (false, _, true) => Ok(Form::Script),
             (false, true, false) => Ok(Form::Executable),
             (false, false, false) => Ok(Form::Guess),
         }
     }
 
-    /// Says it in our words. `notes` gets a line for each option that is not carried out as torchrun would.
+    /// Translates torchrun's options into those of the launcher. `notes` gets a line for each
+    /// option that works differently from torchrun.
     pub(crate) fn translate(&self, args: &mut LaunchArgs, notes: &mut Vec<String>) -> Result<(), UsageError> {
         self.ranks(args, notes)?;
         self.nodes(args)?;
@@ -151,7 +153,7 @@ impl TorchrunArgs {
         let Some(text) = &self.nproc_per_node else { return Ok(()) };
         let from_variable = env::var("PET_NPROC_PER_NODE").is_ok_and(|value| value == *text);
         if from_variable && args.devices.is_some() {
-            // An operator says it for all pods, and the user says what this one has.
+            // An operator sets the variable for all pods, and a user gives the option for this one.
             return Ok(());
         }
         let gpus = devices::count_gpus();
@@ -202,7 +204,7 @@ impl TorchrunArgs {
         if let Some(nodes) = args.nnodes.as_deref().filter(|nodes| !matches!(*nodes, "1" | "1:1")) {
             return Err(UsageError::new("--standalone", format!("is for one node, and --nnodes is {nodes}")));
         }
-        // As said, whatever a cluster says too.
+        // One node was asked for explicitly, whatever the cluster says.
         args.nnodes = Some("1".into());
         (args.node_rank, args.master_addr, args.master_port) = (None, Some("127.0.0.1".into()), None);
         args.rdzv = RdzvArgs { rdzv_backend: None, rdzv_endpoint: None, ..args.rdzv.clone() };

@@ -1,18 +1,19 @@
-//! Values of options that are numbers. clap's own parsers say "invalid digit found in string".
+//! Parsers for options that are numbers. clap's own parsers only report "invalid digit found in
+//! string".
 
 use std::str::FromStr;
 
-/// A whole number from 0.
+/// Parses a whole number from 0.
 pub(super) fn count(text: &str) -> Result<u32, String> {
     digits(text, u32::MAX)
 }
 
-/// A port.
+/// Parses a port.
 pub(super) fn port(text: &str) -> Result<u16, String> {
     digits(text, u16::MAX)
 }
 
-/// A number of seconds. Neither infinity nor NaN is one.
+/// Parses a number of seconds that is neither negative, infinite nor NaN.
 pub(super) fn seconds(text: &str) -> Result<f64, String> {
     let number = text.trim().parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
     number.ok_or_else(|| "expected a number of seconds from 0, such as 30 or 0.5".into())
