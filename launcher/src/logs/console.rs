@@ -1,5 +1,5 @@
-//! The agent's stdout and stderr. A console that nobody reads holds up the ranks that write to it, never the event loop; one that is
-//! closed is of no consequence.
+//! The agent's stdout and stderr. A console that is not read blocks the ranks that write to it, but
+//! never the event loop. Errors of a closed console are ignored.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
@@ -14,10 +14,10 @@ use super::layout::{Layout, Stream};
 use super::status::StatusLine;
 use super::writer::{Writer, Written};
 
-/// Pause before a console that was set to non-blocking is tried again.
+/// Pause before another write to a console that was set to non-blocking and is full.
 const RETRY: Duration = Duration::from_millis(5);
 
-/// One of the two streams of the agent.
+/// An output of the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Target {
     Stdout,
@@ -27,7 +27,7 @@ pub(crate) enum Target {
 }
 
 impl Target {
-    /// Whether a person watches who likes colours.
+    /// Whether the stream is a terminal and the user has not disabled colours with `NO_COLOR`.
     pub(crate) fn is_coloured(self) -> bool {
         let is_terminal = match self {
             Self::Stdout => io::stdout().is_terminal(),
@@ -41,20 +41,20 @@ impl Target {
 #[derive(Clone)]
 pub(crate) struct Console {
     writer: Writer<To>,
-    /// How many streams of ranks go to it.
+    /// Number of ranks' streams that go to the console, from which streams get their numbers.
     streams: Arc<AtomicU64>,
 }
 
-/// What is written.
+/// Origin of a piece of output.
 enum To {
     Stream(Target, Arc<Stream>),
-    /// A stream has ended.
+    /// The end of a stream.
     EndOf(Target, Arc<Stream>),
     Agent,
     Status,
 }
 
-/// A stream of a rank on its way to the console.
+/// A handle of a rank's stream that is shown on the console.
 #[derive(Clone)]
 pub(crate) struct Shown {
     console: Console,
@@ -63,29 +63,29 @@ pub(crate) struct Shown {
 }
 
 impl Shown {
-    /// Passes on what the rank wrote, once there is room.
+    /// Writes output of the rank, once there is room.
     pub(super) async fn pass(&self, bytes: Vec<u8>) {
         self.console.writer.pass(To::Stream(self.target, Arc::clone(&self.stream)), bytes).await;
     }
 
-    /// Whether the bytes stay as they are.
+    /// Whether the bytes are written unchanged.
     pub(super) fn is_raw(&self) -> bool {
         self.stream.prefix.is_empty()
     }
 
-    /// Nothing comes any more.
+    /// Ends the stream. No output may follow.
     pub(super) fn end(&self) {
         self.console.writer.add(To::EndOf(self.target, Arc::clone(&self.stream)), Vec::new());
     }
 }
 
 impl Console {
-    /// Starts its thread.
+    /// Starts the thread that writes to the console.
     pub(crate) fn open() -> io::Result<(Self, Written)> {
         let mut status = StatusLine::new();
         let on_terminal = [io::stdout().is_terminal(), io::stderr().is_terminal()];
         Self::with(is_one_file(), move |target, bytes| {
-            // What goes elsewhere does not get into the line's way.
+            // Output that goes to a file or a pipe cannot overwrite the status line.
             match target {
                 Target::Status => {
                     let text = String::from_utf8_lossy(bytes).into_owned();
@@ -101,7 +101,8 @@ impl Console {
         })
     }
 
-    /// Stdout and stderr may be one screen.
+    /// Starts the thread with a function that writes. `is_one`: stdout and stderr are the same
+    /// terminal, pipe or file.
     fn with(
         is_one: bool,
         mut write: impl FnMut(Target, &[u8]) + Send + 'static,
@@ -120,23 +121,23 @@ impl Console {
         Ok((Self { writer, streams: Arc::default() }, written))
     }
 
-    /// A stream of a rank that goes to the console with a prefix before each line.
+    /// Returns a handle of a rank's stream that goes to the console with a prefix before each line.
     pub(crate) fn show(&self, target: Target, prefix: String) -> Shown {
         let number = self.streams.fetch_add(1, Ordering::Relaxed) + 1;
         Shown { console: self.clone(), target, stream: Arc::new(Stream { number, prefix }) }
     }
 
-    /// Says something on stderr, after all that was passed on before.
+    /// Writes a text to stderr, after all output that was passed on before.
     pub(crate) fn say(&self, text: &str) {
         self.writer.add(To::Agent, text.into());
     }
 
-    /// Says a line of the launcher's own.
+    /// Writes a line of the launcher's own.
     pub(crate) fn note(&self, text: &str) {
         self.say(&format!("ice-launch: {text}\n"));
     }
 
-    /// Says what is soon out of date anyway, unless the console is behind.
+    /// Writes a text that is soon out of date, unless the console is behind.
     pub(crate) fn say_if_idle(&self, text: &str) {
         if self.writer.is_idle() {
             self.say(text);
@@ -150,13 +151,13 @@ impl Console {
         }
     }
 
-    /// Takes that line away.
+    /// Removes the line at the bottom of the terminal.
     pub(crate) fn no_status(&self) {
         self.writer.add(To::Status, Vec::new());
     }
 }
 
-/// Whether lines can be rewritten where stderr goes.
+/// Whether stderr is a terminal on which a line can be rewritten.
 pub(crate) fn can_rewrite() -> bool {
     let is_dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
     io::stderr().is_terminal() && !is_dumb
@@ -169,7 +170,7 @@ fn is_one_file() -> bool {
     stdout.ok().map(number) == stderr.ok().map(number)
 }
 
-/// Columns of the terminal; 0 where it does not know.
+/// Returns the number of columns of the terminal, 0 if unknown.
 fn columns() -> usize {
     tcgetwinsize(io::stderr()).map_or(0, |size| size.ws_col.into())
 }
@@ -178,7 +179,7 @@ fn write(target: Target, bytes: &[u8]) {
     if bytes.is_empty() {
         return;
     }
-    // A console that is closed does not end the job.
+    // A closed console does not end the job.
     let _ = match target {
         Target::Stdout => {
             let mut console = io::stdout().lock();
@@ -208,10 +209,10 @@ pub(super) mod tests {
     use super::super::writer::WAITING;
     use super::*;
 
-    /// What reached a console, piece by piece.
+    /// Output that reached a console, piece by piece.
     pub(crate) type Seen = Arc<Mutex<Vec<(Target, String)>>>;
 
-    /// A console that notes what it is given.
+    /// Returns a console that records its output.
     pub(crate) fn noted() -> (Console, Written, Seen) {
         let seen = Seen::default();
         let notes = Arc::clone(&seen);

@@ -1,4 +1,5 @@
-//! Files that the agent writes itself: by a thread, since a disk may be slow, full or far away.
+//! Files that the agent writes itself. A thread writes them, because a disk may be slow, full or
+//! far away.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -10,7 +11,8 @@ use super::writer::{Writer, Written};
 use super::{Console, Health};
 use crate::cli::Rotation;
 
-/// A file that cannot be written is tried again after this time, then after twice as long each time.
+/// Pause before another write to a file that could not be written. The pause doubles with each
+/// failure.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_LAST: Duration = Duration::from_secs(60);
 
@@ -33,17 +35,17 @@ struct Open {
     half_line: u64,
     rotation: Option<Rotation>,
     health: Health,
-    /// Set while the file cannot be written.
+    /// State of the failure while the file cannot be written.
     failing: Option<Failing>,
 }
 
 /// A file that cannot be written.
 struct Failing {
-    /// When it is tried again.
+    /// Time of the next attempt to write.
     retry: Instant,
-    /// The pause before that.
+    /// Pause before that attempt.
     pause: Duration,
-    /// Bytes that were lost.
+    /// Number of bytes that were lost.
     missing: u64,
 }
 
@@ -55,12 +57,12 @@ impl Files {
         Ok((Self { writer, health: Health::new(console.clone()) }, written))
     }
 
-    /// Knows whether files can be written.
+    /// Returns the health of the files, which knows whether they can be written.
     pub(crate) fn health(&self) -> &Health {
         &self.health
     }
 
-    /// Begins a file, or continues one.
+    /// Opens a file to append to, and makes the file if necessary.
     pub(crate) fn append_to(&self, path: &Path, rotation: Option<Rotation>) -> io::Result<LogFile> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         let size = file.metadata()?.len();
@@ -76,12 +78,12 @@ impl Files {
         }))))
     }
 
-    /// Writes what came from a rank, once there is room.
+    /// Writes output of a rank, once there is room.
     pub(crate) async fn pass(&self, file: &LogFile, bytes: Vec<u8>) {
         self.writer.pass(file.clone(), bytes).await;
     }
 
-    /// Writes something of the agent's own.
+    /// Writes output of the agent itself, without waiting for room.
     pub(crate) fn add(&self, file: &LogFile, bytes: Vec<u8>) {
         self.writer.add(file.clone(), bytes);
     }
@@ -119,7 +121,7 @@ impl Open {
         }
     }
 
-    /// Fails with the number of bytes that are missing.
+    /// Writes bytes, with rotation. Fails with the number of bytes that are missing.
     fn try_write(&mut self, mut bytes: &[u8]) -> Result<(), (u64, io::Error)> {
         while !bytes.is_empty() {
             let room = self.rotation.map_or(u64::MAX, |rotation| rotation.size.saturating_sub(self.size));
@@ -127,7 +129,7 @@ impl Open {
             let (written, outcome) = self.write_part(&bytes[..part]);
             bytes = &bytes[written..];
             if let Err(error) = outcome {
-                // What follows once there is room is not put into half a line.
+                // The half line is removed, so that later output does not continue it.
                 let cut = self.cut_half_line();
                 return Err((bytes.len() as u64 + cut, error));
             }
@@ -161,7 +163,7 @@ impl Open {
         (done, outcome)
     }
 
-    /// Takes the line without an end from the end of the file; its length.
+    /// Removes a line without an end from the end of the file. Returns the number of bytes removed.
     fn cut_half_line(&mut self) -> u64 {
         let half = std::mem::take(&mut self.half_line);
         let cut = |meta: fs::Metadata| self.file.set_len(meta.len().saturating_sub(half));
@@ -174,14 +176,15 @@ impl Open {
         }
     }
 
-    /// `stdout.log` becomes `stdout.log.1`, and so on up to the number of files that are kept.
+    /// Renames `stdout.log` to `stdout.log.1`, and so on up to the number of kept files.
     fn rotate(&mut self) -> io::Result<()> {
         let keep = self.rotation.map_or(0, |rotation| rotation.keep);
         let numbered = |number: u32| match number {
             0 => self.path.clone(),
             _ => PathBuf::from(format!("{}.{number}", self.path.display())),
         };
-        // If the last try got no further than this, another one must not push out a file that is kept.
+        // If the previous rotation failed after it had renamed the current file, another one must
+        // not push out a kept file.
         let kept = if self.path.exists() { keep } else { 0 };
         for number in (0..kept).rev() {
             match fs::rename(numbered(number), numbered(number + 1)) {
@@ -189,7 +192,8 @@ impl Open {
                 _ => {}
             }
         }
-        // Appending, since a file from which half a line was taken has its end before the place that was written last.
+        // In append mode, because `cut_half_line` moves the end of the file before the position of
+        // the last write.
         self.file = OpenOptions::new().create(true).append(true).open(&self.path)?;
         self.file.set_len(0)?;
         (self.size, self.half_line) = (0, 0);
@@ -197,7 +201,8 @@ impl Open {
     }
 }
 
-/// How much goes into the file: whole lines, as many as fit. A line that is longer than a whole file is cut.
+/// Returns the number of bytes that go into the file: all whole lines that fit. A line that is
+/// longer than a whole file is cut.
 fn part_that_fits(bytes: &[u8], room: u64, is_empty: bool) -> usize {
     let room = usize::try_from(room).unwrap_or(usize::MAX);
     if bytes.len() <= room {
@@ -215,7 +220,7 @@ mod tests {
     use super::*;
     use crate::logs::console::tests::noted;
 
-    /// The files that come of these pieces, oldest first.
+    /// Returns the content of the files that result from these pieces, oldest first.
     async fn written(rotation: Rotation, pieces: &[&str]) -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("stdout.log");

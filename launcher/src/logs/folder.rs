@@ -8,29 +8,31 @@ use tempfile::TempDir;
 
 use crate::{Error, LaunchPlan};
 
-/// How much of the end of a log file is read for the report.
+/// Number of bytes at the end of a log file that are read for the report.
 const TAIL: u64 = 16 << 10;
-/// A disk that does not take as much as this is full.
+/// Test data for a disk. A disk without room for 4 KiB is full.
 const PROBE: [u8; 4 << 10] = [b'\n'; 4 << 10];
-/// Where error files may go while the log folder cannot be written, after the folder for temporary files.
+/// Folder for error files while the log folder cannot be written, after the folder for temporary
+/// files.
 const MEMORY: &str = "/dev/shm";
 
-/// `<log_dir>/<run_id>_<stamp>/`, with `_node<n>` at its end where there are several nodes, and `attempt_<n>/<local rank>/` below.
+/// The folder of a job's logs: `<log_dir>/<run_id>_<stamp>/`, with `_node<n>` at its end if there
+/// are several nodes, and `attempt_<n>/<local rank>/` below.
 pub(crate) struct LogFolder {
     /// `None` if no folder could be made, and the user asked for none.
     path: Option<PathBuf>,
-    /// Whether the user named it.
+    /// Whether the user named the folder.
     is_named: bool,
-    /// Whether the user asked for anything that is written to it.
+    /// Whether the user asked for files in the folder.
     is_wanted: bool,
     temporary: Option<TempDir>,
-    /// Has the error files of ranks whose folder cannot be written.
+    /// Folder for the error files of ranks whose own folder cannot be written.
     elsewhere: Option<TempDir>,
-    /// Restarts before the attempt that is under way, and the name of its folder.
+    /// Number of restarts before the running attempt, and the name of the attempt's folder.
     attempt: Option<(u32, String)>,
 }
 
-/// The files of a rank in an attempt; `None` for those that cannot be written.
+/// The files of a rank in an attempt. `None` for a file that cannot be written.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct RankFiles {
     pub(crate) stdout: Option<PathBuf>,
@@ -40,14 +42,16 @@ pub(crate) struct RankFiles {
 }
 
 impl LogFolder {
-    /// Makes the folder of the job. A folder that cannot be made is an error if the user wants logs; nothing is started then.
+    /// Makes the folder of the job. If the user wants logs, a folder that cannot be made is an
+    /// error and no rank starts.
     pub(crate) fn make(plan: &LaunchPlan, round: &Round) -> Result<Self, Error> {
         let fail = |path: &Path| {
             let path = path.to_owned();
             move |source| Error::Logs { path, source }
         };
         let (root, temporary) = match &plan.logs.folder {
-            // A rank may change its working directory before it writes its error file.
+            // Absolute, because a rank may change its working directory before it writes its error
+            // file.
             Some(folder) => (std::path::absolute(folder).map_err(fail(folder))?, None),
             None => match temporary_folder(std::env::temp_dir()) {
                 Ok(folder) => (folder.path().to_owned(), Some(folder)),
@@ -55,7 +59,7 @@ impl LogFolder {
                 Err(_) => return Ok(Self::without_path()),
             },
         };
-        // Several nodes may share the folder, and their local ranks the numbers.
+        // Several nodes may share the folder and have the same local ranks.
         let node = if round.nodes > 1 { format!("_node{}", round.you.group_rank) } else { String::new() };
         let path = root.join(format!("{}_{}{node}", plan.run_id, round.run_stamp));
         match fs::create_dir_all(&path) {
@@ -78,7 +82,8 @@ impl LogFolder {
         }
     }
 
-    /// Begins an attempt. A round that follows a change of the nodes is one, too, though no restart is counted.
+    /// Begins an attempt. A round without a restart, after nodes joined or left, gets a folder of
+    /// its own too: `attempt_<restarts>_round_<n>`.
     pub(crate) fn begin(&mut self, round: &Round) {
         let restarts = round.restart_count;
         let again = self.attempt.as_ref().is_some_and(|(last, _)| *last == restarts);
@@ -93,7 +98,7 @@ impl LogFolder {
     /// Makes the folder of a rank.
     ///
     /// # Errors
-    /// The path that cannot be written, and why.
+    /// Returns the path that cannot be written, and the error.
     pub(crate) fn rank(&self, local_rank: u32) -> Result<RankFiles, (PathBuf, io::Error)> {
         let Some(path) = &self.path else {
             let none =
@@ -112,7 +117,8 @@ impl LogFolder {
         }
     }
 
-    /// The files of a rank whose folder cannot be written: its last words may still fit into another one. Its output has no files.
+    /// Returns files for a rank whose folder cannot be written: its error file may still fit into
+    /// another folder. Its output has no files.
     pub(crate) fn rank_elsewhere(&mut self, local_rank: u32) -> RankFiles {
         if self.elsewhere.is_none() {
             let roots = [std::env::temp_dir(), MEMORY.into()];
@@ -129,20 +135,21 @@ impl LogFolder {
         }
     }
 
-    /// The folder of the job.
+    /// Returns the folder of the job.
     pub(crate) fn path(&self) -> Option<&Path> {
         self.path.as_deref()
     }
 
-    /// Whether the folder still takes files: ranks write their own logs, and the agent does not see those writes fail.
+    /// Checks whether the folder can still be written. Ranks write their logs themselves, and the
+    /// agent does not notice when these writes fail.
     ///
     /// # Errors
-    /// The folder, and why it takes none.
+    /// Returns the folder, and the error.
     pub(crate) fn check(&self) -> Result<(), (&Path, io::Error)> {
         self.path().map_or(Ok(()), |path| probe(path).map_err(|error| (path, error)))
     }
 
-    /// The file for lines that are written once more: `stdout` or `stderr` of all ranks of an attempt.
+    /// Returns the file for the filtered lines of `stdout` or `stderr` of all ranks of an attempt.
     pub(crate) fn filtered(&self, stream: &str) -> Option<PathBuf> {
         Some(self.path()?.join(self.attempt()).join(format!("filtered_{stream}.log")))
     }
@@ -152,7 +159,7 @@ impl LogFolder {
         self.is_named
     }
 
-    /// Keeps temporary folders after the end.
+    /// Keeps temporary folders after the end of the job.
     pub(crate) fn keep(&mut self) {
         for folder in [self.temporary.take(), self.elsewhere.take()].into_iter().flatten() {
             let _ = folder.keep();
@@ -164,7 +171,8 @@ fn temporary_folder(root: PathBuf) -> io::Result<TempDir> {
     tempfile::Builder::new().prefix("ice-launch-").tempdir_in(root)
 }
 
-/// A folder can often be made on a disk that takes no file any more, or no byte.
+/// Writes a file as a test. On a full disk a folder can often still be made, but no file, or no
+/// byte.
 fn probe(folder: &Path) -> io::Result<()> {
     let path = folder.join(".probe");
     let written = File::create(&path).and_then(|mut file| file.write_all(&PROBE));
@@ -174,8 +182,8 @@ fn probe(folder: &Path) -> io::Result<()> {
 
 /// Writes a probe only if the file system reports that it is full.
 ///
-/// A restart pays for each probe of each rank with a write, so a folder that holds nothing but error
-/// files gets one only if the write may fail. A disk quota is not noticed this way.
+/// Each probe of each rank delays a restart by a write. A folder that holds only error files
+/// therefore gets a probe only if the write may fail. A disk quota is not noticed this way.
 fn probe_if_full(folder: &Path) -> io::Result<()> {
     let disk = statvfs(folder)?;
     // A file system that counts no inodes reports 0 of 0.
@@ -183,7 +191,7 @@ fn probe_if_full(folder: &Path) -> io::Result<()> {
     if is_full { probe(folder) } else { Ok(()) }
 }
 
-/// The last lines of a file.
+/// Returns the last lines of a file.
 pub(crate) fn last_lines(path: &Path, count: usize) -> io::Result<Vec<String>> {
     let mut file = File::open(path)?;
     let start = file.metadata()?.len().saturating_sub(TAIL);
@@ -196,13 +204,13 @@ pub(crate) fn last_lines(path: &Path, count: usize) -> io::Result<Vec<String>> {
 }
 
 impl RankFiles {
-    /// The files in a folder that tell about a failure.
+    /// Returns the files in a folder that describe a failure.
     fn about(folder: &Path) -> Self {
         let (error, stacks) = (Some(folder.join("error.json")), Some(folder.join("stacks.txt")));
         Self { stdout: None, stderr: None, error, stacks }
     }
 
-    /// The last lines of the stderr file, where there is one.
+    /// Returns the last lines of the stderr file, if there is one.
     pub(crate) fn stderr_tail(&self, count: usize) -> Vec<String> {
         self.stderr.as_ref().and_then(|path| last_lines(path, count).ok()).unwrap_or_default()
     }

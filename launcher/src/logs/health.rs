@@ -1,4 +1,5 @@
-//! Whether what the agent writes reaches the disk: logs, events and reports. A disk that is full ends no job.
+//! Health of the files that the agent writes: logs, events and reports. A full disk does not end
+//! the job.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -7,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Console;
 
-/// Says once that files cannot be written, and once that they can again.
+/// Prints once that files cannot be written, and once that they can be written again.
 #[derive(Clone)]
 pub(crate) struct Health {
     console: Console,
@@ -16,11 +17,11 @@ pub(crate) struct Health {
 
 #[derive(Default)]
 struct State {
-    /// Files that could not be written when that was last tried.
+    /// Files that could not be written at the last attempt.
     failing: BTreeSet<PathBuf>,
-    /// Whether the user knows.
+    /// Whether the failure was printed.
     is_said: bool,
-    /// The first error of the job. Something is missing since then, also when the disk has room again.
+    /// The first error of the job. Data is missing since then, even if the disk has room again.
     first: Option<String>,
 }
 
@@ -29,7 +30,7 @@ impl Health {
         Self { console, state: Arc::default() }
     }
 
-    /// Notes that a file cannot be written. The job continues without it.
+    /// Records that a file cannot be written. The job continues without it.
     pub(crate) fn failed(&self, path: &Path, error: &io::Error) {
         let mut state = self.state();
         state.failing.insert(path.to_owned());
@@ -44,7 +45,7 @@ impl Health {
         state.first.get_or_insert(what);
     }
 
-    /// Notes that a file was written. Bytes that were lost before are `missing` in it.
+    /// Records that a file was written. `missing` bytes were lost before.
     pub(crate) fn works(&self, path: &Path, missing: u64) {
         let mut state = self.state();
         state.failing.remove(path);
@@ -55,12 +56,12 @@ impl Health {
         }
     }
 
-    /// Notes that a file is not needed any more.
+    /// Records that a file is no longer needed.
     pub(super) fn forget(&self, path: &Path) {
         self.state().failing.remove(path);
     }
 
-    /// The first file that could not be written, and why.
+    /// Returns the first file that could not be written, and the error.
     pub(crate) fn first_failure(&self) -> Option<String> {
         self.state().first.clone()
     }

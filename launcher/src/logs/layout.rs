@@ -1,31 +1,33 @@
-//! How the output of several streams shares a screen: a terminal, a pipe or a file.
+//! Interleaves several streams on one screen: a terminal, a pipe or a file.
 //!
-//! Each line has the prefix of its stream. A carriage return starts a refresh of the same line, which gets the prefix again. A line that a
-//! stream has not ended yet stays open: its rest continues it, unless another stream has written in between.
+//! Each line has the prefix of its stream. A carriage return starts a refresh of the same line,
+//! which gets the prefix again. A line without an end stays open: the rest of the line continues
+//! it, unless another stream has written in between.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use memchr::{memchr, memchr2};
 
-/// What has no number of its own: the agent.
+/// Number of the agent, which has no stream.
 const AGENT: u64 = 0;
 
-/// A stream of a rank on its way to a screen.
+/// A rank's stream that is shown on a screen.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    /// From 1.
+    /// Number of the stream, from 1.
     pub(super) number: u64,
-    /// Before each line; if it is empty, the bytes stay as they are.
+    /// Prefix of each line. If it is empty, the bytes are written unchanged.
     pub(super) prefix: String,
 }
 
-/// What is known of a screen.
+/// State of a screen.
 #[derive(Debug, Default)]
 pub(super) struct Layout {
-    /// The line in which the cursor stands.
+    /// The line that contains the cursor.
     open: Option<Open>,
-    /// Streams whose line was ended by another one, so that its own end is not to be written.
+    /// Streams whose line was ended by another stream, so that their own line end must not be
+    /// written.
     interrupted: BTreeSet<u64>,
 }
 
@@ -33,12 +35,12 @@ pub(super) struct Layout {
 struct Open {
     stream: u64,
     has_prefix: bool,
-    /// A carriage return was read and has to be written before the next text.
+    /// Whether a carriage return was read that has to be written before the next text.
     returned: bool,
 }
 
 impl Layout {
-    /// What to write for bytes of a stream.
+    /// Returns the bytes to write for output of a stream.
     pub(super) fn output<'a>(&mut self, stream: &Stream, bytes: &'a [u8]) -> Cow<'a, [u8]> {
         let Some(last) = bytes.last() else { return Cow::Borrowed(bytes) };
         if stream.prefix.is_empty() {
@@ -50,7 +52,7 @@ impl Layout {
                 None => Cow::Borrowed(bytes),
             };
         }
-        // Lines of a hundred bytes with a prefix of ten.
+        // Room for prefixes of ten bytes before lines of forty.
         let mut out = Vec::with_capacity(bytes.len() + bytes.len() / 4 + stream.prefix.len());
         let (mut is_fresh, mut returned) = match self.open.take() {
             Some(open) if open.stream == stream.number => (false, open.returned),
@@ -98,7 +100,8 @@ impl Layout {
         out.into()
     }
 
-    /// What to write at the end of a stream: a line with a prefix is ended, so that no two share one.
+    /// Returns the bytes to write at the end of a stream. An open line with a prefix is ended, so
+    /// that no other stream continues it.
     pub(super) fn end(&mut self, stream: &Stream) -> &'static [u8] {
         self.interrupted.remove(&stream.number);
         match self.open {
@@ -110,7 +113,7 @@ impl Layout {
         }
     }
 
-    /// What to write for a text of the agent, which does not come into a line of a rank.
+    /// Returns the bytes to write for a text of the agent, which never continues a line of a rank.
     pub(super) fn agent<'a>(&mut self, text: &'a [u8]) -> Cow<'a, [u8]> {
         let before = self.open.filter(|open| open.stream != AGENT && text.first() != Some(&b'\n'));
         let is_open = memchr(b'\n', &text[text.len().saturating_sub(1)..]).is_none() && !text.is_empty();
@@ -127,7 +130,7 @@ impl Layout {
 mod tests {
     use super::*;
 
-    /// A screen with these streams; an empty name is the agent.
+    /// A screen with these streams.
     struct Screen {
         layout: Layout,
         streams: Vec<Stream>,
@@ -175,7 +178,8 @@ mod tests {
 
     #[test]
     fn a_refresh_is_one_line_with_one_prefix() {
-        // A bar of tqdm, whose carriage return comes first, and one of the other kind, in all kinds of pieces.
+        // One progress bar begins with its carriage return (tqdm), another one ends with it. Pieces
+        // are cut at different places.
         for pieces in [
             &["\r 10%", "\r 20%", "\r 30%\n"][..],
             &["\r 10%\r", " 20%\r", " 30%", "\n"],

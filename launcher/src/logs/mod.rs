@@ -1,4 +1,4 @@
-//! Where the output of ranks goes: torchrun's folders, and pipes to the console.
+//! Log folders with torchrun's layout, and pipes from ranks to files and to the console.
 
 mod console;
 mod files;

@@ -1,6 +1,6 @@
-//! What stands before each line of a rank.
+//! The prefix of each line of a rank.
 
-/// What a template may name.
+/// Values of the names that a template may contain.
 #[derive(Debug, Clone)]
 pub(crate) struct Names<'a> {
     pub(crate) role_name: &'a str,
@@ -11,9 +11,9 @@ pub(crate) struct Names<'a> {
     pub(crate) run_id: &'a str,
 }
 
-/// The names. `host` is older than torchrun's `hostname`.
+/// Names that a template may contain. `host` is older than torchrun's `hostname`.
 const NAMES: [&str; 7] = ["role_name", "rank", "local_rank", "node_rank", "hostname", "host", "run_id"];
-/// Codes of colours that are read well on light and on dark ground.
+/// Codes of colours that are readable on light and on dark backgrounds.
 const COLOURS: [u8; 6] = [36, 32, 33, 35, 34, 31];
 
 /// A part of a template, in the grammar of Python's `string.Template`, which torchrun uses.
@@ -21,9 +21,9 @@ enum Part<'a> {
     Text(&'a str),
     /// `${name}`.
     Braced(&'a str),
-    /// `$name`, which may as well be text.
+    /// `$name`, which remains text if the name is unknown.
     Bare(&'a str),
-    /// `${` without its end.
+    /// `${` without its `}`.
     Open(&'a str),
 }
 
@@ -57,10 +57,10 @@ fn parts(template: &str) -> Vec<Part<'_>> {
     parts
 }
 
-/// Whether a template names only what there is.
+/// Checks that a template contains only known names.
 ///
 /// # Errors
-/// What it names besides.
+/// Returns a message about an unknown name or a missing `}`.
 pub(crate) fn check_template(template: &str) -> Result<(), String> {
     let names = || NAMES.map(|name| format!("${{{name}}}")).join(", ");
     for part in parts(template) {
@@ -75,7 +75,7 @@ pub(crate) fn check_template(template: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Puts the names in. What is not a name is left as it is, as torchrun does.
+/// Replaces the names in a template. Unknown names stay as they are, like in torchrun.
 pub(crate) fn prefix(template: &str, names: &Names) -> String {
     let value = |name: &str| match name {
         "role_name" => Some(names.role_name.to_owned()),
@@ -94,7 +94,7 @@ pub(crate) fn prefix(template: &str, names: &Names) -> String {
     parts(template).into_iter().map(text).collect()
 }
 
-/// The prefix in the colour of its rank.
+/// Returns the prefix in the colour of its rank.
 pub(crate) fn coloured(prefix: &str, local_rank: u32) -> String {
     if prefix.is_empty() {
         return String::new();
@@ -115,7 +115,7 @@ mod tests {
             ("[${role_name}${rank}]:", "[trainer9]:"),
             ("${hostname}:${rank}: ", "gpu-7:9: "),
             ("${host}/${local_rank} ${node_rank} ${run_id} ${what} ", "gpu-7/1 2 r ${what} "),
-            // As Python's templates have it.
+            // Like Python's `string.Template`.
             ("$rank-$local_rank $$rank $ 5$ $what", "9-1 $rank $ 5$ $what"),
             ("${rank", "${rank"),
             ("", ""),

@@ -1,4 +1,5 @@
-//! Moves what a rank writes from a pipe to files and to the console, and remembers the last lines.
+//! Moves the output of a rank from a pipe to files and to the console, and remembers the last
+//! lines.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,41 +17,42 @@ use super::console::Shown;
 use super::tail::Tail;
 use super::{Console, Files, LogFile, Target};
 
-/// A line without an end is passed on after so long, or when it is this long.
+/// Time or length after which a line without an end is passed on.
 const PARTIAL_AFTER: Duration = Duration::from_millis(50);
 const PARTIAL_OVER: usize = 64 << 10;
-/// How long the pipe of a rank that ended may be silent: somebody else may hold it open.
+/// Time that the pipe of a rank that has ended may be silent before it counts as empty: another
+/// process may hold the pipe open.
 const DRAIN: Duration = Duration::from_secs(1);
 
-/// A stream on its way. It goes on by itself when this is dropped.
+/// A task that reads a rank's stream. The task continues when this handle is dropped.
 pub(crate) struct Pump {
     task: JoinHandle<()>,
     tail: Tail,
 }
 
-/// Where a stream goes.
+/// Destinations of a stream.
 pub(crate) struct Sink {
     pub(crate) console: Console,
-    /// The console's stream that it goes to.
+    /// Output of the agent that the stream goes to.
     pub(crate) target: Option<Target>,
-    /// Put before each line on the console.
+    /// Prefix of each line on the console.
     pub(crate) prefix: String,
-    /// Gets the bytes as they are.
+    /// File for the unchanged bytes.
     pub(crate) file: Option<LogFile>,
-    /// Gets the lines that contain one of the texts, with the prefix.
+    /// File for the lines that contain one of the texts, with the prefix.
     pub(crate) filtered: Option<Filtered>,
     pub(crate) files: Files,
 }
 
-/// Lines that are written once more.
+/// Destination of filtered lines.
 pub(crate) struct Filtered {
     pub(crate) texts: Vec<String>,
-    /// Without colours.
+    /// Prefix without colours.
     pub(crate) prefix: String,
     pub(crate) file: LogFile,
 }
 
-/// A pipe for a stream of a rank: the end that a [`Pump`] reads, and the end that the rank gets.
+/// Returns a pipe for a stream of a rank: the end that a [`Pump`] reads, and the end for the rank.
 pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (reader, writer): (OwnedFd, OwnedFd) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -58,7 +60,7 @@ pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 impl Pump {
-    /// Starts to read. `ended` tells of the end of the rank when its sender is dropped.
+    /// Starts to read. The rank has ended when the sender of `ended` is dropped.
     pub(crate) fn start(pipe: OwnedFd, sink: Sink, ended: watch::Receiver<()>) -> io::Result<Self> {
         let tail = Tail::default();
         let receiver = Receiver::from_owned_fd(pipe)?;
@@ -66,7 +68,8 @@ impl Pump {
         Ok(Self { task: tokio::spawn(pump(receiver, lines, ended)), tail })
     }
 
-    /// The last lines of a rank that ended, at most this many. Waits for what is still in the pipe, but not for a console that nobody reads.
+    /// Returns the last lines of a rank that has ended, at most `count`. Waits up to [`DRAIN`] for
+    /// bytes that are still in the pipe, but no longer, since the console may not be read.
     pub(crate) async fn last_lines(&mut self, count: usize) -> Vec<String> {
         if !self.task.is_finished() {
             let _ = timeout(DRAIN, &mut self.task).await;
@@ -106,7 +109,7 @@ struct Lines {
     filtered: Option<Filtered>,
     files: Files,
     tail: Tail,
-    /// What waits for the end of its line, or for the next refresh of it.
+    /// Bytes that wait for the end of their line, or for its next refresh.
     pending: Vec<u8>,
     /// The line that is not complete yet, for the filter.
     unfiltered: Vec<u8>,
@@ -125,7 +128,7 @@ impl Lines {
         }
         self.pending.extend_from_slice(bytes);
         let lines = memrchr(b'\n', &self.pending).map_or(0, |end| end + 1);
-        // A carriage return completes a refresh of the line, but belongs to the next one.
+        // A carriage return completes a refresh of the line, but belongs to the next refresh.
         let refresh = memrchr(b'\r', &self.pending[lines..]).map(|at| lines + at);
         let is_raw = self.shown.as_ref().is_none_or(Shown::is_raw);
         let end = match refresh {
@@ -142,7 +145,7 @@ impl Lines {
         }
     }
 
-    /// Whether there is a text to pass on although its line may continue.
+    /// Whether there is text to pass on although its line may continue.
     fn has_partial(&self) -> bool {
         self.pending.iter().any(|byte| *byte != b'\r')
     }
@@ -154,7 +157,7 @@ impl Lines {
         }
     }
 
-    /// Nothing comes any more.
+    /// Passes on the rest and ends the stream.
     async fn finish(&mut self) {
         self.flush_partial().await;
         if !self.unfiltered.is_empty() {
@@ -175,7 +178,8 @@ impl Lines {
         }
     }
 
-    /// Writes the lines once more that have one of the texts. Each refresh of a line counts as a line.
+    /// Writes lines that contain one of the texts to the filter's file. Each refresh of a line
+    /// counts as a line.
     async fn filter(&mut self, bytes: &[u8]) {
         let Some(filtered) = &self.filtered else { return };
         self.unfiltered.extend_from_slice(bytes);
@@ -220,7 +224,8 @@ mod tests {
         Sink { console, target: Some(Target::Stdout), prefix: prefix.into(), file, filtered: None, files }
     }
 
-    /// Feeds a pump these pieces, one after the other, and returns all that reached the console.
+    /// Feeds these pieces to a pump, one after the other, and returns the output that reached the
+    /// console.
     async fn passed_on(prefix: &str, pieces: &[&[u8]]) -> String {
         let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
         let (console, written, seen) = noted();

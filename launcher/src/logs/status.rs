@@ -1,17 +1,18 @@
-//! One line at the bottom of a terminal that is rewritten in place, below all other output.
+//! A line at the bottom of a terminal, below all other output, that is rewritten in place.
 
-/// Back to the beginning of the line, which is emptied.
+/// Moves the cursor to the beginning of the line and empties the line.
 const ERASE: &str = "\r\x1b[K";
-/// Columns of a terminal that does not know its width.
+/// Number of columns that is assumed if the terminal does not know its width.
 const USUAL_WIDTH: usize = 80;
 
-/// The line, and what is known of the cursor. It talks to nobody: what has to be written is returned.
+/// The line, and the known state of the cursor. This type writes nothing itself; its methods return
+/// the bytes to write.
 #[derive(Debug)]
 pub(super) struct StatusLine {
     text: String,
-    /// Whether it is on the screen.
+    /// Whether the line is on the screen.
     shown: bool,
-    /// Whether the cursor would be at the beginning of a line without it.
+    /// Whether the cursor would be at the beginning of a line if the status line were not shown.
     at_start: bool,
 }
 
@@ -20,12 +21,12 @@ impl StatusLine {
         Self { text: String::new(), shown: false, at_start: true }
     }
 
-    /// Before other output.
+    /// Hides the line before other output.
     pub(super) fn hide(&mut self) -> &'static str {
         if std::mem::take(&mut self.shown) { ERASE } else { "" }
     }
 
-    /// After other output: the line is put back, unless that was left in the middle of one.
+    /// Shows the line again after other output, unless that output ended in the middle of a line.
     pub(super) fn wrote(&mut self, bytes: &[u8], columns: usize) -> String {
         if let Some(last) = bytes.last() {
             self.at_start = *last == b'\n';
@@ -33,7 +34,7 @@ impl StatusLine {
         self.draw(columns)
     }
 
-    /// Another text; none for no line.
+    /// Sets the text. An empty text removes the line.
     pub(super) fn set(&mut self, text: String, columns: usize) -> String {
         self.text = text;
         if self.text.is_empty() { self.hide().into() } else { self.draw(columns) }
@@ -44,7 +45,7 @@ impl StatusLine {
             return String::new();
         }
         self.shown = true;
-        // A line that fills the last column may be wrapped, and would not be erased whole.
+        // A line that fills the last column may be wrapped, and would not be erased completely.
         let most = if columns == 0 { USUAL_WIDTH } else { columns } - 1;
         format!("\r{}\x1b[K", self.text.chars().take(most).collect::<String>())
     }
@@ -56,7 +57,7 @@ mod tests {
 
     const COLUMNS: usize = 20;
 
-    /// A terminal that knows what this module uses.
+    /// A terminal that understands the sequences that this module uses.
     #[derive(Default)]
     struct Screen {
         lines: Vec<String>,

@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memchr::{memchr, memrchr};
 
-/// Bytes that are remembered.
+/// Number of bytes that are kept.
 const KEPT: usize = 16 << 10;
-/// Bytes of a line that are shown.
+/// Maximum number of bytes shown of a line.
 const LINE: usize = 2 << 10;
 
-/// The last bytes of a stream, from which its last lines are made once somebody asks.
+/// The last bytes of a stream. Lines are made from them only on request.
 #[derive(Clone, Default)]
 pub(super) struct Tail(Arc<Mutex<VecDeque<u8>>>);
 
@@ -19,7 +19,8 @@ impl Tail {
         let mut kept = self.kept();
         kept.extend(&bytes[bytes.len().saturating_sub(KEPT)..]);
         if kept.len() > 2 * KEPT {
-            // A progress bar must not push out what came before it.
+            // A progress bar must not push out the lines before it, so only its last refresh is
+            // kept.
             if memchr(b'\r', kept.make_contiguous()).is_some() {
                 let lines: Vec<u8> = kept
                     .make_contiguous()
@@ -34,7 +35,7 @@ impl Tail {
         }
     }
 
-    /// The last lines, at most this many.
+    /// Returns the last lines, at most `count`.
     pub(super) fn lines(&self, count: usize) -> Vec<String> {
         let mut kept = self.kept();
         let bytes: &[u8] = kept.make_contiguous();
@@ -55,7 +56,7 @@ impl Tail {
     }
 }
 
-/// What the last refresh of a line has left of it, with its end.
+/// Returns the text that the last refresh of a line has left, with its line end.
 fn refreshed(line: &[u8]) -> &[u8] {
     let end = line.iter().rposition(|byte| !matches!(byte, b'\r' | b'\n')).map_or(0, |last| last + 1);
     let start = memrchr(b'\r', &line[..end]).map_or(0, |at| at + 1);
