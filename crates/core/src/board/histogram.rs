@@ -2,23 +2,23 @@ use tch::{Kind, Tensor};
 
 use crate::Result;
 
-/// Buckets of equal width.
+/// Number of buckets, which have equal width.
 const BUCKETS: i64 = 64;
 
-/// How the elements of a tensor are spread. What is not finite is left out.
+/// Histogram of the finite elements of a tensor.
 #[derive(Debug)]
 pub(crate) struct Histogram {
     pub(super) min: f64,
     pub(super) max: f64,
     pub(super) sum: f64,
     pub(super) sum_of_squares: f64,
-    /// The upper end of each bucket.
+    /// Upper end of each bucket.
     pub(super) limits: Vec<f64>,
     pub(super) counts: Vec<f64>,
 }
 
 impl Histogram {
-    /// `None` where no element is finite.
+    /// Returns the histogram, or `None` if no element is finite.
     pub(crate) fn of(tensor: &Tensor) -> Result<Option<Self>> {
         tch::no_grad(|| {
             let all = tensor.detach().f_to_kind(Kind::Float)?.f_flatten(0, -1)?;

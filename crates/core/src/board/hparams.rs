@@ -48,7 +48,7 @@ impl From<String> for HParam {
     }
 }
 
-/// A session with these hyper-parameters begins.
+/// Returns the start of a session with these hyper-parameters.
 pub(super) fn start(hparams: &[(String, HParam)], seconds: f64) -> Item {
     let entry = |all: Message, (name, value): &(String, HParam)| {
         let value = match value {
@@ -62,7 +62,7 @@ pub(super) fn start(hparams: &[(String, HParam)], seconds: f64) -> Item {
     item("_hparams_/session_start_info", Message::new().message(3, info))
 }
 
-/// It ends.
+/// Returns the end of the session.
 pub(super) fn end(succeeded: bool, seconds: f64) -> Item {
     let status = if succeeded { SUCCESS } else { FAILURE };
     let info = Message::new().integer(1, status).double(2, seconds);

@@ -3,7 +3,7 @@
 use super::Histogram;
 use super::wire::Message;
 
-/// Something that happened.
+/// An event with its time and step.
 pub(super) struct Event {
     /// Seconds since the Unix epoch.
     pub(super) wall_time: f64,
@@ -14,7 +14,7 @@ pub(super) struct Event {
 pub(super) enum Content {
     /// The first event of a file.
     Version,
-    /// What other files have from this step on counts no more.
+    /// Events of other files from this step on are discarded.
     SessionStart,
     Summary(Vec<Item>),
 }
@@ -28,7 +28,7 @@ pub(super) enum Item {
         tag: String,
         histogram: Histogram,
     },
-    /// For a plugin, without a value.
+    /// Data for a plugin, without a value.
     Plugin {
         tag: &'static str,
         plugin: &'static str,
@@ -36,7 +36,7 @@ pub(super) enum Item {
     },
 }
 
-/// Since the second version readers honour the start of a session.
+/// Format version. Readers honour the start of a session since the second version.
 const VERSION: &str = "brain.Event:2";
 const START: u64 = 1;
 

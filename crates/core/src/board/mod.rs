@@ -1,7 +1,8 @@
-//! What a run shows of itself: event files as TensorBoard reads them, at the root of the run's folder, written by rank 0.
+//! The TensorBoard events of a run, in event files in the run's folder. Rank 0 writes them.
 //!
-//! The x of everything is the number of training steps, so that a run that goes on from a checkpoint takes back exactly what it does
-//! again. This module knows nothing of graphs and ranks.
+//! The x axis is always the number of training steps. A run that resumes from a checkpoint
+//! therefore replaces exactly the events of the steps that it repeats. This module does not depend
+//! on graphs and ranks.
 
 mod histogram;
 mod hparams;
@@ -19,7 +20,7 @@ pub use hparams::HParam;
 use messages::{Content, Event, Item};
 use writer::Writer;
 
-/// The event file of a run, on rank 0, and when there is something to write to it, on all ranks.
+/// The event file of a run, on rank 0, and the schedule of writes to it, on all ranks.
 pub(crate) struct Board {
     writer: Option<Writer>,
     every: Option<NonZeroU64>,
@@ -28,21 +29,23 @@ pub(crate) struct Board {
 }
 
 impl Board {
-    /// Nothing is written before [`Board::open`]. Steps are shown every so often.
+    /// Creates a board that shows every `every`-th step. Writes nothing before [`Board::open`].
     pub(crate) fn new(every: Option<NonZeroU64>) -> Self {
         Self { writer: None, every, since: Instant::now(), samples: 0 }
     }
 
-    /// Begins a new file in the folder. Where there are others of this run, they count up to `step`, in which the run goes on.
+    /// Creates a new file in the folder. Events of earlier files of this run count up to `step`,
+    /// from which the run continues.
     pub(crate) fn open(&mut self, folder: &Path, step: u64, hparams: &[(String, HParam)]) {
         let writer = match Writer::open(folder) {
             Ok(writer) => writer,
-            // What is shown of a run is not worth its end.
+            // Missing events must not end a run.
             Err(error) => return tracing::warn!("no TensorBoard events in {}: {error}", folder.display()),
         };
         self.writer = Some(writer);
         self.write(0, Content::Version);
-        // TensorBoard's loader in Python takes back nothing at the first start that it sees, so the first file has one, too.
+        // TensorBoard's Python loader discards nothing at the first session start that it sees, so
+        // the first file has one, too.
         self.write(step + 1, Content::SessionStart);
         if !hparams.is_empty() {
             self.write(step, Content::Summary(vec![hparams::start(hparams, seconds())]));
@@ -55,13 +58,14 @@ impl Board {
         self.writer.is_some()
     }
 
-    /// Counts the samples of a step, of all ranks, and says whether it is one to be shown: the same on all ranks.
+    /// Adds the samples of a step, over all ranks. Returns whether the step is to be shown, which
+    /// is the same on all ranks.
     pub(crate) fn count(&mut self, step: u64, samples: u64) -> bool {
         self.samples += samples;
         self.every.is_some_and(|every| step.is_multiple_of(every.get()))
     }
 
-    /// Samples per second since the last call.
+    /// Returns the samples per second since the last call.
     pub(crate) fn rate(&mut self) -> f64 {
         let seconds = self.since.elapsed().as_secs_f64().max(1e-6);
         self.since = Instant::now();
@@ -77,7 +81,7 @@ impl Board {
         self.write(step, Content::Summary(vec![Item::Histogram { tag: clean(tag), histogram }]));
     }
 
-    /// Says how the run ended, unless it goes on another time, and waits until everything is written.
+    /// Records how the run ended, unless it will continue, and waits until everything is written.
     pub(crate) fn finish(&mut self, step: u64, succeeded: Option<bool>) {
         if let Some(succeeded) = succeeded {
             self.write(step, Content::Summary(vec![hparams::end(succeeded, seconds())]));
@@ -97,7 +101,7 @@ fn seconds() -> f64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |passed| passed.as_secs_f64())
 }
 
-/// A tag as TensorFlow allows it.
+/// Replaces characters that TensorFlow does not allow in a tag.
 fn clean(tag: &str) -> String {
     let allowed = |c: char| c.is_alphanumeric() || "-_./".contains(c);
     tag.chars().map(|c| if allowed(c) { c } else { '_' }).collect()
@@ -124,7 +128,7 @@ mod tests {
             .iter()
             .map(|file| {
                 let bytes = fs::read(file).unwrap();
-                // The step as a varint, and the start of a session as a message of one field.
+                // The step as a varint, followed by the session start as a message of one field.
                 let at = bytes.windows(4).position(|window| window == [0x3a, 2, 8, 1]).unwrap();
                 (bytes[at - 2], bytes[at - 1])
             })

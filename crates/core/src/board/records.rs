@@ -1,12 +1,13 @@
 //! The frames of a TFRecord file: length, its checksum, data, their checksum.
 
-/// `len u64 | masked crc32c of len, u32 | data | masked crc32c of data, u32`, all little-endian.
+/// Returns `len u64 | masked crc32c of len, u32 | data | masked crc32c of data, u32`, all
+/// little-endian.
 pub(super) fn frame(data: &[u8]) -> Vec<u8> {
     let len = (data.len() as u64).to_le_bytes();
     [&len[..], &masked(&len).to_le_bytes(), data, &masked(data).to_le_bytes()].concat()
 }
 
-/// The checksum of data that may hold checksums itself, as TensorFlow masks it.
+/// Returns the checksum, masked like in TensorFlow since the data may contain checksums.
 fn masked(data: &[u8]) -> u32 {
     crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
@@ -20,7 +21,8 @@ mod tests {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Made with TensorBoard 2.21: `RecordWriter(...).write(Event(...).SerializeToString())`.
+    /// The expected bytes are those of TensorBoard 2.21:
+    /// `RecordWriter(...).write(Event(...).SerializeToString())`.
     #[test]
     fn records_are_those_that_tensorboard_writes() {
         let version = Event { wall_time: 1.5, step: 0, content: Content::Version };

@@ -1,6 +1,7 @@
-//! Protocol buffers, as far as events need them: <https://protobuf.dev/programming-guides/encoding/>.
+//! Protocol buffers, as far as events need them:
+//! <https://protobuf.dev/programming-guides/encoding/>.
 
-/// A message under construction. A field that is zero or empty may be left out, as proto3 does.
+/// A message under construction. A field that is zero or empty may be left out, like in proto3.
 #[derive(Default)]
 pub(super) struct Message(Vec<u8>);
 

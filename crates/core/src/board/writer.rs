@@ -9,22 +9,23 @@ use super::records::frame;
 
 const PREFIX: &str = "events.out.tfevents.";
 
-/// A thread that writes to a file, so that no step waits for the disk. It hands over to the operating system whatever there is as soon
-/// as it has nothing else to do: of a process that is killed, what it was just about to write is lost and no more.
+/// A thread that writes to a file, so that no step waits for the disk. Whenever its queue is empty, it
+/// flushes to the operating system. If the process is killed, only the events since the last flush are
+/// lost.
 pub(super) struct Writer {
     events: Option<Sender<Event>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Writer {
-    /// A new file in the folder, whose name comes after those that are there.
+    /// Creates a file in the folder, with a name that sorts after those of existing files.
     pub(super) fn open(folder: &Path) -> io::Result<Self> {
         fs::create_dir_all(folder)?;
         let newest = fs::read_dir(folder)?
             .filter_map(|entry| started(&entry.ok()?.file_name().to_string_lossy()))
             .max();
         let now = super::seconds() as u64;
-        // Readers go by the names, and a restart may take less than a second.
+        // Readers sort files by name, and a restart may take less than a second.
         let time = newest.map_or(now, |newest| now.max(newest + 1));
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let host = super::clean(host.trim()).replace('/', "_");
@@ -42,7 +43,7 @@ impl Writer {
 
     pub(super) fn write(&self, event: Event) {
         if let Some(events) = &self.events {
-            // The thread has said why it is gone.
+            // If the thread is gone, it has already reported why.
             let _ = events.send(event);
         }
     }
@@ -58,7 +59,7 @@ impl Drop for Writer {
     }
 }
 
-/// When the run of an event file started, by its name.
+/// Returns the start time in the name of an event file.
 fn started(name: &str) -> Option<u64> {
     name.strip_prefix(PREFIX)?.split('.').next()?.parse().ok()
 }
@@ -74,7 +75,7 @@ fn write_all(events: &Receiver<Event>, mut file: impl Write) -> io::Result<()> {
                 event
             }
         };
-        // In one piece, so that what is cut off is cut off between two records wherever possible.
+        // One write per record, so that a killed process most likely leaves only whole records.
         file.write_all(&frame(&event.encoded()))?;
     }
     file.flush()

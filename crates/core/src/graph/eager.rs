@@ -8,7 +8,8 @@ use tch::Device;
 use crate::graph::{ExecutableGraph, Outputs};
 use crate::{Context, HyperGraph, InitFrom, Result, Round, Tags, Value};
 
-/// A graph that is run by hand, in this process alone: for tests of single nodes, and for using what was trained.
+/// A graph that is run by hand in this process only: for tests of single nodes, and to use a
+/// trained model.
 ///
 /// ```
 /// use ice_core::{Context, HyperGraph, Node, Outputs, Result, Value};
@@ -37,10 +38,10 @@ pub struct Eager<'a> {
 }
 
 impl HyperGraph {
-    /// Makes all nodes ready in this process, without launching anything.
+    /// Sets up all nodes in this process, without a launcher.
     ///
     /// # Errors
-    /// Whatever keeps a node from being ready.
+    /// The failure of a node's set-up.
     pub fn eager(&self, device: Device, seed: u64) -> Result<Eager<'_>> {
         let worker = Rc::new(Worker::alone(device));
         self.set_up(&Context::new(Rc::clone(&worker), seed))?;
@@ -55,9 +56,11 @@ impl HyperGraph {
 }
 
 impl Eager<'_> {
-    /// Loads what was trained into the nodes of this graph: the parameters and buffers of a run, of a checkpoint, or of safetensors files
-    /// that other programs have written. A run's folder gives its newest valid checkpoint, the `best` in it the best one. Other nodes that
-    /// have a state get it, too, unless it is a position in data or a measure. Optimizers stay as they are.
+    /// Loads a trained state into the nodes of this graph: the parameters and buffers of a run, of
+    /// a checkpoint, or of safetensors files from other programs. From a run's folder, loads its
+    /// newest valid checkpoint; from the folder `best` in it, the best one. Other nodes with a
+    /// state get it, too, unless it is a position in data or a measure. Optimizers stay as they
+    /// are.
     ///
     /// ```no_run
     /// use ice_core::HyperGraph;
@@ -72,22 +75,25 @@ impl Eager<'_> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Usage`](crate::Error::Usage) names all parameters of the graph that are missing or have another shape, and what its nodes
-    /// have no parameter for; nothing is loaded then. Nodes that the graph does not have are left out.
-    /// [`Error::Checkpoint`](crate::Error::Checkpoint) if there is nothing to load, or it is damaged.
+    /// [`Error::Usage`](crate::Error::Usage) if parameters of the graph are missing or have another
+    /// shape, or if its nodes have no parameter for a key. The message names all of them, and
+    /// nothing is loaded. Nodes of the files that the graph does not have are ignored.
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint) if there is nothing to load, or it is
+    /// damaged.
     pub fn load(&self, from: impl Into<InitFrom>) -> Result<()> {
         from.into().load_trained(self.graph, &self.worker)
     }
 
-    /// Gives an output by name: in [`Eager::forward`] a node of that name does not run, and no such node is needed. Holds until it is set
-    /// again.
+    /// Sets an output by name. In [`Eager::forward`] a node of that name does not run, and need not
+    /// exist. The value stays until it is set again.
     pub fn set_input<T: 'static>(&self, name: &str, value: T) {
         let mut inputs = self.inputs.borrow_mut();
         inputs.retain(|(known, _)| known != name);
         inputs.push((name.to_owned(), Value::new(value)));
     }
 
-    /// Begins an iteration of the nodes that a query selects, without gradients; those run that are asked for.
+    /// Begins an iteration of the nodes that a query selects, without gradients. Only the nodes
+    /// whose outputs `look` asks for run.
     ///
     /// # Errors
     /// The query selects no nodes, or a node fails.
@@ -100,14 +106,14 @@ impl Eager<'_> {
         tch::no_grad(|| graph.forward(&self.worker, &self.inputs.borrow(), look))
     }
 
-    /// Evaluates the nodes that a query selects over one epoch of their data, or what is left of it, or once if none has a size, and returns what they measured, by
-    /// the uid of the node.
+    /// Evaluates the nodes that a query selects, and returns their measures by uid. The evaluation
+    /// covers the rest of the current epoch of their data, or one iteration if no node has a size.
     ///
     /// # Errors
     /// The query selects no nodes, or a node fails.
     pub fn evaluate(&self, query: impl Into<Tags>) -> Result<BTreeMap<String, f64>> {
         let graph = self.begin(query)?;
-        // Measures hold the sums of the epoch before until here.
+        // Measures keep the sums of the previous epoch until now.
         graph.epoch_start();
         loop {
             graph.eval_step(&self.worker)?;
@@ -119,7 +125,7 @@ impl Eager<'_> {
         Ok(measures.iter().flat_map(|(uid, measure)| measure.named(uid)).collect())
     }
 
-    /// Does one training step of the nodes that a query selects, and returns its loss.
+    /// Executes one training step of the nodes that a query selects, and returns its loss.
     ///
     /// # Errors
     /// The query selects no nodes or no loss, or a node fails.
@@ -129,7 +135,7 @@ impl Eager<'_> {
         Ok(step.map_or(Ok(f64::NAN), |step| step.loss.f_double_value(&[]))?)
     }
 
-    /// After the last batch of an epoch comes the first one of the next.
+    /// Selects and prepares the nodes. If their epoch is used up, starts the next one.
     fn begin(&self, query: impl Into<Tags>) -> Result<Rc<ExecutableGraph>> {
         let graph = self.graph.select(&query.into())?;
         self.graph.switch_to(graph.entries())?;

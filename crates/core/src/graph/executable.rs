@@ -19,57 +19,58 @@ use crate::{Error, Measure, Node, Result, Value};
 /// Nodes that run together.
 pub(crate) type Entries = Rc<[Rc<Entry>]>;
 
-/// The nodes that one task runs, and how their steps are computed.
+/// The nodes that one task runs, and the computation of its steps.
 #[derive(Clone)]
 pub(crate) struct ExecutableGraph {
     entries: Entries,
     precision: Precision,
-    /// Passes of a training step.
+    /// Number of passes of a training step.
     passes: NonZeroU64,
-    /// Samples of each node in all passes of the step under way, if it has several; `None` for a node that does not know them.
+    /// Samples of each node in all passes of the current step, if the step has several passes.
+    /// `None` for a node that does not know its samples.
     step_samples: RefCell<Vec<Option<u64>>>,
-    /// Whether nodes go backward by themselves.
+    /// Whether nodes run their own backward pass.
     goes_backward: bool,
     timers: Option<Rc<Timers>>,
     place: Cell<StepPlace>,
-    /// Of the run; `None` for a graph that is run by hand.
+    /// Folder of the run. `None` for a graph that is run by hand.
     folder: Option<Rc<Path>>,
-    /// Scalars that nodes show of this step.
+    /// Scalars that nodes show in this step.
     scalars: RefCell<Vec<(String, f64)>>,
     /// The most that a node asks to leave after this step.
     asked: Cell<Leave>,
 }
 
-/// Where a run is when a step begins.
+/// Progress of a run at the start of a step.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct StepPlace {
-    /// Done in the run.
+    /// Completed training steps of the run.
     pub(crate) train_steps: u64,
     pub(crate) train_epochs: u64,
-    /// Done in the run, of training or else of evaluation.
+    /// Completed epochs of the run: of training in a training task, else of evaluation.
     pub(crate) epochs: u64,
-    /// Done in the epoch.
+    /// Completed iterations of the epoch.
     pub(crate) iteration: u64,
     pub(crate) epoch_iterations: Option<u64>,
 }
 
-/// What a training step was.
+/// Result of a training step.
 pub(crate) struct Step {
-    /// Batches.
+    /// Number of batches.
     pub(crate) passes: u64,
-    /// Samples of all ranks.
+    /// Number of samples of all ranks.
     pub(crate) samples: u64,
-    /// This rank's, a scalar.
+    /// Loss of this rank, a scalar.
     pub(crate) loss: Tensor,
-    /// What this rank took by itself, before it waited for others.
+    /// Time of this rank before it waited for others.
     pub(crate) own: Duration,
 }
 
-/// The passes of a step.
+/// Result of the passes of a step.
 struct Passes {
     passes: u64,
     samples: u64,
-    /// Samples of the first one.
+    /// Number of samples of the first pass.
     first: u64,
     loss: Tensor,
     own: Duration,
@@ -92,12 +93,12 @@ impl ExecutableGraph {
         }
     }
 
-    /// For a task of a run in this folder.
+    /// Returns the graph for a task of a run with this folder.
     pub(crate) fn for_task(&self, folder: &Rc<Path>, timers: Option<Rc<Timers>>) -> Self {
         Self { timers, folder: Some(Rc::clone(folder)), ..self.clone() }
     }
 
-    /// Does a part of a step, and times it where that is asked for.
+    /// Executes a part of a step, and times it if the task is timed.
     pub(crate) fn timed<T>(&self, uid: &str, phase: &'static str, work: impl FnOnce() -> T) -> T {
         match &self.timers {
             Some(timers) => timers.time(uid, phase, work),
@@ -117,7 +118,7 @@ impl ExecutableGraph {
         self.folder.as_deref()
     }
 
-    /// Keeps the last value of a tag in the step.
+    /// Records a scalar of the step. A later value of the same tag replaces it.
     pub(crate) fn show_scalar(&self, tag: &str, value: f64) {
         let mut scalars = self.scalars.borrow_mut();
         match scalars.iter_mut().find(|(known, _)| known == tag) {
@@ -140,8 +141,8 @@ impl ExecutableGraph {
         self.asked.take()
     }
 
-    /// Samples of the nodes at these positions in all passes of the step under way. `None` if the step is one pass, or a node does not
-    /// know its samples.
+    /// Returns the samples of the nodes at these positions in all passes of the current step.
+    /// `None` if the step is one pass, or a node does not know its samples.
     pub(crate) fn step_samples(&self, nodes: [usize; 2]) -> Option<[u64; 2]> {
         let samples = self.step_samples.borrow();
         let [first, second] = nodes.map(|node| samples.get(node).copied().flatten());
@@ -160,12 +161,13 @@ impl ExecutableGraph {
         self.entries.iter().position(|entry| entry.name == name)
     }
 
-    /// Iterations left in the epoch: those of the node that runs out first; `None` where no node has a size.
+    /// Returns the remaining iterations of the epoch: the smallest number of all nodes. `None` if
+    /// no node has a size.
     pub(crate) fn remaining(&self) -> Option<u64> {
         self.entries.iter().filter_map(|entry| entry.node.borrow().remaining()).min()
     }
 
-    /// Batches that the iteration still has.
+    /// Returns the number of batches that remain in the iteration.
     fn parts_left(&self) -> u64 {
         self.entries.iter().map(|entry| entry.node.borrow().parts_left()).max().unwrap_or(1)
     }
@@ -181,14 +183,16 @@ impl ExecutableGraph {
         self.epoch_end(worker, |node| node.remaining().is_some()).map(drop)
     }
 
-    /// Ends the epoch on the nodes that are to and collects what they measured, by uid, synchronised over the ranks.
+    /// Ends the epoch on the nodes that `ends` accepts, and returns their measures by uid,
+    /// synchronized over the ranks.
     pub(crate) fn epoch_end(
         &self,
         worker: &Worker,
         ends: impl Fn(&dyn Node) -> bool,
     ) -> Result<Vec<(String, Measure)>> {
         let ending: Vec<_> = self.entries.iter().filter(|entry| ends(&*entry.node.borrow())).collect();
-        // What may fail comes first. Where it does, since a rank is lost, the epoch has not ended, and is ended again.
+        // The synchronization may fail, so it comes first. If a rank is lost in it, the epoch has
+        // not ended, and is ended again later.
         for entry in &ending {
             let synced = entry.node.borrow_mut().sync_measures(worker);
             synced.map_err(|error| error.at(&entry.uid, "epoch end"))?;
@@ -207,7 +211,8 @@ impl ExecutableGraph {
         Ok(measures)
     }
 
-    /// The losses of the last training step over the samples of all ranks, by name. Collective.
+    /// Returns the losses of the last training step over the samples of all ranks, by name.
+    /// Collective.
     pub(crate) fn step_losses(&self, worker: &Worker) -> Result<Vec<(String, f64)>> {
         let own = |entry: &Rc<Entry>| Some((entry.name.clone(), entry.node.borrow().step_loss()?));
         let (names, rows): (Vec<_>, Vec<_>) = self.entries.iter().filter_map(own).unzip();
@@ -220,7 +225,7 @@ impl ExecutableGraph {
         Ok(names.into_iter().zip(means).collect())
     }
 
-    /// Runs every node once, without gradients. Returns the samples of all ranks.
+    /// Runs every node once, without gradients. Returns the number of samples of all ranks.
     pub(crate) fn eval_step(&self, worker: &Worker) -> Result<u64> {
         tch::no_grad(|| {
             let mut samples = 0;
@@ -240,7 +245,7 @@ impl ExecutableGraph {
         })
     }
 
-    /// Lets somebody ask for the outputs of an iteration with these inputs.
+    /// Begins an iteration with these inputs, and calls `look` with its outputs.
     pub(crate) fn forward<T>(
         &self,
         worker: &Worker,
@@ -252,16 +257,19 @@ impl ExecutableGraph {
         look(&outputs)
     }
 
-    /// Runs every node once per pass, goes back from the sum of the losses, and applies the optimizers. With `check` nothing is applied where
-    /// gradients are not finite, and there is no step.
+    /// Executes a training step: runs every node once per pass, runs backward from the sum of the
+    /// losses, and applies the optimizers. With `check`, returns `None` and applies nothing if
+    /// gradients are not finite.
     ///
-    /// The passes of a step weigh as their samples do: each loss is scaled by its samples over those of the first pass, and the
-    /// gradients at the end by those of the first pass over those of all.
+    /// Passes are weighted by their samples. Each loss is scaled by its samples divided by those of
+    /// the first pass. At the end, the gradients are scaled by the samples of the first pass
+    /// divided by those of all passes.
     pub(crate) fn train_step(&self, worker: &Worker, check: bool) -> Result<Option<Step>> {
         self.apply_step(worker, check).map_err(|error| self.name_sparse(error))
     }
 
-    /// Names the parameter if a step has failed since its gradient is sparse: libtorch names the operation that cannot take it alone.
+    /// Names the parameter if a step failed because its gradient is sparse: libtorch's error names
+    /// only the operation.
     fn name_sparse(&self, error: Error) -> Error {
         if error.is_lost() {
             return error;
@@ -303,7 +311,8 @@ impl ExecutableGraph {
         Ok(Some(Step { passes, samples, loss, own }))
     }
 
-    /// All passes of a step; the ranks exchange gradients in the last one, or not at all.
+    /// Executes all passes of a step. With `exchange`, the ranks exchange gradients in the last
+    /// pass.
     fn passes_of_step(&self, worker: &Worker, exchange: bool) -> Result<Passes> {
         self.each("before the step", |node| node.before_step())?;
         let iterations = match self.passes.get() {
@@ -319,7 +328,7 @@ impl ExecutableGraph {
         let (mut samples, mut first, mut sum, mut own) = (0, None, None, Duration::ZERO);
         let mut passes = 0;
         loop {
-            // Parts of an iteration are passes of their own that nobody else counts.
+            // An iteration that is divided into parts has more passes, but counts as one.
             let ends = self.parts_left() == 1;
             passes += u64::from(ends);
             let last = ends && (passes == self.passes.get() || self.remaining() == Some(1));
@@ -337,7 +346,8 @@ impl ExecutableGraph {
         }
     }
 
-    /// Does a step anew whose gradients were not finite, each rank by itself, and says which ranks they came from. Collective.
+    /// Repeats a step whose gradients were not finite, each rank on its own, and returns an error
+    /// that names the ranks they came from. Collective.
     pub(crate) fn blame(&self, worker: &Worker, step: u64) -> Result<Error> {
         self.entries.iter().for_each(|entry| entry.node.borrow_mut().roll_back());
         let loss = self.passes_of_step(worker, false)?.loss.f_double_value(&[])?;
@@ -369,8 +379,9 @@ impl ExecutableGraph {
         )))
     }
 
-    /// Forward and backward over one batch, whose weight is relative to a first one of so many samples. Returns the samples of all
-    /// ranks, the weighted loss, and the time before this rank waited for others.
+    /// Runs forward and backward over one batch. `first` is the number of samples of the step's
+    /// first pass, if this is a later one. Returns the samples of all ranks, the weighted loss, and
+    /// the time before this rank waited for others.
     fn pass(&self, worker: &Worker, last: bool, first: Option<u64>) -> Result<(u64, Tensor, Duration)> {
         let begun = Instant::now();
         self.each("before the pass", |node| node.before_pass(last))?;
@@ -400,21 +411,22 @@ impl ExecutableGraph {
             None => loss.shallow_clone(),
         };
         self.each("backward", |node| node.before_backward(&start, last))?;
-        // From here on this rank waits for the others; one that did not come so far is behind.
+        // From here on this rank waits for the others. The hang check treats a rank that has not
+        // reached this point as behind.
         if last {
             worker.link().collective();
         } else {
             worker.link().tick();
         }
         let own = begun.elapsed();
-        // All nodes at once: the graph of libtorch does not know them.
+        // Times all nodes together: the autograd graph of libtorch does not know them.
         self.timed("*", "backward", || ice_c10d::run_backward(&start))?;
         self.each("backward", |node| node.after_backward(last))?;
         self.iteration_end();
         Ok((samples, loss.detach(), own))
     }
 
-    /// Like [`ExecutableGraph::pass`], where nodes go backward by themselves within forward.
+    /// Like [`ExecutableGraph::pass`], if nodes run their own backward pass within forward.
     fn pass_with_backward(
         &self,
         worker: &Worker,
@@ -462,7 +474,7 @@ impl ExecutableGraph {
         Ok((samples, loss, own))
     }
 
-    /// Calls a hook of all nodes.
+    /// Calls a hook on all nodes.
     fn each(&self, phase: &'static str, hook: impl Fn(&mut dyn Node) -> Result<()>) -> Result<()> {
         for entry in self.entries.iter() {
             let run = || hook(&mut *entry.node.borrow_mut());

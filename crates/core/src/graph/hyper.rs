@@ -12,10 +12,10 @@ use crate::optim::RunClock;
 use crate::precision::Precision;
 use crate::{Autocast, Context, Error, GradScaler, HParam, Node, Probe, Result, Round};
 
-/// The uid of the gradient scaler.
+/// Uid of the gradient scaler.
 const SCALER: &str = "*/grad_scaler";
 
-/// A node in its place.
+/// A node with its name and tags.
 pub(crate) struct Entry {
     pub(crate) uid: String,
     pub(crate) name: String,
@@ -39,11 +39,11 @@ pub struct HyperGraph {
     hparams: Vec<(String, HParam)>,
     sources: Vec<PathBuf>,
     set_up: RefCell<bool>,
-    /// By query.
+    /// Selected nodes by query, as a cache.
     selections: RefCell<BTreeMap<Tags, Rc<ExecutableGraph>>>,
-    /// Of the run, for schedules.
+    /// Clock of the run, for schedules.
     clock: RunClock,
-    /// The nodes that were prepared last.
+    /// Nodes that are prepared at present.
     prepared: RefCell<Vec<Rc<Entry>>>,
 }
 
@@ -64,7 +64,7 @@ impl Default for HyperGraph {
 }
 
 impl HyperGraph {
-    /// A graph without nodes.
+    /// Creates a graph without nodes.
     pub fn new() -> Self {
         Self::default()
     }
@@ -76,7 +76,7 @@ impl HyperGraph {
     /// Adds a node under a name. Several nodes may share a name if no task selects two of them.
     ///
     /// # Errors
-    /// A uid (tags and name) that is taken, an empty name, or a tag that is none.
+    /// A uid (tags and name) that is taken, an empty name, or an invalid tag.
     pub fn add(&mut self, name: &str, node: impl Node + 'static, tags: impl Into<Tags>) -> Result<&mut Self> {
         self.place(name, Rc::new(RefCell::new(node)), tags.into())?;
         Ok(self)
@@ -101,9 +101,10 @@ impl HyperGraph {
         Ok(())
     }
 
-    /// Copies a file, or a folder without what git ignores in it, to `src` in the run's folder when the run begins. May be called for
-    /// several. The sources of the program itself are in `env!("CARGO_MANIFEST_DIR")`. Files above 8 MiB are left out, and what cannot be
-    /// copied is a warning.
+    /// Copies a file or folder to `src` in the run's folder when the run begins. Of a folder, files
+    /// that git ignores are left out, like files above 8 MiB. May be called several times. The
+    /// sources of the program itself are in `env!("CARGO_MANIFEST_DIR")`. A failure to copy is a
+    /// warning.
     pub fn backup_source_files(&mut self, path: impl Into<PathBuf>) -> &mut Self {
         self.sources.push(path.into());
         self
@@ -113,11 +114,12 @@ impl HyperGraph {
         &self.sources
     }
 
-    /// Removes the nodes that a query selects, and returns their uids. Like in a task, nodes that are tagged `*` are among those that any query
-    /// selects. A single node is removed by [`HyperGraph::remove_node`].
+    /// Removes the nodes that a query selects, and returns their uids. Like in a task, any query
+    /// also selects nodes tagged `*`. [`HyperGraph::remove_node`] removes a single node.
     ///
     /// # Errors
-    /// [`Error::Graph`] if the query selects none, and says what there is; or if the query is not made of tags, such as a uid.
+    /// [`Error::Graph`] if the query selects no node, with a list of the nodes; or if the query is
+    /// not made of tags, such as a uid.
     pub fn remove(&mut self, query: impl Into<Tags>) -> Result<Vec<String>> {
         let query = query.into();
         query.check_query()?;
@@ -129,7 +131,7 @@ impl HyperGraph {
         Ok(removed)
     }
 
-    /// Removes the node with a uid, and no other.
+    /// Removes only the node with this uid.
     ///
     /// ```
     /// use ice_core::{HyperGraph, MetricNode};
@@ -143,7 +145,7 @@ impl HyperGraph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Graph`] if there is no such node; says what there is.
+    /// [`Error::Graph`] if there is no such node, with a list of the nodes.
     pub fn remove_node(&mut self, uid: &str) -> Result<()> {
         if self.entries.iter().all(|entry| entry.uid != uid) {
             return Err(Error::Graph(format!("there is no node `{uid}`; there are {}", self.listing())));
@@ -160,8 +162,9 @@ impl HyperGraph {
         self.changed();
     }
 
-    /// The uids of the nodes that a query selects, in the order that they were added in: those tagged `*` are among them. A query that is
-    /// not made of tags, such as a uid, selects none.
+    /// Returns the uids of the nodes that a query selects, in the order of their addition. Any
+    /// query also selects nodes tagged `*`. A query that is not made of tags, such as a uid,
+    /// selects no node.
     pub fn select_nodes(&self, query: impl Into<Tags>) -> impl Iterator<Item = &str> {
         let query = query.into();
         let is_query = query.check_query().is_ok();
@@ -169,7 +172,7 @@ impl HyperGraph {
         selected.map(|entry| entry.uid.as_str())
     }
 
-    /// The node with a uid, or with a name that only one node has.
+    /// Returns the node with this uid, or with a name that only one node has.
     ///
     /// ```
     /// use ice_core::{HyperGraph, MetricNode};
@@ -181,7 +184,8 @@ impl HyperGraph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Graph`] where there is no such node, or there are several, or it is of another type, or in use.
+    /// [`Error::Graph`] if there is no such node or there are several, or if the node is of another
+    /// type or in use.
     pub fn node<N: Node>(&self, uid: &str) -> Result<RefMut<'_, N>> {
         let exact = self.entries.iter().filter(|entry| entry.uid == uid).collect::<Vec<_>>();
         let found = match exact.is_empty() {
@@ -207,13 +211,13 @@ impl HyperGraph {
         })
     }
 
-    /// What was selected is no longer what would be.
+    /// Drops the cached selections after a change of the graph.
     fn changed(&mut self) {
         self.selections.get_mut().clear();
     }
 
-    /// Lets forward passes, of training and of evaluation, run in a smaller type where that is safe. With `Kind::Half` give a
-    /// [`GradScaler`], too; `Kind::BFloat16` needs none.
+    /// Lets operations of forward passes, in training and evaluation, run in a smaller type if that
+    /// is safe. `Kind::Half` also needs a [`GradScaler`]; `Kind::BFloat16` does not.
     pub fn autocast(&mut self, autocast: Autocast) -> &mut Self {
         self.precision.autocast = Some(autocast);
         self.changed();
@@ -225,10 +229,10 @@ impl HyperGraph {
         self.precision.autocast.is_some()
     }
 
-    /// Scales losses, as the node `*/grad_scaler`.
+    /// Scales losses, by the node `*/grad_scaler`.
     ///
     /// # Errors
-    /// [`Error::Graph`] where there is one already.
+    /// [`Error::Graph`] if the graph already has a scaler.
     pub fn grad_scaler(&mut self, scaler: GradScaler) -> Result<&mut Self> {
         let scaler = Rc::new(RefCell::new(scaler));
         self.place(SCALER.trim_start_matches("*/"), Rc::clone(&scaler) as Rc<RefCell<dyn Node>>, "*".into())?;
@@ -241,15 +245,17 @@ impl HyperGraph {
         self.precision.scaler.as_ref().is_some_and(|scaler| scaler.borrow().is_enabled())
     }
 
-    /// Takes the gradients of so many batches for one step of the optimizers, each sample with the same weight. At the end of an epoch
-    /// they may be fewer. The ranks exchange gradients once per step.
+    /// Accumulates the gradients of this many batches for one step of the optimizers, with the same
+    /// weight for each sample. At the end of an epoch there may be fewer batches. The ranks
+    /// exchange gradients once per step.
     pub fn accumulate_gradients(&mut self, batches: NonZeroU64) -> &mut Self {
         self.passes = batches;
         self.changed();
         self
     }
 
-    /// Shows a hyper-parameter in TensorBoard. A name that was given before has the new value.
+    /// Shows a hyper-parameter in TensorBoard. A later value of the same name replaces an earlier
+    /// one.
     pub fn hparam(&mut self, name: &str, value: impl Into<HParam>) -> &mut Self {
         self.hparams.retain(|(known, _)| known != name);
         self.hparams.push((name.into(), value.into()));
@@ -260,7 +266,7 @@ impl HyperGraph {
         &self.hparams
     }
 
-    /// Adds a node that prints the outputs of others.
+    /// Adds a node that prints the outputs of other nodes.
     ///
     /// ```
     /// use ice_core::{HyperGraph, Probe};
@@ -270,13 +276,13 @@ impl HyperGraph {
     /// ```
     ///
     /// # Errors
-    /// A tag that is none.
+    /// An invalid tag.
     pub fn print_forward_output(&mut self, probe: Probe, tags: impl Into<Tags>) -> Result<&mut Self> {
         let name = format!("probe_{}", self.entries.len());
         self.add(&name, probe, tags)
     }
 
-    /// The uids of all nodes, in the order that they were added in.
+    /// Returns the uids of all nodes, in the order of their addition.
     pub fn uids(&self) -> impl Iterator<Item = &str> {
         self.entries.iter().map(|entry| entry.uid.as_str())
     }
@@ -285,8 +291,8 @@ impl HyperGraph {
         &self.entries
     }
 
-    /// The nodes that take part in a task with these tags. Where a node tagged `*` and another of its name are both
-    /// selected, the other one is taken.
+    /// Returns the nodes that take part in a task with these tags. A selected node replaces a node
+    /// of the same name that is tagged `*`.
     pub(crate) fn select(&self, query: &Tags) -> Result<Rc<ExecutableGraph>> {
         if let Some(known) = self.selections.borrow().get(query) {
             return Ok(Rc::clone(known));
@@ -326,7 +332,8 @@ impl HyperGraph {
         Error::Graph(format!("the tags `{query}` select no node; there are {}", self.listing()))
     }
 
-    /// Cleans up the nodes that ran before and are not among these, and prepares those of these that did not.
+    /// Switches from the prepared nodes to `next`: cleans up nodes that are no longer used, and
+    /// prepares nodes that are new.
     pub(crate) fn switch_to(&self, next: &[Rc<Entry>]) -> Result<()> {
         let before = self.prepared.replace(next.to_vec());
         let is_in = |list: &[Rc<Entry>], entry: &Rc<Entry>| list.iter().any(|other| Rc::ptr_eq(other, entry));
@@ -339,7 +346,7 @@ impl HyperGraph {
         Ok(())
     }
 
-    /// Makes every node ready on the device of the rank, once.
+    /// Sets up every node on the device of the rank, once.
     pub(crate) fn set_up(&self, context: &Context) -> Result<()> {
         if self.set_up.replace(true) {
             return Ok(());
@@ -350,7 +357,7 @@ impl HyperGraph {
         Ok(())
     }
 
-    /// Makes every node ready for the ranks of a round. Collective.
+    /// Prepares every node for the ranks of a round. Collective.
     pub(crate) fn enter_round(&self, round: &Round) -> Result<()> {
         for entry in &self.entries {
             let entered = entry.node.borrow_mut().enter_round(round);
@@ -359,7 +366,7 @@ impl HyperGraph {
         Ok(())
     }
 
-    /// Lets the state of every node hold for all ranks. Collective.
+    /// Synchronizes the measures of every node over the ranks. Collective.
     pub(crate) fn sync_measures(&self, worker: &Worker) -> Result<()> {
         for entry in &self.entries {
             let outcome = entry.node.borrow_mut().sync_measures(worker);

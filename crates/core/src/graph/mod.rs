@@ -1,4 +1,4 @@
-//! The graph: which nodes there are, which of them a task selects, and how they find each other's outputs.
+//! The graph: its nodes, their selection for a task, and the access to their outputs.
 
 mod eager;
 mod executable;

@@ -9,33 +9,35 @@ use crate::graph::{ExecutableGraph, StepPlace};
 use crate::run::Leave;
 use crate::{Error, Result, Share, Value};
 
-/// The outputs of the nodes in one iteration, made when they are first asked for.
+/// The outputs of the nodes in one iteration, computed on first access.
 ///
-/// A node's closure gets this and asks for what it needs by name; the named node runs then, once per iteration.
+/// A node's closure receives this and asks for outputs by name. The named node runs on the first
+/// request, once per iteration.
 pub struct Outputs<'a> {
     graph: &'a ExecutableGraph,
     worker: &'a Worker,
     train: bool,
     values: RefCell<Vec<Option<Made>>>,
-    /// Values by names that no node has.
+    /// Inputs under names that no node has.
     inputs: Vec<(String, Value)>,
     running: RefCell<Vec<Running>>,
-    /// Datasets that have run.
+    /// Number of datasets that have run.
     datasets: Cell<u32>,
-    /// The position of the first of them, and how its samples are spread over the ranks.
+    /// Position of the first dataset that has run, and the distribution of its samples over the
+    /// ranks.
     first_share: Cell<Option<(usize, Share)>>,
 }
 
 /// The output of a node, and the datasets behind it.
 struct Made {
     value: Value,
-    /// The datasets that it depends on, a bit for each.
+    /// Datasets that the output depends on, as a bit set.
     sources: u64,
-    /// Of a dataset: its bit, and how its samples are spread over the ranks.
+    /// For a dataset: its bit, and the distribution of its samples over the ranks.
     share: Option<(u64, Share)>,
 }
 
-/// A node that is running, with what is known of its output so far.
+/// A node that is running, and what is known about its output so far.
 struct Running {
     index: usize,
     sources: u64,
@@ -49,7 +51,7 @@ impl<'a> Outputs<'a> {
         Self { graph, worker, train, values, inputs, running, datasets, first_share }
     }
 
-    /// With values by name: nodes of these names do not run.
+    /// Adds values by name. Nodes of these names do not run.
     pub(crate) fn with_inputs(mut self, inputs: &[(String, Value)]) -> Self {
         for (name, value) in inputs {
             match self.graph.position(name) {
@@ -63,10 +65,11 @@ impl<'a> Outputs<'a> {
         self
     }
 
-    /// The output of the node `name`, as the type that the node makes.
+    /// Returns the output of the node `name`, if it has the type `T`.
     ///
     /// # Errors
-    /// No such node in this task, another type than the node makes, a cycle, or the failure of the node itself.
+    /// No such node in this task, an output of another type, a cycle, or the failure of the node
+    /// itself.
     pub fn get<T: 'static>(&self, name: &str) -> Result<Rc<T>> {
         self.value(name)?.downcast::<T>().map_err(|made| {
             let uid = self.graph.position(name).map_or(name, |index| self.uid(index));
@@ -74,7 +77,7 @@ impl<'a> Outputs<'a> {
         })
     }
 
-    /// The output of the node `name`, of whatever type.
+    /// Returns the output of the node `name`, of any type.
     pub(crate) fn value(&self, name: &str) -> Result<Value> {
         let Some(index) = self.graph.position(name) else {
             if let Some((_, value)) = self.inputs.iter().find(|(input, _)| input == name) {
@@ -96,73 +99,78 @@ impl<'a> Outputs<'a> {
         Ok(made.value.clone())
     }
 
-    /// Where the run was when this step began.
+    /// Returns the progress of the run at the start of this step.
     pub(crate) fn place(&self) -> StepPlace {
         self.graph.place()
     }
 
-    /// Training steps of the run that are done, in all tasks. In a training step the number of the step, from 0: what a schedule of one's own
-    /// depends on, since a resumed run continues with it. 0 in a graph that is run by hand.
+    /// Returns the number of completed training steps of the run, in all tasks. In a training step
+    /// this is the number of the step, from 0. Custom schedules should depend on it, since a
+    /// resumed run continues with it. 0 in a graph that is run by hand.
     pub fn train_steps(&self) -> u64 {
         self.place().train_steps
     }
 
-    /// Epochs of the run that are done: of training in a training step, of evaluation in an evaluation.
+    /// Returns the number of completed epochs of the run: of training in a training step, of
+    /// evaluation in an evaluation.
     pub fn epoch(&self) -> u64 {
         self.place().epochs
     }
 
-    /// Iterations of the epoch that were done when the step began.
+    /// Returns the number of iterations of the epoch completed before this step.
     pub fn iteration(&self) -> u64 {
         self.place().iteration
     }
 
-    /// Iterations of the epoch; `None` if no node has a size.
+    /// Returns the number of iterations of the epoch, or `None` if no node has a size.
     pub fn epoch_iterations(&self) -> Option<u64> {
         self.place().epoch_iterations
     }
 
-    /// The folder of the run, where nodes may write; `None` in a graph that is run by hand.
+    /// Returns the folder of the run, in which nodes may write, or `None` in a graph that is run by
+    /// hand.
     pub fn folder(&self) -> Option<&Path> {
         self.graph.folder()
     }
 
-    /// The identifier of the job.
+    /// Returns the identifier of the job.
     pub fn run_id(&self) -> &str {
         self.worker.run_id()
     }
 
-    /// Shows a value of one's own in TensorBoard, at the number of training steps that are done after this one. Rank 0 alone writes; other ranks may
-    /// call it or not. A tag has one value in a step: the last one. A step that is done again, since a rank was lost, shows it once.
+    /// Shows a custom value in TensorBoard, at the number of training steps completed after this
+    /// one. Only rank 0 writes; other ranks may call it or not. A tag has one value per step: the
+    /// last one. A step that is repeated because a rank was lost shows it once.
     pub fn show_scalar(&self, tag: &str, value: f64) {
         self.graph.show_scalar(tag, value);
     }
 
-    /// The output of the node `name` as a tensor that shares its storage.
+    /// Returns the output of the node `name` as a tensor that shares its storage.
     ///
     /// # Errors
-    /// As [`Outputs::get`].
+    /// The errors of [`Outputs::get`].
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         Ok(self.get::<Tensor>(name)?.shallow_clone())
     }
 
-    /// Leaves the task before its end: all ranks do, once this step, or the next one where another rank has begun it, is done. It is enough that
-    /// one rank asks for it. What was measured in an epoch that is left does not count, and an evaluation goes back to the start of the epoch.
+    /// Leaves the task early, on all ranks. If one rank asks for it, all ranks leave after this
+    /// step, or after the next one if another rank has already begun it. Measures of an unfinished
+    /// epoch do not count, and an evaluation returns to the start of the epoch.
     pub fn stop_task(&self) {
         self.graph.ask_to_leave(Leave::Task);
     }
 
-    /// Ends the run, which counts as well done, at the same place as [`Outputs::stop_task`].
+    /// Ends the run successfully, at the same place as [`Outputs::stop_task`].
     pub fn stop_all_tasks(&self) {
         self.graph.ask_to_leave(Leave::Run);
     }
 
-    /// Whether gradients are wanted: dropout is active, statistics are updated.
+    /// Whether gradients are computed: dropout is active, statistics are updated.
     pub fn is_training(&self) -> bool {
         self.train
     }
 
-    /// The device that inputs belong on.
+    /// Returns the device that inputs must be on.
     pub fn device(&self) -> Device {
         self.worker.device()
     }
@@ -171,22 +179,24 @@ impl<'a> Outputs<'a> {
         self.worker
     }
 
-    /// How the samples of this iteration are spread over the ranks: those of the datasets that the running node has asked for so far, by itself or
-    /// by other nodes. Without any, each rank counts as one sample.
+    /// Returns the distribution of this iteration's samples over the ranks. The samples are those
+    /// of the datasets that the running node has asked for so far, directly or through other nodes.
+    /// Without a dataset, each rank counts as one sample.
     ///
     /// # Errors
-    /// [`Error::Graph`] names the datasets if there are several that are spread in different ways, which happens in the last batches of an
-    /// epoch.
+    /// [`Error::Graph`] if several datasets are distributed in different ways, which happens in the
+    /// last batches of an epoch. The message names them.
     pub fn share(&self) -> Result<Share> {
         Ok(self.dataset_of_running()?.map_or(self.without_dataset(), |(_, share)| share))
     }
 
-    /// How samples are spread for a node that depends on no dataset.
+    /// Returns the distribution for a node that depends on no dataset.
     fn without_dataset(&self) -> Share {
         Share { here: 1, total: self.worker.world_size() as u64 }
     }
 
-    /// As [`Outputs::share`], and the position of a dataset that is spread like that; `None` without any.
+    /// Like [`Outputs::share`], with the position of a dataset that has this distribution. `None`
+    /// without a dataset.
     fn dataset_of_running(&self) -> Result<Option<(usize, Share)>> {
         let sources = self.running.borrow().last().map_or(u64::MAX, |running| running.sources);
         if let (1, Some(first)) = (self.datasets.get(), self.first_share.get())
@@ -212,15 +222,16 @@ impl<'a> Outputs<'a> {
         }
     }
 
-    /// How the samples of the dataset `name` are spread over the ranks in this iteration.
+    /// Returns the distribution of the samples of the dataset `name` over the ranks in this
+    /// iteration.
     ///
     /// # Errors
-    /// [`Error::Graph`] if that node is not a dataset; as [`Outputs::get`].
+    /// [`Error::Graph`] if that node is not a dataset, and the errors of [`Outputs::get`].
     pub fn share_of(&self, name: &str) -> Result<Share> {
         Ok(self.dataset(name)?.1)
     }
 
-    /// The position of the dataset `name`, and how its samples are spread.
+    /// Returns the position of the dataset `name`, and the distribution of its samples.
     fn dataset(&self, name: &str) -> Result<(usize, Share)> {
         self.value(name)?;
         let made = |index: usize| Some((index, self.values.borrow()[index].as_ref()?.share?.1));
@@ -228,13 +239,15 @@ impl<'a> Outputs<'a> {
         dataset.ok_or_else(|| Error::Graph(format!("node `{name}` is not a dataset")))
     }
 
-    /// How the samples are spread over the ranks that a node counts: of a dataset that it names, or of those that it depends on.
+    /// Returns the distribution of the samples that a node counts: those of the dataset
+    /// `samples_of`, or of the datasets that the node depends on.
     pub(crate) fn share_for(&self, samples_of: Option<&str>) -> Result<Share> {
         samples_of.map_or_else(|| self.share(), |name| self.share_of(name))
     }
 
-    /// As [`Outputs::share_for`], and the factor of a loss over these samples. The passes of a step weigh as the samples of the first dataset
-    /// do. A loss over another dataset is corrected, so that each of its samples weighs the same in the step, too.
+    /// Like [`Outputs::share_for`], with the factor of a loss over these samples. The passes of a
+    /// step are weighted by the samples of the first dataset. The factor corrects a loss over
+    /// another dataset, so that each of its samples has the same weight in the step, too.
     pub(crate) fn share_of_loss(&self, samples_of: Option<&str>) -> Result<(Share, f64)> {
         let dataset =
             samples_of.map_or_else(|| self.dataset_of_running(), |name| self.dataset(name).map(Some))?;
@@ -249,7 +262,7 @@ impl<'a> Outputs<'a> {
         Ok((share, correction.unwrap_or(1.0)))
     }
 
-    /// Notes how the samples of the running node, which is a dataset, are spread over the ranks.
+    /// Sets the distribution of the samples of the running node, which is a dataset.
     pub(crate) fn set_share(&self, share: Share) -> Result<()> {
         let number = self.datasets.get();
         let bit = 1_u64.checked_shl(number);

@@ -4,9 +4,9 @@ use crate::{Error, Result};
 
 /// A set of tags: of a node, or in a query.
 ///
-/// Converts from `"train"`, `"train,val"` and arrays of names. On a node, `*` takes part in every task; a plain tag takes part
-/// where the query names **all** of the node's plain tags; a `#tag` takes part where the query names **any** of them. In a
-/// query, `*` selects everything.
+/// Converts from `"train"`, `"train,val"` and arrays of names. A node tagged `*` takes part in
+/// every task. A node with plain tags takes part if the query names **all** of them. A node with
+/// `#tag` takes part if the query names **any** of its `#` tags. In a query, `*` selects all nodes.
 ///
 /// ```
 /// use ice_core::Tags;
@@ -20,7 +20,7 @@ use crate::{Error, Result};
 pub struct Tags(BTreeSet<String>);
 
 impl Tags {
-    /// Whether a node with these tags takes part in a task that asks for `query`.
+    /// Whether a node with these tags takes part in a task with this `query`.
     pub fn selected_by(&self, query: &Self) -> bool {
         if query.0.contains("*") || self.0.contains("*") {
             return true;
@@ -33,8 +33,8 @@ impl Tags {
         plain.peek().is_some() && plain.all(|tag| query.0.contains(tag))
     }
 
-    /// The name of a node among all nodes: its plain tags in order, joined by `,`, then `/` and the name; `*/name` without
-    /// plain tags, `#tag/name` for a single `#` tag.
+    /// Returns the unique identifier of a node: its plain tags in order, joined by `,`, then `/`
+    /// and the name. Without plain tags it is `*/name`, with a single `#` tag `#tag/name`.
     pub fn uid(&self, name: &str) -> String {
         let plain: Vec<&str> = self.plain().collect();
         let mut any = self.0.iter().filter(|tag| tag.starts_with('#'));
@@ -45,7 +45,7 @@ impl Tags {
         }
     }
 
-    /// Whether a node with these tags stands back where another of its name is tagged for the task.
+    /// Whether a selected node of the same name, without `*`, replaces a node with these tags.
     pub(crate) fn is_general(&self) -> bool {
         self.0.contains("*")
     }
@@ -54,12 +54,12 @@ impl Tags {
         self.0.contains(tag)
     }
 
-    /// The first of these that is not a tag.
+    /// Returns the first element that is not a valid tag.
     fn find_bad(&self) -> Option<&str> {
         self.0.iter().map(String::as_str).find(|tag| tag.is_empty() || *tag == "#" || tag.contains('/'))
     }
 
-    /// Checks a query. Several nodes may have a tag, and one node has a uid.
+    /// Checks a query. Queries consist of tags; a uid identifies a single node and is refused.
     pub(crate) fn check_query(&self) -> Result<()> {
         match self.find_bad() {
             Some(uid) if uid.contains('/') => Err(Error::Graph(format!(

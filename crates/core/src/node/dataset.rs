@@ -7,11 +7,12 @@ use crate::data::{Ahead, BatchSize, Dataset, Feed, Place, Sampler, Seat};
 use crate::node::is_between_passes;
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
-/// Feeds a [`Dataset`] to the graph, batch by batch, each rank its own share.
+/// Feeds a [`Dataset`] to the graph batch by batch, with a share for each rank.
 ///
-/// The order of an epoch is one permutation, made from the seed of the run and the number of the epoch, and one cursor
-/// over it. Each iteration takes the next `batch_size × world size` samples; the ranks divide them in order of rank, so the
-/// same samples are in a step however many ranks share it. What is left at the end is divided as evenly as it goes.
+/// The order of an epoch is one permutation, derived from the seed of the run and the number of the
+/// epoch, with one cursor over it. Each iteration takes the next `batch_size × world size` samples,
+/// and the ranks divide them in order of rank. A step thus has the same samples for any number of
+/// ranks that share it. The remaining samples at the end are divided as evenly as possible.
 ///
 /// ```
 /// use ice_core::DatasetNode;
@@ -36,7 +37,7 @@ pub struct DatasetNode<D: Dataset> {
     ahead: Ahead,
     seed: u64,
     feed: Option<Feed<D>>,
-    /// Where the step began, or the epoch.
+    /// Position at the start of the step, or of the epoch.
     mark: Place,
 }
 
@@ -51,8 +52,8 @@ struct Position {
 }
 
 impl<D: Dataset> DatasetNode<D> {
-    /// A node over a dataset: in order, one sample per rank and iteration, the last ones included, made in the thread of
-    /// the step.
+    /// Creates a node over a dataset. Defaults: in order, one sample per rank and iteration,
+    /// including the last samples, made in the thread of the step.
     pub fn new(dataset: D) -> Self {
         Self {
             dataset: Arc::new(dataset),
@@ -67,64 +68,66 @@ impl<D: Dataset> DatasetNode<D> {
         }
     }
 
-    /// Whether each pass over the samples has an order of its own.
+    /// Sets whether each pass over the samples has its own random order.
     #[must_use]
     pub fn shuffle(mut self, shuffle: bool) -> Self {
         self.shuffle = shuffle;
         self
     }
 
-    /// Samples per rank and iteration.
+    /// Sets the number of samples per rank and iteration.
     #[must_use]
     pub fn batch_size(mut self, batch_size: usize) -> Self {
         self.batch_size = BatchSize::PerRank(batch_size);
         self
     }
 
-    /// Samples of all ranks together per iteration, divided as evenly as it goes. Instead of
-    /// [`DatasetNode::batch_size`].
+    /// Sets the number of samples of all ranks together per iteration, divided as evenly as
+    /// possible. Replaces [`DatasetNode::batch_size`].
     #[must_use]
     pub fn in_total(mut self, batch_size: usize) -> Self {
         self.batch_size = BatchSize::InTotal(batch_size);
         self
     }
 
-    /// Whether to leave out the last samples of a pass where they do not fill a batch on every rank.
+    /// Sets whether to leave out the last samples of a pass if they do not fill a batch on every
+    /// rank.
     #[must_use]
     pub fn drop_last(mut self, drop_last: bool) -> Self {
         self.drop_last = drop_last;
         self
     }
 
-    /// Makes an epoch this many iterations long, however many samples there are. The passes over the samples go on across
-    /// the ends of epochs: each sample is still seen once before any is seen again, and the batches are those of a run
-    /// without this option.
+    /// Sets the number of iterations of an epoch, independent of the number of samples. Passes over
+    /// the samples continue across the ends of epochs: each sample is still seen once before any is
+    /// seen again, and the batches are those of a run without this option.
     #[must_use]
     pub fn iterations(mut self, iterations: u64) -> Self {
         self.iterations = Some(iterations);
         self
     }
 
-    /// Makes batches in this many threads. With 0, as by default, the thread of the step makes them.
+    /// Sets the number of threads that make batches. Default: 0, the thread of the step makes them.
     ///
-    /// Neither the order of the samples, nor random numbers drawn from the [`Pass`](crate::data::Pass), nor what a checkpoint
-    /// holds depends on it. libtorch's operations in these threads run on one core each, and must not draw from its random
-    /// number generator, which belongs to the steps.
+    /// The number affects neither the order of the samples, nor random numbers drawn from the
+    /// [`Pass`](crate::data::Pass), nor the contents of checkpoints. libtorch's operations in these
+    /// threads run on one core each. They must not draw from libtorch's random number generator,
+    /// which belongs to the steps.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.ahead.workers = workers;
         self
     }
 
-    /// Makes at most this many batches of an epoch before they are wanted; twice the number of workers unless said
-    /// otherwise. Without effect where there are no workers.
+    /// Sets the number of batches of an epoch that are made ahead. Default: twice the number of
+    /// workers. Has no effect without workers.
     #[must_use]
     pub fn prefetch(mut self, batches: usize) -> Self {
         self.ahead.prefetch = Some(batches);
         self
     }
 
-    /// Samples of the dataset.
+    /// Returns the number of samples of the dataset.
     pub fn len(&self) -> usize {
         self.dataset.len()
     }
@@ -134,7 +137,7 @@ impl<D: Dataset> DatasetNode<D> {
         self.len() == 0
     }
 
-    /// At the start of the data, for a rank of so many.
+    /// Creates the feed of a rank, at the start of the data.
     fn make_feed(&self, seat: Seat, batch_ranks: u64) -> Result<Feed<D>>
     where
         D: 'static,

@@ -6,30 +6,31 @@ use crate::{Context, Error, Measure, Node, NodeState, Outputs, Result, Value};
 
 type Function = dyn Fn(&Outputs) -> Result<Tensor>;
 
-/// A loss: the mean over the samples of the rank, as a scalar. Several losses of a task are summed.
+/// A loss: the mean over the samples of the rank, as a scalar. The losses of a task are summed.
 ///
-/// The loss is scaled by `world size × samples here / samples of all ranks`, since the gradients of the ranks are averaged: so
-/// every sample weighs the same, also in an uneven last batch and in a step of several batches. The samples are those of the dataset that the loss depends on, by whichever
-/// nodes; a loss that depends on none weighs the same on all ranks. If a loss depends on several datasets,
-/// [`LossNode::samples_of`] says which one counts.
+/// The ranks average their gradients. The loss is therefore scaled by `world size × samples here /
+/// samples of all ranks`, so that every sample has the same weight, also in an uneven last batch
+/// and in a step of several batches. The samples are those of the dataset that the loss depends on,
+/// directly or through other nodes. A loss without a dataset has the same weight on all ranks. If a
+/// loss depends on several datasets, [`LossNode::samples_of`] selects the one that counts.
 pub struct LossNode {
     function: Box<Function>,
     weight: f64,
     samples_of: Option<String>,
     goes_backward: bool,
     pending: Option<Tensor>,
-    /// The factor of this pass.
+    /// Factor of the gradients of this pass.
     factor: Option<f64>,
-    /// Of the epoch: the loss, summed over samples, and the samples.
+    /// Sums of the epoch: the loss, summed over samples, and the samples.
     epoch: Sums,
-    /// The same of the passes of one step.
+    /// The same sums for the passes of one step.
     step: Option<Tensor>,
-    /// Whether it is in the sums of the epoch.
+    /// Whether the sums of the epoch include the step.
     is_counted: bool,
 }
 
 impl LossNode {
-    /// A loss from the outputs of other nodes.
+    /// Creates a loss from the outputs of other nodes.
     pub fn new(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
         Self {
             function: Box::new(function),
@@ -44,11 +45,13 @@ impl LossNode {
         }
     }
 
-    /// A loss whose closure goes backward by itself, in a training step (`x.is_training()`): as often as it likes, from whatever it likes, or not
-    /// at all. The step then applies the gradients that the closure has left, averaged over the ranks and weighed by samples as those of
-    /// any loss. The value that the closure returns is measured and shown, and is otherwise of no effect.
+    /// Creates a loss whose closure runs backward itself in a training step (`x.is_training()`),
+    /// any number of times and from any tensors. The step then applies the gradients that the
+    /// closure has left, averaged over the ranks and weighted by samples like those of any loss.
+    /// The value that the closure returns is only measured and shown.
     ///
-    /// All losses of a training task go backward by themselves, or none. A [`GradScaler`](crate::GradScaler) needs one that does not.
+    /// In a training task, either all losses run backward themselves, or none. A
+    /// [`GradScaler`](crate::GradScaler) needs losses that do not.
     ///
     /// ```
     /// use ice_core::LossNode;
@@ -66,14 +69,15 @@ impl LossNode {
         Self { goes_backward: true, ..Self::new(function) }
     }
 
-    /// The factor of this loss in the sum.
+    /// Sets the factor of this loss in the sum.
     #[must_use]
     pub fn weight(mut self, weight: f64) -> Self {
         self.weight = weight;
         self
     }
 
-    /// The dataset whose samples the loss is a mean over. Default: the one that the loss depends on.
+    /// Sets the dataset whose samples the loss is a mean over. Default: the dataset that the loss
+    /// depends on.
     #[must_use]
     pub fn samples_of(mut self, dataset: impl Into<String>) -> Self {
         self.samples_of = Some(dataset.into());
@@ -105,7 +109,7 @@ impl Node for LossNode {
                 self.factor = Some(factor);
                 return Ok(Value::new(loss.detach()));
             }
-            // What would be multiplied by 1 is left as it is, forward and backward.
+            // A loss with the factor 1 needs no multiplication, forward or backward.
             self.pending = Some(if factor == 1.0 { loss.shallow_clone() } else { &loss * factor });
         }
         Ok(Value::new(loss))
@@ -172,11 +176,11 @@ impl Node for LossNode {
     }
 }
 
-/// `[sum, samples]` of a mean over so many samples.
+/// Returns `[sum, samples]` of a mean over this many samples.
 fn sum_and_samples(loss: &Tensor, samples: u64) -> Result<Tensor> {
     tch::no_grad(|| {
         let loss = loss.detach().f_to_kind(Kind::Double)?;
-        // Not 0 times a loss that may be infinite.
+        // 0 times an infinite loss would be NaN, so zero samples add a plain 0.
         let sum = if samples == 0 { loss.zeros_like() } else { loss * samples as f64 };
         let samples = Tensor::full([], samples as f64, (Kind::Double, sum.device()));
         Ok(Tensor::f_stack(&[sum, samples], 0)?)

@@ -10,11 +10,12 @@ use crate::{Context, Measure, Node, NodeState, Outputs, Result, Value};
 
 type Function<I> = dyn Fn(&Outputs) -> Result<I>;
 
-/// A metric over an epoch, measured with a [`Meter`]; exact over ranks that hold different counts of samples. A rank that has no
-/// share of a batch adds nothing: of the dataset that the metric depends on, by whichever nodes. If there are several,
-/// [`MetricNode::samples_of`] says which one counts.
+/// A metric over an epoch, measured by a [`Meter`]. It is exact over ranks with different numbers
+/// of samples: a rank without a share of a batch adds nothing. The batch is that of the dataset
+/// that the metric depends on, directly or through other nodes. If there are several datasets,
+/// [`MetricNode::samples_of`] selects the one that counts.
 ///
-/// What a function makes of a step is the output of the node, too.
+/// The output of the node is the value of its function.
 ///
 /// ```
 /// use ice_core::MetricNode;
@@ -27,25 +28,27 @@ pub struct MetricNode<M: Meter = Average> {
     function: Box<Function<M::Input>>,
     meter: Rc<RefCell<M>>,
     samples_of: Option<String>,
-    /// What was made in the step that does not count yet; nothing of a batch that this rank had no share of.
+    /// Values of the step that does not count yet. `None` for a batch without a share for this
+    /// rank.
     step: Vec<Option<Value>>,
 }
 
 impl<M: Meter> MetricNode<M> {
-    /// Measures what `function` makes of each step, without gradients.
+    /// Measures the value of `function` in each step, without gradients.
     pub fn new(meter: M, function: impl Fn(&Outputs) -> Result<M::Input> + 'static) -> Self {
         let (meter, samples_of, step) = (Rc::new(RefCell::new(meter)), None, Vec::new());
         Self { function: Box::new(function), meter, samples_of, step }
     }
 
-    /// The dataset whose samples are measured. Default: the one that the metric depends on.
+    /// Sets the dataset whose samples are measured. Default: the dataset that the metric depends
+    /// on.
     #[must_use]
     pub fn samples_of(mut self, dataset: impl Into<String>) -> Self {
         self.samples_of = Some(dataset.into());
         self
     }
 
-    /// The meter, to be read after an epoch: it is reset when the next one begins.
+    /// Returns the meter, to be read after an epoch. It is reset when the next epoch begins.
     ///
     /// ```
     /// use ice_core::{HyperGraph, MetricNode, Repeat, Task};
@@ -65,29 +68,30 @@ impl<M: Meter> MetricNode<M> {
 }
 
 impl MetricNode<Average> {
-    /// The average of what `function` makes: a tensor with one element per sample of this rank, of any dtype that converts
-    /// to double; `[n]` with 1 for a hit and 0 for a miss gives an accuracy.
+    /// Measures the average of `function`: a tensor with one element per sample of this rank, of
+    /// any dtype that converts to double. `[n]` with 1 for a hit and 0 for a miss gives an
+    /// accuracy.
     pub fn average(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
         Self::new(Average::new(), function)
     }
 }
 
 impl MetricNode<Summation> {
-    /// The sum of all elements that `function` makes.
+    /// Measures the sum of all elements of `function`.
     pub fn sum(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
         Self::new(Summation::new(), function)
     }
 }
 
 impl MetricNode<meter::Value> {
-    /// What the last batch had: the mean over the elements that `function` makes.
+    /// Measures the mean of the elements of `function` in the last batch.
     pub fn last(function: impl Fn(&Outputs) -> Result<Tensor> + 'static) -> Self {
         Self::new(meter::Value::new(), function)
     }
 }
 
 impl MetricNode<MovingAverage> {
-    /// The average over the last batches of the elements that `function` makes.
+    /// Measures the average of the elements of `function` over the last `batches` batches.
     pub fn moving_average(
         batches: NonZeroUsize,
         function: impl Fn(&Outputs) -> Result<Tensor> + 'static,
@@ -97,7 +101,8 @@ impl MetricNode<MovingAverage> {
 }
 
 impl MetricNode<Dict> {
-    /// An average for each name that `function` gives, with one element per sample. The first name is also the value of the node.
+    /// Measures an average for each name of `function`, with one element per sample. The average of
+    /// the first name is also the value of the node.
     ///
     /// ```
     /// use ice_core::MetricNode;
@@ -106,7 +111,7 @@ impl MetricNode<Dict> {
     ///     Ok(vec![("squared", error.square()), ("absolute", error.abs())])
     /// });
     /// ```
-    /// As `val/scores` it measures `val/scores.squared` and `val/scores.absolute`.
+    /// The node `val/scores` measures `val/scores.squared` and `val/scores.absolute`.
     pub fn dict<K: Into<String>>(function: impl Fn(&Outputs) -> Result<Vec<(K, Tensor)>> + 'static) -> Self {
         let named = move |x: &Outputs| {
             Ok(function(x)?.into_iter().map(|(name, values)| (name.into(), values)).collect())
@@ -116,16 +121,16 @@ impl MetricNode<Dict> {
 }
 
 impl MetricNode<Accuracy> {
-    /// The share of samples whose class is among the `k` with the highest scores. `function` makes scores `[.., classes]` and the right
-    /// classes `[..]`.
+    /// Measures the share of samples whose class is among the `k` highest scores. `function`
+    /// returns scores `[.., classes]` and labels `[..]`.
     pub fn accuracy(k: usize, function: impl Fn(&Outputs) -> Result<(Tensor, Tensor)> + 'static) -> Self {
         Self::new(Accuracy::top(k), function)
     }
 }
 
 impl MetricNode<ConfusionMatrix> {
-    /// How often each class was taken for which, with precision and recall. `function` makes scores `[.., classes]` or guesses `[..]`,
-    /// and the right classes `[..]`.
+    /// Measures the counts of each combination of class and guess, with precision and recall.
+    /// `function` returns scores `[.., classes]` or guesses `[..]`, and labels `[..]`.
     pub fn confusion_matrix(
         classes: usize,
         function: impl Fn(&Outputs) -> Result<(Tensor, Tensor)> + 'static,

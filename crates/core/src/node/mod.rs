@@ -1,4 +1,4 @@
-//! What a graph is made of.
+//! The nodes of a graph.
 
 mod dataset;
 mod loss;
@@ -28,19 +28,19 @@ pub use value::Value;
 use crate::optim::RunClock;
 use crate::{Error, Outputs, Result};
 
-/// What a node is made ready with.
+/// Context of a node's set-up.
 #[derive(Clone)]
 pub struct Context {
     /// The rank that the graph runs on.
     pub worker: Rc<Worker>,
-    /// The seed of the run.
+    /// Seed of the run.
     pub seed: u64,
-    /// The clock of the run, for schedules of optimizers.
+    /// Clock of the run, for schedules of optimizers.
     pub clock: RunClock,
 }
 
 impl Context {
-    /// The rank and the seed, and a clock that stands still.
+    /// Creates a context with a clock that does not advance.
     pub fn new(worker: Rc<Worker>, seed: u64) -> Self {
         Self { worker, seed, clock: RunClock::default() }
     }
@@ -49,65 +49,69 @@ impl Context {
 /// A reduction of learning rates, like those of `torch.optim.lr_scheduler.ReduceLROnPlateau`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LrReduction {
-    /// The factor, below 1.
+    /// Factor of the learning rate, below 1.
     pub factor: f64,
-    /// The lowest learning rate.
+    /// Lowest learning rate.
     pub min_lr: f64,
-    /// A rate that would change by no more than this stays.
+    /// Smallest change: a rate that would change by no more than this stays.
     pub eps: f64,
 }
 
 impl LrReduction {
-    /// The new learning rate; `None` if it stays.
+    /// Returns the new learning rate, or `None` if it stays.
     pub fn of(&self, rate: f64) -> Option<f64> {
-        // `f64::max` would take the bound for a rate that is NaN.
+        // `f64::max` would return `min_lr` for a rate that is NaN.
         let reduced = if rate * self.factor < self.min_lr { self.min_lr } else { rate * self.factor };
         (rate - reduced > self.eps).then_some(reduced)
     }
 }
 
-/// A round that begins: a time in which the ranks stay the same.
+/// A round that begins: a period with a fixed set of ranks.
 #[derive(Clone)]
 pub struct Round {
-    /// The rank that the graph runs on: which one of how many it is now, and its process group.
+    /// The rank that the graph runs on, with its number, world size and process group in this
+    /// round.
     pub worker: Rc<Worker>,
-    /// How many ranks a batch that is given per rank is multiplied by. More than there are after nodes have left a run that keeps its global
-    /// batch.
+    /// Factor from a batch per rank to the global batch. It exceeds the world size after nodes have
+    /// left a run that keeps its global batch.
     pub batch_ranks: usize,
-    /// What learning rates are multiplied by, compared with what the program gave. 1 unless the global batch changes with the ranks.
+    /// Factor of the learning rates, relative to those of the program. 1 unless the global batch
+    /// changes with the ranks.
     pub lr_factor: f64,
-    /// Whether the state comes later, by [`Node::load_state`], or is that of the beginning. Otherwise it is the same on all ranks now.
+    /// Whether the state is the initial one, or is loaded later by [`Node::load_state`]. If false,
+    /// it is already the same on all ranks.
     pub is_fresh: bool,
 }
 
-/// How the samples of one iteration are spread over the ranks.
+/// Distribution of the samples of one iteration over the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Share {
-    /// Samples of this rank. 0 where fewer samples are left than there are ranks: the rank then computes on one that
-    /// counts for nothing, so that it takes part in the collectives.
+    /// Samples of this rank. 0 if fewer samples are left than there are ranks. The rank then
+    /// computes on one sample that does not count, so that it takes part in the collectives.
     pub here: u64,
     /// Samples of all ranks.
     pub total: u64,
 }
 
 impl Share {
-    /// Whether a mean over these samples weighs as much on this rank as one over the others.
+    /// Whether a mean over these samples has the same weight on this rank as a mean over the
+    /// others.
     pub(crate) fn is_spread_like(&self, other: &Self) -> bool {
         u128::from(self.here) * u128::from(other.total) == u128::from(other.here) * u128::from(self.total)
     }
 }
 
-/// What a node measured in an epoch, over all ranks.
+/// Result that a node measured in an epoch, over all ranks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Measure {
-    /// The value, which goes by the uid of the node.
+    /// Main value, named by the uid of the node.
     pub value: f64,
-    /// What there is beside it, which goes by the uid, `.` and the name given here.
+    /// Further values, named by the uid, `.` and the name given here.
     pub parts: Vec<(String, f64)>,
 }
 
 impl Measure {
-    /// Everything, by what it goes by.
+    /// Returns all values with their names.
     pub(crate) fn named<'a>(&'a self, uid: &'a str) -> impl Iterator<Item = (String, f64)> + 'a {
         let parts = self.parts.iter().map(move |(part, value)| (format!("{uid}.{part}"), *value));
         std::iter::once((uid.to_owned(), self.value)).chain(parts)
@@ -120,73 +124,86 @@ impl From<f64> for Measure {
     }
 }
 
-/// A node of a [`HyperGraph`](crate::HyperGraph). Only [`Node::set_up`] and [`Node::forward`] must be written.
+/// A node of a [`HyperGraph`](crate::HyperGraph). Only [`Node::set_up`] and [`Node::forward`] are
+/// required.
 ///
-/// A run has one round or several: when a rank is lost, or nodes come or go, the others keep their nodes and go on with them in the next
-/// round. All ranks have the same state when [`Node::enter_round`] is called, but for what each has measured alone, unless it comes later.
+/// A run has one or more rounds. When a rank is lost, or nodes join or leave, the other ranks keep
+/// their nodes and continue with them in the next round. When [`Node::enter_round`] is called, all
+/// ranks have the same state, or it is loaded later. Exception: measures that a rank has not yet
+/// shared.
 ///
-/// In a training step the hooks run in this order, each on all nodes: `before_step`, for each pass `before_pass`, `forward` (lazily),
-/// `take_loss`, `before_backward`, `after_backward` and `iteration_end`, then `update` and `step_end`. There is one pass, unless gradients are
-/// accumulated. A step that is not finished, since a rank is lost, ends with `roll_back` instead, and is done again. In a task with
-/// a node that [goes backward](Node::goes_backward) by itself, `take_gradient_factor` and `collect_gradients` follow `forward` in each
-/// pass, in place of the hooks from `before_backward` to `after_backward`.
+/// In a training step the hooks run in this order, each on all nodes:
+///
+/// 1. `before_step`
+/// 2. for each pass: `before_pass`, `forward` (lazily), `take_loss`, `before_backward`,
+///    `after_backward` and `iteration_end`
+/// 3. `update` and `step_end`
+///
+/// A step has one pass, unless gradients are accumulated or a batch is divided. A step that is
+/// interrupted because a rank is lost ends with `roll_back` instead, and is repeated. If a node of
+/// the task [runs backward](Node::goes_backward) itself, each pass calls `take_gradient_factor` and
+/// `collect_gradients` after `forward`, instead of the hooks from `before_backward` to
+/// `after_backward`.
 pub trait Node: Any {
-    /// Makes the node ready on the device of the rank; called once, on every rank, in the same order. Which rank that is of how many may not
-    /// be known yet, and there are no collectives.
+    /// Sets up the node on the device of the rank. Called once on every rank, in the same order.
+    /// The rank's number and the world size may not be known yet, and collectives are not
+    /// available.
     ///
     /// # Errors
-    /// Whatever keeps it from being ready.
+    /// The failure of the set-up.
     fn set_up(&mut self, context: &Context) -> Result<()>;
 
-    /// Makes the output of this iteration.
+    /// Computes the output of this iteration.
     ///
     /// # Errors
-    /// Whatever keeps it from being made.
+    /// The failure of the computation.
     fn forward(&mut self, x: &Outputs) -> Result<Value>;
 
-    /// A round begins. Collective.
+    /// Prepares the node for a round that begins. Collective.
     ///
     /// # Errors
-    /// Whatever keeps the node from taking part in it.
+    /// The reason that the node cannot take part in the round.
     fn enter_round(&mut self, _round: &Round) -> Result<()> {
         Ok(())
     }
 
-    /// The round is over: drop all that holds on to its process group.
+    /// Drops everything that holds on to the process group of the round, which is over.
     fn leave_round(&mut self) {}
 
-    /// A task begins that runs this node, and the one before it did not.
+    /// Prepares the node for a task that runs it, after a task that did not.
     ///
     /// # Errors
-    /// Whatever keeps it from running.
+    /// The reason that the node cannot run.
     fn prepare(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// A task begins that does not run this node, and the one before it did; or the run ends.
+    /// Cleans up before a task that does not run the node, after a task that did; or at the end of
+    /// the run.
     ///
     /// # Errors
-    /// Whatever could not be cleaned up.
+    /// The failure of the clean-up.
     fn clean_up(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// Iterations left in the epoch, for a node that has a size.
+    /// Returns the remaining iterations of the epoch, for a node that has a size.
     fn remaining(&self) -> Option<u64> {
         None
     }
 
-    /// Samples of all ranks in the next iterations of the epoch, for a dataset that knows them. In a step of several passes a loss over
-    /// its samples weighs each of them the same, whatever other datasets the task has.
+    /// Returns the samples of all ranks in the next `iterations` iterations of the epoch, for a
+    /// dataset that knows them. In a step of several passes, a loss over the dataset then weights
+    /// each of its samples the same, regardless of other datasets in the task.
     fn samples_ahead(&self, _iterations: u64) -> Option<u64> {
         None
     }
 
-    /// An epoch begins.
+    /// Begins an epoch.
     fn epoch_start(&mut self) {}
 
-    /// An epoch ended: what was measured, over all ranks. Called on every rank, in the same order, after [`Node::sync_measures`] of all
-    /// nodes, and on those with a size last.
+    /// Ends an epoch, and returns its measure over all ranks. Called on every rank, in the same
+    /// order, after [`Node::sync_measures`] of all nodes. Nodes with a size are called last.
     ///
     /// # Errors
     /// The failure of a collective.
@@ -194,15 +211,15 @@ pub trait Node: Any {
         Ok(None)
     }
 
-    /// A training step begins.
+    /// Begins a training step.
     ///
     /// # Errors
-    /// Whatever keeps it from beginning.
+    /// The reason that the step cannot begin.
     fn before_step(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// A forward pass of the step begins. The ranks exchange gradients in the last one.
+    /// Begins a forward pass of the step. In the pass with `last`, the ranks exchange gradients.
     ///
     /// # Errors
     /// The failure of a collective.
@@ -210,13 +227,13 @@ pub trait Node: Any {
         Ok(())
     }
 
-    /// The loss that this node adds to the step, scaled so that the average of the ranks' gradients is the gradient of the
-    /// average over all samples.
+    /// Takes the loss that this node adds to the step. It is scaled so that the average of the
+    /// ranks' gradients is the gradient of the average over all samples.
     fn take_loss(&mut self) -> Option<Tensor> {
         None
     }
 
-    /// The backward pass from `loss` (a scalar) begins.
+    /// Prepares for the backward pass from `loss` (a scalar).
     ///
     /// # Errors
     /// The failure of a collective.
@@ -224,7 +241,7 @@ pub trait Node: Any {
         Ok(())
     }
 
-    /// The backward pass is through.
+    /// Finishes the backward pass.
     ///
     /// # Errors
     /// The failure of a collective.
@@ -232,10 +249,12 @@ pub trait Node: Any {
         Ok(())
     }
 
-    /// Whether the node trains by itself: [`Node::forward`] goes backward in training, from whatever it likes and as often as it likes, or
-    /// the node computes an update without gradients (`update`). The task then needs no loss, and the step applies the gradients that are
-    /// there after `forward`. A [`ModuleNode`] averages its gradients over the ranks, and a node with parameters of its own does so in
-    /// [`Node::collect_gradients`]. Called once when a task selects its nodes.
+    /// Whether the node trains by itself. Either [`Node::forward`] runs backward in training, from
+    /// any tensors and any number of times, or the node computes an update without gradients
+    /// (`update`). The task then needs no loss, and the step applies the gradients that exist after
+    /// `forward`. A [`ModuleNode`] averages its gradients over the ranks. A node with its own
+    /// parameters must do so in [`Node::collect_gradients`]. Called once when a task selects its
+    /// nodes.
     ///
     /// ```
     /// use ice_core::{Context, Node, Outputs, Result, Value};
@@ -267,14 +286,16 @@ pub trait Node: Any {
         false
     }
 
-    /// The factor of the gradients that [`Node::forward`] has made in this pass, if it [goes backward](Node::goes_backward) by itself: with it, the
-    /// average of the ranks' gradients is the gradient of the average over all samples.
+    /// Takes the factor of the gradients that [`Node::forward`] has made in this pass, if the node
+    /// [runs backward](Node::goes_backward) itself. With this factor, the average of the ranks'
+    /// gradients is the gradient of the average over all samples.
     fn take_gradient_factor(&mut self) -> Option<f64> {
         None
     }
 
-    /// In a pass whose gradients a node has made by itself: multiplies them by a factor, and adds them to those of the passes before. After
-    /// the last pass the ranks average the sums, unless `exchange` is false.
+    /// Multiplies the gradients that a node has made itself in this pass by a factor, and adds them
+    /// to those of the previous passes. After the last pass the ranks average the sums, unless
+    /// `exchange` is false.
     ///
     /// # Errors
     /// The failure of a collective.
@@ -282,17 +303,18 @@ pub trait Node: Any {
         Ok(())
     }
 
-    /// The gradients of all passes, averaged over the ranks, which may still be scaled.
+    /// Returns the gradients of all passes, averaged over the ranks. They may still be scaled.
     fn gradients(&self) -> Vec<Tensor> {
         Vec::new()
     }
 
-    /// The parameters whose gradients are sparse, which can neither be averaged nor applied: asked for when a step has failed.
+    /// Returns the parameters with sparse gradients, which can neither be averaged nor applied.
+    /// Called after a step has failed.
     fn sparse_gradients(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// The gradients are there, and finite where that is looked at: apply them.
+    /// Applies the gradients. They are complete, and finite if the run checks that.
     ///
     /// # Errors
     /// The failure of the update.
@@ -300,37 +322,43 @@ pub trait Node: Any {
         Ok(())
     }
 
-    /// Reduces the learning rates of the node's optimizers. Returns the number of optimizers. The rates are a part of the state.
+    /// Reduces the learning rates of the node's optimizers. Returns the number of optimizers. The
+    /// rates are part of the state.
     fn reduce_learning_rates(&mut self, _reduction: &LrReduction) -> usize {
         0
     }
 
-    /// The batch is used up.
+    /// Drops the batch of the iteration, which is used up.
     fn iteration_end(&mut self) {}
 
-    /// Batches that the iteration still has, the present one included. More than one where it has more samples than the ranks take at a time.
+    /// Returns the number of batches that remain in the iteration, including the current one. More
+    /// than one if the iteration has more samples than the ranks process at a time.
     fn parts_left(&self) -> u64 {
         1
     }
 
-    /// The training step, or the iteration of an evaluation, counts. What was measured in it becomes a part of the state.
+    /// Counts the training step, or the iteration of an evaluation. Its measurements become part of
+    /// the state.
     ///
     /// # Errors
-    /// Whatever keeps it from counting.
+    /// The reason that the step cannot count.
     fn step_end(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// The training step that was begun does not count, or the epoch of an evaluation: go back to where it began.
+    /// Returns to the start of a training step, or of an epoch of an evaluation, that does not
+    /// count.
     fn roll_back(&mut self) {}
 
-    /// Whether [`NodeState::values`] are sums of all ranks up to the last synchronisation, beside which each rank has its own.
+    /// Whether [`NodeState::values`] are sums of all ranks up to the last synchronization. In
+    /// addition, each rank has its own sums since then.
     fn is_measure(&self) -> bool {
         false
     }
 
-    /// Takes in what the other ranks have measured so far in the epoch, so that the state of each rank holds for all. Called before a
-    /// checkpoint and at the end of an epoch, on every rank, in the same order; again where it failed on one of them.
+    /// Adds the measurements of the other ranks in the current epoch, so that each rank's state
+    /// covers all ranks. Called before a checkpoint and at the end of an epoch, on every rank, in
+    /// the same order. If it fails on one rank, it is called again.
     ///
     /// # Errors
     /// The failure of a collective.
@@ -338,58 +366,64 @@ pub trait Node: Any {
         Ok(())
     }
 
-    /// What there is to see of the last step beside losses: learning rates, norms.
+    /// Returns scalars of the last step other than losses, to be shown: learning rates, norms.
     fn scalars(&self) -> Vec<(String, f64)> {
         Vec::new()
     }
 
-    /// The loss of the last training step, as `[sum over this rank's samples, samples]` of `Kind::Double`.
+    /// Returns the loss of the last training step, as `[sum over this rank's samples, samples]` of
+    /// `Kind::Double`.
     fn step_loss(&self) -> Option<Tensor> {
         None
     }
 
-    /// Tensors whose elements are to be shown as histograms at the end of a training epoch, by name.
+    /// Returns tensors by name, whose elements are shown as histograms at the end of a training
+    /// epoch.
     fn histograms(&self) -> Vec<(String, Tensor)> {
         Vec::new()
     }
 
-    /// What a checkpoint must hold of this node. The tensors share memory with the node's own: a checkpoint is loaded into them.
+    /// Returns the state of this node for a checkpoint. The tensors share memory with the node's
+    /// own, and a checkpoint is loaded into them.
     fn state(&self) -> NodeState {
         NodeState::default()
     }
 
-    /// Whether ranks hold different parts of this node's state. The same on every rank.
+    /// Whether ranks hold different shards of this node's state. The same on every rank.
     fn is_sharded(&self) -> bool {
         false
     }
 
-    /// Whether the step that was begun has changed the state in a way that [`Node::roll_back`] cannot undo, which only a node whose update is
-    /// collective needs to do. The state is then of no use.
+    /// Whether the unfinished step has changed the state in a way that [`Node::roll_back`] cannot
+    /// undo. The state is then unusable. Only a node with a collective update needs to implement
+    /// this.
     fn is_torn(&self) -> bool {
         false
     }
 
-    /// Whether a checkpoint without [`NodeState::values`] of this node, which has some, does not fit.
+    /// Whether a checkpoint must contain the [`NodeState::values`] of this node, if the node has
+    /// any.
     fn requires_values(&self) -> bool {
         true
     }
 
-    /// Whether a run may resume although the [`NodeState::values`] that are saved of this node do not fit it, or are missing (null): the node then begins
-    /// at its beginning. True of measures, whose values are those of the epoch that was under way.
+    /// Whether a run may resume if the saved [`NodeState::values`] of this node do not fit, or are
+    /// missing (null). The node then starts from its initial state. True for measures, whose values
+    /// belong to the unfinished epoch.
     fn may_begin_after(&self, _saved: &Json) -> bool {
         self.is_measure()
     }
 
-    /// Checks that [`Node::load_state`] will take these values. Nothing is changed.
+    /// Checks that [`Node::load_state`] would accept these values. Changes nothing.
     ///
     /// # Errors
-    /// [`Error::Resume`] says what does not fit.
+    /// [`Error::Resume`] names what does not fit.
     fn check_values(&self, _values: &Json) -> Result<()> {
         Ok(())
     }
 
-    /// Takes over what a checkpoint holds. The tensors are those that [`Node::state`] gave, filled; one that the checkpoint does
-    /// not have, where that is allowed, is as it was.
+    /// Loads the state of a checkpoint. The tensors are those of [`Node::state`], filled. A tensor
+    /// that the checkpoint does not have is unchanged, if the load permits that.
     ///
     /// # Errors
     /// [`Error::Resume`] names what is missing, unexpected or of another shape.
@@ -398,30 +432,31 @@ pub trait Node: Any {
     }
 }
 
-/// The state of a node: tensors by name, and whatever else fits into JSON.
+/// The state of a node: tensors by name, and other values as JSON.
 ///
-/// A tensor may be a piece of a larger one that several ranks hold together: its [`Part`] says so. The checkpoint then has the
-/// whole, in files of all these ranks, and gives each rank of a later run the piece that this one asks for.
+/// A tensor may be a piece of a larger tensor that several ranks hold together, described by a
+/// [`Part`]. The checkpoint then contains the whole tensor, in the files of all these ranks. Each
+/// rank of a later run gets the piece that it asks for.
 #[derive(Default)]
 pub struct NodeState {
-    /// Parameters and buffers, named as PyTorch would.
+    /// Parameters and buffers, with PyTorch's names.
     pub model: Vec<(String, Tensor)>,
     /// State of the optimizer.
     pub optimizer: Vec<(String, Tensor)>,
-    /// Which of the model's tensors are pieces, by name.
+    /// The model's tensors that are pieces, by name.
     pub model_parts: BTreeMap<String, Part>,
-    /// Which of the optimizer's tensors are pieces, by name.
+    /// The optimizer's tensors that are pieces, by name.
     pub optimizer_parts: BTreeMap<String, Part>,
-    /// Positions and sums; null for none.
+    /// Positions and sums. Null if there are none.
     pub values: Json,
 }
 
-/// Whether the saved position of a dataset is at the beginning of a pass; also if none is saved.
+/// Whether the saved position of a dataset is at the start of a pass, or no position is saved.
 pub(crate) fn is_between_passes(saved: &Json) -> bool {
     saved.is_null() || ["cursor", "iteration"].iter().all(|place| saved[place] == 0)
 }
 
-/// Copies saved tensors into those of a node; both must have the same names and shapes.
+/// Copies saved tensors into those of a node. Both must have the same names and shapes.
 pub(crate) fn copy_tensors(saved: &[(String, Tensor)], own: &[(String, Tensor)], what: &str) -> Result<()> {
     let missing: Vec<_> = own
         .iter()

@@ -5,10 +5,11 @@ use tch::Tensor;
 
 use crate::{Context, Node, Outputs, Result, Value};
 
-/// Prints outputs of other nodes as `E{epochs}S{steps}: name = …`, where epochs and steps are those of training that are done.
-/// Tensors are printed with their type and shape; of outputs of types that have no text there is the type.
+/// Prints outputs of other nodes as `E{epochs}S{steps}: name = …`, with the numbers of completed
+/// training epochs and steps. Tensors are printed with their type and shape. An output that cannot
+/// be formatted is printed as its type.
 ///
-/// Added with [`HyperGraph::print_forward_output`](crate::HyperGraph::print_forward_output).
+/// Added by [`HyperGraph::print_forward_output`](crate::HyperGraph::print_forward_output).
 pub struct Probe {
     names: Vec<String>,
     every: u64,
@@ -20,7 +21,7 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// The outputs of these nodes, at every step, on rank 0.
+    /// Prints the outputs of these nodes at every step, on rank 0.
     pub fn of<N: Into<String>>(names: impl IntoIterator<Item = N>) -> Self {
         Self {
             names: names.into_iter().map(Into::into).collect(),
@@ -33,35 +34,35 @@ impl Probe {
         }
     }
 
-    /// Only at every so many passes, beginning with the first.
+    /// Prints only at every `passes`-th pass, starting with the first.
     #[must_use]
     pub fn every(mut self, passes: NonZeroU64) -> Self {
         self.every = passes.get();
         self
     }
 
-    /// So often in all and no more.
+    /// Prints at most this many times.
     #[must_use]
     pub fn total(mut self, times: u64) -> Self {
         self.left = times;
         self
     }
 
-    /// In training alone.
+    /// Prints only in training.
     #[must_use]
     pub fn train_only(mut self) -> Self {
         self.train_only = true;
         self
     }
 
-    /// On every rank.
+    /// Prints on every rank.
     #[must_use]
     pub fn on_all_ranks(mut self) -> Self {
         self.main_only = false;
         self
     }
 
-    /// To this and not to the standard output.
+    /// Prints to `out` instead of the standard output.
     #[must_use]
     pub fn to(mut self, out: impl Write + 'static) -> Self {
         self.out = Box::new(out);
@@ -80,11 +81,11 @@ impl Node for Probe {
             self.left -= 1;
             let (epochs, steps) = (x.place().train_epochs, x.train_steps());
             for name in &self.names {
-                // Every rank asks, so that none runs nodes that others do not.
+                // Every rank asks for the output, so that all ranks run the same nodes.
                 let output = x.value(name)?;
                 if x.worker().is_main() || !self.main_only {
                     let text = output.text();
-                    // Nobody is left to be told that nobody reads it.
+                    // If the output is closed, no reader misses the line.
                     let _ = writeln!(self.out, "E{epochs}S{steps}: {name} = {text}");
                 }
             }
@@ -95,7 +96,7 @@ impl Node for Probe {
 }
 
 impl Value {
-    /// For a person to read.
+    /// Formats the value for a person to read.
     pub(crate) fn text(&self) -> String {
         macro_rules! first {
             ($($kind:ty),*) => {

@@ -7,14 +7,15 @@ use crate::data::{Ahead, BatchSize, BatchStream, Place, Seat, StreamFeed, Stream
 use crate::node::is_between_passes;
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
-/// Feeds a [`Stream`](crate::data::Stream) to the graph, batch by batch, each rank its own share.
+/// Feeds a [`Stream`](crate::data::Stream) to the graph batch by batch, with a share for each rank.
 ///
-/// All ranks find the samples in one order, which is made from the seed of the run and the number of the pass, and divide
-/// the next `batch_size × world size` of them. A checkpoint holds how many samples of the pass were consumed. To go on from
-/// there, the samples before are found again, though not loaded: of tar shards that reads the headers of their members.
+/// All ranks enumerate the samples in one order, derived from the seed of the run and the number of
+/// the pass, and divide the next `batch_size × world size` of them. A checkpoint stores the number
+/// of consumed samples of the pass. To resume, the node enumerates the earlier samples again
+/// without loading them: with tar shards, it reads the headers of their members.
 ///
-/// An epoch is a pass over a stream that knows its size. One that does not has epochs only with [`StreamNode::iterations`],
-/// and is else for tasks with a number of steps.
+/// An epoch is a pass over a stream that knows its size. A stream without a size has epochs only
+/// with [`StreamNode::iterations`]; otherwise it needs tasks with a number of steps.
 pub struct StreamNode<S: BatchStream> {
     stream: Arc<S>,
     buffer: Option<usize>,
@@ -24,14 +25,14 @@ pub struct StreamNode<S: BatchStream> {
     ahead: Ahead,
     seed: u64,
     feed: Option<StreamFeed<S>>,
-    /// Where the step began, or the epoch.
+    /// Position at the start of the step, or of the epoch.
     mark: Place,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Position {
-    /// What else the order depends on.
+    /// Other properties that the order depends on.
     of: Order,
     pass: u64,
     cursor: u64,
@@ -46,8 +47,8 @@ struct Order {
 }
 
 impl<S: BatchStream> StreamNode<S> {
-    /// A node over a stream: in order, one sample per rank and iteration, the last ones included, made in the thread of the
-    /// step.
+    /// Creates a node over a stream. Defaults: in order, one sample per rank and iteration,
+    /// including the last samples, made in the thread of the step.
     pub fn new(stream: S) -> Self {
         Self {
             stream: Arc::new(stream),
@@ -62,50 +63,54 @@ impl<S: BatchStream> StreamNode<S> {
         }
     }
 
-    /// Reads the shards of each pass in an order of its own, and takes the next sample at random from this many that were
-    /// found. With 1, the samples of a shard stay in their order.
+    /// Shuffles: reads the shards of each pass in a random order, and takes the next sample at
+    /// random from a buffer of this many. With 1, the samples of a shard keep their order.
     #[must_use]
     pub fn shuffle(mut self, buffer: usize) -> Self {
         self.buffer = Some(buffer);
         self
     }
 
-    /// Samples per rank and iteration.
+    /// Sets the number of samples per rank and iteration.
     #[must_use]
     pub fn batch_size(mut self, batch_size: usize) -> Self {
         self.batch_size = BatchSize::PerRank(batch_size);
         self
     }
 
-    /// Samples of all ranks together per iteration, divided as evenly as it goes. Instead of [`StreamNode::batch_size`].
+    /// Sets the number of samples of all ranks together per iteration, divided as evenly as
+    /// possible. Replaces [`StreamNode::batch_size`].
     #[must_use]
     pub fn in_total(mut self, batch_size: usize) -> Self {
         self.batch_size = BatchSize::InTotal(batch_size);
         self
     }
 
-    /// Whether to leave out the last samples of a pass where they do not fill a batch on every rank.
+    /// Sets whether to leave out the last samples of a pass if they do not fill a batch on every
+    /// rank.
     #[must_use]
     pub fn drop_last(mut self, drop_last: bool) -> Self {
         self.drop_last = drop_last;
         self
     }
 
-    /// Makes an epoch this many iterations long. The passes over the stream go on across the ends of epochs.
+    /// Sets the number of iterations of an epoch. Passes over the stream continue across the ends
+    /// of epochs.
     #[must_use]
     pub fn iterations(mut self, iterations: u64) -> Self {
         self.iterations = Some(iterations);
         self
     }
 
-    /// Makes batches in this many threads. See [`DatasetNode::workers`](crate::DatasetNode::workers).
+    /// Sets the number of threads that make batches. See
+    /// [`DatasetNode::workers`](crate::DatasetNode::workers).
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.ahead.workers = workers;
         self
     }
 
-    /// Makes at most this many batches before they are wanted; twice the number of workers unless said otherwise.
+    /// Sets the number of batches that are made ahead. Default: twice the number of workers.
     #[must_use]
     pub fn prefetch(mut self, batches: usize) -> Self {
         self.ahead.prefetch = Some(batches);
@@ -116,7 +121,7 @@ impl<S: BatchStream> StreamNode<S> {
         Order { shards: self.stream.shards(), samples: self.stream.samples(), buffer: self.buffer }
     }
 
-    /// At the start of the stream, for a rank of so many.
+    /// Creates the feed of a rank, at the start of the stream.
     fn make_feed(&self, seat: Seat, batch_ranks: u64) -> Result<StreamFeed<S>>
     where
         S: 'static,
@@ -145,7 +150,7 @@ impl<S: BatchStream> StreamNode<S> {
 }
 
 impl<S: BatchStream> StreamNode<S> {
-    /// What is saved, if it is of the same order.
+    /// Parses the saved position. Fails if it belongs to another order.
     fn position(&self, values: &Json) -> Result<Position> {
         let position = Position::deserialize(values).map_err(|error| Error::Resume(error.to_string()))?;
         if position.of != self.order() {

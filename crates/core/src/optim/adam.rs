@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 use crate::Result;
 use crate::optim::{Field, Optimizer, with_gradient};
 
-/// What Adam and AdamW have in common.
+/// Common state of Adam and AdamW.
 #[derive(Debug)]
 struct Moments {
     options: AdamStep,
@@ -49,7 +49,7 @@ impl Moments {
     }
 }
 
-/// Where a field is.
+/// Returns the option of a field.
 fn slot(options: &mut AdamStep, field: Field) -> Option<&mut f64> {
     match field {
         Field::LearningRate => Some(&mut options.lr),
@@ -64,21 +64,22 @@ fn slot(options: &mut AdamStep, field: Field) -> Option<&mut f64> {
 macro_rules! adam {
     ($name:ident) => {
         impl $name {
-            /// Decay rates of the two moments.
+            /// Sets the decay rates of the two moments.
             #[must_use]
             pub fn betas(mut self, first: f64, second: f64) -> Self {
                 (self.0.options.beta1, self.0.options.beta2) = (first, second);
                 self
             }
 
-            /// What keeps the division from zero.
+            /// Sets the term that keeps the division from zero.
             #[must_use]
             pub fn epsilon(mut self, epsilon: f64) -> Self {
                 self.0.options.eps = epsilon;
                 self
             }
 
-            /// Divides by the largest second moment so far (Reddi, Kale and Kumar, 2018).
+            /// Sets whether to divide by the largest second moment so far (Reddi, Kale and Kumar,
+            /// 2018).
             #[must_use]
             pub fn amsgrad(mut self, amsgrad: bool) -> Self {
                 self.0.options.amsgrad = amsgrad;
@@ -118,19 +119,20 @@ macro_rules! adam {
     };
 }
 
-/// Adam (Kingma and Ba, 2015), as `torch.optim.Adam(fused=True)`.
+/// Adam (Kingma and Ba, 2015), like `torch.optim.Adam(fused=True)`.
 #[derive(Debug)]
 pub struct Adam(Moments);
 
 adam!(Adam);
 
 impl Adam {
-    /// PyTorch's defaults: betas 0.9 and 0.999, epsilon 1e-8, no penalty.
+    /// Creates the optimizer with PyTorch's defaults: betas 0.9 and 0.999, epsilon 1e-8, no
+    /// penalty.
     pub fn new(learning_rate: f64) -> Self {
         Self(Moments::new(AdamStep { lr: learning_rate, ..AdamStep::default() }))
     }
 
-    /// L2 penalty: a part of the gradient.
+    /// Sets the L2 penalty, which is added to the gradient.
     #[must_use]
     pub fn weight_decay(mut self, weight_decay: f64) -> Self {
         self.0.options.weight_decay = weight_decay;
@@ -138,21 +140,23 @@ impl Adam {
     }
 }
 
-/// Adam with decoupled weight decay (Loshchilov and Hutter, 2019), as `torch.optim.AdamW(fused=True)`.
+/// Adam with decoupled weight decay (Loshchilov and Hutter, 2019), like
+/// `torch.optim.AdamW(fused=True)`.
 #[derive(Debug)]
 pub struct AdamW(Moments);
 
 adam!(AdamW);
 
 impl AdamW {
-    /// PyTorch's defaults: betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01.
+    /// Creates the optimizer with PyTorch's defaults: betas 0.9 and 0.999, epsilon 1e-8, weight
+    /// decay 0.01.
     pub fn new(learning_rate: f64) -> Self {
         let options =
             AdamStep { lr: learning_rate, weight_decay: 0.01, decoupled: true, ..AdamStep::default() };
         Self(Moments::new(options))
     }
 
-    /// Decay of the weights per step, times the learning rate.
+    /// Sets the decay of the weights per step, multiplied by the learning rate.
     #[must_use]
     pub fn weight_decay(mut self, weight_decay: f64) -> Self {
         self.0.options.weight_decay = weight_decay;

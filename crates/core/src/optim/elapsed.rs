@@ -1,14 +1,15 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-/// How far a run is before the step that is about to be done, as schedules see it.
+/// Progress of a run before the next step, as input of schedules.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Elapsed {
-    /// Steps that the optimizer has applied.
+    /// Number of steps that the optimizer has applied.
     pub(crate) steps: f64,
-    /// Training epochs that are done.
+    /// Number of completed training epochs.
     pub(crate) epochs: u64,
-    /// How much of the run's training is done, and how much there is: in epochs, or in steps. Both are 0 if that is not known.
+    /// Completed part and length of the run's training, both in epochs or both in steps. Both are 0
+    /// if the length is not known.
     pub(crate) done: f64,
     pub(crate) total: f64,
 }

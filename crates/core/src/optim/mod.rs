@@ -28,7 +28,8 @@ use crate::Result;
 pub enum Field {
     /// Learning rate.
     LearningRate,
-    /// Momentum of [`Sgd`] and [`RmsProp`]. They have the field if they were made with a momentum other than 0.
+    /// Momentum of [`Sgd`] and [`RmsProp`]. They have the field if they were created with a
+    /// momentum other than 0.
     Momentum,
     /// Decay rate of the first moment of [`Adam`] and [`AdamW`].
     Beta1,
@@ -44,59 +45,61 @@ pub enum Field {
 
 /// Turns gradients into new parameters.
 pub trait Optimizer {
-    /// Makes the state for these parameters.
+    /// Creates the state for these parameters.
     fn set_up(&mut self, parameters: &[Tensor]);
 
-    /// Applies one step, in place. `gradients` has one tensor per parameter, of its shape and dtype; a parameter whose gradient is
-    /// undefined took no part in the step, and neither it nor its state is changed.
+    /// Applies one step, in place. `gradients` has one tensor per parameter, of its shape and
+    /// dtype. A parameter with an undefined gradient took no part in the step: neither it nor its
+    /// state changes.
     ///
     /// # Errors
     /// The failure of the kernel.
     fn step(&mut self, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()>;
 
-    /// The state by PyTorch's names, each with one tensor per parameter.
+    /// Returns the state by PyTorch's names, each with one tensor per parameter.
     fn state(&self) -> Vec<(&'static str, &[Tensor])>;
 
-    /// What else a checkpoint must hold; null for nothing.
+    /// Returns the other values of a checkpoint, or null if there are none.
     fn values(&self) -> Json {
         Json::Null
     }
 
-    /// Takes over what [`Optimizer::values`] had.
+    /// Loads the values of [`Optimizer::values`].
     ///
     /// # Errors
-    /// [`Error::Resume`](crate::Error::Resume) says what does not fit.
+    /// [`Error::Resume`](crate::Error::Resume) names what does not fit.
     fn load_values(&mut self, _values: &Json) -> Result<()> {
         Ok(())
     }
 
-    /// Learning rate.
+    /// Returns the learning rate.
     fn learning_rate(&self) -> f64;
 
-    /// Sets the learning rate of the steps to come.
+    /// Sets the learning rate of the next steps.
     fn set_learning_rate(&mut self, learning_rate: f64);
 
-    /// The learning rate before a schedule; what [`Optimizer::set_learning_rate`] sets.
+    /// Returns the learning rate before a schedule, which [`Optimizer::set_learning_rate`] sets.
     fn base_learning_rate(&self) -> f64 {
         self.learning_rate()
     }
 
-    /// The value of a field; `None` if the optimizer does not have it.
+    /// Returns the value of a field, or `None` if the optimizer does not have it.
     fn field(&self, field: Field) -> Option<f64> {
         (field == Field::LearningRate).then(|| self.learning_rate())
     }
 
-    /// Sets a field for the steps to come, if the optimizer has it.
+    /// Sets a field for the next steps, if the optimizer has it.
     fn set_field(&mut self, field: Field, value: f64) {
         if field == Field::LearningRate {
             self.set_learning_rate(value);
         }
     }
 
-    /// Gives the optimizer the clock of the run, before the first step. An optimizer that wraps another one hands it on.
+    /// Sets the clock of the run, before the first step. An optimizer that wraps another one passes
+    /// the clock on.
     fn use_clock(&mut self, _clock: &RunClock) {}
 
-    /// Multiplies the learning rate of all steps to come, that of a schedule included.
+    /// Multiplies the learning rate of all next steps, including that of a schedule.
     fn scale_learning_rate(&mut self, factor: f64) {
         self.set_learning_rate(self.learning_rate() * factor);
     }
@@ -132,7 +135,7 @@ pub trait Optimizer {
         Scheduled::new(self).schedule_of(field, schedule)
     }
 
-    /// Gives a field the values of a schedule.
+    /// Sets a field to the values of a schedule.
     ///
     /// ```
     /// use ice_core::optim::{Field, Optimizer, Schedule, Sgd};
@@ -147,7 +150,8 @@ pub trait Optimizer {
     }
 }
 
-/// The lists without the places of parameters that have no gradient.
+/// Returns the lists without the entries of parameters that have no gradient, or `None` if all have
+/// one.
 fn with_gradient<const N: usize>(gradients: &[Tensor], lists: [&[Tensor]; N]) -> Option<[Vec<Tensor>; N]> {
     if gradients.iter().all(Tensor::defined) {
         return None;

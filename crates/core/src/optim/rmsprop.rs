@@ -4,7 +4,7 @@ use tch::Tensor;
 use crate::Result;
 use crate::optim::{Field, Optimizer, with_gradient};
 
-/// RMSprop (Hinton, 2012), as `torch.optim.RMSprop(foreach=True)`.
+/// RMSprop (Hinton, 2012), like `torch.optim.RMSprop(foreach=True)`.
 #[derive(Debug)]
 pub struct RmsProp {
     options: RmspropStep,
@@ -15,7 +15,8 @@ pub struct RmsProp {
 }
 
 impl RmsProp {
-    /// PyTorch's defaults: alpha 0.99, epsilon 1e-8, no momentum, no penalty, not centered.
+    /// Creates the optimizer with PyTorch's defaults: alpha 0.99, epsilon 1e-8, no momentum, no
+    /// penalty, not centered.
     pub fn new(learning_rate: f64) -> Self {
         Self {
             options: RmspropStep { lr: learning_rate, alpha: 0.99, eps: 1e-8, ..RmspropStep::default() },
@@ -26,35 +27,35 @@ impl RmsProp {
         }
     }
 
-    /// Decay rate of the average of squares.
+    /// Sets the decay rate of the average of squares.
     #[must_use]
     pub fn alpha(mut self, alpha: f64) -> Self {
         self.options.alpha = alpha;
         self
     }
 
-    /// What keeps the division from zero.
+    /// Sets the term that keeps the division from zero.
     #[must_use]
     pub fn epsilon(mut self, epsilon: f64) -> Self {
         self.options.eps = epsilon;
         self
     }
 
-    /// The part of the last update that the next one keeps.
+    /// Sets the share of the last update that the next one keeps.
     #[must_use]
     pub fn momentum(mut self, momentum: f64) -> Self {
         self.options.momentum = momentum;
         self
     }
 
-    /// L2 penalty: a part of the gradient.
+    /// Sets the L2 penalty, which is added to the gradient.
     #[must_use]
     pub fn weight_decay(mut self, weight_decay: f64) -> Self {
         self.options.weight_decay = weight_decay;
         self
     }
 
-    /// Divides by an estimate of the variance instead of the mean square.
+    /// Sets whether to divide by an estimate of the variance instead of the mean square.
     #[must_use]
     pub fn centered(mut self, centered: bool) -> Self {
         self.centered = centered;
@@ -74,7 +75,7 @@ impl Optimizer for RmsProp {
     }
 
     fn step(&mut self, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
-        // A schedule may set a momentum of 0: the buffers then stay as they are, as in PyTorch.
+        // A schedule may set a momentum of 0. The buffers then stay unchanged, like in PyTorch.
         let buffers = if self.options.momentum == 0.0 { &[] } else { &self.momentum_buffers[..] };
         let lists = [parameters, gradients, &self.square_averages, &self.gradient_averages, buffers];
         let chosen = with_gradient(gradients, lists);

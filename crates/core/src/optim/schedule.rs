@@ -5,22 +5,23 @@ use crate::optim::elapsed::Elapsed;
 
 /// The factor of a learning rate, or of another field of an optimizer, over the course of training.
 ///
-/// A schedule is a function of the optimizer's steps so far, unless [`Schedule::by_epoch`] or [`Schedule::over_run`] says otherwise. A checkpoint
-/// holds nothing but the number of steps, so that a resumed run follows the same curve.
+/// A schedule is a function of the optimizer's steps so far, or of other progress with
+/// [`Schedule::by_epoch`] or [`Schedule::over_run`]. A checkpoint stores only the number of steps,
+/// so that a resumed run follows the same curve.
 ///
-/// The formulas are those of `torch.optim.lr_scheduler`, where the scheduler is stepped after every optimizer step, or with
-/// [`Schedule::by_epoch`] after every epoch.
+/// The formulas are those of `torch.optim.lr_scheduler`, with a scheduler that is stepped after
+/// every optimizer step, or with [`Schedule::by_epoch`] after every epoch.
 #[derive(Clone)]
 pub struct Schedule {
     curve: Rc<dyn Fn(Elapsed) -> f64>,
-    /// Whether it is a function of more than the optimizer's steps.
+    /// Whether the curve is a function of more than the optimizer's steps.
     reads_clock: bool,
-    /// Whether it is a function of the share of the run that is done.
+    /// Whether the curve is a function of the completed share of the run.
     needs_share: bool,
 }
 
 impl Schedule {
-    /// Any function of the steps so far, from 0 (`LambdaLR`).
+    /// Creates a schedule from any function of the steps so far, from 0 (`LambdaLR`).
     pub fn lambda(factor: impl Fn(u64) -> f64 + 'static) -> Self {
         Self::curve(move |steps| factor(steps as u64))
     }
@@ -29,17 +30,17 @@ impl Schedule {
         Self { curve: Rc::new(move |now| curve(now.steps)), reads_clock: false, needs_share: false }
     }
 
-    /// Always 1.
+    /// Creates a schedule that is always 1.
     pub fn constant() -> Self {
         Self::curve(|_| 1.0)
     }
 
-    /// `gamma` once more after every `every` steps (`StepLR`).
+    /// Multiplies by `gamma` after every `every` steps (`StepLR`).
     pub fn step(every: u64, gamma: f64) -> Self {
         Self::lambda(move |step| power(gamma, step / every.max(1)))
     }
 
-    /// `gamma` once more at each of these steps (`MultiStepLR`).
+    /// Multiplies by `gamma` at each of these steps (`MultiStepLR`).
     pub fn milestones(at: impl Into<Vec<u64>>, gamma: f64) -> Self {
         let at = at.into();
         Self::lambda(move |step| {
@@ -47,33 +48,38 @@ impl Schedule {
         })
     }
 
-    /// `gamma` once more after every step (`ExponentialLR`).
+    /// Multiplies by `gamma` after every step (`ExponentialLR`).
     pub fn exponential(gamma: f64) -> Self {
         Self::lambda(move |step| power(gamma, step))
     }
 
-    /// From one factor to another in so many steps, in a straight line, and that from then on (`LinearLR`).
+    /// Changes linearly from one factor to another within `steps` steps, and then stays
+    /// (`LinearLR`).
     pub fn linear(from: f64, to: f64, steps: u64) -> Self {
         Self::curve(move |step| from + (to - from) * share(step, steps))
     }
 
-    /// Up to 1 within so many steps. The first step has `1 / (steps + 1)`, so that it is not lost.
+    /// Rises linearly to 1 within `steps` steps. The first step has `1 / (steps + 1)` instead of 0,
+    /// so that it has an effect.
     pub fn linear_warmup(steps: u64) -> Self {
         Self::curve(move |step| ((step + 1.0) / (steps + 1) as f64).min(1.0))
     }
 
-    /// From 1 to `lowest` in so many steps, along half a cosine, and that from then on (`CosineAnnealingLR`, which would rise again).
+    /// Falls from 1 to `lowest` within `steps` steps along half a cosine, and then stays
+    /// (`CosineAnnealingLR`, which would rise again).
     pub fn cosine(steps: u64, lowest: f64) -> Self {
         Self::curve(move |step| anneal(1.0, lowest, share(step, steps)))
     }
 
-    /// Up from 1/25 to 1 in three tenths of the steps and down to 1/250,000, along cosines (`OneCycleLR` with its defaults, where the
-    /// optimizer's own learning rate is the highest). [`Schedule::one_cycle_momentum`] belongs to it.
+    /// Rises from 1/25 to 1 in three tenths of the steps and falls to 1/250,000, along cosines
+    /// (`OneCycleLR` with its defaults; its highest rate is the optimizer's learning rate). Combine
+    /// it with [`Schedule::one_cycle_momentum`].
     pub fn one_cycle(steps: u64) -> Self {
         Self::curve(move |step| cycle(step, steps, [1.0 / 25.0, 1.0, 1.0 / 25.0 / 1e4]))
     }
 
-    /// The value of the momentum, or of the first beta of Adam, that `OneCycleLR` with its defaults sets: down from 0.95 to 0.85 and back.
+    /// Returns the momentum, or first beta of Adam, that `OneCycleLR` sets by default: from 0.95
+    /// down to 0.85 and back.
     ///
     /// ```
     /// use ice_core::optim::{AdamW, Field, Optimizer, Schedule};
@@ -86,7 +92,8 @@ impl Schedule {
         Self::curve(move |step| cycle(step, steps, [0.95, 0.85, 0.95]))
     }
 
-    /// This one for so many steps, then another from its own step 0 (`SequentialLR`).
+    /// Follows this schedule for `after` steps, and then `next` from its own step 0
+    /// (`SequentialLR`).
     #[must_use]
     pub fn then(self, after: u64, next: Self) -> Self {
         let after = after as f64;
@@ -96,14 +103,14 @@ impl Schedule {
         })
     }
 
-    /// The product of both (`ChainedScheduler`).
+    /// Returns the product of both schedules (`ChainedScheduler`).
     #[must_use]
     pub fn times(self, other: Self) -> Self {
         self.with(other, |first, other, now| first(now) * other(now))
     }
 
-    /// This schedule with an epoch of training in the place of a step: the factor stays the same within an epoch, and changes after each, like
-    /// a scheduler of PyTorch that is stepped once per epoch.
+    /// Counts training epochs instead of steps. The factor stays the same within an epoch and
+    /// changes after each, like a scheduler of PyTorch that is stepped once per epoch.
     ///
     /// ```
     /// use ice_core::optim::{Optimizer, Schedule, Sgd};
@@ -115,11 +122,13 @@ impl Schedule {
         self.of(false, |curve, now| curve(Elapsed { steps: now.epochs as f64, ..now }))
     }
 
-    /// This schedule, whose numbers of steps refer to a run of `steps` steps, stretched over the training of the whole run. Neither the number
-    /// of ranks nor that of epochs needs to be known: with 100, its steps are per cent of the run.
+    /// Stretches this schedule, whose numbers refer to a run of `steps` steps, over the training of
+    /// the whole run. Neither the number of ranks nor that of epochs needs to be known. With 100,
+    /// the steps are per cent of the run.
     ///
-    /// The run is as long as its tasks say: all training tasks must have a number of epochs, or all a number of steps. If training ends
-    /// early, the schedule has not come to its end.
+    /// The tasks determine the length of the run: either all training tasks have a number of
+    /// epochs, or all have a number of steps. If training ends early, the schedule does not reach
+    /// its end.
     ///
     /// ```
     /// use ice_core::optim::{AdamW, Optimizer, Schedule};
@@ -162,7 +171,7 @@ impl Schedule {
         }
     }
 
-    /// The factor after so many steps, before the first epoch is done.
+    /// Returns the factor after `steps` steps, before the end of the first epoch.
     pub fn factor(&self, steps: u64) -> f64 {
         self.at(Elapsed { steps: steps as f64, ..Elapsed::default() })
     }
@@ -184,17 +193,17 @@ fn power(base: f64, exponent: u64) -> f64 {
     base.powi(i32::try_from(exponent).unwrap_or(i32::MAX))
 }
 
-/// How much of the way is done; all of none.
+/// Returns the completed share of `steps`, at most 1. It is 1 if `steps` is 0.
 fn share(step: f64, steps: u64) -> f64 {
     if step >= steps as f64 { 1.0 } else { step / steps as f64 }
 }
 
-/// A value on the way from one to another, along half a cosine.
+/// Interpolates between two values along half a cosine.
 fn anneal(from: f64, to: f64, share: f64) -> f64 {
     to + (from - to) * (1.0 + (PI * share).cos()) / 2.0
 }
 
-/// The two phases of `OneCycleLR`: three tenths of the steps, and the rest.
+/// Returns the value of `OneCycleLR`, with two phases: three tenths of the steps, and the rest.
 fn cycle(step: f64, steps: u64, [start, top, end]: [f64; 3]) -> f64 {
     let peak = 0.3 * steps as f64 - 1.0;
     let last = steps.saturating_sub(1) as f64;

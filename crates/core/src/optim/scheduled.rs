@@ -6,7 +6,7 @@ use crate::optim::elapsed::{Elapsed, RunClock};
 use crate::optim::{Field, Optimizer, Schedule};
 use crate::{Error, Result};
 
-/// An optimizer with fields that follow a [`Schedule`] each.
+/// An optimizer with fields that each follow a [`Schedule`].
 pub struct Scheduled<O> {
     optimizer: O,
     courses: Vec<Course>,
@@ -18,7 +18,7 @@ pub struct Scheduled<O> {
 struct Course {
     field: Field,
     schedule: Schedule,
-    /// The multiple of the schedule that the field has.
+    /// Value that the schedule multiplies.
     base: f64,
     /// Whether the optimizer has the field.
     is_known: bool,
@@ -29,7 +29,7 @@ impl<O: Optimizer> Scheduled<O> {
         Self { optimizer, courses: Vec::new(), steps: 0, clock: RunClock::default() }
     }
 
-    /// Lets the learning rate follow a schedule, in the place of the one that it follows.
+    /// Lets the learning rate follow a schedule, instead of its current schedule.
     #[must_use]
     pub fn schedule(self, schedule: Schedule) -> Self {
         self.schedule_of(Field::LearningRate, schedule)
@@ -43,7 +43,7 @@ impl<O: Optimizer> Scheduled<O> {
         self.with(Course { field, schedule, base: base.unwrap_or(0.0), is_known: base.is_some() })
     }
 
-    /// Gives another field the values of a schedule. See [`Optimizer::value_of`].
+    /// Sets another field to the values of a schedule. See [`Optimizer::value_of`].
     #[must_use]
     pub fn value_of(self, field: Field, schedule: Schedule) -> Self {
         let is_known = self.optimizer.field(field).is_some();
@@ -95,7 +95,8 @@ impl<O: Optimizer> Scheduled<O> {
 
 impl<O: Optimizer> Optimizer for Scheduled<O> {
     fn set_up(&mut self, parameters: &[Tensor]) {
-        // An optimizer that begins with a momentum of 0 would make no buffers.
+        // Sets the base values first: an optimizer that starts with a momentum of 0 would create no
+        // buffers.
         for course in self.courses.iter().filter(|course| course.base != 0.0) {
             self.optimizer.set_field(course.field, course.base);
         }
@@ -138,7 +139,8 @@ impl<O: Optimizer> Optimizer for Scheduled<O> {
         self.optimizer.use_clock(clock);
     }
 
-    /// Of the next step; of a schedule by epochs or over the run, of the last one.
+    /// Returns the rate of the next step. With a schedule by epochs or over the run, the rate of
+    /// the last step.
     fn learning_rate(&self) -> f64 {
         self.optimizer.learning_rate()
     }
@@ -158,7 +160,7 @@ impl<O: Optimizer> Optimizer for Scheduled<O> {
         }
     }
 
-    /// Sets what the schedule's factors refer to.
+    /// Sets the rate that the schedule multiplies.
     fn set_learning_rate(&mut self, learning_rate: f64) {
         match self.course_of_rate() {
             Some(course) => {

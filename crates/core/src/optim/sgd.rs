@@ -4,7 +4,7 @@ use tch::Tensor;
 use crate::Result;
 use crate::optim::{Field, Optimizer, with_gradient};
 
-/// Stochastic gradient descent with momentum, as `torch.optim.SGD(fused=True)`.
+/// Stochastic gradient descent with momentum, like `torch.optim.SGD(fused=True)`.
 #[derive(Debug)]
 pub struct Sgd {
     options: SgdStep,
@@ -12,26 +12,26 @@ pub struct Sgd {
 }
 
 impl Sgd {
-    /// Without momentum and weight decay.
+    /// Creates the optimizer without momentum and weight decay.
     pub fn new(learning_rate: f64) -> Self {
         Self { options: SgdStep { lr: learning_rate, ..SgdStep::default() }, momentum_buffers: Vec::new() }
     }
 
-    /// The part of the last step that the next one keeps.
+    /// Sets the share of the last step that the next one keeps.
     #[must_use]
     pub fn momentum(mut self, momentum: f64) -> Self {
         self.options.momentum = momentum;
         self
     }
 
-    /// Nesterov's momentum; needs a momentum.
+    /// Sets whether to use Nesterov's momentum, which needs a momentum.
     #[must_use]
     pub fn nesterov(mut self, nesterov: bool) -> Self {
         self.options.nesterov = nesterov;
         self
     }
 
-    /// L2 penalty.
+    /// Sets the L2 penalty.
     #[must_use]
     pub fn weight_decay(mut self, weight_decay: f64) -> Self {
         self.options.weight_decay = weight_decay;
@@ -41,14 +41,15 @@ impl Sgd {
 
 impl Optimizer for Sgd {
     fn set_up(&mut self, parameters: &[Tensor]) {
-        // Zero buffers make the first step what PyTorch's is without dampening, so there is no first-step flag to save.
+        // With zero buffers, the first step equals that of PyTorch without dampening. The state
+        // thus needs no flag for the first step.
         if self.options.momentum != 0.0 {
             self.momentum_buffers = parameters.iter().map(|p| p.detach().zeros_like()).collect();
         }
     }
 
     fn step(&mut self, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
-        // A schedule may set a momentum of 0: the buffers then stay as they are, as in PyTorch.
+        // A schedule may set a momentum of 0. The buffers then stay unchanged, like in PyTorch.
         let buffers = if self.options.momentum == 0.0 { &[] } else { &self.momentum_buffers[..] };
         let lists = [parameters, gradients, buffers];
         let chosen = with_gradient(gradients, lists);

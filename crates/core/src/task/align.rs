@@ -1,8 +1,8 @@
-//! Which item of a saved task list is which of the program's, where the lists differ.
+//! Alignment of a saved task list with that of the program, if the lists differ.
 
 use serde_json::Value as Json;
 
-/// The kind of an item, as far as its saved progress tells it.
+/// Returns the kind of an item, as far as its saved progress shows it.
 fn kind(state: &Json) -> String {
     match state {
         Json::Bool(_) => "a closure, save or load".into(),
@@ -16,7 +16,7 @@ fn kind(state: &Json) -> String {
     }
 }
 
-/// Whether the saved item was done in its turn.
+/// Whether the saved item was completed in its turn.
 pub(super) fn is_finished(state: &Json) -> bool {
     let at_least = |done: &Json, length: &Json| done.as_u64() >= length.as_u64();
     match state {
@@ -36,7 +36,7 @@ pub(super) fn is_finished(state: &Json) -> bool {
     }
 }
 
-/// Whether the saved item was under way in its turn, or done.
+/// Whether the saved item was started in its turn, or completed.
 pub(super) fn has_begun(state: &Json) -> bool {
     let is_some = |number: &Json| number.as_u64() > Some(0);
     is_finished(state)
@@ -45,10 +45,11 @@ pub(super) fn has_begun(state: &Json) -> bool {
         || state["items"].as_array().is_some_and(|items| items.iter().any(has_begun))
 }
 
-/// Pairs of a saved item and one of the program that are of the same kind, as many as keep both orders.
+/// Returns the largest set of pairs of a saved item and an item of the program that have the same
+/// kind and keep both orders.
 pub(super) fn align(saved: &[Json], own: &[Json]) -> Vec<(usize, usize)> {
     let (saved, own): (Vec<_>, Vec<_>) = (saved.iter().map(kind).collect(), own.iter().map(kind).collect());
-    // The longest common subsequence of what follows each pair of places.
+    // Length of the longest common subsequence of the lists that follow each pair of positions.
     let mut common = vec![vec![0_usize; own.len() + 1]; saved.len() + 1];
     for i in (0..saved.len()).rev() {
         for j in (0..own.len()).rev() {
@@ -72,7 +73,7 @@ pub(super) fn align(saved: &[Json], own: &[Json]) -> Vec<(usize, usize)> {
     pairs
 }
 
-/// The items without a counterpart in the other list, in words.
+/// Describes the items without a counterpart in the other list.
 pub(super) fn unpaired(saved: &[Json], own: &[Json], pairs: &[(usize, usize)]) -> Vec<String> {
     let of = |items: &[Json], is_paired: &dyn Fn(usize) -> bool, what: &str| -> Vec<String> {
         let alone = items.iter().enumerate().filter(|(index, _)| !is_paired(*index));

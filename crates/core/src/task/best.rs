@@ -3,8 +3,8 @@ use std::cell::Cell;
 use crate::task::once::{Once, Stage};
 use crate::{Better, Result, Run};
 
-/// Saves a checkpoint when its turn comes if a measure is among the best so far, under `best/E<train epochs>S<train steps>` of the
-/// run's folder.
+/// Saves a checkpoint in its turn if a measure is among the best so far, under `best/E<train
+/// epochs>S<train steps>` in the run's folder.
 ///
 /// ```
 /// use ice_core::{Better, SaveBest};
@@ -18,12 +18,13 @@ pub struct SaveBest {
 }
 
 impl SaveBest {
-    /// Keeps the one best checkpoint by what the node with the uid `measure` measured in its last epoch.
+    /// Keeps the single best checkpoint by the last epoch's measure of the node with the uid
+    /// `measure`.
     pub fn new(measure: impl Into<String>, better: Better) -> Self {
         Self { measure: measure.into(), better, max_keep: 1, stage: Cell::default() }
     }
 
-    /// Keeps so many.
+    /// Sets the number of checkpoints to keep.
     #[must_use]
     pub fn max_keep(mut self, checkpoints: usize) -> Self {
         self.max_keep = checkpoints.max(1);

@@ -8,17 +8,19 @@ use crate::task::carried::{Carried, Carry};
 use crate::task::once::{Once, Stage};
 use crate::{Result, Run};
 
-/// A closure in the list of tasks. It runs once on every rank; on resume not again if it had run.
+/// A closure in the list of tasks. It runs once on every rank. A run that resumes does not run it
+/// again if it had run.
 ///
-/// Afterwards the ranks agree on whether they leave the repetition that it is in, or end the run: they do if any of them has asked for it, by
-/// [`Run::stop_task`] or [`Run::stop_all_tasks`]. So all ranks wait for each other there.
+/// Afterwards the ranks agree on whether to leave the repetition that contains it, or to end the
+/// run. If any rank has asked for it, by [`Run::stop_task`] or [`Run::stop_all_tasks`], all ranks
+/// do. All ranks therefore wait for each other there.
 pub struct Call<F> {
     function: F,
     stage: Cell<Stage>,
 }
 
 impl<F: Fn(&Run) -> Result<()>> Call<F> {
-    /// Calls `function` when its turn comes.
+    /// Calls `function` in its turn.
     pub fn new(function: F) -> Self {
         Self { function, stage: Cell::default() }
     }
@@ -37,10 +39,12 @@ impl<F: Fn(&Run) -> Result<()>> Once for Call<F> {
     }
 }
 
-/// A closure in the list of tasks with a state of its own, as [`Repeat::call_with`](crate::Repeat::call_with) adds it.
+/// A closure in the list of tasks with its own state, added by
+/// [`Repeat::call_with`](crate::Repeat::call_with).
 ///
-/// The state lasts as long as the repetition that the closure is in. Checkpoints hold it, and a rank that is started again takes it over from
-/// the others. It is serialised in CBOR, so that infinities and NaN are kept.
+/// The state lasts as long as the repetition that contains the closure. Checkpoints store it, and a
+/// restarted rank adopts it from the other ranks. It is serialized in CBOR, which keeps infinities
+/// and NaN.
 pub struct CallWith<S, F> {
     function: F,
     state: Carried<S>,
@@ -48,7 +52,7 @@ pub struct CallWith<S, F> {
 }
 
 impl<S: Serialize + DeserializeOwned, F: Fn(&Run, &mut S) -> Result<()>> CallWith<S, F> {
-    /// Calls `function` with a state that begins as `initial`.
+    /// Calls `function` with a state that starts as `initial`.
     pub fn new(initial: S, function: F) -> Self {
         Self { function, state: Carried::new(initial), stage: Cell::default() }
     }
@@ -71,7 +75,7 @@ impl<S: Serialize + DeserializeOwned, F: Fn(&Run, &mut S) -> Result<()>> Once fo
     }
 }
 
-/// An error that leaves something is a request to leave it.
+/// Turns an error that leaves a task or the run into a request to leave.
 fn asked_for(outcome: Result<()>, run: &Run) -> Result<()> {
     match outcome {
         Err(error) if Leave::of(&error) > Leave::Nothing => {

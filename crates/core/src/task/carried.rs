@@ -5,29 +5,31 @@ use serde::de::DeserializeOwned;
 
 use crate::{Error, Result};
 
-/// State that an item keeps from one repetition to the next, and that checkpoints and rounds hand over.
+/// State that an item keeps from one repetition to the next, and that checkpoints and rounds pass
+/// on.
 pub(super) trait Carry {
-    /// The state, in a form that keeps all floating-point numbers.
+    /// Returns the state in a form that keeps all floating-point numbers.
     fn encode(&self) -> Result<Vec<u8>>;
 
-    /// Takes over an encoded state; with `dry_run` only checks that it fits.
+    /// Loads an encoded state. With `dry_run` only checks that it fits.
     fn decode(&self, state: &[u8], dry_run: bool) -> Result<()>;
 
-    /// Goes back to the state that the program began with.
+    /// Returns to the initial state of the program.
     fn reset(&self);
 
-    /// The last change counts.
+    /// Makes the last change count.
     fn settle(&self);
 
-    /// The last change does not count.
+    /// Reverts the last change, which does not count.
     fn revert(&self);
 }
 
-/// A state of any type that can be serialised.
+/// A state of any serializable type.
 pub(super) struct Carried<S> {
     now: RefCell<S>,
     initial: Result<Vec<u8>, String>,
-    /// The state before a change that does not count yet: checkpoints and other ranks get this one.
+    /// The state before a change that does not count yet. Checkpoints and other ranks get this
+    /// state.
     before: RefCell<Option<Vec<u8>>>,
 }
 
@@ -67,13 +69,13 @@ impl<S: Serialize + DeserializeOwned> Carry for Carried<S> {
     }
 
     fn revert(&self) {
-        // It was made of the same type.
+        // This cannot fail: the bytes were encoded from the same type.
         self.before.take().into_iter().for_each(|before| drop(self.decode(&before, false)));
     }
 
     fn reset(&self) {
         self.settle();
-        // A state that cannot be encoded fails when the closure is called.
+        // A state that cannot be encoded is reported when the closure is called.
         if let Some(initial) =
             self.initial.as_ref().ok().and_then(|bytes| ciborium::from_reader(&**bytes).ok())
         {

@@ -6,10 +6,10 @@ use crate::task::carried::{Carried, Carry};
 use crate::task::once::{Once, Stage};
 use crate::{Better, Result, Run};
 
-/// Leaves the repetition that it is in once a measure has not become better for some of its turns.
+/// Leaves the repetition that contains it if a measure has not improved for a number of turns.
 ///
-/// A checkpoint holds the best value and the number of turns since, and ranks that are started again take them over. A measure that is NaN is
-/// not better than any other.
+/// A checkpoint stores the best value and the number of turns since, and restarted ranks adopt
+/// them. A measure that is NaN is not better than any other.
 ///
 /// ```
 /// use ice_core::{Better, EarlyStop, Repeat, SaveBest, Task};
@@ -33,25 +33,26 @@ pub struct EarlyStop {
 #[derive(Default, Serialize, Deserialize)]
 struct Watched {
     best: Option<f64>,
-    /// Turns since.
+    /// Number of turns since the best value.
     worse: u64,
 }
 
 impl EarlyStop {
-    /// Watches what the node with the uid `measure` measured in its last epoch. Leaves after the first turn that is not better.
+    /// Watches the last epoch's measure of the node with the uid `measure`. Leaves after the first
+    /// turn without improvement.
     pub fn new(measure: impl Into<String>, better: Better) -> Self {
         let (measure, watched) = (measure.into(), Carried::new(Watched::default()));
         Self { measure, better, patience: 1, min_delta: 0.0, watched, stage: Cell::default() }
     }
 
-    /// Leaves after this many turns in a row that are not better; at least 1.
+    /// Sets the number of turns in a row without improvement after which to leave; at least 1.
     #[must_use]
     pub fn patience(mut self, turns: u64) -> Self {
         self.patience = turns.max(1);
         self
     }
 
-    /// Takes a value for better only if it differs from the best by more than this.
+    /// Sets the difference to the best value that an improvement must exceed.
     #[must_use]
     pub fn min_delta(mut self, delta: f64) -> Self {
         self.min_delta = delta.abs();

@@ -10,7 +10,7 @@ use crate::run::Leave;
 use crate::task::{TrainLength, parse};
 use crate::{Error, Measure, Result, Run, TaskItem};
 
-/// How often rank 0 reports progress.
+/// Interval of rank 0's progress reports.
 const REPORT_EVERY: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,7 +19,7 @@ enum Length {
     Steps(u64),
 }
 
-/// Runs the nodes that its tags select, for some epochs or steps, with or without training.
+/// Runs the nodes that its tags select for a number of epochs or steps, with or without training.
 pub struct Task {
     train: bool,
     tags: Tags,
@@ -28,7 +28,7 @@ pub struct Task {
     whole: bool,
     timed: bool,
     progress: Cell<Progressed>,
-    /// The most that a node of this rank asks to leave, as long as the ranks have not agreed on it.
+    /// The most that a node of this rank asks to leave, until the ranks agree on it.
     asked: Cell<Leave>,
 }
 
@@ -37,11 +37,12 @@ pub struct Task {
 struct Progressed {
     epochs: u64,
     steps: u64,
-    /// Iterations of the epoch that is under way.
+    /// Completed iterations of the current epoch.
     iteration: u64,
-    /// Whether it was left before its end.
+    /// Whether the task was left before its end.
     left: bool,
-    /// Whether the iterations of the epoch, or of the pass over the data, are done, and what comes after them is not.
+    /// Whether all iterations of the epoch, or of the pass over the data, are completed, but not
+    /// what follows them.
     #[serde(default)]
     ending: bool,
 }
@@ -56,12 +57,12 @@ struct State {
 }
 
 impl Task {
-    /// Trains: forward, backward, update. One epoch unless said otherwise.
+    /// Creates a training task: forward, backward, update. Default: one epoch.
     pub fn train(tags: impl Into<Tags>) -> Self {
         Self::new(true, tags.into())
     }
 
-    /// Runs forward only, without gradients. One epoch unless said otherwise.
+    /// Creates an evaluation task: forward only, without gradients. Default: one epoch.
     pub fn eval(tags: impl Into<Tags>) -> Self {
         Self::new(false, tags.into())
     }
@@ -71,37 +72,39 @@ impl Task {
         Self { train, tags, length: Length::Epochs(1), whole: false, timed: false, progress, asked }
     }
 
-    /// Runs this many epochs. An epoch ends with the dataset that ends first.
+    /// Sets the number of epochs. An epoch ends with the dataset that ends first.
     #[must_use]
     pub fn epochs(mut self, epochs: u64) -> Self {
         self.length = Length::Epochs(epochs);
         self
     }
 
-    /// Runs this many steps, over as many epochs as that takes. A step of training is one of the optimizers.
+    /// Sets the number of steps, over as many epochs as they take. A training step is one step of
+    /// the optimizers.
     #[must_use]
     pub fn steps(mut self, steps: u64) -> Self {
         self.length = Length::Steps(steps);
         self
     }
 
-    /// Makes all steps together one epoch, however often the datasets end meanwhile: losses and metrics are those of all steps. Without
-    /// effect on a task of epochs.
+    /// Makes all steps together one epoch, even if datasets end several times meanwhile: losses and
+    /// metrics cover all steps. Has no effect on a task of epochs.
     #[must_use]
     pub fn simulate_epoch(mut self) -> Self {
         self.whole = true;
         self
     }
 
-    /// Measures how long each node takes in each phase, and writes it to `timers.csv` of the run's folder: by task, node and phase the
-    /// count, mean, least, most and sum. A tag `timer` does the same. On a GPU each node is waited for, which costs time.
+    /// Measures the time of each node in each phase, and writes it to `timers.csv` in the run's
+    /// folder: count, mean, minimum, maximum and sum by task, node and phase. The tag `timer` has
+    /// the same effect. Each measurement synchronizes with a GPU, which costs time.
     #[must_use]
     pub fn timed(mut self) -> Self {
         self.timed = true;
         self
     }
 
-    /// A pass over the data, and what comes after it.
+    /// Executes a pass over the data, and what follows it.
     fn epoch(&self, run: &Run, graph: &ExecutableGraph) -> Result<()> {
         let mut report = Report::new(self, run, graph);
         let progress = self.progress.get();
@@ -137,7 +140,7 @@ impl Task {
         self.whole && matches!(self.length, Length::Steps(_))
     }
 
-    /// Whether all steps are done.
+    /// Whether all steps are completed.
     fn is_at_end(&self) -> bool {
         matches!(self.length, Length::Steps(steps) if self.progress.get().steps >= steps)
     }
@@ -186,7 +189,7 @@ impl Task {
         let mut progress = self.progress.get();
         (progress.steps, progress.iteration) = (progress.steps + 1, progress.iteration + passes);
         self.progress.set(progress);
-        // A checkpoint of this step must not lose the end of the epoch.
+        // A checkpoint saved within this step must record that the end of the epoch is still due.
         progress.ending = graph.remaining() == Some(0) || (self.is_whole() && self.is_at_end());
         self.progress.set(progress);
         match self.train {
@@ -199,7 +202,7 @@ impl Task {
         match graph.asked_to_leave() {
             Leave::Nothing => {}
             Leave::Task => self.asked.set(Leave::Task),
-            // It holds for the tasks that follow, too.
+            // The request also holds for the tasks that follow.
             Leave::Run => run.ask_to_leave(Leave::Run),
         }
         run.show_scalars(graph.take_scalars());
@@ -213,7 +216,7 @@ impl Task {
         run.save_if_due()
     }
 
-    /// Leaves the task on all ranks, which have agreed on that.
+    /// Leaves the task on all ranks, which have agreed to.
     fn leave(&self, run: &Run, graph: &ExecutableGraph, what: Leave) -> Result<()> {
         self.asked.take();
         self.progress.set(Progressed { left: true, ..self.progress.get() });
@@ -343,12 +346,12 @@ impl TaskItem for Task {
     }
 }
 
-/// What rank 0 tells the agent about an epoch.
+/// The progress reports of rank 0 to the agent, for an epoch.
 struct Report<'a> {
     task: &'a Task,
     run: &'a Run<'a>,
     iterations: u64,
-    /// Of the epoch, whichever task it ends in.
+    /// Iterations of the whole epoch, even if another task completes it.
     epoch_iterations: Option<u64>,
     started: Instant,
     sent: Instant,

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use crate::task::once::{Once, Stage};
 use crate::{Result, ResumeFrom, Run, Tags};
 
-/// Loads the state of nodes from a checkpoint when its turn comes: pretrained parameters, or those of an earlier phase. The
-/// progress of the tasks stays as it is; to go on where a run ended, resume it instead.
+/// Loads the state of nodes from a checkpoint in its turn: pretrained parameters, or those of an
+/// earlier phase. The progress of the tasks stays as it is. To continue a run from its end, resume
+/// it instead.
 ///
 /// ```
 /// use ice_core::LoadCheckpoint;
@@ -19,19 +20,21 @@ pub struct LoadCheckpoint {
 }
 
 impl LoadCheckpoint {
-    /// Loads all nodes from a checkpoint's folder, or the newest valid one in a folder of checkpoints. Everything must fit.
+    /// Loads all nodes from the folder of a checkpoint, or from the newest valid checkpoint in a
+    /// folder of checkpoints. Everything must fit.
     pub fn from(path: impl Into<PathBuf>) -> Self {
         Self { from: ResumeFrom::Path(path.into()), tags: None, strict: true, stage: Cell::default() }
     }
 
-    /// Loads the nodes that these tags select alone.
+    /// Loads only the nodes that these tags select.
     #[must_use]
     pub fn tags(mut self, tags: impl Into<Tags>) -> Self {
         self.tags = Some(tags.into());
         self
     }
 
-    /// Whether everything must fit. Otherwise what fits is loaded, and the rest named in a warning.
+    /// Sets whether everything must fit. If false, parts that do not fit are skipped and named in a
+    /// warning.
     #[must_use]
     pub fn strict(mut self, strict: bool) -> Self {
         self.strict = strict;

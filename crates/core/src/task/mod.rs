@@ -1,4 +1,4 @@
-//! What a run does, in order: tasks over parts of the graph, repetitions, checkpoints, and any closure.
+//! The program of a run: tasks over parts of the graph, repetitions, checkpoints, and closures.
 
 mod align;
 mod best;
@@ -26,67 +26,73 @@ pub use save::SaveCheckpoint;
 
 use crate::{Error, Result, Run};
 
-/// How much training a part of a run does.
+/// Amount of training in a part of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TrainLength {
-    /// Epochs of tasks that have a number of epochs.
+    /// Epochs of tasks with a number of epochs.
     pub epochs: u64,
-    /// Steps of tasks that have a number of steps.
+    /// Steps of tasks with a number of steps.
     pub steps: u64,
 }
 
-/// A piece of a run. Its progress changes behind a shared reference, so that a checkpoint taken from inside a task can see
-/// the whole tree.
+/// A piece of a run. Its progress changes behind a shared reference, so that a checkpoint taken
+/// within a task contains the whole tree.
 pub trait TaskItem {
-    /// Does what is left to do.
+    /// Executes the remaining work.
     ///
     /// # Errors
-    /// The first failure; the run then ends. [`Error::StopTask`] leaves the [`Repeat`] that the item is in, and [`Error::StopAllTasks`] ends
-    /// the run as well done. All ranks return them at the same item, and the most that any rank asks for counts; if only some ranks do,
-    /// the run fails with an error that names one of each. To let one rank decide for all, use a closure ([`Repeat::call`]).
+    /// The first failure, which ends the run. [`Error::StopTask`] leaves the [`Repeat`] that
+    /// contains the item, and [`Error::StopAllTasks`] ends the run successfully. All ranks must
+    /// return these two at the same item, and the most that any rank asks for counts. If only some
+    /// ranks do, the run fails with an error that names one rank of each kind. To let one rank
+    /// decide for all, use a closure ([`Repeat::call`]).
     fn run(&self, run: &Run) -> Result<()>;
 
-    /// Whether nothing is left to do.
+    /// Whether the item is completed.
     fn is_finished(&self) -> bool;
 
-    /// Forgets all progress.
+    /// Resets all progress.
     fn reset(&self);
 
-    /// Makes ready for the next repetition. Like [`TaskItem::reset`], unless something is kept from one repetition to the next.
+    /// Prepares for the next repetition. Like [`TaskItem::reset`], except for state that is kept
+    /// from one repetition to the next.
     fn repeat(&self) {
         self.reset();
     }
 
-    /// The progress, for a checkpoint.
+    /// Returns the progress, for a checkpoint.
     fn state(&self) -> Json;
 
-    /// Takes over saved progress; with `dry_run` only checks that it fits, so that nothing is half-loaded.
+    /// Loads saved progress. With `dry_run` only checks that it fits, so that nothing is half
+    /// loaded.
     ///
     /// # Errors
-    /// [`Error::Resume`] says what does not fit.
+    /// [`Error::Resume`] names what does not fit.
     fn load_state(&self, state: &Json, dry_run: bool) -> Result<()>;
 
-    /// Like [`TaskItem::load_state`], if the saved progress need not fit in everything: what is left out, or is another than it was, is added to
-    /// `left_out`, by name. By default everything must fit.
+    /// Like [`TaskItem::load_state`], but saved progress may differ in parts. Adds the name of each
+    /// part that is left out, or has changed, to `left_out`. Default: everything must fit.
     ///
     /// # Errors
-    /// [`Error::Resume`] says what does not fit.
+    /// [`Error::Resume`] names what does not fit.
     fn load_what_fits(&self, state: &Json, dry_run: bool, _left_out: &mut Vec<String>) -> Result<()> {
         self.load_state(state, dry_run)
     }
 
-    /// Counts as done in this repetition without being run: it was added to the list before the place that a resumed run is at.
+    /// Marks the item as completed in this repetition without running it. Called for an item that
+    /// was added to the list before the position of a resumed run.
     fn skip(&self) {}
 
-    /// Epochs that this item runs in all, of training or else of evaluation.
+    /// Returns the total number of epochs of this item: of training with `train`, else of
+    /// evaluation.
     fn epochs(&self, train: bool) -> u64;
 
-    /// How much training this item does in all, for schedules over the run.
+    /// Returns the total amount of training of this item, for schedules over the run.
     fn train_length(&self) -> TrainLength {
         TrainLength::default()
     }
 
-    /// Whether it will save checkpoints, so that memory for them is worth having ready.
+    /// Whether the item will save checkpoints, so that memory for them should be prepared.
     fn saves(&self) -> bool {
         false
     }

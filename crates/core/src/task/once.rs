@@ -8,40 +8,41 @@ use crate::task::carried::Carry;
 use crate::task::parse;
 use crate::{Error, Result, Run, TaskItem};
 
-/// How far an item is that is done once.
+/// Progress of an item that runs once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Stage {
     #[default]
     Open,
-    /// It is done on this rank, and the ranks have not voted yet.
+    /// Executed on this rank, before the vote of the ranks.
     Performed,
     Finished,
 }
 
-/// An item that is done once: all its progress is whether it is finished, and the state that it carries.
+/// An item that runs once. Its progress is whether it is finished, and the state that it carries.
 pub(super) trait Once {
-    /// What it is, for messages.
+    /// Name of the item in messages.
     const WHAT: &'static str;
 
-    /// Whether it saves a checkpoint.
+    /// Whether the item saves a checkpoint.
     const SAVES: bool = false;
 
-    /// Whether all ranks vote after it on what they leave.
+    /// Whether all ranks vote after the item on what they leave.
     const VOTES: bool = false;
 
-    /// How far it is.
+    /// Returns the progress of the item.
     fn stage(&self) -> &Cell<Stage>;
 
-    /// Does it. An item that a checkpoint made in it holds as finished notes that before.
+    /// Executes the item. If it saves a checkpoint that must record the item as finished, it sets
+    /// the stage before.
     fn perform(&self, run: &Run) -> Result<()>;
 
-    /// The state that it carries from one repetition to the next.
+    /// Returns the state that the item carries from one repetition to the next.
     fn carried(&self) -> Option<&dyn Carry> {
         None
     }
 }
 
-/// The progress of an item that carries a state.
+/// Saved progress of an item that carries a state.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct State {
@@ -51,14 +52,15 @@ struct State {
 
 impl<T: Once> TaskItem for T {
     fn run(&self, run: &Run) -> Result<()> {
-        // If only the vote failed, since a rank was lost, this rank votes again and does nothing twice.
+        // If only the vote failed, because a rank was lost, this rank votes again and does not
+        // execute the item twice.
         if self.stage().get() != Stage::Performed {
-            // It may take as long as it takes; the next step is awaited again.
+            // The item may take any time: the hang check resumes with the next step.
             let alone = run.worker().link().alone();
             let done = self.perform(run);
             drop(alone);
             done.inspect_err(|_| {
-                // One that was disturbed is done again.
+                // An interrupted item is executed again.
                 self.stage().set(Stage::Open);
                 self.carried().into_iter().for_each(Carry::revert);
             })?;

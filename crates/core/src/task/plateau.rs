@@ -6,12 +6,14 @@ use crate::task::carried::{Carried, Carry};
 use crate::task::once::{Once, Stage};
 use crate::{Better, Error, LrReduction, Result, Run};
 
-/// Reduces learning rates once a measure has not become better for some of its turns: `torch.optim.lr_scheduler.ReduceLROnPlateau`, with its
-/// defaults. Its turn in the task list is what `scheduler.step(measure)` is in PyTorch.
+/// Reduces learning rates if a measure has not improved for a number of turns, like
+/// `torch.optim.lr_scheduler.ReduceLROnPlateau` with its defaults. Its turn in the task list
+/// corresponds to `scheduler.step(measure)` in PyTorch.
 ///
-/// The rates that optimizers were made with are reduced, so that a [`Schedule`](crate::optim::Schedule) multiplies the reduced rate. All ranks reduce
-/// alike, as the measure is that of all ranks. A checkpoint holds the best value, the counts and the reduced rates, and ranks that are
-/// started again take them over. A measure that is NaN is not better than any other.
+/// It reduces the rates that the optimizers were created with, so that a
+/// [`Schedule`](crate::optim::Schedule) multiplies the reduced rate. All ranks reduce alike, since
+/// the measure covers all ranks. A checkpoint stores the best value, the counts and the reduced
+/// rates, and restarted ranks adopt them. A measure that is NaN is not better than any other.
 ///
 /// ```
 /// use ice_core::{Better, ReduceLROnPlateau, Repeat, Task};
@@ -32,7 +34,7 @@ pub struct ReduceLROnPlateau {
     stage: Cell<Stage>,
 }
 
-/// How much better a value must be than the best one.
+/// Difference to the best value that an improvement must exceed.
 #[derive(Debug, Clone, Copy)]
 enum Threshold {
     Relative(f64),
@@ -47,7 +49,8 @@ struct Watched {
 }
 
 impl ReduceLROnPlateau {
-    /// Watches what the node with the uid `measure` measured in its last epoch, and reduces all learning rates.
+    /// Watches the last epoch's measure of the node with the uid `measure`, and reduces all
+    /// learning rates.
     pub fn new(measure: impl Into<String>, better: Better) -> Self {
         let worst = match better {
             Better::Higher => f64::NEG_INFINITY,
@@ -66,56 +69,60 @@ impl ReduceLROnPlateau {
         }
     }
 
-    /// Reduces the learning rates of the node with this uid, and of others that are named in the same way, alone.
+    /// Reduces only the learning rates of the node with this uid, and of others added by further
+    /// calls.
     #[must_use]
     pub fn of(mut self, node: impl Into<String>) -> Self {
         self.nodes.push(node.into());
         self
     }
 
-    /// The factor of a reduction, below 1. Default: 0.1.
+    /// Sets the factor of a reduction, below 1. Default: 0.1.
     #[must_use]
     pub fn factor(mut self, factor: f64) -> Self {
         self.reduction.factor = factor;
         self
     }
 
-    /// Turns without a better value that pass before the rates are reduced. Default: 10.
+    /// Sets the number of turns without improvement that pass before a reduction. Default: 10.
     #[must_use]
     pub fn patience(mut self, turns: u64) -> Self {
         self.patience = turns;
         self
     }
 
-    /// Takes a value for better only if it differs from the best by more than this part of the best (`threshold_mode='rel'`). Default: 1e-4.
+    /// Sets the difference to the best value that an improvement must exceed, relative to the best
+    /// value (`threshold_mode='rel'`). Default: 1e-4.
     #[must_use]
     pub fn rel_threshold(mut self, threshold: f64) -> Self {
         self.threshold = Threshold::Relative(threshold);
         self
     }
 
-    /// Takes a value for better only if it differs from the best by more than this (`threshold_mode='abs'`).
+    /// Sets the absolute difference to the best value that an improvement must exceed
+    /// (`threshold_mode='abs'`).
     #[must_use]
     pub fn abs_threshold(mut self, threshold: f64) -> Self {
         self.threshold = Threshold::Absolute(threshold);
         self
     }
 
-    /// Turns after a reduction that do not count. Default: 0.
+    /// Sets the number of turns after a reduction that do not count. Default: 0.
     #[must_use]
     pub fn cooldown(mut self, turns: u64) -> Self {
         self.cooldown = turns;
         self
     }
 
-    /// The lowest learning rate. Default: 0.
+    /// Sets the lowest learning rate. Default: 0.
     #[must_use]
     pub fn min_lr(mut self, least: f64) -> Self {
         self.reduction.min_lr = least;
         self
     }
 
-    /// A rate that would change by no more than this stays. Default: 1e-8.
+    /// Sets the smallest change: a rate that would change by no more than this stays. Default:
+    /// 1e-8.
     #[must_use]
     pub fn eps(mut self, eps: f64) -> Self {
         self.reduction.eps = eps;
@@ -135,7 +142,7 @@ impl ReduceLROnPlateau {
         }
     }
 
-    /// Takes in the value of a turn. Whether the rates are to be reduced.
+    /// Adds the value of a turn. Returns whether the rates must be reduced.
     fn take(&self, watched: &mut Watched, value: f64) -> bool {
         if self.is_better(value, watched.best) {
             (watched.best, watched.bad_turns) = (value, 0);
@@ -203,7 +210,8 @@ impl Once for ReduceLROnPlateau {
 mod tests {
     use super::*;
 
-    /// The turns after which PyTorch 2.13 reduces, which tests/python/optim_reference.py records as changes of the rate.
+    /// PyTorch 2.13's reductions, which tests/python/optim_reference.py records as changes of the
+    /// rate.
     #[test]
     fn plateau_counts_turns_as_torch_does() {
         let reference: serde_json::Value =
@@ -220,7 +228,7 @@ mod tests {
         ];
         let numbers = |name: &str, what: &str| -> Vec<f64> {
             let numbers = reference["plateaus"][name][what].as_array().unwrap();
-            // JSON has no NaN.
+            // JSON has no NaN, so the reference has null.
             numbers.iter().map(|number| number.as_f64().unwrap_or(f64::NAN)).collect()
         };
         assert_eq!(reference["plateaus"].as_object().unwrap().len(), cases.len());

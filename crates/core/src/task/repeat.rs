@@ -9,7 +9,7 @@ use crate::task::align::{align, has_begun, is_finished, unpaired};
 use crate::task::{Call, CallWith, TrainLength, parse};
 use crate::{Error, Result, Run, TaskItem};
 
-/// A list of items, run in order and as often as said.
+/// A list of items, executed in order and repeated a number of times.
 ///
 /// ```
 /// use ice_core::{Repeat, SaveCheckpoint, Task, TaskItem};
@@ -22,7 +22,7 @@ use crate::{Error, Result, Run, TaskItem};
 pub struct Repeat {
     times: u64,
     done: Cell<u64>,
-    /// Whether it was left before its end.
+    /// Whether the repetition was left before its end.
     left: Cell<bool>,
     items: Vec<Box<dyn TaskItem>>,
 }
@@ -38,12 +38,12 @@ struct State {
 }
 
 impl Repeat {
-    /// An empty list to be run `times` times.
+    /// Creates an empty list that runs `times` times.
     pub fn new(times: u64) -> Self {
         Self { times, done: Cell::new(0), left: Cell::new(false), items: Vec::new() }
     }
 
-    /// An empty list to be run once.
+    /// Creates an empty list that runs once.
     pub fn once() -> Self {
         Self::new(1)
     }
@@ -61,8 +61,9 @@ impl Repeat {
         self.then(Call::new(function))
     }
 
-    /// Adds a closure at the end with a state of its own, which begins as `initial` whenever this repetition does. Checkpoints hold the state,
-    /// and ranks that are started again take it over, which they cannot do with a variable that a closure captures.
+    /// Adds a closure at the end with its own state, which starts as `initial` whenever this
+    /// repetition starts. Checkpoints store the state and restarted ranks adopt it, unlike a
+    /// variable that a closure captures.
     ///
     /// ```
     /// use ice_core::{Repeat, Task};
@@ -88,7 +89,7 @@ impl Repeat {
 }
 
 impl Repeat {
-    /// What is saved, if there are not more turns than are asked for.
+    /// Parses a saved state. Fails if more turns are completed than this repetition has.
     fn parse(&self, state: &Json) -> Result<State> {
         let state: State = parse(state, "a repetition")?;
         if state.done > self.times {
@@ -100,7 +101,7 @@ impl Repeat {
         Ok(state)
     }
 
-    /// Is in the turn that was saved, with items that are there already.
+    /// Continues in the saved turn. The items have been loaded before.
     fn take_up(&self, state: &State) {
         self.done.set(state.done);
         self.left.set(state.left);
@@ -151,7 +152,8 @@ impl TaskItem for Repeat {
         serde_json::json!({ "times": self.times, "done": self.done.get(), "left": self.left.get(), "items": items })
     }
 
-    /// `times` may differ from what was saved, so that a run can be made longer; what was done is kept.
+    /// Loads the state. `times` may differ from the saved number, so that a run can be made longer;
+    /// completed turns count.
     fn load_state(&self, state: &Json, dry_run: bool) -> Result<()> {
         let state = self.parse(state)?;
         if state.items.len() != self.items.len() {
@@ -177,7 +179,8 @@ impl TaskItem for Repeat {
         if dry_run {
             left_out.extend(unpaired(&state.items, &own, &pairs));
         }
-        // Items before the place where the run was are done in this turn, whichever they are; those after it are not.
+        // All items before the position of the run are completed in this turn, even new ones. Items
+        // after it are not.
         let place = pairs.iter().rfind(|(saved, _)| has_begun(&state.items[*saved]));
         let place = place.map_or(0, |(_, own)| *own);
         let mut is_longer = false;
@@ -189,7 +192,7 @@ impl TaskItem for Repeat {
                 _ if !dry_run => item.reset(),
                 _ => {}
             }
-            // A task that was made longer is continued, and what follows comes after it.
+            // A task that was made longer continues, and the items after it run again.
             is_longer |= !dry_run && saved.is_some_and(is_finished) && !item.is_finished();
         }
         if !dry_run {

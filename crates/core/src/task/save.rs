@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use crate::task::once::{Once, Stage};
 use crate::{Result, Run, Tags};
 
-/// Saves a checkpoint when its turn comes, under `ckpts/E<train epochs>S<train steps>` of the run's folder unless said otherwise.
+/// Saves a checkpoint in its turn. Default folder: `ckpts/E<train epochs>S<train steps>` in the
+/// run's folder.
 ///
 /// ```
 /// use ice_core::SaveCheckpoint;
@@ -19,19 +20,20 @@ pub struct SaveCheckpoint {
 }
 
 impl SaveCheckpoint {
-    /// A checkpoint of the whole graph.
+    /// Saves a checkpoint of the whole graph.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Saves in this folder. A checkpoint that is there is replaced.
+    /// Saves in this folder. An existing checkpoint is replaced.
     #[must_use]
     pub fn to(mut self, folder: impl Into<PathBuf>) -> Self {
         self.to = Some(folder.into());
         self
     }
 
-    /// Saves the nodes that these tags select alone. A run cannot resume from such a checkpoint, but load it.
+    /// Saves only the nodes that these tags select. A run cannot resume from such a checkpoint,
+    /// only load it.
     #[must_use]
     pub fn tags(mut self, tags: impl Into<Tags>) -> Self {
         self.tags = Some(tags.into());
@@ -48,7 +50,7 @@ impl Once for SaveCheckpoint {
     }
 
     fn perform(&self, run: &Run) -> Result<()> {
-        // Before the save: a run that resumes from it must not save it again.
+        // Set before the save: a run that resumes from the checkpoint must not save it again.
         self.stage.set(Stage::Finished);
         run.save_checkpoint(self.to.as_deref(), self.tags.as_ref())
     }

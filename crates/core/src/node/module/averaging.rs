@@ -1,24 +1,25 @@
-//! Gradients averaged over the ranks, in an order that outlives the process.
+//! Averaging of gradients over the ranks, in an order that outlives the process.
 
 use ice_c10d::{ProcessGroup, Reducer, ReducerOptions};
 use tch::Tensor;
 
 use crate::Result;
 
-/// A reducer, and the order in which it learned that forward uses the parameters.
+/// A reducer, and the learned order in which forward uses the parameters.
 ///
-/// Where an element lies in its bucket decides in which order the ranks' gradients are added up, and so the last bit of the sum. A
-/// run that goes on must therefore know the order from its first step on.
+/// The position of an element in its bucket decides in which order the ranks' gradients are added,
+/// and so the last bit of the sum. A resumed run must therefore know the order from its first step
+/// on.
 pub(super) struct Averaging {
     reducer: Reducer,
-    /// In the order that the reducer was made with.
+    /// The parameters in the order that the reducer was created with.
     parameters: Vec<(String, Tensor)>,
     order: Vec<usize>,
 }
 
 impl Averaging {
-    /// In an order that was learned before; parameters that it does not name come last, in the order in which forward seems to use them.
-    /// Collective.
+    /// Creates a reducer with an order that was learned before. Parameters missing from `order`
+    /// come last, in the order in which forward seems to use them. Collective.
     pub(super) fn new(
         parameters: &[(String, Tensor)],
         order: &[String],
@@ -44,7 +45,8 @@ impl Averaging {
         Ok(self.reducer.prepare_backward(&[loss])?)
     }
 
-    /// Learns the order once the first gradients are there. A checkpoint of the first step has it already.
+    /// Learns the order once the first gradients exist, so that a checkpoint of the first step
+    /// contains it.
     pub(super) fn after_backward(&mut self) -> Result<()> {
         if self.reducer.regroup()? {
             self.order = self.reducer.order()?;
@@ -52,7 +54,7 @@ impl Averaging {
         Ok(())
     }
 
-    /// The names of the parameters in the order in which forward uses them.
+    /// Returns the names of the parameters in the order in which forward uses them.
     pub(super) fn order(&self) -> Vec<&str> {
         self.order.iter().map(|&place| self.parameters[place].0.as_str()).collect()
     }

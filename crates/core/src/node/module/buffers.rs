@@ -10,12 +10,13 @@ use crate::Result;
 pub(super) struct Buffers(Vec<Vec<Tensor>>);
 
 impl Buffers {
-    /// Groups the buffers by type. All ranks pass theirs in the same order.
+    /// Groups the buffers by type. All ranks pass their buffers in the same order.
     pub(super) fn new(mut tensors: Vec<Tensor>) -> Self {
         tensors.sort_by_key(|tensor| tensor.kind() as i32);
         let (shared, own): (Vec<_>, Vec<_>) = tensors.into_iter().partition(has_shared_elements);
         let together = buckets(&own).map(|bucket| bucket.iter().map(Tensor::shallow_clone).collect());
-        // The group refuses such a tensor on all ranks. In a bucket it would fail on those that write to it alone.
+        // The process group refuses such a tensor on all ranks. Within a bucket, only the ranks
+        // that write to it would fail.
         let alone = shared.into_iter().map(|tensor| vec![tensor]);
         Self(together.chain(alone).collect())
     }
@@ -24,20 +25,20 @@ impl Buffers {
         self.0.iter().flatten()
     }
 
-    /// Gives all ranks rank 0's buffers, by one collective per bucket.
+    /// Sends rank 0's buffers to all ranks, by one collective per bucket.
     pub(super) fn broadcast(&self, worker: &Worker) -> Result<()> {
         if worker.world_size() == 1 {
             return Ok(());
         }
         let begin = |bucket: &Vec<Tensor>| {
             let row = match &bucket[..] {
-                // The group takes any strides.
+                // The process group accepts any strides.
                 [alone] => alone.shallow_clone(),
                 several => flatten(several)?,
             };
             Ok((worker.begin_broadcast(0, &row)?, row))
         };
-        // Several that are under way take less time than one after the other.
+        // Concurrent broadcasts take less time than sequential ones.
         let begun = self.0.iter().map(begin).collect::<Result<Vec<_>>>()?;
         for (bucket, (begun, row)) in self.0.iter().zip(begun) {
             begun.wait()?;
@@ -48,12 +49,12 @@ impl Buffers {
         Ok(())
     }
 
-    /// Copies of the values, for [`Buffers::restore`].
+    /// Returns copies of the values, for [`Buffers::restore`].
     pub(super) fn copies(&self) -> Vec<Tensor> {
         self.iter().map(Tensor::copy).collect()
     }
 
-    /// Overwrites [copies](Buffers::copies) with the values of now.
+    /// Overwrites [copies](Buffers::copies) with the current values.
     pub(super) fn save(&self, copies: &[Tensor]) -> Result<()> {
         for (copy, buffer) in copies.iter().zip(self.iter()) {
             copy.shallow_clone().f_copy_(buffer)?;
@@ -61,16 +62,17 @@ impl Buffers {
         Ok(())
     }
 
-    /// Gives the buffers the values of their [copies](Buffers::copies).
+    /// Restores the values from their [copies](Buffers::copies).
     pub(super) fn restore(&self, copies: &[Tensor]) {
         for (copy, buffer) in copies.iter().zip(self.iter()) {
-            // A buffer that cannot be copied on its own device cannot be used in the next step, which fails then.
+            // A buffer that cannot be copied on its own device also fails in the next step, which
+            // reports the error.
             drop(buffer.shallow_clone().f_copy_(copy));
         }
     }
 }
 
-/// Whether elements of the tensor are at one address, like those of an expanded tensor.
+/// Whether elements of the tensor share an address, like those of an expanded tensor.
 fn has_shared_elements(tensor: &Tensor) -> bool {
     tensor.size().iter().zip(tensor.stride()).any(|(size, stride)| *size > 1 && stride == 0)
 }

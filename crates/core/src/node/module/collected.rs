@@ -1,7 +1,8 @@
-//! Gradients that a node has made by backward passes of its own.
+//! Gradients that a node has made by its own backward passes.
 //!
-//! The reducer averages while one backward pass is running, and counts each parameter once. A program that goes backward by itself may do so
-//! several times, or not at all, so its gradients are averaged once they are all there.
+//! The reducer averages while one backward pass is running, and counts each parameter once. A node
+//! that runs backward itself may do so several times, or not at all. Its gradients are therefore
+//! averaged after all passes.
 
 use ice_c10d::optim::clear_gradients;
 use ice_worker::Worker;
@@ -19,7 +20,8 @@ impl Collected {
         self.0.clear();
     }
 
-    /// Takes in the gradients of a pass, multiplied by a factor. After the last pass the parameters have the sums.
+    /// Adds the gradients of a pass, multiplied by a factor. After the last pass the parameters
+    /// hold the sums.
     pub(super) fn add(&mut self, parameters: &[Tensor], factor: f64, last: bool) -> Result<()> {
         if last && self.0.is_empty() && factor == 1.0 {
             return Ok(());
@@ -46,7 +48,8 @@ impl Collected {
         Ok(())
     }
 
-    /// Averages the gradients of all ranks. A parameter that has one on any rank gets one on all. Collective.
+    /// Averages the gradients of all ranks. A parameter with a gradient on any rank gets one on all
+    /// ranks. Collective.
     pub(super) fn average(&self, parameters: &[Tensor], worker: &Worker) -> Result<()> {
         if worker.world_size() == 1 || parameters.is_empty() {
             return Ok(());
@@ -69,10 +72,10 @@ impl Collected {
     }
 }
 
-/// The gradient of a parameter, zeros if it has none yet.
+/// Returns the gradient of a parameter. Creates zeros if it has none.
 fn gradient_of(parameter: &Tensor) -> Result<Tensor> {
     if !parameter.grad().defined() {
-        // A gradient can only be made by going backward.
+        // Only a backward pass can create a gradient.
         tch::with_grad(|| parameter.f_zeros_like()?.f_mul(parameter)?.f_sum(parameter.kind())?.f_backward())?;
     }
     Ok(parameter.grad())

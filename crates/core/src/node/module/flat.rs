@@ -1,4 +1,5 @@
-//! Tensors that travel together: one collective costs more than the bytes of many small tensors.
+//! Tensors that are exchanged together: a collective costs more than the bytes of many small
+//! tensors.
 
 use tch::Tensor;
 
@@ -7,8 +8,8 @@ use crate::Result;
 /// Limit of the bytes that one collective moves.
 const BUCKET_BYTES: usize = 25 << 20;
 
-/// Divides tensors into runs of neighbours that have one type and fit into a bucket. A tensor that is larger than a bucket is
-/// alone.
+/// Divides tensors into buckets of neighbours that have one type and fit the limit. A tensor larger
+/// than the limit has its own bucket.
 pub(super) fn buckets(mut tensors: &[Tensor]) -> impl Iterator<Item = &[Tensor]> {
     std::iter::from_fn(move || {
         let kind = tensors.first()?.kind();
@@ -23,12 +24,13 @@ pub(super) fn buckets(mut tensors: &[Tensor]) -> impl Iterator<Item = &[Tensor]>
     })
 }
 
-/// Copies the elements of a bucket into one row. A tensor that is alone and contiguous shares its memory with the row.
+/// Copies the elements of a bucket into one row. A single contiguous tensor shares its memory with
+/// the row.
 pub(super) fn flatten(bucket: &[Tensor]) -> Result<Tensor> {
     Ok(Tensor::f_flatten_dense_tensors(bucket)?)
 }
 
-/// Copies a row that [`flatten`] has made back into the tensors of its bucket, whatever their strides.
+/// Copies a row from [`flatten`] back into the tensors of its bucket, with any strides.
 pub(super) fn unflatten(row: &Tensor, bucket: &[Tensor]) -> Result<()> {
     for (tensor, values) in bucket.iter().zip(Tensor::f_unflatten_dense_tensors(row, bucket)?) {
         tensor.shallow_clone().f_copy_(&values)?;

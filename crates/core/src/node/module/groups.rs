@@ -1,4 +1,4 @@
-//! Which optimizer trains which parameters.
+//! The assignment of parameters to optimizers.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -15,25 +15,27 @@ use crate::{Error, LrReduction, Result};
 
 /// An optimizer and the parameters that it trains.
 struct Group {
-    /// Of names; all where empty.
+    /// Regular expression for names of parameters. An empty pattern matches all.
     pattern: String,
     optimizer: Box<dyn Optimizer>,
-    /// The learning rate that the optimizer was made with, and the one that it was reduced to, before factors.
+    /// The learning rate that the optimizer was created with, and the reduced rate, both before
+    /// factors.
     rate: f64,
     reduced_rate: Option<f64>,
     names: Vec<String>,
     parameters: Vec<Tensor>,
-    /// Where each rank has the state of its own elements alone.
+    /// Present if each rank has the state of its own elements only.
     sharding: Option<Sharding>,
 }
 
-/// The optimizers of a module. A parameter belongs to the first one whose pattern its name has.
+/// The optimizers of a module. A parameter belongs to the first optimizer whose pattern matches its
+/// name.
 #[derive(Default)]
 pub(super) struct Groups {
     groups: Vec<Group>,
-    /// Which of how many parts of the state is here, once it is.
+    /// Number of this rank's shard of the state, and number of shards, once the state exists.
     division: Option<(usize, usize)>,
-    /// Whether gradients were applied, to parts, in a step that does not count yet.
+    /// Whether the unfinished step has applied gradients to shards.
     torn: bool,
 }
 
@@ -54,7 +56,7 @@ impl Groups {
         self.groups.is_empty()
     }
 
-    /// Gives each parameter to its optimizer, and returns the parameters that no optimizer wants.
+    /// Assigns each parameter to its optimizer, and returns the parameters without an optimizer.
     pub(super) fn set_up(&mut self, parameters: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
         let patterns = self.groups.iter().map(|group| {
             Regex::new(&group.pattern).map_err(|error| {
@@ -85,11 +87,11 @@ impl Groups {
         Ok(left)
     }
 
-    /// Makes the optimizers' state, divided over the ranks of a worker where there is one. State that is there is kept where it is divided in
-    /// the same way.
+    /// Creates the optimizers' state, sharded over the ranks of the worker if there is one.
+    /// Existing state is kept if it is sharded in the same way.
     pub(super) fn begin(&mut self, sharded_over: Option<&Rc<Worker>>) -> Result<()> {
         let division = sharded_over.map_or((0, 1), |worker| (worker.rank(), worker.world_size()));
-        // What is torn is loaded anew.
+        // Partially updated state is loaded again in the new round.
         self.torn = false;
         if self.division.replace(division) == Some(division) {
             return Ok(());
@@ -126,7 +128,7 @@ impl Groups {
         Ok(())
     }
 
-    /// The step in which gradients were applied counts.
+    /// Notes that the step in which gradients were applied counts.
     pub(super) fn step_counts(&mut self) {
         self.torn = false;
     }
@@ -135,14 +137,15 @@ impl Groups {
         self.torn
     }
 
-    /// `<parameter>.<slot>` for all of them, and which of them are parts.
+    /// Returns the state as `<parameter>.<slot>`, and describes the tensors that are shards.
     pub(super) fn state(&self) -> (Vec<(String, Tensor)>, BTreeMap<String, Part>) {
         let (mut state, mut parts) = (Vec::new(), BTreeMap::new());
         for group in &self.groups {
             for (slot, tensors) in group.optimizer.state() {
                 for (index, (name, tensor)) in group.names.iter().zip(tensors).enumerate() {
                     let key = format!("{name}.{slot}");
-                    // Counters of steps are the same on every rank.
+                    // Counters of steps are scalars and the same on every rank: they are not
+                    // sharded.
                     if let Some(sharding) = group.sharding.as_ref().filter(|_| tensor.dim() > 0) {
                         let start = sharding.own[index].start;
                         parts.insert(key.clone(), Part::flat(start, &group.parameters[index].size()));
@@ -154,7 +157,7 @@ impl Groups {
         (state, parts)
     }
 
-    /// What else is to be saved, by pattern; null for nothing.
+    /// Returns the other values of a checkpoint by pattern, or null if there are none.
     pub(super) fn values(&self) -> Json {
         let values: serde_json::Map<_, _> = self
             .groups
@@ -194,7 +197,8 @@ impl Groups {
         self.groups.iter_mut().for_each(|group| group.optimizer.use_clock(clock));
     }
 
-    /// Reduces all learning rates, which the number of ranks multiplies by a factor. Returns the number of optimizers.
+    /// Reduces all learning rates. `lr_factor` is the factor for the number of ranks. Returns the
+    /// number of optimizers.
     pub(super) fn reduce_learning_rates(&mut self, reduction: &LrReduction, lr_factor: f64) -> usize {
         for group in &mut self.groups {
             if let Some(rate) = reduction.of(group.reduced_rate.unwrap_or(group.rate)) {
@@ -205,13 +209,14 @@ impl Groups {
         self.groups.len()
     }
 
-    /// The learning rates that were reduced, by pattern.
+    /// Returns the reduced learning rates, by pattern.
     pub(super) fn reduced_rates(&self) -> BTreeMap<String, f64> {
         let reduced = |group: &Group| Some((group.pattern.clone(), group.reduced_rate?));
         self.groups.iter().filter_map(reduced).collect()
     }
 
-    /// Takes over the learning rates that were reduced; the others are those that the optimizers were made with.
+    /// Loads reduced learning rates. All other rates return to those that the optimizers were
+    /// created with.
     pub(super) fn load_rates(&mut self, reduced: &BTreeMap<String, f64>, lr_factor: f64) {
         for group in &mut self.groups {
             let saved = reduced.get(&group.pattern).copied();
@@ -222,7 +227,7 @@ impl Groups {
         }
     }
 
-    /// By pattern.
+    /// Returns the learning rates, by pattern.
     pub(super) fn learning_rates(&self) -> impl Iterator<Item = (&str, f64)> {
         self.groups.iter().map(|group| (group.pattern.as_str(), group.optimizer.learning_rate()))
     }
@@ -257,7 +262,7 @@ mod tests {
             groups.step_counts();
             assert!(!groups.are_torn());
             groups.step().unwrap();
-            // A new round loads them.
+            // A new round loads the shards.
             groups.begin(sharded_over).unwrap();
             assert!(!groups.are_torn());
         }

@@ -31,15 +31,15 @@ use crate::node::copy_tensors;
 use crate::optim::Optimizer;
 use crate::{Context, Error, LrReduction, Node, NodeState, Outputs, Result, Round, Value};
 
-/// Makes the module under a path. The flag says whether the module has an optimizer.
+/// Creates the module under a path. The flag says whether the module has an optimizer.
 type Build<M> = dyn FnOnce(&Path, bool) -> Result<M>;
 type Forward<M, T> = dyn Fn(&M, &Outputs) -> Result<T>;
 
-/// A module with parameters, what it does in a step, and the optimizers that train it.
+/// A module with parameters, its forward pass, and the optimizers that train it.
 ///
-/// Every rank builds the module from the same seed and takes over rank 0's parameters; the gradients of the ranks are averaged in
-/// buckets while the backward pass is still running, by the reducer of PyTorch's DistributedDataParallel. Parameters without an
-/// optimizer are frozen.
+/// Every rank builds the module from the same seed and adopts rank 0's parameters. The reducer of
+/// PyTorch's DistributedDataParallel averages the ranks' gradients in buckets while the backward
+/// pass is still running. Parameters without an optimizer are frozen.
 pub struct ModuleNode<M, T> {
     build: Option<Box<Build<M>>>,
     forward: Box<Forward<M, T>>,
@@ -57,40 +57,42 @@ pub struct ModuleNode<M, T> {
 struct Ready<M> {
     module: Rc<M>,
     store: VarStore,
-    /// In order of creation.
+    /// Trainable parameters in order of creation.
     trainable: Vec<(String, Tensor)>,
     buffers: Rc<Buffers>,
-    /// The buffers when the step began, if it may have to be done again.
+    /// The buffers at the start of the step, if the step may have to be repeated.
     before: Vec<Tensor>,
     in_step: bool,
     worker: Rc<Worker>,
     averaging: Option<Averaging>,
-    /// Gradients of passes in which a node goes backward by itself.
+    /// Gradients of passes in which a node runs backward itself.
     collected: Collected,
-    /// The order in which forward uses the parameters, as it was learned.
+    /// The learned order in which forward uses the parameters.
     order: Vec<String>,
-    /// Of the gradients of the last step, before clipping.
+    /// Norm of the gradients of the last step, before clipping.
     norm: Option<Tensor>,
-    /// What the learning rates are multiplied by, for the number of ranks.
+    /// Factor of the learning rates for the number of ranks.
     lr_factor: f64,
 }
 
-/// What a checkpoint holds of a module beside its tensors.
+/// The values of a module in a checkpoint, in addition to its tensors.
 #[derive(Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Values {
     /// Positions of schedules, by pattern.
     optimizers: Json,
-    /// The trained parameters in the order in which forward uses them; none where one rank has trained alone.
+    /// The trained parameters in the order in which forward uses them. Empty if a single rank has
+    /// trained.
     order: Vec<String>,
-    /// Learning rates that were reduced, by pattern, before any factor of a schedule or of the number of ranks.
+    /// Reduced learning rates by pattern, before any factor of a schedule or of the number of
+    /// ranks.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     rates: BTreeMap<String, f64>,
 }
 
 impl<M: 'static, T: 'static> ModuleNode<M, T> {
-    /// A module and its forward pass. `build` makes the module's parameters under the given path; `forward` makes the output
-    /// of a step, of any type.
+    /// Creates a module and its forward pass. `build` creates the module's parameters under the
+    /// given path. `forward` computes the output of a step, of any type.
     pub fn new(
         build: impl FnOnce(&Path) -> M + 'static,
         forward: impl Fn(&M, &Outputs) -> Result<T> + 'static,
@@ -111,17 +113,20 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
             broadcast_buffers: true,
             sync_batch_norm: false,
             histograms: false,
-            // Gradients are made anew in each step, and nobody keeps them.
+            // Gradients may be views of the buckets: each step creates new ones, and no other code
+            // keeps them.
             options: ReducerOptions { gradient_as_bucket_view: true, ..ReducerOptions::default() },
             ready: None,
             slot: Rc::default(),
         }
     }
 
-    /// Another node that uses this module: a discriminator that judges what a generator makes, in the task that trains the generator.
+    /// Creates another node that uses this module. Example: a discriminator judges the output of a
+    /// generator, in the task that trains the generator.
     ///
-    /// In a step that trains this node, too, gradients of both uses flow into the module. In others its parameters are constants: gradients
-    /// flow through it to its inputs. Parameters, buffers and optimizers belong to this node alone, which must be in the graph.
+    /// In a step that also trains this node, gradients of both uses accumulate in the module. In
+    /// other steps its parameters are constants: gradients flow through it to its inputs. This node
+    /// alone owns the parameters, buffers and optimizers, and must be in the graph.
     ///
     /// ```
     /// use ice_core::ModuleNode;
@@ -140,90 +145,94 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
         SharedNode::new(Rc::clone(&self.slot), Box::new(forward))
     }
 
-    /// Trains with this optimizer all parameters that no other one has.
+    /// Trains all parameters that no other optimizer has with this optimizer.
     #[must_use]
     pub fn optimizer(self, optimizer: impl Optimizer + 'static) -> Self {
         self.optimizer_for("", optimizer)
     }
 
-    /// Trains with this optimizer the parameters whose name has a match of `pattern`, a regular expression, unless one that was
-    /// named earlier has them. Names are as in the checkpoint: `encoder.layer1.weight`.
+    /// Trains the parameters whose name matches the regular expression `pattern` with this
+    /// optimizer, unless an earlier optimizer has them. Names are those of checkpoints:
+    /// `encoder.layer1.weight`.
     ///
-    /// A checkpoint keeps the positions of schedules by pattern.
+    /// A checkpoint stores the positions of schedules by pattern.
     #[must_use]
     pub fn optimizer_for(mut self, pattern: &str, optimizer: impl Optimizer + 'static) -> Self {
         self.groups.add(pattern, optimizer);
         self
     }
 
-    /// Scales the gradients of all ranks' average so that their common 2-norm is at most this.
+    /// Scales the averaged gradients so that their joint 2-norm is at most this.
     #[must_use]
     pub fn clip_grad_norm(mut self, largest: f64) -> Self {
         self.clip = Some(largest);
         self
     }
 
-    /// Whether each rank has the optimizers' state of an even part of the parameters alone, updates that part, and sends it to the
-    /// others: the first stage of ZeRO (Rajbhandari et al., 2020). The result is that of whole optimizers. A checkpoint has the whole
-    /// state, in files of all ranks, and can be loaded by any number of them, with or without this.
+    /// Sets whether each rank keeps the optimizers' state of only its share of the parameters. The
+    /// rank updates this shard and sends it to the others: the first stage of ZeRO (Rajbhandari et
+    /// al., 2020). The result is that of whole optimizers. A checkpoint contains the whole state,
+    /// in files of all ranks. Any number of ranks can load it, with or without sharding.
     ///
-    /// An optimizer of your own then sees parameters and gradients as rows of elements, some of them empty, and must treat each element
-    /// alike, whatever its place.
+    /// A custom optimizer then receives parameters and gradients as rows of elements, some of them
+    /// empty. It must treat every element alike, independent of its position.
     #[must_use]
     pub fn shard_optimizer(mut self, shard: bool) -> Self {
         self.sharded = shard;
         self
     }
 
-    /// Whether every batch norm of `ice::nn` in the module takes its statistics over the batches of all ranks in training, as after
-    /// PyTorch's `convert_sync_batchnorm`. A [`SyncBatchNorm`](ice_nn::SyncBatchNorm) always does.
+    /// Sets whether every batch norm of `ice::nn` in the module computes its training statistics
+    /// over the batches of all ranks, like after PyTorch's `convert_sync_batchnorm`. A
+    /// [`SyncBatchNorm`](ice_nn::SyncBatchNorm) always does.
     #[must_use]
     pub fn sync_batch_norm(mut self, sync: bool) -> Self {
         self.sync_batch_norm = sync;
         self
     }
 
-    /// Allows steps in which the loss does not depend on every parameter. All ranks must then say so.
+    /// Allows steps in which the loss does not depend on every parameter. All ranks must set this.
     #[must_use]
     pub fn find_unused_parameters(mut self, find: bool) -> Self {
         self.options.find_unused_parameters = find;
         self
     }
 
-    /// Says that every step uses the parameters that the first one uses, on all ranks alike: some may go without gradients, and
-    /// nothing is searched for.
+    /// Declares that every step uses the same parameters as the first, on all ranks. Parameters
+    /// without gradients are then allowed, and need no search.
     #[must_use]
     pub fn static_graph(mut self, is_static: bool) -> Self {
         self.options.static_graph = is_static;
         self
     }
 
-    /// Whether all ranks take over rank 0's buffers, as the statistics of a batch norm, after each training pass. True unless given, as
-    /// in DistributedDataParallel.
+    /// Sets whether all ranks adopt rank 0's buffers, such as the statistics of a batch norm, after
+    /// each training pass. Default: true, like in DistributedDataParallel.
     #[must_use]
     pub fn broadcast_buffers(mut self, broadcast: bool) -> Self {
         self.broadcast_buffers = broadcast;
         self
     }
 
-    /// Whether to show how the parameters with an optimizer and their last gradients are spread, at the end of each training epoch.
+    /// Sets whether to show histograms of the trained parameters and their last gradients at the
+    /// end of each training epoch.
     #[must_use]
     pub fn histograms(mut self, show: bool) -> Self {
         self.histograms = show;
         self
     }
 
-    /// The size of a gradient bucket in MiB; 25 unless given.
+    /// Sets the size of a gradient bucket in MiB. Default: 25.
     #[must_use]
     pub fn bucket_cap_mb(mut self, mebibytes: usize) -> Self {
         self.options.bucket_cap_bytes = mebibytes << 20;
         self
     }
 
-    /// The module, once it was set up.
+    /// Returns the module, after its set-up.
     ///
     /// # Errors
-    /// [`Error::Graph`] where it was not.
+    /// [`Error::Graph`] if the module was not set up.
     pub fn module(&self) -> Result<&M> {
         Ok(&self.ready()?.module)
     }
@@ -237,7 +246,8 @@ impl<M: 'static, T: 'static> ModuleNode<M, T> {
         serde_json::to_value(Values { optimizers, order, rates }).unwrap_or_default()
     }
 
-    /// Gives all ranks rank 0's buffers. Now rather than before the next pass: an evaluation and a checkpoint see the same ones.
+    /// Sends rank 0's buffers to all ranks. Done here rather than before the next pass, so that an
+    /// evaluation and a checkpoint see the same buffers.
     fn share_buffers(&self) -> Result<()> {
         let ready = self.ready()?;
         if self.broadcast_buffers { ready.buffers.broadcast(&ready.worker) } else { Ok(()) }
@@ -317,7 +327,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         }
         let ready = self.ready_mut()?;
         if round.is_fresh {
-            // Others do not know it.
+            // Other ranks may not have the same order, so all start without one.
             ready.order.clear();
         }
         ready.averaging = match round.worker.group().filter(|group| group.world_size() > 1) {
@@ -332,7 +342,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     fn leave_round(&mut self) {
         if let Some(ready) = &mut self.ready {
             ready.order = ready.order();
-            // Gradients are views of the buckets.
+            // The gradients are views of the reducer's buckets.
             let cleared = clear_gradients(&ready.tensors());
             drop((cleared, ready.averaging.take()));
         }
@@ -356,7 +366,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
 
     fn roll_back(&mut self) {
         self.slot.is_trained.set(false);
-        // An evaluation changes no buffers.
+        // An evaluation changes no buffers, so only a training step restores them.
         if let Some(ready) = self.ready.as_mut().filter(|ready| ready.in_step) {
             ready.in_step = false;
             ready.buffers.restore(&ready.before);
@@ -494,7 +504,8 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
 }
 
 impl<M> Ready<M> {
-    /// The names of the trained parameters in the order in which forward uses them; none where that is not known.
+    /// Returns the names of the trained parameters in the order in which forward uses them. Empty
+    /// if the order is not known.
     fn order(&self) -> Vec<String> {
         match &self.averaging {
             Some(averaging) => averaging.order().into_iter().map(ToOwned::to_owned).collect(),
@@ -507,7 +518,8 @@ impl<M> Ready<M> {
     }
 }
 
-/// A checkpoint that is loaded in part may have none.
+/// Parses the saved values. Null is accepted, since a checkpoint that is loaded in part may have
+/// none.
 fn parse(values: &Json) -> Result<Values> {
     if values.is_null() {
         return Ok(Values::default());
@@ -516,7 +528,7 @@ fn parse(values: &Json) -> Result<Values> {
         .map_err(|error| Error::Resume(format!("what is saved of the optimizers does not fit: {error}")))
 }
 
-/// The variables in order of their names.
+/// Returns the variables in order of their names.
 fn named(variables: &HashMap<String, Tensor>) -> Vec<(String, Tensor)> {
     let mut named: Vec<_> =
         variables.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
@@ -524,8 +536,8 @@ fn named(variables: &HashMap<String, Tensor>) -> Vec<(String, Tensor)> {
     named
 }
 
-/// The trainable variables in order of their creation, which is nearly the order that the forward pass uses them in: the
-/// buckets of the reducer follow it.
+/// Returns the trainable variables in order of their creation. The reducer's buckets follow this
+/// order, which is close to the order in which the forward pass uses the variables.
 fn in_order(store: &VarStore) -> Vec<(String, Tensor)> {
     let names: HashMap<_, _> =
         store.variables().into_iter().map(|(name, tensor)| (tensor.data_ptr(), name)).collect();

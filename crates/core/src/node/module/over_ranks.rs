@@ -1,4 +1,4 @@
-//! The ranks that run a module together, as its batch norms see them.
+//! The ranks that run a module together, for its batch norms.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -39,7 +39,8 @@ impl ice_nn::Ranks for Ranks {
     }
 }
 
-/// Runs a forward pass. In a training step batch norms are over the ranks of the round: those that say so, or every one.
+/// Runs a forward pass. In a training step, batch norms use the ranks of the round: synchronized
+/// batch norms, or with `every_layer` all of them.
 pub(super) fn over_ranks<T>(
     worker: &Rc<Worker>,
     x: &Outputs,
@@ -50,6 +51,6 @@ pub(super) fn over_ranks<T>(
     let Some(group) = group else { return forward() };
     let ranks = Rc::new(Ranks { worker: Rc::clone(worker), group, failure: RefCell::default() });
     let output = ice_nn::over_ranks(Rc::clone(&ranks) as Rc<dyn ice_nn::Ranks>, every_layer, forward);
-    // Tensors and errors of layers after a failed exchange mean nothing.
+    // After a failed exchange, tensors and errors of later layers are meaningless.
     ranks.failure.take().map_or(output, Err)
 }

@@ -11,14 +11,16 @@ use tch::{CModule, Tensor, TrainableCModule, nn};
 use super::ModuleNode;
 use crate::{Error, Outputs, Result};
 
-/// A TorchScript module in a [`ModuleNode`], which [`ModuleNode::torch_script`] makes.
+/// A TorchScript module in a [`ModuleNode`], created by [`ModuleNode::torch_script`].
 pub struct TorchScript(RefCell<ScriptModule>);
 
 impl TorchScript {
-    /// Runs `forward` of the module on these tensors, in the mode of training in a training step and of evaluation otherwise.
+    /// Runs `forward` of the module on these tensors, in training mode in a training step and in
+    /// evaluation mode otherwise.
     ///
     /// # Errors
-    /// The failure of an operation, or an output that is not one tensor: [`TorchScript::forward_all`] returns several.
+    /// The failure of an operation, or an output that is not a single tensor.
+    /// [`TorchScript::forward_all`] returns several tensors.
     pub fn forward(&self, x: &Outputs, inputs: &[Tensor]) -> Result<Tensor> {
         let outputs = self.forward_all(x, inputs)?;
         match <[Tensor; 1]>::try_from(outputs) {
@@ -30,20 +32,22 @@ impl TorchScript {
         }
     }
 
-    /// As [`TorchScript::forward`], for a module that returns several tensors in a tuple or a list.
+    /// Like [`TorchScript::forward`], for a module that returns several tensors in a tuple or a
+    /// list.
     ///
     /// # Errors
-    /// The failure of an operation, or anything else than tensors in the output.
+    /// The failure of an operation, or an output with anything other than tensors.
     pub fn forward_all(&self, x: &Outputs, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         Ok(self.0.borrow_mut().forward(inputs, x.is_training())?)
     }
 }
 
 impl<T: 'static> ModuleNode<TorchScript, T> {
-    /// A module that Python has saved with `torch.jit.script(module).save(path)`, and what it does in a step. The file must be on each node.
+    /// Creates a module that Python has saved with `torch.jit.script(module).save(path)`, and its
+    /// forward pass. The file must exist on each node.
     ///
-    /// Its parameters and buffers have PyTorch's names. They are saved, resumed, and given to ranks that were started again, and gradients
-    /// are averaged, like those of other modules.
+    /// Its parameters and buffers have PyTorch's names. Like those of other modules, they are
+    /// saved, resumed and sent to restarted ranks, and gradients are averaged.
     ///
     /// ```
     /// use ice_core::ModuleNode;
@@ -53,8 +57,8 @@ impl<T: 'static> ModuleNode<TorchScript, T> {
     /// let net = net.optimizer(Sgd::new(0.1));
     /// ```
     ///
-    /// The node cannot be set up without the file, and not with an optimizer if the module has no parameters or was traced with a batch norm
-    /// or a dropout, whose mode tracing fixes.
+    /// The set-up fails if the file is missing. With an optimizer, it also fails if the module has
+    /// no parameters, or was traced with a batch norm or a dropout: tracing fixes their mode.
     pub fn torch_script(
         file: impl Into<PathBuf>,
         forward: impl Fn(&TorchScript, &Outputs) -> Result<T> + 'static,
@@ -64,7 +68,7 @@ impl<T: 'static> ModuleNode<TorchScript, T> {
     }
 }
 
-/// Whether this is a TorchScript module of tch itself.
+/// Whether this is a TorchScript module type of tch itself.
 pub(super) fn is_of_tch<M: 'static>() -> bool {
     [TypeId::of::<CModule>(), TypeId::of::<TrainableCModule>()].contains(&TypeId::of::<M>())
 }
@@ -87,7 +91,7 @@ fn load(file: &Path, path: &nn::Path, is_trained: bool) -> Result<TorchScript> {
     }
     let mut known = HashSet::new();
     let mut add = |name: &str, tensor: &Tensor, is_trainable: bool| {
-        // A tensor with two names is one parameter, under the first.
+        // A tensor with two names is one parameter, under its first name.
         if tensor.numel() > 0 && !known.insert(tensor.data_ptr()) {
             return;
         }

@@ -1,4 +1,5 @@
-//! Optimizer state that is divided over the ranks: the first stage of ZeRO (Rajbhandari et al., 2020).
+//! Optimizer state that is sharded over the ranks: the first stage of ZeRO (Rajbhandari et al.,
+//! 2020).
 
 use std::rc::Rc;
 
@@ -7,12 +8,14 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// Where a rank's piece of a parameter may begin, in elements: kernels then treat it as they do the whole.
+/// Alignment of a rank's piece of a parameter, in elements. With it, kernels compute a piece like
+/// the whole parameter.
 const ALIGNMENT: u64 = 64;
-/// The most that a rank sends at a time, in bytes; as much again is held for each rank meanwhile.
+/// Most bytes that a rank sends at a time. Meanwhile, each rank needs a buffer of as much memory
+/// per rank.
 const AT_ONCE: u64 = 32 << 20;
 
-/// Elements of one parameter, flattened.
+/// A range of elements of a flattened parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) start: u64,
@@ -20,18 +23,18 @@ pub(super) struct Piece {
 }
 
 impl Piece {
-    /// These elements of a contiguous tensor, in a row.
+    /// Returns these elements of a contiguous tensor, as a row.
     fn of(self, tensor: &Tensor) -> Result<Tensor> {
         Ok(tensor.detach().f_view([-1])?.f_narrow(0, self.start as i64, self.len as i64)?)
     }
 }
 
-/// Which rank updates which elements of the parameters, and how the others learn of it.
+/// The division of the parameters among ranks, and the exchange of updated elements.
 pub(super) struct Sharding {
     worker: Rc<Worker>,
-    /// Of each parameter, what is this rank's.
+    /// This rank's piece of each parameter.
     pub(super) own: Vec<Piece>,
-    /// What is sent at a time: by rank, the pieces with the numbers of their parameters.
+    /// Transfers in order. Each holds, by rank, the pieces with the numbers of their parameters.
     transfers: Vec<Vec<Vec<(usize, Piece)>>>,
 }
 
@@ -55,7 +58,8 @@ impl Sharding {
         Ok(Self { worker: Rc::clone(worker), own: shards.swap_remove(worker.rank()), transfers })
     }
 
-    /// This rank's elements of each tensor, which has the shape of the parameter; an undefined one stays so.
+    /// Returns this rank's elements of each tensor, which has the shape of the parameter. An
+    /// undefined tensor stays undefined.
     pub(super) fn own_of(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
         let own = |(tensor, piece): (&Tensor, &Piece)| match tensor.defined() {
             true => piece.of(&tensor.detach().f_contiguous()?),
@@ -64,7 +68,7 @@ impl Sharding {
         tensors.iter().zip(&self.own).map(own).collect()
     }
 
-    /// Gives all ranks the elements that each of them has updated. Collective.
+    /// Sends the elements that each rank has updated to all ranks. Collective.
     pub(super) fn share(&self, parameters: &[Tensor]) -> Result<()> {
         let device = parameters.first().map_or(Device::Cpu, Tensor::device);
         let bytes = |&(number, piece): &(usize, Piece)| -> Result<Tensor> {
@@ -93,7 +97,7 @@ impl Sharding {
     }
 }
 
-/// The views, each with its place in a row of all of them.
+/// Returns the views, each with its part of a row that holds all of them one after the other.
 fn side_by_side<'a>(row: &Tensor, views: &'a [Tensor]) -> Result<Vec<(Tensor, &'a Tensor)>> {
     let mut start = 0;
     let place = |view: &'a Tensor| {
@@ -104,7 +108,7 @@ fn side_by_side<'a>(row: &Tensor, views: &'a [Tensor]) -> Result<Vec<(Tensor, &'
     views.iter().map(place).collect()
 }
 
-/// For each rank its piece of each parameter, which may be empty. The same on every rank.
+/// Returns, for each rank, its piece of each parameter, which may be empty. The same on every rank.
 fn divide(sizes: &[u64], ranks: usize) -> Vec<Vec<Piece>> {
     let total: u64 = sizes.iter().sum();
     let even = |rank: usize| (u128::from(total) * rank as u128 / ranks as u128) as u64;
@@ -125,7 +129,8 @@ fn divide(sizes: &[u64], ranks: usize) -> Vec<Vec<Piece>> {
     (0..ranks).map(shard).collect()
 }
 
-/// Cuts what a rank has into what it sends at a time. `widths` are the bytes of an element of each parameter.
+/// Cuts a rank's shard into portions that are sent at a time. `widths` are the bytes of an element
+/// of each parameter.
 fn portions(shard: &[Piece], widths: &[u64]) -> Vec<Vec<(usize, Piece)>> {
     let (mut portions, mut room) = (Vec::new(), 0);
     for (number, (piece, width)) in shard.iter().zip(widths).enumerate() {

@@ -11,10 +11,10 @@ use super::buffers::Buffers;
 use super::over_ranks::over_ranks;
 use crate::{Context, Error, Node, Outputs, Result, Value};
 
-/// The parts of a module that its owner shares with the other nodes.
+/// The parts of a module that its owner shares with other nodes.
 pub(super) struct Slot<M> {
     pub(super) parts: RefCell<Option<Parts<M>>>,
-    /// Whether the step that was begun trains the module.
+    /// Whether the current step trains the module.
     pub(super) is_trained: Cell<bool>,
 }
 
@@ -32,12 +32,13 @@ impl<M> Default for Slot<M> {
     }
 }
 
-/// Another use of the module of a [`ModuleNode`](crate::ModuleNode), which [`ModuleNode::share`](crate::ModuleNode::share) makes.
+/// Another use of the module of a [`ModuleNode`](crate::ModuleNode), created by
+/// [`ModuleNode::share`](crate::ModuleNode::share).
 pub struct SharedNode<M, T> {
     slot: Rc<Slot<M>>,
     forward: Box<Forward<M, T>>,
     worker: Option<Rc<Worker>>,
-    /// The buffers when the step began, where it may have to be done again.
+    /// The buffers at the start of the step, if the step may have to be repeated.
     before: Vec<Tensor>,
     in_step: bool,
 }
@@ -47,7 +48,8 @@ impl<M: 'static, T: 'static> SharedNode<M, T> {
         Self { slot, forward, worker: None, before: Vec::new(), in_step: false }
     }
 
-    /// The buffers, if this node alone looks after them in this step.
+    /// Returns the buffers if this node is responsible for them in this step, since their owner
+    /// does not train.
     fn own_buffers(&self) -> Option<Rc<Buffers>> {
         let parts = self.slot.parts.borrow();
         Some(Rc::clone(&parts.as_ref().filter(|_| !self.slot.is_trained.get())?.buffers))
@@ -81,7 +83,9 @@ impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
                 let _ = parameter.set_requires_grad(require);
             }
         };
-        // The graph of libtorch notes at each operation which of its inputs want gradients.
+        // libtorch's autograd graph records at each operation which of its inputs require
+        // gradients. To switch the flag off during forward is therefore enough to make the
+        // parameters constants.
         require(false);
         let forward = || (self.forward)(&parts.module, x);
         let output = match &self.worker {
@@ -99,7 +103,7 @@ impl<M: 'static, T: 'static> Node for SharedNode<M, T> {
     }
 
     fn collect_gradients(&mut self, _: f64, last: bool, _: bool) -> Result<()> {
-        // The owner has the gradients.
+        // The owner collects the gradients; only the buffers remain.
         self.after_backward(last)
     }
 
