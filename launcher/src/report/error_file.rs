@@ -1,6 +1,7 @@
 //! The launcher's own error file. A platform that sets `TORCHELASTIC_ERROR_FILE` for the launcher
-//! (TorchX, Flyte) reads from it why the job failed, in the format of torch's `dump_error_file`: the
-//! error file of the rank that failed first, with its exit code as `errorCode`.
+//! (TorchX, Flyte) reads from this file why the job failed. The format is that of torch's
+//! `dump_error_file`: the error file of the rank that failed first, with its exit code as
+//! `errorCode`.
 
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,12 +12,13 @@ use serde_json::{Value, json};
 
 use super::RankFailure;
 
-/// What stands in the launcher's error file.
+/// Content of the launcher's error file.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct ErrorDocument(Value);
 
 impl ErrorDocument {
-    /// A failed rank's. `error_file` is what the rank wrote itself, which may be nothing.
+    /// Returns the document of a failed rank. `error_file` is the rank's own error file, which may
+    /// be missing or empty.
     pub(crate) fn of_rank(failure: &RankFailure, host: &str, error_file: Option<&Path>) -> Self {
         let own = error_file.and_then(|file| fs::read(file).ok());
         let own = own.and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -27,7 +29,8 @@ impl ErrorDocument {
             let message = failure.message.clone().unwrap_or_else(what);
             Self::with(&message, &failure.callstack.clone().unwrap_or_else(stack)).0
         });
-        // torch's is negative for a signal. A message that is plain text has no place for it.
+        // torch uses a negative number for a signal. If the message is plain text, the code cannot
+        // be added.
         let code = failure.exit.exit_code.or(failure.exit.signal.map(|signal| -signal));
         if let (Some(code), Some(Value::Object(message))) = (code, document.get_mut("message")) {
             message.insert("errorCode".into(), code.into());
@@ -35,7 +38,7 @@ impl ErrorDocument {
         Self(document)
     }
 
-    /// Of a job that failed elsewhere, or before it began.
+    /// Returns the document of a job that failed on another node, or before it began.
     pub(crate) fn of_launcher(message: &str) -> Self {
         Self::with(message, "")
     }
@@ -46,7 +49,7 @@ impl ErrorDocument {
         Self(json!({ "message": { "message": message, "extraInfo": extra } }))
     }
 
-    /// Writes it to the file that the launcher's environment names, if any.
+    /// Writes the document to the file that the launcher's environment names, if any.
     pub(crate) fn write(&self) {
         let Some(path) = env::var_os(TORCHELASTIC_ERROR_FILE).filter(|path| !path.is_empty()) else { return };
         let path = PathBuf::from(path);
@@ -57,7 +60,7 @@ impl ErrorDocument {
 
     fn write_to(&self, path: &Path) -> io::Result<()> {
         let text = self.0.to_string();
-        // A pipe or a device is not replaced.
+        // A pipe or a device must not be replaced by a file.
         if fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
             return fs::write(path, text);
         }

@@ -1,4 +1,5 @@
-//! `--events`: everything that happened, one JSON object per line. `docs/events.md` is its documentation.
+//! `--events`: a log of everything that happens, one JSON object per line, documented in
+//! `docs/events.md`.
 
 use ice_proto::link::Request;
 use serde::Serialize;
@@ -7,14 +8,15 @@ use super::failure::ExitRecord;
 use crate::cli::Command;
 use crate::logs::{Files, LogFile};
 
-/// Grows when a field changes its meaning or goes; new events and fields may come at any time.
+/// Version of the format. It increases when a field changes its meaning or is removed. New events
+/// and fields may appear without a new version.
 const VERSION: u32 = 1;
 
-/// What happened.
+/// An event.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(crate) enum Happened {
-    /// The agent is there.
+    /// The agent has started.
     AgentStarted {
         pid: u32,
         host: String,
@@ -22,7 +24,7 @@ pub(crate) enum Happened {
         #[serde(flatten)]
         command: Command,
     },
-    /// The nodes have agreed.
+    /// The nodes have agreed on a round.
     RoundStarted { round: u64, attempt: u32, nodes: u32, node: u32, world_size: u32 },
     /// A process was started.
     RankStarted { rank: u32, local_rank: u32, pid: u32 },
@@ -39,37 +41,37 @@ pub(crate) enum Happened {
     FirstStep { round: u64, step: u64, repeated: u64 },
     /// A rank wrote a checkpoint.
     CheckpointSaved { rank: u32, path: String, step: u64 },
-    /// The agent was sent a signal.
+    /// The agent received a signal.
     Signal { signal: i32 },
-    /// The user asked all ranks for something.
+    /// The user sent a request to all ranks.
     Requested { request: Request },
-    /// A rank stands at a step boundary until the job goes on.
+    /// A rank waits at a step boundary until the job continues.
     Paused { rank: u32 },
-    /// It goes on.
+    /// A paused rank continues.
     Resumed { rank: u32 },
-    /// The job stands still.
+    /// The job hangs.
     Hang { rank: u32, reason: String },
     /// The attempt failed on this node.
     AttemptFailed { attempt: u32, rank: u32, exit: String, message: Option<String> },
-    /// The agent decided something, and why.
+    /// A decision of the agent, with its reason.
     Decision { text: String },
     /// Ranks are being asked to end, or are killed.
     Stopping { how: &'static str },
-    /// The agent ends.
+    /// The agent exits.
     AgentEnded { exit_code: u8 },
 }
 
 #[derive(Serialize)]
 struct Line<'a> {
     version: u32,
-    /// RFC 3339, UTC.
+    /// Time in RFC 3339, UTC.
     time: String,
     run_id: &'a str,
     #[serde(flatten)]
     happened: &'a Happened,
 }
 
-/// Where events go.
+/// The log of events, if the user wants one.
 pub(crate) struct Events {
     run_id: String,
     out: Option<(Files, LogFile)>,

@@ -6,20 +6,20 @@ use serde::Serialize;
 use crate::agent::{Cause, Exit, OutOfMemory};
 use crate::cli::Command;
 
-/// An attempt that failed: all that is known of the rank that failed first, and how the others ended.
+/// A failed attempt: details of the rank that failed first, and how the others ended.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Failure {
-    /// Restarts before this attempt.
+    /// Number of restarts before this attempt.
     pub(crate) attempt: u32,
     pub(crate) round: u64,
     pub(crate) host: String,
-    /// Rank of the node.
+    /// Node rank.
     pub(crate) node: u32,
     #[serde(flatten)]
     pub(crate) command: Command,
     pub(crate) root_cause: RankFailure,
     pub(crate) others: Vec<OtherRank>,
-    /// The first log or report of the job that could not be written, and why.
+    /// The first log or report of the job that could not be written, and the error.
     pub(crate) log_failure: Option<String>,
 }
 
@@ -30,13 +30,13 @@ pub(crate) struct RankFailure {
     pub(crate) pid: Option<u32>,
     #[serde(flatten)]
     pub(crate) exit: ExitRecord,
-    /// What the rank itself said, from its error file or over the link.
+    /// Message of the rank itself, from its error file or over the link.
     pub(crate) message: Option<String>,
-    /// Its traceback, or the chain of causes.
+    /// Traceback of the rank, or its chain of causes.
     pub(crate) callstack: Option<String>,
-    /// Its last lines.
+    /// Last lines of its stderr.
     pub(crate) stderr: Vec<String>,
-    /// Where something is kept that it wrote, or that was found out about it.
+    /// File or folder with output of the rank or its stacks.
     pub(crate) logs: Option<PathBuf>,
 }
 
@@ -54,22 +54,23 @@ pub(crate) struct OtherRank {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum OtherEnd {
-    /// Failed too, later.
+    /// The rank failed too, later.
     Failed,
-    /// Ended because it was asked to.
+    /// The rank ended because it was asked to.
     Stopped,
-    /// Had finished its work.
+    /// The rank had finished its work.
     Finished,
 }
 
-/// How a process ended, for programs: one of the two numbers, or neither where it never ran.
+/// How a process ended, for programs: one of the two numbers, or neither if the process never ran
+/// or its job hung.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct ExitRecord {
     pub(crate) exit_code: Option<i32>,
     pub(crate) signal: Option<i32>,
     /// The same in words.
     pub(crate) exit: String,
-    /// The lack of memory that the kernel ended it for.
+    /// Details if the kernel killed the process for lack of memory.
     pub(crate) out_of_memory: Option<OutOfMemory>,
 }
 

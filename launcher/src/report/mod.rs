@@ -1,4 +1,4 @@
-//! What a person sees, and what programs read: the report of ranks that failed, progress, and events.
+//! Reports for people and for programs: failed ranks, progress, and events.
 
 mod error_file;
 mod events;

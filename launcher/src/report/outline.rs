@@ -1,14 +1,14 @@
 use std::fmt;
 use std::path::Path;
 
-/// What is started, in one line.
+/// A description of the launch, in one line.
 pub(crate) struct Outline<'a> {
     pub(crate) run_id: &'a str,
     pub(crate) ranks: u32,
     pub(crate) nodes: u32,
-    /// The interpreter, if a shell would take another one.
+    /// The interpreter, if a shell would choose another one.
     pub(crate) interpreter: Option<&'a Path>,
-    /// Where logs are, if the user wants any.
+    /// Folder of the logs, if the user wants any.
     pub(crate) logs: Option<&'a Path>,
 }
 

@@ -2,10 +2,11 @@ use std::time::{Duration, Instant};
 
 use ice_proto::link::Progress;
 
-/// How much the last reports weigh against those before, in how fast a task is.
+/// Weight of the newest report in the moving average of a task's speed.
 const WEIGHT: f64 = 0.3;
 
-/// Says where the job is: now and then and at the end of each epoch, or always where the line is rewritten.
+/// Lines about the job's progress: at an interval and at the end of each epoch, or for every report
+/// if the line is rewritten in place.
 pub(crate) struct ProgressLines {
     every: Duration,
     rewritten: bool,
@@ -13,27 +14,27 @@ pub(crate) struct ProgressLines {
     pace: Pace,
 }
 
-/// How fast a task gets on.
+/// Speed of a task, in iterations per second.
 #[derive(Default)]
 struct Pace {
     task: String,
     per_second: Option<f64>,
-    /// The last report: epoch, iterations, and when.
+    /// The last report: epoch, iterations, and time.
     last: Option<(u64, u64, Instant)>,
 }
 
 impl ProgressLines {
-    /// None where `every` is 0.
+    /// Creates the lines. If `every` is 0, no line is ever due.
     pub(crate) fn new(every: Duration, rewritten: bool) -> Self {
         Self { every, rewritten, last: None, pace: Pace::default() }
     }
 
-    /// Whether there is one line that is rewritten.
+    /// Whether one line is rewritten in place.
     pub(crate) fn is_rewritten(&self) -> bool {
         self.rewritten
     }
 
-    /// The line to print, where one is due.
+    /// Returns the line to print, if one is due.
     pub(crate) fn due(&mut self, progress: &Progress, now: Instant) -> Option<String> {
         self.pace.report(progress, now);
         let (done, total) = progress.iteration;
@@ -47,7 +48,7 @@ impl ProgressLines {
         Some(line(progress, self.pace.per_second))
     }
 
-    /// The job stands still for a while, which says nothing of how fast it is.
+    /// Records that the job pauses. The time until the next report does not count for the speed.
     pub(crate) fn pause(&mut self) {
         self.pace.last = None;
     }
@@ -78,7 +79,8 @@ fn line(progress: &Progress, per_second: Option<f64>) -> String {
     format!("{}  epoch {epoch}/{epochs}  step {done}/{total}{loss}  {rate} samples/s{eta}", progress.task)
 }
 
-/// When the epoch will be over, and the last one, where the others are as long and nothing comes between them.
+/// Returns the time left for the epoch and for all epochs. Assumes that later epochs are as long
+/// and that no other task runs between them.
 fn eta(progress: &Progress, per_second: f64) -> String {
     let ((epoch, epochs), (done, total)) = (progress.epoch, progress.iteration);
     let left = total.saturating_sub(done);
@@ -109,7 +111,7 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
-    /// Whether reports of so many iterations after so many seconds make a line.
+    /// Whether reports of these numbers of iterations, at these numbers of seconds, make a line.
     fn due(mut lines: ProgressLines) -> [bool; 5] {
         let start = Instant::now();
         [(1, 0), (2, 1), (3, 2), (4, 3), (9, 3)]
@@ -142,7 +144,7 @@ mod tests {
         };
         assert_eq!(eta(1, 100, 0), None, "nothing to go by yet");
         assert_eq!(eta(1, 110, 10).unwrap(), "1:59:50, all epochs 4:01:30");
-        // The next epoch goes on at the pace of this one.
+        // The next epoch continues at the pace of this one.
         assert_eq!(eta(2, 1, 20).unwrap(), "2:01:39");
         lines.pause();
         let line = lines.due(&at((2, 2), (11, 7300)), start + s(9000)).unwrap();

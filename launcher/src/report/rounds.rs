@@ -1,4 +1,4 @@
-//! What became of each round, and how much of the time was spent in steps that count.
+//! Records of the rounds, and the share of the time that was spent in steps that count (goodput).
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -6,31 +6,33 @@ use std::time::Duration;
 use ice_proto::rendezvous::Round;
 use serde::Serialize;
 
-/// A round, as this node saw it. Times are in seconds; `docs/events.md` is their documentation.
+/// A round, as seen by this node. Times are in seconds; `docs/events.md` documents the fields.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct RoundRecord {
     round: u64,
-    /// When it began, RFC 3339, UTC.
+    /// Time of its start, RFC 3339, UTC.
     time: String,
     nodes: u32,
     node: u32,
     world_size: u32,
-    /// Failures of the job before it.
+    /// Number of restarts before this round.
     restarts: u32,
-    /// Local ranks whose processes were started for it, or had been spares; the others went on.
+    /// Local ranks whose processes were started for the round, or had been spares. The other
+    /// processes continued.
     new_ranks: Vec<u32>,
-    /// From the end of the round before to its start.
+    /// Time from the end of the previous round to the start of this one.
     formed_after: Option<f64>,
-    /// From the end of the round before to the first step applied in this one.
+    /// Time from the end of the previous round to the first step applied in this one.
     recovered_after: Option<f64>,
-    /// The first step applied in it.
+    /// Number of the first step applied in the round.
     first_step: Option<u64>,
-    /// Steps that were begun in an earlier round, and done again.
+    /// Number of steps that were begun in an earlier round and repeated.
     repeated_steps: u64,
     lasted: f64,
-    /// From what ended it to the end, where that was a failure of this node: a hang is found late.
+    /// Time from the failure that ended the round to the end, if the failure was on this node. A
+    /// hang is detected late, for example.
     detected_after: Option<f64>,
-    /// Why it ended.
+    /// Reason for the end.
     ended_by: Option<String>,
 }
 
@@ -38,11 +40,12 @@ pub(crate) struct RoundRecord {
 #[derive(Default)]
 pub(crate) struct Rounds {
     current: Option<(Duration, RoundRecord)>,
-    /// When the last round ended.
+    /// Time at which the last round ended: the time of its failure, if that was on this node.
     broken: Option<Duration>,
+    /// Time at which the first round started.
     first: Option<Duration>,
     past: Vec<RoundRecord>,
-    /// By process: its local rank, and for how long it has been in steps that were applied.
+    /// Local rank and time in applied steps, by process.
     applied: BTreeMap<u64, (u32, Duration)>,
 }
 
@@ -69,7 +72,8 @@ impl Rounds {
         self.current = Some((now, record));
     }
 
-    /// The first training step in a round was applied; every rank says so. Whether this one is the first to.
+    /// Records the first training step of a round, which every rank reports. Returns whether this
+    /// report is the first one.
     pub(crate) fn first_step(&mut self, now: Duration, round: u64, step: u64, repeated: u64) -> bool {
         let Some((_, record)) = self.current.as_mut().filter(|(_, record)| record.round == round) else {
             return false;
@@ -83,17 +87,17 @@ impl Rounds {
         is_first
     }
 
-    /// A process has been in applied steps for so long.
+    /// Records the time that a process has spent in applied steps so far.
     pub(crate) fn applied(&mut self, process: u64, local_rank: u32, time: Duration) {
         self.applied.insert(process, (local_rank, time));
     }
 
-    /// The number of the round that runs.
+    /// Returns the number of the running round.
     pub(crate) fn current(&self) -> Option<u64> {
         self.current.as_ref().map(|(_, record)| record.round)
     }
 
-    /// The round ends, since something happened at a time; returns what became of it.
+    /// Ends the round because of an event at time `since`, and returns its record.
     pub(crate) fn end(
         &mut self,
         now: Duration,
@@ -113,8 +117,8 @@ impl Rounds {
         &self.past
     }
 
-    /// The share of the time since the first round that the ranks of this node have spent in steps that were applied; `None` where they
-    /// have told of no step.
+    /// Returns the share of the time since the first round that the ranks of this node have spent
+    /// in applied steps. `None` if no rank has reported a step.
     pub(crate) fn goodput(&self, now: Duration) -> Option<f64> {
         let mut of_ranks: BTreeMap<u32, Duration> = BTreeMap::new();
         for (local_rank, time) in self.applied.values() {
@@ -125,7 +129,7 @@ impl Rounds {
         (applied > 0.0 && all > 0.0).then(|| applied / all)
     }
 
-    /// For a person, at the end; nothing where no steps were told of.
+    /// Returns a line for the user at the end of the job, if ranks have reported steps.
     pub(crate) fn summary(&self, now: Duration) -> Option<String> {
         let goodput = self.goodput(now)? * 100.0;
         let recoveries: Vec<f64> = self.past.iter().filter_map(|record| record.recovered_after).collect();

@@ -1,10 +1,11 @@
-//! A hint for programs that expect rank 0 to serve a store of its own. Under
-//! `TORCHELASTIC_USE_AGENT_STORE` no rank does, as under torchrun: with a port of the program's own,
-//! c10d asks there until its timeout, and says no more than that nothing answered.
+//! A hint for programs that expect rank 0 to serve a store. Under `TORCHELASTIC_USE_AGENT_STORE` no
+//! rank serves one, like under torchrun. If a program chooses a port of its own, c10d tries that
+//! port until its timeout, and reports only that no store answered.
 
 use super::RankFailure;
 
-/// The hint, if a rank failed because no store answered on a port other than the agents'.
+/// Returns the hint if a rank failed because no store answered on a port other than the agents'
+/// port.
 pub(crate) fn store_hint(failure: &RankFailure, store_port: u16) -> Option<String> {
     let said = [failure.message.as_deref(), failure.callstack.as_deref()].into_iter().flatten();
     let mut lines = said.flat_map(str::lines).chain(failure.stderr.iter().map(String::as_str));
@@ -17,7 +18,7 @@ pub(crate) fn store_hint(failure: &RankFailure, store_port: u16) -> Option<Strin
     ))
 }
 
-/// The address in c10d's `… trying to connect to (HOST, PORT)` and `… failed to connect to
+/// Returns the address in c10d's `… trying to connect to (HOST, PORT)` or `… failed to connect to
 /// [HOST]:PORT`.
 fn unanswered(line: &str) -> Option<(&str, u16)> {
     const TIMED_OUT: &str = "while trying to connect to (";

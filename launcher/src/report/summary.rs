@@ -1,4 +1,4 @@
-//! `report.json`: how the job went on this node, for programs.
+//! `report.json`: the course of the job on this node, for programs.
 
 use std::path::Path;
 use std::{fs, io};
@@ -8,24 +8,24 @@ use serde::Serialize;
 
 use super::{Failure, RoundRecord};
 
-/// Grows when a field changes its meaning or goes.
+/// Version of the format. It increases when a field changes its meaning or is removed.
 const VERSION: u32 = 1;
 
-/// What `report.json` holds.
+/// Content of `report.json`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Summary {
     version: u32,
     run_id: String,
-    /// `running`, `succeeded`, `preempted` or `failed`.
+    /// `running`, `succeeded`, `preempted`, `stopped` or `failed`.
     outcome: &'static str,
     exit_code: Option<u8>,
     /// The attempts that failed on this node, in order.
     failures: Vec<Failure>,
-    /// The rounds, as this node saw them, in order.
+    /// The rounds, as seen by this node, in order.
     rounds: Vec<RoundRecord>,
-    /// The share of the time in steps that were applied, from 0 to 1; null for a program that tells of no steps.
+    /// Share of the time in applied steps, from 0 to 1. Null for a program that reports no steps.
     goodput: Option<f64>,
-    /// The first log or report that could not be written, and why.
+    /// The first log or report that could not be written, and the error.
     log_failure: Option<String>,
 }
 
@@ -53,7 +53,7 @@ impl Summary {
         (self.rounds, self.goodput) = (rounds.to_vec(), goodput);
     }
 
-    /// `running`, or how the job ended.
+    /// Returns `running`, or how the job ended.
     pub(crate) fn outcome(&self) -> &'static str {
         self.outcome
     }
@@ -76,12 +76,13 @@ impl Summary {
         self.log_failure = failure;
     }
 
-    /// Writes it whole: beside, then renamed.
+    /// Writes the report to a temporary file and renames it, so that readers never see a part of
+    /// it.
     pub(crate) fn write(&self, path: &Path) -> io::Result<()> {
         let beside = path.with_extension("json.partial");
         let written = fs::write(&beside, serde_json::to_vec_pretty(self)?);
         if let Err(error) = written {
-            // A full disk may keep a part of it.
+            // On a full disk, a part of the file may remain.
             let _ = fs::remove_file(&beside);
             return Err(error);
         }

@@ -1,19 +1,20 @@
-//! The error in a Python traceback.
+//! Finds the exception in a Python traceback.
 
-/// What stands above the frames.
+/// The line above the frames.
 const HEADER: &str = "Traceback (most recent call last):";
-/// Between the header of an exception group and the beginning of the line, and before the lines of the group itself.
+/// Text before the header of an exception group, and before the lines of the group itself.
 const GROUP: &str = "  + Exception Group ";
 const IN_GROUP: &str = "  | ";
-/// A data loader puts this before the traceback of its worker.
+/// Text that a data loader puts before the traceback of its worker.
 const ORIGINAL: &str = "Original ";
 
-/// Type and text of the exception that ended a program, if the last lines of its stderr have a traceback. Of chained exceptions it is
-/// the last one, of an exception group the group, and notes are left out.
+/// Returns type and text of the exception that ended a program, if the last lines of its stderr
+/// have a traceback. Of chained exceptions, that is the last one; of an exception group, the group.
+/// Notes are left out.
 pub(crate) fn exception(lines: &[String]) -> Option<String> {
     let after_header = lines.iter().enumerate().rev().find_map(|(at, line)| {
         let before = &line[..line.find(HEADER)?];
-        // PyTorch puts the rank before each line; the exceptions of a group are indented.
+        // PyTorch puts the rank before each line. The exceptions of a group are indented.
         let (prefix, bar) = match before.strip_suffix(GROUP) {
             Some(prefix) => (prefix, IN_GROUP),
             None => (before.strip_suffix(ORIGINAL).unwrap_or(before), ""),
@@ -22,7 +23,7 @@ pub(crate) fn exception(lines: &[String]) -> Option<String> {
         let found = || after_frames(&lines[at + 1..], &format!("{prefix}{bar}"));
         if is_inner { None } else { found().map(|(length, text)| (at + length, text)) }
     });
-    // The header may be too far up, and an error of the syntax has none.
+    // The header may be above the lines that were kept, and a syntax error has none.
     let after_frame = lines.iter().rposition(|line| line.starts_with("  File \"")).and_then(|at| {
         let (length, text) = after_frames(&lines[at..], "")?;
         Some((at + length, text))
@@ -30,7 +31,7 @@ pub(crate) fn exception(lines: &[String]) -> Option<String> {
     after_header.max(after_frame).map(|(_, text)| text)
 }
 
-/// The first line that is not indented, and at which place from 1 it is.
+/// Returns the first line that is not indented, and its position from 1.
 fn after_frames(lines: &[String], prefix: &str) -> Option<(usize, String)> {
     let stripped = |line: &str| line.strip_prefix(prefix).unwrap_or(line).to_owned();
     let at = lines.iter().position(|line| {
@@ -44,7 +45,7 @@ fn after_frames(lines: &[String], prefix: &str) -> Option<(usize, String)> {
     if !is_name {
         return None;
     }
-    // Some texts begin in the next line.
+    // Some messages begin in the next line.
     let more = lines.get(at + 1).filter(|_| line.ends_with(':')).map(|next| stripped(next));
     let more = more.map(|next| format!(" {}", next.trim())).unwrap_or_default();
     Some((at + 1, line + &more))
