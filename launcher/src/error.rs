@@ -6,7 +6,7 @@ use ice_rendezvous::Error as Rendezvous;
 
 use crate::supervise::explained;
 
-/// Why the agent itself cannot work.
+/// Reasons why the agent itself cannot work.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The event loop cannot be set up.
@@ -23,7 +23,7 @@ pub enum Error {
     Logs {
         /// The folder or file.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
     /// The pipe for the timers of ranks cannot be made.
@@ -34,7 +34,7 @@ pub enum Error {
     TimerPipe {
         /// The pipe, or its folder.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
     /// The file for events cannot be written.
@@ -42,13 +42,13 @@ pub enum Error {
     Events {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// The exit code that this error ends the process with.
+    /// Returns the exit code of the process after this error.
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Rendezvous(Rendezvous::Bind { .. } | Rendezvous::Resolve { .. })

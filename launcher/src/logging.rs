@@ -7,11 +7,12 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Selects the diagnostics: a level such as `debug`, or levels of modules such as `ice_rendezvous=debug,warn`.
+/// Selects the diagnostics: a level such as `debug`, or levels of modules such as
+/// `ice_rendezvous=debug,warn`.
 const VARIABLE: &str = "ICE_LOG";
 
-/// Writes tracing events to standard error, warnings and errors by default. `ICE_LOG` selects others, in the
-/// syntax of [`Targets`]. Does nothing if the program has a subscriber already.
+/// Writes tracing events to standard error, warnings and errors by default. `ICE_LOG` selects
+/// others, in the syntax of [`Targets`]. Does nothing if the program already has a subscriber.
 pub fn log_to_stderr() {
     let (filter, mistake) = match env::var(VARIABLE) {
         Ok(text) => selected(&text),
@@ -22,7 +23,7 @@ pub fn log_to_stderr() {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .without_time()
-        // An error of a closed stderr would be printed there, which panics.
+        // The layer would print the error of a closed stderr to stderr, which panics.
         .log_internal_errors(false);
     let _ = tracing_subscriber::registry().with(lines).with(filter).try_init();
     if let Some(mistake) = mistake {
@@ -34,12 +35,12 @@ fn warnings() -> Targets {
     Targets::new().with_default(LevelFilter::WARN)
 }
 
-/// The filter, and a message if the text is not one.
+/// Returns the filter, and a message if the text is not a filter.
 fn selected(text: &str) -> (Targets, Option<String>) {
     if text.trim().is_empty() {
         return (warnings(), None);
     }
-    // Targets takes any word for the name of a module, `verbose` as well.
+    // `Targets` accepts any word, such as `verbose`, as the name of a module.
     let parsed = text.parse::<Targets>().map_err(|error| error.to_string());
     let named = parsed.and_then(|targets| {
         let word = text.split(',').map(str::trim).find(|word| !is_known(word));
@@ -57,7 +58,7 @@ fn selected(text: &str) -> (Targets, Option<String>) {
     }
 }
 
-/// Whether a part of the filter is a level, or a module of a Rust path with one.
+/// Whether a part of the filter is a level, or a Rust path or module with one.
 fn is_known(word: &str) -> bool {
     word.contains(['=', ':', '_']) || word.parse::<LevelFilter>().is_ok()
 }

@@ -9,7 +9,7 @@ use ice_proto::exit::ExitCode;
 fn main() -> process::ExitCode {
     let cli = Cli::from_env();
     if let Some(what) = cli.generate.or(cli.print_completion.map(Into::into)) {
-        // Who reads it may have seen enough.
+        // The reader may have closed the pipe, for example `head`.
         let _ = cli::generate(what, &mut io::stdout().lock());
         return ExitCode::Success.into();
     }
@@ -28,7 +28,7 @@ fn main() -> process::ExitCode {
 }
 
 fn fail(error: &dyn std::error::Error, code: ExitCode) -> process::ExitCode {
-    // The exit code tells it too where stderr is closed.
+    // If stderr is closed, the exit code still reports the error.
     let _ = writeln!(io::stderr(), "ice-launch: error: {error}");
     code.into()
 }

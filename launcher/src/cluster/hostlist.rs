@@ -5,17 +5,17 @@
 //! ranges := range { "," range }           range  := number [ "-" number ]
 //! ```
 //!
-//! A number keeps the width that the first number of its range is written with: `n[08-10]` is `n08 n09 n10`. Several brackets in a name
-//! count like an odometer: the last one fastest.
+//! Numbers have the width of the first number of their range: `n[08-10]` is `n08 n09 n10`. Several
+//! brackets in a name count like an odometer: the last one fastest.
 
-/// More nodes than any job has. It bounds the memory that a list can ask for.
+/// More nodes than any job has. The limit bounds the memory that a list can ask for.
 const MOST_HOSTS: u64 = 65_536;
-/// Long enough for so many nodes of which no two make a range.
+/// Long enough for [`MOST_HOSTS`] nodes of which no two form a range.
 const LONGEST_LIST: usize = 1 << 20;
-/// The longest name that DNS knows.
+/// Length of the longest name in DNS.
 const LONGEST_NAME: usize = 253;
 
-/// The hosts that a list names, in its order.
+/// Returns the hosts that a list names, in its order.
 pub(super) fn expand(list: &str) -> Result<Vec<String>, String> {
     if list.len() > LONGEST_LIST {
         return Err(format!("{} bytes, and a host list has at most {LONGEST_LIST}", list.len()));
@@ -39,7 +39,7 @@ pub(super) fn expand(list: &str) -> Result<Vec<String>, String> {
     Ok(hosts)
 }
 
-/// The names of a list: its commas outside of brackets part them.
+/// Splits a list into names at the commas outside of brackets.
 fn pieces(list: &str) -> Result<Vec<&str>, String> {
     let (mut pieces, mut start, mut open) = (Vec::new(), 0, false);
     for (at, byte) in list.bytes().enumerate() {
@@ -59,7 +59,7 @@ fn pieces(list: &str) -> Result<Vec<&str>, String> {
         return Err(format!("`[` without `]` in `{}`", short(&list[start..])));
     }
     pieces.push(list[start..].trim());
-    // Slurm itself passes over empty names, such as the one behind a last comma.
+    // Slurm itself ignores empty names, for example after a last comma.
     pieces.retain(|piece| !piece.is_empty());
     Ok(pieces)
 }
@@ -90,7 +90,7 @@ impl<'a> Name<'a> {
         Ok(Self(parts))
     }
 
-    /// How many hosts it makes; `None` for more than can be counted.
+    /// Returns the number of hosts that the name stands for. `None` if the number overflows.
     fn count(&self) -> Option<u64> {
         self.0.iter().try_fold(1_u64, |count, part| match part {
             Part::Text(_) => Some(count),
@@ -99,7 +99,7 @@ impl<'a> Name<'a> {
     }
 
     fn host(&self, mut index: u64) -> String {
-        // From the last bracket to the first, as their numbers are known in that order.
+        // From the last bracket to the first, because the last one counts fastest.
         let mut parts = Vec::with_capacity(self.0.len());
         for part in self.0.iter().rev() {
             parts.push(match part {
@@ -163,7 +163,7 @@ fn plain(text: &str) -> Result<&str, String> {
     }
 }
 
-/// The beginning of a text, for a message.
+/// Returns the beginning of a text, for a message.
 fn short(text: &str) -> String {
     let mut begin: String = text.chars().take(60).collect();
     if begin.len() < text.len() {
@@ -232,10 +232,10 @@ mod tests {
         assert!(expand(&format!("n[{}1]", "0".repeat(300))).is_err());
     }
 
-    /// Numbers with their widths, between what stands before and after them.
+    /// Numbers with their widths, between a prefix and a suffix.
     type Group = (String, Vec<(u64, usize)>, String);
 
-    /// Names as Slurm prints them: numbers that follow one another, of the same width, as a range.
+    /// Formats names like Slurm: consecutive numbers of the same width become a range.
     fn compress(groups: &[Group]) -> String {
         let names = groups.iter().map(|(prefix, numbers, suffix)| {
             let mut ranges: Vec<(u64, u64, usize)> = Vec::new();
@@ -257,7 +257,7 @@ mod tests {
     }
 
     fn numbers() -> impl Strategy<Value = Vec<(u64, usize)>> {
-        // Runs, so that there are ranges to print.
+        // Runs of numbers, so that the result contains ranges.
         let run = (0_u64..2000, 1_usize..6, 1_u64..6)
             .prop_map(|(first, width, count)| (first..first + count).map(move |number| (number, width)));
         prop::collection::vec(run, 1..5).prop_map(|runs| runs.into_iter().flatten().collect())

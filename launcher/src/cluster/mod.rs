@@ -1,5 +1,6 @@
-//! What the cluster that started this process says about its part in the job, so that a job script names no nodes, ranks or addresses.
-//! Pure: it reads nothing but the variables it is handed. A flag given wins; that is up to the command line.
+//! Takes this node's part in the job from the cluster that started this process, so that a job
+//! script names no nodes, ranks or addresses. Pure: the module reads only the variables that it is
+//! handed. Options that were given win; the command line sees to that.
 
 mod hostlist;
 mod kubernetes;
@@ -11,35 +12,37 @@ use std::fmt;
 
 use variables::Variables;
 
-/// A value and the variable, or variables, it came from.
+/// A value, and the variable or variables that it came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Taken<T> {
     pub(crate) value: T,
     pub(crate) variable: &'static str,
 }
 
-/// What a cluster's own variables say about this node's part in the job. Each value knows the variable it came from.
+/// This node's part in the job according to a cluster's own variables.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Cluster {
     /// `Slurm`, `Open MPI`, `PMI` or `Kubernetes`.
     pub(crate) manager: &'static str,
     /// Number of nodes.
     pub(crate) nnodes: Option<Taken<u32>>,
-    /// Rank of this node. An indexed job of Kubernetes may have one without `nnodes`: it counts only where the job has several nodes.
+    /// Rank of this node. An indexed job of Kubernetes may have one without `nnodes`. The rank
+    /// counts only if the job has several nodes.
     pub(crate) node_rank: Option<Taken<u32>>,
-    /// Host of node 0, where there are several nodes.
+    /// Host of node 0, if there are several nodes.
     pub(crate) master_addr: Option<Taken<String>>,
-    /// Port of node 0, where there are several nodes.
+    /// Port of node 0, if there are several nodes.
     pub(crate) master_port: Option<Taken<u16>>,
     /// Identifier of the job.
     pub(crate) run_id: Option<Taken<String>>,
-    /// Devices of this node that belong to the job.
+    /// Number of GPUs of this node that belong to the job.
     pub(crate) gpus: Option<Taken<u32>>,
-    /// One line to show where the job has several nodes and this process was not started on each of them.
+    /// A line to print if the job has several nodes and this process was not started on each of
+    /// them.
     pub(crate) hint: Option<String>,
 }
 
-/// A variable whose value cannot be right: its name, its value, and what to do.
+/// A variable with an impossible value: its name, its value, and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{variable}: `{value}`: {problem}")]
 pub(crate) struct ClusterError {
@@ -54,17 +57,19 @@ impl ClusterError {
     }
 }
 
-/// Looks at the variables through `lookup`. `None` outside of any cluster, and in a rank: a launcher that a rank starts is a job of its
-/// own, and the cluster's variables were its parent's.
+/// Detects the cluster from the variables that `lookup` returns. `None` outside of any cluster, and
+/// in a rank: a launcher that a rank starts is a job of its own, and the cluster's variables belong
+/// to the parent job.
 ///
 /// # Errors
-/// [`ClusterError`] names variable, value and remedy.
+/// Returns a [`ClusterError`] that names variable, value and remedy.
 pub(crate) fn detect(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Option<Cluster>, ClusterError> {
     let variables = Variables::new(lookup);
     if variables.text(&["TORCHELASTIC_RUN_ID", "ICE_ROUND"]).is_some() {
         return Ok(None);
     }
-    // mpirun and mpiexec start their daemons through Slurm, which leaves Slurm's variables in the processes they start in turn.
+    // mpirun and mpiexec start their daemons through Slurm, so their processes also have Slurm's
+    // variables. Slurm is therefore checked after them.
     for detect in [mpi::open_mpi, mpi::hydra, slurm::detect, kubernetes::detect] {
         if let Some(cluster) = detect(&variables)? {
             return cluster.checked().map(Some);
@@ -74,7 +79,8 @@ pub(crate) fn detect(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Option<C
 }
 
 impl Cluster {
-    /// An endpoint is of use to several nodes only: alone, the launcher chooses its own.
+    /// Whether the job has one node. In that case an endpoint is of no use: the launcher chooses
+    /// its own.
     fn is_alone(&self) -> bool {
         self.nnodes.as_ref().is_some_and(|nnodes| nnodes.value == 1)
     }

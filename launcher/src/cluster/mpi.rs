@@ -1,11 +1,11 @@
-//! `mpirun` and `mpiexec` as starters of launchers: one process per node, so MPI's ranks are nodes.
+//! `mpirun` and `mpiexec`, which start one launcher per node, so that MPI's ranks are nodes.
 
 use std::net::IpAddr;
 
 use super::variables::Variables;
 use super::{Cluster, ClusterError, Taken};
 
-/// Open MPI, of any version.
+/// Detects Open MPI, of any version.
 pub(super) fn open_mpi(variables: &Variables<'_>) -> Result<Option<Cluster>, ClusterError> {
     let (size, rank) = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK");
     if variables.text(&[size]).and(variables.text(&[rank])).is_none() {
@@ -26,8 +26,8 @@ pub(super) fn open_mpi(variables: &Variables<'_>) -> Result<Option<Cluster>, Clu
     Ok(Some(cluster))
 }
 
-/// Hydra, the `mpiexec` of MPICH and Intel MPI. It tells nobody where rank 0 is. Other starters that speak PMI, Slurm among them, set no
-/// `MPI_LOCALNRANKS`.
+/// Detects Hydra, the `mpiexec` of MPICH and Intel MPI. Hydra has no variable for the host of rank
+/// 0. Other starters with PMI, such as Slurm, do not set `MPI_LOCALNRANKS`.
 pub(super) fn hydra(variables: &Variables<'_>) -> Result<Option<Cluster>, ClusterError> {
     let (size, rank, local) = ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS");
     if variables.text(&[size]).and(variables.text(&[rank])).and(variables.text(&[local])).is_none() {
@@ -56,14 +56,17 @@ fn one_process_per_node(
     }
 }
 
-/// The host of `mpirun`, which is that of rank 0 unless `mpirun` starts nothing on its own node.
+/// Returns the host of `mpirun`. This is the host of rank 0, unless `mpirun` starts no process on
+/// its own node.
 fn mpiruns_host(variables: &Variables<'_>) -> Option<Taken<String>> {
-    // Up to version 4: `3195338752.0;tcp://10.1.5.5,172.17.0.1:10000`, older ones with one address per `tcp://`.
+    // Up to version 4: `3195338752.0;tcp://10.1.5.5,172.17.0.1:10000`; older releases have one
+    // address per `tcp://`.
     if let Some(uri) = variables.text(&["OMPI_MCA_orte_hnp_uri"]) {
         let value = address(&uri.value)?;
         return Some(Taken { value, variable: uri.variable });
     }
-    // From version 5 on: `prterun-node001-4711@1`. The URI of the server is that of this node, often its loopback.
+    // From version 5 on: `prterun-node001-4711@1`. The URI of the server is not used: it is this
+    // node's, often with a loopback address.
     let job = variables.text(&["PMIX_NAMESPACE"])?;
     let name = job.value.strip_prefix("prterun-").or_else(|| job.value.strip_prefix("prte-"))?;
     let (host, process) = name.split_once('@')?.0.rsplit_once('-')?;
@@ -71,7 +74,8 @@ fn mpiruns_host(variables: &Variables<'_>) -> Option<Taken<String>> {
     known.then(|| Taken { value: host.to_owned(), variable: job.variable })
 }
 
-/// Whether the daemon of this node is `mpirun` itself: the one of number 0. Only rank 0 can tell; where it cannot, it is.
+/// Whether the daemon of this node is `mpirun` itself, which has number 0. Only rank 0 can tell. If
+/// the number is unknown, the answer is yes.
 fn beside_mpirun(variables: &Variables<'_>) -> bool {
     let uri = variables.text(&[
         "OMPI_MCA_orte_local_daemon_uri",
@@ -85,7 +89,7 @@ fn beside_mpirun(variables: &Variables<'_>) -> bool {
     number.is_none_or(|number: u32| number == 0)
 }
 
-/// The first address of a URI that other nodes can reach.
+/// Returns the first address of a URI that other nodes can reach.
 fn address(uri: &str) -> Option<String> {
     let endpoints = uri.split(';').filter_map(|part| part.strip_prefix("tcp")?.split_once("://"));
     let addresses = endpoints.filter_map(|(_, endpoint)| endpoint.rsplit_once(':'));

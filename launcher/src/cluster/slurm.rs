@@ -1,14 +1,17 @@
-//! Slurm. `srun` starts a *step*, a process on each of its nodes that knows its node. The shells of `sbatch` and `salloc` know the job
-//! but run once: there this is one node, and a hint says how to have all of them.
+//! Slurm. `srun` starts a *step*: one process on each of its nodes, which knows its node. The
+//! shells of `sbatch` and `salloc` know the job but run once. In such a shell the job has one node,
+//! and a hint explains how to use all of them.
 
 use std::collections::BTreeSet;
 
 use super::variables::{Variables, number};
 use super::{Cluster, ClusterError, Taken, hostlist};
 
-/// Step ids from here up are Slurm's own: the batch script, the interactive shell, processes from outside.
+/// Step ids from here up are Slurm's own: the batch script, the interactive shell, processes from
+/// outside.
 const SLURMS_OWN_STEPS: u32 = 0xffff_fff0;
-/// Ports of jobs: below those that Linux hands out by itself, so that no client has one by chance.
+/// Range of the ports of jobs. The range is below the ports that Linux assigns by itself, so that
+/// no client has one of them by chance.
 const FIRST_PORT: u64 = 20_000;
 const PORTS: u64 = 10_000;
 
@@ -44,13 +47,13 @@ pub(super) fn detect(variables: &Variables<'_>) -> Result<Option<Cluster>, Clust
     Ok(Some(cluster))
 }
 
-/// Whether `srun --pty` started the step, mostly for a shell. Its variables say of the step what would be right for a launcher that `srun`
-/// started itself on every node.
+/// Whether `srun --pty` started the step, mostly for a shell. In that shell, the step's variables
+/// look like those of a launcher that `srun` started on every node.
 fn has_terminal(variables: &Variables<'_>) -> bool {
     variables.text(&["SLURM_PTY_PORT"]).is_some()
 }
 
-/// The step this is a task of.
+/// Returns the step that this process is a task of.
 fn step(variables: &Variables<'_>) -> Option<u32> {
     let known = |name| variables.text(&[name]).is_some();
     let step = variables.text(&["SLURM_STEP_ID", "SLURM_STEPID"])?.value.parse().ok()?;
@@ -68,7 +71,8 @@ fn hint(variables: &Variables<'_>) -> Result<Option<String>, ClusterError> {
     }))
 }
 
-/// A requeued job keeps its id. The tasks of an array share the array's, so the index belongs to it.
+/// Returns the run id. A requeued job keeps its id. The tasks of an array share the id of the
+/// array, so their index is added.
 fn run_id(variables: &Variables<'_>, job: &Taken<String>) -> Taken<String> {
     let array = variables.text(&["SLURM_ARRAY_JOB_ID"]).zip(variables.text(&["SLURM_ARRAY_TASK_ID"]));
     match array {
@@ -84,7 +88,7 @@ fn one_task_per_node(variables: &Variables<'_>) -> Result<(), ClusterError> {
     let names = ["SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"];
     let Some(tasks) = variables.text(&names) else { return Ok(()) };
     for part in tasks.value.split(',') {
-        // `2(x3)`: 2 on each of 3 nodes.
+        // `2(x3)` means 2 on each of 3 nodes.
         let count = part.split_once("(x").map_or(part, |(count, _)| count).trim();
         match count.parse::<u32>() {
             Ok(0 | 1) => {}
@@ -105,10 +109,12 @@ fn one_task_per_node(variables: &Variables<'_>) -> Result<(), ClusterError> {
     Ok(())
 }
 
-/// The hosts of the step, in the order of their node ranks; `None` if no list names just the step's nodes.
+/// Returns the hosts of the step, in the order of their node ranks. `None` if no list names exactly
+/// the step's nodes.
 ///
-/// All nodes of a step see the same lists, so they agree on the order. Slurm sorts its lists, but it numbers the nodes of a
-/// heterogeneous job by component. The host of `SLURM_NODEID` 0 is then the first host of the first component.
+/// All nodes of a step see the same lists, so they agree on the order. Slurm sorts its lists, but
+/// numbers the nodes of a heterogeneous job by component. The host with `SLURM_NODEID` 0 is then
+/// the first host of the first component.
 fn hosts(variables: &Variables<'_>, nnodes: u32) -> Result<Option<Taken<Vec<String>>>, ClusterError> {
     let names = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"];
     let Some(list) = variables.text(&names) else { return Ok(None) };
@@ -116,7 +122,7 @@ fn hosts(variables: &Variables<'_>, nnodes: u32) -> Result<Option<Taken<Vec<Stri
     if u32::try_from(hosts.len()) != Ok(nnodes) {
         return Ok(None);
     }
-    // `srun` of Slurm 22.05 that makes the allocation itself sets only the older names.
+    // If `srun` of Slurm 22.05 makes the allocation itself, only the older names are set.
     for lists in [&HET_GROUPS, &PACK_GROUPS] {
         if let Some(ordered) = by_component(variables, lists, &hosts)? {
             return Ok(Some(Taken { value: ordered, variable: lists[0] }));
@@ -125,7 +131,8 @@ fn hosts(variables: &Variables<'_>, nnodes: u32) -> Result<Option<Taken<Vec<Stri
     Ok(Some(Taken { value: hosts, variable: list.variable }))
 }
 
-/// Lists of the components of a heterogeneous job. More are not looked at; the order of such a job is that of its sorted list.
+/// Lists of the components of a heterogeneous job. A job with more components than these is
+/// numbered in the order of its sorted list.
 const HET_GROUPS: [&str; 8] = [
     "SLURM_JOB_NODELIST_HET_GROUP_0",
     "SLURM_JOB_NODELIST_HET_GROUP_1",
@@ -136,7 +143,7 @@ const HET_GROUPS: [&str; 8] = [
     "SLURM_JOB_NODELIST_HET_GROUP_6",
     "SLURM_JOB_NODELIST_HET_GROUP_7",
 ];
-/// The same as releases before 20.02 named them.
+/// The same lists, as named by releases before 20.02.
 const PACK_GROUPS: [&str; 8] = [
     "SLURM_JOB_NODELIST_PACK_GROUP_0",
     "SLURM_JOB_NODELIST_PACK_GROUP_1",
@@ -148,7 +155,8 @@ const PACK_GROUPS: [&str; 8] = [
     "SLURM_JOB_NODELIST_PACK_GROUP_7",
 ];
 
-/// The hosts of a step in the order of the job's components, if whole components make up the step.
+/// Returns the hosts of a step in the order of the job's components, if the step consists of whole
+/// components.
 fn by_component(
     variables: &Variables<'_>,
     lists: &[&'static str],
@@ -159,7 +167,7 @@ fn by_component(
     for name in lists {
         let Some(list) = variables.text(&[name]) else { break };
         let component = expand(&list)?;
-        // `srun --het-group` may leave components out.
+        // `srun --het-group` may leave out components.
         if component.iter().all(|host| step.contains(host)) {
             ordered.extend(component);
         }
@@ -168,8 +176,9 @@ fn by_component(
     Ok(is_whole.then_some(ordered))
 }
 
-/// The place of this node among the hosts of the step. It is `SLURM_NODEID` in every step that Slurm 22.05 makes; if another release
-/// numbers nodes in another way, node 0 is still the host that all nodes take for it.
+/// Returns the index of this node among the hosts of the step. This index equals `SLURM_NODEID` in
+/// every step that Slurm 22.05 makes. Should another release number nodes differently, all nodes
+/// still agree on the host of node 0.
 fn own_place(variables: &Variables<'_>, hosts: &[String]) -> Option<Taken<u32>> {
     let name = variables.text(&["SLURMD_NODENAME"])?;
     let place = hosts.iter().position(|host| *host == name.value)?;
@@ -182,17 +191,17 @@ fn expand(list: &Taken<String>) -> Result<Vec<String>, ClusterError> {
     })
 }
 
-/// The same on all nodes without a word between them. Jobs that follow one another, which are those that share nodes, have different
-/// ports; so have the steps of a job.
+/// Returns a port that all nodes compute without communication. Consecutive jobs, which are likely
+/// to share nodes, have different ports, and so do the steps of a job.
 fn master_port(job: &Taken<String>, step: u32) -> Result<Taken<u16>, ClusterError> {
     let job: Taken<u64> = number(job, "--master-port")?;
-    // Prime to the number of ports, and far from the next job's.
+    // 3571 is coprime to the number of ports, and keeps a step's port far from the next job's.
     let offset = (job.value % PORTS + u64::from(step) * 3571) % PORTS;
     let port = u16::try_from(FIRST_PORT + offset).unwrap_or(u16::MAX);
     Ok(Taken { value: port, variable: job.variable })
 }
 
-/// A count, or a list of indices.
+/// Returns the number of GPUs, from a count or from a list of indices.
 fn gpus(variables: &Variables<'_>) -> Result<Option<Taken<u32>>, ClusterError> {
     if let Some(count) = variables.number(&["SLURM_GPUS_ON_NODE"], "--devices")? {
         return Ok(Some(count));

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 
 use super::*;
 
-/// What is detected where these variables are set: `NAME=value`, one per line.
+/// Returns the cluster that is detected if these variables are set: `NAME=value`, one per line.
 fn detected(environment: &str) -> Result<Option<Cluster>, String> {
     let variables: HashMap<_, _> =
         environment.lines().filter_map(|line| line.trim().split_once('=')).collect();
@@ -113,7 +113,7 @@ fn every_manager() {
     }
 }
 
-/// Each manager's variables with some of them changed.
+/// The variables of each manager, with some of them changed.
 #[test]
 fn variations() {
     for (environment, changes, expected) in [
@@ -123,7 +123,7 @@ fn variations() {
             "SLURM_STEP_NUM_NODES=\nSLURM_NNODES=4\nSLURM_STEP_NODELIST=\nSLURM_STEP_TASKS_PER_NODE=",
             "4 nodes (SLURM_NNODES), node rank 1 (SLURM_NODEID), master node001:24711 (SLURM_JOB_NODELIST,",
         ),
-        // The job's list says nothing of a smaller step.
+        // The job's list does not apply to a smaller step.
         (STEP, "SLURM_STEP_NODELIST=", "node rank 1 (SLURM_NODEID), master port 24711 (SLURM_JOB_ID)"),
         (STEP, "SLURM_STEP_ID=1", "master node003:28282"),
         (STEP, "SLURM_JOB_ID=4294967295", "master node003:27295"),
@@ -140,9 +140,9 @@ fn variations() {
         ),
         (STEP, "SLURM_GPUS_ON_NODE=\nSLURM_STEP_GPUS=0,2-3", "3 GPUs (SLURM_STEP_GPUS)"),
         (STEP, "SLURM_GPUS_ON_NODE=1", "1 GPU (SLURM_GPUS_ON_NODE)"),
-        // Slurm's pmi2 plugin is still Slurm.
+        // With Slurm's pmi2 plugin, the manager is still Slurm.
         (STEP, "PMI_RANK=1\nPMI_SIZE=2\nPMI_FD=7", "Slurm: 2 nodes"),
-        // mpirun within a job of Slurm, and mpirun's daemons are tasks of a step.
+        // mpirun within a job of Slurm: mpirun's daemons are tasks of a step.
         (STEP, "OMPI_COMM_WORLD_SIZE=2\nOMPI_COMM_WORLD_RANK=0", "Open MPI: 2 nodes"),
         // The shell of `salloc` on a node of the job is a step of Slurm's own.
         (
@@ -151,7 +151,7 @@ fn variations() {
             "Slurm: run id 4711 (SLURM_JOB_ID), 8 GPUs",
         ),
         (OPEN_MPI_4, "OMPI_MCA_orte_hnp_uri=1.0;tcp://127.0.0.1:1", "(OMPI_COMM_WORLD_RANK), run id"),
-        // mpirun's node is none of the job's, which rank 0 sees.
+        // mpirun's node is not a node of the job, which only rank 0 can see.
         (OPEN_MPI_4, "OMPI_COMM_WORLD_RANK=0", "node rank 0 (OMPI_COMM_WORLD_RANK), run id"),
         (
             OPEN_MPI_5,
@@ -173,7 +173,7 @@ fn variations() {
         (JOB_SET, "RANK=1", "node rank 1 (RANK)"),
         (JOB_SET, "MASTER_ADDR=a\nMASTER_PORT=1", "master a:1 (MASTER_ADDR, MASTER_PORT)"),
         (JOB_SET, "REPLICATED_JOB_NAME=", "node rank 3 (JOB_COMPLETION_INDEX), run id"),
-        // A sweep of jobs of one node each.
+        // A sweep of jobs with one node each.
         (JOB_SET, "WORLD_SIZE=\nJOBSET_NAME=", "Kubernetes: node rank 3 (JOB_COMPLETION_INDEX)"),
     ] {
         let line = line(&format!("{environment}\n{changes}"));
@@ -181,8 +181,8 @@ fn variations() {
     }
 }
 
-/// The variables of a node of a step on 127.0.0.1, .2 and .4 whose first component is .4, as Slurm 22.05 sets them. `names` is what
-/// the variables of the components are called.
+/// Returns the variables of a node of a step on 127.0.0.1, .2 and .4 whose first component is .4,
+/// like Slurm 22.05 sets them. `names` is the word for components in the variables' names.
 fn heterogeneous(node: u32, id: u32, names: &str) -> String {
     format!(
         "SLURMD_NODENAME=127.0.0.{node}
@@ -202,7 +202,7 @@ fn heterogeneous(node: u32, id: u32, names: &str) -> String {
     )
 }
 
-/// Node rank and master.
+/// Returns node rank and master.
 fn place(environment: &str) -> (u32, String) {
     let cluster = detected(environment).unwrap().unwrap();
     (cluster.node_rank.unwrap().value, cluster.master_addr.unwrap().value)
@@ -215,7 +215,7 @@ fn node_0_of_a_heterogeneous_job_is_the_first_host_of_its_first_component() {
             assert_eq!(place(&heterogeneous(node, id, names)), (id, "127.0.0.4".into()), "{names} {node}");
         }
     }
-    // `srun --het-group=1`: the step has the second component alone.
+    // `srun --het-group=1`: the step consists of the second component.
     for (node, id) in [(1, 0), (2, 1)] {
         let changes = "SLURM_NNODES=2\nSLURM_STEP_NUM_NODES=2\nSLURM_STEP_NODELIST=127.0.0.[1-2]";
         let environment = format!("{}\n{changes}", heterogeneous(node, id, "HET"));
@@ -228,8 +228,9 @@ fn node_0_of_a_heterogeneous_job_is_the_first_host_of_its_first_component() {
 
 #[test]
 fn node_ranks_follow_the_list_that_the_master_is_taken_from() {
-    // `srun -m arbitrary` on 127.0.0.3, .1 and .2: SLURM_PROCID follows the file, and the list is sorted. A release that numbered the
-    // nodes by the file, too, would make another host node 0 than the first of the list.
+    // `srun -m arbitrary` on 127.0.0.3, .1 and .2: SLURM_PROCID follows the file, and the list is
+    // sorted. If a release numbered the nodes by the file as well, node 0 would be another host
+    // than the first of the list.
     for numbered in [["2", "0", "1"], ["0", "1", "2"]] {
         for (place_of_node, node) in ["3", "1", "2"].iter().enumerate() {
             let environment = format!(
@@ -241,7 +242,7 @@ fn node_ranks_follow_the_list_that_the_master_is_taken_from() {
             assert_eq!(place(&environment), (rank, "127.0.0.1".into()), "{numbered:?} {node}");
         }
     }
-    // A name that is not in the list says nothing.
+    // If its name is not in the list, a node keeps SLURM_NODEID.
     assert_eq!(place(&format!("{STEP}\nSLURMD_NODENAME=other")), (1, "node003".into()));
 }
 
@@ -317,7 +318,7 @@ fn mistakes_name_variable_value_and_remedy() {
             &["OMPI_COMM_WORLD_LOCAL_SIZE", "`8`", "--map-by ppr:1:node"],
         ),
         ("PMI_SIZE=2\nPMI_RANK=1", "MPI_LOCALNRANKS=2", &["MPI_LOCALNRANKS", "`2`", "-ppn 1"]),
-        // What Kubernetes sets in every pod where there is a service of the name `master`.
+        // Kubernetes sets this value in every pod if there is a service with the name `master`.
         (
             PYTORCH_JOB,
             "MASTER_PORT=tcp://10.0.0.1:80",

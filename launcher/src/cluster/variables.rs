@@ -2,7 +2,8 @@ use std::str::FromStr;
 
 use super::{ClusterError, Taken};
 
-/// The environment as the managers read it. An empty value counts as none: manifests and scripts leave such behind.
+/// The environment for the detection of managers. An empty value counts as unset: manifests and
+/// scripts leave empty variables behind.
 pub(super) struct Variables<'a> {
     lookup: &'a dyn Fn(&str) -> Option<String>,
 }
@@ -12,7 +13,7 @@ impl<'a> Variables<'a> {
         Self { lookup }
     }
 
-    /// The first of these variables that is set.
+    /// Returns the first of these variables that is set.
     pub(super) fn text(&self, names: &[&'static str]) -> Option<Taken<String>> {
         names.iter().find_map(|variable| {
             let value = (self.lookup)(variable)?;
@@ -21,7 +22,8 @@ impl<'a> Variables<'a> {
         })
     }
 
-    /// The first of these variables that is set, as a number; `flag` stands for it where it is wrong.
+    /// Returns the first of these variables that is set, as a number. The error message suggests
+    /// `flag` instead.
     pub(super) fn number<T: FromStr>(
         &self,
         names: &[&'static str],
@@ -30,13 +32,14 @@ impl<'a> Variables<'a> {
         self.text(names).map(|taken| number(&taken, flag)).transpose()
     }
 
-    /// The run id in the first of these variables that is set. It becomes part of file names.
+    /// Returns the run id in the first of these variables that is set. A value with `/` is ignored,
+    /// because the run id becomes part of file names.
     pub(super) fn run_id(&self, names: &[&'static str]) -> Option<Taken<String>> {
         self.text(names).filter(|id| !id.value.contains('/'))
     }
 }
 
-/// A text as a number; `flag` stands for it where it is wrong.
+/// Converts a text to a number. The error message suggests `flag` instead.
 pub(super) fn number<T: FromStr>(taken: &Taken<String>, flag: &str) -> Result<Taken<T>, ClusterError> {
     let value = taken.value.parse();
     let value = value

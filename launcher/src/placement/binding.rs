@@ -8,16 +8,17 @@ use std::str::FromStr;
 use super::error::PlacementError;
 use super::topology::Topology;
 
-/// torchrun's `--numa-binding`.
+/// Values of torchrun's `--numa-binding`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NumaBinding {
     /// The CPUs of the NUMA node of the rank's GPU.
     Node,
     /// The CPUs of all NUMA nodes of the GPU's socket.
     Socket,
-    /// A part of the node's physical cores that no other rank has.
+    /// A share of the node's physical cores that no other rank has.
     Exclusive,
-    /// One of the node's core complexes, which share their last cache; another one for each rank as long as there are any.
+    /// One of the node's core complexes, whose cores share their last cache. Ranks have different
+    /// core complexes as long as there are enough.
     CoreComplex,
 }
 
@@ -47,9 +48,10 @@ impl FromStr for NumaBinding {
     }
 }
 
-/// The logical CPUs that each rank of this node is bound to: never none, and only such as are in `allowed`, the agent's own
-/// affinity mask. `gpus[i]` is the PCI address (`0000:17:00.0`) of the GPU of local rank `i`, none for a rank on the CPU; `sys` is
-/// where sysfs is mounted.
+/// Returns the logical CPUs that each rank of this node is bound to. A rank's set is never empty
+/// and a subset of `allowed`, the agent's own affinity mask. `gpus[i]` is the PCI address
+/// (`0000:17:00.0`) of the GPU of local rank `i`, `None` for a rank on the CPU. `sys` is the mount
+/// point of sysfs.
 pub(crate) fn bind(
     binding: NumaBinding,
     gpus: &[Option<String>],
@@ -80,7 +82,7 @@ pub(crate) fn bind(
     Ok(bound)
 }
 
-/// Neighbouring cores for each rank; those that are left over go to the first ranks.
+/// Divides cores into ranges, one per rank. The cores that are left over go to the first ranks.
 fn divide(cores: Vec<BTreeSet<u32>>, node: u32, ranks: usize) -> Result<Vec<BTreeSet<u32>>, PlacementError> {
     if cores.len() < ranks {
         return Err(PlacementError::FewCores { node, ranks, cores: cores.len() });

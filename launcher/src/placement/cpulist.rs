@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-/// The CPUs of a list; a node that has memory only has an empty one.
+/// Parses a list. The list of a NUMA node without CPUs, which has only memory, is empty.
 pub(crate) fn parse(text: &str) -> Option<BTreeSet<u32>> {
     let mut cpus = BTreeSet::new();
     for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
@@ -16,7 +16,7 @@ pub(crate) fn parse(text: &str) -> Option<BTreeSet<u32>> {
     Some(cpus)
 }
 
-/// The list of CPUs.
+/// Formats CPUs as a list.
 pub(crate) fn format(cpus: &BTreeSet<u32>) -> String {
     let mut ranges: Vec<(u32, u32)> = Vec::new();
     for &cpu in cpus {

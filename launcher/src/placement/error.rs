@@ -1,33 +1,33 @@
 use std::io;
 use std::path::PathBuf;
 
-/// Why ranks cannot be bound to CPUs.
+/// Reasons why ranks cannot be bound to CPUs.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PlacementError {
-    /// Sysfs lacks a file, as it may in a container.
+    /// Sysfs lacks a file, for example in a container.
     #[error("cannot read {}: {source}: this machine does not show what the binding needs, leave --numa-binding out", path.display())]
     Read {
         /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
-    /// A file of sysfs says what no kernel writes.
+    /// A file of sysfs has content that no kernel writes.
     #[error("`{text}` in {} is not {expected}: leave --numa-binding out", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What it says.
+        /// Its content.
         text: String,
-        /// What belongs there.
+        /// The expected content.
         expected: &'static str,
     },
-    /// The affinity mask or the cpuset shuts the ranks out.
+    /// The affinity mask or the cpuset excludes all CPUs of the place.
     #[error(
         "the launcher may use CPUs {allowed}, none of which belongs to {place}: widen its taskset or cpuset, or leave --numa-binding out"
     )]
     NoCpu {
-        /// Where the ranks belong.
+        /// The node or socket that the ranks belong to.
         place: String,
         /// The CPUs of the affinity mask.
         allowed: String,
@@ -39,9 +39,9 @@ pub(crate) enum PlacementError {
     FewCores {
         /// The NUMA node.
         node: u32,
-        /// Its ranks.
+        /// Number of ranks that belong to the node.
         ranks: usize,
-        /// Its cores.
+        /// Number of cores that they may use.
         cores: usize,
     },
 }

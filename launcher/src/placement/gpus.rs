@@ -1,12 +1,14 @@
-//! Where the GPUs of this node sit.
+//! PCI addresses of the GPUs of this node.
 
 use std::fs;
 use std::path::Path;
 
-/// PCI addresses of the NVIDIA GPUs of this node in the order of their indices, below `/proc`.
+/// Returns the PCI addresses of this node's NVIDIA GPUs in the order of their indices. `proc` is
+/// the mount point of procfs.
 ///
-/// That is the order of the PCI bus. CUDA itself puts the fastest GPU first unless `CUDA_DEVICE_ORDER=PCI_BUS_ID`, so on a node with
-/// GPUs of several models the two agree only with that variable; GPUs of one model stand in the order of the bus either way.
+/// The order is that of the PCI bus. CUDA itself puts the fastest GPU first unless
+/// `CUDA_DEVICE_ORDER=PCI_BUS_ID` is set. On a node with GPUs of several models, the two orders
+/// agree only with that variable. GPUs of one model are always in the order of the bus.
 pub(crate) fn gpu_addresses(proc: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(proc.join("driver/nvidia/gpus")) else { return Vec::new() };
     let mut addresses: Vec<_> = entries
@@ -22,7 +24,8 @@ pub(crate) fn gpu_addresses(proc: &Path) -> Vec<String> {
     addresses.into_iter().map(|(_, address)| address).collect()
 }
 
-/// Domain, bus, device and function as numbers: domains may have more than four digits.
+/// Parses domain, bus, device and function as numbers. Domains may have more than four digits, so
+/// texts would not sort right.
 fn position(address: &str) -> Option<Vec<u32>> {
     address.split([':', '.']).map(|part| u32::from_str_radix(part, 16).ok()).collect()
 }

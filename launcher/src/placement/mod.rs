@@ -1,5 +1,5 @@
-//! Which CPUs the ranks of a node run on. Everything is read from sysfs below a path that comes in as an argument, so that tests can
-//! make machines up.
+//! Places ranks on CPUs and GPUs. The topology is read from sysfs below a path that is an argument,
+//! so that tests can make up machines.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -23,25 +23,26 @@ use gpus::gpu_addresses;
 pub(crate) use visible::{CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES, Placed};
 pub(crate) use visible::{hip_visible_devices, place, visible_devices};
 
-/// How many logical CPUs this process may use, a quota of its cgroup included.
+/// Returns the number of logical CPUs that this process may use. A quota of its cgroup counts.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// Threads per rank where nobody says: cores that this process may use divided by the ranks that share them, at least 1.
+/// Returns the default for the threads of a rank: the cores that this process may use, divided by
+/// the ranks that share them, at least 1.
 pub(crate) fn threads_per_rank(allowed: usize, ranks: u32) -> u32 {
     let allowed = u32::try_from(allowed).unwrap_or(u32::MAX);
     (allowed / ranks.max(1)).max(1)
 }
 
-/// The logical CPUs that this process may use.
+/// Returns the logical CPUs that this process may use.
 pub(crate) fn allowed_cpus() -> BTreeSet<u32> {
     let Ok(set) = sched_getaffinity(Pid::from_raw(0)) else { return BTreeSet::new() };
     let is_in = |cpu: &u32| set.is_set(*cpu as usize).unwrap_or(false);
     (0..u32::try_from(CpuSet::count()).unwrap_or(0)).filter(is_in).collect()
 }
 
-/// The CPUs of each rank of this node, whose devices these are.
+/// Returns the CPUs that each rank of this node is bound to. `devices` are the ranks' devices.
 pub(crate) fn bind_ranks(binding: NumaBinding, devices: &[RankDevice]) -> Result<Vec<BTreeSet<u32>>, String> {
     let addresses = gpu_addresses(Path::new("/proc"));
     let visible = visible_devices();
@@ -53,7 +54,7 @@ pub(crate) fn bind_ranks(binding: NumaBinding, devices: &[RankDevice]) -> Result
     bind(binding, &gpus, Path::new("/sys"), &allowed_cpus()).map_err(|error| error.to_string())
 }
 
-/// The PCI address of the GPU that CUDA shows under this index.
+/// Returns the PCI address of the GPU that CUDA shows under this index.
 fn address(index: u32, visible: Option<&str>, addresses: &[String]) -> Result<String, String> {
     let entry = visible.map(|list| visible::entry(list, index).unwrap_or_default());
     let physical = match entry {

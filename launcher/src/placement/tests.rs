@@ -18,7 +18,8 @@ impl Machine {
         Self { sys: tempfile::tempdir().unwrap(), allowed: BTreeSet::new() }
     }
 
-    /// Two sockets of two nodes of four cores of two hyper-threads, numbered as on Intel: CPU 16 is the sibling of CPU 0.
+    /// Two sockets of two nodes of four cores of two hyper-threads, numbered like on Intel: CPU 16
+    /// is the sibling of CPU 0.
     fn two_sockets() -> Self {
         let mut machine = Self::new();
         for node in 0..4 {
@@ -33,7 +34,7 @@ impl Machine {
         machine
     }
 
-    /// One socket and node, four core complexes of four cores, as on AMD.
+    /// One socket and node, four core complexes of four cores, like on AMD.
     fn four_complexes() -> Self {
         let mut machine = Self::new();
         machine.node(0, "0-15");
@@ -272,8 +273,8 @@ fn threads_are_shared_out() {
     }
 }
 
-/// The shape of a machine: cores of each node, hyper-threads of a core, whether siblings are neighbours in number, which CPUs are
-/// allowed, and the node of each rank's GPU.
+/// The shape of a machine: cores of each node, hyper-threads per core, whether siblings have
+/// consecutive numbers, allowed CPUs, and the node of each rank's GPU.
 #[derive(Debug, Clone)]
 struct Shape {
     cores_of_nodes: Vec<u32>,
@@ -300,7 +301,7 @@ impl Shape {
         })
     }
 
-    /// The cores of each node.
+    /// Returns the cores of each node.
     fn cores(&self) -> Vec<Vec<BTreeSet<u32>>> {
         let (all, mut core) = (self.cores_of_nodes.iter().sum::<u32>(), 0..);
         let thread =
@@ -326,7 +327,7 @@ impl Shape {
 }
 
 proptest! {
-    // Each case writes a folder of files.
+    // Few cases, because each case writes a folder of files.
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
@@ -335,7 +336,7 @@ proptest! {
         let gpus: Vec<_> = shape.gpus.iter().enumerate().map(|(rank, node)| {
             node.and_then(|node| machine.gpu(&format!("0000:{rank:02x}:00.0"), node as i32))
         }).collect();
-        // What is left of each core under the mask.
+        // The allowed part of each core.
         let cores: Vec<Vec<BTreeSet<u32>>> = shape.cores().into_iter().map(|cores| {
             let left = cores.iter().map(|core| core & &machine.allowed);
             left.filter(|core| !core.is_empty()).collect()
@@ -359,7 +360,7 @@ proptest! {
             let counts: Vec<usize> = ranks.iter().map(of_rank).collect();
             prop_assert!(counts.is_sorted_by(|before, after| before >= after), "{:?}", counts);
             prop_assert!(counts[0] - counts[counts.len() - 1] <= 1, "{:?}", counts);
-            // Whole cores make up the sets, and each core is in one of them.
+            // Each set consists of whole cores, and each core is in one set.
             prop_assert_eq!(counts.iter().sum::<usize>(), cores[node].len());
             prop_assert!(counts.iter().all(|count| *count > 0));
             let cpus: usize = ranks.iter().map(|rank| bound[*rank].len()).sum();

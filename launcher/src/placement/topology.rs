@@ -1,4 +1,4 @@
-//! What sysfs tells of nodes, sockets, cores and caches.
+//! Nodes, sockets, cores and caches according to sysfs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -9,11 +9,12 @@ use super::error::PlacementError;
 
 type Cpus = BTreeSet<u32>;
 
-/// The machine as far as an affinity mask lets it be used.
+/// The part of the machine that an affinity mask allows.
 pub(super) struct Topology<'a> {
     sys: &'a Path,
     allowed: &'a Cpus,
-    /// CPUs by NUMA node, whether allowed or not. None where the kernel or the container shows no nodes.
+    /// CPUs by NUMA node, whether allowed or not. `None` if the kernel or the container shows no
+    /// nodes.
     nodes: Option<BTreeMap<u32, Cpus>>,
 }
 
@@ -28,18 +29,19 @@ impl<'a> Topology<'a> {
         Ok(Self { sys, allowed, nodes })
     }
 
-    /// The NUMA node of a GPU.
+    /// Returns the NUMA node of a GPU.
     pub(super) fn node_of_gpu(&self, address: &str) -> Result<u32, PlacementError> {
         if self.nodes.is_none() {
             return Ok(0);
         }
         let path = self.sys.join("bus/pci/devices").join(address).join("numa_node");
-        // -1 where the firmware does not say, which is common with one node only.
+        // -1 if the firmware does not name the node, which is common with a single node.
         let node = read_number(path)?;
         Ok(u32::try_from(node).unwrap_or(0))
     }
 
-    /// The NUMA node of a rank that has no GPU: ranks are spread evenly over the nodes that may be used.
+    /// Returns the NUMA node of a rank without a GPU. Such ranks are spread evenly over the usable
+    /// nodes.
     pub(super) fn node_of_rank(&self, rank: usize, ranks: usize) -> Result<u32, PlacementError> {
         let nodes: Vec<u32> = match &self.nodes {
             None => vec![0],
@@ -52,12 +54,12 @@ impl<'a> Topology<'a> {
         node.ok_or_else(|| self.no_cpu("any NUMA node".into()))
     }
 
-    /// The CPUs of a NUMA node.
+    /// Returns the usable CPUs of a NUMA node.
     pub(super) fn node(&self, node: u32) -> Result<Cpus, PlacementError> {
         self.usable(self.cpus(node).iter(), || format!("NUMA node {node}"))
     }
 
-    /// The CPUs of all NUMA nodes of the socket that a node belongs to.
+    /// Returns the usable CPUs of all NUMA nodes of the socket that a node belongs to.
     pub(super) fn socket(&self, node: u32) -> Result<Cpus, PlacementError> {
         let Some(nodes) = &self.nodes else { return self.node(node) };
         let Some(socket) = self.socket_of(self.cpus(node))? else { return self.node(node) };
@@ -70,13 +72,14 @@ impl<'a> Topology<'a> {
         self.usable(cpus.into_iter(), || format!("socket {socket}"))
     }
 
-    /// The physical cores of a NUMA node, by their first hyper-thread.
+    /// Returns the physical cores of a NUMA node, ordered by their first hyper-thread.
     pub(super) fn cores(&self, node: u32) -> Result<Vec<Cpus>, PlacementError> {
         let siblings = |cpu| read_cpus(self.cpu(cpu).join("topology/thread_siblings_list"));
         Ok(group(self.node(node)?, siblings)?.into_values().collect())
     }
 
-    /// The core complexes of a NUMA node, those with most CPUs first. A core complex shares the last cache.
+    /// Returns the core complexes of a NUMA node, the largest first. The cores of a core complex
+    /// share the last cache.
     pub(super) fn complexes(&self, node: u32) -> Result<Vec<Cpus>, PlacementError> {
         let complexes = group(self.node(node)?, |cpu| last_cache(&self.cpu(cpu).join("cache")))?;
         let mut complexes: Vec<Cpus> = complexes.into_values().collect();
@@ -93,7 +96,7 @@ impl<'a> Topology<'a> {
         self.nodes.as_ref().map_or(self.allowed, |nodes| nodes.get(&node).unwrap_or(NONE))
     }
 
-    /// None for a node that has memory only.
+    /// Returns the socket of these CPUs. `None` for a node that has only memory.
     fn socket_of(&self, cpus: &Cpus) -> Result<Option<i64>, PlacementError> {
         let first = cpus.first().map(|cpu| self.cpu(*cpu).join("topology/physical_package_id"));
         first.map(read_number).transpose()
@@ -113,21 +116,21 @@ impl<'a> Topology<'a> {
     }
 }
 
-/// CPUs by the lowest of those that they share something with.
+/// Groups CPUs that share something, by the lowest CPU of each group.
 fn group(
     cpus: Cpus,
     sharing: impl Fn(u32) -> Result<Cpus, PlacementError>,
 ) -> Result<BTreeMap<u32, Cpus>, PlacementError> {
     let mut groups = BTreeMap::<u32, Cpus>::new();
     for cpu in cpus {
-        // The lowest one may lie outside the mask: it only gives the group its name.
+        // The lowest CPU may be outside the mask. It only identifies the group.
         let name = sharing(cpu)?.first().copied().unwrap_or(cpu);
         groups.entry(name).or_default().insert(cpu);
     }
     Ok(groups)
 }
 
-/// The CPUs that share the cache of the highest level; instructions have caches of their own, which say nothing here.
+/// Returns the CPUs that share the cache of the highest level. Caches for instructions are ignored.
 fn last_cache(folder: &Path) -> Result<Cpus, PlacementError> {
     let fail = |source| PlacementError::Read { path: folder.to_owned(), source };
     let mut last = None;
@@ -144,7 +147,8 @@ fn last_cache(folder: &Path) -> Result<Cpus, PlacementError> {
     read_cpus(cache.join("shared_cpu_list"))
 }
 
-/// The entries of a folder whose names are a word and a number, in the order of the numbers.
+/// Returns the entries of a folder whose names are a word and a number, in the order of the
+/// numbers.
 fn numbered(folder: &Path, word: &str) -> io::Result<BTreeMap<u32, PathBuf>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(folder)? {

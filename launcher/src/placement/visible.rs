@@ -1,41 +1,44 @@
-//! Which GPU each rank sees under which index.
+//! The GPUs that each rank sees, and their indices there.
 
 use ice_proto::backend::RankDevice;
 
-/// CUDA's own variable: the devices that a process sees, in its order.
+/// CUDA's variable for the devices that a process sees, in its order.
 pub(crate) const CUDA_VISIBLE_DEVICES: &str = "CUDA_VISIBLE_DEVICES";
 
-/// ROCm's variable, which beats CUDA's there.
+/// ROCm's variable, which has precedence over CUDA's there.
 pub(crate) const HIP_VISIBLE_DEVICES: &str = "HIP_VISIBLE_DEVICES";
 
-/// The agent's own list of ROCm devices, if it has one.
+/// Returns the agent's own list of ROCm devices, if there is one.
 pub(crate) fn hip_visible_devices() -> Option<String> {
     std::env::var(HIP_VISIBLE_DEVICES).ok().filter(|list| !list.is_empty())
 }
 
-/// The agent's own list, where it has one.
+/// Returns the agent's own list of CUDA devices, if there is one.
 pub(crate) fn visible_devices() -> Option<String> {
     std::env::var(CUDA_VISIBLE_DEVICES).ok()
 }
 
-/// The entry that CUDA shows under an index.
+/// Returns the entry that CUDA shows under an index.
 pub(super) fn entry(visible: &str, index: u32) -> Option<&str> {
     visible.split(',').nth(index as usize).map(str::trim)
 }
 
-/// What a rank is told about its device.
+/// The device of a rank, and the variable for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Placed {
-    /// As the rank is to name it.
+    /// The device by the name that the rank has to use.
     pub(crate) device: RankDevice,
-    /// CUDA_VISIBLE_DEVICES, where it is not the agent's own.
+    /// CUDA_VISIBLE_DEVICES of the rank, if it differs from the agent's own.
     pub(crate) visible: Option<String>,
 }
 
-/// Places the ranks of a node. `visible` is the agent's own CUDA_VISIBLE_DEVICES, whose entries `devices` counts.
+/// Places the ranks of a node. `visible` is the agent's own CUDA_VISIBLE_DEVICES; `devices` are
+/// indices of its entries.
 ///
-/// A program written for torchrun uses `cuda:<local rank>`. Where that is not the device that the user named, the ranks see only the named ones,
-/// in the order of the ranks. With a virtual local rank each sees its own alone, and one on the CPU that of its place, as under torchrun.
+/// A program written for torchrun uses `cuda:<local rank>`. If that is not the device that the user
+/// named, the ranks see only the named devices, in the order of the ranks. With a virtual local
+/// rank, each rank sees only its own device. A rank on the CPU then sees the entry at its local
+/// rank, like under torchrun.
 pub(crate) fn place(devices: &[RankDevice], visible: Option<&str>, virtual_local_rank: bool) -> Vec<Placed> {
     let name = |index: u32| {
         visible.and_then(|list| entry(list, index)).map_or_else(|| index.to_string(), ToOwned::to_owned)
@@ -76,7 +79,7 @@ pub(crate) fn place(devices: &[RankDevice], visible: Option<&str>, virtual_local
 mod tests {
     use super::*;
 
-    /// Device and visible devices of each rank.
+    /// Returns device and visible devices of each rank.
     fn placed(gpus: &[u32], visible: Option<&str>, virtual_local_rank: bool) -> String {
         let devices: Vec<_> = gpus.iter().map(|index| RankDevice::Cuda(*index)).collect();
         let placed = place(&devices, visible, virtual_local_rank);
@@ -112,7 +115,8 @@ mod tests {
         };
         assert_eq!(seen(None), [Some("0".to_owned()), Some("1".into())]);
         assert_eq!(seen(Some("5, 7")), [Some("5".to_owned()), Some("7".into())]);
-        // torchrun refuses to start where the list is too short; ranks on the CPU do not need it.
+        // torchrun refuses to start if the list is too short. Ranks on the CPU do not need the
+        // entry.
         assert_eq!(seen(Some("5")), [Some("5".to_owned()), None]);
     }
 }

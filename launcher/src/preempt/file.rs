@@ -1,4 +1,4 @@
-//! A notice by a file.
+//! A notice by a file that appears.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -7,13 +7,14 @@ use std::thread;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
-/// How often the file is looked for besides, in milliseconds: of what happens on other machines a network file system sends no word.
+/// Interval of checks for the file, in milliseconds. Inotify alone is not enough: a network file
+/// system does not report changes by other machines.
 const LOOK: u16 = 2000;
 
-/// Waits until there is such a file; returns what happened.
+/// Waits until the file exists. Returns the text of the notice.
 pub(super) fn wait(path: &Path) -> String {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Watched before it is looked for, so that nothing is missed in between.
+    // The folder is watched before the check, so that a file made in between is not missed.
     let mut inotify = None;
     loop {
         if inotify.is_none() {
@@ -25,11 +26,11 @@ pub(super) fn wait(path: &Path) -> String {
         match &inotify {
             Some(inotify) => {
                 let mut fds = [PollFd::new(inotify.as_fd(), PollFlags::POLLIN)];
-                // Whatever it says, the file is looked for.
+                // Errors and events are ignored: the next check of the file decides.
                 let _ = poll(&mut fds, PollTimeout::from(LOOK));
                 let _ = inotify.read_events();
             }
-            // The folder may come later.
+            // The folder may appear later.
             None => thread::sleep(std::time::Duration::from_millis(LOOK.into())),
         }
     }

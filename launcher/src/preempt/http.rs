@@ -1,4 +1,4 @@
-//! A notice by a web server: the metadata service of a cloud, or one of the user's.
+//! A notice by a web server: the metadata service of a cloud, or a server of the user.
 
 use std::thread;
 use std::time::Duration;
@@ -6,30 +6,31 @@ use std::time::Duration;
 use ureq::Agent;
 use ureq::http::Uri;
 
-/// How often it is asked. Clouds give notice 30 s (Google, Azure) to 2 minutes (AWS) ahead.
+/// Interval of the requests. Clouds give notice 30 s (Google, Azure) to 2 minutes (AWS) ahead.
 const INTERVAL: Duration = Duration::from_secs(3);
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// The most that is read of an answer, in bytes.
+/// Maximum number of bytes that are read of an answer.
 const MOST: u64 = 64 << 10;
-/// How long a token of AWS holds, in seconds.
+/// Lifetime of a token of AWS, in seconds.
 const TOKEN_SECONDS: &str = "21600";
 
-/// What is asked, and which answer is a notice.
+/// A request, and the answer that is a notice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Question {
     pub(super) url: String,
     header: Option<(&'static str, &'static str)>,
-    /// Where a token is to be had first, as AWS wants it (IMDSv2).
+    /// Address from which a token is requested first, which AWS requires (IMDSv2).
     token: Option<String>,
-    /// What the body of an answer with status 200 must have in it; any is a notice where this is none.
+    /// Text that an answer with status 200 must contain to be a notice. `None` if any such answer
+    /// is a notice.
     body: Option<&'static str>,
 }
 
-/// Whether a server can be asked at an http:// address.
+/// Checks that requests can be sent to an http:// address.
 fn check(address: &str) -> Result<(), String> {
     let uri: Uri = match address.parse() {
         Ok(uri) => uri,
-        // It is what the parser says of no host, too.
+        // The parser's error for a missing host is less specific.
         Err(_) if matches!(address.strip_prefix("http://"), Some(rest) if rest.is_empty() || rest.starts_with('/')) =>
         {
             return Err(format!("`{address}` has no host"));
@@ -48,7 +49,8 @@ fn check(address: &str) -> Result<(), String> {
 }
 
 impl Question {
-    /// A cloud's, by its name; none for another name. `base` stands in place of the metadata server's address.
+    /// Returns the question for a cloud, `None` for another name. `base` replaces the address of
+    /// the metadata server.
     pub(super) fn of_cloud(name: &str, base: Option<&str>) -> Result<Option<Self>, String> {
         let server = match name {
             "aws" | "azure" => "http://169.254.169.254",
@@ -62,7 +64,7 @@ impl Question {
         check(base)?;
         let at = |path: &str| format!("{base}{path}");
         Ok(Some(match name {
-            // 404 until there is one.
+            // 404 until there is a notice.
             "aws" => Self {
                 url: at("/latest/meta-data/spot/instance-action"),
                 header: None,
@@ -84,16 +86,17 @@ impl Question {
         }))
     }
 
-    /// Any address: status 200 is a notice.
+    /// Returns the question for any address: status 200 is a notice.
     pub(super) fn of_address(url: &str) -> Result<Self, String> {
         check(url)?;
         Ok(Self { url: url.into(), header: None, token: None, body: None })
     }
 
-    /// Asks until there is a notice; returns what was answered. A server that does not answer is warned of once.
+    /// Asks until there is a notice, and returns its text. The first failed request leads to a
+    /// warning.
     pub(super) fn wait(&self, warn: &dyn Fn(String)) -> String {
         let config = Agent::config_builder().timeout_global(Some(TIMEOUT)).http_status_as_error(false);
-        // A proxy knows nothing of this machine.
+        // A proxy knows nothing about this machine.
         let agent: Agent = config.proxy(None).max_redirects(0).build().into();
         let mut warned = false;
         loop {

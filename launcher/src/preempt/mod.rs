@@ -12,22 +12,22 @@ use tokio::sync::mpsc::UnboundedSender;
 use self::http::Question;
 use crate::dispatcher::RankEvent;
 
-/// Where a notice comes from.
+/// Source of a notice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// A file that comes into being.
+    /// A file that appears.
     File(PathBuf),
     /// The answer of a web server.
     Http(Question),
-    /// A signal to the launcher, as from Slurm before the time limit.
+    /// A signal to the launcher, for example from Slurm before the time limit.
     Signal(Signal),
 }
 
 impl Source {
-    /// What the command line says: a path, an address, a cloud, or a signal.
+    /// Parses a path, an address, a cloud, or a signal of the command line.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Returns a message about the mistake.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let (name, base) = text.split_once('=').map_or((text, None), |(name, base)| (name, Some(base)));
         if let Some(question) = Question::of_cloud(name, base)? {
@@ -53,7 +53,8 @@ impl Source {
     }
 }
 
-/// Watches for notices in threads, which end with the process. Each is told once, and so is what keeps one from being seen.
+/// Watches for notices in threads, which end with the process. Each notice is sent once, and so is
+/// each obstacle to receiving one.
 pub(crate) fn watch(sources: &[Source], events: &UnboundedSender<RankEvent>) {
     for source in sources.iter().cloned() {
         let warn = {
@@ -65,7 +66,7 @@ pub(crate) fn watch(sources: &[Source], events: &UnboundedSender<RankEvent>) {
             let notice = match source {
                 Source::File(path) => file::wait(&path),
                 Source::Http(question) => question.wait(&warned),
-                // The event loop gets it.
+                // The event loop receives the signal.
                 Source::Signal(_) => return,
             };
             let _ = events.send(RankEvent::Noticed(notice));
