@@ -4,7 +4,8 @@ use tch::{Device, Tensor};
 
 use crate::Result;
 
-/// What a dataset makes for one step. It crosses from a worker thread to the step, and from the CPU to the device.
+/// A batch that a dataset makes for one step. It moves from a worker thread to the step, and from
+/// the CPU to the device.
 ///
 /// ```
 /// use ice_core::data::Batch;
@@ -23,10 +24,11 @@ use crate::Result;
 /// }
 /// ```
 pub trait Batch: Send + Sized + 'static {
-    /// The same batch with `f` of each of its tensors in their place. What holds no tensor stays as it is.
+    /// Replaces each tensor of the batch by `f` of the tensor. Parts without tensors stay
+    /// unchanged.
     ///
     /// # Errors
-    /// Those of `f`.
+    /// The errors of `f`.
     fn map_tensors(self, f: &mut dyn FnMut(Tensor) -> Result<Tensor>) -> Result<Self>;
 }
 
@@ -80,7 +82,8 @@ macro_rules! without_tensors {
 
 without_tensors! { () bool u8 u16 u32 u64 usize i8 i16 i32 i64 isize f32 f64 String }
 
-/// Copies a batch into page-locked memory where it is meant for a GPU, so that the copy to it can run beside the step.
+/// Copies a batch for a GPU into page-locked memory, so that its copy to the GPU can overlap with
+/// the step.
 pub(crate) fn pin<B: Batch>(batch: B, device: Device) -> Result<B> {
     match device {
         Device::Cuda(_) => batch.map_tensors(&mut |tensor| match tensor.device() {
@@ -91,8 +94,8 @@ pub(crate) fn pin<B: Batch>(batch: B, device: Device) -> Result<B> {
     }
 }
 
-/// Moves a batch to the device. From pinned memory the copy is only queued: libtorch keeps the memory until it is done, and
-/// what is computed from the batch waits for it in the same stream.
+/// Moves a batch to the device. A copy from pinned memory is only queued. libtorch keeps the memory
+/// until the copy is done, and computations on the batch wait for it in the same stream.
 pub(crate) fn to_device<B: Batch>(batch: B, device: Device) -> Result<B> {
     batch.map_tensors(&mut |tensor| match tensor.device() == device {
         true => Ok(tensor),

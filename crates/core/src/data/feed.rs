@@ -1,4 +1,4 @@
-//! What feeds a rank: the place in the order, and the batches that are made ahead of it.
+//! The batches of a rank: its position in the order, and the batches that are made ahead.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::lane::{Lane, StopOnDrop, guard};
 use super::{Dataset, Pass, Place, Sampler};
 use crate::{Error, Result, Share};
 
-/// Where batches are made, and how far ahead.
+/// The threads that make batches, and how many batches they make ahead.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Ahead {
     pub(crate) workers: usize,
@@ -18,7 +18,7 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// Batches that are made before they are wanted, at most.
+    /// Returns the most batches that are made ahead.
     pub(super) fn batches(self) -> usize {
         match self.workers {
             0 => 0,
@@ -27,7 +27,7 @@ impl Ahead {
     }
 }
 
-/// Samples per iteration.
+/// Number of samples per iteration.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum BatchSize {
     PerRank(usize),
@@ -35,7 +35,7 @@ pub(crate) enum BatchSize {
 }
 
 impl BatchSize {
-    /// Samples of all ranks.
+    /// Returns the number of samples of all ranks.
     pub(crate) fn global(self, world_size: u64) -> Result<u64> {
         match self {
             Self::PerRank(0) => {
@@ -51,8 +51,8 @@ impl BatchSize {
 }
 
 impl BatchSize {
-    /// How many batches an iteration is divided into, so that no rank of fewer than a batch was made for has more samples at a time than it is
-    /// given.
+    /// Returns the number of parts of an iteration. If fewer ranks share a batch than it was made
+    /// for, no rank thereby has more samples at a time than its given batch.
     pub(crate) fn parts(self, batch_ranks: u64, world_size: u64) -> u64 {
         match self {
             Self::PerRank(_) => batch_ranks.div_ceil(world_size).max(1),
@@ -61,7 +61,7 @@ impl BatchSize {
     }
 }
 
-/// Which rank of how many is fed, and where it computes.
+/// The rank that is fed, the number of ranks, and the device.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Seat {
     pub(crate) rank: u64,
@@ -77,19 +77,19 @@ impl Seat {
 
 /// Feeds one rank from a [`Dataset`].
 ///
-/// What a checkpoint holds is the sampler's place, which counts consumed samples alone. What is made ahead is planned from
-/// there, and thrown away where the place turns out to be another than was planned: after a resume, or when an epoch ends
-/// early.
+/// A checkpoint stores the sampler's position, which counts only consumed samples. Batches ahead
+/// are planned from there. They are discarded if the position turns out to differ from the planned
+/// one: after a resume, or when an epoch ends early.
 pub(crate) struct Feed<D: Dataset> {
     sampler: Sampler,
-    /// Where the next batch to plan starts.
+    /// Position of the next batch to plan.
     planner: Sampler,
-    /// The places of the batches that are under way.
+    /// Positions of the batches in progress.
     planned: VecDeque<(Place, u64)>,
-    /// How many batches an iteration is divided into, and which is the next one.
+    /// Number of parts of an iteration, and number of the next part.
     parts: u64,
     part: u64,
-    /// The part that is planned next.
+    /// Number of the part that is planned next.
     planner_part: u64,
     ahead: Ahead,
     seat: Seat,
@@ -143,13 +143,13 @@ impl<D: Dataset + 'static> Feed<D> {
         &self.sampler
     }
 
-    /// Goes to a place.
+    /// Moves to a position.
     pub(crate) fn seek(&mut self, place: Place) {
         self.sampler.seek(place);
         self.part = 0;
     }
 
-    /// Goes to the start of the next epoch.
+    /// Moves to the start of the next epoch.
     pub(crate) fn next_epoch(&mut self) {
         self.sampler.next_epoch();
         self.part = 0;
@@ -160,12 +160,12 @@ impl<D: Dataset + 'static> Feed<D> {
         self.part = next_part(&mut self.sampler, self.part, self.parts);
     }
 
-    /// Batches of the iteration that were not consumed yet.
+    /// Returns the number of batches of the iteration that are not yet consumed.
     pub(crate) fn parts_left(&self) -> u64 {
         self.sampler.parts(self.parts) - self.part
     }
 
-    /// The batch of this rank at the place of the sampler.
+    /// Returns the batch of this rank at the position of the sampler.
     pub(crate) fn next(&mut self) -> Result<(D::Batch, Share)> {
         let Seat { rank, world_size, device } = self.seat;
         if self.sampler.remaining() == 0 {
@@ -192,7 +192,8 @@ impl<D: Dataset + 'static> Feed<D> {
     }
 }
 
-/// Goes on to the part after one: that of the next iteration after the last.
+/// Moves to the part after `part`. After the last part, that is the first part of the next
+/// iteration.
 fn next_part(sampler: &mut Sampler, part: u64, parts: u64) -> u64 {
     if part + 1 < sampler.parts(parts) {
         return part + 1;

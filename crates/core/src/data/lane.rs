@@ -1,12 +1,13 @@
-//! Makes batches in order, in the calling thread or ahead of it in threads of its own.
+//! Makes batches in order, either in the calling thread or ahead of it in worker threads.
 //!
 //! Invariants, cited by the tests:
 //!
-//! - LA-1: results come in the order of the jobs, however many threads work on them.
-//! - LA-2: the first half of a job runs one at a time and in the order of the jobs; the second half runs side by side.
-//! - LA-3: nothing runs that was not submitted. Who submits bounds what is made ahead.
-//! - LA-4: an error or a panic is the result of its job, and of no other.
-//! - LA-5: when a lane is dropped its threads have ended.
+//! - LA-1: results come in the order of the jobs, for any number of threads.
+//! - LA-2: the first half of a job runs one at a time and in the order of the jobs; the second
+//!   halves run in parallel.
+//! - LA-3: only submitted jobs run. The submitter thereby bounds the batches that are made ahead.
+//! - LA-4: an error or a panic is the result of its own job only.
+//! - LA-5: when a lane is dropped, its threads have ended.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -19,13 +20,13 @@ use std::thread::{self, JoinHandle};
 
 use crate::{Error, Result};
 
-/// Held while threads set libtorch's number of threads, which is meant for each of them and yet is what a new thread starts
-/// with.
+/// Held while worker threads set libtorch's number of threads. The number belongs to the thread
+/// that sets it, but new threads start with the number that was set last.
 pub(super) static INTRA_OP: Mutex<()> = Mutex::new(());
 
 /// The half of a job that must run in order.
 type Ordered<J, P> = Box<dyn FnMut(J) -> Result<P> + Send>;
-/// The half of a job that may run beside others.
+/// The half of a job that may run in parallel with others.
 type Parallel<P, B> = Box<dyn Fn(P) -> Result<B> + Send + Sync>;
 
 /// A queue of jobs `J`, which become plans `P` in order, and results `B` in parallel.
@@ -58,7 +59,7 @@ struct Queue<J, B> {
 }
 
 impl<J: Send + 'static, P: 'static, B: Send + 'static> Lane<J, P, B> {
-    /// A lane with this many threads; with none, jobs run when their result is taken.
+    /// Creates a lane with this many threads. Without threads, a job runs when its result is taken.
     pub(super) fn new(
         workers: usize,
         ordered: impl FnMut(J) -> Result<P> + Send + 'static,
@@ -74,7 +75,8 @@ impl<J: Send + 'static, P: 'static, B: Send + 'static> Lane<J, P, B> {
             ordered: Mutex::new(ordered),
             parallel,
         });
-        // The lane exists before its threads, so that those which could be started end when another cannot.
+        // The lane exists before its threads. If a thread cannot be started, dropping the lane ends
+        // the others.
         let mut lane = Self(Mode::Threads {
             shared: Arc::clone(&shared),
             results: VecDeque::new(),
@@ -87,8 +89,9 @@ impl<J: Send + 'static, P: 'static, B: Send + 'static> Lane<J, P, B> {
             for index in 0..workers {
                 let (shared, ready) = (Arc::clone(&shared), ready.clone());
                 let work = move || {
-                    // The step has the cores: workers side by side are parallel enough. A thread that has not asked for
-                    // the number before is given the process's one at its first operation.
+                    // One libtorch thread per worker, since the step needs the cores. The call of
+                    // get_num_threads comes first: at its first operation, a thread that has never
+                    // asked for the number gets that of the process, which would replace the 1.
                     tch::get_num_threads();
                     tch::set_num_threads(1);
                     drop(ready);
@@ -98,8 +101,8 @@ impl<J: Send + 'static, P: 'static, B: Send + 'static> Lane<J, P, B> {
                 threads.push(thread.map_err(Error::io(Path::new("data worker thread")))?);
             }
             drop(ready);
-            // Ends when the last thread has dropped its end. The number belongs to the thread that sets it, but threads
-            // started later take over the one set last.
+            // Returns when the last thread has dropped its sender. Then restores the number of this
+            // thread: threads started later inherit the number that was set last.
             let _: std::result::Result<(), _> = started.recv();
             tch::set_num_threads(intra_op);
         }
@@ -119,7 +122,7 @@ impl<J: Send + 'static, P: 'static, B: Send + 'static> Lane<J, P, B> {
         }
     }
 
-    /// The result of the oldest job; waits for it.
+    /// Waits for the result of the oldest job, and returns it.
     pub(super) fn take(&mut self) -> Result<B> {
         let nothing = || Error::Graph("no batch was asked for".into());
         match &mut self.0 {
@@ -135,7 +138,7 @@ impl<J: Send + 'static, P: 'static, B: Send + 'static> Lane<J, P, B> {
         }
     }
 
-    /// Forgets all jobs. Those under way are finished, and their results dropped.
+    /// Drops all jobs. Jobs in progress are finished, and their results dropped.
     pub(super) fn clear(&mut self) {
         match &mut self.0 {
             Mode::Inline { jobs, .. } => jobs.clear(),
@@ -151,12 +154,16 @@ impl<J, P, B> Shared<J, P, B> {
     fn work(&self) {
         while let Some((plan, reply)) = self.next() {
             let result = plan.and_then(|plan| guard(|| (self.parallel)(plan)));
-            // Where nobody waits the lane was cleared.
+            // If the receiver is gone, the lane was cleared.
             let _: std::result::Result<(), _> = reply.send(result);
         }
     }
 
     fn next(&self) -> Option<(Result<P>, SyncSender<Result<B>>)> {
+        // Lock order: `ordered` before `queue`. `ordered` stays locked until the first half is
+        // done, so that the next thread takes the next job only afterwards (LA-2). `queue` is
+        // released before, so that `submit` and `clear` never wait for a job. At most one thread
+        // waits for `submitted`, while the others wait for `ordered`.
         let mut ordered = lock(&self.ordered);
         let mut queue = lock(&self.queue);
         let (job, reply) = loop {
@@ -182,15 +189,17 @@ impl<J, P, B> Drop for Mode<J, P, B> {
         drop(queue);
         shared.submitted.notify_all();
         for thread in threads.drain(..) {
-            // What a thread could panic with is a job's result.
+            // A panic within a job is the result of that job, so the threads themselves cannot
+            // panic.
             let _: thread::Result<()> = thread.join();
         }
     }
 }
 
-/// Tells whoever makes a batch that the node it is for is being dropped.
+/// Notifies threads that make batches that their node is being dropped.
 ///
-/// Declared before the lane in a struct, so that it is dropped before it.
+/// Must be declared before the lane in a struct, so that it is dropped first: dropping the lane
+/// waits for its threads.
 #[derive(Default)]
 pub(super) struct StopOnDrop(pub(super) Arc<AtomicBool>);
 
@@ -200,7 +209,8 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// A panic as an error. What panicked is not used again, or holds nothing that a panic could leave half done.
+/// Converts a panic into an error. Unwind safety: the closure's state is either not used again, or
+/// cannot be left half done by a panic.
 pub(super) fn guard<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     panic::catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| Err(Error::Panicked(message(&*panic))))
 }

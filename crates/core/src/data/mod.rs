@@ -1,7 +1,9 @@
-//! Data: what a dataset is, in which order it is read, who makes its batches, and readers of common formats.
+//! Data: datasets, the order of samples, the threads that make batches, and readers of common
+//! formats.
 //!
-//! - [`Items`] are samples one by one. They are transformed, kept on disk, and collated into a `Dataset`.
-//! - A [`Dataset`] makes batches of samples that can be had by index, for a [`DatasetNode`](crate::DatasetNode).
+//! - [`Items`] are individual samples. They can be transformed, cached on disk, and collated into a
+//!   `Dataset`.
+//! - A [`Dataset`] makes batches of samples by index, for a [`DatasetNode`](crate::DatasetNode).
 //! - A [`Stream`] is read in order, in shards, for a [`StreamNode`](crate::StreamNode).
 //!
 //! In the book: `docs/data.md`.
@@ -34,7 +36,7 @@ pub(crate) use stream::{StreamFeed, StreamOrder};
 
 use crate::Result;
 
-/// Samples that can be had by index, made into batches.
+/// Samples with random access by index, made into batches.
 ///
 /// ```
 /// use ice_core::data::Dataset;
@@ -57,29 +59,29 @@ use crate::Result;
 /// }
 /// ```
 pub trait Dataset: Send + Sync {
-    /// What a batch is to the nodes that use it.
+    /// Type of a batch, as seen by the nodes that use it.
     type Batch: Batch;
 
-    /// How many samples there are.
+    /// Returns the number of samples.
     fn len(&self) -> usize;
 
-    /// Whether there are none.
+    /// Whether there are no samples.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The samples of these indices, in this order, on the device. In a worker thread that is the CPU: the node moves the
-    /// batch to where it is used.
+    /// Makes a batch of the samples with these indices, in this order, on the device. In a worker
+    /// thread the device is the CPU, and the node moves the batch later.
     ///
     /// # Errors
-    /// Whatever keeps a sample from being read.
+    /// The reason that a sample cannot be read.
     fn batch(&self, indices: &[i64], device: Device) -> Result<Self::Batch>;
 
-    /// As [`Dataset::batch`], for a dataset with random transforms: their numbers come from the pass. This is what the node
-    /// calls.
+    /// Like [`Dataset::batch`], for a dataset with random transforms: their random numbers come
+    /// from the pass. The node calls this method.
     ///
     /// # Errors
-    /// Whatever keeps a sample from being read.
+    /// The reason that a sample cannot be read.
     fn batch_in(&self, _pass: &Pass, indices: &[i64], device: Device) -> Result<Self::Batch> {
         self.batch(indices, device)
     }

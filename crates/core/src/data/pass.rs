@@ -6,11 +6,11 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::{Error, Result};
 
-/// One pass over a dataset, as the code that makes its batches sees it.
+/// One pass over a dataset, as seen by the code that makes batches.
 ///
-/// Random numbers of a transform come from here, and not from libtorch's generator, which belongs to the steps. They are a
-/// function of the seed of the run, the pass and the sample: the same for any number of worker threads and ranks, and after
-/// a resume.
+/// Random numbers of a transform must come from here, and not from libtorch's generator, which
+/// belongs to the steps. They are a function of the seed of the run, the pass and the sample. They
+/// are therefore the same for any number of worker threads and ranks, and after a resume.
 ///
 /// ```
 /// use ice_core::data::Pass;
@@ -26,25 +26,25 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// The pass of this number, from 0, of a run with this seed.
+    /// Creates the pass with this number, from 0, of a run with this seed.
     pub fn new(seed: u64, number: u64) -> Self {
         Self { seed, number, stop: None }
     }
 
-    /// Its number, from 0. Without `iterations` that is the epoch.
+    /// Returns the number of the pass, from 0. Without `iterations`, this is the epoch.
     pub fn number(&self) -> u64 {
         self.number
     }
 
-    /// The random numbers of a sample in this pass.
+    /// Returns the random numbers of a sample in this pass.
     pub fn rng(&self, sample: u64) -> SampleRng {
         SampleRng(generator(self.seed, self.number, sample, *b"sample"))
     }
 
-    /// Ends the making of a batch that nobody waits for any more.
+    /// Fails if the batch is no longer needed, so that its making can end early.
     ///
     /// # Errors
-    /// [`Error::Stopped`] when the node is being dropped.
+    /// [`Error::Stopped`] if the node is being dropped.
     pub fn check(&self) -> Result<()> {
         match &self.stop {
             Some(stop) if stop.load(Ordering::Relaxed) => Err(Error::Stopped),
@@ -57,39 +57,39 @@ impl Pass {
     }
 }
 
-/// Random numbers for the transforms of one sample: a ChaCha8 stream of its own.
+/// Random numbers for the transforms of one sample, from their own ChaCha8 stream.
 #[derive(Debug, Clone)]
 pub struct SampleRng(ChaCha8Rng);
 
 impl SampleRng {
-    /// Numbers that depend on a sample's index alone.
+    /// Creates numbers that depend only on the index of a sample.
     pub(super) fn of_index(index: u64) -> Self {
         Self(generator(0, 0, index, *b"cached"))
     }
 
-    /// 64 random bits.
+    /// Returns 64 random bits.
     pub fn next_u64(&mut self) -> u64 {
         self.0.next_u64()
     }
 
-    /// A number from 0 to `bound - 1`; 0 where the bound is 0.
+    /// Returns a number from 0 to `bound - 1`, or 0 if the bound is 0.
     pub fn below(&mut self, bound: u64) -> u64 {
         below(&mut self.0, bound)
     }
 
-    /// A number from 0 (included) to 1 (left out).
+    /// Returns a number in the range 0 (included) to 1 (excluded).
     pub fn uniform(&mut self) -> f64 {
         (self.0.next_u64() >> 11) as f64 * (1.0 / (1_u64 << 53) as f64)
     }
 
-    /// True with this probability.
+    /// Returns true with this probability.
     pub fn chance(&mut self, probability: f64) -> bool {
         self.uniform() < probability
     }
 }
 
-/// A ChaCha8 stream keyed by the seed, the pass and a third number, the same on every machine. The purpose keeps streams
-/// of equal numbers apart.
+/// Creates a ChaCha8 stream keyed by the seed, the pass and a third number, the same on every
+/// machine. The purpose separates streams with equal numbers.
 pub(super) fn generator(seed: u64, pass: u64, third: u64, purpose: [u8; 6]) -> ChaCha8Rng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
@@ -99,7 +99,7 @@ pub(super) fn generator(seed: u64, pass: u64, third: u64, purpose: [u8; 6]) -> C
     ChaCha8Rng::from_seed(key)
 }
 
-/// The high half of a 128-bit product is uniform to within 2^-64 × bound.
+/// Returns the high half of a 128-bit product, which is uniform to within 2^-64 × bound.
 pub(super) fn below(rng: &mut ChaCha8Rng, bound: u64) -> u64 {
     ((u128::from(rng.next_u64()) * u128::from(bound)) >> 64) as u64
 }

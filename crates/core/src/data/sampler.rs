@@ -6,15 +6,16 @@ use rand_chacha::rand_core::SeedableRng;
 use super::pass::below;
 use crate::Share;
 
-/// The order of a dataset, and how far it was read: one permutation per pass and one cursor of consumed samples, the same on
-/// all ranks.
+/// The order of a dataset, and the position in it: one permutation per pass and one cursor of
+/// consumed samples, the same on all ranks.
 ///
-/// A change of the number of ranks moves nothing twice and skips nothing, since ranks take their share of the next global
-/// batch from the cursor.
+/// Ranks take their share of the next global batch from the cursor. If the number of ranks changes,
+/// no sample is therefore repeated or skipped.
 ///
-/// An epoch is a pass over all samples, unless it is given a number of iterations. Then the passes go on across the ends of
-/// epochs, as if there were none: what one epoch left over comes first in the next, and an epoch that is longer than a pass
-/// goes into the next pass. The batches are those that a run without that number would see.
+/// By default, an epoch is a pass over all samples. With a number of iterations, the passes
+/// continue across the ends of epochs: samples left over from one epoch come first in the next, and
+/// an epoch longer than a pass continues into the next pass. The batches are those of a run without
+/// that number.
 ///
 /// ```
 /// use ice_core::data::Sampler;
@@ -44,23 +45,24 @@ pub struct Sampler {
     ordered: u64,
 }
 
-/// How far a dataset was read, by all ranks together.
+/// Position of all ranks together in a dataset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Place {
-    /// The pass over all samples, from 0.
+    /// Number of the pass over all samples, from 0.
     pub pass: u64,
-    /// Samples of the pass that were consumed.
+    /// Number of consumed samples of the pass.
     pub cursor: u64,
-    /// Iterations of the epoch that are done.
+    /// Number of completed iterations of the epoch.
     pub iteration: u64,
 }
 
 impl Sampler {
-    /// The most samples that a dataset can have.
+    /// Largest number of samples of a dataset.
     pub const MAX_SAMPLES: u64 = u32::MAX as u64;
 
-    /// The order of `samples` samples, of which an iteration takes `global_batch` (at least 1) over all ranks; shuffled
-    /// where there is a seed. At most [`Sampler::MAX_SAMPLES`] are seen.
+    /// Creates the order of `samples` samples, shuffled if there is a seed. Each iteration takes
+    /// `global_batch` samples (at least 1) over all ranks. Samples beyond [`Sampler::MAX_SAMPLES`]
+    /// are ignored.
     pub fn new(samples: u64, global_batch: u64, seed: Option<u64>, drop_last: bool) -> Self {
         let samples = samples.min(Self::MAX_SAMPLES);
         Self {
@@ -75,24 +77,24 @@ impl Sampler {
         }
     }
 
-    /// Makes an epoch this many iterations long. Without effect where a pass has no batch.
+    /// Sets the number of iterations of an epoch. Has no effect if a pass has no batch.
     #[must_use]
     pub fn iterations(mut self, iterations: u64) -> Self {
         self.iterations = Some(iterations);
         self
     }
 
-    /// How many samples there are.
+    /// Returns the number of samples.
     pub fn samples(&self) -> u64 {
         self.samples
     }
 
-    /// How far it was read.
+    /// Returns the position.
     pub fn place(&self) -> Place {
         self.place
     }
 
-    /// Iterations left in the epoch.
+    /// Returns the remaining iterations of the epoch.
     pub fn remaining(&self) -> u64 {
         match self.iterations {
             Some(iterations) if self.batches_from(0) > 0 => iterations.saturating_sub(self.place.iteration),
@@ -100,7 +102,7 @@ impl Sampler {
         }
     }
 
-    /// Goes to a place.
+    /// Moves to a position.
     pub fn seek(&mut self, place: Place) {
         let Place { mut pass, mut cursor, iteration } = place;
         if self.begins_again(cursor) {
@@ -119,7 +121,7 @@ impl Sampler {
         self.seek(Place { pass, cursor: cursor + self.global_batch, iteration: iteration + 1 });
     }
 
-    /// Goes to the start of the next epoch.
+    /// Moves to the start of the next epoch.
     pub fn next_epoch(&mut self) {
         let Place { pass, cursor, .. } = self.place;
         match self.iterations {
@@ -128,18 +130,19 @@ impl Sampler {
         }
     }
 
-    /// The samples of a rank in the batch at the cursor, and how the batch is shared. A rank without a share gets one
-    /// sample that counts for nothing.
+    /// Returns the samples of a rank in the batch at the cursor, and their share of it. A rank
+    /// without a share gets one sample that does not count.
     pub fn batch(&self, rank: u64, world_size: u64) -> (Vec<i64>, Share) {
         self.part(0, 1, rank, world_size)
     }
 
-    /// How many parts the batch at the cursor has, of at most so many: each has a sample.
+    /// Returns the number of parts of the batch at the cursor: at most `most`, each with at least
+    /// one sample.
     pub(crate) fn parts(&self, most: u64) -> u64 {
         most.min(self.global_batch.min(self.samples - self.place.cursor)).max(1)
     }
 
-    /// As [`Sampler::batch`], of one of several parts of the batch, which are as equal as it goes.
+    /// Like [`Sampler::batch`], for one part of the batch. The parts are as equal as possible.
     pub(crate) fn part(&self, part: u64, most: u64, rank: u64, world_size: u64) -> (Vec<i64>, Share) {
         let batch = self.global_batch.min(self.samples - self.place.cursor);
         let (of_part, part) = share_of(batch, part, self.parts(most));
@@ -152,7 +155,7 @@ impl Sampler {
         (indices, share)
     }
 
-    /// Samples of all ranks in the next iterations.
+    /// Returns the number of samples of all ranks in the next iterations.
     pub(crate) fn samples_in(&self, iterations: u64) -> u64 {
         let mut cursor = self.place.cursor;
         let batch = |_| {
@@ -164,20 +167,21 @@ impl Sampler {
         (0..iterations).map(batch).sum()
     }
 
-    /// Whether the pass after this one follows at `cursor`: one that continues across epochs has no place behind its last batch.
+    /// Whether the next pass begins at `cursor`. If passes continue across epochs, no position
+    /// exists behind the last batch.
     fn begins_again(&self, cursor: u64) -> bool {
         self.iterations.is_some() && self.batches_from(cursor) == 0 && self.batches_from(0) > 0
     }
 
-    /// Batches of a pass that start at `cursor` or behind it.
+    /// Returns the number of batches of a pass that start at `cursor` or later.
     fn batches_from(&self, cursor: u64) -> u64 {
         let left = self.samples.saturating_sub(cursor);
         if self.drop_last { left / self.global_batch } else { left.div_ceil(self.global_batch) }
     }
 }
 
-/// Which of the samples of a global batch belong to a rank: as equal parts as it goes, in order of rank. A rank without a
-/// share gets the first sample, which counts for nothing there.
+/// Returns the range of a rank's samples within a global batch: parts as equal as possible, in
+/// order of rank. A rank without a share gets the first sample, which does not count there.
 pub(super) fn share_of(total: u64, rank: u64, world_size: u64) -> (std::ops::Range<u64>, Share) {
     let (each, extra) = (total / world_size, total % world_size);
     let here = each + u64::from(rank < extra);
@@ -186,7 +190,8 @@ pub(super) fn share_of(total: u64, rank: u64, world_size: u64) -> (std::ops::Ran
     (range, Share { here, total })
 }
 
-/// Fisher–Yates over a ChaCha8 stream keyed by the seed and the pass, so that the order is the same on every machine.
+/// Shuffles by a ChaCha8 stream keyed by the seed and the pass, so that the order is the same on
+/// every machine.
 fn permutation(samples: u64, seed: Option<u64>, pass: u64) -> Arc<[u32]> {
     let mut order: Vec<u32> = (0..samples as u32).collect();
     let Some(seed) = seed else { return order.into() };
@@ -197,7 +202,7 @@ fn permutation(samples: u64, seed: Option<u64>, pass: u64) -> Arc<[u32]> {
     order.into()
 }
 
-/// Fisher–Yates.
+/// Shuffles with the Fisher–Yates algorithm.
 pub(super) fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
     for i in (1..items.len()).rev() {
         items.swap(i, below(rng, i as u64 + 1) as usize);

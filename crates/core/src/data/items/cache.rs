@@ -1,4 +1,4 @@
-//! Samples kept in a folder.
+//! Samples cached in a folder.
 //!
 //! ```text
 //! <folder>/<name>-<fingerprint>/<index / 1000>/<index>.item
@@ -19,18 +19,20 @@ use crate::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"ICE-ITEM";
 const HEADER: usize = MAGIC.len() + 4;
-/// A file that was begun this long ago belongs to a process that was killed.
+/// Age of a partial file from which it is treated as left by a killed process.
 const ABANDONED: Duration = Duration::from_secs(3600);
 
-/// Samples that are made once and read from a folder ever after: what [`Items::cache`] makes.
+/// Samples that are made once and then read from a folder, created by [`Items::cache`].
 ///
-/// The folder may be shared by all ranks of a node, and by nodes where the file system is. Each sample is a file, which is
-/// whole or not there. A damaged one is made anew, with a warning that names it; one that cannot be written costs nothing
-/// but the time to make the sample again, with one warning.
+/// All ranks of a node may share the folder, and so may nodes with a common file system. Each
+/// sample is a file, which is either complete or absent. A damaged file is made again, with a
+/// warning that names it. If a file cannot be written, the sample is made again each time, with a
+/// single warning.
 ///
-/// A sample is found by the name, the fingerprint of the items (see [`Items::fingerprint`]), and its index. The code of the
-/// transforms before is no part of that: **change the name when they change**. Transforms before it see random numbers that
-/// depend on the index alone; those that are to differ in each epoch come after it.
+/// A sample is identified by the name, the fingerprint of the items (see [`Items::fingerprint`]),
+/// and its index. The code of earlier transforms is not part of the identity: **change the name
+/// when they change**. Random numbers of earlier transforms depend only on the index; transforms
+/// that must differ in each epoch belong after the cache.
 ///
 /// ```
 /// use ice_core::data::{Dataset, Items, items};
@@ -48,7 +50,7 @@ pub struct Cached<I> {
     name: String,
     folder: PathBuf,
     limit: Option<u64>,
-    /// Bytes in the folder, once they were counted.
+    /// Bytes in the folder, once they have been counted.
     used: OnceLock<AtomicU64>,
     written: AtomicU64,
     warned: AtomicBool,
@@ -57,14 +59,14 @@ pub struct Cached<I> {
     damaged: AtomicU64,
 }
 
-/// How often a cache had a sample, in this process.
+/// Number of samples that a cache had or missed, in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheCounts {
-    /// It was there.
+    /// Samples read from the cache.
     pub hits: u64,
-    /// It was not there.
+    /// Samples that were absent.
     pub misses: u64,
-    /// It was there, but damaged.
+    /// Samples that were present, but damaged.
     pub damaged: u64,
 }
 
@@ -94,15 +96,16 @@ where
         })
     }
 
-    /// Adds no more samples once the files hold this many bytes; the others are made each time. Each process counts what
-    /// was there when it began and what it adds, so that several at once may exceed it.
+    /// Sets a limit in bytes, after which no samples are added; other samples are made each time.
+    /// Each process counts the bytes present at its start and the bytes it adds, so that several
+    /// processes at once may exceed the limit.
     #[must_use]
     pub fn limit(mut self, bytes: u64) -> Self {
         self.limit = Some(bytes);
         self
     }
 
-    /// How often it had a sample so far.
+    /// Returns the counts of hits and misses so far.
     pub fn counts(&self) -> CacheCounts {
         CacheCounts {
             hits: self.hits.load(Ordering::Relaxed),
@@ -115,7 +118,7 @@ where
         self.folder.join(format!("{:06}", index / 1000)).join(format!("{index:09}.item"))
     }
 
-    /// The sample, or `None` where it is not there.
+    /// Reads the sample. Returns `None` if it is absent.
     fn read(&self, index: usize, path: &Path) -> Result<Option<I::Item>, String> {
         let bytes = match fs::read(path) {
             Ok(bytes) => bytes,
@@ -157,7 +160,7 @@ where
         }
         let placed = fs::write(&beside, &bytes).and_then(|()| fs::rename(&beside, path));
         placed.map_err(|error| {
-            // What is left is found and removed by a later process.
+            // If this fails, a later process finds and removes the file.
             let _: std::io::Result<()> = fs::remove_file(&beside);
             Error::io(path)(error)
         })?;
@@ -209,7 +212,7 @@ where
     I: Items,
     I::Item: Record,
 {
-    /// How often the cache had a sample so far.
+    /// Returns the cache's counts of hits and misses so far.
     pub fn cache_counts(&self) -> CacheCounts {
         self.items().counts()
     }
@@ -220,7 +223,7 @@ fn remove_abandoned(partial: &Path) {
     for file in files.flatten() {
         let age = file.metadata().and_then(|metadata| metadata.modified()).map(|time| time.elapsed());
         if matches!(age, Ok(Ok(age)) if age > ABANDONED) {
-            // Another process may have been first.
+            // Another process may have removed the file first.
             let _: std::io::Result<()> = fs::remove_file(file.path());
         }
     }
@@ -254,7 +257,7 @@ mod tests {
         Pass::new(1, 1).rng(1)
     }
 
-    /// Samples that count how often they are made.
+    /// Creates samples that count how often they are made.
     fn counted() -> (impl Items<Item = Sample>, Arc<AtomicUsize>) {
         let made = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&made);

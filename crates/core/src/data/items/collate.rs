@@ -6,9 +6,9 @@ use crate::data::lane::guard;
 use crate::data::{Batch, Dataset, Labelled, Pass};
 use crate::{Error, Result};
 
-/// Samples made into batches: what [`Items::collate`] and [`Items::stack`] make.
+/// Samples made into batches, created by [`Items::collate`] and [`Items::stack`].
 ///
-/// Samples and batches are made on the CPU. The error or panic of a sample names it.
+/// Samples and batches are made on the CPU. The error or panic of a sample names the sample.
 pub struct Collated<I, F> {
     items: I,
     collate: F,
@@ -36,7 +36,7 @@ where
         self.items.len()
     }
 
-    /// The samples as in pass 0 of a run with the seed 0.
+    /// Makes the samples of pass 0 of a run with the seed 0.
     fn batch(&self, indices: &[i64], device: Device) -> Result<B> {
         self.batch_in(&Pass::new(0, 0), indices, device)
     }
@@ -54,7 +54,7 @@ where
 
 /// Samples that become a batch by a new first dimension.
 pub trait Stack: Sized {
-    /// The batch.
+    /// Type of the batch.
     type Batch: Batch;
 
     /// Makes a batch.
@@ -64,7 +64,7 @@ pub trait Stack: Sized {
     fn stack(items: Vec<Self>) -> Result<Self::Batch>;
 }
 
-/// `[...]` each to `[n, ...]`.
+/// Stacks `[...]` each to `[n, ...]`.
 impl Stack for Tensor {
     type Batch = Tensor;
 

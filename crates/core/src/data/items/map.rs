@@ -2,7 +2,7 @@ use super::Items;
 use crate::Result;
 use crate::data::SampleRng;
 
-/// What [`Items::map`] makes.
+/// Samples created by [`Items::map`].
 pub struct Map<I, F> {
     items: I,
     f: F,
@@ -30,7 +30,7 @@ impl<I: Items, T: Send + 'static, F: Fn(I::Item) -> Result<T> + Send + Sync> Ite
     }
 }
 
-/// What [`Items::map_random`] makes.
+/// Samples created by [`Items::map_random`].
 pub struct MapRandom<I, F> {
     items: I,
     f: F,

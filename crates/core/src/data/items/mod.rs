@@ -1,4 +1,4 @@
-//! Samples one by one: what they are, what is done to each, and how they become batches.
+//! Individual samples: their type, their transforms, and their collation into batches.
 
 mod cache;
 mod collate;
@@ -16,7 +16,7 @@ pub use record::Record;
 use super::SampleRng;
 use crate::Result;
 
-/// Samples that can be had one by one, by index.
+/// Samples with random access by index.
 ///
 /// ```
 /// use ice_core::data::{Dataset, Items, items};
@@ -32,30 +32,31 @@ use crate::Result;
 /// # Ok::<(), ice_core::Error>(())
 /// ```
 pub trait Items: Send + Sync {
-    /// One sample.
+    /// Type of a sample.
     type Item: Send + 'static;
 
-    /// How many there are.
+    /// Returns the number of samples.
     fn len(&self) -> usize;
 
-    /// Whether there are none.
+    /// Whether there are no samples.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The sample of this index, less than [`Items::len`]. The random numbers are its own in this pass.
+    /// Returns the sample of this index, which is less than [`Items::len`]. The random numbers
+    /// belong to this sample and pass.
     ///
     /// # Errors
-    /// Whatever keeps it from being read. Who asks adds the index.
+    /// The reason that the sample cannot be read. The caller adds the index.
     fn get(&self, index: usize, rng: &mut SampleRng) -> Result<Self::Item>;
 
-    /// A number that is another one where the samples are: what is kept of them elsewhere is not taken for theirs.
-    /// Readers make it from their files' names, lengths and times.
+    /// Returns a number that differs for other samples, so that cached samples are not mistaken for
+    /// these. Readers derive it from the names, lengths and times of their files.
     fn fingerprint(&self) -> u64 {
         self.len() as u64
     }
 
-    /// Does the same to each sample.
+    /// Transforms each sample with `f`.
     fn map<T, F>(self, f: F) -> Map<Self, F>
     where
         Self: Sized,
@@ -65,7 +66,8 @@ pub trait Items: Send + Sync {
         Map::new(self, f)
     }
 
-    /// Does something random to each sample, with numbers that do not depend on how many workers or ranks there are.
+    /// Transforms each sample with `f` and random numbers, which do not depend on the number of
+    /// workers or ranks.
     fn map_random<T, F>(self, f: F) -> MapRandom<Self, F>
     where
         Self: Sized,
@@ -75,10 +77,10 @@ pub trait Items: Send + Sync {
         MapRandom::new(self, f)
     }
 
-    /// Keeps each sample in a folder, once it was made. See [`Cached`].
+    /// Caches each sample in a folder once it is made. See [`Cached`].
     ///
     /// # Errors
-    /// [`Error::Usage`](crate::Error::Usage) where the name is none for a folder.
+    /// [`Error::Usage`](crate::Error::Usage) if the name is not valid for a folder.
     fn cache(self, folder: impl AsRef<Path>, name: &str) -> Result<Cached<Self>>
     where
         Self: Sized,
@@ -97,8 +99,8 @@ pub trait Items: Send + Sync {
         Collated::new(self, f)
     }
 
-    /// Makes batches with a new first dimension: tensors of one shape are stacked, numbers become a tensor, and of tuples
-    /// each part for itself.
+    /// Makes batches with a new first dimension. Tensors of one shape are stacked, numbers become a
+    /// tensor, and the parts of tuples are stacked separately.
     #[expect(clippy::type_complexity, reason = "a function pointer that names the item")]
     fn stack(self) -> Collated<Self, fn(Vec<Self::Item>) -> Result<<Self::Item as Stack>::Batch>>
     where
@@ -125,7 +127,7 @@ impl<I: Items + ?Sized> Items for Arc<I> {
     }
 }
 
-/// Samples that a function makes from their index.
+/// Creates samples from a function of their index.
 pub fn items<T, F>(len: usize, f: F) -> FromFn<F>
 where
     T: Send + 'static,
@@ -134,7 +136,7 @@ where
     FromFn { len, f }
 }
 
-/// What [`items`] makes.
+/// Samples created by [`items`].
 pub struct FromFn<F> {
     len: usize,
     f: F,

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// A sample that can be kept on disk, as a list of tensors.
+/// A sample that can be stored on disk, as a list of tensors.
 ///
 /// ```
 /// use ice_core::data::Record;
@@ -29,13 +29,13 @@ use crate::{Error, Result};
 /// }
 /// ```
 pub trait Record: Sized {
-    /// Adds its parts.
+    /// Appends the parts of the sample.
     fn to_parts(&self, parts: &mut Vec<Tensor>);
 
-    /// Takes its parts, in the same order.
+    /// Reads the parts of a sample, in the same order.
     ///
     /// # Errors
-    /// What is missing or of another type.
+    /// The part that is missing or of another type.
     fn from_parts(parts: &mut dyn Iterator<Item = Tensor>) -> Result<Self, String>;
 }
 
@@ -134,7 +134,7 @@ const KINDS: [(Kind, Dtype); 10] = [
     (Kind::Bool, Dtype::BOOL),
 ];
 
-/// The parts as a safetensors file that says whose they are.
+/// Encodes the parts as a safetensors file, with the key of the sample.
 pub(super) fn encode(item: &impl Record, key: &str) -> Result<Vec<u8>> {
     let mut parts = Vec::new();
     item.to_parts(&mut parts);
@@ -162,7 +162,7 @@ pub(super) fn encode(item: &impl Record, key: &str) -> Result<Vec<u8>> {
     safetensors::serialize(views?, Some(metadata)).map_err(|error| fail(error.to_string()))
 }
 
-/// The item of a file that belongs to this key.
+/// Decodes the sample of a file. Fails if the file has another key.
 pub(super) fn decode<T: Record>(bytes: &[u8], key: &str) -> Result<T, String> {
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| error.to_string())?;
     let found = metadata.metadata().as_ref().and_then(|metadata| metadata.get("key"));

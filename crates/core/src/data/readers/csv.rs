@@ -14,11 +14,11 @@ use super::file::{Fingerprint, fail, only};
 use crate::data::{Items, SampleRng};
 use crate::{Error, Result};
 
-/// A row longer than this has a quote that is not closed.
+/// Size limit of a row in bytes. A longer row has a quote that is not closed.
 const MAX_ROW: u64 = 1 << 24;
 
-/// The rows of a CSV file whose first line names the columns. Where each row begins is found once, and the row itself read
-/// when it is wanted.
+/// The rows of a CSV file whose first line names the columns. The start of each row is found once,
+/// and a row is read on access.
 ///
 /// ```
 /// use ice_core::data::{Dataset, Items};
@@ -38,7 +38,7 @@ pub struct Csv {
     file: File,
     columns: Arc<[String]>,
     delimiter: u8,
-    /// Where each row begins, and where the last one ends.
+    /// Start of each row, and end of the last row.
     offsets: Vec<u64>,
     fingerprint: u64,
 }
@@ -54,7 +54,7 @@ impl Csv {
     /// Opens a file with commas between the fields.
     ///
     /// # Errors
-    /// [`Error::Data`] where it is missing, or has rows of different numbers of fields.
+    /// [`Error::Data`] if the file is missing, or has rows with different numbers of fields.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, b',')
     }
@@ -62,7 +62,7 @@ impl Csv {
     /// Opens a file with another byte between the fields.
     ///
     /// # Errors
-    /// As [`Csv::open`].
+    /// The errors of [`Csv::open`].
     pub fn open_with(path: impl AsRef<Path>, delimiter: u8) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let file = File::open(&path).map_err(fail(&path))?;
@@ -88,13 +88,13 @@ impl Csv {
         Ok(Self { path, file, columns, delimiter, offsets, fingerprint })
     }
 
-    /// The names of the columns.
+    /// Returns the names of the columns.
     pub fn columns(&self) -> &[String] {
         &self.columns
     }
 }
 
-/// Ends a row that goes on and on.
+/// A reader that limits the length of a row.
 struct Bounded<'a> {
     file: &'a File,
     budget: Rc<Cell<u64>>,
@@ -146,22 +146,24 @@ impl Items for Csv {
 }
 
 impl CsvRow {
-    /// The field of a column.
+    /// Returns the field of a column.
     ///
     /// # Errors
-    /// [`Error::Usage`] if there is no such column, or two of that name, or the field is not UTF-8.
+    /// [`Error::Usage`] if there is no such column, or there are two of that name, or the field is
+    /// not UTF-8.
     pub fn text(&self, column: &str) -> Result<&str> {
         let at = only(&self.columns, column)?;
         std::str::from_utf8(&self.fields[at])
             .map_err(|error| Error::Usage(format!("column `{column}`: {error}")))
     }
 
-    /// The field of a column as another type, without the spaces around it.
+    /// Parses the field of a column as another type, without surrounding spaces.
     ///
-    /// `True` and `False` of pandas and Python, and `TRUE` and `FALSE` of spreadsheets, are read as `bool`, too.
+    /// The values `True` and `False` of pandas and Python, and `TRUE` and `FALSE` of spreadsheets,
+    /// can also be parsed as `bool`.
     ///
     /// # Errors
-    /// As [`CsvRow::text`], or if the field is not of that type.
+    /// The errors of [`CsvRow::text`], or a field that is not of that type.
     pub fn parse<T: FromStr<Err: Display>>(&self, column: &str) -> Result<T> {
         let text = self.text(column)?.trim();
         let parsed = text.parse().or_else(|error| match text {

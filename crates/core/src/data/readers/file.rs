@@ -1,4 +1,4 @@
-//! What readers have in common.
+//! Functions that several readers use.
 
 use std::fmt::Display;
 use std::fs;
@@ -8,13 +8,13 @@ use std::time::UNIX_EPOCH;
 
 use crate::{Error, Result};
 
-/// Names the file in an error.
+/// Creates an error that names the file.
 pub(super) fn fail<E: Display>(path: &Path) -> impl Fn(E) -> Error {
     let path = path.to_owned();
     move |problem| Error::Data { path: path.clone(), problem: problem.to_string() }
 }
 
-/// The position of the one column of a name.
+/// Returns the position of the only column with this name.
 pub(super) fn only(columns: &[String], name: &str) -> Result<usize> {
     let found: Vec<_> = (0..columns.len()).filter(|&at| columns[at] == name).collect();
     match found[..] {
@@ -48,7 +48,7 @@ impl Fingerprint {
         }
     }
 
-    /// Adds the name, the length and the time of a file.
+    /// Adds the name, the length and the modification time of a file.
     pub(super) fn add_file(&mut self, path: &Path) -> Result<()> {
         let metadata = fs::metadata(path).map_err(fail(path))?;
         let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());

@@ -29,10 +29,10 @@ pub struct Idx {
 }
 
 impl Idx {
-    /// Reads a file with this many dimensions, at least 1.
+    /// Reads a file with this number of dimensions, at least 1.
     ///
     /// # Errors
-    /// [`Error::Data`] where it is missing, damaged, or of another type or number of dimensions.
+    /// [`Error::Data`] if the file is missing, damaged, or of another type or number of dimensions.
     pub fn open(path: impl AsRef<Path>, dimensions: u8) -> Result<Self> {
         let path = path.as_ref();
         let fail = |problem: String| Error::Data { path: path.to_owned(), problem };
@@ -64,30 +64,30 @@ impl Idx {
         Ok(Self { shape, bytes, header: header_len })
     }
 
-    /// The size of each dimension.
+    /// Returns the size of each dimension.
     pub fn shape(&self) -> &[i64] {
         &self.shape
     }
 
-    /// How many rows there are: the size of the first dimension.
+    /// Returns the number of rows: the size of the first dimension.
     pub fn rows(&self) -> usize {
         self.shape[0] as usize
     }
 
-    /// The elements of a row, of all dimensions but the first.
+    /// Returns the elements of a row, in all dimensions but the first.
     ///
     /// # Panics
-    /// Where there is no such row.
+    /// If there is no such row.
     pub fn row(&self, row: usize) -> &[u8] {
         let len: i64 = self.shape[1..].iter().product();
         let start = self.header + row * len as usize;
         &self.bytes[start..start + len as usize]
     }
 
-    /// The rows of these indices as a uint8 tensor `[indices, ...]` on the CPU.
+    /// Returns the rows of these indices as a uint8 tensor `[indices, ...]` on the CPU.
     ///
     /// # Errors
-    /// [`Error::Usage`] names an index that there is not.
+    /// [`Error::Usage`] if an index is out of range.
     pub fn rows_at(&self, indices: &[i64]) -> Result<Tensor> {
         let mut bytes = Vec::new();
         for &index in indices {

@@ -13,22 +13,22 @@ use super::jpeg;
 use crate::data::{Items, SampleRng};
 use crate::{Error, Result};
 
-/// No image that a file may ask for is larger than this on a side.
+/// Limit of the width and height of an image, in pixels.
 const MAX_SIDE: u32 = 1 << 14;
 const MAX_MEMORY: u64 = 1 << 29;
 const MAX_FILE: u64 = 1 << 28;
-/// Files that are images, by the end of their name: those of torchvision's `ImageFolder`.
+/// Extensions of image files: those of torchvision's `ImageFolder`.
 const EXTENSIONS: [&str; 9] = ["bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"];
-/// Folders within folders: more are a link that leads back.
+/// Limit of the depth of folders. A deeper folder is a link that leads back.
 const MAX_DEPTH: usize = 32;
 
 /// Images in one folder per class: `<folder>/<class>/…/<name>.jpg`.
 ///
-/// Reads the formats of torchvision's `ImageFolder`, by the end of the name: JPEG (`.jpg`, `.jpeg`), PNG, WebP, BMP, TIFF
-/// (`.tif`, `.tiff`) and PNM (`.ppm`, `.pgm`). Other files are passed over.
+/// Reads the formats of torchvision's `ImageFolder`, by the extension: JPEG (`.jpg`, `.jpeg`), PNG,
+/// WebP, BMP, TIFF (`.tif`, `.tiff`) and PNM (`.ppm`, `.pgm`). Other files are ignored.
 ///
-/// Classes are numbered by name and samples are in order of class, folder and name, as in torchvision's `ImageFolder`. A
-/// sample is a uint8 tensor `[3, height, width]` and its class.
+/// Classes are numbered by name, and samples are in order of class, folder and name, like in
+/// torchvision's `ImageFolder`. A sample is a uint8 tensor `[3, height, width]` and its class.
 ///
 /// ```
 /// use ice_core::data::{Dataset, Items, Labelled};
@@ -55,10 +55,10 @@ pub struct ImageFolder {
 }
 
 impl ImageFolder {
-    /// Looks for the classes and files. No image is read.
+    /// Finds the classes and files. Reads no image.
     ///
     /// # Errors
-    /// [`Error::Data`] where the folder has no class, or a class has no image.
+    /// [`Error::Data`] if the folder has no class, or a class has no image.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let mut classes = BTreeSet::new();
@@ -83,7 +83,8 @@ impl ImageFolder {
                     EXTENSIONS.join(", .")
                 )));
             }
-            // By the text of the folder first, as torchvision has it, and not by its parts.
+            // Sorts by the path of the folder as text first, and not by its components, like
+            // torchvision.
             found.sort_by(|a: &PathBuf, b| {
                 let key = |path: &PathBuf| {
                     (path.parent().map(Path::as_os_str).map(ToOwned::to_owned), path.clone())
@@ -95,19 +96,19 @@ impl ImageFolder {
         Ok(Self { classes: classes.into_iter().collect(), files, size: None })
     }
 
-    /// Scales each image to this size, whatever its shape.
+    /// Scales each image to this size, independent of its shape.
     #[must_use]
     pub fn resize(mut self, height: u32, width: u32) -> Self {
         self.size = Some((height, width));
         self
     }
 
-    /// The names of the classes, by number.
+    /// Returns the names of the classes, by number.
     pub fn classes(&self) -> &[String] {
         &self.classes
     }
 
-    /// The file and class of each sample.
+    /// Returns the file and class of each sample.
     pub fn files(&self) -> &[(PathBuf, i64)] {
         &self.files
     }
@@ -146,7 +147,8 @@ impl Items for ImageFolder {
         Ok((decode(&bytes, self.size).map_err(fail(path))?, *class))
     }
 
-    /// Of the names and the size. A file that is changed in its place is not noticed.
+    /// Returns a fingerprint of the names and the size. A file that is changed in place is not
+    /// noticed.
     fn fingerprint(&self) -> u64 {
         let mut fingerprint = Fingerprint::default();
         for (path, class) in &self.files {
@@ -158,13 +160,16 @@ impl Items for ImageFolder {
     }
 }
 
-/// Decodes an image to a uint8 tensor `[3, height, width]`, scaled to a size (height, width) if one is given.
+/// Decodes an image to a uint8 tensor `[3, height, width]`, scaled to `size` (height, width) if
+/// present.
 ///
-/// The formats are those of [`ImageFolder`], recognised by their content. A file that is cut off is an error. So is other damage,
-/// as far as the format shows it: PNG has checksums, and JPEG only codes that cannot occur.
+/// The formats are those of [`ImageFolder`], recognized by their content. A truncated file is an
+/// error. Other damage is an error as far as the format reveals it: PNG has checksums, and JPEG
+/// only codes that cannot occur.
 ///
 /// # Errors
-/// [`Error::Usage`] if it is not an image, or damaged, larger than 16384 pixels on a side or than 512 MiB.
+/// [`Error::Usage`] if it is not an image, or is damaged, larger than 16384 pixels on a side, or
+/// larger than 512 MiB.
 pub fn decode_image(bytes: &[u8], size: Option<(u32, u32)>) -> Result<Tensor> {
     decode(bytes, size).map_err(|problem| Error::Usage(format!("not an image that can be read: {problem}")))
 }
@@ -172,7 +177,8 @@ pub fn decode_image(bytes: &[u8], size: Option<(u32, u32)>) -> Result<Tensor> {
 fn decode(bytes: &[u8], size: Option<(u32, u32)>) -> Result<Tensor, String> {
     let mut reader =
         ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| error.to_string())?;
-    // The decoder of WebP fills up the last bytes with zeros.
+    // The WebP decoder replaces missing bytes at the end by zeros, so a truncated file must be
+    // detected here.
     if reader.format() == Some(ImageFormat::WebP)
         && bytes[4..].first_chunk().is_some_and(|len| u32::from_le_bytes(*len) as usize > bytes.len() - 8)
     {
@@ -280,19 +286,20 @@ mod tests {
             fs::write(&path, &whole[..whole.len() / 2]).unwrap();
             let message = open().unwrap().unwrap_err().to_string();
             assert!(message.contains(name), "{message}");
-            // The last four bytes of a PNG file are the checksum of nothing.
+            // The last four bytes of a PNG file are the checksum of the empty end chunk.
             for len in 0..whole.len() - if format == ImageFormat::Png { 4 } else { 0 } {
                 assert!(decode_image(&whole[..len], None).is_err(), "{len} bytes of {name}");
             }
             for at in 0..whole.len() {
                 let mut bytes = whole.clone();
                 bytes[at] ^= 0x55;
-                // Some damage cannot be seen.
+                // Some damage cannot be detected.
                 let _: Result<Tensor> = decode_image(&bytes, None);
             }
             fs::remove_file(path).unwrap();
         }
-        // Headers alone, that ask for more memory than there may be, or for more on a side.
+        // Files of headers only, which ask for more memory than the limit, or for more pixels on a
+        // side.
         for [width, height] in [[15_000_u32, 15_000], [60_000, 1], [1, 60_000]] {
             let mut png = Cursor::new(Vec::new());
             RgbImage::new(1, 1).write_to(&mut png, ImageFormat::Png).unwrap();
@@ -314,7 +321,7 @@ mod tests {
             .unwrap();
         let mut bytes = whole.into_inner();
         assert!(decode_image(&bytes, None).is_ok());
-        // Sixteen ones are no code, and a byte of ones is followed by a zero.
+        // Sixteen one bits are not a code, and a zero must follow each byte of ones.
         let middle = bytes.len() * 2 / 3;
         bytes[middle..middle + 8].copy_from_slice(&[0xff, 0, 0xff, 0, 0xff, 0, 0xff, 0]);
         let message = decode_image(&bytes, None).unwrap_err().to_string();
@@ -330,11 +337,11 @@ mod tests {
         let bytes = [&whole[..2], &comment, &whole[2..]].concat();
         assert_eq!(decode_image(&bytes, None).unwrap().size(), [3, 9, 9]);
         assert!(decode_image(&bytes[..bytes.len() - 2], None).is_err());
-        // Cameras write more behind the end of the image.
+        // Cameras write further data after the end of the image.
         assert!(decode_image(&[&bytes[..], &[0; 9]].concat(), None).is_ok());
     }
 
-    /// The CRC of PNG's chunks.
+    /// Returns the CRC of PNG's chunks.
     fn crc32(bytes: &[u8]) -> u32 {
         !bytes.iter().fold(!0, |crc, &byte| {
             (0..8)

@@ -1,7 +1,8 @@
-//! Decodes JPEG files, and reports damage instead of painting over it.
+//! Decodes JPEG files, and reports damage instead of hiding it.
 //!
-//! The `image` crate always decodes in zune-jpeg's lenient mode: the rest of a file that is cut off becomes grey. zune-jpeg's
-//! strict mode reports damage within the image data, but not every cut: the last rows may be complete without the end marker.
+//! The `image` crate always decodes in zune-jpeg's lenient mode, in which the missing part of a
+//! truncated file becomes grey. zune-jpeg's strict mode reports damage within the image data, but
+//! not every truncation: the last rows may be complete without the end marker.
 
 use image::{DynamicImage, GrayImage, RgbImage};
 use zune_jpeg::JpegDecoder;
@@ -9,7 +10,7 @@ use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
-/// Decodes a file of at most this many pixels on a side, and bytes in memory.
+/// Decodes a file with at most this many pixels on a side, and bytes in memory.
 pub(super) fn decode(bytes: &[u8], max_side: u32, max_memory: u64) -> Result<DynamicImage, String> {
     if !has_end(bytes) {
         return Err(format!(
@@ -42,8 +43,8 @@ pub(super) fn decode(bytes: &[u8], max_side: u32, max_memory: u64) -> Result<Dyn
 
 /// Whether the segments of a file lead to its end marker (ITU T.81, B.1.1).
 ///
-/// Segments are skipped by their length, so that the end marker of a thumbnail does not count. Bytes of image data that
-/// look like the start of a marker are followed by a zero.
+/// Segments are skipped by their length, so that the end marker of a thumbnail does not count. In
+/// image data, a zero follows each byte that looks like the start of a marker.
 fn has_end(bytes: &[u8]) -> bool {
     const STUFFED: u8 = 0;
     const END: u8 = 0xd9;
@@ -56,7 +57,7 @@ fn has_end(bytes: &[u8]) -> bool {
         at += start + code + 1;
         match marker {
             END => return true,
-            // No length follows: TEM, RST0 to RST7, SOI.
+            // These markers have no length: TEM, RST0 to RST7, SOI.
             STUFFED | 0x01 | 0xd0..=0xd8 => {}
             _ => match bytes.get(at..at + 2) {
                 Some(&[high, low]) => at += usize::from(u16::from_be_bytes([high, low])).max(2),

@@ -10,18 +10,18 @@ use crate::{Error, Result};
 const MEAN: f64 = 0.1307;
 const DEVIATION: f64 = 0.3081;
 
-/// Which part of a dataset.
+/// A part of a dataset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
-    /// The 60,000 images to learn from.
+    /// The 60,000 training images.
     Train,
-    /// The 10,000 images to test with.
+    /// The 10,000 test images.
     Test,
 }
 
 /// Images with their classes.
 pub struct Labelled {
-    /// Float `[n, 1, 28, 28]`, normalised.
+    /// Float `[n, 1, 28, 28]`, normalized.
     pub images: Tensor,
     /// Int64 `[n]`.
     pub labels: Tensor,
@@ -40,11 +40,11 @@ pub struct Mnist {
 }
 
 impl Mnist {
-    /// Reads one part from a folder with the files `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`,
-    /// `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`.
+    /// Reads one part from a folder with the files `train-images-idx3-ubyte`,
+    /// `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`.
     ///
     /// # Errors
-    /// [`Error::Data`] names the file that is missing or damaged.
+    /// [`Error::Data`] if a file is missing or damaged.
     pub fn open(folder: impl AsRef<Path>, split: Split) -> Result<Self> {
         let prefix = match split {
             Split::Train => "train",

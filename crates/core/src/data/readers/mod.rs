@@ -1,4 +1,4 @@
-//! Readers of common formats, one per file. Those of feature-gated formats name the feature.
+//! Readers of common formats, one per file. Readers behind a feature name the feature.
 //!
 //! In the book: `docs/data.md#formats`.
 

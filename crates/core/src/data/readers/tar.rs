@@ -10,15 +10,16 @@ use super::file::fail;
 use crate::data::{SampleRng, ShardIter, Stream};
 use crate::{Error, Result};
 
-/// No sample is larger than this.
+/// Size limit of a sample, in bytes.
 const MAX_SAMPLE: u64 = 1 << 30;
 const BLOCK: usize = 512;
 
-/// Tar files as WebDataset has them: members that follow each other and have the same name up to its first dot are one sample.
+/// Tar files in the format of WebDataset: adjacent members with the same name up to its first dot
+/// form a sample.
 ///
-/// To find samples reads the members' headers alone; the members of a sample are read when it is loaded, by the rank that it
-/// belongs to. Members without a dot in their name, and names like `__this__`, are passed over. The files must not be
-/// compressed: the images and texts in them are.
+/// Finding samples reads only the members' headers. Loading a sample reads its members, on the rank
+/// that needs it. Members without a dot in their name, and names like `__this__`, are ignored. The
+/// files must not be compressed, but the images and texts in them may be.
 ///
 /// ```
 /// use ice_core::StreamNode;
@@ -44,7 +45,7 @@ pub struct TarShards {
     samples: Option<u64>,
 }
 
-/// Where a sample of a [`TarShards`] is.
+/// Position of a sample in [`TarShards`].
 #[derive(Debug, Clone)]
 pub struct TarFound {
     shard: usize,
@@ -59,20 +60,20 @@ struct Member {
     len: u64,
 }
 
-/// A sample of a [`TarShards`].
+/// A sample of [`TarShards`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TarSample {
-    /// What the names of its members begin with: folder and name up to the first dot.
+    /// Common prefix of the members' names: folder and name up to the first dot.
     pub key: String,
-    /// The content of its members, by what their names end with, in lower case: `jpg`, `seg.png`.
+    /// Contents of the members, by the rest of their names in lower case: `jpg`, `seg.png`.
     pub members: BTreeMap<String, Vec<u8>>,
 }
 
 impl TarShards {
-    /// Shards of these files, in this order. They are opened when they are read.
+    /// Creates shards from these files, in this order. A file is opened when it is read.
     ///
     /// # Errors
-    /// [`Error::Data`] where one is missing.
+    /// [`Error::Data`] if a file is missing.
     pub fn open<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Result<Self> {
         let paths: Vec<PathBuf> = paths.into_iter().map(Into::into).collect();
         for path in &paths {
@@ -84,7 +85,7 @@ impl TarShards {
     /// Counts the samples of all shards, which gives epochs a length.
     ///
     /// # Errors
-    /// [`Error::Data`] where one is damaged.
+    /// [`Error::Data`] if a file is damaged.
     pub fn counted(mut self) -> Result<Self> {
         let mut samples = 0;
         for shard in 0..self.paths.len() {
@@ -167,10 +168,11 @@ fn find(path: &Path, shard: usize) -> Result<Vec<TarFound>> {
     Ok(found)
 }
 
-/// Whether a member has records of GNU tar's sparse files in its PAX header (`tar --sparse --format=pax`).
+/// Whether a member has records of GNU tar's sparse files in its PAX header (`tar --sparse
+/// --format=pax`).
 ///
-/// Such a member is a regular file to other programs. Its content begins with a map of the holes in version 1.0, and is the
-/// data without the holes in all versions.
+/// Other programs see such a member as a regular file. Its content starts with a map of the holes
+/// in version 1.0, and lacks the holes in all versions.
 fn is_pax_sparse<R: Read>(entry: &mut Entry<'_, R>) -> io::Result<bool> {
     let Some(records) = entry.pax_extensions()? else { return Ok(false) };
     for record in records {
@@ -181,7 +183,8 @@ fn is_pax_sparse<R: Read>(entry: &mut Entry<'_, R>) -> io::Result<bool> {
     Ok(false)
 }
 
-/// A tar file ends with blocks of zeros. One that is cut off between two members looks whole but for that.
+/// Checks the zero blocks that end a tar file. Without this check, a file truncated between two
+/// members would look complete.
 fn check_end(file: &File, len: u64) -> Result<(), String> {
     let mut last = [1; BLOCK];
     if let Some(start) = len.checked_sub(BLOCK as u64) {
@@ -196,7 +199,7 @@ fn check_end(file: &File, len: u64) -> Result<(), String> {
     })
 }
 
-/// The folder and name up to its first dot, and the rest.
+/// Returns the folder and name up to the first dot, and the rest.
 fn split(name: &str) -> Option<(&str, &str)> {
     let base = name.rfind('/').map_or(0, |slash| slash + 1);
     let dot = base + name[base..].find('.')?;
@@ -205,10 +208,10 @@ fn split(name: &str) -> Option<(&str, &str)> {
 }
 
 impl TarSample {
-    /// The content of a member.
+    /// Returns the content of a member.
     ///
     /// # Errors
-    /// [`Error::Usage`] where there is none; says what there is.
+    /// [`Error::Usage`] if there is no such member, with a list of the members.
     pub fn bytes(&self, extension: &str) -> Result<&[u8]> {
         self.members.get(extension).map(Vec::as_slice).ok_or_else(|| {
             let there: Vec<_> = self.members.keys().map(String::as_str).collect();
@@ -216,10 +219,10 @@ impl TarSample {
         })
     }
 
-    /// The content of a member that is UTF-8.
+    /// Returns the content of a member that is UTF-8.
     ///
     /// # Errors
-    /// As [`TarSample::bytes`].
+    /// The errors of [`TarSample::bytes`], or invalid UTF-8.
     pub fn text(&self, extension: &str) -> Result<&str> {
         std::str::from_utf8(self.bytes(extension)?)
             .map_err(|error| Error::Usage(format!("sample {}, `{extension}`: {error}", self.key)))
@@ -311,7 +314,7 @@ mod tests {
     fn a_file_cut_off_anywhere_is_an_error_that_names_it() {
         let whole = archive(&[("1.a", &[1; 600]), ("1.b", b"b"), ("2.a", &[2; 100])]);
         assert_eq!(samples(&whole).unwrap().len(), 2);
-        // The end mark is two blocks, of which one is enough.
+        // The end mark has two blocks, of which one is sufficient.
         for len in 0..whole.len() - 2 * BLOCK {
             let message = samples(&whole[..len]).unwrap_err().to_string();
             assert!(message.contains("x.tar"), "{message}");
@@ -328,7 +331,7 @@ mod tests {
                 let _: Result<Vec<TarSample>> = samples(&bytes);
             }
         }
-        // A member that says it is larger than the file.
+        // A member whose header claims a size larger than the file.
         let mut bytes = archive(&[("1.a", b"x")]);
         let mut header = Header::new_gnu();
         header.set_path("1.a").unwrap();

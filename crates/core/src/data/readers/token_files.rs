@@ -1,4 +1,5 @@
-//! Headers of token files: where the tokens begin, and files that are not flat tokens.
+//! Headers of token files: the position of the tokens, and the detection of files that are not flat
+//! tokens.
 
 use std::fs::File;
 use std::io;
@@ -7,24 +8,25 @@ use std::path::Path;
 
 use super::TokenType;
 
-/// Where the tokens of a file are.
+/// Position of the tokens in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Extent {
-    /// Byte of the first token.
+    /// Offset of the first token in bytes.
     pub(super) start: u64,
     /// Number of tokens.
     pub(super) tokens: usize,
 }
 
-/// 256 integers of 4 bytes: a magic number, a version, the number of tokens, and zeros (`write_datafile` of llm.c).
+/// Size of the header: 256 integers of 4 bytes, which are a magic number, a version, the number of
+/// tokens, and zeros (`write_datafile` of llm.c).
 const LLM_C_HEADER: u64 = 1024;
 const LLM_C: [(u32, TokenType); 2] = [(20_240_520, TokenType::U16), (20_240_801, TokenType::U32)];
 const NPY: &[u8] = b"\x93NUMPY";
-/// The longest header that NumPy's own reader takes.
+/// The longest header that NumPy's own reader accepts.
 const NPY_MAX_HEADER: u64 = 10_000;
 const MEGATRON: &[u8] = b"MMIDIDX\0\0";
 
-/// Files that are none of tokens, and the remedy. Bytes may be those of any file.
+/// Formats other than tokens, with the remedy. Not checked for bytes, which may come from any file.
 const OTHERS: [(&[u8], &str); 9] = [
     (b"\x1f\x8b\x08", "compressed with gzip: decompress it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with Zstandard: decompress it first"),
@@ -65,7 +67,7 @@ pub(super) fn extent(path: &Path, file: &File, len: u64, kind: TokenType) -> Res
     flat(0, len, kind)
 }
 
-/// Tokens from `start` to the end of the file.
+/// Returns the tokens from `start` to the end of the file.
 fn flat(start: u64, len: u64, kind: TokenType) -> Result<Extent, String> {
     let (bytes, width) = (len - start, kind.width());
     if !bytes.is_multiple_of(width as u64) {
@@ -90,7 +92,8 @@ fn llm_c(start: &[u8], len: u64, stored: TokenType, kind: TokenType) -> Result<E
     }
 }
 
-/// An array of one dimension in NumPy's format (`numpy.lib.format`), versions 1 to 3.
+/// Reads the header of a one-dimensional array in NumPy's format (`numpy.lib.format`), versions 1
+/// to 3.
 fn npy(file: &File, start: &[u8], len: u64, kind: TokenType) -> Result<Extent, String> {
     let (at, header) = match *start {
         [_, _, _, _, _, _, 1, _, a, b, ..] => (10, u64::from(u16::from_le_bytes([a, b]))),
@@ -144,7 +147,7 @@ fn same(what: &str, stored: TokenType, kind: TokenType) -> Result<(), String> {
     Err(format!("is {what} of TokenType::{stored:?}, and is opened as TokenType::{kind:?}"))
 }
 
-/// Compares the type with the index of Megatron next to a `.bin` file, if there is one.
+/// Compares the type with Megatron's index next to a `.bin` file, if there is one.
 fn megatron_neighbour(path: &Path, kind: TokenType) -> Result<(), String> {
     let index = path.with_extension("idx");
     if path.extension().is_none_or(|extension| extension != "bin") || !index.is_file() {
@@ -158,7 +161,7 @@ fn megatron_neighbour(path: &Path, kind: TokenType) -> Result<(), String> {
     }
     let same = match start[17] {
         1 => kind == TokenType::U8,
-        // int32, of which negative numbers are no tokens.
+        // The type is int32, but tokens are never negative.
         4 => kind == TokenType::U32,
         8 => kind == TokenType::U16,
         _ => false,
@@ -170,7 +173,7 @@ fn megatron_neighbour(path: &Path, kind: TokenType) -> Result<(), String> {
     Err(format!("is opened as TokenType::{kind:?}, and its index of Megatron says that tokens are {stored}"))
 }
 
-/// Megatron's `DType` (megatron/core/datasets/indexed_dataset.py).
+/// Returns the name of Megatron's `DType` (megatron/core/datasets/indexed_dataset.py).
 fn megatron_type(code: u8) -> &'static str {
     match code {
         1 => "TokenType::U8",
@@ -211,7 +214,7 @@ mod tests {
         [&bytes, tokens].concat()
     }
 
-    /// As `numpy.save` writes it.
+    /// Returns a file in the format of `numpy.save`.
     fn npy_file(descr: &str, shape: &str, content: &[u8]) -> Vec<u8> {
         let header = format!("{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}");
         let header = format!("{header:<117}\n");
@@ -231,7 +234,7 @@ mod tests {
             path
         }
 
-        /// The tokens of a file, or the message.
+        /// Returns the tokens of a file, or the message.
         fn tokens(&self, bytes: &[u8], kind: TokenType) -> Result<Vec<i64>, String> {
             let path = self.write("x.bin", bytes);
             let tokens = Tokens::open(&path, kind, 1).map_err(|error| error.to_string())?;

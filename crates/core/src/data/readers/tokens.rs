@@ -9,12 +9,12 @@ use super::token_files::{self, Extent};
 use crate::data::{Items, SampleRng};
 use crate::{Error, Result};
 
-/// How a token is stored.
+/// Storage format of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenType {
-    /// A byte, from 0 to 255: those of any file without a known header.
+    /// One byte, from 0 to 255, of any file without a known header.
     U8,
-    /// Two bytes, little-endian: the `.bin` files of nanoGPT.
+    /// Two bytes, little-endian, like in the `.bin` files of nanoGPT.
     U16,
     /// Four bytes, little-endian.
     U32,
@@ -30,15 +30,17 @@ impl TokenType {
     }
 }
 
-/// Windows of a flat file of tokens. Each is read when it is wanted, out of the system's page cache.
+/// Windows of a flat file of tokens. Each window is read on access, from the system's page cache.
 ///
-/// A sample is an int64 tensor `[length + 1]`: the first `length` tokens are what a model sees, the last `length` what it is
-/// to say. A window starts every `length` tokens unless [`Tokens::stride`] says otherwise; tokens at the end that fill none
-/// are left out.
+/// A sample is an int64 tensor `[length + 1]`: the first `length` tokens are the input of a model,
+/// the last `length` its target. By default a window starts every `length` tokens;
+/// [`Tokens::stride`] changes the distance. Tokens at the end that do not fill a window are left
+/// out.
 ///
-/// The headers of llm.c's files (`.bin` with a magic number) and of NumPy's (`.npy`, one dimension of uint8, uint16 or uint32)
-/// are recognised: tokens begin behind them. An index of Megatron (`.idx`), and compressed files, archives and tables opened as
-/// [`TokenType::U16`] or [`TokenType::U32`], are errors that name what the file is.
+/// The headers of llm.c's files (`.bin` with a magic number) and of NumPy's (`.npy`, one dimension
+/// of uint8, uint16 or uint32) are recognized, and tokens start after them. An index of Megatron
+/// (`.idx`) is an error that names the format. The same holds for compressed files, archives and
+/// tables that are opened as [`TokenType::U16`] or [`TokenType::U32`].
 ///
 /// ```
 /// use ice_core::data::{Dataset, Items};
@@ -68,8 +70,8 @@ impl Tokens {
     /// Opens a file for windows of this length, at least 1.
     ///
     /// # Errors
-    /// [`Error::Data`] if it is missing, has a part of a token, fewer tokens than one window, or a header that says something
-    /// else.
+    /// [`Error::Data`] if the file is missing, ends within a token, has fewer tokens than one
+    /// window, or has a header that contradicts `kind`.
     pub fn open(path: impl AsRef<Path>, kind: TokenType, length: usize) -> Result<Self> {
         let path = path.as_ref().to_owned();
         if length == 0 {
@@ -89,14 +91,15 @@ impl Tokens {
         Ok(Self { path, file, kind, extent, length, stride: length, fingerprint })
     }
 
-    /// Starts a window every so many tokens, at least 1: with less than their length, windows overlap.
+    /// Sets the distance of the windows' starts, at least 1. If it is less than their length,
+    /// windows overlap.
     #[must_use]
     pub fn stride(mut self, stride: usize) -> Self {
         self.stride = stride.max(1);
         self
     }
 
-    /// How many tokens the file has.
+    /// Returns the number of tokens of the file.
     pub fn tokens(&self) -> usize {
         self.extent.tokens
     }

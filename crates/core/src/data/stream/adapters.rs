@@ -6,8 +6,8 @@ use crate::data::batch::to_device;
 use crate::data::lane::guard;
 use crate::data::{Batch, Pass, SampleRng};
 
-/// Samples of shards that a function opens; each is loaded as soon as it is found. What costs more than reading belongs
-/// into [`Stream::map`].
+/// Creates a stream of samples from a function that opens shards. Each sample is loaded as soon as
+/// it is found. Work that costs more than reading belongs in [`Stream::map`].
 pub fn stream<T, I, F>(shards: usize, open: F) -> FromShards<F>
 where
     T: Send + 'static,
@@ -17,7 +17,7 @@ where
     FromShards { shards, samples: None, open }
 }
 
-/// What [`stream`] makes.
+/// A stream created by [`stream`].
 pub struct FromShards<F> {
     shards: usize,
     samples: Option<u64>,
@@ -25,7 +25,7 @@ pub struct FromShards<F> {
 }
 
 impl<F> FromShards<F> {
-    /// Says how many samples all shards have together, which gives epochs a length.
+    /// Sets the number of samples of all shards together, which gives epochs a length.
     #[must_use]
     pub fn of_samples(mut self, samples: u64) -> Self {
         self.samples = Some(samples);
@@ -98,16 +98,17 @@ macro_rules! adapter {
 }
 
 adapter! {
-    /// What [`Stream::map`] makes.
+    /// A stream created by [`Stream::map`].
     StreamMap, (S::Item), |f, item, rng| f(item)
 }
 
 adapter! {
-    /// What [`Stream::map_random`] makes.
+    /// A stream created by [`Stream::map_random`].
     StreamMapRandom, (S::Item, &mut SampleRng), |f, item, rng| f(item, rng)
 }
 
-/// What [`Stream::collate`] and [`Stream::stack`] make. The error or panic of a sample names its position in the pass.
+/// Batches created by [`Stream::collate`] and [`Stream::stack`]. The error or panic of a sample
+/// names its position in the pass.
 pub struct CollatedStream<S, F> {
     stream: S,
     collate: F,

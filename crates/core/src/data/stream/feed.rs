@@ -10,17 +10,17 @@ use crate::data::lane::{Lane, StopOnDrop};
 use crate::data::{Ahead, Pass, Place, Seat};
 use crate::{Error, Result, Share};
 
-/// Feeds one rank from a [`BatchStream`]: its place, and the batches that are made ahead of it.
+/// Feeds one rank from a [`BatchStream`]: its position, and the batches that are made ahead.
 ///
-/// Samples are found by one thread at a time and in order, and loaded side by side.
+/// One thread at a time finds samples, in order. Several threads load them in parallel.
 pub(crate) struct StreamFeed<S: BatchStream> {
     samples: Option<u64>,
     order: StreamOrder,
     iterations: Option<u64>,
     place: Place,
-    /// Where the oldest batch under way, or the next to be asked for, starts.
+    /// Position of the oldest batch in progress, or else of the next batch to submit.
     expected: Option<(u64, u64)>,
-    /// Where the batch after the one last taken starts.
+    /// Position after the batch that was taken last.
     next: Option<Place>,
     pending: usize,
     ahead: Ahead,
@@ -29,7 +29,7 @@ pub(crate) struct StreamFeed<S: BatchStream> {
     lane: Lane<Option<Place>, Plan<S::Found>, Made<S::Batch>>,
 }
 
-/// A batch, and where the next one starts.
+/// A batch, and the position of the next one.
 struct Made<B> {
     batch: B,
     share: Share,
@@ -88,7 +88,7 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
         self.next = None;
     }
 
-    /// Iterations left in the epoch, where it has an end.
+    /// Returns the remaining iterations of the epoch, if the epoch has an end.
     pub(crate) fn remaining(&self) -> Option<u64> {
         if let Some(iterations) = self.iterations {
             return Some(iterations.saturating_sub(self.place.iteration));
@@ -98,14 +98,15 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
         Some(if drop_last { left / global_batch } else { left.div_ceil(global_batch) })
     }
 
-    /// Samples of all ranks in the next iterations of the epoch, if the number of samples is known.
+    /// Returns the number of samples of all ranks in the next iterations of the epoch, if the
+    /// number of samples is known.
     pub(crate) fn samples_in(&self, iterations: u64) -> Option<u64> {
         let left = self.samples?.saturating_sub(self.place.cursor);
-        // Passes of a number of iterations may end anywhere.
+        // With a number of iterations, a pass may end anywhere within the epoch.
         self.iterations.is_none().then(|| left.min(iterations.saturating_mul(self.order.global_batch)))
     }
 
-    /// Consumes the batch that was last taken.
+    /// Consumes the batch that was taken last.
     pub(crate) fn advance(&mut self) {
         if let Some(Place { pass, cursor, .. }) = self.next.take() {
             self.place = Place { pass, cursor, iteration: self.place.iteration + 1 };
@@ -120,7 +121,7 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
         };
     }
 
-    /// The batch of this rank at its place.
+    /// Returns the batch of this rank at its position.
     pub(crate) fn next(&mut self) -> Result<(S::Batch, Share)> {
         let remaining = self.remaining();
         if remaining == Some(0) {
@@ -138,7 +139,7 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
             self.lane.submit(from.take());
             self.pending += 1;
         }
-        // After an error the batch is found anew.
+        // Reset first: after an error, the next call finds the batch again from its position.
         self.expected = None;
         self.pending -= 1;
         let Made { batch, share, next } = self.lane.take()?;

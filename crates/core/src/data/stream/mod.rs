@@ -13,15 +13,16 @@ use super::items::Stack;
 use super::{Batch, Pass, SampleRng};
 use crate::Result;
 
-/// The samples of a shard, in its order.
+/// The samples of a shard, in order.
 pub type ShardIter<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
 
-/// Samples that can only be read one after the other, in some shards.
+/// Samples that can only be read in sequence, from one or more shards.
 ///
-/// A sample comes in two steps. To find it is cheap: where its bytes are, or a line of text. To load it is what costs: to
-/// read, decode and transform. All ranks find all samples, in the same order, and each loads those of its share only. So the
-/// order is the same for any number of ranks, no sample is seen twice or left out, and a place in it is one number; the price
-/// is that what finding costs is paid by every rank.
+/// Reading a sample has two steps. Finding it is cheap: the position of its bytes, or a line of
+/// text. Loading it is expensive: reading, decoding, transforming. All ranks find all samples in
+/// the same order, and each rank loads only its share. The order is therefore the same for any
+/// number of ranks, no sample is repeated or left out, and a position is a single number. The cost
+/// is that every rank finds every sample.
 ///
 /// ```
 /// use ice_core::StreamNode;
@@ -51,28 +52,29 @@ pub trait Stream: Send + Sync {
     /// A sample that was loaded.
     type Item: Send + 'static;
 
-    /// How many shards there are.
+    /// Returns the number of shards.
     fn shards(&self) -> usize;
 
     /// Finds the samples of a shard.
     ///
     /// # Errors
-    /// Whatever keeps the shard from being opened.
+    /// The reason that the shard cannot be opened.
     fn open(&self, shard: usize) -> Result<ShardIter<Self::Found>>;
 
-    /// Loads a sample. The random numbers are its own in this pass.
+    /// Loads a sample. The random numbers belong to this sample and pass.
     ///
     /// # Errors
-    /// Whatever keeps it from being read.
+    /// The reason that the sample cannot be read.
     fn load(&self, found: Self::Found, rng: &mut SampleRng) -> Result<Self::Item>;
 
-    /// How many samples all shards have together, where that is known. A stream that does not know is for tasks with a
-    /// number of steps, or with [`StreamNode::iterations`](crate::StreamNode::iterations).
+    /// Returns the number of samples of all shards together, if it is known. A stream that does not
+    /// know it needs tasks with a number of steps, or
+    /// [`StreamNode::iterations`](crate::StreamNode::iterations).
     fn samples(&self) -> Option<u64> {
         None
     }
 
-    /// Does the same to each sample.
+    /// Transforms each sample with `f`.
     fn map<T, F>(self, f: F) -> StreamMap<Self, F>
     where
         Self: Sized,
@@ -82,7 +84,8 @@ pub trait Stream: Send + Sync {
         StreamMap::new(self, f)
     }
 
-    /// Does something random to each sample, with numbers that do not depend on how many workers or ranks there are.
+    /// Transforms each sample with `f` and random numbers, which do not depend on the number of
+    /// workers or ranks.
     fn map_random<T, F>(self, f: F) -> StreamMapRandom<Self, F>
     where
         Self: Sized,
@@ -117,24 +120,24 @@ pub trait Stream: Send + Sync {
 pub trait BatchStream: Send + Sync {
     /// A sample that was found.
     type Found: Send + 'static;
-    /// What a batch is to the nodes that use it.
+    /// Type of a batch, as seen by the nodes that use it.
     type Batch: Batch;
 
-    /// How many shards there are.
+    /// Returns the number of shards.
     fn shards(&self) -> usize;
 
     /// Finds the samples of a shard.
     ///
     /// # Errors
-    /// Whatever keeps the shard from being opened.
+    /// The reason that the shard cannot be opened.
     fn open(&self, shard: usize) -> Result<ShardIter<Self::Found>>;
 
     /// Loads the samples, each with its position in the pass, into a batch on the device.
     ///
     /// # Errors
-    /// Whatever keeps a sample from being read.
+    /// The reason that a sample cannot be read.
     fn batch_in(&self, pass: &Pass, samples: Vec<(u64, Self::Found)>, device: Device) -> Result<Self::Batch>;
 
-    /// How many samples all shards have together, where that is known.
+    /// Returns the number of samples of all shards together, if it is known.
     fn samples(&self) -> Option<u64>;
 }

@@ -1,4 +1,4 @@
-//! The order of a stream: shards one after the other, and a buffer that shuffles what is found.
+//! The order of a stream: shards one after the other, and a buffer that shuffles the samples found.
 
 use std::sync::Arc;
 
@@ -10,17 +10,17 @@ use crate::data::sampler::shuffle;
 use crate::data::{Pass, Place};
 use crate::{Error, Result, Share};
 
-/// In which order a stream is read, and how much of it at once.
+/// Order and batch size in which a stream is read.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StreamOrder {
-    /// The seed of the run, and the size of the buffer, where it is shuffled.
+    /// Seed of the run and size of the buffer, if the stream is shuffled.
     pub(crate) shuffled: Option<(u64, usize)>,
     pub(crate) global_batch: u64,
     pub(crate) drop_last: bool,
 }
 
-/// A pass under way. It is a function of the stream, the seed and the number of the pass: whoever walks the same way finds
-/// the same samples.
+/// A pass in progress. It is a function of the stream, the seed and the number of the pass: every
+/// walk over the same pass finds the same samples.
 struct Walk<S: BatchStream> {
     number: u64,
     cursor: u64,
@@ -42,7 +42,7 @@ impl<S: BatchStream> Walk<S> {
         Self { number, cursor: 0, shards: shards.into_iter(), open: None, buffer: Vec::new(), capacity, rng }
     }
 
-    /// The next sample, or `None` at the end of the pass.
+    /// Returns the next sample, or `None` at the end of the pass.
     fn next(&mut self, stream: &S) -> Result<Option<S::Found>> {
         while self.buffer.len() < self.capacity {
             match self.find(stream)? {
@@ -77,10 +77,10 @@ impl<S: BatchStream> Walk<S> {
 /// The share of a rank in a batch of a stream.
 pub(super) struct Plan<T> {
     pub(super) pass: u64,
-    /// Each with its position in the pass.
+    /// The samples with their positions in the pass.
     pub(super) samples: Vec<(u64, T)>,
     pub(super) share: Share,
-    /// Where the next batch starts.
+    /// Position of the next batch.
     pub(super) next: Place,
 }
 
@@ -98,16 +98,17 @@ impl<S: BatchStream> Reader<S> {
         Self { stream, order, rank, world_size, walk: None }
     }
 
-    /// The batch at `from`, or the one after the last. At the end of a pass the next one begins.
+    /// Finds the batch at `from`, or the batch after the last one. After the end of a pass, the
+    /// next pass begins.
     ///
-    /// To go to a place is to find again all samples of the pass before it.
+    /// To move to a position, the reader finds all samples of the pass before it again.
     pub(super) fn read(&mut self, from: Option<Place>, stop: &Pass) -> Result<Plan<S::Found>> {
         let walk = match (from, self.walk.take()) {
             (Some(from), _) => self.walk_to(from, stop)?,
             (None, Some(walk)) => walk,
             (None, None) => return Err(Error::Graph("the batch before was not found".into())),
         };
-        // After an error there is no walk: the next batch is found anew.
+        // After an error there is no walk, so the next batch needs a position to start from.
         let (walk, plan) = self.batch(walk, stop)?;
         self.walk = Some(walk);
         Ok(plan)
@@ -156,7 +157,8 @@ impl<S: BatchStream> Reader<S> {
         }
     }
 
-    /// A stream must have as many samples as it says, or ranks would wait for each other in vain.
+    /// Checks that the stream has as many samples as it says. Otherwise, ranks would wait for each
+    /// other forever.
     fn check_size(&self, walk: &mut Walk<S>, ended: bool) -> Result<()> {
         let Some(samples) = self.stream.samples() else { return Ok(()) };
         let more =
@@ -179,7 +181,8 @@ impl<S: BatchStream> Reader<S> {
 }
 
 impl<S: BatchStream> Walk<S> {
-    /// Whether nothing follows. What is found to see that comes next.
+    /// Whether no sample follows. A sample found by the check is kept in the buffer, and comes
+    /// next.
     fn at_end(&mut self, stream: &S) -> Result<bool> {
         if !self.buffer.is_empty() {
             return Ok(false);

@@ -8,7 +8,7 @@ use super::{LONG, seat, within_time};
 use crate::data::{Ahead, BatchSize, Dataset, Feed, Pass, Sampler};
 use crate::{Error, Result, Share};
 
-/// A batch is the indices of its samples with a random number for each.
+/// A batch is the indices of its samples, each with a random number.
 struct Numbers(usize);
 
 impl Dataset for Numbers {
@@ -50,7 +50,7 @@ impl Setting {
     }
 }
 
-/// The samples of the next step over all ranks, those of rank 0 first.
+/// Executes a step: returns the next samples of all ranks, those of rank 0 first.
 fn step(feeds: &mut [Feed<Numbers>]) -> Vec<(i64, u64)> {
     let mut samples = Vec::new();
     for feed in feeds.iter_mut() {
@@ -62,7 +62,7 @@ fn step(feeds: &mut [Feed<Numbers>]) -> Vec<(i64, u64)> {
     samples
 }
 
-/// The steps of some epochs.
+/// Executes the steps of `epochs` epochs.
 fn epochs(feeds: &mut [Feed<Numbers>], epochs: usize) -> Vec<Vec<(i64, u64)>> {
     let mut steps = Vec::new();
     for _ in 0..epochs {
@@ -125,7 +125,7 @@ proptest! {
             next_of(&mut whole);
         }
         let mut resumed = setting(workers.1).feeds(worlds.1);
-        // What was made before the checkpoint was loaded is forgotten.
+        // Batches made before a checkpoint is loaded must be discarded.
         next_of(&mut resumed);
         let place = whole[0].sampler().place();
         resumed.iter_mut().for_each(|feed| feed.seek(place));
@@ -183,7 +183,7 @@ fn a_batch_size_in_total_is_divided_unevenly() {
     assert!(BatchSize::InTotal(0).global(3).is_err() && BatchSize::PerRank(0).global(3).is_err());
 }
 
-/// Counts the batches that were begun, and compares them with those that were asked for.
+/// Counts the batches that were begun, and compares them with the batches asked for.
 #[derive(Default)]
 struct Counted {
     begun: Mutex<usize>,
@@ -220,7 +220,7 @@ fn la_3_as_many_batches_as_asked_for_are_made_ahead_and_never_more() {
             counted.wanted.store(step, Ordering::SeqCst);
             feed.next().unwrap();
             feed.advance();
-            // All that may be made is made while the step computes.
+            // While the step computes, all permitted batches are made ahead.
             let due = (step + bound).min(100);
             let begun = counted.begun.lock().unwrap();
             let (begun, timeout) =
@@ -232,7 +232,7 @@ fn la_3_as_many_batches_as_asked_for_are_made_ahead_and_never_more() {
     }
 }
 
-/// Says when a batch is begun, and goes on until it is told that nobody wants it.
+/// Reports when a batch is begun, and continues until the batch is no longer needed.
 struct Endless(Mutex<mpsc::Sender<()>>);
 
 impl Dataset for Endless {

@@ -33,12 +33,12 @@ fn la_2_first_halves_run_in_order_and_second_halves_side_by_side() {
             move |job: usize| {
                 assert_eq!(job, next);
                 next += 1;
-                // Long enough that the others wait for their turn.
+                // Gives other threads time to overtake.
                 std::thread::yield_now();
                 Ok(job)
             }
         };
-        // Nobody passes unless four are there at once.
+        // The barrier opens only when four jobs run at once.
         let together = Barrier::new(4);
         let mut lane = Lane::new(4, in_order(), move |job| {
             together.wait();
@@ -47,7 +47,7 @@ fn la_2_first_halves_run_in_order_and_second_halves_side_by_side() {
         .unwrap();
         (0..400).for_each(|job| lane.submit(job));
         (0..400).for_each(|job| assert_eq!(lane.take().unwrap(), job));
-        // Threads overtake each other where they can.
+        // Threads overtake each other wherever the lane permits it.
         let mut lane = Lane::new(4, in_order(), Ok).unwrap();
         (0..20_000).for_each(|job| lane.submit(job));
         (0..20_000).for_each(|job| assert_eq!(lane.take().unwrap(), job));

@@ -1,4 +1,4 @@
-//! Feeds of several ranks at once, which no process could run alone.
+//! Feeds of several ranks at once, which a single process never has in production.
 
 mod feed;
 mod items;
@@ -13,14 +13,14 @@ use tch::Device;
 
 use super::Seat;
 
-/// Far more than anything here takes: what has not happened by then does not happen.
+/// Far longer than any operation here takes: a test that exceeds it hangs.
 const LONG: Duration = Duration::from_secs(30);
 
 fn seat(rank: u64, world_size: u64) -> Seat {
     Seat { rank, world_size, device: Device::Cpu }
 }
 
-/// Fails where `f` hangs.
+/// Fails if `f` hangs.
 fn within_time<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, result) = mpsc::channel();
     let thread = thread::spawn(move || done.send(f()));

@@ -11,7 +11,7 @@ use crate::{Error, Result, Share};
 const SHARDS: [usize; 5] = [7, 0, 11, 1, 4];
 const ALL: usize = 23;
 
-/// Samples are 100 × their shard and their place in it, with a random number.
+/// Creates samples with the value 100 × shard + position in the shard, and a random number.
 fn numbers(sized: bool) -> impl BatchStream<Batch = Vec<(i64, f64)>> {
     let numbers =
         stream(
@@ -126,7 +126,7 @@ proptest! {
         let mut whole = job(setting, ahead(workers.0), worlds.0);
         whole.steps(stop);
         let mut resumed = job(setting, ahead(workers.1), worlds.1);
-        // What was made before the checkpoint was loaded is forgotten.
+        // Batches made before a checkpoint is loaded must be discarded.
         resumed.step();
         let place = whole.place();
         resumed.0.iter_mut().for_each(|feed| feed.seek(place));
@@ -139,7 +139,8 @@ proptest! {
 fn each_pass_has_an_order_of_shards_and_samples_of_its_own() {
     let setting = Setting { sized: true, shuffled: Some(5), global: 23, drop_last: false, iterations: None };
     let order = |step: Step| step.into_iter().map(|(number, _)| number).collect::<Vec<_>>();
-    // With a buffer of 1 the order is that of the shards; with one shard it would be that of the buffer alone.
+    // With a buffer of 1, the order is only that of the shards. `of_buffer` has one shard, and thus
+    // only the order of the buffer.
     for buffer in [1, 5] {
         let mut passes = job(Setting { shuffled: Some(buffer), ..setting }, INLINE, 1);
         let seen: BTreeSet<Vec<i64>> = (0..4).map(|_| order(passes.step())).collect();
@@ -174,7 +175,7 @@ fn failure(stream: impl BatchStream<Batch = Vec<i64>> + 'static, workers: usize,
         match feed.next() {
             Ok(_) => feed.advance(),
             Err(error) => {
-                // The same batch fails again, and not the one after it.
+                // The same batch fails again, instead of the one after it.
                 assert_eq!(feed.next().unwrap_err().to_string(), error.to_string());
                 return error.to_string();
             }
@@ -222,7 +223,7 @@ fn a_rank_loads_its_own_samples_only() {
         let ahead = Ahead { workers, prefetch: None };
         let stream = Arc::new(samples.collate(|items: Vec<i32>| Ok(items)));
         let mut feed = StreamFeed::new(stream, order, None, 0, ahead, seat(1, 3)).unwrap();
-        // From the middle: to find a place loads nothing.
+        // Starts in the middle: moving to a position loads nothing.
         feed.seek(Place { pass: 2, cursor: 12, iteration: 2 });
         while feed.remaining() != Some(0) {
             feed.next().unwrap();
@@ -245,7 +246,8 @@ fn a_feed_dropped_while_it_looks_for_a_place_ends() {
         let ahead = Ahead { workers: 2, prefetch: None };
         let stream = Arc::new(endless.collate(Ok));
         let feed = StreamFeed::new(Arc::clone(&stream), order, None, 0, ahead, seat(0, 1)).unwrap();
-        // The step waits in a thread of its own, and gives up with the feed when the place is never found.
+        // The step waits in its own thread, and ends with the feed although the position is never
+        // found.
         let stop = feed.stop();
         let step = std::thread::spawn(move || {
             let mut feed = feed;

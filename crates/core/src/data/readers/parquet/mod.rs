@@ -19,20 +19,21 @@ use crate::data::lane::{guard, lock};
 use crate::data::{Items, SampleRng, ShardIter, Stream};
 use crate::{Error, Result};
 
-/// No row group that says it is larger than this, uncompressed, is read.
+/// Limit of the size that a row group declares, uncompressed, in bytes.
 const MAX_GROUP: i64 = 1 << 32;
-/// Row groups that are kept decoded, unless said otherwise.
+/// Default number of row groups that are kept decoded.
 const GROUPS_KEPT: usize = 4;
 
 /// The rows of one or more Parquet files, uncompressed or compressed with Snappy or Zstandard.
 ///
-/// Cells are numbers, text, bytes, lists and structs: `row.bytes("image.bytes")` are those of an image of Hugging Face's
-/// datasets. Decimals and maps are errors, unless [`Parquet::columns`] leaves them out.
+/// Cells are numbers, text, bytes, lists and structs: `row.bytes("image.bytes")` returns the bytes
+/// of an image in a Hugging Face dataset. Decimals and maps are errors, unless [`Parquet::columns`]
+/// leaves them out.
 ///
-/// A row group is decoded as a whole when one of its rows is wanted, and the last few are kept. So rows are best read as a
-/// [`Stream`], whose shards are the row groups: shuffled by a buffer, most rows come out of groups that are still there. As
-/// [`Items`] any row can be had, which costs a row group each where they are shuffled and do not all fit: see
-/// [`Parquet::keep`].
+/// Access to a row decodes its whole row group, and the last few groups are kept. Rows are
+/// therefore best read as a [`Stream`], whose shards are the row groups: if a buffer shuffles them,
+/// most rows come from groups that are still decoded. [`Items`] give access to any row. If they are
+/// shuffled and not all groups are kept, each access may decode a group: see [`Parquet::keep`].
 ///
 /// ```
 /// use ice_core::StreamNode;
@@ -59,20 +60,22 @@ pub struct Parquet {
 struct Group {
     path: Arc<Path>,
     number: usize,
-    /// Rows before it, and its own.
+    /// Number of rows before this group, and of this group.
     start: usize,
     rows: usize,
 }
 
-/// The rows of a group, once somebody has decoded them. Who else wants them meanwhile waits here.
+/// The rows of a group, once decoded. The thread that decodes them holds the lock, and other
+/// threads that need them wait for it.
 #[derive(Default)]
 struct Decoded(Mutex<Option<Arc<[Row]>>>);
 
 impl Parquet {
-    /// Opens files with the same columns, in this order. Their footers are read.
+    /// Opens files with the same columns, in this order. Reads their footers.
     ///
     /// # Errors
-    /// [`Error::Data`] if one is missing, damaged, or compressed in another way than this reader knows.
+    /// [`Error::Data`] if a file is missing, damaged, or compressed in a way that this reader does
+    /// not support.
     pub fn open<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Result<Self> {
         let (mut groups, mut rows, mut fingerprint) = (Vec::new(), 0, Fingerprint::default());
         for path in paths {
@@ -82,7 +85,7 @@ impl Parquet {
             for (number, group) in reader.metadata().row_groups().iter().enumerate() {
                 let size = group.total_byte_size();
                 let count = usize::try_from(group.num_rows()).ok().filter(|&count| {
-                    // A row of nothing is no row that anybody writes.
+                    // Rejects rows without size in excessive numbers: no program writes such files.
                     (0..=MAX_GROUP).contains(&size) && count as i64 <= MAX_GROUP
                 });
                 let count = count.ok_or_else(|| {
@@ -100,10 +103,10 @@ impl Parquet {
         Ok(Self { groups, rows, columns: None, keep: GROUPS_KEPT, decoded: Mutex::default(), fingerprint })
     }
 
-    /// Reads these columns only; `image.bytes` is the field `bytes` of a column `image` of structs.
+    /// Reads only these columns. `image.bytes` is the field `bytes` of a column `image` of structs.
     ///
     /// # Errors
-    /// [`Error::Data`] if a file has no such column; says which there are.
+    /// [`Error::Data`] if a file has no such column, with a list of the columns.
     pub fn columns(mut self, names: &[&str]) -> Result<Self> {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
         for group in &self.groups {
@@ -118,7 +121,7 @@ impl Parquet {
         Ok(self)
     }
 
-    /// Keeps this many row groups decoded in memory, at least 1; 4 unless said otherwise.
+    /// Sets the number of row groups that are kept decoded in memory, at least 1. Default: 4.
     #[must_use]
     pub fn keep(mut self, groups: usize) -> Self {
         self.keep = groups.max(1);
@@ -162,7 +165,7 @@ impl Parquet {
             }
             Ok::<_, Error>(decoded)
         };
-        // The decoders of damaged files have been seen to panic.
+        // The decoders are known to panic on damaged files.
         let decoded = guard(decode).map_err(|error| match error {
             Error::Panicked(message) => named(format!("it is damaged: {message}")),
             error => error,
@@ -183,7 +186,7 @@ fn reader(path: &Path) -> Result<SerializedFileReader<File>> {
     })
 }
 
-/// The schema with these columns only.
+/// Returns the schema with these columns only.
 fn projection(reader: &SerializedFileReader<File>, names: &[String]) -> Result<Type, String> {
     let schema = reader.metadata().file_metadata().schema();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -200,7 +203,7 @@ impl Items for Parquet {
     }
 
     fn get(&self, index: usize, _: &mut SampleRng) -> Result<Row> {
-        // Empty groups start where the next one does.
+        // An empty group has the same start as the next group, and is skipped.
         let group = self.groups.partition_point(|group| group.start + group.rows <= index);
         let start = self.groups.get(group).map_or(0, |group| group.start);
         self.row(group, index - start)
@@ -212,7 +215,7 @@ impl Items for Parquet {
 }
 
 impl Stream for Parquet {
-    /// A row group, and a row of it.
+    /// Number of a row group, and number of a row in it.
     type Found = (usize, usize);
     type Item = Row;
 

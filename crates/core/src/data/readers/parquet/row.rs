@@ -33,7 +33,8 @@ pub enum Cell {
 static NULL: Cell = Cell::Null;
 
 impl Cell {
-    /// The value of a field of a struct; `bbox.width` is the field of a struct in a struct. A field of no value has no value.
+    /// Returns the field of a struct. `bbox.width` is the field of a struct within a struct. The
+    /// fields of a null are null.
     pub fn field(&self, path: &str) -> Option<&Cell> {
         match self {
             Self::Struct(fields) => find(fields.iter().map(|(name, cell)| (name.as_str(), cell)), path),
@@ -42,7 +43,7 @@ impl Cell {
         }
     }
 
-    /// Names of the fields in it, with `name` before each.
+    /// Collects the paths of the fields, each with the prefix `name`.
     fn paths(&self, name: &str, paths: &mut Vec<String>) {
         match self {
             Self::Struct(fields) => {
@@ -53,7 +54,7 @@ impl Cell {
     }
 }
 
-/// The cell of this name, or the one within a struct.
+/// Returns the cell with this name, or the cell at this path within a struct.
 fn find<'a>(cells: impl Iterator<Item = (&'a str, &'a Cell)> + Clone, path: &str) -> Option<&'a Cell> {
     let whole = cells.clone().find(|(name, _)| *name == path).map(|(_, cell)| cell);
     whole.or_else(|| {
@@ -69,7 +70,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// The names of the columns are shared by the rows of a group.
+    /// Converts a decoded row. The rows of a group share the names of the columns.
     pub(super) fn new(
         row: Decoded,
         schema: &Type,
@@ -87,10 +88,12 @@ impl Row {
         Ok(Self { columns: Arc::clone(names), cells: cells? })
     }
 
-    /// The value of a column. `image.bytes` is the field `bytes` of a column `image` of structs.
+    /// Returns the value of a column. `image.bytes` is the field `bytes` of a column `image` of
+    /// structs.
     ///
     /// # Errors
-    /// [`Error::Usage`] if there is no such column, or two of that name; says which there are.
+    /// [`Error::Usage`] if there is no such column, with a list of the columns, or there are two of
+    /// that name.
     pub fn cell(&self, column: &str) -> Result<&Cell> {
         if self.columns.iter().any(|name| name == column) {
             return Ok(&self.cells[only(&self.columns, column)?]);
@@ -103,10 +106,10 @@ impl Row {
         })
     }
 
-    /// The integer of a column; a boolean is 0 or 1.
+    /// Returns the integer of a column. A boolean is 0 or 1.
     ///
     /// # Errors
-    /// [`Error::Usage`] where there is no such column, or it has something else.
+    /// [`Error::Usage`] if there is no such column, or its value has another type.
     pub fn int(&self, column: &str) -> Result<i64> {
         match self.cell(column)? {
             Cell::Int(value) => Ok(*value),
@@ -115,10 +118,10 @@ impl Row {
         }
     }
 
-    /// The number of a column.
+    /// Returns the number of a column.
     ///
     /// # Errors
-    /// As [`Row::int`].
+    /// The errors of [`Row::int`].
     pub fn float(&self, column: &str) -> Result<f64> {
         match self.cell(column)? {
             Cell::Float(value) => Ok(*value),
@@ -127,10 +130,10 @@ impl Row {
         }
     }
 
-    /// The text of a column.
+    /// Returns the text of a column.
     ///
     /// # Errors
-    /// As [`Row::int`].
+    /// The errors of [`Row::int`].
     pub fn text(&self, column: &str) -> Result<&str> {
         match self.cell(column)? {
             Cell::Text(text) => Ok(text),
@@ -138,10 +141,10 @@ impl Row {
         }
     }
 
-    /// The bytes of a column, or of its text.
+    /// Returns the bytes of a column, or of its text.
     ///
     /// # Errors
-    /// As [`Row::int`].
+    /// The errors of [`Row::int`].
     pub fn bytes(&self, column: &str) -> Result<&[u8]> {
         match self.cell(column)? {
             Cell::Bytes(bytes) => Ok(bytes),
@@ -150,10 +153,10 @@ impl Row {
         }
     }
 
-    /// The list of integers of a column: tokens, say.
+    /// Returns the list of integers of a column, such as tokens.
     ///
     /// # Errors
-    /// As [`Row::int`].
+    /// The errors of [`Row::int`].
     pub fn ints(&self, column: &str) -> Result<Vec<i64>> {
         let Cell::List(cells) = self.cell(column)? else {
             return Err(unexpected(column, self.cell(column)?, "a list"));
@@ -167,10 +170,10 @@ impl Row {
             .collect()
     }
 
-    /// The list of numbers of a column: an embedding, say.
+    /// Returns the list of numbers of a column, such as an embedding.
     ///
     /// # Errors
-    /// As [`Row::int`].
+    /// The errors of [`Row::int`].
     pub fn floats(&self, column: &str) -> Result<Vec<f64>> {
         let Cell::List(cells) = self.cell(column)? else {
             return Err(unexpected(column, self.cell(column)?, "a list"));
@@ -200,7 +203,7 @@ fn unexpected(column: &str, cell: &Cell, wanted: &str) -> Error {
     Error::Usage(format!("column `{column}` has {kind} and not {wanted}"))
 }
 
-/// The value, or what it is if there is no cell for it.
+/// Converts a value. If there is no cell for it, returns its description.
 fn cell(field: Field, kind: &Type) -> Result<Cell, &'static str> {
     let time = |value: i64, unit: Unit| unit.to_micros(value).map(Cell::Int).ok_or("a time beyond 63 bits");
     Ok(match field {

@@ -1,4 +1,4 @@
-//! Types of columns: units of times, elements of lists, and the columns that are read.
+//! Types of columns: units of times, elements of lists, and the selection of columns.
 
 use std::sync::Arc;
 
@@ -16,10 +16,10 @@ pub(super) enum Unit {
 }
 
 impl Unit {
-    /// The unit of a column whose values the decoder passes on as plain integers.
+    /// Returns the unit of a column whose values the decoder passes on as plain integers.
     ///
-    /// The decoder knows the older converted types alone. They have no nanoseconds, and files of Arrow do not use them for times
-    /// without a time zone.
+    /// The decoder only knows the older converted types. They do not have nanoseconds, and Arrow
+    /// does not write them for times without a time zone.
     pub(super) fn of(kind: &Type) -> Self {
         match kind.get_basic_info().logical_type_ref() {
             Some(LogicalType::Timestamp(time) | LogicalType::Time(time)) => match time.unit {
@@ -40,10 +40,10 @@ impl Unit {
     }
 }
 
-/// The type of a list's elements, as the decoder finds it.
+/// Returns the type of a list's elements, like the decoder determines it.
 ///
-/// An annotated list has a repeated group around each element, except in files of old writers. A repeated field without
-/// annotation is its own element.
+/// An annotated list has a repeated group around each element, except in files of old writers. A
+/// repeated field without annotation is its own element.
 pub(super) fn element(list: &Type) -> &Type {
     if list.is_primitive() || list.get_basic_info().converted_type() != ConvertedType::LIST {
         return list;
@@ -59,7 +59,7 @@ pub(super) fn element(list: &Type) -> &Type {
     if old && !of_lists { repeated } else { only }
 }
 
-/// The fields that `paths` name, in this order: a column, or `column.field` of a struct.
+/// Returns the fields that `paths` name, in this order: a column, or `column.field` of a struct.
 pub(super) fn select(fields: &[TypePtr], paths: &[&str]) -> Result<Vec<TypePtr>, String> {
     let mut chosen: Vec<(&TypePtr, Vec<Option<&str>>)> = Vec::new();
     for &path in paths {
@@ -100,7 +100,7 @@ fn is_struct(field: &Type) -> bool {
     field.is_group() && field.get_basic_info().converted_type() == ConvertedType::NONE
 }
 
-/// Looks for columns whose compression is not built in.
+/// Fails if a column has a compression that is not built in.
 pub(super) fn check_codecs(group: &RowGroupMetaData) -> Result<(), String> {
     for column in group.columns() {
         let codec = match column.compression() {

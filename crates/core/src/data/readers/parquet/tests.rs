@@ -16,7 +16,7 @@ const SCHEMA: &str = "message rows {
     required group tokens (LIST) { repeated group list { required int64 element; } }
 }";
 
-/// Rows numbered from `start`, in groups of these sizes.
+/// Writes rows numbered from `start`, in groups of these sizes.
 fn write(path: &Path, compression: Compression, start: i64, groups: &[i64]) {
     let schema = Arc::new(parse_message_type(SCHEMA).unwrap());
     let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
@@ -134,14 +134,14 @@ fn files_that_are_cut_off_or_damaged_are_errors_that_name_them() {
         let mut bytes = whole.clone();
         bytes[at] ^= 0x41;
         fs::write(&path, bytes).unwrap();
-        // Some damage cannot be seen. What is seen names the file.
+        // Some damage cannot be detected. An error names the file.
         if let Err(error) = read() {
             assert!(error.to_string().contains("x.parquet"), "{error}");
         }
     }
 }
 
-/// As Hugging Face's datasets write images and boxes, and pyarrow 26 times.
+/// Schema of images and boxes in Hugging Face datasets, and of times written by pyarrow 26.
 const NESTED: &str = "message rows {
     optional group image { optional binary bytes; optional binary path (UTF8); }
     optional group boxes (LIST) { repeated group list { optional group element { optional int64 x; } } }
@@ -154,14 +154,14 @@ const NESTED: &str = "message rows {
     required int96 spark;
 }";
 
-/// Two rows: an image and two boxes; neither, and no boxes.
+/// Writes two rows: one with an image and two boxes, one with neither an image nor boxes.
 fn write_nested(path: &Path) {
     let schema = Arc::new(parse_message_type(NESTED).unwrap());
     let mut file =
         SerializedFileWriter::new(fs::File::create(path).unwrap(), schema, Arc::default()).unwrap();
     let mut group = file.next_row_group().unwrap();
     let bytes = |text: &str| [ByteArray::from(text)];
-    // A second and a millisecond after 1970, which is Julian day 2440588.
+    // A second and a millisecond after 1970-01-01, which is Julian day 2440588.
     let spark = [1_001_000_000_u64, 2_002_000_000]
         .map(|nanos| Int96::from(vec![(nanos & 0xffff_ffff) as u32, (nanos >> 32) as u32, 2_440_588]));
     for number in 0.. {
@@ -237,7 +237,8 @@ fn codec_that_is_not_built_in_is_named_with_the_remedy() {
     let path = folder.path().join("x.parquet");
     write(&path, Compression::UNCOMPRESSED, 0, &[4]);
     let whole = fs::read(&path).unwrap();
-    // In Thrift's compact protocol: a list of one string, the path, and the codec after it.
+    // The bytes in Thrift's compact protocol: a list of one string, which is the path, followed by
+    // the codec.
     let codec = [0x19, 0x18, 2, b'i', b'd', 0x15, 0];
     let at = whole.windows(codec.len()).position(|bytes| bytes == codec).unwrap();
     for (number, name) in [(2, "gzip"), (4, "brotli"), (5, "LZ4"), (7, "LZ4")] {
