@@ -1,5 +1,5 @@
-//! What the graph itself costs: the time of a step over nodes that do next to nothing. The throughput counts nodes, so that its inverse is the
-//! cost of a node in a step.
+//! Overhead of the graph: the time of a step over nodes that do almost nothing. The throughput
+//! counts nodes, so that its inverse is the time per node and step.
 //!
 //!     cargo bench -p ice-core --bench overhead
 
@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 const NODES: [usize; 3] = [1, 10, 100];
 
-/// Makes nothing.
+/// A node that computes nothing.
 struct Idle;
 
 impl Node for Idle {
@@ -27,7 +27,7 @@ impl Node for Idle {
     }
 }
 
-/// Hands on what the node before it makes; the first of them, a scalar.
+/// A node that passes on the output of the previous node. The first node outputs a scalar.
 struct HandOn {
     scalar: Tensor,
     before: Option<String>,
@@ -54,7 +54,7 @@ fn add_idle(graph: &mut HyperGraph, nodes: usize) -> Result<()> {
     (0..nodes).try_for_each(|number| graph.add(&format!("node{number}"), Idle, "*").map(drop))
 }
 
-/// A chain; the graph is told of its last node first, so that the nodes run within each other.
+/// Adds a chain of nodes, the last one first, so that the nodes run within each other.
 fn add_chain(graph: &mut HyperGraph, nodes: usize) -> Result<()> {
     (0..nodes).rev().try_for_each(|number| {
         let before = number.checked_sub(1).map(|before| format!("node{before}"));
@@ -62,7 +62,7 @@ fn add_chain(graph: &mut HyperGraph, nodes: usize) -> Result<()> {
     })
 }
 
-/// How long so many steps take.
+/// Returns the time of `count` steps.
 fn steps(count: u64, train: bool, add: impl Fn(&mut HyperGraph) -> Result<()>) -> Result<Duration> {
     let out =
         tempfile::tempdir().map_err(|source| ice_core::Error::Io { path: "a folder".into(), source })?;
@@ -107,7 +107,8 @@ fn measure(
 fn overhead(criterion: &mut Criterion) {
     measure(criterion, "eval, idle nodes", false, add_idle);
     measure(criterion, "eval, a chain that hands on a tensor", false, add_chain);
-    // A step of training has a loss, and libtorch's backward pass from it: to be seen beside the numbers that follow.
+    // A training step has a loss and libtorch's backward pass from it. This is the baseline of the
+    // numbers that follow.
     let with_loss = |graph: &mut HyperGraph| {
         let leaf = scalar();
         graph.add("loss", LossNode::new(move |_| Ok(&leaf + 0.0)), "*").map(drop)

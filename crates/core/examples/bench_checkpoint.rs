@@ -12,11 +12,11 @@ use ice_core::{HyperGraph, ModuleNode, Repeat, Run, RunConfig};
 use ice_worker::Worker;
 use tch::{Device, Kind, Tensor, nn};
 
-/// Parameters are divided into so many tensors.
+/// Number of tensors into which the parameters are divided.
 const LAYERS: i64 = 40;
-/// Saves before the one that counts.
+/// Number of saves before the measured one.
 const WARM_UP: usize = 3;
-/// Floats of four bytes, and AdamW's two moments.
+/// Bytes of a parameter: an f32, and AdamW's two moments.
 const BYTES_PER_PARAMETER: i64 = 12;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -56,7 +56,7 @@ fn measure(run: &Run, bytes: i64, folder: &std::path::Path) -> ice_core::Result<
     print("memcpy", copy);
     drop((from, to));
 
-    // The first saves make the system provide the memory that those after them use.
+    // The first saves make the system provide the memory that later saves reuse.
     for number in 0..WARM_UP {
         let first = Instant::now();
         run.save_checkpoint(Some(&folder.join(format!("checkpoint{number}"))), None)?;

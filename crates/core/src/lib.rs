@@ -15,8 +15,8 @@
 //! - `docs/data.md`: [`data`]
 //! - `docs/optimizers.md`: [`optim`], [`Autocast`], [`GradScaler`]
 //! - `docs/metrics.md`: [`meter`], [`Measure`], [`HParam`], [`Probe`]
-//! - `docs/checkpoints.md`: [`SaveCheckpoint`], [`SaveBest`], [`LoadCheckpoint`], [`ResumeFrom`], [`InitFrom`],
-//!   [`Manifest`]
+//! - `docs/checkpoints.md`: [`SaveCheckpoint`], [`SaveBest`], [`LoadCheckpoint`], [`ResumeFrom`],
+//!   [`InitFrom`], [`Manifest`]
 //! - `docs/use.md`: [`Eager`]
 //! - `docs/elasticity.md`: [`ElasticBatch`], and the fate of a step when a rank is lost
 

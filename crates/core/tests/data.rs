@@ -1,4 +1,5 @@
-//! Datasets in runs of a graph: with workers or without, a run ends with the same bits and goes on with the next batch.
+//! Datasets in runs of a graph. With or without workers, a run ends with the same bits and resumes
+//! with the next batch.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -16,10 +17,11 @@ use ice_core::{
 use ice_worker::Worker;
 use tch::{Device, Kind, Tensor, nn};
 
-/// libtorch has one random number generator per process, and a rank is a process: runs in threads must take turns.
+/// libtorch has one random number generator per process, as if a process were one rank. Runs in
+/// threads must therefore take turns.
 static ONE_RUN_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// Points on a line, each moved by a random number of its own.
+/// Points on a line, each moved by its own random number.
 struct Noisy;
 
 impl Dataset for Noisy {
@@ -39,7 +41,7 @@ impl Dataset for Noisy {
     }
 }
 
-/// Trains on what `data` gives for 3 epochs, with a checkpoint after each step.
+/// Trains on `data` for 3 epochs, with a checkpoint after each step.
 fn train(data: impl Node + 'static, out: &Path, from: Option<ResumeFrom>) -> Result<()> {
     let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let mut graph = HyperGraph::new();
@@ -64,7 +66,7 @@ fn train(data: impl Node + 'static, out: &Path, from: Option<ResumeFrom>) -> Res
 fn checkpoints(out: &Path) -> Vec<String> {
     let Ok(folder) = fs::read_dir(out.join("none_local/ckpts")) else { return Vec::new() };
     let names = folder.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    // Beside them lies `latest`.
+    // The link `latest` is not a checkpoint.
     names.filter(|name| name.starts_with('E')).collect()
 }
 
@@ -75,7 +77,8 @@ fn bits(out: &Path) -> [Vec<u8>; 2] {
         .map(|file| fs::read(out.join("none_local/ckpts").join(&last).join(file)).unwrap())
 }
 
-/// A whole run without workers, and one with them from each of its checkpoints, must end with the same bits.
+/// Checks that a whole run without workers, and runs with workers resumed from each of its
+/// checkpoints, end with the same bits.
 fn check<N: Node + 'static>(data: impl Fn(usize) -> N) {
     let whole = tempfile::tempdir().unwrap();
     train(data(0), whole.path(), None).unwrap();
@@ -85,7 +88,7 @@ fn check<N: Node + 'static>(data: impl Fn(usize) -> N) {
         let resumed = tempfile::tempdir().unwrap();
         let from = ResumeFrom::Path(whole.path().join("none_local/ckpts").join(name));
         train(data([0, 1, 4][at % 3]), resumed.path(), Some(from)).unwrap();
-        // From the last one there is nothing left to do.
+        // The last checkpoint leaves nothing to do.
         if name != "E3S18" {
             assert_eq!(bits(whole.path()), bits(resumed.path()), "from {name}");
         }
@@ -103,7 +106,7 @@ fn a_run_resumed_anywhere_with_any_number_of_workers_ends_with_the_same_bits() {
     });
 }
 
-/// 22 points in 4 shards.
+/// Creates 22 points in 4 shards.
 fn points(sized: bool) -> impl BatchStream<Batch = Tensor> {
     let points = stream(4, |shard| Ok((shard..22).step_by(4).map(Ok)));
     let points = if sized { points.of_samples(22) } else { points };
@@ -132,7 +135,7 @@ fn a_stream_of_another_order_is_refused_within_a_pass() {
     let within_a_pass = out.path().join("none_local/ckpts/E2S17");
     let message = train(node(4), out.path(), Some(ResumeFrom::Path(within_a_pass))).unwrap_err().to_string();
     assert!(message.contains("buffer: Some(3)") && message.contains("buffer: Some(4)"), "{message}");
-    // Between two passes there is no place in the old order.
+    // Between two passes, the state has no position in the old order.
     train(node(4), out.path(), Some(ResumeFrom::Latest)).unwrap();
 }
 
@@ -159,7 +162,7 @@ fn an_error_names_the_node_and_the_sample() {
         let error = train(data, out.path(), None).unwrap_err();
         assert!(matches!(error, Error::Node { .. }));
         assert_eq!(error.to_string(), "node `train/x`, forward: batch of samples 9, 10, 11: panicked: a bug");
-        // The three batches before it were trained on.
+        // The three earlier batches were trained on.
         assert_eq!(checkpoints(out.path()).len(), 3);
     }
 }

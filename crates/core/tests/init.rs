@@ -1,5 +1,5 @@
-//! Runs with files of other programs: parameters in safetensors, and modules in TorchScript. Those of PyTorch are written by
-//! tests/python/init_reference.py and script_reference.py.
+//! Runs with files of other programs: parameters in safetensors, and modules in TorchScript.
+//! tests/python/init_reference.py and script_reference.py write the files of PyTorch.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -26,7 +26,8 @@ use common::{Line, as_ranks, turn};
 const WEIGHT: [f32; 3] = [1.0, 2.0, 3.0];
 const BIAS: [f32; 3] = [4.0, 5.0, 6.0];
 
-/// A safetensors file with a weight of this shape and a bias of three, under these keys.
+/// Writes a safetensors file with a weight of this shape and a bias of three elements, under these
+/// keys.
 fn file(folder: &Path, weight: (&str, &[usize]), bias: &str) -> PathBuf {
     let bytes = |values: [f32; 3]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
     let (weights, biases) = (bytes(WEIGHT), bytes(BIAS));
@@ -45,7 +46,7 @@ fn add(graph: &mut HyperGraph, name: &str) {
     graph.add(name, net, "*").unwrap();
 }
 
-/// The parameters that a run begins with, after its first task.
+/// Returns the initial parameters of a run, after its first task.
 fn begin(worker: Worker, nodes: &[&str], config: RunConfig) -> Result<BTreeMap<String, Vec<f32>>> {
     let mut graph = HyperGraph::new();
     nodes.iter().for_each(|name| add(&mut graph, name));
@@ -131,12 +132,12 @@ fn a_run_that_goes_on_from_a_checkpoint_does_not_read_the_file() {
     assert_eq!(begin(Worker::alone(Device::Cpu), &["net"], resumed).unwrap(), given());
 }
 
-/// A file that PyTorch has written.
+/// Returns the path of a file that PyTorch has written.
 fn of_pytorch(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/init").join(name)
 }
 
-/// What that file has of floats, rounded to bfloat16 if asked for.
+/// Returns the floats of that file, rounded to bfloat16 with `round`.
 fn floats_of(name: &str, round: bool) -> BTreeMap<String, Vec<f32>> {
     let bytes = std::fs::read(of_pytorch(name)).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
@@ -149,14 +150,14 @@ fn floats_of(name: &str, round: bool) -> BTreeMap<String, Vec<f32>> {
     floats.collect()
 }
 
-/// PyTorch's network of that file, as a program has it with a layer `fc` of so many outputs.
+/// State of PyTorch's network in that file, in a program whose layer `fc` has `classes` outputs.
 struct Net {
-    /// Of floats.
+    /// The floating-point tensors.
     state: BTreeMap<String, Vec<f32>>,
     batches: Option<i64>,
 }
 
-/// What a program with that network begins with, alone.
+/// Returns the initial state of that network in a program of one rank.
 fn net(init: InitFrom, classes: i64, counts_batches: bool) -> Result<Net> {
     let (out, _turn) = (tempfile::tempdir().unwrap(), turn());
     let module = ModuleNode::new(
@@ -202,7 +203,7 @@ fn state_dict_of_pytorch_is_loaded_whether_batches_are_counted_or_not() {
 #[test]
 fn sharded_half_precision_of_hugging_face_is_loaded_into_single_precision() {
     let expected = floats_of("net.safetensors", true);
-    // The cache of huggingface_hub has links to files of other folders.
+    // The cache of huggingface_hub contains links to files in other folders.
     let cache = tempfile::tempdir().unwrap();
     for file in std::fs::read_dir(of_pytorch("sharded")).unwrap().map(|file| file.unwrap()) {
         std::os::unix::fs::symlink(file.path(), cache.path().join(file.file_name())).unwrap();
@@ -352,7 +353,7 @@ fn a_checkpoint_gives_its_parameters_and_not_its_optimizers() {
     assert_eq!(begun.unwrap(), given());
 }
 
-/// Counts training steps, as a node of one's own does.
+/// A custom node that counts training steps.
 #[derive(Default)]
 struct Steps(u64);
 
@@ -398,7 +399,7 @@ fn what_a_run_trained_is_used_without_its_data_and_losses() {
     graph.add("error", MetricNode::average(error), "val").unwrap();
     let seen = Rc::new(RefCell::new(Vec::new()));
     let note = Rc::clone(&seen);
-    // The error falls: the highest one is that of the first epoch, and the second best is newer.
+    // The error falls: the first epoch has the highest error, and the second highest is newer.
     let tasks = Repeat::new(4)
         .then(Task::train("train"))
         .then(Task::eval("val"))
@@ -445,7 +446,7 @@ fn what_a_run_trained_is_used_without_its_data_and_losses() {
     assert!(text.contains("nor a valid checkpoint"), "{text}");
 }
 
-/// What PyTorch has made of the TorchScript module, by name.
+/// Returns PyTorch's results of the TorchScript module, by name.
 fn script_tensors() -> BTreeMap<String, Tensor> {
     let tensors = Tensor::read_safetensors(of_pytorch("../script/steps.safetensors")).unwrap();
     tensors.into_iter().collect()
@@ -498,7 +499,8 @@ fn state_of(graph: &HyperGraph) -> BTreeMap<String, Tensor> {
     state.into_iter().map(|(key, tensor)| (key, tensor.copy())).collect()
 }
 
-/// Runs so many training steps of PyTorch's script, an epoch each, and evaluates. Returns the state, and the evaluation's measure.
+/// Runs `steps` training steps of PyTorch's script, each an epoch, and evaluates. Returns the
+/// state, and the measure of the evaluation.
 fn run_script(worker: Worker, steps: u64, config: RunConfig) -> (BTreeMap<String, Tensor>, f64) {
     let graph = script_graph("net.pt");
     let measured = Rc::new(Cell::new(f64::NAN));
@@ -563,7 +565,7 @@ fn ranks_of_torch_script_share_gradients_and_buffers() {
     assert_eq!(states[0], states[1]);
     let tensors = script_tensors();
     let moved = &states[0].0["first.weight"] - &tensors["state.first.weight"];
-    // The ranks have a batch norm of half the samples each.
+    // Each rank computes its batch norm over half of the samples.
     assert!(moved.abs().max().double_value(&[]) > 1e-4);
     assert_eq!(states[0].0["norm.num_batches_tracked"].int64_value(&[]), 3);
 }
@@ -596,7 +598,7 @@ fn torch_script_that_cannot_be_trained_is_named() {
     let of_tch = graph.eager(Device::Cpu, 0).err().unwrap().to_string();
     assert!(of_tch.contains("use ModuleNode::torch_script"), "{of_tch}");
 
-    // Without an optimizer its mode does not matter.
+    // Without an optimizer, the fixed mode of the module does not matter.
     let mut graph = HyperGraph::new();
     let net =
         Script::torch_script(of_pytorch("../script/traced.pt"), |net, x| net.forward(x, &[x.tensor("x")?]));

@@ -1,4 +1,5 @@
-//! Saves that are cut short: by SIGKILL, and by a full disk. The programs that save are this one, started again.
+//! Saves that are interrupted by SIGKILL or by a full disk. The tests start this program again as
+//! the program that saves.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -22,13 +23,14 @@ use tch::{Device, Kind};
 const OUT: &str = "ICE_TEST_OUT";
 const KEEP: &str = "ICE_TEST_KEEP";
 
-/// Trains and saves after each step, without end. Prints `done <step>` once a checkpoint is on the disk.
+/// Trains and saves after each step, without end. Prints `done <step>` once a checkpoint is on
+/// disk.
 #[test]
 #[ignore = "a program for the other tests"]
 fn saves_without_end() {
     let Some(out) = env::var_os(OUT).map(PathBuf::from) else { return };
     let mut graph = HyperGraph::new();
-    // 3.6 MB with the two moments.
+    // 3.6 MB, including the two moments.
     let net = ModuleNode::new(|path| path.randn("w", &[300, 1000], 0.0, 1.0), |w, _| Ok(w.shallow_clone()));
     graph.add("net", net.optimizer(AdamW::new(0.1)), "*").unwrap();
     graph.add("loss", LossNode::new(|x| Ok(x.tensor("net")?.square().mean(Kind::Float))), "*").unwrap();
@@ -57,7 +59,7 @@ fn arguments() -> [&'static str; 5] {
     ["saves_without_end", "--exact", "--ignored", "--nocapture", "--test-threads=1"]
 }
 
-/// Numbers without end from a seed (Marsaglia's xorshift).
+/// Returns the next number of Marsaglia's xorshift.
 fn next(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -88,10 +90,10 @@ fn a_save_that_is_killed_costs_no_older_checkpoint() {
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
         let first = lines.by_ref().find_map(|line| step_of(&line)).expect("the program saves");
-        // A resumed run says again what it had no time to say.
+        // A resumed run first prints the step that the killed process had no time to print.
         assert!(first >= done, "kill {kill}: after step {done} came {first}");
         done = first;
-        // From here on it saves all the time; the delay decides what is cut short.
+        // From here on the program saves all the time. The delay decides which save is interrupted.
         thread::sleep(Duration::from_micros(next(&mut random) % 40_000));
         child.kill().unwrap();
         child.wait().unwrap();
@@ -109,7 +111,7 @@ fn a_save_that_is_killed_costs_no_older_checkpoint() {
         assert!(step >= done, "kill {kill}: step {done} was saved and {step} was found");
         unheard += u64::from(step > done);
         cut_short += u64::from(hidden(&holder).iter().any(|name| name.ends_with(".partial")));
-        // The next one goes on from it, strictly.
+        // The next process must resume from this checkpoint: its first step may not be earlier.
         done = step;
     }
     println!(
@@ -125,7 +127,7 @@ fn hidden(folder: &Path) -> Vec<String> {
     names.filter(|name| name.starts_with('.')).collect()
 }
 
-/// Runs the program by a shell's lines, in which `"$@"` is the program, and says what it wrote.
+/// Runs the program by lines of a shell, in which `"$@"` is the program. Returns the output.
 fn in_shell(lines: &str, wrapper: &[&str], out: &Path) -> String {
     let script = format!("{lines}; \"$@\"; echo status $?; ls -A \"${OUT}/none_local/ckpts\"");
     let mut command = Command::new(wrapper.first().copied().unwrap_or("bash"));
@@ -152,7 +154,7 @@ fn a_full_disk_is_named_and_costs_no_older_checkpoint() {
     if !may_mount {
         return println!("skipped: only root can mount a small disk");
     }
-    // Two checkpoints fit.
+    // Two checkpoints fit on the disk.
     let text = in_shell(&format!("mount -t tmpfs -o size=9m none \"${OUT}\""), &unshare, out.path());
     for part in ["E0S3", ".safetensors: No space left on device", "status 101"] {
         assert!(text.contains(part), "{part}: {text}");
@@ -165,7 +167,7 @@ fn a_full_disk_is_named_and_costs_no_older_checkpoint() {
 #[test]
 fn a_limit_of_file_sizes_is_named() {
     let out = tempfile::tempdir().unwrap();
-    // In blocks of 1024 bytes; the model has 1.2 MB and the optimizer 2.4.
+    // The limit is in blocks of 1024 bytes. The model has 1.2 MB, the optimizer 2.4 MB.
     let text = in_shell(
         "trap '' XFSZ; ulimit -f 2000; mkdir -p \"$ICE_TEST_OUT/none_local/ckpts\"",
         &[],

@@ -1,4 +1,4 @@
-//! What is measured does not depend on the ranks that measure it, nor on where a run was interrupted.
+//! Measures depend neither on the number of ranks nor on the step of an interruption.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -22,10 +22,10 @@ use tch::{Device, Kind, Tensor, nn};
 
 const CLASSES: i64 = 4;
 
-/// A sample: whose it is, and what there is to measure of it, in eighths, so that sums in f64 are exact.
+/// A sample: its rank, and the measured value in eighths, so that sums in f64 are exact.
 type Sample = (usize, i16);
 
-/// Everything that there is to measure, in bits.
+/// All measures, as bits.
 type Measured = Vec<(String, u64)>;
 
 fn numbers(samples: &[Sample]) -> Tensor {
@@ -37,7 +37,7 @@ fn classes(samples: &[Sample], factor: i64) -> Tensor {
     Tensor::from_slice(&samples.iter().map(|(_, eighths)| class(*eighths)).collect::<Vec<_>>())
 }
 
-/// An input for each name that a sample brings with it.
+/// Returns an input for each name that occurs in the samples.
 fn by_name(samples: &[Sample]) -> Vec<(String, Tensor)> {
     let mut names = BTreeMap::<_, Vec<Sample>>::new();
     for sample in samples {
@@ -91,14 +91,14 @@ fn measure_all(worker: &Worker, batches: &[Vec<Sample>], synced: usize) -> Measu
     let confusion = ConfusionMatrix::new(CLASSES as usize);
     measure(&mut all, "confusion", confusion, worker, batches, synced, scores);
     measure(&mut all, "dict", Dict::default(), worker, batches, synced, by_name);
-    // Which name comes first depends on the ranks; nothing else does.
+    // Only the first name depends on the ranks.
     all.retain(|(name, _)| name != "dict");
     all
 }
 
 fn batches() -> impl Strategy<Value = Vec<Vec<Sample>>> {
     let size = |range: std::ops::Range<usize>| SizeRange::from(range);
-    // A rank above the others' never has a sample, or one has them all.
+    // Rank 3 never has a sample, and sometimes rank 1 has all samples.
     let sample = (prop_oneof![3 => 0_usize..3, 1 => Just(1)], -64_i16..64);
     prop::collection::vec(prop::collection::vec(sample, size(1..8)), size(1..12))
 }
@@ -129,7 +129,8 @@ fn the_names_of_a_dict_come_in_the_same_order_on_all_ranks() {
     assert!(orders.iter().all(|order| *order == expected), "{orders:?}");
 }
 
-/// 22 points on 3 ranks, 2 each and step: in the last step there are 4 points, so that rank 2 has 1.
+/// A training with 22 samples on 3 ranks, 2 per rank and step: the last step has 4 points, so that
+/// rank 2 has 1.
 struct Training<'a> {
     out: &'a Path,
     samples: usize,
@@ -139,7 +140,7 @@ struct Training<'a> {
 }
 
 impl Training<'_> {
-    /// What was measured over the first epoch.
+    /// Returns the measures of the first epoch.
     fn run(&self) -> BTreeMap<String, f64> {
         let mut seen = as_ranks(self.ranks, |worker| {
             let seen = Rc::new(RefCell::new(BTreeMap::new()));
@@ -174,7 +175,7 @@ impl Training<'_> {
             },
             |net, x| Ok(x.tensor("x")?.apply(net)),
         );
-        // No step moves it, so that what is measured does not depend on the steps.
+        // The parameters stay constant, so that the measures do not depend on the steps.
         graph.add("net", net.optimizer(Sgd::new(0.0)), "*").unwrap();
         graph.add("loss", LossNode::new(|x| Ok(x.tensor("net")?.mean(Kind::Double))), "*").unwrap();
         graph.add("sum", MetricNode::sum(|x| Ok(x.tensor("x")?.to_kind(Kind::Double))), "*").unwrap();
@@ -228,7 +229,7 @@ fn an_epoch_that_was_interrupted_measures_the_same() {
     let out = tempfile::tempdir().unwrap();
     let run = |from| Training { out: out.path(), samples: 32, ranks: 3, batch: 2, from }.run();
     let whole = run(None);
-    // 32 samples, so that they and their sums are exact.
+    // With 32 samples, all values and their sums are exact.
     for from in ["E0S1", "E0S3", "E0S5"] {
         assert_eq!(run(Some(from)), whole, "from {from}");
     }

@@ -1,4 +1,5 @@
-//! Optimizers and schedules against torch's own numbers, which tests/python/optim_reference.py makes.
+//! Optimizers and schedules compared with torch's numbers, which tests/python/optim_reference.py
+//! generates.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -112,7 +113,8 @@ fn every_schedule_is_torchs() {
         ("linear", Schedule::linear(0.2, 0.9, 15)),
         ("cosine", Schedule::cosine(30, lowest)),
         ("one cycle", Schedule::one_cycle(40)),
-        // The values themselves, where the others are rates of an optimizer with 0.5.
+        // These are the values themselves. The other schedules are rates of an optimizer with a
+        // rate of 0.5.
         ("one cycle momentum", Schedule::one_cycle_momentum(40).times(Schedule::lambda(|_| 2.0))),
         ("warm-up and cosine", Schedule::linear(0.1, 1.0, 10).then(10, Schedule::cosine(30, lowest))),
     ];
@@ -136,7 +138,7 @@ fn field_that_the_optimizer_does_not_have_is_named_in_the_first_step() {
     optimizer.set_up(&parameters);
     let error = optimizer.step(&parameters, &parameters).unwrap_err().to_string();
     assert!(error.contains("no Momentum"), "{error}");
-    // Nobody has told it the length of the run.
+    // Without a run, the length of the training is not known.
     let mut optimizer = Sgd::new(0.1).schedule(Schedule::cosine(10, 0.0).over_run(10));
     optimizer.set_up(&parameters);
     let error = optimizer.step(&parameters, &parameters).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! Runs of a small graph on one process: what is saved, what is found again, and what is refused.
+//! Runs of a small graph in one process: checkpoints that are saved, found, and refused.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -49,7 +49,8 @@ fn tasks(epochs: u64) -> Repeat {
     Repeat::new(epochs).then(Task::train("train")).then(SaveCheckpoint::new())
 }
 
-/// libtorch has one random number generator per process, and a rank is a process: runs in threads must take turns.
+/// libtorch has one random number generator per process, as if a process were one rank. Runs in
+/// threads must therefore take turns.
 static ONE_RUN_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 struct Options<'a> {
@@ -98,7 +99,8 @@ fn bits(out: &Path, name: &str) -> [Vec<u8>; 2] {
 fn a_run_resumed_anywhere_ends_with_the_same_bits() {
     let whole = tempfile::tempdir().unwrap();
     Options { every: Some(1), ..Options::new(whole.path()) }.run().unwrap();
-    // 22 samples by 4 are 6 steps per epoch; E0S4 lies within the first, E1S6 at the end of it.
+    // 22 samples in batches of 4 are 6 steps per epoch. E0S4 lies within the first epoch, E1S6 at
+    // its end.
     for from in ["E0S1", "E0S4", "E1S6", "E1S11", "E2S17"] {
         let resumed = tempfile::tempdir().unwrap();
         let from = Some(ResumeFrom::Path(saved(whole.path(), from)));
@@ -109,7 +111,8 @@ fn a_run_resumed_anywhere_ends_with_the_same_bits() {
 
 #[test]
 fn the_end_of_an_epoch_is_not_lost_where_steps_end_with_it() {
-    // 22 samples by 4 are 6 steps per pass: the first task ends with a pass, the second in the middle of one.
+    // 22 samples in batches of 4 are 6 steps per pass. The first task ends with a pass, the second
+    // within one.
     let tasks = || {
         Repeat::new(2)
             .then(Task::train("train").steps(6))
@@ -180,7 +183,7 @@ fn what_does_not_fit_is_refused_before_anything_is_loaded() {
     }
 }
 
-/// A run with tasks of its own, over the small graph.
+/// Executes a run with custom tasks over the small graph.
 fn run(out: &Path, tasks: &Repeat, options: CheckpointOptions) -> Result<()> {
     let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let config = RunConfig {
@@ -246,7 +249,7 @@ fn parameters_of_some_nodes_go_to_a_folder_and_back() {
     run(out.path(), &Repeat::once().then(Task::train("train")).then(save), CheckpointOptions::default())
         .unwrap();
     let checkpoint = Checkpoint::open(&pretrained).unwrap();
-    // The net is tagged `*`, the others `train`.
+    // The net is tagged `*`, all other nodes `train`.
     assert!(checkpoint.catalog().model.keys().all(|key| key.starts_with("net.")));
     assert_eq!(checkpoint.manifest().nodes.len(), 0);
 
@@ -272,7 +275,7 @@ fn a_run_that_need_not_fit_starts_from_the_beginning() {
     let [old, new] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     Options { epochs: 1, every: Some(4), ..Options::new(old.path()) }.run().unwrap();
     let other = |from| Options { samples: 23, epochs: 1, from, ..Options::new(new.path()) };
-    // Within a pass over other data.
+    // The checkpoint lies within a pass over other data.
     let from = Some(ResumeFrom::Path(saved(old.path(), "E0S4")));
     let strict = other(from.clone()).run().unwrap_err();
     assert!(strict.is_usage(), "{strict}");
@@ -318,7 +321,7 @@ fn auto_begins_where_nothing_was_saved_and_resumes_later_but_not_past_damage() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("not/yet");
     let run = |epochs| Options { from: Some(ResumeFrom::Auto), epochs, ..Options::new(&out) }.run();
-    // What another run has saved, and what is damaged of it, is not this one's.
+    // Checkpoints of another run do not belong to this run, even damaged ones.
     fs::create_dir_all(out.join("none_other_1129_ab/ckpts/E0S1")).unwrap();
     run(1).unwrap();
     assert_eq!(names(&out.join("none_local/ckpts")), ["E1S6", "latest"]);
@@ -337,7 +340,8 @@ fn auto_begins_where_nothing_was_saved_and_resumes_later_but_not_past_damage() {
 #[test]
 fn output_folder_that_cannot_be_written_is_an_error_before_the_first_task() {
     let out = tempfile::tempdir().unwrap();
-    // The tests may run as root, whom no permission stops: nobody makes a folder in /proc.
+    // The tests may run as root, which ignores permissions, but even root cannot create a folder in
+    // /proc.
     let proc = Path::new("/proc/none");
     for (folder, saves) in [(proc, true), (proc, false), (out.path(), true)] {
         let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -375,7 +379,7 @@ fn half_written_checkpoint_of_a_killed_run_of_the_same_id_is_removed() {
     assert_eq!((own.exists(), other.exists()), (false, true));
 }
 
-/// Resumes the small graph, changed in some way, with other tasks.
+/// Resumes the small graph, changed by `change`, with other tasks.
 fn resume_changed(
     out: &Path,
     from: &Path,
@@ -409,12 +413,12 @@ fn measures_validation_and_tasks_may_change_and_the_training_is_resumed() {
         graph.add("mean", ice_core::MetricNode::average(mean), "*").unwrap();
         graph.add("x", DatasetNode::new(Line(8)).batch_size(4), "val").unwrap();
     };
-    // Within the second epoch, and at its end.
+    // One checkpoint lies within the second epoch, one at its end.
     for (from, validated) in [("E1S8", 2), ("E2S12", 2)] {
         let new = tempfile::tempdir().unwrap();
         let (seen, called) = (Rc::new(RefCell::new(0)), Rc::new(RefCell::new(0)));
         let (see, call) = (Rc::clone(&seen), Rc::clone(&called));
-        // The closure at the front was not there, and training is behind it.
+        // The first item is new, and training comes after it.
         let tasks = || {
             let (see, call) = (Rc::clone(&see), Rc::clone(&call));
             Repeat::new(3)

@@ -1,4 +1,4 @@
-//! Optimizers whose state is divided over the ranks.
+//! Optimizers whose state is sharded over the ranks.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -17,7 +17,8 @@ use tch::{Kind, Tensor, nn};
 
 type Net = ModuleNode<nn::Sequential, Tensor>;
 
-/// Ranks that are threads share a generator, so that random parameters would not be the same every time.
+/// Deterministic parameters: ranks that are threads share a generator, so that random parameters
+/// would differ between runs.
 fn net(path: &nn::Path) -> nn::Sequential {
     let wave = |mut tensor: Tensor| {
         let values = Tensor::arange(tensor.numel() as i64, (Kind::Float, tensor.device())).sin() * 0.3;
@@ -46,7 +47,8 @@ fn graph(sharded: bool) -> HyperGraph {
     graph
 }
 
-/// Parameters at the end, the elements of the optimizers' state, and whether that is sharded, of each rank.
+/// Returns, for each rank, the final parameters, the number of elements of the optimizers' state,
+/// and whether it is sharded.
 fn run(
     ranks: usize,
     sharded: bool,
@@ -105,7 +107,7 @@ fn sharded_state_goes_on_with_other_ranks_or_whole() {
             assert!(largest <= allowed, "{ranks} ranks, sharded {sharded}: {largest}");
         }
     }
-    // What was saved whole is taken in parts.
+    // State that was saved whole is loaded in shards.
     let whole = out.path().join("whole");
     run(2, false, [3, 5], &whole, None);
     let resumed = run(3, true, [3, 5], &second, Some(&whole.join("none_local/ckpts/E1S3")));

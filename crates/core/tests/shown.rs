@@ -1,4 +1,4 @@
-//! What a run shows of itself beside its events: times and outputs.
+//! Output of a run in addition to its events: times, and outputs of nodes.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -45,7 +45,7 @@ fn a_timed_task_writes_what_each_node_took() {
     let csv = times(true).unwrap();
     let mut lines = csv.lines();
     assert_eq!(lines.next(), Some("task,node,phase,count,mean_ms,min_ms,max_ms,total_ms"));
-    // Two epochs of two steps of two ranks, of which one is measured.
+    // Two epochs of two steps. Only one of the two ranks measures.
     for row in [
         "\"train\",\"*/x\",forward,4",
         "\"train\",\"*/net\",forward,4",
@@ -78,7 +78,8 @@ impl Write for Page {
     }
 }
 
-/// What a probe prints in an epoch of training of 2 steps, one of evaluation, and the same again, on each of two ranks.
+/// Returns the output of a probe on each of two ranks. The run trains for an epoch of 2 steps,
+/// evaluates for one, and repeats both.
 fn printed(probe: impl Fn() -> Probe + Sync) -> Vec<String> {
     on_ranks(2, |_| {
         let (mut graph, page) = (graph(), Page::default());

@@ -1,4 +1,4 @@
-//! The sources that a run keeps.
+//! The sources that a run copies.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -64,12 +64,13 @@ fn what_git_ignores_and_what_the_run_makes_is_not_among_the_sources() {
     ];
     assert_eq!(files, expected);
 
-    // A restart keeps what the run began with.
+    // A restart keeps the sources from the start of the run.
     write(&project, "src/main.rs", b"changed");
     run();
     assert_eq!(fs::read(kept.join("project/src/main.rs")).unwrap(), b"src/main.rs");
 
-    // A program that runs elsewhere than where it was built goes on without.
+    // If a source is missing, as on a machine other than the build machine, the run continues
+    // without it.
     let mut graph = HyperGraph::new();
     graph.backup_source_files(work.path().join("nowhere")).backup_source_files(work.path().join("run.sh"));
     let config = RunConfig { out_dir: work.path().join("other"), ..RunConfig::default() };

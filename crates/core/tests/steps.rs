@@ -1,4 +1,4 @@
-//! What a training step is: accumulated, in mixed precision, left out, on one rank or several.
+//! Training steps: accumulated, in mixed precision, skipped, on one or more ranks.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor, nn};
 
 type Function = Box<dyn Fn(&Outputs) -> ice_core::Result<Tensor>>;
 
-/// What a rank saw.
+/// Observations of a rank.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Seen {
     /// Parameters at the end.
@@ -36,10 +36,10 @@ struct Options {
     steps: u64,
     autocast: Option<Autocast>,
     scaler: Option<fn() -> GradScaler>,
-    /// Rank and step, from 0, whose loss is infinite.
+    /// Rank and step, from 0, with an infinite loss.
     infinite: Option<(usize, u64)>,
     schedule: fn() -> Schedule,
-    /// Whether the loss goes backward by itself.
+    /// Whether the loss runs backward itself.
     by_itself: bool,
 }
 
@@ -99,7 +99,7 @@ impl Options {
         });
         let loss = if by_itself { LossNode::with_backward(loss) } else { LossNode::new(loss) };
         graph.add("loss", loss, "*").unwrap();
-        // The last one shows the parameters as the training left them.
+        // The evaluation observes the parameters after the training.
         let tasks =
             Repeat::once().then(Task::train("train").steps(self.steps)).then(Task::eval("val").steps(1));
         (graph, tasks, Box::new(move || seen.borrow().clone()))
@@ -110,7 +110,8 @@ impl Options {
     }
 }
 
-/// Ranks that are threads share a generator, so that random parameters would not be the same every time.
+/// Creates a layer with fixed parameters: ranks that are threads share a generator, so that random
+/// parameters would differ between runs.
 fn linear(path: &nn::Path) -> nn::Linear {
     let layer = nn::linear(path / "layer", 1, 3, Default::default());
     let values = Tensor::from_slice(&[0.7_f32, -0.4, 0.2]);
@@ -127,7 +128,8 @@ fn close(a: &Seen, b: &Seen) -> bool {
 
 #[test]
 fn several_batches_are_one_whatever_their_sizes() {
-    // 22 samples: the whole at once; by 4, the last one of 2; by 6 and 9 on ranks that divide the last ones unevenly.
+    // 22 samples: all at once; in batches of 4, the last one of 2; and on ranks in batches of 6 and
+    // 9, the last ones uneven.
     let whole = Options { samples: 22, batch: 22, steps: 3, ..Options::default() }.run(1);
     for (ranks, batch, passes) in [(1, 4, 6), (1, 4, 9), (2, 3, 4), (3, 3, 3), (2, 11, 1), (1, 22, 1)] {
         let parts = Options { samples: 22, batch, passes, steps: 3, ..Options::default() }.run(ranks);
@@ -135,7 +137,7 @@ fn several_batches_are_one_whatever_their_sizes() {
             assert!(close(rank, &whole[0]), "{ranks} ranks, {passes} x {batch}: {rank:?}, {whole:?}");
         }
     }
-    // The same where the loss goes backward by itself.
+    // The same holds if the loss runs backward itself.
     for (ranks, batch, passes) in [(1, 22, 1), (1, 4, 6), (2, 3, 4), (3, 3, 3), (2, 11, 1)] {
         let parts = Options { samples: 22, batch, passes, steps: 3, by_itself: true, ..Options::default() };
         for rank in &parts.run(ranks) {
@@ -166,13 +168,13 @@ fn a_scaled_loss_makes_the_same_steps() {
 
 #[test]
 fn a_step_that_is_infinite_on_one_rank_is_left_out_on_all() {
-    // Always the same batch, so that a step that is left out is as if it had not been.
+    // All batches are the same, so that a skipped step has no effect.
     let options = Options { samples: 8, steps: 3, scaler: Some(GradScaler::new), ..Options::default() };
     let undisturbed = options.run(2);
     let disturbed = Options { steps: 4, infinite: Some((1, 1)), ..options.clone() }.run(2);
     assert_eq!(disturbed[0].parameters, disturbed[1].parameters);
     assert!(close(&disturbed[0], &undisturbed[0]), "{disturbed:?}, {undisturbed:?}");
-    // Without a scaler it is the end of the parameters.
+    // Without a scaler, an infinite loss destroys the parameters.
     let lost = Options { scaler: None, infinite: Some((1, 1)), ..options }.run(2);
     assert!(lost[0].parameters.iter().all(|value| !value.is_finite()), "{lost:?}");
 }
@@ -203,7 +205,7 @@ fn buffers_are_rank_0s_in_the_next_step() {
                 |path| nn::batch_norm1d(path / "norm", 1, Default::default()),
                 move |norm: &nn::BatchNorm, x| {
                     see.set(norm.running_mean.double_value(&[0]));
-                    // Ranks see other data.
+                    // Each rank has different data.
                     Ok((x.tensor("x")? + rank as f64).apply_t(norm, x.is_training()))
                 },
             );
@@ -277,7 +279,7 @@ impl Node for Collectives {
     }
 }
 
-/// A layer, and buffers of three types and any strides.
+/// A layer, and buffers of three types with various strides.
 struct WithBuffers {
     layer: nn::Linear,
     buffers: Vec<Tensor>,
@@ -285,7 +287,8 @@ struct WithBuffers {
 
 impl WithBuffers {
     fn new(path: &nn::Path) -> Self {
-        // gloo knows no int16, and takes the elements of a row that begins with the column's first one.
+        // gloo does not support int16. For a column, it would send the elements that follow the
+        // column's first one in memory.
         let kinds = [Kind::Int16, Kind::Float, Kind::Int64, Kind::Int16, Kind::Float, Kind::Int64];
         let column = |(place, kind): (usize, &Kind)| {
             let matrix = Tensor::zeros([3, 2], (*kind, path.device()));
@@ -297,7 +300,7 @@ impl WithBuffers {
         Self { layer: linear(path), buffers: kinds.iter().enumerate().flat_map(column).collect() }
     }
 
-    /// What the buffers are.
+    /// Returns the values of the buffers.
     fn values(&self) -> Vec<i64> {
         let rows: Vec<_> =
             self.buffers.iter().map(|buffer| buffer.flatten(0, -1).to_kind(Kind::Int64)).collect();
@@ -353,8 +356,10 @@ fn buffers_of_any_type_and_strides_are_those_of_rank_0_after_a_step_by_one_broad
     }
 }
 
-/// Two datasets, `a` and `b`, whose samples are the numbers from 1: so many of each, by so many per rank. Trains for an epoch of both with a loss of
-/// one, and returns the weight, which begins at 0 and goes down by the mean of the samples of each step, and the measures of loss and metric.
+/// Trains on two datasets, `a` and `b`, whose samples are the numbers from 1. `sizes` are the
+/// samples of each and the samples per rank and step. The training runs for an epoch of both, with
+/// a loss of one. Returns the weight and the measures of loss and metric. The weight starts at 0,
+/// and each step subtracts the mean of its samples.
 fn two_datasets(
     ranks: usize,
     passes: u64,
@@ -404,7 +409,8 @@ fn two_datasets(
 
 #[test]
 fn loss_and_metric_weigh_samples_of_the_dataset_they_depend_on() {
-    // In the second step rank 1 has no sample of `a`, and each rank 4 of `b`: 1 to 8, then 9 to 16.
+    // In the second step, rank 1 has no sample of `a`, and each rank has 4 samples of `b`: 1 to 8,
+    // then 9 to 16.
     for outcome in two_datasets(2, 1, [(5, 2), (30, 4)], None, &["b"]) {
         assert_eq!(outcome.unwrap()[..], [-17.0, (0.0 - 4.5 * 12.5) / 2.0, 8.5]);
     }
@@ -415,17 +421,19 @@ fn loss_and_metric_weigh_samples_of_the_dataset_they_depend_on() {
 
 #[test]
 fn accumulated_losses_weigh_each_sample_of_their_dataset_the_same() {
-    // Samples of the passes on one rank: 2, 2 and 1 of `a`, and 4, 4 and 4 of `b`. On two: 4 and 1, 8 and 8.
+    // Samples of the passes on one rank: 2, 2 and 1 of `a`, and 4, 4 and 4 of `b`. On two ranks: 4
+    // and 1, and 8 and 8.
     for (ranks, of, weight) in [(1, &["b"], -6.5), (1, &["a"], -3.0), (2, &["b"], -8.5), (2, &["a"], -3.0)] {
         for outcome in two_datasets(ranks, 3, [(5, 2), (30, 4)], None, of) {
             let found = outcome.unwrap()[0];
             assert!((found - weight).abs() < 1e-5, "{ranks} ranks, {of:?}: {found}");
         }
     }
-    // A dataset that the loss names counts.
+    // If the loss names a dataset, only that dataset counts.
     let both = &["a", "b"];
     let found = two_datasets(1, 3, [(5, 2), (30, 4)], Some("b"), both)[0].clone().unwrap()[0];
-    // The means over a pass of `a`, 1.5, 3.5 and 5, weigh as the samples of `b`.
+    // The means over the passes of `a`, which are 1.5, 3.5 and 5, are weighted by the samples of
+    // `b`.
     assert!((found + 6.5 + 10.0 / 3.0).abs() < 1e-5, "{found}");
 }
 
@@ -439,11 +447,12 @@ fn loss_over_datasets_that_are_spread_differently_is_refused_by_name_unless_one_
             "{problem}"
         );
     }
-    // Spread alike, though of different sizes.
+    // The datasets are distributed alike, although their sizes differ.
     for outcome in two_datasets(2, 1, [(8, 2), (16, 4)], None, both) {
         assert_eq!(outcome.unwrap()[0], -(2.5 + 4.5) - (6.5 + 12.5));
     }
-    // In the second step rank 0 alone has a sample of `a`, the fifth, and 9 to 12 of `b`.
+    // In the second step, only rank 0 has a sample of `a`, the fifth, and it has samples 9 to 12 of
+    // `b`.
     for outcome in two_datasets(2, 1, [(5, 2), (30, 4)], Some("a"), both) {
         assert_eq!(outcome.unwrap()[0], -(2.5 + 4.5) - (5.0 + 10.5));
     }
@@ -477,13 +486,13 @@ fn loss_without_a_dataset_weighs_the_same_on_any_number_of_ranks() {
     }
 }
 
-/// A line with a slope and a height that are the same in each program.
+/// Creates a line with a constant slope and height.
 fn line(path: &nn::Path) -> nn::Linear {
     let (ws_init, bs_init) = (nn::Init::Const(0.5), Some(nn::Init::Const(0.25)));
     nn::linear(path, 1, 1, nn::LinearConfig { ws_init, bs_init, bias: true })
 }
 
-/// Two networks that train against each other, and the tasks.
+/// Creates two networks that train against each other, and the tasks.
 fn adversaries() -> Result<(HyperGraph, Repeat)> {
     let mut graph = HyperGraph::new();
     graph.add("noise", DatasetNode::new(Line(8)).batch_size(8), "*")?;
@@ -629,7 +638,8 @@ fn sparse_gradients_are_refused_by_the_name_of_the_parameter() {
     errors.into_iter().for_each(check);
 }
 
-/// A policy over two arms, trained without data by REINFORCE: the second arm pays. Ranks draw by themselves, and learn alike.
+/// Trains a policy over two arms without data by REINFORCE: the second arm pays. Ranks draw
+/// independently and learn together.
 #[test]
 fn policy_learns_from_gradients_of_its_own_which_ranks_average() {
     for ranks in [1, 2] {
@@ -644,7 +654,7 @@ fn policy_learns_from_gradients_of_its_own_which_ranks_average() {
             let learn = LossNode::with_backward(move |x| {
                 let likelihood = x.tensor("policy")?.log_softmax(0, Kind::Float);
                 step.set(step.get() + 1);
-                // One rank plays in every second step.
+                // A single rank plays in each step.
                 if x.is_training() && (ranks == 1 || step.get() % ranks == rank) {
                     let arm = tch::no_grad(|| likelihood.exp().multinomial(1, false)).int64_value(&[0]);
                     let reward = arm as f64;
@@ -669,7 +679,7 @@ fn policy_learns_from_gradients_of_its_own_which_ranks_average() {
     }
 }
 
-/// Goes backward by itself through the module node `net`.
+/// Runs backward itself, through the module node `net`.
 struct Learner;
 
 impl Node for Learner {
@@ -690,7 +700,7 @@ impl Node for Learner {
     }
 }
 
-/// Goes down the slope of the same loss without libtorch's gradients, by itself.
+/// Descends the slope of the same loss itself, without libtorch's gradients.
 struct Alone {
     weight: f64,
     worker: Option<Rc<Worker>>,
@@ -751,7 +761,7 @@ fn nodes_of_ones_own_train_without_a_loss_node() {
                     _ => graph.add("loss", LossNode::new(loss), "train").unwrap(),
                 };
             }
-            // The evaluation shows the weight as the training has left it.
+            // The evaluation observes the weight after the training.
             let tasks = Repeat::once().then(Task::train("train").steps(3)).then(Task::eval("val").steps(1));
             (graph, tasks, Box::new(move || seen.get()) as Box<dyn Fn() -> f64>)
         })

@@ -1,4 +1,4 @@
-//! Tasks that are left, runs that are ended, and graphs that are run by hand.
+//! Tasks that are left, runs that end early, and graphs that are run by hand.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -19,7 +19,7 @@ use ice_core::{
 use ice_worker::Worker;
 use tch::{Device, Kind, Tensor, nn};
 
-/// A graph without a loss.
+/// Creates a graph without a loss.
 fn net() -> HyperGraph {
     let mut graph = HyperGraph::new();
     graph.add("x", DatasetNode::new(Line(8)).batch_size(2), "*").unwrap();
@@ -31,7 +31,7 @@ fn net() -> HyperGraph {
     graph
 }
 
-/// A graph whose training fails in this step, counted from 1.
+/// Creates a graph whose training fails in this step, counted from 1.
 fn graph(fails: Option<(u64, fn() -> Error)>) -> HyperGraph {
     let mut graph = net();
     let step = Cell::new(0);
@@ -46,7 +46,7 @@ fn graph(fails: Option<(u64, fn() -> Error)>) -> HyperGraph {
     graph
 }
 
-/// Steps of training and of evaluation, and whether the closure at the end ran.
+/// Returns the numbers of training and evaluation steps, and whether the last closure ran.
 fn outcome(fails: Option<(u64, fn() -> Error)>) -> (u64, u64, bool) {
     let mut outcomes = on_ranks(2, |_| {
         let seen = Rc::new(RefCell::new((0, 0, false)));
@@ -86,7 +86,7 @@ fn a_graph_is_run_by_hand() {
     let look = || eager.forward("val", |x| Ok(x.tensor("net")?.requires_grad())).unwrap();
     assert!(!look());
     let losses: Vec<f64> = (0..8).map(|_| eager.train_step("train").unwrap()).collect();
-    // Four batches are an epoch, and after it the first one comes again.
+    // Four batches are an epoch, after which the first batch follows again.
     let [first, second] = [0, 4].map(|at| losses[at..at + 4].iter().sum::<f64>());
     assert!(0.0 < second && second < first, "{losses:?}");
     let error = eager.forward("val", |x| x.tensor("nothing")).unwrap_err().to_string();
@@ -105,7 +105,7 @@ fn steps_are_one_epoch_where_that_is_said() {
                     see.set((run.counters().train_epochs(), run.measure("*/loss")?));
                     Ok(())
                 });
-            // Two steps are a pass, and each loss is the number of its step.
+            // Two steps are a pass, and the loss of each step is its number.
             let mut graph = net();
             let step = Cell::new(0.0);
             let loss = LossNode::new(move |x| {
@@ -121,7 +121,7 @@ fn steps_are_one_epoch_where_that_is_said() {
     assert_eq!(seen(false), (2_u64, 3.5));
 }
 
-/// Notes that every rank takes in the closures of its tasks, which are equal on all ranks.
+/// Returns the notes of the tasks' closures, after a check that they are equal on all ranks.
 fn notes_of_ranks(make: impl Fn(usize, &Notes) -> (HyperGraph, Repeat) + Sync) -> Vec<String> {
     let mut notes = on_ranks(2, |rank| {
         let notes = Notes::default();
@@ -136,7 +136,7 @@ fn notes_of_ranks(make: impl Fn(usize, &Notes) -> (HyperGraph, Repeat) + Sync) -
 struct Notes(Rc<RefCell<Vec<String>>>);
 
 impl Notes {
-    /// A closure that notes the counters.
+    /// Returns a closure that notes the counters.
     fn counters(&self, what: &str) -> impl Fn(&Run) -> ice_core::Result<()> + use<> {
         let (notes, what) = (self.clone(), what.to_owned());
         move |run| {
@@ -167,7 +167,7 @@ fn closure_of_one_rank_ends_the_run_or_leaves_its_repetition_on_all() {
             )
         })
     };
-    // The repetition is left in its second turn, and whole when it comes again.
+    // The second turn leaves the inner repetition, which runs completely when it is repeated.
     let after_leaving = [
         "step 1 0",
         "step 2 0",
@@ -193,7 +193,8 @@ fn closure_of_one_rank_ends_the_run_or_leaves_its_repetition_on_all() {
     assert_eq!(notes(|_| Err(Error::StopAllTasks)), ["step 1 0", "step 2 0"]);
 }
 
-/// A graph with a node that does something in each step, which is counted from 1, of training and of evaluation.
+/// Creates a graph with a node that calls `watch` in each step of training and of evaluation,
+/// counted from 1.
 fn graph_with(watch: impl Fn(&Outputs, u64) -> ice_core::Result<()> + 'static) -> HyperGraph {
     let mut graph = graph(None);
     let seen = Cell::new([0, 0]);
@@ -227,7 +228,8 @@ fn node_of_one_rank_makes_all_leave_the_task_at_the_same_step() {
             (graph, tasks)
         })
     };
-    // If all ranks ask, they leave at once; otherwise another rank may be a step ahead, or, in an evaluation, many.
+    // If all ranks ask, they leave at once. Otherwise the other rank may be a step ahead, or many
+    // steps in an evaluation.
     assert_eq!(notes([&[3], &[3]])[0], "trained 3 0");
     for steps in [[&[3][..], &[]], [&[], &[3]]] {
         let notes = notes(steps);
@@ -235,7 +237,7 @@ fn node_of_one_rank_makes_all_leave_the_task_at_the_same_step() {
         let evaluated: u64 = notes[1].rsplit(' ').next().unwrap().parse().unwrap();
         assert!((3..=18).contains(&evaluated), "{notes:?}");
     }
-    // A wish of the last step does not leave the next task.
+    // A wish in the last step of a task does not leave the next task.
     assert_eq!(notes([&[18], &[]]), ["trained 18 0", "evaluated 18 18"]);
 }
 
@@ -248,7 +250,7 @@ fn node_of_one_rank_ends_the_run_on_all() {
             }
             Ok(())
         });
-        // The wish comes in the last step of its task: the next closure acts on it.
+        // The wish comes in the last step of its task, so that the next closure acts on it.
         (graph, Repeat::new(3).then(Task::train("train").steps(2)).call(notes.counters("step")))
     });
     assert_eq!(notes, ["step 2 0"]);
@@ -274,7 +276,7 @@ fn node_error_that_leaves_a_step_on_one_rank_alone_names_both() {
     }
 }
 
-/// An item of the task list that returns an error each time that it runs, or nothing.
+/// An item of the task list that returns an error each time it runs, or succeeds without an error.
 struct Leaves(Option<fn() -> Error>);
 
 impl TaskItem for Leaves {
@@ -315,7 +317,7 @@ fn ranks_agree_on_what_an_item_of_ones_own_leaves() {
                     Ok(())
                 }
             };
-            // The second loop is left as well, with no step between.
+            // The second loop is left, too, without a step between the loops.
             let leaving = || Repeat::new(3).call(note("turn")).then(Leaves(errors[rank]));
             let tasks = Repeat::once()
                 .then(leaving())
@@ -330,7 +332,7 @@ fn ranks_agree_on_what_an_item_of_ones_own_leaves() {
     let [task, all]: [fn() -> Error; 2] = [|| Error::StopTask, || Error::StopAllTasks];
     let outcomes = run([Some(task), Some(task)]);
     assert!(outcomes.iter().all(|outcome| *outcome == (vec!["turn", "turn", "end"], Ok(()))), "{outcomes:?}");
-    // The most that any rank asks for.
+    // The most that any rank asks for counts.
     for errors in [[Some(all), Some(all)], [Some(task), Some(all)], [Some(all), Some(task)]] {
         let outcomes = run(errors);
         assert!(outcomes.iter().all(|outcome| *outcome == (vec!["turn"], Ok(()))), "{outcomes:?}");
@@ -369,7 +371,7 @@ fn step_is_left_by_an_error_while_requests_are_pending() {
                 let known = worker.borrow();
                 let worker: &Rc<Worker> = known.as_ref().unwrap();
                 if rank == 0 {
-                    // For another task, so that nobody acts on them.
+                    // The requests are for another task, so that no rank acts on them.
                     worker.ask_to_leave(false, u64::MAX)?;
                     worker.ask_to_leave(false, u64::MAX)?;
                 }
@@ -380,13 +382,13 @@ fn step_is_left_by_an_error_while_requests_are_pending() {
         graph.add("knows", Knows(worker), "*").unwrap();
         (graph, Repeat::once().then(Task::train("train").steps(4)).call(notes.counters("step")))
     };
-    // Ranks that cannot agree wait for ever.
+    // Ranks that cannot agree would wait forever.
     let (done, notes) = mpsc::channel();
     thread::spawn(move || done.send(notes_of_ranks(make)));
     assert_eq!(notes.recv_timeout(Duration::from_secs(60)).unwrap(), ["step 1 0"]);
 }
 
-/// Keeps the worker.
+/// Stores the worker.
 struct Knows(Rc<RefCell<Option<Rc<Worker>>>>);
 
 impl Node for Knows {
@@ -414,7 +416,7 @@ fn step_that_is_left_measures_nothing_later() {
             if left && [2, 5].contains(&steps.get()) { Err(Error::StopTask) } else { x.tensor("x") }
         });
         graph.add("last", last, "*").unwrap();
-        // The second step of each task is left, in which `sum` has measured already.
+        // The second step of each task is left after `sum` has measured in it.
         let tasks = Repeat::once()
             .then(Task::train("train").steps(if left { 2 } else { 1 }))
             .then(Task::train("train").steps(1).simulate_epoch())
@@ -430,7 +432,8 @@ fn step_that_is_left_measures_nothing_later() {
         Run::execute(&graph, &tasks, Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
         seen.take()
     };
-    // Points 0, 1/8, … 7/8 in an evaluation that begins at the first one, whatever was left before.
+    // The points 0, 1/8, … 7/8: an evaluation starts at the first point, independent of tasks that
+    // were left before.
     let sum = (0..8).map(|point| f64::from(point) / 8.0).sum::<f64>();
     for left in [false, true] {
         let measured = measured(left);
@@ -438,8 +441,8 @@ fn step_that_is_left_measures_nothing_later() {
     }
 }
 
-/// Trains in one process, with a validation loss of the given values, and returns the number of turns, from the first or the one after the last
-/// checkpoint.
+/// Trains in one process, with a validation loss of the given values. Returns the number of turns,
+/// counted from the start or from the checkpoint `from`.
 fn turns(
     losses: &'static [f64],
     out: &std::path::Path,
@@ -447,7 +450,7 @@ fn turns(
     stop: impl Fn(Repeat) -> Repeat,
 ) -> u64 {
     let _turn = turn();
-    // More samples than there are steps: no epoch ends.
+    // There are more samples than steps, so that no epoch ends.
     let mut graph = net();
     graph.add("x", DatasetNode::new(Line(40)).batch_size(2), "train").unwrap();
     let loss = move |x: &Outputs| Ok(x.tensor("net")?.sum(Kind::Float) * 0.0);
@@ -529,7 +532,7 @@ fn nodes_see_where_the_run_is_also_after_a_resume() {
     let seen = |out: &std::path::Path, from: Option<&str>| {
         let seen = Rc::new(RefCell::new(Vec::new()));
         let see = Rc::clone(&seen);
-        // A weight of the loss by the number of the step.
+        // The loss is weighted by the number of the step.
         let mut graph = graph_with(move |x, _| {
             let size = x.epoch_iterations().unwrap();
             let folder = x.folder().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
@@ -564,7 +567,8 @@ fn nodes_see_where_the_run_is_also_after_a_resume() {
     let out = tempfile::tempdir().unwrap();
     let (whole, weight) = seen(out.path(), None);
     let places: Vec<_> = whole.iter().map(|(place, ..)| *place).collect();
-    // Four batches are an epoch, of which the second task trains the last one and two of the next.
+    // Four batches are an epoch. The second training task consumes its last batch and two of the
+    // next epoch.
     let first = [(0, 0, 0, 4), (1, 0, 1, 4), (2, 0, 2, 4), (3, 0, 0, 2), (3, 0, 1, 2)];
     let second = [(3, 0, 0, 1), (4, 1, 0, 4), (5, 1, 1, 4), (6, 1, 0, 2), (6, 1, 1, 2)];
     assert_eq!(places, [first, second].concat());
@@ -572,7 +576,7 @@ fn nodes_see_where_the_run_is_also_after_a_resume() {
     assert_eq!(seen(out.path(), Some("E0S3")), (whole[3..].to_vec(), weight));
 }
 
-/// SGD that writes down the learning rate of each step.
+/// SGD that records the learning rate of each step.
 struct Recorded(Sgd, Rc<RefCell<Vec<f64>>>);
 
 impl Optimizer for Recorded {
@@ -598,7 +602,7 @@ impl Optimizer for Recorded {
     }
 }
 
-/// A net over eight points whose learning rates are written down.
+/// Creates a net over eight points that records its learning rates.
 fn recorded(
     batch_size: usize,
     optimizer: impl FnOnce(Recorded) -> ModuleNode<nn::Linear, Tensor>,
@@ -661,7 +665,8 @@ fn schedule_over_a_run_of_steps_is_that_of_the_steps_and_needs_one_unit() {
     assert!(error.contains("all training tasks a number of epochs"), "{error}");
 }
 
-/// The rates that a run of so many turns trains with, from the beginning or from the last checkpoint.
+/// Returns the learning rates of a run of `turns` turns, from the start or from the last
+/// checkpoint.
 fn rates_on_plateau(out: &std::path::Path, turns: u64, from: Option<ResumeFrom>) -> Vec<f64> {
     const LOSSES: [f64; 8] = [3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0];
     let _turn = turn();
@@ -669,7 +674,7 @@ fn rates_on_plateau(out: &std::path::Path, turns: u64, from: Option<ResumeFrom>)
         let half = Schedule::lambda(|step| if step % 2 == 0 { 1.0 } else { 0.5 });
         linear().optimizer_for("bias", Sgd::new(0.1)).optimizer(sgd.schedule(half))
     });
-    // More samples than there are steps: no epoch ends.
+    // There are more samples than steps, so that no epoch ends.
     graph.add("x", DatasetNode::new(Line(40)).batch_size(2), "train").unwrap();
     let measured = MetricNode::last(|x| Ok(Tensor::from_slice(&[LOSSES[x.train_steps() as usize - 1]])));
     graph.add("measured", measured, "val").unwrap();

@@ -1,4 +1,4 @@
-//! What one rank has, on all of them.
+//! Transfer of tensors from one rank to all ranks.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -12,14 +12,15 @@ use ice_core::{HyperGraph, ModuleNode, Repeat, Run, RunConfig};
 use ice_worker::Worker;
 use tch::{Tensor, nn};
 
-/// Elements of tensors that travel together and of those that do not, and of the first size that does not.
+/// Numbers of elements of tensors below the limit for packing, at the limit, and above.
 const SIZES: [i64; 5] = [1, 1000, (16 << 10) - 1, 16 << 10, 100_000];
-/// More than are under way at a time.
+/// Number of tensors, more than the portions in flight.
 const TENSORS: i64 = 200;
-/// Of the last one, which travels in parts.
+/// Number of elements of the last tensor, which travels in parts.
 const LARGE: i64 = 5_000_000;
 
-/// The least and the greatest element of each tensor that a rank begins with, having made others than every other rank.
+/// Returns the minimum and maximum of each tensor at the start of a rank. Every rank initializes
+/// its tensors differently.
 fn begin(worker: Worker) -> Vec<(f64, f64)> {
     let out = tempfile::tempdir().unwrap();
     let rank = worker.rank() as i64;

@@ -9,9 +9,9 @@ use super::records::frame;
 
 const PREFIX: &str = "events.out.tfevents.";
 
-/// A thread that writes to a file, so that no step waits for the disk. Whenever its queue is empty, it
-/// flushes to the operating system. If the process is killed, only the events since the last flush are
-/// lost.
+/// A thread that writes to a file, so that no step waits for the disk. Whenever its queue is empty,
+/// it flushes to the operating system. If the process is killed, only the events since the last
+/// flush are lost.
 pub(super) struct Writer {
     events: Option<Sender<Event>>,
     thread: Option<JoinHandle<()>>,

@@ -189,8 +189,8 @@ impl<'a> Run<'a> {
         let worker = &run.worker;
         worker.stay();
         worker.link().begin_run();
-        // A spare on the CPU sets up its graph before a round needs it. A spare whose GPU is not bound
-        // yet enters the round first, which binds it.
+        // A spare on the CPU sets up its graph before a round needs it. A spare whose GPU is not
+        // bound yet enters the round first, which binds it.
         let mut is_in = if worker.is_unbound() { worker.enter_round()? } else { true };
         let clock = graph.clock().clone();
         graph.set_up(&Context { worker: Rc::clone(worker), seed: run.config.seed, clock })?;

@@ -1,4 +1,4 @@
-//! What tests of whole runs share.
+//! Helpers of tests of whole runs.
 #![allow(dead_code, reason = "each test uses a part")]
 
 use std::rc::Rc;
@@ -15,14 +15,15 @@ use tch::{Device, Kind, Tensor};
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// libtorch has one random number generator per process, and a rank is a process: runs in threads must take turns.
+/// libtorch has one random number generator per process, as if a process were one rank. Runs in
+/// threads must therefore take turns.
 static ONE_RUN_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 pub(crate) fn turn() -> impl Drop {
     ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// So many points on a line, each as `[1]` of f32.
+/// This many points on a line, each as `[1]` of f32.
 pub(crate) struct Line(pub(crate) usize);
 
 impl Dataset for Line {
@@ -37,7 +38,8 @@ impl Dataset for Line {
     }
 }
 
-/// Runs a graph on so many ranks, each a thread with a graph of its own, and returns what each returned.
+/// Runs a graph on `world_size` ranks, each a thread with its own graph. Returns the results by
+/// rank.
 pub(crate) fn on_ranks<T: Send, K: TaskItem>(
     world_size: usize,
     make: impl Fn(usize) -> (HyperGraph, K, Box<dyn Fn() -> T>) + Sync,
@@ -51,7 +53,7 @@ pub(crate) fn on_ranks<T: Send, K: TaskItem>(
     })
 }
 
-/// Runs a function on so many ranks, each a thread, and returns what each returned.
+/// Runs a function on `world_size` ranks, each a thread. Returns the results by rank.
 pub(crate) fn as_ranks<T: Send>(world_size: usize, body: impl Fn(Worker) -> T + Sync) -> Vec<T> {
     let _turn = turn();
     let (_server, port) = serve_store().unwrap();

@@ -1,5 +1,6 @@
-//! The IDX format of the MNIST files: two zero bytes, a type, the number of dimensions, each dimension as a big-endian
-//! u32, then the elements. Source: the format note on the MNIST page (Y. LeCun, C. Cortes, C. Burges).
+//! The IDX format of the MNIST files: two zero bytes, a type, the number of dimensions, each
+//! dimension as a big-endian u32, then the elements. Source: the format note on the MNIST page (Y.
+//! LeCun, C. Cortes, C. Burges).
 
 use std::fs;
 use std::path::Path;

@@ -14,9 +14,11 @@ pub enum Cell {
     Null,
     /// True or false.
     Bool(bool),
-    /// An integer, a date (days since 1970), a timestamp (microseconds since 1970) or a time of day (microseconds since midnight).
+    /// An integer, a date (days since 1970), a timestamp (microseconds since 1970) or a time of day
+    /// (microseconds since midnight).
     ///
-    /// The unit does not depend on the file's. Nanoseconds are rounded down, and timestamps stored as INT96 to milliseconds.
+    /// The unit does not depend on the file's. Nanoseconds are rounded down, and timestamps stored
+    /// as INT96 to milliseconds.
     Int(i64),
     /// A floating-point number.
     Float(f64),
