@@ -142,7 +142,7 @@ impl Member {
     pub(super) fn terminate(&mut self) {
         let is_signalled = matches!(*self.ending.borrow(), Ending::Asked { signalled: true });
         // A rank that knows the link reports SIGTERM to the agent instead of exiting.
-        // `Down::Terminate` says that this SIGTERM is to be obeyed.
+        // The message over the link says that this SIGTERM is to be obeyed.
         if !self.is_parked() && (!is_signalled || self.knows_link) {
             if self.knows_link {
                 self.send(&Down::Terminate);

@@ -69,7 +69,7 @@ impl Dispatcher<'_> {
             Up::Paused => self.rank_paused(local_rank, true),
             Up::Resumed => self.rank_paused(local_rank, false),
             Up::Stays => return Some(Event::Stays(local_rank)),
-            // The agent's own SIGTERM arrived before the `Down::Terminate` that confirms it.
+            // The agent's own SIGTERM arrived before the message over the link that confirms it.
             Up::Terminated if self.group.was_signalled(local_rank) => {}
             Up::Terminated => {
                 let together = self.group.agrees();

@@ -1,11 +1,13 @@
-//! How what a rank has left behind is ended.
+//! Ends the processes that a rank has left behind.
 //!
-//! A rank may be a shell script that starts the program, or may start helpers. The rank has ended when
-//! the last process that came of it has:
+//! A rank may be a shell script that starts the program, or may start helpers. The rank has ended
+//! when the last of its descendants has ended:
 //!
-//! - A rank that was asked to end: its processes have until the agent kills them.
-//! - A rank that ended with code 0 by itself: what it left gets SIGTERM, and the shutdown timeout.
-//! - A rank that failed: what it left is killed at once, since a restart waits for it.
+//! - A rank that was asked to end: its descendants have time until the agent kills them, at most
+//!   the shutdown timeout after the end of the rank's own process.
+//! - A rank that exited with code 0 by itself: its descendants get SIGTERM, and the shutdown
+//!   timeout.
+//! - A rank that failed: its descendants are killed at once, since a restart waits for them.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,43 +20,45 @@ use super::proc::{Process, handles};
 use super::stuck::{Stuck, obstacles};
 use super::{ProcessId, ProcessTree};
 
-/// Helpers that end with their rank, as Python's resource tracker does, have so long before they count as left behind.
+/// Time that helpers which end with their rank, such as Python's resource tracker, have before they
+/// count as left behind.
 const SETTLE: Duration = Duration::from_millis(200);
-/// How often what is left is looked at even if no child has ended.
+/// Interval of checks for remaining processes, even if no child has ended.
 const LOOK: Duration = Duration::from_millis(500);
 
 const SIGTERM: i32 = Signal::TERM.as_raw();
 
-/// What the agent wants of a rank.
+/// The end that the agent wants for a rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// That it runs.
+    /// The rank runs on.
     Unasked,
-    /// That it ends; whether its process group has got a signal for that.
+    /// The rank ends. `signalled`: its process group has received a signal for that.
     Asked { signalled: bool },
-    /// That nothing is left of it.
+    /// The rank and all of its descendants are killed.
     Killed,
 }
 
-/// The agent's side of an ending.
+/// The agent's instructions to the task that waits for a rank.
 pub(crate) struct Orders {
     pub(crate) ending: watch::Receiver<Ending>,
-    /// How long what a rank leaves after a good end may take.
+    /// Time that the descendants of an ended rank have, unless the rank failed.
     pub(crate) timeout: Duration,
 }
 
-/// What is to be known while a rank ends.
+/// Messages about processes that remain while a rank ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Remains {
-    /// The rank's own process has ended, and others that came of it have not.
+    /// The rank's own process has ended, but descendants have not.
     Behind,
-    /// Processes that were ended although no end was asked for.
+    /// Processes that were ended although the rank was not asked to end.
     Ended(String),
-    /// Processes that were killed and do not end.
+    /// Processes that were killed and have not ended.
     Stuck(String),
 }
 
-/// Waits for the next message about processes that do not end; for ever if none was killed.
+/// Waits for the next message about killed processes that have not ended, forever if no process was
+/// killed.
 pub(super) async fn due(stuck: Option<&mut Stuck>) {
     match stuck {
         Some(stuck) => stuck.due().await,
@@ -62,7 +66,7 @@ pub(super) async fn due(stuck: Option<&mut Stuck>) {
     }
 }
 
-/// Waits until nothing is left of a process that has ended, with code 0 if it ended well.
+/// Waits until no descendant of an ended process is left. `well`: the process exited with code 0.
 pub(super) async fn drain(
     tree: &ProcessTree,
     ended: (ProcessId, u32),
@@ -105,7 +109,8 @@ pub(super) async fn drain(
                     let first = !std::mem::replace(&mut asked, true);
                     let due = |process: &&Process| match signalled && process.group == ended.1 {
                         true => missed(process),
-                        // What these start afterwards belongs to their ending.
+                        // Processes that these start afterwards belong to their shutdown, so they
+                        // get no signal.
                         false => first,
                     };
                     terminate(left.iter().filter(due), &mut terminated);
@@ -127,21 +132,22 @@ pub(super) async fn drain(
     }
 }
 
-/// Whether a process of the group has not got the signal that the group got.
+/// Whether a process of the group has missed the signal that the group received.
 ///
-/// A shell that the signal reaches between fork and exec of a command takes it for itself, and the command
-/// runs on. Such a process has no handler, and its parent is gone. One with a handler is saving, and gets
-/// no second signal; one with a parent is that one's business.
+/// If the signal reaches a shell between fork and exec of a command, the shell takes it for itself,
+/// and the command continues. Such a process has no handler, and its parent is gone. A process with
+/// a handler is saving, and gets no second signal. A process with a living parent is left to that
+/// parent.
 fn missed(process: &Process) -> bool {
     process.parent == std::process::id() && !handles(process.pid, SIGTERM)
 }
 
-/// Sends SIGTERM to those that have not had it.
+/// Sends SIGTERM to the processes that have not received it yet.
 fn terminate<'a>(processes: impl Iterator<Item = &'a Process>, terminated: &mut BTreeSet<(u32, u64)>) {
     for process in processes {
         if terminated.insert((process.pid, process.started)) {
             process.signal(Signal::TERM);
-            // One that is stopped cannot end.
+            // A stopped process cannot react to SIGTERM, so SIGCONT follows.
             process.signal(Signal::CONT);
         }
     }

@@ -1,4 +1,4 @@
-//! The environment contract, agent's side.
+//! The variables of ranks: the agent's side of the environment contract.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::placement::{
     visible_devices,
 };
 
-/// What all ranks of this node have in common in a round.
+/// Values that all ranks of this node share in a round.
 pub(crate) struct Environment<'a> {
     plan: &'a LaunchPlan,
     round: &'a Round,
@@ -20,13 +20,14 @@ pub(crate) struct Environment<'a> {
     placed: Vec<Placed>,
     /// Whether each rank sees one ROCm device.
     maps_hip: bool,
-    /// Threads of a rank, if the agent's OMP_NUM_THREADS does not say it.
+    /// Threads of a rank, if they have to be set. `None` if the agent's OMP_NUM_THREADS or a
+    /// default applies.
     threads: Option<u32>,
 }
 
 impl<'a> Environment<'a> {
     pub(crate) fn new(plan: &'a LaunchPlan, round: &'a Round, store: (&'a str, u16)) -> Self {
-        // torchrun maps it for a virtual local rank alone.
+        // torchrun maps HIP_VISIBLE_DEVICES only for a virtual local rank.
         let hip = hip_visible_devices().filter(|_| plan.virtual_local_rank);
         let maps_hip = hip.is_some();
         let visible = hip.or_else(visible_devices);
@@ -40,7 +41,7 @@ impl<'a> Environment<'a> {
         Down::Round { variables: variables.map(|(name, value)| (name.to_owned(), value)).collect() }
     }
 
-    /// The variables of a spare: none that would make a program take itself for a rank.
+    /// Returns the variables of a spare. None of them lets a program take itself for a rank.
     pub(crate) fn of_spare(&self) -> Vec<(&'static str, String)> {
         let (plan, round) = (self.plan, self.round);
         let device = self.placed.first().map(|placed| placed.device.to_string());
@@ -56,12 +57,12 @@ impl<'a> Environment<'a> {
         variables
     }
 
-    /// The variables that libraries read when they are loaded.
+    /// Returns the variables that libraries read when they are loaded.
     pub(crate) fn thread_variables(&self) -> Vec<(&'static str, String)> {
         thread_variables(self.threads)
     }
 
-    /// The variables of a rank.
+    /// Returns the variables of a rank.
     pub(crate) fn of(&self, local_rank: u32, error_file: Option<&Path>) -> Vec<(&'static str, String)> {
         let (plan, round) = (self.plan, self.round);
         let rank = (round.you.first_rank + local_rank).to_string();
@@ -108,13 +109,14 @@ impl<'a> Environment<'a> {
     }
 }
 
-/// The thread variables that the ranks of this node will have if all agents of the job run on other
-/// machines; known before the nodes have met.
+/// Returns the thread variables that the ranks of this node will have if all agents of the job run
+/// on different machines. They are known before the nodes have met.
 pub(crate) fn expected_thread_variables(plan: &LaunchPlan) -> Vec<(&'static str, String)> {
     thread_variables(threads(plan, plan.local_world_size()))
 }
 
-/// libtorch takes its number of threads from MKL, which prefers its own variable.
+/// Returns the variables for a number of threads. libtorch takes its number of threads from MKL,
+/// which prefers its own variable.
 fn thread_variables(threads: Option<u32>) -> Vec<(&'static str, String)> {
     let Some(number) = threads.map(|threads| threads.to_string()) else { return Vec::new() };
     let mkl = Some(names::MKL_NUM_THREADS).filter(|name| unset(name));
@@ -122,8 +124,9 @@ fn thread_variables(threads: Option<u32>) -> Vec<(&'static str, String)> {
     names.map(|name| (name, number.clone())).collect()
 }
 
-/// Threads of each rank where nobody says how many: its share of this machine's cores, other nodes of the job on the same machine included.
-/// A rank that has the machine to itself keeps its own default.
+/// Returns the number of threads of each rank. By default, that is a rank's share of this machine's
+/// cores. Ranks of other nodes of the job on the same machine count. A rank that has the machine to
+/// itself keeps its own default.
 fn threads(plan: &LaunchPlan, ranks_here: u32) -> Option<u32> {
     if plan.omp_num_threads.is_some() {
         return plan.omp_num_threads;

@@ -1,9 +1,9 @@
 //! The file that all processes of a job are started from.
 //!
-//! A build or an upgrade may replace the program while the job runs. A rank that is started again must not be
-//! another program than the ranks that it joins, so the file is held open, and started by its descriptor once
-//! its path leads elsewhere. A script cannot be started so, since its interpreter opens it by its path; that
-//! its text has changed is said.
+//! A build or an upgrade may replace the program while the job runs. A restarted rank must run the
+//! same program as the ranks that it joins. The file is therefore held open, and started by its
+//! descriptor once its path leads to another file. A script cannot be started like that, since its
+//! interpreter opens it by its path. If the text of a script has changed, the user is notified.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
@@ -16,12 +16,12 @@ use crate::cli::Program;
 /// A program's file as it was when the job started.
 pub(crate) struct Executable {
     path: PathBuf,
-    /// `None` if it could not be opened; its start then says why.
+    /// The open file. `None` if the file could not be opened; the start then reports why.
     held: Option<Held>,
-    /// The text that an interpreter runs.
+    /// The script that an interpreter runs.
     script: Option<(PathBuf, Identity)>,
     started_by: PathBuf,
-    /// What was said last.
+    /// The last message to the user.
     said: Option<String>,
 }
 
@@ -31,7 +31,7 @@ struct Held {
     is_script: bool,
 }
 
-/// What tells one content of a file from another.
+/// Identifies a content of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Identity {
     file: (u64, u64),
@@ -56,14 +56,16 @@ fn identity(path: &Path) -> io::Result<Identity> {
 impl Executable {
     pub(crate) fn open(program: &Program) -> Self {
         let path = program.path.clone();
-        // A program that launches itself runs already: that file, not what its path leads to now.
+        // A program that launches itself is already running: the running file counts instead of the
+        // file that its path leads to now.
         let own = std::env::current_exe().is_ok_and(|own| own == path);
         let opened = if own { Path::new("/proc/self/exe") } else { &path };
         let script = program.script().and_then(|script| Some((script.to_owned(), identity(script).ok()?)));
         Self { held: Held::open(opened).ok(), started_by: path.clone(), path, script, said: None }
     }
 
-    /// Finds out what to start it by from now on; returns what the user should know of that, once.
+    /// Decides by which path ranks start from now on. Returns a message for the user if that has
+    /// changed.
     pub(crate) fn refresh(&mut self) -> Option<String> {
         let (path, said) = self.look();
         self.started_by = path;
@@ -72,7 +74,7 @@ impl Executable {
         news
     }
 
-    /// The path to start it by.
+    /// Returns the path by which ranks start.
     pub(crate) fn started_by(&self) -> &Path {
         &self.started_by
     }
@@ -122,7 +124,8 @@ impl Executable {
 
 impl Held {
     fn open(path: &Path) -> io::Result<Self> {
-        // A program may be executable and not readable. Only a readable one can be a script.
+        // `O_PATH`, because a program may be executable but not readable. Only a readable program
+        // can be a script.
         let file = File::options().read(true).custom_flags(nix::libc::O_PATH).open(path)?;
         let identity = Identity::from(&file.metadata()?);
         let mut start = [0; 2];

@@ -1,4 +1,4 @@
-//! Files that ranks touch to show that they get something done.
+//! Files that ranks touch to show progress.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,8 +8,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use tempfile::TempDir;
 
-/// A folder with a file for each process, which the process makes. It is a temporary one and not
-/// that of the logs, which may be on a file system that does not answer.
+/// A folder with a file for each process, which the process makes. The folder is a temporary one
+/// instead of the folder of the logs, which may be on a file system that does not respond.
 pub(crate) struct Heartbeats(TempDir);
 
 impl Heartbeats {
@@ -18,12 +18,13 @@ impl Heartbeats {
         tempfile::Builder::new().prefix("ice-launch-heartbeats-").tempdir().map(Self)
     }
 
-    /// The file of a process that the agent starts, by the number of the process.
+    /// Returns the file of a process, by the number that the agent has given to the process.
     pub(crate) fn file(&self, process: u64) -> PathBuf {
         self.0.path().join(process.to_string())
     }
 
-    /// When these processes last touched their files, since 1970; without those that have not yet.
+    /// Returns the times at which these processes last touched their files, since 1970. A process
+    /// that has not touched its file yet is left out.
     pub(crate) fn touched(&self, processes: impl IntoIterator<Item = (u32, u64)>) -> BTreeMap<u32, Duration> {
         let touched = |process| {
             let modified = fs::metadata(self.file(process)).and_then(|file| file.modified()).ok()?;

@@ -1,15 +1,16 @@
-//! The keeper: a process that ends what is left of a job whose agent was killed.
+//! The keeper: a process that ends the rest of a job whose agent was killed.
 //!
-//! Ranks die with their agent by the kernel's death signal. Their descendants have no such signal, and a
-//! rank that changes its credentials loses it. The keeper is forked at the start, waits for the end of
-//! the agent, and kills every process that carries the job's mark until none is left. An agent that ends
-//! by itself dismisses its keeper.
+//! Ranks die with their agent by the kernel's death signal. Their descendants have no such signal,
+//! and a rank that changes its credentials loses it. The keeper is forked at the start, waits for
+//! the end of the agent, and kills every process that carries the job's mark until none is left. An
+//! agent that exits by itself dismisses its keeper.
 //!
 //! - **KP-1** The keeper is ready before the first rank starts.
-//! - **KP-2** The keeper is not the agent's child, and shares neither its session, its process group nor
-//!   its command line: what ends the agent by one of these leaves the keeper alone.
-//! - **KP-3** After the fork the keeper makes system calls only. It allocates nothing and takes no lock,
-//!   since another thread may have held one.
+//! - **KP-2** The keeper is not the agent's child, and shares neither its session, its process
+//!   group nor its command line. A signal that reaches the agent by one of these does not reach the
+//!   keeper.
+//! - **KP-3** After the fork the keeper makes system calls only. The keeper allocates nothing and
+//!   takes no lock, since another thread may have held the lock at the fork.
 
 #![expect(unsafe_code, reason = "fork, and code after it")]
 
@@ -31,14 +32,14 @@ use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::mark::{self, Mark};
 
-/// How long the keeper waits for processes that do not end although they were killed.
+/// Time that the keeper waits for killed processes that have not ended.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// Longest time between two looks at them.
+/// Longest time between two checks for them.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Name in process lists.
 const NAME: &CStr = c"ice-keeper";
 
-/// The agent's hold on its keeper.
+/// The agent's handle of its keeper.
 pub(super) struct Keeper {
     pid: Pid,
     control: fs::File,
@@ -54,13 +55,15 @@ impl Keeper {
         let (told, control) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         let (answer, ready) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         let arguments = arguments();
-        // A handler of this process must not run in another one, which shares the pipe that it writes to.
+        // All signals are blocked over the fork. A handler of this process must not run in a child,
+        // which shares the pipe that the handler writes to.
         let mut before = SigSet::empty();
         pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))?;
         // SAFETY: both children make system calls only, up to `_exit` (KP-3).
         let forked = unsafe { fork() };
         if let Ok(ForkResult::Child) = forked {
-            // SAFETY: as above. The keeper loses its parent, and with it all that connects it to the agent.
+            // SAFETY: as above. The keeper loses its parent, and with the parent its connection to
+            // the agent.
             if let Ok(ForkResult::Child) = unsafe { fork() } {
                 detach(arguments);
                 let _ = rustix::io::write(&ready, &getpid().as_raw().to_ne_bytes());
@@ -80,12 +83,13 @@ impl Keeper {
         Ok(Self { pid: Pid::from_raw(i32::from_ne_bytes(pid)), control: control.into() })
     }
 
-    /// Its process. Where the agent is process 1, it is a child of the agent again.
+    /// Returns the keeper's process. If the agent is process 1, the keeper is a child of the agent
+    /// again.
     pub(super) fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// Ends it, since nothing is left of the job; waits for its end, though not for long.
+    /// Ends the keeper, since no process of the job is left. Waits up to a second for its end.
     pub(super) fn dismiss(mut self) {
         let pid = rustix::process::Pid::from_raw(self.pid.as_raw());
         let keeper = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
@@ -99,7 +103,7 @@ impl Keeper {
     }
 }
 
-/// Address and length of this process's arguments, proc_pid_stat(5).
+/// Returns address and length of this process's arguments, proc_pid_stat(5).
 fn arguments() -> Option<(usize, usize)> {
     let stat = fs::read_to_string("/proc/self/stat").ok()?;
     let (_, rest) = stat.rsplit_once(')')?;
@@ -108,7 +112,7 @@ fn arguments() -> Option<(usize, usize)> {
     (start > 0).then(|| Some((start, end.checked_sub(start)?)))?
 }
 
-/// Leaves the agent's session, and gives the process a name of its own (KP-2).
+/// Leaves the agent's session, and changes the name and the command line of the process (KP-2).
 fn detach(arguments: Option<(usize, usize)>) {
     let _ = setsid();
     let _ = prctl::set_name(NAME);
@@ -116,7 +120,8 @@ fn detach(arguments: Option<(usize, usize)>) {
     if let Some((start, length)) = arguments {
         let name = NAME.to_bytes();
         let kept = name.len().min(length.saturating_sub(1));
-        // SAFETY: the kernel has put the arguments there, on this process's stack, and nothing here reads them any more.
+        // SAFETY: the kernel has put the arguments there, on this process's stack, and no code
+        // reads them any more.
         unsafe {
             let start = std::ptr::with_exposed_provenance_mut::<u8>(start);
             start.write_bytes(0, length);
@@ -125,12 +130,13 @@ fn detach(arguments: Option<(usize, usize)>) {
     }
 }
 
-/// The descriptors of the keeper.
+/// Numbers of the keeper's descriptors.
 const AGENT: i32 = 0;
 const CONTROL: i32 = 1;
 const PROC: i32 = 2;
 
-/// Makes these descriptors 0, 1 and 2, and closes all others, standard ones included: a pipe that the agent has held ends with it.
+/// Makes these descriptors 0, 1 and 2, and closes all others, standard streams included. A pipe
+/// that the agent has held can then end with the agent.
 fn hold_only(descriptors: [&OwnedFd; 3]) -> bool {
     let mut high = [0; 3];
     for (high, descriptor) in high.iter_mut().zip(descriptors) {
@@ -138,12 +144,12 @@ fn hold_only(descriptors: [&OwnedFd; 3]) -> bool {
         *high = unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_DUPFD, 10) };
     }
     let moved = high.iter().zip([AGENT, CONTROL, PROC]).all(|(high, low)| {
-        // SAFETY: as above; what was 0, 1 or 2 before is not used any more.
+        // SAFETY: as above. Descriptors that were 0, 1 or 2 before are not used any more.
         *high >= 0 && unsafe { libc::dup2(*high, low) } == low
     });
-    // SAFETY: closes descriptors, of which none but the three is used from here on.
+    // SAFETY: closes descriptors. Only the three are used from here on.
     if moved && unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) } != 0 {
-        // A kernel before 5.9.
+        // The kernel is older than 5.9.
         (3..4096).for_each(|descriptor| {
             // SAFETY: as above.
             unsafe { libc::close(descriptor) };
@@ -153,13 +159,13 @@ fn hold_only(descriptors: [&OwnedFd; 3]) -> bool {
 }
 
 fn exit() -> ! {
-    // SAFETY: ends the process without running anything of the agent's.
+    // SAFETY: ends the process without running any code of the agent.
     unsafe { libc::_exit(0) }
 }
 
-/// Waits for the end of the agent, and ends what it has left.
+/// Waits for the end of the agent, and ends the processes that it has left.
 fn keep(mark: Mark) -> ! {
-    // SAFETY: `hold_only` has opened the three, and nothing closes them.
+    // SAFETY: `hold_only` has opened the three descriptors, and no code closes them.
     let [agent, control, proc] =
         [AGENT, CONTROL, PROC].map(|number| unsafe { BorrowedFd::borrow_raw(number) });
     let mut listens = true;
@@ -173,7 +179,7 @@ fn keep(mark: Mark) -> ! {
             let mut byte = [0; 1];
             match rustix::io::read(control, &mut byte) {
                 Ok(1) => exit(),
-                // The agent is gone, or about to be.
+                // The pipe ended or failed: the agent is gone, or about to be.
                 _ => listens = false,
             }
         }
@@ -184,7 +190,8 @@ fn keep(mark: Mark) -> ! {
     }
 }
 
-/// Kills all that carries the mark until nothing is left: what is killed may have forked a moment before.
+/// Kills all processes with the mark until none is left. A killed process may have forked a moment
+/// before, so one pass is not enough.
 fn end_all(proc: BorrowedFd<'_>, mark: Mark) {
     let own = getpid().as_raw();
     let (mut waited, mut pause) = (Duration::ZERO, Duration::from_millis(1));
@@ -212,7 +219,8 @@ fn end_all(proc: BorrowedFd<'_>, mark: Mark) {
 
 fn kill(proc: BorrowedFd<'_>, pid: i32, mark: Mark) {
     let Some(number) = rustix::process::Pid::from_raw(pid) else { return };
-    // The number may have become another process's between the look and the signal, the descriptor cannot.
+    // Between the check and the signal, the id may become another process's. A pidfd cannot, so the
+    // check is repeated after it is open.
     if let Ok(process) = pidfd_open(number, PidfdFlags::empty())
         && carries(proc, pid, mark)
     {
@@ -227,7 +235,7 @@ fn carries(proc: BorrowedFd<'_>, pid: i32, mark: Mark) -> bool {
     if !limit.is_some_and(|limit| mark.covers(limit)) {
         return false;
     }
-    // A zombie still shows its limits.
+    // A zombie still shows its limits, so its state has to be checked as well.
     let stat = read(proc, pid, b"/stat\0", &mut buffer);
     let state = stat.and_then(|stat| {
         let end = stat.iter().rposition(|byte| *byte == b')')?;

@@ -1,5 +1,6 @@
-//! What the agent changes for itself, and gives back to its ranks between fork and exec: the number of open files, of which it takes
-//! as many as it may have, and SIGXFSZ, which it ignores.
+//! Settings that the agent changes for itself, and restores for its ranks between fork and exec:
+//! the number of open files, of which the agent takes as many as it may have, and SIGXFSZ, which
+//! the agent ignores.
 
 #![expect(unsafe_code, reason = "the action of a signal")]
 
@@ -13,7 +14,8 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 
 use crate::Error;
 
-/// Open files of the agent itself, and of each rank: its link, its process, two pipes, and its connection to the store.
+/// Open files of the agent itself, and of each rank: its link, its process, two pipes, and its
+/// connection to the store.
 const FILES_OF_AGENT: u64 = 20;
 const FILES_OF_RANK: u64 = 5;
 /// Threads of the agent: console, files, names of hosts, a source of notices.
@@ -22,7 +24,8 @@ const THREADS: usize = 4;
 /// Soft and hard limit that the agent was started with.
 static INHERITED: OnceLock<(rlim_t, rlim_t)> = OnceLock::new();
 
-/// Raises the soft limit to the hard one: each rank of the job, wherever it runs, and each agent is a connection of the host.
+/// Raises the soft limit to the hard one. On the host, each rank of the job, wherever it runs, and
+/// each agent is a connection.
 pub(crate) fn raise_open_files() {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
     if INHERITED.set((soft, hard)).is_ok()
@@ -32,12 +35,12 @@ pub(crate) fn raise_open_files() {
     }
 }
 
-/// What a rank gets; looked up before the fork.
+/// Returns the limits for a rank. Looked up before the fork.
 pub(super) fn inherited_open_files() -> Option<(rlim_t, rlim_t)> {
     INHERITED.get().copied()
 }
 
-/// Sets a rank's limit; a system call and nothing else.
+/// Sets a rank's limits. A system call and nothing else, so that it may run after fork.
 pub(super) fn set_open_files((soft, hard): (rlim_t, rlim_t)) -> nix::Result<()> {
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard)
 }
@@ -45,21 +48,23 @@ pub(super) fn set_open_files((soft, hard): (rlim_t, rlim_t)) -> nix::Result<()> 
 /// Whether SIGXFSZ had its default action when the agent was started.
 static HAD_DEFAULT: OnceLock<bool> = OnceLock::new();
 
-/// Makes a file that reaches the limit of its size (`ulimit -f`) an error, like a disk that is full, and not the end of the agent.
+/// Ignores SIGXFSZ, so that a file which reaches its size limit (`ulimit -f`) is an error, like a
+/// full disk, instead of the end of the agent.
 pub(crate) fn survive_file_size() {
-    // SAFETY: nothing else in this process depends on the action of this signal, and no handler is set.
+    // SAFETY: nothing else in this process depends on the action of this signal, and no handler is
+    // set.
     match unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) } {
         Ok(before) => _ = HAD_DEFAULT.set(matches!(before, SigHandler::SigDfl)),
         Err(error) => tracing::debug!(%error, "SIGXFSZ is not ignored"),
     }
 }
 
-/// Whether a rank gets the default action; looked up before the fork.
+/// Whether a rank gets the default action. Looked up before the fork.
 pub(super) fn file_size_ends() -> bool {
     HAD_DEFAULT.get().copied().unwrap_or(false)
 }
 
-/// Restores the default action; a system call and nothing else.
+/// Restores the default action. A system call and nothing else, so that it may run after fork.
 pub(super) fn restore_file_size() -> nix::Result<()> {
     // SAFETY: this is the only thread of a process that is about to become another program.
     unsafe { signal(Signal::SIGXFSZ, SigHandler::SigDfl) }.map(drop)
@@ -68,7 +73,7 @@ pub(super) fn restore_file_size() -> nix::Result<()> {
 /// Checks that the agent and this number of ranks can be started at all.
 ///
 /// # Errors
-/// Names the limit, its value and what raises it.
+/// Returns an error that names the limit, its value and the way to raise it.
 pub(crate) fn check_limits(ranks: u32) -> Result<(), Error> {
     let open = fs::read_dir("/proc/self/fd").map_or(0, |files| files.count() as u64);
     let needed = open + FILES_OF_AGENT + FILES_OF_RANK * u64::from(ranks);
@@ -82,7 +87,7 @@ pub(crate) fn check_limits(ranks: u32) -> Result<(), Error> {
     })
 }
 
-/// Whether threads can be started: the runtime would panic later on.
+/// Whether threads can be started. Otherwise the runtime would panic later.
 fn threads_start() -> io::Result<()> {
     let all_run = Arc::new(Mutex::new(()));
     let held = all_run.lock().unwrap_or_else(PoisonError::into_inner);
@@ -96,12 +101,12 @@ fn threads_start() -> io::Result<()> {
     Ok(())
 }
 
-/// An error of the system with the limit that it comes from.
+/// Returns the text of a system error with the limit that causes it.
 pub(crate) fn explained(error: &io::Error) -> String {
     format!("{error}{}", error.raw_os_error().map(|errno| limit(errno).0).unwrap_or_default())
 }
 
-/// The limits that an error number stands for, with their values, and what raises them.
+/// Returns the limits that an error number stands for with their values, and the way to raise them.
 fn limit(errno: i32) -> (String, &'static str) {
     let value =
         |resource| getrlimit(resource).ok().map(|(soft, _)| soft).filter(|soft| *soft != RLIM_INFINITY);
@@ -115,7 +120,7 @@ fn limit(errno: i32) -> (String, &'static str) {
             limited("open files are", Resource::RLIMIT_NOFILE),
             "ulimit -Hn 65536 as root; for a container --ulimit nofile=65536",
         ),
-        // A thread without memory for its stack fails so, too.
+        // A thread without memory for its stack also fails with EAGAIN.
         nix::libc::EAGAIN => (
             memory + &limited("processes and threads of this user are", Resource::RLIMIT_NPROC),
             "ulimit -u unlimited; ulimit -v unlimited; for a container --pids-limit -1",

@@ -1,12 +1,13 @@
 //! The mark that every process of a job carries: its hard limit of `RLIMIT_LOCKS`.
 //!
-//! Linux has ignored this limit since 2.4.25 (getrlimit(2)), but fork and exec still hand it down, and a
-//! process without `CAP_SYS_RESOURCE` can only lower it. A session of its own, a double fork, a cleared
-//! environment or other credentials do not shed it, so it finds descendants that no ancestry leads to.
+//! Linux has ignored this limit since 2.4.25 (getrlimit(2)), but fork and exec still pass it on,
+//! and a process without `CAP_SYS_RESOURCE` can only lower it. A session of its own, a double fork,
+//! a cleared environment or other credentials do not remove the mark. The mark therefore finds
+//! descendants that no ancestry leads to.
 //!
-//! The number is `01`, 30 random bits for the job, 16 bits for the process that the agent started, and
-//! 16 bits for a job within that process. An agent that runs as a rank of another job lowers the mark
-//! that it has inherited, so that the outer job still recognises what the inner one starts.
+//! The number is `01`, 30 random bits for the job, 16 bits for the process that the agent started,
+//! and 16 bits for a job within that process. An agent that runs as a rank of another job lowers
+//! the mark that it has inherited. The outer job still recognises the processes of the inner one.
 
 use std::io;
 
@@ -17,21 +18,21 @@ use super::ProcessId;
 const TAG: u64 = 1;
 const ALL: u64 = 0xFFFF;
 
-/// The template that ranks are forked from. Its mark is the highest of the job, so that the mark of
-/// each rank can be set by lowering it.
+/// Number of the template that ranks are forked from. Its mark is the highest of the job, so that
+/// the mark of each rank can be set by lowering it.
 pub(crate) const TEMPLATE: ProcessId = ProcessId::MAX;
 
-/// What the processes of one job have in common.
+/// The common part of the marks of one job's processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mark {
-    /// A job that no other job has started: its 32 upper bits.
+    /// A job that is not part of another job: its 32 upper bits.
     Outer(u64),
-    /// A job within a process of another one: all of its bits.
+    /// A job within a process of another job: all of its bits.
     Inner(u64),
 }
 
 impl Mark {
-    /// Chooses the mark of this agent's job; `None` if its processes cannot be marked.
+    /// Chooses the mark of this agent's job. `None` if its processes cannot be marked.
     pub(super) fn choose() -> io::Result<Option<Self>> {
         let (_, hard) = getrlimit(Resource::RLIMIT_LOCKS)?;
         let mut bytes = [0; 8];
@@ -47,7 +48,7 @@ impl Mark {
         }
     }
 
-    /// The limit of a process that the agent starts.
+    /// Returns the limit for a process that the agent starts.
     pub(crate) fn of(self, process: ProcessId) -> rlim_t {
         match self {
             Self::Outer(job) => {
@@ -66,18 +67,18 @@ impl Mark {
         }
     }
 
-    /// Whether a process with this limit came of this process of the agent's.
+    /// Whether a process with this limit descends from this process of the agent.
     pub(super) fn came_of(self, limit: rlim_t, process: ProcessId) -> bool {
         matches!(self, Self::Outer(_)) && limit | ALL == self.of(process)
     }
 }
 
-/// Gives the calling process a mark; a system call and nothing else.
+/// Marks the calling process. A system call and nothing else, so that it may run after fork.
 pub(super) fn set(mark: rlim_t) -> nix::Result<()> {
     setrlimit(Resource::RLIMIT_LOCKS, mark, mark)
 }
 
-/// Gives a child of this process, forked from the template, the mark of a rank.
+/// Marks a child of this process that the template has forked as a rank.
 pub(super) fn set_of(pid: u32, mark: rlim_t) -> io::Result<()> {
     let mark = rustix::process::Rlimit { current: Some(mark), maximum: Some(mark) };
     let pid = rustix::process::Pid::from_raw(pid.cast_signed());
@@ -85,11 +86,11 @@ pub(super) fn set_of(pid: u32, mark: rlim_t) -> io::Result<()> {
     Ok(())
 }
 
-/// The hard limit of locks in `/proc/<pid>/limits`, without an allocation.
+/// Returns the hard limit of locks in `/proc/<pid>/limits`, without allocating.
 pub(super) fn parse(limits: &[u8]) -> Option<rlim_t> {
     let line = limits.split(|byte| *byte == b'\n').find(|line| line.starts_with(b"Max file locks"))?;
     let mut fields = line.split(|byte| *byte == b' ').filter(|field| !field.is_empty());
-    // Three words of the name, then the soft limit.
+    // The fields are three words of the name, the soft limit, and the hard limit.
     let hard = fields.nth(4)?;
     hard.iter().try_fold(0_u64, |number, byte| {
         let digit = byte.is_ascii_digit().then(|| u64::from(byte - b'0'))?;
@@ -125,7 +126,7 @@ mod tests {
         assert!(limit < outer.of(7), "a limit can only be lowered");
         assert!(outer.covers(limit) && outer.came_of(limit, 7) && !outer.came_of(limit, 3));
         assert!(inner.covers(limit) && !inner.covers(outer.of(7)));
-        // A third level has no bits left.
+        // A third level of jobs has no bits left.
         assert_eq!(Mark::below(limit, 1), None);
         assert_eq!(Mark::below(100, 1), None);
     }

@@ -1,5 +1,5 @@
-//! Whether the kernel killed a process for lack of memory: counters of its cgroup, of the cgroups above it, and of the machine,
-//! before and after.
+//! Detects whether the kernel killed a process for lack of memory. Compares counters of its cgroup,
+//! of the cgroups above it, and of the machine with their values at the start of the round.
 
 use std::cell::Cell;
 use std::fs;
@@ -9,15 +9,17 @@ use nix::sys::statvfs::statvfs;
 
 use crate::agent::{Cause, Exit, OutOfMemory};
 
-/// Limits of cgroups of version 1 from here on are none: the kernel shows the largest multiple of a page.
+/// A limit of a cgroup of version 1 from here on means no limit: the kernel shows the largest
+/// multiple of a page.
 const NO_LIMIT: u64 = 1 << 62;
 const SHARED_MEMORY: &str = "/dev/shm";
-/// What shells end with if a program was killed by SIGKILL.
+/// Exit code of a shell whose program was killed by SIGKILL.
 const KILLED: i32 = 128 + 9;
 
 /// The counters at the start of a round.
 pub(crate) struct MemoryWatch {
-    /// The cgroup of the agent, in which its ranks start, and those above it up to the root of the mount.
+    /// The cgroup of the agent, in which its ranks start, and those above it up to the root of the
+    /// mount.
     groups: Vec<Group>,
     /// Processes that were killed on this machine.
     killed: Option<u64>,
@@ -42,8 +44,8 @@ struct Counts {
 }
 
 impl MemoryWatch {
-    /// Finds the cgroups of this process. They are looked up once: `mountinfo` has thousands of lines on
-    /// some hosts, and a restart would wait for it.
+    /// Finds the cgroups of this process, once: `mountinfo` has thousands of lines on some hosts,
+    /// and a restart would wait for it.
     pub(crate) fn new() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let folder = find(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
@@ -58,7 +60,8 @@ impl MemoryWatch {
         self.explained.set(0);
     }
 
-    /// Why a process that the agent did not kill ended so, if the kernel knows more than the exit status says.
+    /// Returns the cause of an end, if the kernel knows more than the exit status says. `exit` is
+    /// that of a process that the agent did not kill.
     pub(crate) fn cause(&self, exit: &Exit) -> Option<Cause> {
         match exit {
             Exit::Signal(nix::libc::SIGKILL) | Exit::Code(KILLED) => self.out_of_memory(true),
@@ -72,8 +75,9 @@ impl MemoryWatch {
         }
     }
 
-    /// Processes that were killed and are not explained yet make a lack of memory the cause. What a program ended with itself is explained
-    /// by its own cgroup alone: those above count what was killed elsewhere, too.
+    /// Returns a lack of memory as the cause if killed processes are not explained yet. An exit
+    /// code that a program chose itself is explained only by its own cgroup: the counters of the
+    /// cgroups above include processes killed elsewhere.
     fn out_of_memory(&self, itself: bool) -> Option<Cause> {
         let now: Vec<(&Group, Counts)> =
             self.groups.iter().map(|group| (group, read(&group.folder))).collect();
@@ -89,7 +93,8 @@ impl MemoryWatch {
         if itself {
             self.explained.set(self.explained.get() + 1);
         }
-        // Only a limit that was reached counts: the machine may have run out of memory within all limits.
+        // Only a limit that was reached counts, because the machine may run out of memory although
+        // all limits are kept.
         let ran_out = |(group, now): &(&Group, Counts)| now.out > group.before.out;
         let reached = now.iter().filter(|both| ran_out(both)).find_map(|(group, _)| {
             let folder = &group.folder;
@@ -103,8 +108,9 @@ impl MemoryWatch {
     }
 }
 
-/// Where the memory of this process is limited: the mount, and the folder of its cgroup in it. Version 1 has a line with the name of the
-/// controller; version 2 one without names.
+/// Finds where the memory of this process is limited. Returns the mount point, and the folder of
+/// the process's cgroup below it. Version 1 has a line with the name of the controller, version 2 a
+/// line without names.
 fn find(cgroups: &str, mounts: &str) -> Option<(PathBuf, PathBuf)> {
     let path_of = |wanted: &dyn Fn(&str, &str) -> bool| {
         cgroups.lines().find_map(|line| {
@@ -127,7 +133,7 @@ fn find(cgroups: &str, mounts: &str) -> Option<(PathBuf, PathBuf)> {
                 return None;
             }
             let (root, mount) = (Path::new(*left.get(3)?), PathBuf::from(*left.get(4)?));
-            // A container may see a part of the hierarchy alone.
+            // A container may see only a part of the hierarchy.
             let below = Path::new(&path).strip_prefix(root).unwrap_or_else(|_| Path::new(""));
             let folder = mount.join(below);
             Some((mount, folder))
@@ -135,7 +141,7 @@ fn find(cgroups: &str, mounts: &str) -> Option<(PathBuf, PathBuf)> {
     })
 }
 
-/// A cgroup and those above it, up to the root of the mount.
+/// Returns a cgroup and the cgroups above it, up to the root of the mount.
 fn groups(mount: &Path, folder: &Path) -> Vec<Group> {
     let within = folder.ancestors().take_while(|folder| folder.starts_with(mount));
     within
@@ -151,7 +157,8 @@ fn read(folder: &Path) -> Counts {
     let text = |name: &str| fs::read_to_string(folder.join(name)).ok();
     match text("memory.events") {
         Some(events) => {
-            // `memory.events` counts those below as well, so that every cgroup above shows the limit of one.
+            // `memory.events` counts those below as well, so that every cgroup above shows the
+            // limit of one.
             let local = text("memory.events.local");
             let out = number(local.as_deref().unwrap_or(&events), "oom");
             Counts { out, killed: number(&events, "oom_kill") }
@@ -174,7 +181,7 @@ fn first_number(folder: &Path, files: [&str; 2]) -> Option<u64> {
 }
 
 fn limit(folder: &Path) -> Option<u64> {
-    // `max` is no number.
+    // `max`, for no limit, is not a number.
     first_number(folder, ["memory.max", "memory.limit_in_bytes"]).filter(|limit| *limit < NO_LIMIT)
 }
 
@@ -186,7 +193,8 @@ fn killed_on_machine() -> Option<u64> {
     Some(number(&fs::read_to_string("/proc/vmstat").ok()?, "oom_kill"))
 }
 
-/// Whether less than a twentieth of a file system is free. What a process had for itself is free again when it has ended.
+/// Returns a lack of shared memory as the cause if less than a twentieth of a file system is free.
+/// Files that only the ended process used may already be gone, so the file system need not be full.
 fn full(folder: &Path) -> Option<Cause> {
     let found = statvfs(folder).ok()?;
     let block = found.fragment_size();
@@ -200,7 +208,7 @@ mod tests {
 
     const KILL: Exit = Exit::Signal(nix::libc::SIGKILL);
 
-    /// A mount with a cgroup in another one, as version 2 has them.
+    /// Makes a mount with a cgroup in another one, like in version 2.
     fn two_levels() -> (tempfile::TempDir, PathBuf) {
         let mount = tempfile::tempdir().unwrap();
         let inner = mount.path().join("job/step");
@@ -243,7 +251,7 @@ mod tests {
         };
         assert_eq!(watch.cause(&Exit::Code(1)), Some(Cause::OutOfMemory(memory(false))));
         assert_eq!(watch.cause(&KILL), Some(Cause::OutOfMemory(memory(true))));
-        // One process was killed, and that was the rank above.
+        // Only one process was killed: the rank above.
         assert_eq!((watch.cause(&KILL), watch.cause(&Exit::Code(1))), (None, None));
         set(&inner, "memory.events", "oom 1\noom_kill 3\n");
         assert_eq!(watch.cause(&Exit::Code(137)), Some(Cause::OutOfMemory(memory(true))));

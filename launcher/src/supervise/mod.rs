@@ -1,4 +1,4 @@
-//! Processes: how a rank is started, watched and ended, so that nothing is left behind.
+//! Starts, watches and ends the processes of ranks, so that no process is left behind.
 
 mod drain;
 mod environment;
@@ -16,7 +16,7 @@ mod stuck;
 mod timer_pipe;
 mod tree;
 
-/// A process that the agent has started, counted from 1.
+/// Number of a process that the agent has started, from 1.
 pub(crate) type ProcessId = u64;
 
 pub(crate) use drain::{Ending, Orders, Remains};

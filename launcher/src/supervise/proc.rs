@@ -1,4 +1,4 @@
-//! Processes as `/proc` shows them.
+//! Information about processes from `/proc`.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -7,8 +7,9 @@ use std::{fmt, fs, io};
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// The CPU time that the processes of each of these sessions have used, those included that have ended and were waited for. A rank leads a
-/// session of its own. Empty if `/proc` shows other processes.
+/// Returns the CPU time that the processes of each of these sessions have used, including processes
+/// that have ended and were waited for. Each rank leads its own session. Empty if `/proc` belongs
+/// to another PID namespace.
 pub(crate) fn cpu_times(sessions: impl IntoIterator<Item = u32>) -> BTreeMap<u32, Duration> {
     let mut times: BTreeMap<u32, Duration> =
         sessions.into_iter().map(|session| (session, Duration::ZERO)).collect();
@@ -23,19 +24,20 @@ pub(crate) fn cpu_times(sessions: impl IntoIterator<Item = u32>) -> BTreeMap<u32
     times
 }
 
-/// A process as `/proc/<pid>/stat` shows it.
+/// A process according to `/proc/<pid>/stat`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Process {
     pub(crate) pid: u32,
     pub(crate) name: String,
-    /// One letter: `R`, `S`, `D`, `T`, `Z`, … of proc_pid_stat(5).
+    /// State of proc_pid_stat(5), one letter: `R`, `S`, `D`, `T`, `Z`, …
     pub(crate) state: char,
     pub(crate) parent: u32,
     pub(crate) group: u32,
     pub(crate) session: u32,
-    /// Start in clock ticks since the machine started; with the number, the identity of a process.
+    /// Start in clock ticks since the machine started. Together with the process id, it identifies
+    /// a process.
     pub(super) started: u64,
-    /// CPU time that it and its children that were waited for have used.
+    /// CPU time of the process, and of its children that were waited for.
     cpu: Duration,
 }
 
@@ -48,7 +50,7 @@ impl Process {
     }
 
     fn parse(stat: &str) -> Option<Self> {
-        // The name in parentheses may hold anything.
+        // The name in parentheses may contain any characters, parentheses included.
         let (head, rest) = stat.rsplit_once(')')?;
         let (pid, name) = head.split_once('(')?;
         let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
@@ -67,22 +69,22 @@ impl Process {
         })
     }
 
-    /// Whether it has not ended.
+    /// Whether the process has not ended.
     pub(crate) fn lives(&self) -> bool {
         !matches!(self.state, 'Z' | 'X')
     }
 
-    /// Sends a signal to this very process, and not to one that has got its number since.
+    /// Sends a signal to this process, but never to another process that has received its id since.
     pub(crate) fn signal(&self, signal: Signal) {
         let pid = rustix::process::Pid::from_raw(self.pid.cast_signed());
         let Some(open) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return };
         if Self::read(self.pid).is_some_and(|now| now.started == self.started) {
-            // It may have ended meanwhile.
+            // The process may have ended meanwhile.
             let _ = pidfd_send_signal(&open, signal);
         }
     }
 
-    /// Why it does not end although it was killed, as far as the kernel shows it.
+    /// Returns the reason why a killed process does not end, as far as the kernel shows it.
     pub(crate) fn obstacle(&self) -> &'static str {
         match self.state {
             _ if self.is_frozen() => "frozen by its cgroup",
@@ -92,7 +94,8 @@ impl Process {
         }
     }
 
-    /// Whether its cgroup is frozen. One of version 1 keeps even killed processes; version 2 lets them end.
+    /// Whether the process's cgroup is frozen. A frozen cgroup of version 1 keeps even killed
+    /// processes; version 2 lets them end.
     fn is_frozen(&self) -> bool {
         let groups = fs::read_to_string(format!("/proc/{}/cgroup", self.pid)).unwrap_or_default();
         let freezer = groups.lines().find_map(|line| line.split_once(":freezer:").map(|(_, path)| path));
@@ -107,7 +110,7 @@ impl fmt::Display for Process {
     }
 }
 
-/// The processes whose parent is this one, whichever of its threads started or adopted them.
+/// Returns the children of a process, whichever of its threads started or adopted them.
 pub(crate) fn children(pid: u32) -> Vec<u32> {
     let threads: Vec<_> = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten().collect();
     let lists = threads.iter().map(|thread| fs::read_to_string(thread.path().join("children")));
@@ -115,12 +118,12 @@ pub(crate) fn children(pid: u32) -> Vec<u32> {
         Ok(lists) => {
             lists.iter().flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok())).collect()
         }
-        // A thread has ended between the two looks; or a kernel without these lists.
+        // A thread has ended between the two reads, or the kernel lacks these lists.
         Err(_) => processes().filter(|process| process.parent == pid).map(|process| process.pid).collect(),
     }
 }
 
-/// A process and all that has come of it, parents before their children.
+/// Returns processes and all of their descendants, parents before their children.
 pub(crate) fn descendants(roots: impl IntoIterator<Item = u32>) -> Vec<Process> {
     let mut found: Vec<Process> = roots.into_iter().filter_map(Process::read).collect();
     let mut next = 0;
@@ -132,19 +135,19 @@ pub(crate) fn descendants(roots: impl IntoIterator<Item = u32>) -> Vec<Process> 
     found
 }
 
-/// All processes that `/proc` shows.
+/// Returns all processes that `/proc` shows.
 fn processes() -> impl Iterator<Item = Process> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| Process::read(entry.file_name().to_str()?.parse().ok()?))
 }
 
-/// Whether numbers in `/proc` are those of this process's PID namespace.
+/// Whether the ids in `/proc` are those of this process's PID namespace.
 fn is_usable() -> bool {
     static USABLE: OnceLock<bool> = OnceLock::new();
     *USABLE.get_or_init(|| unusable().is_none())
 }
 
-/// Why `/proc` cannot be used to find processes; `None` if it can.
+/// Returns the reason why `/proc` cannot be used to find processes, `None` if it can.
 pub(crate) fn unusable() -> Option<String> {
     let own = std::process::id().to_string();
     match fs::read_link("/proc/self") {
@@ -162,7 +165,7 @@ pub(crate) fn handles(pid: u32, signal: i32) -> bool {
     is_usable() && mask(&format!("/proc/{pid}/status"), "SigCgt:").is_some_and(|mask| is_in(mask, signal))
 }
 
-/// Whether this process was started with a signal ignored, as under nohup.
+/// Whether this process was started with a signal ignored, for example by nohup.
 pub(super) fn ignores(signal: i32) -> bool {
     mask("/proc/self/status", "SigIgn:").is_some_and(|mask| is_in(mask, signal))
 }

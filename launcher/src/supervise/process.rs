@@ -1,4 +1,4 @@
-//! One rank as a process.
+//! The process of a rank.
 
 #![expect(unsafe_code, reason = "code between fork and exec")]
 
@@ -28,18 +28,18 @@ use super::{ProcessId, ProcessTree, limits, mark};
 use crate::agent::Exit;
 use crate::cli::Program;
 
-/// Where a stream of a rank goes.
+/// Destination of a stream of a rank.
 pub(crate) enum Stdio {
     Inherit,
-    /// Nowhere.
+    /// `/dev/null`.
     Null,
     File(File),
     Pipe(OwnedFd),
 }
 
 impl Stdio {
-    /// The descriptor of a stream that this process has under `number`, with `null` as the one that
-    /// leads nowhere; `None` if the stream is closed.
+    /// Returns the descriptor for a stream: `number` if it is inherited, `null` for `/dev/null`.
+    /// `None` if the inherited stream is closed.
     pub(crate) fn descriptor<'a>(
         &'a self,
         number: BorrowedFd<'a>,
@@ -73,11 +73,11 @@ pub(crate) struct Rank {
     pidfd: AsyncFd<OwnedFd>,
 }
 
-/// What a process is started as.
+/// Parameters of a start.
 pub(crate) struct Start<'a> {
     pub(crate) id: ProcessId,
     pub(crate) program: &'a Program,
-    /// What the program's file is started by.
+    /// Path by which the program's file is executed.
     pub(crate) executable: &'a Path,
     pub(crate) local_rank: u32,
     pub(crate) cpus: Option<&'a BTreeSet<u32>>,
@@ -85,18 +85,19 @@ pub(crate) struct Start<'a> {
     /// The rank's end of the link.
     pub(crate) link: &'a UnixStream,
     pub(crate) stdin: Stdio,
-    /// Where stdout and stderr go.
+    /// Destinations of stdout and stderr.
     pub(crate) output: [Stdio; 2],
 }
 
-/// Starts a rank. The calling thread must live as long as the agent: the kernel kills the rank when it ends.
+/// Starts a rank. The calling thread must live as long as the agent: the kernel kills the rank when
+/// that thread ends (`PR_SET_PDEATHSIG`).
 pub(crate) fn spawn(tree: &Arc<ProcessTree>, start: Start<'_>) -> io::Result<Rank> {
     let Start { id, program, executable, local_rank, cpus, variables, link, stdin, output } = start;
     let [stdout, stderr] = output;
     let mark = tree.mark_of(id);
     let mut command = Command::new(executable);
     command.arg0(&program.path);
-    // The launcher's own error file, if it has one, is not that of a rank.
+    // The launcher's own error file must not become the error file of a rank.
     command.env_remove(TORCHELASTIC_ERROR_FILE);
     command.args(program.args_of(local_rank)).envs(variables).env(ICE_LINK_FD, link.as_raw_fd().to_string());
     command.env_remove(ICE_RDZV_TOKEN).env_remove(ICE_RDZV_TLS);
@@ -108,7 +109,7 @@ pub(crate) fn spawn(tree: &Arc<ProcessTree>, start: Start<'_>) -> io::Result<Ran
     let before_exec = move || {
         setsid()?;
         prctl::set_pdeathsig(Signal::SIGKILL)?;
-        // The agent may have died before the line above.
+        // If the agent died before the line above, the death signal does not arrive.
         if getppid() != agent {
             return Err(nix::Error::ESRCH.into());
         }
@@ -152,11 +153,12 @@ fn cpu_set(cpus: &BTreeSet<u32>) -> nix::Result<CpuSet> {
 }
 
 impl Rank {
-    /// Holds a child of this process.
+    /// Opens a pidfd of a child of this process.
     fn open(tree: &Arc<ProcessTree>, id: ProcessId, pid: u32) -> io::Result<Self> {
         let number = rustix::process::Pid::from_raw(pid.cast_signed()).ok_or(io::ErrorKind::InvalidInput)?;
         let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty())?;
-        // SAFETY: the pidfd is owned by the AsyncFd, which closes it when it is dropped and not before.
+        // SAFETY: the pidfd is owned by the AsyncFd, which closes it when it is dropped and not
+        // before.
         let pidfd = unsafe { AsyncFd::register(pidfd) }.map_err(io::Error::from)?;
         tree.started(pid);
         Ok(Self { id, pid, pidfd, tree: Arc::clone(tree) })
@@ -169,7 +171,8 @@ impl Rank {
     /// The process has ended, is not this process's child, or cannot be marked.
     pub(crate) fn adopt(tree: &Arc<ProcessTree>, id: ProcessId, pid: u32) -> io::Result<Self> {
         let rank = Self::open(tree, id, pid)?;
-        // The reaper may have waited for the process before it was noted, and the number be another's.
+        // The reaper may have waited for the process before it was noted, and the number be
+        // another's.
         let is_ours = Process::read(pid).is_some_and(|process| {
             process.lives() && process.parent == std::process::id() && process.session == pid
         });
@@ -192,13 +195,13 @@ impl Rank {
         Ok(sched_setaffinity(self.group(), &cpu_set(cpus)?)?)
     }
 
-    /// Ends a process that has not begun its work.
+    /// Kills a process that has not begun its work, and waits for it.
     pub(crate) fn discard(self) {
         let _ = rustix::process::pidfd_send_signal(self.pidfd.get_ref(), rustix::process::Signal::KILL);
         let _ = self.reap();
     }
 
-    /// Waits for its end, and for nothing that came of it.
+    /// Waits for the end of the process, but not for descendants.
     fn reap(&self) -> io::Result<Option<rustix::process::WaitStatus>> {
         let pid = rustix::process::Pid::from_raw(self.pid.cast_signed());
         let status = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
@@ -210,14 +213,15 @@ impl Rank {
         self.pid
     }
 
-    /// The process group, for signals while the rank lives.
+    /// Returns the process group, for signals while the rank lives.
     pub(crate) fn group(&self) -> Pid {
         Pid::from_raw(self.pid.cast_signed())
     }
 
-    /// Waits for the end of the process and of all that came of it.
+    /// Waits for the end of the process and of all its descendants.
     ///
-    /// The process is reaped last: until then its number, which is that of its session and its process group, cannot belong to another one.
+    /// The process is reaped last. Until then its id, which is also the id of its session and its
+    /// process group, cannot belong to another process.
     pub(crate) async fn wait(self, mut orders: Orders, say: impl Fn(Remains)) -> Exit {
         let pid = self.pid();
         let mut stuck = None;
@@ -236,7 +240,7 @@ impl Rank {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         let well = matches!(waitid(Id::Pid(self.group()), flags), Ok(WaitStatus::Exited(_, 0)));
         drain(&self.tree, (self.id, pid), well, orders, say).await;
-        // What is left of the group is what `/proc` could not show.
+        // The group may contain processes that `/proc` could not show.
         let _ = killpg(self.group(), Signal::SIGKILL);
         let status = gone.and_then(|()| self.reap()).ok().flatten();
         let code = status.and_then(|status| status.exit_status());
@@ -292,7 +296,7 @@ mod tests {
         let rank =
             start("/bin/sh", &["-c", "sleep 1000 & exit 0"], [Stdio::Pipe(writer), Stdio::Inherit]).unwrap();
         assert_eq!(wait(rank).await, Exit::Code(0));
-        // The pipe ends only when the sleeper, which holds it too, is gone.
+        // The sleeper also holds the pipe, so the pipe ends only when the sleeper is gone.
         let mut rest = Vec::new();
         let read =
             tokio::task::spawn_blocking(move || io::Read::read_to_end(&mut File::from(reader), &mut rest));

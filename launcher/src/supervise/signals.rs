@@ -1,4 +1,4 @@
-//! The signals that the agent gets.
+//! The signals that the agent receives.
 
 use std::future::poll_fn;
 use std::io;
@@ -9,23 +9,25 @@ use tokio::signal::unix::{self, SignalKind};
 
 use super::proc::ignores;
 
-/// What a signal to the agent means.
+/// Meaning of a signal to the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Caught {
     /// Stop the job.
     Stop(i32),
     /// The job will have to stop soon.
     Notice(Signal),
-    /// Pass it on to the ranks.
+    /// Pass the signal on to the ranks.
     Forward(i32),
-    /// The terminal wants the job to pause.
+    /// The terminal suspends the job (Ctrl-Z).
     Suspend,
 }
 
 pub(crate) struct Signals(Vec<(Caught, unix::Signal)>);
 
 impl Signals {
-    /// Listens; these stop the job, or give notice of its end. One that was ignored when the agent was started, as SIGHUP is under nohup, stays so.
+    /// Listens for signals: those in `stop` stop the job, those in `notice` give notice of its end.
+    /// SIGHUP, SIGINT and SIGQUIT stay ignored if they were ignored when the agent started, like
+    /// SIGHUP under nohup.
     pub(crate) fn new(stop: &[Signal], notice: &[Signal]) -> io::Result<Self> {
         let ignorable = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT];
         let stop: Vec<Signal> = stop
@@ -47,7 +49,7 @@ impl Signals {
         Ok(Self(meanings.map(listen).collect::<io::Result<_>>()?))
     }
 
-    /// The next signal. Cancel-safe.
+    /// Waits for the next signal. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Caught {
         poll_fn(|context| {
             let caught = self.0.iter_mut().find_map(|(meaning, signal)| {
@@ -58,7 +60,7 @@ impl Signals {
         .await
     }
 
-    /// The next signal that stops the job, or gives notice.
+    /// Waits for the next signal that stops the job or gives notice.
     pub(crate) async fn stop(&mut self) -> Caught {
         loop {
             let caught = self.next().await;

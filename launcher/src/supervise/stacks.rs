@@ -1,7 +1,7 @@
-//! What the ranks of a job that hangs are doing.
+//! Stacks of the ranks of a job that hangs.
 //!
-//! py-spy is a program here and not a library: as a library (0.4.3, without the features for its command line) it would make
-//! the launcher 2.5 MB larger.
+//! py-spy is used as a program instead of a library: as a library (0.4.3, without the features for
+//! its command line) it would make the launcher 2.5 MB larger.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -18,12 +18,12 @@ use super::proc::unusable;
 
 /// Time that a debugger has for a rank.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Bytes of a debugger's answer that are kept.
+/// Number of bytes of a debugger's output that are kept.
 const ENOUGH: usize = 1 << 20;
-/// Threads that the kernel is asked about.
+/// Number of threads whose state in the kernel is written.
 const THREADS: usize = 256;
 
-/// Lines of gdb that say nothing about the process.
+/// Lines of gdb without information about the process.
 const NOISE: [&str; 9] = [
     "warning:",
     "[New LWP ",
@@ -36,11 +36,11 @@ const NOISE: [&str; 9] = [
     "Download",
 ];
 
-/// Writes what can be learned about a process into a file: its threads from the kernel, and their stacks from py-spy or gdb where one of them is
-/// installed. Returns in one line what there is.
+/// Writes information about a process into a file: its threads from the kernel, and their stacks
+/// from py-spy or gdb if one of them is installed. Returns the kinds of information in one line.
 pub(crate) async fn write_stacks(pid: u32, path: Option<&Path>) -> io::Result<String> {
     let Some(path) = path else { return Err(io::Error::other("no file for them can be written")) };
-    // Its number would lead to a stranger, which a debugger would stop.
+    // In another PID namespace the id would be another process's, which a debugger would stop.
     if let Some(why) = unusable() {
         return Err(io::Error::other(why));
     }
@@ -50,7 +50,7 @@ pub(crate) async fn write_stacks(pid: u32, path: Option<&Path>) -> io::Result<St
     let number = pid.to_string();
     let mut py_spy = vec!["dump", "--pid", &number];
     if is_stopped(pid) {
-        // It fails to suspend a process that has been stopped already.
+        // Without this option, py-spy fails on a process that is already stopped.
         py_spy.push("--nonblocking");
     }
     let gdb = ["-nx", "-batch", "-ex", "set pagination off", "-ex", "thread apply all bt", "-p", &number];
@@ -74,7 +74,8 @@ pub(crate) async fn write_stacks(pid: u32, path: Option<&Path>) -> io::Result<St
     Ok(found.join(", "))
 }
 
-/// The Python that a process was started as. A virtual environment has its tools beside this name, which is a link to another one.
+/// Returns the Python that a process was started as. In a virtual environment, this name is a link,
+/// and tools such as py-spy are in its folder.
 fn interpreter(pid: u32) -> Option<PathBuf> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let first = line.split(|byte| *byte == 0).next()?;
@@ -85,7 +86,7 @@ fn interpreter(pid: u32) -> Option<PathBuf> {
 
 fn is_stopped(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name in parentheses may hold anything.
+    // The name in parentheses may contain any characters, parentheses included.
     stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']))
 }
 
@@ -94,7 +95,7 @@ fn without_noise(answer: &str) -> String {
     answer.lines().filter(|line| !is_noise(line)).flat_map(|line| [line, "\n"]).collect()
 }
 
-/// State and place in the kernel of each thread.
+/// Returns the state of each thread, and its place in the kernel.
 fn threads(pid: u32) -> String {
     let mut text = format!("process {pid}\n");
     for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten().take(THREADS) {
@@ -104,7 +105,7 @@ fn threads(pid: u32) -> String {
         let id = thread.file_name();
         let _ =
             writeln!(text, "thread {} {}: {state}, in {}", id.display(), read("comm").trim(), read("wchan"));
-        // Readable for root only.
+        // Only root can read this file.
         for line in read("stack").lines() {
             let _ = writeln!(text, "    {line}");
         }
@@ -112,10 +113,10 @@ fn threads(pid: u32) -> String {
     text
 }
 
-/// What a debugger prints; `None` where it is not installed.
+/// Returns the output of a debugger, `None` if the debugger is not installed.
 async fn ask(debugger: &Path, args: &[&str]) -> io::Result<Option<String>> {
     let mut command = Command::new(debugger);
-    // gdb would ask whether it may look for symbols in the network.
+    // Without DEBUGINFOD_URLS, gdb does not ask whether it may look for symbols in the network.
     command
         .args(args)
         .env_remove("DEBUGINFOD_URLS")

@@ -1,4 +1,4 @@
-//! Processes that were killed and do not end.
+//! Processes that were killed and have not ended.
 
 use std::time::Duration;
 
@@ -6,24 +6,24 @@ use tokio::time::{Instant, sleep_until};
 
 use super::proc::Process;
 
-/// A process that was killed ends sooner than this, unless something is wrong.
+/// Time within which a killed process ends, unless something is wrong.
 const FIRST: Duration = Duration::from_secs(1);
-/// Longest time between two messages about it.
+/// Longest time between two messages.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// When to say again that processes do not end.
+/// Times of messages about processes that do not end.
 pub(crate) struct Stuck {
     next: Instant,
     pause: Duration,
 }
 
 impl Stuck {
-    /// Counts from now.
+    /// Starts to count now.
     pub(crate) fn new() -> Self {
         Self { next: Instant::now() + FIRST, pause: FIRST }
     }
 
-    /// Waits until it is time for a message. Cancel-safe.
+    /// Waits until a message is due. Cancel-safe.
     pub(crate) async fn due(&mut self) {
         sleep_until(self.next).await;
         self.pause = (self.pause * 2).min(LONGEST);
@@ -31,7 +31,7 @@ impl Stuck {
     }
 }
 
-/// Names processes that were killed and have not ended, and why.
+/// Names killed processes that have not ended, and the reasons.
 pub(crate) fn obstacles(processes: &[Process]) -> String {
     const NAMED: usize = 5;
     let name = |process: &Process| format!("process {process} is {}", process.obstacle());

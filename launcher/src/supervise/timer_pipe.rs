@@ -1,8 +1,8 @@
-//! The pipe that PyTorch's `FileTimerClient` writes its requests to: one line of JSON for each, in
-//! one write, so that those of several processes do not mix.
+//! The pipe that PyTorch's `FileTimerClient` writes its requests to. Each request is one line of
+//! JSON, in one write, so that the requests of several processes do not mix.
 //!
-//! Whoever can open the pipe can write anything to it, so all that is read is bounded, and a line
-//! that is no request is dropped.
+//! Every process that can open the pipe can write anything to it. All input is therefore bounded,
+//! and a line that is not a request is dropped.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -16,23 +16,23 @@ use serde::Deserialize;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
-/// The longest request, PIPE_BUF: the client refuses longer ones.
+/// Maximum length of a request, PIPE_BUF. The client refuses longer requests.
 const LONGEST: usize = 4096;
 
-/// What a process asks for.
+/// A request of a process.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub(crate) struct TimerRequest {
     pub(crate) pid: u32,
     #[serde(rename = "scope_id")]
     pub(crate) scope: String,
-    /// In seconds since 1970. Below zero the timer is released.
+    /// Time of expiration in seconds since 1970. A negative number releases the timer.
     pub(crate) expiration_time: f64,
-    /// Zero and less for none.
+    /// Number of the signal. Zero or less for no signal.
     #[serde(default)]
     pub(crate) signal: i32,
 }
 
-/// A named pipe and its reading end. It is removed when this is dropped.
+/// A named pipe and its reading end. The pipe is removed when this is dropped.
 pub(crate) struct TimerPipe {
     path: PathBuf,
     receiver: pipe::Receiver,
@@ -46,11 +46,11 @@ impl Drop for TimerPipe {
 }
 
 impl TimerPipe {
-    /// Makes the pipe. One that is there and that no process reads is what another job has left
-    /// behind.
+    /// Makes the pipe. An existing pipe without a reader was left behind by another job, and is
+    /// replaced.
     ///
     /// # Errors
-    /// `AddrInUse` where a process reads it, `AlreadyExists` where there is something else than a pipe.
+    /// `AddrInUse` if a process reads the existing pipe, `AlreadyExists` if the path is not a pipe.
     pub(crate) fn make(path: &Path) -> io::Result<Self> {
         if let Ok(there) = fs::symlink_metadata(path) {
             if !there.file_type().is_fifo() {
@@ -65,7 +65,8 @@ impl TimerPipe {
             }
         }
         mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR)?;
-        // The end for writing keeps the pipe from being at its end whenever no client has it open.
+        // The end for writing keeps the pipe open while no client has it open; otherwise reads
+        // would return the end of the file.
         let receiver = pipe::OpenOptions::new().read_write(true).open_receiver(path)?;
         Ok(Self { path: path.to_owned(), receiver, lines: Lines::default() })
     }
@@ -86,7 +87,7 @@ impl TimerPipe {
         }
     }
 
-    /// The next request where it has come.
+    /// Returns the next request if one has arrived.
     pub(crate) fn try_next(&mut self) -> Option<TimerRequest> {
         loop {
             if let Some(request) = self.lines.next() {
@@ -99,11 +100,11 @@ impl TimerPipe {
     }
 }
 
-/// Lines of bounded length, whatever is fed. What was fed is to be taken before more is.
+/// Splits input into lines of bounded length. All lines have to be taken before more input is fed.
 #[derive(Default)]
 struct Lines {
     bytes: Vec<u8>,
-    /// Whether the line that is under way is too long, and its rest is dropped.
+    /// Whether the current line is too long, and its rest is dropped.
     skips: bool,
 }
 
@@ -112,7 +113,7 @@ impl Lines {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The next line that is a request.
+    /// Returns the next line that is a request.
     fn next(&mut self) -> Option<TimerRequest> {
         while let Some(end) = self.bytes.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = self.bytes.drain(..=end).collect();

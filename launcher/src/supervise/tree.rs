@@ -1,11 +1,12 @@
-//! All processes that came of the agent's: the ranks that it has started, and what they have left to it.
+//! All descendants of the agent: the ranks that it has started, and the processes that ranks have
+//! left behind.
 //!
-//! The kernel gives orphaned descendants to the agent (a child subreaper). The agent waits for them as
-//! soon as they end, knows which rank each came of, and ends them with it.
+//! The kernel gives orphaned descendants to the agent (a child subreaper). The agent reaps them as
+//! soon as they end, knows which rank each descends from, and ends them with that rank.
 //!
-//! This process may have children that no rank started: those of the program that calls the launcher, or
-//! of the shell that became it. They are left alone. A rank leads a session of its own, so nothing that
-//! came of one is in the agent's.
+//! This process may have children that no rank started: those of the program that calls the
+//! launcher, or of the shell that became it. These bystanders are left alone. Each rank leads its
+//! own session, so a descendant of a rank is never in the agent's session.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -27,23 +28,24 @@ use super::stuck::{Stuck, obstacles};
 
 /// The descendants of this agent.
 pub(crate) struct ProcessTree {
-    /// Children that were there before the first rank.
+    /// Children that existed before the first rank.
     bystanders: BTreeSet<u32>,
     mark: Option<Mark>,
     keeper: Mutex<Option<Keeper>>,
-    /// Processes that the agent has started and not waited for.
+    /// Processes that the agent has started and not waited for yet.
     leaders: Mutex<BTreeSet<u32>>,
-    /// The leader that hid other ended children when `reap_ended` ran last; 0 before the first.
+    /// The leader that hid other ended children at the last run of `reap_ended`; 0 before the first
+    /// run.
     hider: AtomicU32,
-    /// Notified when a leader was waited for, so that it hides nothing any more.
+    /// Notified when a leader was waited for, so that it no longer hides other ended children.
     unhidden: Notify,
-    /// Why `/proc` shows none of them.
+    /// Reason why `/proc` cannot show these processes, if it cannot.
     blind: Option<String>,
-    /// Sent whenever a child has ended.
+    /// Notified whenever a child has ended.
     changed: watch::Sender<()>,
 }
 
-/// Waits for adopted children until it is dropped.
+/// A task that reaps adopted children. Dropping this handle ends the task.
 pub(crate) struct Reaper(JoinHandle<()>);
 
 impl Drop for Reaper {
@@ -53,9 +55,10 @@ impl Drop for Reaper {
 }
 
 impl ProcessTree {
-    /// Makes this process the one that orphaned descendants are given to, and starts its keeper. Called before anything is started.
+    /// Makes this process the one that adopts orphaned descendants, and starts its keeper. Must be
+    /// called before the first process is started.
     ///
-    /// Also returns what the user should know.
+    /// Also returns notes for the user.
     pub(crate) fn root() -> (Arc<Self>, Vec<String>) {
         let mut notes = Vec::new();
         let blind = proc::unusable();
@@ -65,7 +68,7 @@ impl ProcessTree {
                  hint: mount the /proc of this PID namespace"
             ));
         }
-        // Before the first adoption, so that each of them is somebody else's.
+        // Before the first adoption, when no rank can have left any of them behind.
         let bystanders = match blind {
             Some(_) => BTreeSet::new(),
             None => proc::children(std::process::id()).into_iter().collect(),
@@ -91,7 +94,7 @@ impl ProcessTree {
         (Arc::new(Self::new(bystanders, mark, keeper, blind)), notes)
     }
 
-    /// A tree that adopts nothing: tests share a process.
+    /// Makes a tree that adopts nothing, because tests share a process.
     #[cfg(test)]
     pub(super) fn for_tests() -> Arc<Self> {
         Arc::new(Self::new(BTreeSet::new(), None, None, Some("a test".into())))
@@ -115,12 +118,12 @@ impl ProcessTree {
         }
     }
 
-    /// The limit that marks a process which the agent starts.
+    /// Returns the limit that marks a process which the agent starts.
     pub(super) fn mark_of(&self, process: ProcessId) -> Option<u64> {
         self.mark.map(|mark| mark.of(process))
     }
 
-    /// Starts to wait for adopted children.
+    /// Starts to reap adopted children.
     pub(crate) fn reap(self: &Arc<Self>) -> std::io::Result<Reaper> {
         let (tree, mut ended) = (Arc::clone(self), signal(SignalKind::child())?);
         let reap = async move {
@@ -137,7 +140,7 @@ impl ProcessTree {
         Ok(Reaper(tokio::spawn(reap)))
     }
 
-    /// Tells of ends of children.
+    /// Returns a receiver that is notified of ends of children.
     pub(super) fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
@@ -146,27 +149,30 @@ impl ProcessTree {
         self.leaders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a process that is waited for by whoever has started it.
+    /// Records a process that its starter waits for, so that the reaper leaves it alone.
     pub(super) fn started(&self, pid: u32) {
         self.leaders().insert(pid);
     }
 
-    /// Notes that a leader was waited for. Until then it hid the adopted children that have ended.
+    /// Records that a leader was waited for. Until then, the leader may have hidden adopted
+    /// children that have ended.
     pub(super) fn waited_for(&self, pid: u32) {
         self.leaders().remove(&pid);
         self.unhidden.notify_one();
     }
 
-    /// Waits for the adopted children that have ended.
+    /// Reaps the adopted children that have ended.
     fn reap_ended(&self) {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
-        // The kernel shows one child that has ended. If another waiter owns that one, it hides the others.
+        // The kernel shows one child that has ended. If another waiter owns that one, it hides the
+        // others.
         while let Ok(status) = waitid(Id::All, flags) {
             let Some(pid) = status.pid() else { return };
             if !self.is_adopted(pid) {
                 let hider = pid.as_raw().cast_unsigned();
                 let is_new = self.hider.swap(hider, Ordering::Relaxed) != hider;
-                // Its waiter comes soon, and `unhidden` follows. Listing the children would delay a restart.
+                // The hider's own waiter reaps it soon, and `unhidden` follows. Listing the
+                // children here would delay a restart.
                 if is_new && self.leaders().contains(&hider) {
                     return;
                 }
@@ -183,14 +189,15 @@ impl ProcessTree {
         }
     }
 
-    /// Whether a child was left to this process by a rank, or is the keeper of process 1.
+    /// Whether a child was left to this process by a rank, or is the keeper of an agent that is
+    /// process 1.
     fn is_adopted(&self, child: Pid) -> bool {
         let pid = child.as_raw().cast_unsigned();
         let is_known = self.bystanders.contains(&pid) || self.leaders().contains(&pid);
         !is_known && getsid(Some(child)) != getsid(None)
     }
 
-    /// The living processes that were left to the agent and match, with all that came of them.
+    /// Returns the live adopted processes that match, with all of their descendants.
     fn adopted(&self, matches: impl Fn(&Process) -> bool) -> Vec<Process> {
         if self.blind.is_some() {
             return Vec::new();
@@ -208,25 +215,28 @@ impl ProcessTree {
         found
     }
 
-    /// Whether an adopted process came of this one, whose session it may have left.
+    /// Whether an adopted process descends from this process. The adopted process may have left the
+    /// session, but then still has the mark.
     fn came_of(&self, process: &Process, (id, leader): (ProcessId, u32)) -> bool {
         let limit = || mark::parse(&std::fs::read(format!("/proc/{}/limits", process.pid)).ok()?);
         process.session == leader
             || self.mark.is_some_and(|mark| limit().is_some_and(|limit| mark.came_of(limit, id)))
     }
 
-    /// What a process that has ended has left behind.
+    /// Returns the processes that an ended process has left behind.
     pub(super) fn left_of(&self, ended: (ProcessId, u32)) -> Vec<Process> {
         self.adopted(|process| self.came_of(process, ended))
     }
 
-    /// Kills what came of none of these, which live.
+    /// Kills all processes that descend from none of these live processes.
     pub(crate) fn kill_others(&self, living: &[(ProcessId, u32)]) {
         let left = self.adopted(|process| !living.iter().any(|one| self.came_of(process, *one)));
         left.iter().for_each(|process| process.signal(Signal::KILL));
     }
 
-    /// Ends all that is left, ranks included, and the keeper. Says what does not end, again and again; to be dropped by who does not want to wait.
+    /// Kills all remaining processes, ranks included, and waits for their end. The keeper is left
+    /// for [`ProcessTree::dismiss_keeper`]. Reports killed processes that do not end again and
+    /// again. A caller that does not want to wait drops the future.
     pub(crate) async fn end(&self, say: impl Fn(String)) {
         let mut changed = self.changes();
         self.leaders().clear();
@@ -245,7 +255,7 @@ impl ProcessTree {
         }
     }
 
-    /// Lets the keeper go, since nothing is left.
+    /// Dismisses the keeper, since no process of the job is left.
     pub(crate) fn dismiss_keeper(&self) {
         let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(keeper) = keeper {
