@@ -1,5 +1,5 @@
-//! The launcher's own machine of a node's worker group, compiled in as it stands: it knows nothing of the rest of the launcher, and is no
-//! part of what the launcher's library shows.
+//! The launcher's own state machine of a node's worker group, compiled in unchanged. The machine
+//! depends on no other part of the launcher, and is not public in the launcher's library.
 
 #[path = "../../src/agent/cause.rs"]
 #[expect(dead_code, reason = "the simulation has no kernel")]

@@ -1,40 +1,41 @@
-//! The share of the time in steps that count, where failures come at random: each time to the next one is drawn from an exponential
-//! distribution. All times are seconds.
+//! The share of the time in steps that count, if failures are random. Times between failures are
+//! drawn from an exponential distribution. All times are seconds.
 
 use crate::network::uniform;
 use crate::random::Random;
 
-/// A job that saves checkpoints and is disturbed.
+/// A job with checkpoints and failures.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Job {
     /// Mean time between failures.
     pub(crate) mtbf: f64,
-    /// Work between two checkpoints.
+    /// Time of work between two checkpoints.
     pub(crate) interval: f64,
-    /// Time that training stands still for one.
+    /// Time that training pauses for a checkpoint.
     pub(crate) save: f64,
-    /// From a failure until the state of the newest checkpoint trains.
+    /// Time from a failure until training continues from the newest checkpoint.
     pub(crate) restart: f64,
     pub(crate) in_place: Option<InPlace>,
 }
 
-/// Going on from the memory of the ranks that live.
+/// Recovery from the memory of the surviving ranks.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct InPlace {
-    /// From a failure until the next step begins.
+    /// Time from a failure until the next step begins.
     pub(crate) recovery: f64,
-    /// Least and most work that is done again.
+    /// Least and most work that is repeated.
     pub(crate) repeated: (f64, f64),
-    /// The part of failures that only a restart from a checkpoint can mend.
+    /// Share of the failures after which only a restart from a checkpoint helps.
     pub(crate) beyond: f64,
 }
 
-/// The interval between two checkpoints that costs least: Young, 1974, which is the first order of Daly, 2006.
+/// Returns the interval between two checkpoints with the least cost: Young, 1974, which is the
+/// first order of Daly, 2006.
 pub(crate) fn young(mtbf: f64, save: f64) -> f64 {
     (2.0 * save * mtbf).sqrt()
 }
 
-/// Goodput over so many failures. One that comes during a pause begins it anew.
+/// Returns the goodput over this number of failures. A failure during a pause restarts the pause.
 pub(crate) fn simulate(random: &mut Random, job: &Job, failures: u32) -> f64 {
     let (mut time, mut kept, mut since, mut pause) = (0.0, 0.0, 0.0, 0.0);
     let cycle = job.interval + job.save;
@@ -42,17 +43,18 @@ pub(crate) fn simulate(random: &mut Random, job: &Job, failures: u32) -> f64 {
         let until = -job.mtbf * uniform(random).ln();
         time += until;
         if until <= pause {
-            // What goes on from memory still does.
+            // The kind of recovery stays the same: a recovery from memory is repeated from memory.
             continue;
         }
         let place = since + (until - pause);
         kept += (place / cycle).floor() * job.interval;
-        // A checkpoint that was not whole is none.
+        // An incomplete checkpoint does not count.
         since = (place % cycle).min(job.interval);
         match job.in_place {
             Some(InPlace { recovery, repeated: (least, most), beyond }) if uniform(random) > beyond => {
                 let repeated = least + (most - least) * uniform(random);
-                // Ranks that went on from a checkpoint have no older state.
+                // Ranks that have continued from a checkpoint have no state before it, so no more
+                // work can be repeated.
                 since = (since - repeated).max(0.0);
                 pause = recovery;
             }
@@ -68,7 +70,8 @@ mod tests {
 
     const FAILURES: u32 = 200_000;
 
-    /// Goodput of a job that restarts from checkpoints, in closed form: the complete model of Daly, 2006.
+    /// Returns the goodput of a job that restarts from checkpoints, in closed form: the complete
+    /// model of Daly, 2006.
     fn closed_form(job: &Job) -> f64 {
         let Job { mtbf, interval, save, restart, .. } = *job;
         interval / (mtbf * (restart / mtbf).exp() * ((interval + save) / mtbf).exp_m1())
@@ -100,7 +103,8 @@ mod tests {
         let in_place = InPlace { recovery: 30.0, repeated: (40.0, 60.0), beyond: 0.0 };
         let job = Job { mtbf: 20_000.0, interval: 1000.0, in_place: Some(in_place), ..job() };
         let simulated = simulate(&mut Random::new(5), &job, FAILURES);
-        // Half of a save is lost where a failure comes within one, which is of second order.
+        // A failure during a save loses half of the save on average, which is a second-order
+        // effect.
         let expected = (1.0 - 80.0 / 20_000.0) * 1000.0 / 1020.0;
         assert!((simulated - expected).abs() < 0.001, "{simulated} and {expected}");
         let beyond = InPlace { beyond: 1.0, ..in_place };

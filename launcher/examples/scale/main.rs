@@ -1,9 +1,9 @@
-//! How the launcher scales beyond one machine: the real coordinator and the real agents in virtual time, and what failures cost a training.
-//! Prints the tables of docs/scale.md.
+//! Scales the launcher beyond one machine: the real coordinator and the real agents in virtual
+//! time, and the cost of failures for a training. Prints the tables of docs/scale.md.
 //!
 //! ```text
 //! cargo run --release -p ice-launch --example scale [-- --write docs/scale.md]
-//! cargo run --release -p ice-launch --example scale -- measure     what the defaults of --cpu-us and --cpu-tls-us are from
+//! cargo run --release -p ice-launch --example scale -- measure     the source of the defaults of --cpu-us and --cpu-tls-us
 //! ```
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "an example that measures")]
@@ -47,7 +47,8 @@ pub(crate) struct Options {
     /// Speed of the coordinator's link.
     #[arg(long, default_value_t = 10.0)]
     gbit_per_s: f64,
-    /// CPU time of the coordinator's thread: to let an agent in, to take a message, to send one. As `measure` found it.
+    /// CPU time of the coordinator's thread: to let an agent in, to take a message, to send one. As
+    /// `measure` found it.
     #[arg(long, value_delimiter = ',', num_args = 3, default_value = "42,8,12")]
     cpu_us: Vec<f64>,
     /// The same over TLS.

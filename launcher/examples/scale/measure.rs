@@ -1,4 +1,5 @@
-//! What a real host takes for its agents, over loopback: it runs in a process of its own, whose CPU time and memory are read.
+//! Measures a real host's cost of agents, over loopback. The host runs in its own process, whose
+//! CPU time and memory are read.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -26,7 +27,7 @@ fn token(tls: bool) -> Option<Token> {
     Some(if tls { token.over_tls() } else { token })
 }
 
-/// Serves until the input ends.
+/// Runs a host until the input ends.
 pub(crate) async fn serve(tls: bool) {
     raise_open_files();
     let config = HostConfig {
@@ -43,7 +44,7 @@ pub(crate) async fn serve(tls: bool) {
     let _ = std::io::stdin().read(&mut [0]);
 }
 
-/// A process that serves.
+/// A process that runs a host.
 struct Server {
     child: Child,
     input: Option<ChildStdin>,
@@ -68,7 +69,8 @@ impl Server {
         Self { child, input, port: line.trim().parse().unwrap() }
     }
 
-    /// Microseconds that its threads have computed: see Documentation/scheduler/sched-stats.rst of Linux.
+    /// Returns the CPU time of its threads in microseconds, see
+    /// Documentation/scheduler/sched-stats.rst of Linux.
     fn cpu(&self) -> f64 {
         let threads = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
         let of = |thread: fs::DirEntry| fs::read_to_string(thread.path().join("schedstat")).unwrap();
@@ -108,7 +110,7 @@ fn hello(many: u32, number: u32) -> Hello {
     }
 }
 
-/// Prints what each thing costs.
+/// Prints the cost of each operation.
 pub(crate) async fn measure(many: u32) {
     raise_open_files();
     machine(many);
@@ -118,7 +120,7 @@ pub(crate) async fn measure(many: u32) {
     store(many).await;
 }
 
-/// The machine and the encoding, without a network.
+/// Measures the state machine and the encoding, without a network.
 fn machine(many: u32) {
     let settings = Settings {
         run_id: "measure".into(),
@@ -195,7 +197,8 @@ async fn agents(many: u32, tls: bool) {
 async fn store(many: u32) {
     let server = Server::start(false);
     let (token, patience) = (token(false), Patience::wait(LIMIT));
-    // The store answers where an agent with the token has come from.
+    // The store accepts clients from an address only after an agent with the token has connected
+    // from there.
     let known = Session::connect(("127.0.0.1", server.port), None, hello(many, 0), token.as_ref(), patience);
     let _known = known.await.unwrap();
     let (cpu, kib) = (server.cpu(), server.kib());

@@ -1,4 +1,4 @@
-//! What is played on a cluster: it forms a round, runs, loses a rank, and then a node.
+//! The scenario that is played on a cluster: it forms a round, runs, loses a rank, and then a node.
 
 use std::time::Duration;
 
@@ -9,36 +9,39 @@ use crate::random::Random;
 use crate::world::{Config, Trouble, World};
 
 const LIMIT: Duration = Duration::from_secs(600);
-/// For so long nothing happens, and keep-alives are counted.
+/// Time without events, in which keep-alives are counted.
 const QUIET: Duration = Duration::from_secs(30);
-/// A job of a fixed size gets another node so long after the loss was noticed.
+/// Time from the detection of a loss until a job of a fixed size gets another node.
 const RETURNS_AFTER: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Outcome {
-    /// From the start of all agents until all were told to start their ranks.
+    /// Time from the start of all agents until all have received the first round.
     pub(crate) formed: Duration,
-    /// Messages and bytes by then, into the coordinator and out of it.
+    /// Messages and bytes until then, into the coordinator and out of it.
     pub(crate) incoming: (u64, u64),
     pub(crate) outgoing: (u64, u64),
     pub(crate) forming: Trouble,
-    /// Messages per second, both ways, while nothing happens.
+    /// Messages per second, both ways, while there are no events.
     pub(crate) quiet_rate: f64,
-    /// The part of that time in which the coordinator's thread computes.
+    /// Share of that time in which the coordinator's thread computes.
     pub(crate) quiet_share: f64,
-    /// The longest that something waited for it then.
+    /// Longest time that an input waited for the thread in that time.
     pub(crate) quiet_wait: Duration,
-    /// From the death of a rank until all agents know, and until all have started the next round.
+    /// Time from the death of a rank until all agents know, and until all have started the next
+    /// round.
     pub(crate) rank_known: Duration,
     pub(crate) rank_next: Duration,
-    /// From a node's silence until the coordinator notices, and from then until all agents know.
+    /// Time from a node's silence until the coordinator notices, and from then until all agents
+    /// know.
     pub(crate) node_noticed: Duration,
     pub(crate) node_known: Duration,
-    /// From what the next round needs until it runs: the loss in an elastic job, another agent's start in one of a fixed size.
+    /// Time until the next round runs: from the detection of the loss in an elastic job, from the
+    /// start of another agent in a job of a fixed size.
     pub(crate) node_next: Duration,
 }
 
-/// Plays it. `None` where a round does not form within the limit.
+/// Plays the scenario. `None` if a round does not form within the limit.
 pub(crate) fn play(config: Config) -> Option<Outcome> {
     let mut world = World::new(config);
     let next = |world: &mut World, round| {
@@ -59,7 +62,7 @@ pub(crate) fn play(config: Config) -> Option<Outcome> {
     let quiet_share = (world.busy - before.1).as_secs_f64() / QUIET.as_secs_f64();
     let quiet_wait = world.trouble.longest_wait;
 
-    // Of keep-alives it does not matter when they were sent last.
+    // The losses come at a random phase of the keep-alives' interval.
     let mut phase = Random::new(config.seed ^ 1);
     world.run(Duration::from_secs(5).mul_f64(uniform(&mut phase)), |_| false);
     let died = world.now;
@@ -112,7 +115,7 @@ mod tests {
         let again = || play(config(7, 128, true)).unwrap();
         assert_eq!(again(), again());
         assert_ne!(again().formed, play(config(8, 128, true)).unwrap().formed);
-        // Where all come, there is no difference.
+        // If all nodes join, an elastic job does not differ from one of a fixed size.
         assert_eq!(again().formed, play(config(7, 128, false)).unwrap().formed);
     }
 
@@ -146,7 +149,7 @@ mod tests {
         let mut slow = config(3, 1024, false);
         slow.costs.connect = Duration::from_millis(60);
         let outcome = play(slow).unwrap();
-        // 128 agents at 60 ms each: some lose their patience, which is 5 s, and come again.
+        // 128 agents at 60 ms each: some wait longer than 5 s, and connect again.
         assert!(outcome.formed > Duration::from_secs(7) && outcome.forming.given_up > 0, "{outcome:?}");
     }
 }

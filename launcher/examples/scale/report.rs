@@ -8,17 +8,19 @@ use crate::play::{Outcome, play};
 use crate::training;
 use crate::world::RANKS_PER_NODE;
 
-/// KiB of the coordinator's process per agent, with and without TLS, and per client of the store, as `measure` found them.
+/// Memory of the coordinator's process in KiB per agent, with and without TLS, and per client of
+/// the store, as measured by `measure`.
 const AGENT_KIB: f64 = 9.1;
 const AGENT_TLS_KIB: f64 = 20.6;
 const CLIENT_KIB: f64 = 1.0;
-/// Microseconds of its thread for a client of the store that connects and is answered once.
+/// CPU time of the coordinator's thread, in microseconds, for a client of the store that connects
+/// and receives one answer.
 pub(crate) const CLIENT_US: f64 = 50.0;
 
-/// How much faster communicators are set up in the last table, as NCCLX reports it.
+/// Speed-up of the set-up of communicators in the last table, as reported for NCCLX.
 const FASTER: f64 = 11.0;
 
-/// What was played for a number of ranks.
+/// Outcomes for a number of ranks.
 pub(crate) struct Size {
     pub(crate) ranks: u32,
     fixed: Outcome,
@@ -26,7 +28,7 @@ pub(crate) struct Size {
     tls: Outcome,
 }
 
-/// Each with the name of its marks.
+/// Returns the tables, each with the name of its marks.
 pub(crate) fn tables(options: &Options) -> Vec<(&'static str, String)> {
     let sizes: Vec<Size> = options.ranks.iter().map(|ranks| size(options, *ranks)).collect();
     let (_, large) = sizes.split_at(sizes.len().saturating_sub(2));
@@ -121,7 +123,7 @@ fn losses(sizes: &[Size]) -> String {
     })
 }
 
-/// A table of Markdown with a line for each.
+/// Returns a table of Markdown with a line for each row.
 pub(crate) fn table<T>(heads: &str, rows: &[T], row: impl Fn(&T) -> String) -> String {
     let columns = heads.split('|').count();
     let mut text = format!("| {heads} |\n|{}\n", "--:|".repeat(columns));
@@ -131,7 +133,7 @@ pub(crate) fn table<T>(heads: &str, rows: &[T], row: impl Fn(&T) -> String) -> S
     text
 }
 
-/// With three digits or so.
+/// Formats a time with about three digits.
 pub(crate) fn time(time: Duration) -> String {
     let seconds = time.as_secs_f64();
     match seconds {
@@ -141,7 +143,7 @@ pub(crate) fn time(time: Duration) -> String {
     }
 }
 
-/// The text with each table between its marks; `None` where a mark is missing.
+/// Puts each table between its marks in a text. `None` if a mark is missing.
 pub(crate) fn put(text: &str, tables: &[(&str, String)]) -> Option<String> {
     tables.iter().try_fold(text.to_owned(), |text, (name, table)| {
         let (begin, end) = (format!("<!-- {name} -->\n"), format!("<!-- end of {name} -->"));

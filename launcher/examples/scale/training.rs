@@ -1,4 +1,5 @@
-//! What a failure costs a training, by how it goes on. What is assumed is said here, and in docs/scale.md.
+//! The cost of a failure for a training, by kind of recovery. The assumptions are the constants
+//! below, and explained in docs/scale.md.
 
 use std::time::Duration;
 
@@ -6,43 +7,47 @@ use crate::goodput::{InPlace, Job, simulate, young};
 use crate::random::Random;
 use crate::report::{CLIENT_US, Size, table, time};
 
-/// Failures of a simulated job.
+/// Number of failures of a simulated job.
 const FAILURES: u32 = 20_000;
 
-/// Failures per rank and day: who reported them, and how many.
+/// Failures per rank and day, by source.
 const RATES: [(&str, f64); 3] =
     [("Llama 3", 419.0 / 54.0 / 16384.0), ("RSC-1", 6.50 / 1000.0 / 8.0), ("RSC-2", 2.34 / 1000.0 / 8.0)];
 
-/// Seconds that training stands still for a checkpoint.
+/// Time that training pauses for a checkpoint, in seconds.
 const SAVE: f64 = 10.0;
-/// Until a failure is noticed where processes start again, all have ended, and new ones have imported what they need.
+/// Time of a restart of processes, in seconds: the failure is detected, all processes have ended,
+/// and new ones have imported their modules.
 const START: f64 = 40.0;
-/// Until they have read a checkpoint.
+/// Time to read a checkpoint, in seconds.
 const RELOAD: f64 = 60.0;
 const FIXED_INTERVAL: f64 = 1800.0;
-/// Of a step.
+/// Time of a step, in seconds.
 const STEP: f64 = 5.0;
-/// Steps between two copies of shards, by default.
+/// Default number of steps between two copies of shards.
 const COPIES: f64 = 20.0;
-/// As often as the state's way lets it.
+/// Smallest number of steps between two copies that the transfer of the state permits.
 const OFTEN: f64 = 4.0;
-/// To set up a communicator, for each rank: 265 s for 96 Ki of them (NCCLX).
+/// Time to set up a communicator, in seconds per rank: 265 s for 96 Ki ranks (NCCLX).
 const COMMUNICATOR: f64 = 265.0 / 98_304.0;
-/// State of a rank, and what was measured for its way over gloo: 500 MB in 2.0 s instead of 0.44 s.
+/// State of a rank, and the measured speed of its transfer over gloo: 500 MB in 2.0 s instead of
+/// 0.44 s.
 const STATE_GB: f64 = 4.0;
 const GB_PER_S: f64 = 0.5 / (2.0 - 0.44);
-/// From a rank's death to the next step with a spare and little state, as was measured for two ranks of one node.
+/// Time from a rank's death to the next step with a spare and little state, in seconds, as measured
+/// for two ranks of one node.
 const SPARE: f64 = 0.11;
-/// To give a spare its device.
+/// Time until a spare has initialized its device, in seconds.
 const DEVICE: f64 = 5.0;
-/// Failures that only a checkpoint can mend.
+/// Share of failures after which only a checkpoint helps.
 const BEYOND: f64 = 0.01;
 
 fn communicator(ranks: u32, faster: f64) -> f64 {
     COMMUNICATOR * f64::from(ranks) / faster
 }
 
-/// All ranks connect to the store of a new round, one after another, and have one answer at least.
+/// Returns the time until all ranks have connected to the store of a new round, one after another,
+/// and have received at least one answer.
 fn store(ranks: u32) -> f64 {
     f64::from(ranks) * CLIENT_US / 1e6
 }
@@ -51,7 +56,8 @@ fn transfer() -> f64 {
     STATE_GB / GB_PER_S
 }
 
-/// After the death of a rank, and of the silence of a node in whose place another one waits.
+/// Returns the time of recovery after the death of a rank, and after the silence of a node that a
+/// waiting node replaces.
 fn recoveries(size: &Size, faster: f64) -> (f64, f64) {
     let common = store(size.ranks) + communicator(size.ranks, faster) + transfer();
     let rank = SPARE + DEVICE + size.elastic.rank_next.as_secs_f64() + common;
@@ -82,12 +88,12 @@ pub(crate) fn recovery(sizes: &[Size]) -> String {
     })
 }
 
-/// At all rates.
+/// Returns the table for all rates.
 pub(crate) fn goodput(seed: u64, sizes: &[Size]) -> String {
     shares(seed, &RATES, sizes, 1.0)
 }
 
-/// At one rate, where communicators are set up so many times faster than NCCL does it.
+/// Returns the table for one rate, if communicators are set up `times` times faster than by NCCL.
 pub(crate) fn faster(seed: u64, sizes: &[Size], times: f64) -> String {
     shares(seed, &RATES[1..2], sizes, times)
 }
@@ -104,7 +110,8 @@ fn shares(seed: u64, rates: &[(&str, f64)], sizes: &[Size], faster: f64) -> Stri
             format!("{:.2} %", simulate(random, &job, FAILURES) * 100.0)
         };
         let (rank, node) = recoveries(size, faster);
-        // Checkpoints are for what nothing else can mend.
+        // In a job that recovers in place, checkpoints are only for failures that nothing else can
+        // repair, so they are rarer.
         let in_place = |recovery, least, most| {
             let repeated = (least * STEP, most * STEP);
             share(young(mtbf / BEYOND, SAVE), Some(InPlace { recovery, repeated, beyond: BEYOND }))

@@ -1,5 +1,6 @@
-//! A cluster in virtual time: the real coordinator, a real agent for each node, and between them a network and the time that the coordinator's
-//! one thread takes. Ranks are not there: they leave a round as soon as they are asked to.
+//! A cluster in virtual time: the real coordinator, a real agent for each node, the network between
+//! them, and the CPU time of the coordinator's one thread. There are no ranks: an agent's ranks
+//! leave a round as soon as they are asked to.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
@@ -14,14 +15,17 @@ use crate::network::{Costs, Link, Network};
 use crate::random::Random;
 
 pub(crate) const RANKS_PER_NODE: u32 = 8;
-/// Of these the kernel keeps so many until they are accepted, as in `rendezvous/src/host`; it drops what comes then.
+/// Number of connections that the kernel keeps until they are accepted, the same as the real
+/// host's. The kernel drops further connections.
 const BACKLOG: usize = 4096;
-/// Between two tries of the kernel to connect; it is doubled each time.
+/// Time until the kernel's second attempt to connect. The time doubles with each attempt.
 const RESEND: Duration = Duration::from_secs(1);
-/// An agent waits so long for its coordinator before it tries again, and so long between two tries, as in `rendezvous/src/backend`.
+/// Time that an agent waits for its coordinator before it tries again, and the pause between two
+/// attempts. The same values as in the rendezvous crate.
 const ANSWER: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(100);
-/// Connections that have not shown what they are: beyond so many the oldest goes, once it had this time. As in `rendezvous/src/host/door.rs`.
+/// Limit for connections without a greeting. Beyond it, the oldest one is closed if it has existed
+/// for `GRACE`. The same values as in the rendezvous crate.
 const STRANGERS: usize = 1024;
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -29,32 +33,33 @@ const GRACE: Duration = Duration::from_secs(2);
 pub(crate) struct Config {
     pub(crate) seed: u64,
     pub(crate) nodes: u32,
-    /// Whether a round may have half as many.
+    /// Whether a round may start with half of the nodes.
     pub(crate) elastic: bool,
     pub(crate) network: Network,
     pub(crate) costs: Costs,
 }
 
-/// What happens at a time.
+/// An event at a time.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum What {
-    /// The kernel of a node asks for a connection, as often before.
+    /// The kernel of a node asks for a connection. `tries` counts earlier attempts.
     Connect {
         node: usize,
         tries: u32,
     },
     Accepted(Peer),
-    /// The agent has waited for long enough.
+    /// The agent's time to wait for an answer is over.
     Impatient(Peer),
-    /// Something comes to the coordinator.
+    /// An input arrives at the coordinator.
     Comes(Input),
-    /// The coordinator's thread has time.
+    /// The coordinator's thread is idle.
     Works,
-    /// A message of the coordinator comes to an agent, by its number.
+    /// A message of the coordinator arrives at an agent. The number is an index into
+    /// `World::heard`.
     Heard(Peer, usize),
     Greeted(Peer),
     TurnedAway(Peer),
-    /// Whether it is time to say something.
+    /// Time to check whether a keep-alive is due.
     AgentAlive(Peer),
     HostAlive(Peer),
     Silence(Peer),
@@ -68,7 +73,7 @@ enum What {
 enum Input {
     Accept(Peer),
     Greet(Peer),
-    /// By its number.
+    /// A message of an agent. The number is an index into `World::said`.
     Said(Peer, usize),
     KeepAlive(Peer),
     Lost(Peer),
@@ -77,23 +82,23 @@ enum Input {
 
 struct Connection {
     node: usize,
-    /// Both ends know of it.
+    /// Whether both ends know the connection.
     open: bool,
     heard: Duration,
-    /// When the coordinator, and the agent, said something last.
+    /// Time of the last message of the coordinator, and of the agent.
     host_said: Duration,
     agent_said: Duration,
-    /// A stream keeps its order.
+    /// Arrival of the last message in each direction, because a stream keeps its order.
     to_host: Duration,
     to_agent: Duration,
 }
 
 struct Node {
     agent: Agent,
-    /// Drawn by the agent.
+    /// Random id that the agent has drawn.
     id: u64,
     peer: Option<Peer>,
-    /// Nothing comes from it, and nothing reaches it.
+    /// Whether the node is silent: it sends no messages, and receives none.
     dead: bool,
     view: Option<Round>,
     knows: Duration,
@@ -101,11 +106,11 @@ struct Node {
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Trouble {
-    /// Requests for a connection that the kernel dropped.
+    /// Connection requests that the kernel dropped.
     pub(crate) dropped: u64,
-    /// Connections that were given up, by either end.
+    /// Connections that either end closed because it had waited too long.
     pub(crate) given_up: u64,
-    /// The longest that something waited for the coordinator's thread.
+    /// Longest time that an input waited for the coordinator's thread.
     pub(crate) longest_wait: Duration,
 }
 
@@ -116,7 +121,7 @@ pub(crate) struct World {
     events: BinaryHeap<Reverse<(Duration, u64, What)>>,
     count: u64,
     coordinator: Coordinator,
-    /// What waits for the coordinator's thread, since when.
+    /// Inputs that wait for the coordinator's thread, with their time of arrival.
     queue: VecDeque<(Duration, Input)>,
     to_accept: usize,
     is_working: bool,
@@ -126,7 +131,7 @@ pub(crate) struct World {
     connections: Vec<Connection>,
     nodes: Vec<Node>,
     alive: usize,
-    /// The round that started last, and how many nodes have heard of it.
+    /// Number of the last round that started, and the number of nodes that have received it.
     started: (u64, usize),
     pub(crate) incoming: Link,
     pub(crate) outgoing: Link,
@@ -137,7 +142,7 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// A cluster whose agents all start now.
+    /// Makes a cluster whose agents all start now.
     pub(crate) fn new(config: Config) -> Self {
         let settings = Settings {
             run_id: "scale".into(),
@@ -190,7 +195,8 @@ impl World {
         Node { agent, id, peer: None, dead: false, view: None, knows: Duration::ZERO }
     }
 
-    /// Lets time pass until this holds, or a limit is reached.
+    /// Advances time until the condition holds or the limit is reached. Returns whether the
+    /// condition holds.
     pub(crate) fn run(&mut self, limit: Duration, mut until: impl FnMut(&Self) -> bool) -> bool {
         let end = self.now + limit;
         while !until(self) {
@@ -209,36 +215,36 @@ impl World {
         true
     }
 
-    /// A rank dies; its agent sees it at once.
+    /// Kills a rank. Its agent notices at once.
     pub(crate) fn kill_rank(&mut self, node: usize, local_rank: u32) {
         let exit = Exit::Signal(9);
         self.tell(node, agent::Event::Exited { local_rank, exit, failed_at: None });
     }
 
-    /// A node falls silent, and no connection ends.
+    /// Makes a node silent without closing its connection.
     pub(crate) fn silence(&mut self, node: usize) {
         self.nodes[node].dead = true;
         self.alive -= 1;
     }
 
-    /// Another agent starts in the place of one that is silent.
+    /// Starts another agent in place of a silent one.
     pub(crate) fn replace(&mut self, node: usize) {
         self.nodes[node] = self.new_node();
         self.alive += 1;
         self.connect(node, Duration::ZERO, 0);
     }
 
-    /// What the nodes that live were told of their last round.
+    /// Returns the last round that each live node received.
     pub(crate) fn views(&self) -> impl Iterator<Item = Option<&Round>> {
         self.nodes.iter().filter(|node| !node.dead).map(|node| node.view.as_ref())
     }
 
-    /// Whether all nodes that live have started the ranks of this round.
+    /// Whether all live nodes have started the ranks of this round.
     pub(crate) fn all_started(&self, round: u64) -> bool {
         self.started == (round, self.alive)
     }
 
-    /// When the last node that lives heard that a round is over.
+    /// Returns the time at which the last live node received that a round is over.
     pub(crate) fn all_know(&self) -> Duration {
         let alive = self.nodes.iter().filter(|node| !node.dead);
         alive.map(|node| node.knows).max().unwrap_or_default()
@@ -290,12 +296,13 @@ impl World {
     }
 }
 
-/// Bytes of a message on its stream.
+/// Returns the bytes of a message on its stream.
 fn frame_len(message: &impl serde::Serialize) -> usize {
     frame::encode(message).map_or(0, |frame| frame.len())
 }
 
-/// How often each end says something, and how long a silence means that the other is gone.
+/// Returns the interval of keep-alives of each end, and the silence after which the other end
+/// counts as lost.
 fn keep_alive() -> (Duration, Duration) {
     let KeepAlive { interval, attempts } = KeepAlive::default();
     (interval, interval * attempts)

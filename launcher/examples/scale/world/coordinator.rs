@@ -1,4 +1,4 @@
-//! The coordinator's thread: one thing after another, each with its time.
+//! The coordinator's thread, which handles one input after another and takes time for each.
 
 use super::*;
 
@@ -11,7 +11,7 @@ impl World {
         }
     }
 
-    /// Takes what has waited for longest.
+    /// Handles the input that has waited longest.
     pub(super) fn work(&mut self) {
         let Some((since, input)) = self.queue.pop_front() else {
             self.is_working = false;
@@ -24,7 +24,7 @@ impl World {
         self.at(self.now + took, What::Works);
     }
 
-    /// How long it takes.
+    /// Handles an input. Returns the CPU time for it.
     fn input(&mut self, input: Input) -> Duration {
         let costs = self.config.costs;
         match input {
@@ -39,7 +39,7 @@ impl World {
                     self.strangers.remove(&oldest);
                     self.at(self.now + way, What::TurnedAway(oldest));
                 }
-                // What it costs is counted where it is found out who that is.
+                // The cost is counted when the greeting is handled.
                 Duration::ZERO
             }
             Input::Greet(peer) => {
@@ -84,7 +84,8 @@ impl World {
         }
     }
 
-    /// How long it takes to send what there is to send, the one after the other.
+    /// Passes an event to the coordinator. Returns the CPU time for its messages, which are sent
+    /// one after another.
     fn coordinate(&mut self, after: Duration, event: Event) -> Duration {
         let mut took = Duration::ZERO;
         for action in self.coordinator.handle(self.now, event) {

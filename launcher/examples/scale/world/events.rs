@@ -1,4 +1,4 @@
-//! What happens outside of the coordinator: connections, agents, silence.
+//! Events outside of the coordinator: connections, agents, silence.
 
 use super::*;
 use crate::agent::Action;
@@ -9,7 +9,7 @@ impl World {
         match what {
             What::Connect { node, tries } => self.asks(node, tries),
             What::Accepted(peer) => {
-                // The agent's greeting, a round trip after it asked.
+                // The agent's greeting arrives a round trip after its request for a connection.
                 self.at(self.now + ANSWER, What::Impatient(peer));
                 let comes = self.now + self.one_way();
                 self.at(comes, What::Comes(Input::Greet(peer)));
@@ -63,11 +63,13 @@ impl World {
         }
     }
 
-    /// The kernel of the coordinator's host has room for it, or it asks again.
+    /// Accepts a connection if the kernel of the coordinator's host has room. Otherwise the node's
+    /// kernel repeats the request.
     fn asks(&mut self, node: usize, tries: u32) {
         if self.to_accept >= BACKLOG {
             self.trouble.dropped += 1;
-            // The agent's own patience ends in between, and it asks anew.
+            // If the agent's own wait ends before the kernel's next attempt, the agent starts a new
+            // connection.
             let after = RESEND * (1 << tries);
             return if RESEND * ((2 << tries) - 1) < ANSWER {
                 self.connect(node, after, tries + 1);
