@@ -1,4 +1,4 @@
-//! Which tensors a checkpoint holds, put together from the pieces in its files.
+//! The tensors of a checkpoint, reassembled from the pieces in its files.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::header::{Stored, elements};
 
-/// What a file of tensors belongs to.
+/// The kind of state that a file of tensors belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Section {
@@ -18,10 +18,10 @@ pub enum Section {
 }
 
 impl Section {
-    /// Both.
+    /// Both sections.
     pub const ALL: [Self; 2] = [Self::Model, Self::Optimizer];
 
-    /// The section of a file by its name; `None` for one without tensors.
+    /// Returns the section of a file by its name, or `None` for a file without tensors.
     pub fn of(file: &str) -> Option<Self> {
         let stem = file.strip_suffix(".safetensors")?;
         let is =
@@ -32,7 +32,7 @@ impl Section {
         is("optimizer").then_some(Self::Optimizer)
     }
 
-    /// The name of the file that a rank writes its part to.
+    /// Returns the name of the file for a rank's shard.
     pub fn shard(self, rank: usize, of: usize) -> String {
         let name = match self {
             Self::Model => "model",
@@ -42,14 +42,14 @@ impl Section {
     }
 }
 
-/// A run of elements of a tensor in a file.
+/// A contiguous range of elements of a tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
-    /// The file.
+    /// Name of the file.
     pub file: String,
-    /// First byte in the file.
+    /// Offset of the first byte in the file.
     pub offset: u64,
-    /// First element in the tensor.
+    /// Index of the first element in the tensor.
     pub start: u64,
     /// Number of elements.
     pub len: u64,
@@ -58,39 +58,40 @@ pub struct Extent {
 /// A whole tensor of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
-    /// What its elements are.
+    /// Type of the elements.
     pub dtype: Dtype,
-    /// Its shape.
+    /// Shape of the tensor.
     pub shape: Vec<u64>,
-    /// Where its elements lie, in order, without gaps.
+    /// Positions of the elements, in order and without gaps.
     pub extents: Vec<Extent>,
 }
 
 impl Saved {
-    /// Number of elements.
+    /// Returns the number of elements.
     pub fn elements(&self) -> u64 {
         self.extents.iter().map(|extent| extent.len).sum()
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub fn bytes(&self) -> u64 {
         self.elements() * self.dtype.bitsize() as u64 / 8
     }
 }
 
-/// What two runs of elements have in common.
+/// The common elements of two ranges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Overlap {
-    /// First common element, counted in the first run.
+    /// First common element, counted from the start of the first range.
     pub in_first: u64,
-    /// First common element, counted in the second run.
+    /// First common element, counted from the start of the second range.
     pub in_second: u64,
     /// Number of common elements.
     pub len: u64,
 }
 
 impl Overlap {
-    /// Of the runs that begin at an element of the tensor and have a length; `None` where they have nothing in common.
+    /// Returns the overlap of two ranges, each with its first element and its length, or `None` if
+    /// they have no common element.
     pub fn of(first: (u64, u64), second: (u64, u64)) -> Option<Self> {
         let start = first.0.max(second.0);
         let end = (first.0 + first.1).min(second.0 + second.1);
@@ -112,7 +113,7 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// The tensors of a section.
+    /// Returns the tensors of a section.
     pub fn section(&self, section: Section) -> &BTreeMap<String, Saved> {
         match section {
             Section::Model => &self.model,
@@ -157,7 +158,8 @@ impl Catalog {
         Ok(())
     }
 
-    /// Puts the pieces in order, once all are there.
+    /// Sorts the pieces, after all have been added. Fails if a tensor has a gap, or an element
+    /// twice.
     pub(crate) fn complete(&mut self) -> Result<(), String> {
         for (key, saved) in self.model.iter_mut().chain(&mut self.optimizer) {
             saved.extents.sort_by_key(|extent| (extent.start, extent.len));

@@ -1,29 +1,29 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The result of everything here that can fail.
+/// Result of a fallible operation of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a checkpoint cannot be written, read or found.
+/// Reasons that a checkpoint cannot be written, read or found.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file of a checkpoint is not what was written, or cannot be written like this.
+    /// A file of a checkpoint differs from what was written, or cannot be written in this form.
     #[error("checkpoint {}: {problem}", path.display())]
     Checkpoint {
-        /// The checkpoint's folder, or a file in it.
+        /// Folder of the checkpoint, or a file in it.
         path: PathBuf,
-        /// What is wrong.
+        /// Description of the problem.
         problem: String,
     },
-    /// There is no checkpoint where one was asked for.
+    /// The checkpoint that was asked for does not exist.
     #[error("{0}")]
     NotFound(String),
     /// An object store failed.
     #[error("{address}: {problem}")]
     Remote {
-        /// The store, or an object in it.
+        /// Address of the store, or of an object in it.
         address: String,
-        /// Why.
+        /// Cause of the failure.
         problem: String,
     },
     /// The file system failed.
@@ -31,23 +31,23 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// A checkpoint's file or folder and what is wrong with it.
+    /// Creates an error with a checkpoint's file or folder and its problem.
     pub fn checkpoint(path: &Path, problem: impl ToString) -> Self {
         Self::Checkpoint { path: path.to_owned(), problem: problem.to_string() }
     }
 
-    /// Whether the path that was asked for is at fault, so that nothing is gained by trying again.
+    /// Whether the given path is at fault, so that a retry is useless.
     pub fn is_usage(&self) -> bool {
         matches!(self, Self::NotFound(_))
     }
 
-    /// Names the file or folder that the system could not handle.
+    /// Creates an error that names the file or folder of a failed system call.
     pub fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, source }

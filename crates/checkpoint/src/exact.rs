@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// An f64 that JSON holds whatever it is: a number, or the word `NaN`, `inf` or `-inf`.
+/// An f64 that JSON can store for any value: as a number, or as the word `NaN`, `inf` or `-inf`.
 #[derive(Debug, Clone, Copy)]
 pub struct Exact(pub f64);
 
@@ -32,7 +32,7 @@ impl<'de> Deserialize<'de> for Exact {
     }
 }
 
-/// Of a map of numbers.
+/// Serialization of a map of numbers.
 pub(crate) mod map {
     use super::*;
 
@@ -51,7 +51,7 @@ pub(crate) mod map {
     }
 }
 
-/// Of one number.
+/// Serialization of one number.
 pub(crate) mod number {
     use super::*;
 

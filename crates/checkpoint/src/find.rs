@@ -1,4 +1,5 @@
-//! Which checkpoint to go on from: the newest valid one wins, a damaged one is reported and skipped.
+//! The choice of the checkpoint to resume from: the newest valid one. Damaged checkpoints are
+//! reported and skipped.
 
 use std::fs;
 use std::io;
@@ -7,19 +8,20 @@ use std::str::FromStr;
 
 use crate::{BEST, CHECKPOINTS, Checkpoint, Error, MANIFEST, Manifest, Result, is_remote};
 
-/// Where checkpoints from object stores are put in the output folder.
+/// Folder within the output folder for checkpoints from object stores.
 #[cfg(feature = "object-store")]
 const DOWNLOADS: &str = "downloads";
 
-/// Which checkpoint to go on from.
+/// The checkpoint to resume from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ResumeFrom {
-    /// The newest valid one of this run id below the output folder.
+    /// The newest valid checkpoint of this run id below the output folder.
     Latest,
-    /// As [`ResumeFrom::Latest`], and the beginning if this run id has not saved any yet: what a job script gives whether it starts or continues.
+    /// Like [`ResumeFrom::Latest`], but starts from the beginning if this run id has not saved any
+    /// checkpoint. For job scripts that both start and continue a job.
     Auto,
-    /// A checkpoint's folder, or one that holds checkpoints, or one that holds such folders: the newest valid one in it. Or the address of an
-    /// object store with checkpoints.
+    /// The folder of a checkpoint, a folder of checkpoints, or a folder of such folders: the newest
+    /// valid checkpoint in it. Or the address of an object store with checkpoints.
     Path(PathBuf),
 }
 
@@ -35,24 +37,26 @@ impl FromStr for ResumeFrom {
     }
 }
 
-/// A folder that looks like a checkpoint, and its manifest or what is wrong with it.
+/// A folder that looks like a checkpoint, with its manifest or the manifest's error.
 #[derive(Debug)]
 pub struct Candidate {
-    /// The folder.
+    /// Folder of the candidate.
     pub path: PathBuf,
-    /// What it says about itself. The other files were not looked at.
+    /// Manifest of the candidate. Its other files have not been checked.
     pub manifest: Result<Manifest>,
 }
 
 impl Candidate {
-    /// What candidates are ordered by: when it was saved, then how far it had come.
+    /// Returns the key for sorting candidates by age: the time of the save, then the training
+    /// steps.
     pub(crate) fn age(&self) -> Option<(u64, u64)> {
         let manifest = self.manifest.as_ref().ok()?;
         Some((manifest.saved_unix_ms, manifest.counters.train_steps))
     }
 }
 
-/// The checkpoints directly in a folder, the oldest first; those whose manifest cannot be read come before all others.
+/// Returns the checkpoints directly in a folder, the oldest first. Checkpoints with an unreadable
+/// manifest come before all others.
 pub fn candidates(folder: &Path) -> Vec<Candidate> {
     let mut candidates: Vec<_> = folders(folder)
         .into_iter()
@@ -69,10 +73,10 @@ fn parent_holds_checkpoints(path: &Path) -> bool {
 }
 
 impl Checkpoint {
-    /// Finds and checks the checkpoint to go on from.
+    /// Finds and verifies the checkpoint to resume from.
     ///
     /// # Errors
-    /// [`Error::NotFound`] where there is none, with where it was looked for.
+    /// [`Error::NotFound`] if there is no valid checkpoint. The message names the searched places.
     pub fn find(from: &ResumeFrom, out_dir: &Path, run_id: &str) -> Result<Self> {
         let of_run = |run: &Path| [run.join(CHECKPOINTS), run.join(BEST)];
         let found = match from {
@@ -82,7 +86,7 @@ impl Checkpoint {
             ResumeFrom::Path(path) if path.join(MANIFEST).exists() => return Self::open(path),
             ResumeFrom::Path(path) => {
                 let [own, best] = of_run(path);
-                // Or the output folder, with the folders of runs.
+                // The path may also be an output folder, with the folders of runs.
                 let below = || folders(path).iter().flat_map(|run| of_run(run)).collect::<Vec<_>>();
                 Self::newest_of(&[path.clone(), own, best], None).or_else(|| Self::newest_of(&below(), None))
             }
@@ -106,11 +110,12 @@ impl Checkpoint {
         })
     }
 
-    /// As [`Checkpoint::find`]. `None` for [`ResumeFrom::Auto`] if the run id has no checkpoint that it could resume from, not even a damaged one:
-    /// nothing is lost by beginning.
+    /// Like [`Checkpoint::find`], but returns `None` for [`ResumeFrom::Auto`] if the run id has no
+    /// checkpoint to resume from, not even a damaged one. To start from the beginning then loses
+    /// nothing.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::find`], and [`Error::Io`] if the output folder cannot be read.
+    /// The errors of [`Checkpoint::find`], and [`Error::Io`] if the output folder cannot be read.
     pub fn find_if_any(from: &ResumeFrom, out_dir: &Path, run_id: &str) -> Result<Option<Self>> {
         if *from == ResumeFrom::Auto && !Self::has_any(out_dir, run_id)? {
             return Ok(None);
@@ -118,7 +123,7 @@ impl Checkpoint {
         Self::find(from, out_dir, run_id).map(Some)
     }
 
-    /// Whether this run id has checkpoints of whole graphs, damaged ones included.
+    /// Whether this run id has checkpoints of whole graphs, including damaged ones.
     fn has_any(out_dir: &Path, run_id: &str) -> Result<bool> {
         match fs::read_dir(out_dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -145,8 +150,8 @@ impl Checkpoint {
         Err(crate::without_remote(address))
     }
 
-    /// The newest valid checkpoint of a job whose program has several runs: in the folder of the run of this number, or of a later
-    /// one. `first` is the folder of the first run.
+    /// Returns the newest valid checkpoint of a job whose program has several runs, from the folder
+    /// of the run number `from` or of a later run. `first` is the folder of the first run.
     pub fn newest_of_runs(first: &Path, from: u64) -> Option<Self> {
         let is_due = |folder: &PathBuf| number_of(folder, first).is_some_and(|number| number >= from);
         let runs = first.parent().map(folders).unwrap_or_default().into_iter().filter(is_due);
@@ -154,7 +159,8 @@ impl Checkpoint {
         Self::newest_of(&holders, None)
     }
 
-    /// The newest valid checkpoint of a whole graph directly in one of the folders. Damaged ones are reported and passed over.
+    /// Returns the newest valid checkpoint of a whole graph directly in one of the folders. Damaged
+    /// checkpoints are reported and skipped.
     pub fn newest_of(holders: &[PathBuf], run_id: Option<&str>) -> Option<Self> {
         let warn = |path: &Path, error: &Error| tracing::warn!("skipping {}: {error}", path.display());
         let mut all: Vec<_> = holders.iter().flat_map(|holder| candidates(holder)).collect();
@@ -172,7 +178,8 @@ impl Checkpoint {
     }
 }
 
-/// The folder of a run of a program, by the folder of its first run: the second run has `.2` behind the name.
+/// Returns the folder of a run of a program, given the folder of its first run. The second run has
+/// the suffix `.2`.
 pub fn folder_of_run(first: &Path, number: u64) -> PathBuf {
     let mut folder = first.as_os_str().to_owned();
     if number > 0 {
@@ -181,7 +188,7 @@ pub fn folder_of_run(first: &Path, number: u64) -> PathBuf {
     folder.into()
 }
 
-/// The number of the run whose folder this is; `None` for a folder of another job.
+/// Returns the number of the run with this folder, or `None` for a folder of another job.
 fn number_of(folder: &Path, first: &Path) -> Option<u64> {
     let name = folder.file_name()?.to_str()?.strip_prefix(first.file_name()?.to_str()?)?;
     match name {
@@ -190,13 +197,15 @@ fn number_of(folder: &Path, first: &Path) -> Option<u64> {
     }
 }
 
-/// Whether a folder has the name of a run of this id: `<run id>_<stamp>`, with at most one `_` in the stamp.
+/// Whether a folder has the name of a run of this id: `<run id>_<stamp>`, with at most one `_` in
+/// the stamp.
 pub(crate) fn is_named_for(folder: &str, run_id: &str) -> bool {
     let stamp = folder.strip_prefix(run_id).and_then(|rest| rest.strip_prefix('_'));
     stamp.is_some_and(|stamp| stamp.matches('_').count() <= 1)
 }
 
-/// The visible folders in a folder, links aside; none where it cannot be read.
+/// Returns the visible folders in a folder, without symbolic links. Returns none if the folder
+/// cannot be read.
 fn folders(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     let visible = |entry: &fs::DirEntry| {

@@ -7,30 +7,33 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
-/// The key in a file's metadata that says which elements of which tensors it holds, where it does not hold them whole.
+/// Key in a file's metadata for the tensors that the file contains only in part, with their
+/// elements.
 const PARTS: &str = "ice.parts";
-/// As the safetensors library has it.
+/// Largest header, like in the safetensors library.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// The place of a piece in its tensor. Pieces are runs of elements in row-major order; whole rows are such a run.
+/// Position of a piece in its tensor. Pieces are ranges of elements in row-major order; whole rows
+/// are such a range.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
-    /// The shape of the whole tensor.
+    /// Shape of the whole tensor.
     pub of: Vec<u64>,
-    /// The first element of the piece.
+    /// Index of the first element of the piece.
     pub start: u64,
 }
 
 impl Part {
-    /// Whole rows, the first of which is `first`, of a tensor of shape `of`.
+    /// Creates a piece of whole rows, starting with the row `first`, of a tensor of shape `of`.
     pub fn rows(first: u64, of: &[i64]) -> Self {
         let of = dimensions(of);
         let row: u64 = of.iter().skip(1).product();
         Self { start: first * row, of }
     }
 
-    /// A run of elements in row-major order, from the element `start` on, of a tensor of shape `of`. A rank that holds nothing of
-    /// a tensor that others hold says so with an empty run.
+    /// Creates a piece of elements in row-major order, starting with the element `start`, of a
+    /// tensor of shape `of`. A rank that has no element of a shared tensor describes that by an
+    /// empty piece.
     pub fn flat(start: u64, of: &[i64]) -> Self {
         Self { of: dimensions(of), start }
     }
@@ -43,17 +46,17 @@ fn dimensions(shape: &[i64]) -> Vec<u64> {
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Its key.
+    /// Key of the tensor.
     pub key: String,
-    /// What its elements are.
+    /// Type of the elements.
     pub dtype: Dtype,
-    /// Its shape; that of the piece where it is one.
+    /// Shape of the tensor, or of the piece.
     pub shape: Vec<u64>,
-    /// Its place in a larger tensor, where it has one.
+    /// Position in a larger tensor, for a piece.
     pub part: Option<Part>,
 }
 
-/// Where each tensor lies in the data of a file to be.
+/// Positions of the tensors in the data of a file that will be written.
 #[derive(Debug, Default)]
 pub struct Layout {
     header: Vec<u8>,
@@ -61,47 +64,47 @@ pub struct Layout {
     data_len: usize,
 }
 
-/// A tensor's place in the data.
+/// Position of a tensor in the data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Placed {
-    /// Index of the entry in the list that the layout was made from.
+    /// Index of the entry in the list that the layout was created from.
     pub index: usize,
-    /// First byte in the data.
+    /// Offset of the first byte in the data.
     pub offset: usize,
     /// Length in bytes.
     pub len: usize,
 }
 
-/// What the header of a file says.
+/// Contents of the header of a file.
 #[derive(Debug)]
 pub struct Header {
-    /// Where the data begin in the file.
+    /// Offset of the data in the file, in bytes.
     pub data_start: u64,
-    /// The tensors in order of their place.
+    /// The tensors in order of their position.
     pub tensors: Vec<Stored>,
 }
 
 /// A tensor, or a piece of one, in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stored {
-    /// What it is.
+    /// Description of the tensor.
     pub entry: Entry,
-    /// First byte in the data.
+    /// Offset of the first byte in the data.
     pub offset: u64,
     /// Length in bytes.
     pub len: u64,
 }
 
-/// How many elements a tensor of this shape has; `None` where that is more than can be counted.
+/// Returns the number of elements of a tensor of this shape, or `None` if it overflows.
 pub(crate) fn elements(shape: &[u64]) -> Option<u64> {
     shape.iter().try_fold(1_u64, |product, &dimension| product.checked_mul(dimension))
 }
 
 impl Entry {
-    /// Its length in bytes.
+    /// Returns the length in bytes.
     ///
     /// # Errors
-    /// A size that is no whole number of bytes, or too large.
+    /// A size that is not a whole number of bytes, or is too large.
     pub fn bytes(&self) -> Result<u64, String> {
         let bits =
             elements(&self.shape).and_then(|elements| elements.checked_mul(self.dtype.bitsize() as u64));
@@ -116,10 +119,10 @@ impl Entry {
 }
 
 impl Layout {
-    /// Lays tensors out as the safetensors library does: those of wide elements first, then by key.
+    /// Lays out tensors in the order of the safetensors library: wide elements first, then by key.
     ///
     /// # Errors
-    /// A key that is there twice, or a size that cannot be.
+    /// A duplicate key, or an impossible size.
     pub fn new(entries: &[Entry]) -> Result<Self, String> {
         let mut order: Vec<usize> = (0..entries.len()).collect();
         order.sort_by(|&a, &b| {
@@ -150,7 +153,7 @@ impl Layout {
         }
         tensors.insert("__metadata__".into(), json!(metadata));
         let mut text = serde_json::to_vec(&tensors).map_err(|error| error.to_string())?;
-        // The data begin at a multiple of eight, so that a mapped file has aligned tensors.
+        // The data start at a multiple of eight, so that the tensors of a mapped file are aligned.
         text.resize(text.len().next_multiple_of(8), b' ');
         let mut header = (text.len() as u64).to_le_bytes().to_vec();
         header.append(&mut text);
@@ -158,17 +161,17 @@ impl Layout {
         Ok(Self { header, placed, data_len })
     }
 
-    /// What the file begins with.
+    /// Returns the start of the file, up to the data.
     pub fn header(&self) -> &[u8] {
         &self.header
     }
 
-    /// The tensors in order of their place.
+    /// Returns the tensors in order of their position.
     pub fn placed(&self) -> &[Placed] {
         &self.placed
     }
 
-    /// Length of the data in bytes.
+    /// Returns the length of the data in bytes.
     pub fn data_len(&self) -> usize {
         self.data_len
     }
@@ -185,7 +188,7 @@ impl Header {
     /// Reads the header of a file of this length.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Description of the damage.
     pub fn read(file: &mut impl Read, file_len: u64) -> Result<Self, String> {
         let damaged = |what: String| format!("is no safetensors file: {what}");
         let mut len = [0; 8];

@@ -1,4 +1,4 @@
-//! Which checkpoints stay.
+//! Retention of checkpoints.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,21 +6,23 @@ use std::path::{Path, PathBuf};
 use crate::find::Candidate;
 use crate::{Manifest, Result, candidates, staging};
 
-/// Removes all but the newest `keep` checkpoints in a folder, and says which. Those that are damaged do not count and stay, for
-/// somebody to look at. `protected` stays unless a newer one is whole.
+/// Removes all but the newest `keep` checkpoints in a folder, and returns the removed ones. Damaged
+/// checkpoints do not count and stay, for inspection. `protected` stays unless a newer checkpoint
+/// is complete.
 ///
 /// # Errors
-/// [`crate::Error::Io`] names the checkpoint that cannot be removed.
+/// [`crate::Error::Io`] if a checkpoint cannot be removed.
 pub fn keep_last(folder: &Path, keep: usize, protected: Option<&Path>) -> Result<Vec<PathBuf>> {
     let whole: Vec<_> = candidates(folder).into_iter().filter(is_whole).collect();
     let surplus = whole.len().saturating_sub(keep.max(1));
     remove(whole.iter().take(surplus).map(|candidate| &candidate.path), protected, whole.last())
 }
 
-/// Removes all but the `keep` best checkpoints in a folder by the measure that their manifests name, and says which.
+/// Removes all but the `keep` best checkpoints in a folder by the measure in their manifests, and
+/// returns the removed ones.
 ///
 /// # Errors
-/// [`crate::Error::Io`] names the checkpoint that cannot be removed.
+/// [`crate::Error::Io`] if a checkpoint cannot be removed.
 pub fn keep_best(
     folder: &Path,
     measure: &str,
@@ -33,7 +35,7 @@ pub fn keep_best(
     remove(surplus, protected, whole.last())
 }
 
-/// The candidates that compete by a measure, the best first.
+/// Returns the candidates that compete by a measure, the best first.
 pub(crate) fn ranked<'a>(candidates: &'a [Candidate], measure: &str) -> Vec<&'a Candidate> {
     let mut ranked: Vec<_> = candidates
         .iter()
@@ -42,7 +44,7 @@ pub(crate) fn ranked<'a>(candidates: &'a [Candidate], measure: &str) -> Vec<&'a 
             (best.measure == measure).then_some((best, candidate))
         })
         .collect();
-    // Among equals the newer one is worth more.
+    // Among equal values, the newer checkpoint comes first.
     ranked.sort_by(|(a, one), (b, other)| {
         let order = match (a.better.prefers(a.value, b.value), a.better.prefers(b.value, a.value)) {
             (true, _) => std::cmp::Ordering::Less,
@@ -72,7 +74,7 @@ fn remove<'a>(
     Ok(removed)
 }
 
-/// Whether all files are there in their lengths. Their bytes are not read.
+/// Whether all files exist with their lengths. Does not read their contents.
 fn is_whole(candidate: &Candidate) -> bool {
     let Ok(Manifest { files, .. }) = &candidate.manifest else { return false };
     files.iter().all(|(name, info)| {

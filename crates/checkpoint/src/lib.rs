@@ -1,4 +1,4 @@
-//! Checkpoints on disk: folders that are whole or not there.
+//! Checkpoints on disk: folders that are either complete or absent.
 //!
 //! ```text
 //! manifest.json                          version, counters, progress of the tasks, positions, checksums of the files
@@ -6,11 +6,12 @@
 //! optimizer-00000-of-00001.safetensors   state of the optimizers: <node>.<PyTorch's key>.<slot>
 //! ```
 //!
-//! Where several ranks write, each has files of its own, numbered by its rank; a tensor may then lie in pieces in several of
-//! them, and the metadata of each file says which elements a piece holds. A [`Catalog`] puts them together again, so that a
-//! reader sees whole tensors however many ranks wrote.
+//! If several ranks write, each writes its own files, numbered by its rank. A tensor may then be
+//! divided into pieces in several files, and the metadata of each file describes its pieces. A
+//! [`Catalog`] reassembles them, so that a reader sees whole tensors for any number of writers.
 //!
-//! This crate knows files and bytes. It knows nothing of libtorch, of ranks that talk to each other, or of what is trained.
+//! This crate handles files and bytes. It does not depend on libtorch, on communication between
+//! ranks, or on what is trained.
 //!
 //! In the book: `docs/checkpoints.md`.
 
@@ -41,15 +42,16 @@ pub use remote::Remote;
 pub use staging::{Staging, probe, remove_abandoned, remove_leftovers};
 pub use stream::{CHUNK, forget_contents, verify_file, write_file};
 
-/// Whether what should be a path is the address of an object store.
+/// Whether a path is the address of an object store.
 pub fn is_remote(address: &str) -> bool {
     address.contains("://")
 }
 
-/// Uploads a whole checkpoint to the object store at this address.
+/// Uploads a complete checkpoint to the object store at this address.
 ///
 /// # Errors
-/// [`Error::Remote`] names the address and what failed; [`Error::NotFound`] in a program that was built without object stores.
+/// [`Error::Remote`] with the address and the failure. [`Error::NotFound`] in a program that was
+/// built without object stores.
 pub fn upload(checkpoint: &std::path::Path, address: &str) -> Result<()> {
     #[cfg(feature = "object-store")]
     return Remote::open(address)?.upload(checkpoint);
@@ -64,15 +66,15 @@ fn without_remote(what: &str) -> Error {
     ))
 }
 
-/// The manifest's name in its checkpoint.
+/// Name of the manifest in its checkpoint.
 pub const MANIFEST: &str = "manifest.json";
-/// The file of all whole parameters, where one rank writes them.
+/// Name of the file with all whole parameters, if one rank writes them.
 pub const MODEL: &str = "model.safetensors";
-/// Where transformers and others look for the shard of a parameter.
+/// Name of the file in which transformers and other programs find the shard of a parameter.
 pub const MODEL_INDEX: &str = "model.safetensors.index.json";
-/// The folder of a run's checkpoints in the folder of the run.
+/// Name of the folder for checkpoints, within the folder of a run.
 pub const CHECKPOINTS: &str = "ckpts";
-/// The folder of a run's best checkpoints in the folder of the run.
+/// Name of the folder for the best checkpoints, within the folder of a run.
 pub const BEST: &str = "best";
-/// The link to the newest checkpoint beside it, for people and scripts.
+/// Name of the link to the newest checkpoint, next to it, for people and scripts.
 pub const LATEST: &str = "latest";

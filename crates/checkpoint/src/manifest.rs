@@ -8,70 +8,75 @@ use serde_json::Value as Json;
 use crate::stream::{check_size, read_bounded};
 use crate::{Error, MANIFEST, Result};
 
-/// The version of the layout that this release writes and reads.
+/// Version of the layout that this release writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// The largest manifest that is read or written. One of 10,000 ranks with a file each has about 2 MB.
+/// Largest manifest that is read or written, in bytes. A manifest of 10,000 ranks with a file each
+/// has about 2 MB.
 const MAX_BYTES: u64 = 64 << 20;
-/// In messages about its size.
+/// Name of a manifest in messages about its size.
 const KIND: &str = "a manifest";
 
-/// The manifest's own checksum stands in it as eight digits; it is taken with zeros in their place.
+/// The manifest contains its own checksum as eight digits, computed with zeros in their place.
 const SELF: &str = "\"manifest_crc32c\": \"";
 const DIGITS: usize = 8;
 
-/// What a checkpoint says about itself.
+/// Manifest of a checkpoint: its description.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Manifest {
     /// Version of the layout.
     pub format_version: u32,
-    /// The job that saved it.
+    /// Identifier of the job that saved the checkpoint.
     pub run_id: String,
-    /// Number of the run in its program, from 0. A checkpoint of a later run shows that the earlier ones are done.
+    /// Number of the run in its program, from 0. A checkpoint of a later run shows that the earlier
+    /// runs are completed.
     #[serde(default, skip_serializing_if = "is_first")]
     pub run: u64,
-    /// Ranks of the job.
+    /// Number of ranks of the job.
     pub world_size: usize,
-    /// Ranks that it began with, which batches and learning rates of an elastic run refer to.
+    /// Number of ranks at the start of the run, which batches and learning rates of an elastic run
+    /// refer to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_ranks: Option<usize>,
-    /// Seed of the run. The random numbers of a step follow from it, the rank and the step.
+    /// Seed of the run. It determines the random numbers of a step, together with the rank and the
+    /// step.
     pub seed: u64,
-    /// When it was saved, in milliseconds since the Unix epoch.
+    /// Time of the save, in milliseconds since the Unix epoch.
     pub saved_unix_ms: u64,
-    /// Steps and epochs done.
+    /// Completed steps and epochs.
     pub counters: Counts,
-    /// The tags of the nodes that it holds, where it does not hold all: a run cannot resume from such a one.
+    /// Tags of the saved nodes, if not all nodes are saved. A run cannot resume from such a
+    /// checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tags: Option<String>,
-    /// Why it was kept as one of the best, where it was.
+    /// The measure for which the checkpoint was kept as one of the best.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best: Option<Best>,
     /// Progress of the tree of tasks.
     pub tasks: Json,
-    /// What was measured last, by uid. JSON has `"NaN"`, `"inf"` or `"-inf"` for a value that is not finite.
+    /// Last measures, by uid. JSON has `"NaN"`, `"inf"` or `"-inf"` for a value that is not finite.
     #[serde(with = "crate::exact::map")]
     pub measures: BTreeMap<String, f64>,
     /// Positions of data and sums of meters, by uid.
     pub nodes: BTreeMap<String, Json>,
-    /// The other files.
+    /// Descriptions of the other files, by name.
     pub files: BTreeMap<String, FileInfo>,
 }
 
-/// Steps and epochs that a run has done.
+/// Completed steps and epochs of a run.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
     /// Optimizer steps applied.
     pub train_steps: u64,
     /// Training epochs completed.
     pub train_epochs: u64,
-    /// Iterations without training.
+    /// Iterations of evaluations.
     pub eval_steps: u64,
-    /// Epochs without training.
+    /// Epochs of evaluations.
     pub eval_epochs: u64,
 }
 
-/// What a file must be.
+/// Expected properties of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileInfo {
     /// Length in bytes.
@@ -80,30 +85,30 @@ pub struct FileInfo {
     pub crc32c: u32,
 }
 
-/// A measure that checkpoints compete by.
+/// A measure by which checkpoints compete.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Best {
-    /// The uid of the node that measured it.
+    /// Uid of the node that measured it.
     pub measure: String,
-    /// What it measured.
+    /// Value of the measure.
     #[serde(with = "crate::exact::number")]
     pub value: f64,
-    /// Which values win.
+    /// Direction in which values are better.
     pub better: Better,
 }
 
-/// Which of two values is the better one.
+/// The direction in which values are better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Better {
-    /// The higher one, as of an accuracy.
+    /// Higher values, like those of an accuracy.
     Higher,
-    /// The lower one, as of a loss.
+    /// Lower values, like those of a loss.
     Lower,
 }
 
 impl Better {
-    /// Whether `a` is better than `b`. No number is better than any number.
+    /// Whether `a` is better than `b`. Any number is better than NaN, and NaN is never better.
     pub fn prefers(self, a: f64, b: f64) -> bool {
         match self {
             _ if a.is_nan() => false,
@@ -127,7 +132,7 @@ struct Sealed<'a> {
 }
 
 impl Manifest {
-    /// A manifest of now, without files.
+    /// Creates a manifest with the current time and without files.
     pub fn new(run_id: &str, world_size: usize, seed: u64, counters: Counts, tasks: Json) -> Self {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
         Self {
@@ -148,20 +153,21 @@ impl Manifest {
         }
     }
 
-    /// Reads and checks the manifest of a checkpoint.
+    /// Reads and verifies the manifest of a checkpoint.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for one that is missing, damaged, larger than 64 MiB, or of another format.
+    /// [`Error::Checkpoint`] if the manifest is missing, damaged, larger than 64 MiB, or of another
+    /// format.
     pub fn read(checkpoint: &Path) -> Result<Self> {
         let file = checkpoint.join(MANIFEST);
         let bytes = read_bounded(&file, KIND, MAX_BYTES).map_err(|error| Error::checkpoint(&file, error))?;
         Self::parse(&bytes).map_err(|problem| Error::checkpoint(&file, problem))
     }
 
-    /// The bytes of the file, its own checksum included.
+    /// Returns the bytes of the file, including its own checksum.
     ///
     /// # Errors
-    /// The reason that it is not JSON, or that it is larger than 64 MiB.
+    /// The reason that the manifest is not JSON, or its size if it is larger than 64 MiB.
     pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
         let sealed = Sealed { manifest: self, manifest_crc32c: "00000000" };
         let mut bytes = serde_json::to_vec_pretty(&sealed).map_err(|error| error.to_string())?;
@@ -172,10 +178,10 @@ impl Manifest {
         Ok(bytes)
     }
 
-    /// What the bytes of a file say, once their checksum fits.
+    /// Parses the bytes of a file, after verifying their checksum.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// Description of the damage.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         let damaged = || "is damaged: its checksum does not fit".to_owned();
         let at = digits(bytes).ok_or_else(|| "is damaged: it ends early or has no checksum".to_owned())?;
@@ -195,7 +201,8 @@ impl Manifest {
     }
 }
 
-/// Where the digits of the manifest's own checksum begin: those of the last field, since what a task says may look like it.
+/// Returns the position of the checksum's digits. They are in the last field of this name, since
+/// the progress of a task may contain the same text.
 fn digits(bytes: &[u8]) -> Option<usize> {
     let at = bytes.windows(SELF.len()).rposition(|window| window == SELF.as_bytes())? + SELF.len();
     (bytes.len() >= at + DIGITS).then_some(at)

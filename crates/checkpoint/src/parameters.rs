@@ -1,4 +1,5 @@
-//! Files of parameters that belong to no checkpoint, as PyTorch and Hugging Face's libraries write them.
+//! Files of parameters that belong to no checkpoint, in the formats of PyTorch and Hugging Face's
+//! libraries.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufReader, Read};
@@ -14,27 +15,32 @@ use crate::{
     BEST, CHECKPOINTS, Checkpoint, Counts, Error, MANIFEST, MODEL, MODEL_INDEX, Manifest, Result, candidates,
 };
 
-/// The largest index that is read. One of a model with 100,000 tensors has about 10 MB.
+/// Largest index that is read, in bytes. The index of a model with 100,000 tensors has about 10 MB.
 const MAX_INDEX: u64 = 64 << 20;
 
-/// How an archive of `torch.save` begins.
+/// Start of an archive of `torch.save`.
 const ZIP: [u8; 4] = *b"PK\x03\x04";
 
-/// The file that says which shard has which parameter. Other fields are of no use here.
+/// The file that maps each parameter to its shard. Other fields are ignored.
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
 impl Checkpoint {
-    /// Opens parameters that were written as safetensors: a file, the index of a sharded model (`*.index.json`), or a folder. The folder is
-    /// a checkpoint, has `model.safetensors.index.json` or `model.safetensors`, or has checkpoints: a run's `best` gives the best one, any
-    /// other the newest one. Optimizers are left out. Shards must lie in the folder of their index; links to files elsewhere, as in the cache
-    /// of `huggingface_hub`, are followed.
+    /// Opens parameters in safetensors files: a file, the index of a sharded model
+    /// (`*.index.json`), or a folder. Optimizers are ignored.
+    ///
+    /// The folder is a checkpoint, contains `model.safetensors.index.json` or `model.safetensors`,
+    /// or contains checkpoints. A run's `best` folder gives its best checkpoint, any other folder
+    /// its newest one.
+    ///
+    /// Shards must be in the folder of their index. Links to files elsewhere, as in the cache of
+    /// `huggingface_hub`, are followed.
     ///
     /// # Errors
-    /// [`Error::NotFound`] if there are no parameters, [`Error::Checkpoint`] if a file is not a safetensors file or lacks a tensor that the
-    /// index names.
+    /// [`Error::NotFound`] if there are no parameters. [`Error::Checkpoint`] if a file is not a
+    /// safetensors file, or lacks a tensor that the index names.
     pub fn of_parameters(path: &Path) -> Result<Self> {
         if !path.is_dir() {
             return Self::of_file(path);
@@ -59,7 +65,8 @@ impl Checkpoint {
         Ok(found.ok_or_else(nothing)?.without_optimizers())
     }
 
-    /// The best valid checkpoint in a folder of those that compete by a measure. Damaged ones are reported and passed over.
+    /// Returns the best valid checkpoint in a folder of checkpoints that compete by a measure.
+    /// Damaged checkpoints are reported and skipped.
     fn best_of(folder: &Path) -> Result<Option<Self>> {
         let candidates = candidates(folder);
         let measures = candidates.iter().filter_map(|candidate| {
@@ -92,10 +99,10 @@ impl Checkpoint {
         }
     }
 
-    /// The same parameters under other keys.
+    /// Renames the keys of the parameters.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] names two keys that become one.
+    /// [`Error::Checkpoint`] if two keys become the same.
     pub fn map_keys(mut self, mut rename: impl FnMut(&str) -> String) -> Result<Self> {
         let mut origins = BTreeMap::new();
         let mut renamed: BTreeMap<String, Saved> = BTreeMap::new();
@@ -168,7 +175,7 @@ fn folder_of(file: &Path) -> PathBuf {
     file.parent().unwrap_or(Path::new("")).to_owned()
 }
 
-/// Whether this names a file in its folder, and not a path.
+/// Whether this is the name of a file in its folder, and not a path.
 pub(crate) fn is_file_name(name: &str) -> bool {
     use std::path::Component;
     let mut parts = Path::new(name).components();

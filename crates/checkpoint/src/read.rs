@@ -9,7 +9,7 @@ use crate::parameters::is_file_name;
 use crate::stream::open_regular;
 use crate::{CHUNK, Error, FileInfo, Manifest, Result, verify_file};
 
-/// A checkpoint that was read once, whole, and found to be what was written. Its tensors stay on the disk.
+/// A checkpoint that was read completely once and verified. Its tensors stay on disk.
 #[derive(Debug)]
 pub struct Checkpoint {
     pub(crate) path: PathBuf,
@@ -17,24 +17,24 @@ pub struct Checkpoint {
     pub(crate) catalog: Catalog,
 }
 
-/// A few elements of a tensor on their way from a file.
+/// A few elements of a tensor, read from a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece<'a> {
-    /// What the tensor belongs to.
+    /// Section of the tensor.
     pub section: Section,
-    /// Its key.
+    /// Key of the tensor.
     pub key: &'a str,
-    /// First element in the tensor.
+    /// Index of the first element in the tensor.
     pub start: u64,
     /// Number of elements.
     pub len: u64,
 }
 
 impl Checkpoint {
-    /// Reads a checkpoint and checks every file against the manifest.
+    /// Opens a checkpoint, and verifies every file against the manifest.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] names the file that is missing or damaged.
+    /// [`Error::Checkpoint`] if a file is missing or damaged.
     pub fn open(path: &Path) -> Result<Self> {
         let manifest = Manifest::read(path)?;
         for (name, info) in &manifest.files {
@@ -44,7 +44,7 @@ impl Checkpoint {
         Ok(Self { path: path.to_owned(), manifest, catalog })
     }
 
-    /// All that is wrong with a checkpoint; nothing where it is whole.
+    /// Returns all damage of a checkpoint, or an empty list if it is intact.
     pub fn damage(path: &Path) -> Vec<Error> {
         let manifest = match Manifest::read(path) {
             Ok(manifest) => manifest,
@@ -58,19 +58,20 @@ impl Checkpoint {
         }
     }
 
-    /// The tensors that the headers of its files name; the files are not checked.
+    /// Returns the tensors that the headers of the files name, without verifying the files.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for headers that are damaged or do not fit each other.
+    /// [`Error::Checkpoint`] if headers are damaged or contradict each other.
     pub fn headers(path: &Path, manifest: &Manifest) -> Result<Catalog> {
         Self::read_catalog(path, manifest)
     }
 
-    /// A checkpoint whose files are in memory: by name the header and the length, with the header, of each. `place` says so where a path would
-    /// stand.
+    /// Opens a checkpoint whose files are in memory. `files` holds, by name, the header and the
+    /// length including the header. `place` describes the checkpoint in messages, instead of a
+    /// path.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for headers that are damaged or do not fit each other.
+    /// [`Error::Checkpoint`] if headers are damaged or contradict each other.
     pub fn in_memory(
         place: PathBuf,
         mut manifest: Manifest,
@@ -89,7 +90,7 @@ impl Checkpoint {
         Ok(Self { path: place, manifest, catalog })
     }
 
-    /// A checkpoint that another process has opened.
+    /// Creates a checkpoint that another process has opened and verified.
     pub fn assume(path: PathBuf, manifest: Manifest, catalog: Catalog) -> Self {
         Self { path, manifest, catalog }
     }
@@ -108,25 +109,25 @@ impl Checkpoint {
         Ok(catalog)
     }
 
-    /// Where it lies.
+    /// Returns the path of the checkpoint.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What it says about itself.
+    /// Returns the manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// Its tensors.
+    /// Returns the tensors.
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
     }
 
-    /// The bytes of one tensor, whole.
+    /// Returns the bytes of one whole tensor.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] where there is none of that key, or a file cannot be read.
+    /// [`Error::Checkpoint`] if there is no tensor with this key, or a file cannot be read.
     pub fn tensor(&self, section: Section, key: &str) -> Result<Vec<u8>> {
         let missing = || Error::checkpoint(&self.path, format!("has no `{key}`"));
         let saved = self.catalog.section(section).get(key).ok_or_else(missing)?;
@@ -142,7 +143,8 @@ impl Checkpoint {
         Ok(bytes)
     }
 
-    /// The order that [`Checkpoint::stream`] passes the elements in: file by file, from front to back.
+    /// Returns the elements in the order of [`Checkpoint::stream`]: file by file, from start to
+    /// end.
     pub fn pieces(&self) -> impl Iterator<Item = (&str, Vec<(u64, Piece<'_>)>)> {
         let tensors = || {
             Section::ALL.into_iter().flat_map(|section| {
@@ -152,7 +154,7 @@ impl Checkpoint {
         self.manifest.files.keys().map(move |name| {
             let mut pieces = Vec::new();
             for (section, key, saved) in tensors() {
-                // Elements of less than a byte go in one piece.
+                // A tensor whose elements have less than a byte is a single piece.
                 let width = saved.dtype.bitsize() as u64 / 8;
                 let most = (CHUNK as u64).checked_div(width).map_or(u64::MAX, |elements| elements.max(1));
                 for extent in saved.extents.iter().filter(|extent| extent.file == *name) {
@@ -170,11 +172,12 @@ impl Checkpoint {
         })
     }
 
-    /// Reads the files once more, and hands out what the tensors hold piece by piece; the checksums are compared again, since a
-    /// file may have changed since it was opened. `take` sees the pieces of [`Checkpoint::pieces`], in their order.
+    /// Reads the files once more, and passes the elements of the tensors to `take` piece by piece,
+    /// in the order of [`Checkpoint::pieces`]. Verifies the checksums again, since a file may have
+    /// changed since it was opened.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] names the file that changed, and the first error of `take` ends the reading.
+    /// [`Error::Checkpoint`] if a file has changed. The first error of `take` ends the reading.
     pub fn stream<E: From<Error>>(
         &self,
         mut take: impl FnMut(Piece<'_>, &[u8]) -> Result<(), E>,
@@ -194,7 +197,7 @@ impl Checkpoint {
             };
             for (index, (offset, piece)) in pieces.iter().enumerate() {
                 if *offset > at {
-                    // The header.
+                    // These bytes are the header.
                     fill(&mut buffer, offset - at)?;
                 }
                 let end = pieces.get(index + 1).map_or(info.bytes, |(next, _)| *next);
@@ -213,7 +216,7 @@ impl Checkpoint {
     }
 }
 
-/// Checks that a file of the manifest lies in the checkpoint and is what was written.
+/// Verifies that a file of the manifest is inside of the checkpoint and intact.
 fn verify(checkpoint: &Path, name: &str, info: &FileInfo) -> Result<()> {
     let file = checkpoint.join(name);
     match is_file_name(name) {

@@ -1,4 +1,4 @@
-//! Checkpoints in object stores: uploaded from the disk, downloaded to it.
+//! Checkpoints in object stores: uploaded from disk, downloaded to disk.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -13,12 +13,13 @@ use url::Url;
 
 use crate::{Checkpoint, Error, MANIFEST, Manifest, Result, Staging};
 
-/// What is sent at a time; S3 takes no less but as the last part.
+/// Size of an upload's part, in bytes. S3 accepts no smaller parts except the last.
 const PART: usize = 8 << 20;
-/// Parts under way at once.
+/// Number of parts in flight.
 const AT_ONCE: usize = 4;
 
-/// A folder of checkpoints in an object store. A checkpoint is there once its manifest is, which is uploaded last.
+/// A folder of checkpoints in an object store. The manifest is uploaded last: a checkpoint exists
+/// once its manifest does.
 pub struct Remote {
     address: String,
     store: Arc<dyn ObjectStore>,
@@ -27,11 +28,12 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// The folder at an address: `s3://bucket/folder`, `gs://…`, `az://…`, `file:///folder`. Credentials are taken from the
-    /// variables that the store's own tools use.
+    /// Opens the folder at an address: `s3://bucket/folder`, `gs://…`, `az://…`, `file:///folder`.
+    /// Credentials come from the environment variables of the store's own tools.
     ///
     /// # Errors
-    /// [`Error::Remote`] for an address that is none, or of a store that the program was built without.
+    /// [`Error::Remote`] if the address is invalid, or the program was built without this kind of
+    /// store.
     pub fn open(address: &str) -> Result<Self> {
         let fail = |problem: String| Error::Remote { address: address.into(), problem };
         let url = Url::parse(address).map_err(|error| fail(error.to_string()))?;
@@ -41,10 +43,10 @@ impl Remote {
         Self::new(address, store.into(), folder)
     }
 
-    /// A folder of a store. `address` names it in messages.
+    /// Opens a folder of a store. `address` names it in messages.
     ///
     /// # Errors
-    /// [`Error::Remote`] where no thread can be had.
+    /// [`Error::Remote`] if the runtime cannot be created.
     pub fn new(address: &str, store: Arc<dyn ObjectStore>, folder: Key) -> Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build();
         let runtime =
@@ -52,17 +54,19 @@ impl Remote {
         Ok(Self { address: address.into(), store, folder, runtime })
     }
 
-    /// Uploads a checkpoint, the manifest last.
+    /// Uploads a checkpoint, its manifest last.
     ///
     /// # Errors
-    /// [`Error::Remote`] names what could not be uploaded.
+    /// [`Error::Remote`] if an object cannot be uploaded.
     pub fn upload(&self, checkpoint: &Path) -> Result<()> {
         let manifest = Manifest::read(checkpoint)?;
-        // Checkpoints of several runs of a program have the same names.
+        // Checkpoints of several runs of a program have the same names, so the number of the run is
+        // added.
         let name = crate::folder_of_run(checkpoint, manifest.run);
         let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
         self.runtime.block_on(async {
-            // A checkpoint of that name that is replaced must not be taken for whole meanwhile.
+            // The manifest of a replaced checkpoint is deleted first: the old manifest must not
+            // make the unfinished upload look complete.
             let last = self.key(&name, MANIFEST);
             match self.store.delete(&last).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
@@ -91,10 +95,12 @@ impl Remote {
         upload.finish().await.map(|_| ()).map_err(|error| self.fail(key, error))
     }
 
-    /// The checkpoints in the folder, the oldest first. What has no manifest is not there yet.
+    /// Returns the checkpoints in the folder, the oldest first. A checkpoint without a manifest is
+    /// still being uploaded, and is ignored.
     ///
     /// # Errors
-    /// [`Error::Remote`] where the folder cannot be listed. A manifest that is damaged is reported and passed over.
+    /// [`Error::Remote`] if the folder cannot be listed. A damaged manifest is reported and
+    /// skipped.
     pub fn list(&self) -> Result<Vec<(String, Manifest)>> {
         self.runtime.block_on(async {
             let folder = &self.folder;
@@ -121,10 +127,11 @@ impl Remote {
         })
     }
 
-    /// Downloads a checkpoint into a folder and checks it. One that is there already and whole is not downloaded again.
+    /// Downloads a checkpoint into a folder and verifies it. An intact local copy is not downloaded
+    /// again.
     ///
     /// # Errors
-    /// [`Error::Remote`] names what could not be downloaded, [`Error::Checkpoint`] what is damaged.
+    /// [`Error::Remote`] if an object cannot be downloaded, [`Error::Checkpoint`] if it is damaged.
     pub fn download(&self, name: &str, manifest: &Manifest, into: &Path) -> Result<Checkpoint> {
         let folder = into.join(name);
         if let Ok(there) = Checkpoint::open(&folder)
@@ -157,10 +164,11 @@ impl Remote {
         Checkpoint::open(&folder)
     }
 
-    /// Downloads the newest checkpoint of a whole graph that is valid. Damaged ones are reported and passed over.
+    /// Downloads the newest valid checkpoint of a whole graph. Damaged checkpoints are reported and
+    /// skipped.
     ///
     /// # Errors
-    /// [`Error::Remote`] where the store fails.
+    /// [`Error::Remote`] if the store fails.
     pub fn newest(&self, into: &Path) -> Result<Option<Checkpoint>> {
         fs::create_dir_all(into).map_err(Error::io(into))?;
         for (name, manifest) in self.list()?.into_iter().rev().filter(|(_, manifest)| manifest.tags.is_none())
@@ -236,7 +244,7 @@ mod tests {
         };
         assert_eq!(newest("a"), 4);
         assert_eq!(newest("a"), 4, "again, from the disk");
-        // An upload that has not come to its end.
+        // An interrupted upload.
         damage("E0S4", MANIFEST, None);
         assert_eq!(newest("b"), 3);
         damage("E0S3", MODEL, Some(b"something else"));

@@ -1,4 +1,4 @@
-//! A checkpoint in the making: written beside, synced, renamed into place.
+//! A checkpoint that is being written: in a hidden folder next to its place, synced, then renamed.
 
 use std::fs::{self, File};
 use std::io;
@@ -16,9 +16,11 @@ const PARTIAL: &str = "partial";
 const REPLACED: &str = "replaced";
 const REMOVED: &str = "removed";
 
-/// The hidden folder that a checkpoint is written in. Several processes may fill it; one of them commits it.
+/// The hidden folder in which a checkpoint is written. Several processes may fill it, and one of
+/// them commits it.
 ///
-/// Each of them holds a shared lock on the folder, so that [`remove_abandoned`] of another run leaves it alone.
+/// Each process holds a shared lock on the folder, so that [`remove_abandoned`] of another run
+/// leaves it alone.
 #[derive(Debug, Clone)]
 pub struct Staging {
     folder: PathBuf,
@@ -27,11 +29,12 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// Makes the hidden folder of the checkpoint `folder`, or joins those who have made it. `attempt` tells one attempt at saving
-    /// it from another, so that what a killed process has left is not taken for a part of this one.
+    /// Creates the hidden folder of the checkpoint `folder`, or joins the processes that have
+    /// created it. `attempt` distinguishes attempts to save the checkpoint, so that files of a
+    /// killed process do not become part of this one.
     ///
     /// # Errors
-    /// [`Error::Io`] names the folder that cannot be made.
+    /// [`Error::Io`] if the folder cannot be created.
     pub fn begin(folder: &Path, attempt: &str) -> Result<Self> {
         if folder.file_name().is_none() {
             return Err(Error::checkpoint(
@@ -42,15 +45,17 @@ impl Staging {
         let beside = hidden(folder, &format!("{attempt}.{PARTIAL}"));
         fs::create_dir_all(&beside).map_err(Error::io(&beside))?;
         let lock = File::open(&beside).map_err(Error::io(&beside))?;
-        // A file system without locks refuses the lock that removes the folder, too.
+        // Without lock support, `remove_abandoned` cannot lock the folder either, and leaves it
+        // alone.
         let _ = flock(&lock, FlockOperation::NonBlockingLockShared);
         Ok(Self { folder: folder.to_owned(), beside, _lock: Arc::new(lock) })
     }
 
-    /// Removes what earlier attempts at saving this checkpoint have left. To be called by one of those who write it.
+    /// Removes the leftovers of earlier attempts to save this checkpoint. Called by one of the
+    /// writing processes.
     ///
     /// # Errors
-    /// [`Error::Io`] names what cannot be removed.
+    /// [`Error::Io`] if a folder cannot be removed.
     pub fn remove_others(&self) -> Result<()> {
         let start = format!(".{}.", self.folder.file_name().unwrap_or_default().to_string_lossy());
         let parent = parent(&self.folder);
@@ -65,15 +70,15 @@ impl Staging {
         Ok(())
     }
 
-    /// Writes a file of the checkpoint, through to the disk.
+    /// Writes a file of the checkpoint, and syncs it to disk.
     ///
     /// # Errors
-    /// [`Error::Io`] names the file.
+    /// [`Error::Io`] with the path of the file.
     pub fn write(&self, name: &str, parts: &[&[u8]]) -> Result<FileInfo> {
         write_file(&self.beside.join(name), parts)
     }
 
-    /// Where a file of the checkpoint is written.
+    /// Returns the path at which a file of the checkpoint is written.
     #[cfg(feature = "object-store")]
     pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {
         let path = self.beside.join(name);
@@ -83,10 +88,10 @@ impl Staging {
         }
     }
 
-    /// Checks that a file that another process wrote is seen here too.
+    /// Checks that a file written by another process is visible here.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] where it is not.
+    /// [`Error::Checkpoint`] if it is not.
     pub fn expect(&self, name: &str, info: &FileInfo) -> Result<()> {
         let path = self.beside.join(name);
         let found = fs::metadata(&path).map(|file| file.len());
@@ -106,10 +111,12 @@ impl Staging {
         }
     }
 
-    /// Writes the manifest and renames the folder into place, in one step. A checkpoint of that name is replaced.
+    /// Writes the manifest, and renames the folder into place in one step. An existing checkpoint
+    /// of that name is replaced.
     ///
     /// # Errors
-    /// [`Error::Io`] names what failed; the checkpoint is then not there, and an older one of that name still is.
+    /// [`Error::Io`] with the failed path. The checkpoint then does not exist, and an older one of
+    /// that name still does.
     pub fn commit(self, manifest: &Manifest) -> Result<()> {
         let path = self.beside.join(MANIFEST);
         let bytes = manifest.to_bytes().map_err(|problem| Error::checkpoint(&path, problem))?;
@@ -122,7 +129,7 @@ impl Staging {
         Ok(())
     }
 
-    /// Removes what was written. What cannot be removed is left for the next start.
+    /// Removes what was written. If that fails, the next start removes it.
     pub fn abandon(self) {
         if let Err(error) = remove_if_there(&self.beside) {
             tracing::warn!("{error}");
@@ -133,7 +140,7 @@ impl Staging {
 fn put_in_place(beside: &Path, folder: &Path) -> Result<()> {
     match rustix::fs::renameat_with(CWD, beside, CWD, folder, RenameFlags::NOREPLACE) {
         Ok(()) => return Ok(()),
-        // Something of that name is there, or the file system does not know how to tell.
+        // Either the name exists, or the file system does not support the flag.
         Err(rustix::io::Errno::EXIST | rustix::io::Errno::INVAL | rustix::io::Errno::NOTEMPTY) => {}
         Err(error) => return Err(Error::io(folder)(error.into())),
     }
@@ -145,14 +152,16 @@ fn put_in_place(beside: &Path, folder: &Path) -> Result<()> {
     if rustix::fs::renameat_with(CWD, beside, CWD, folder, RenameFlags::EXCHANGE).is_ok() {
         fs::rename(beside, &replaced).map_err(Error::io(beside))?;
     } else {
-        // Two steps where one cannot be had; `remove_leftovers` takes the first one back if the second never came.
+        // Two steps, if the file system cannot exchange names. If the process dies between them,
+        // `remove_leftovers` undoes the first.
         fs::rename(folder, &replaced).map_err(Error::io(folder))?;
         fs::rename(beside, folder).map_err(Error::io(folder))?;
     }
     remove_if_there(&replaced)
 }
 
-/// Points `latest` beside the checkpoint at it. A file system without links has none; nothing here depends on it.
+/// Points the link `latest`, next to the checkpoint, at it. Nothing depends on the link, so a file
+/// system without links only lacks it.
 fn point_latest(folder: &Path) {
     let Some(name) = folder.file_name() else { return };
     let (link, new) = (parent(folder).join(LATEST), parent(folder).join(format!(".{LATEST}.new")));
@@ -165,10 +174,11 @@ fn point_latest(folder: &Path) {
     }
 }
 
-/// Removes what killed processes have left among the checkpoints in a folder. To be called while nobody writes there.
+/// Removes what killed processes have left among the checkpoints in a folder. The caller ensures
+/// that no process writes there.
 ///
 /// # Errors
-/// [`Error::Io`] names what cannot be removed.
+/// [`Error::Io`] if a folder cannot be removed.
 pub fn remove_leftovers(checkpoints: &Path) -> Result<()> {
     let entries = match fs::read_dir(checkpoints) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -192,10 +202,11 @@ pub fn remove_leftovers(checkpoints: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes what killed runs of this id have left half written in folders of their own, `<out_dir>/<run id>_<stamp>`.
+/// Removes half-written checkpoints that killed runs of this id have left in their folders,
+/// `<out_dir>/<run id>_<stamp>`.
 ///
-/// A folder that a process holds stays, and one of which that is not known, since the file system has no locks. What cannot be
-/// removed is a warning.
+/// A folder locked by a process stays. On a file system without locks, all folders stay. A failure
+/// is a warning.
 pub fn remove_abandoned(out_dir: &Path, run_id: &str) {
     let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
     let name = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
@@ -221,10 +232,11 @@ fn remove_unless_held(folder: &Path) {
     }
 }
 
-/// Checks that checkpoints can be written in a folder, by what a save does: writes, syncs and renames a small file.
+/// Checks that checkpoints can be written in a folder, by the operations of a save: writes, syncs
+/// and renames a small file.
 ///
 /// # Errors
-/// [`Error::Io`] names the folder and what failed.
+/// [`Error::Io`] with the folder and the failure.
 pub fn probe(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let [written, renamed] =
@@ -238,7 +250,7 @@ pub fn probe(folder: &Path) -> Result<()> {
     probed
 }
 
-/// Removes a checkpoint so that no half of it is ever seen.
+/// Removes a checkpoint so that it is never visible in part.
 pub(crate) fn remove(checkpoint: &Path) -> Result<()> {
     let removed = hidden(checkpoint, REMOVED);
     remove_if_there(&removed)?;
@@ -247,7 +259,7 @@ pub(crate) fn remove(checkpoint: &Path) -> Result<()> {
     remove_if_there(&removed)
 }
 
-/// A hidden neighbour of the folder, so that no search takes it for a checkpoint.
+/// Returns the path of a hidden neighbour of the folder, which searches for checkpoints ignore.
 fn hidden(folder: &Path, suffix: &str) -> PathBuf {
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
     folder.with_file_name(format!(".{name}.{suffix}"))
@@ -297,7 +309,8 @@ mod tests {
     fn what_killed_processes_have_left_is_cleared() {
         let out = tempfile::tempdir().unwrap();
         save(&out.path().join("E0S1"), 1);
-        // Cut short: a save, a removal, a replacement after its first of two steps, and one before its end.
+        // Interrupted: a save, a removal, a replacement after the first of its two steps, and a
+        // replacement before its end.
         Staging::begin(&out.path().join("E0S2"), "killed").unwrap();
         save(&out.path().join(".E0S0.removed"), 0);
         save(&out.path().join(".E0S1.replaced"), 7);

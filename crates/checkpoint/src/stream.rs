@@ -1,4 +1,5 @@
-//! Files in pieces: written and checked as they pass, so that nothing is copied whole.
+//! Files in chunks: each chunk is written and checksummed in one pass, so that no whole file is
+//! copied in memory.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -10,20 +11,21 @@ use std::thread;
 use crate::manifest::FileInfo;
 use crate::{Error, Result};
 
-/// What is written, or read, at a time: small enough that the checksum finds it in the cache.
+/// Number of bytes written or read at a time: small enough that the checksum finds them in the
+/// cache.
 pub const CHUNK: usize = 1 << 20;
 
-/// After so many bytes the disk is asked to begin with them.
+/// Number of written bytes after which a sync is requested.
 const SYNC_EVERY: usize = 32 << 20;
-/// A file shorter than this is not worth a second thread.
+/// Smallest size of a file, in bytes, for which a second thread pays off.
 const WORTH_A_THREAD: u64 = 32 << 20;
 const MAX_THREADS: u64 = 8;
 
-/// Writes the parts one after the other, and returns once they are on the disk. While memory is copied to the system, a second
-/// thread already waits for the disk.
+/// Writes the parts one after the other, and returns once they are on disk. While this thread
+/// copies memory to the kernel, a second thread already waits for the disk.
 ///
 /// # Errors
-/// [`Error::Io`] names the file.
+/// [`Error::Io`] with the path of the file.
 pub fn write_file(path: &Path, parts: &[&[u8]]) -> Result<FileInfo> {
     let mut file = File::create(path).map_err(Error::io(path))?;
     let written = if parts.iter().map(|part| part.len()).sum::<usize>() > SYNC_EVERY {
@@ -38,9 +40,11 @@ fn write_and_sync(file: &mut File, parts: &[&[u8]]) -> std::io::Result<FileInfo>
     let (due, dues) = mpsc::sync_channel(1);
     let syncing = file.try_clone()?;
     thread::scope(|scope| {
-        // The system tells of a failed write once: what is seen here must not be lost.
+        // The kernel reports a failed write only once, so an error that this thread receives must
+        // be returned.
         let synced = scope.spawn(move || dues.iter().try_for_each(|()| syncing.sync_data()));
-        // The sender goes with the closure, which ends the thread. One that is at work needs no second order.
+        // Dropping the closure drops the sender, which ends the thread. If the channel is full, a
+        // sync is already due.
         let info = write_parts(file, parts, move || {
             let _ = due.try_send(());
         });
@@ -65,7 +69,8 @@ fn write_parts(file: &mut File, parts: &[&[u8]], mut sync: impl FnMut()) -> std:
     Ok(FileInfo { bytes, crc32c: crc })
 }
 
-/// Lets the system use the memory that it keeps a file's contents in for something else. They stay on the disk.
+/// Drops the file's contents from the page cache, so that the system can reuse the memory. The
+/// contents stay on disk.
 pub fn forget_contents(path: &Path) {
     let advice = rustix::fs::Advice::DontNeed;
     let advised = File::open(path).and_then(|file| Ok(rustix::fs::fadvise(&file, 0, None, advice)?));
@@ -74,13 +79,14 @@ pub fn forget_contents(path: &Path) {
     }
 }
 
-/// Reads the whole file for what it is.
+/// Reads the whole file, and returns its length and checksum.
 pub(crate) fn file_info(file: &File) -> std::io::Result<FileInfo> {
     let bytes = file.metadata()?.len();
     Ok(FileInfo { bytes, crc32c: checksum(file, bytes)? })
 }
 
-/// Opens a regular file for reading. Anything else is an error: opening a FIFO would wait for a writer for ever.
+/// Opens a regular file for reading. Any other kind is an error: opening a FIFO would wait forever
+/// for a writer.
 pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
@@ -90,7 +96,7 @@ pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Reads a file of this kind, which is regular and has at most so many bytes.
+/// Reads a regular file of this kind, with at most `most` bytes.
 pub(crate) fn read_bounded(path: &Path, kind: &str, most: u64) -> io::Result<Vec<u8>> {
     let file = open_regular(path)?;
     check_size(file.metadata()?.len(), kind, most).map_err(io::Error::other)?;
@@ -99,7 +105,7 @@ pub(crate) fn read_bounded(path: &Path, kind: &str, most: u64) -> io::Result<Vec
     Ok(bytes)
 }
 
-/// Refuses a file of this kind that has more bytes than it may have.
+/// Fails if a file of this kind is larger than allowed.
 pub(crate) fn check_size(bytes: u64, kind: &str, most: u64) -> Result<(), String> {
     match bytes <= most {
         true => Ok(()),
@@ -110,7 +116,7 @@ pub(crate) fn check_size(bytes: u64, kind: &str, most: u64) -> Result<(), String
 /// Reads the whole file and compares it with what was written.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] says what differs.
+/// [`Error::Checkpoint`] with the difference.
 pub fn verify_file(path: &Path, written: &FileInfo) -> Result<()> {
     let fail = |error: std::io::Error| Error::checkpoint(path, error);
     let file = open_regular(path).map_err(fail)?;
@@ -131,7 +137,7 @@ pub fn verify_file(path: &Path, written: &FileInfo) -> Result<()> {
     Ok(())
 }
 
-/// The checksum of a file, by several threads where it is long.
+/// Computes the checksum of a file, with several threads if it is large.
 fn checksum(file: &File, bytes: u64) -> std::io::Result<u32> {
     let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
     let threads = (bytes / WORTH_A_THREAD).clamp(1, cores.min(MAX_THREADS));
