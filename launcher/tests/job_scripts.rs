@@ -1,5 +1,6 @@
-//! The files of docs/examples and the commands of docs/clusters.md, which users copy: the launcher, the
-//! programs, the shells and systemd accept all that they say, and they name all variables that are read.
+//! The files of docs/examples and the commands of docs/clusters.md, which users copy. The launcher,
+//! the programs, the shells and systemd accept them, and they name all variables that the launcher
+//! reads.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -10,14 +11,15 @@ use std::{env, fs};
 use clap::{Arg, ArgAction, Args, CommandFactory, Parser, value_parser};
 use ice_launch::cli::{Cli, LaunchArgs};
 
-/// A job that Slurm or Kubernetes describes: nodes, ranks and endpoint are not given again.
+/// Jobs that Slurm or Kubernetes describes, so that options for nodes, ranks and endpoint are not
+/// given.
 const DESCRIBED: [&str; 4] = ["train.sbatch", "train-ddp.sbatch", "jobset.yaml", "trainjob.yaml"];
-/// The others that start a job, of which some give a range of nodes or a run id.
+/// Other files that start a job. Some of them give a range of nodes or a run id.
 const OTHERS: [&str; 5] =
     ["train-elastic.sbatch", "jobset-elastic.yaml", "pytorchjob.yaml", "pytorchjob-elastic.yaml", "train.sh"];
 /// Variables that Slurm and systemd set and a script reads itself.
 const OF_SCRIPTS: [&str; 2] = ["SLURM_CPUS_PER_TASK", "CREDENTIALS_DIRECTORY"];
-/// Variables of the launcher that are no option's.
+/// Variables of the launcher that do not belong to an option.
 const OF_LAUNCHER: [&str; 2] = ["ICE_RDZV_TOKEN", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"];
 
 fn path(file: &str) -> PathBuf {
@@ -38,7 +40,7 @@ fn examples() -> Vec<String> {
     entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// The words of a shell's command up to what ends it. A quoted part stays one word.
+/// Returns the words of a shell's command, up to its end. A quoted part is one word.
 fn words(line: &str) -> Vec<String> {
     let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
     for c in line.chars() {
@@ -58,7 +60,7 @@ fn words(line: &str) -> Vec<String> {
     words
 }
 
-/// The command lines of the launcher in a script, a manifest, a unit or a block of code.
+/// Returns the command lines of the launcher in a script, a manifest, a unit or a block of code.
 fn commands(text: &str) -> Vec<Vec<String>> {
     let code = text.lines().filter(|line| !line.trim_start().starts_with('#'));
     let joined = code.collect::<Vec<_>>().join("\n").replace("\\\n", " ");
@@ -76,7 +78,7 @@ fn commands(text: &str) -> Vec<Vec<String>> {
         .collect()
 }
 
-/// The code of a Markdown page: fences, indented lines, and spans between backticks.
+/// Returns the code of a Markdown page: fences, indented lines, and spans between backticks.
 fn code(page: &str) -> String {
     let (mut code, mut in_fence) = (String::new(), false);
     for line in page.lines() {
@@ -95,7 +97,7 @@ fn code(page: &str) -> String {
     code
 }
 
-/// What the launcher makes of a command line, on a machine without GPUs and without the job's files.
+/// Parses a command line for a machine without GPUs and without the job's files.
 fn parsed(place: &str, arguments: &[String], token: &Path) -> Cli {
     let mut arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
     if let Some(option) = arguments.iter().position(|argument| argument == "--rdzv-token-file") {
@@ -110,16 +112,16 @@ fn parsed(place: &str, arguments: &[String], token: &Path) -> Cli {
         }
     }
     let line = || [OsString::from("ice-launch")].into_iter().chain(arguments.clone());
-    // The text may leave out the program, and a file does not.
+    // The text may leave out the program, but a file may not.
     let cli = Cli::try_parse_from(line()).or_else(|_| Cli::try_parse_from(line().chain(["true".into()])));
     cli.unwrap_or_else(|error| panic!("{place}: {arguments:?}: {error}"))
 }
 
-/// Checks what clap does not know: devices, notices, lists, and options that contradict each other. The
-/// program is not on this machine.
+/// Checks values that clap does not check: devices, notices, lists, and contradicting options. The
+/// program is replaced, because it is not on this machine.
 fn check_plan(place: &str, mut cli: Cli) {
     cli.command = vec!["true".into()];
-    // A cluster says which node this is; alone, no option may need another.
+    // A cluster sets the node rank. Apart from that, no option may require another one.
     if cli.launch.nnodes.is_some() && cli.launch.rdzv.rdzv_backend.is_none() {
         cli.launch.node_rank = Some(0);
     }
@@ -128,13 +130,14 @@ fn check_plan(place: &str, mut cli: Cli) {
     }
 }
 
-/// An option of the command line. clap keeps names for as long as the process lives.
+/// Returns an option of the command line. clap keeps names for as long as the process lives.
 fn option(name: String) -> Arg {
     let name: &'static str = name.leak();
     Arg::new(name).long(name)
 }
 
-/// The options of a Rust program, read from the fields of the struct that clap derives them from.
+/// Returns the options of a Rust program, read from the fields of the struct that clap derives them
+/// from.
 fn derived(source: &str) -> Vec<Arg> {
     let (mut options, mut is_option) = (Vec::new(), false);
     for line in source.lines().map(str::trim) {
@@ -156,7 +159,8 @@ fn derived(source: &str) -> Vec<Arg> {
     options
 }
 
-/// The options of `crates/ice/examples/mnist.rs`: its own, the runtime's, and the launcher's.
+/// Returns the options of `crates/ice/examples/mnist.rs`: its own, the runtime's, and the
+/// launcher's.
 fn mnist() -> clap::Command {
     let (own, run) = (text("crates/ice/examples/mnist.rs"), text("crates/ice/src/options.rs"));
     let (own, run) = (derived(&own), derived(&run));
@@ -164,7 +168,7 @@ fn mnist() -> clap::Command {
     LaunchArgs::augment_args(clap::Command::new("mnist").args(own).args(run))
 }
 
-/// The options of `docs/examples/ddp.py`.
+/// Returns the options of `docs/examples/ddp.py`.
 fn ddp() -> clap::Command {
     let source = example("ddp.py");
     let lines = source.lines().filter_map(|line| line.trim().strip_prefix("add(\"--")?.split_once('"'));
@@ -178,7 +182,7 @@ fn ddp() -> clap::Command {
     clap::Command::new("ddp.py").args(options)
 }
 
-/// Whether the command is one of the programs here, whose arguments are then checked.
+/// Whether the command is one of the programs of this repository, whose arguments are then checked.
 fn check_program(place: &str, command: &[OsString]) -> bool {
     let name = Path::new(&command[0]).file_name().unwrap_or_default();
     let program = match name.to_str() {
@@ -192,7 +196,7 @@ fn check_program(place: &str, command: &[OsString]) -> bool {
     true
 }
 
-/// The variables that a module asks for by name.
+/// Returns the variables that a module reads by name.
 fn variables(module: &str) -> Vec<String> {
     let text = text(&format!("launcher/src/cluster/{module}.rs"));
     let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
@@ -204,14 +208,14 @@ fn variables(module: &str) -> Vec<String> {
     quoted.filter(|text| name(text) || open_mpis_own(text)).map(ToOwned::to_owned).collect()
 }
 
-/// Words of a text that look like variables with such a prefix.
+/// Returns words of a text that look like variables with such a prefix.
 fn named(text: &str, prefixes: &[&str]) -> BTreeSet<String> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     let is_named = |word: &&str| prefixes.iter().any(|prefix| word.starts_with(prefix) && *word != *prefix);
     words.filter(is_named).map(ToOwned::to_owned).collect()
 }
 
-/// Scripts that a manifest hands to a shell: the blocks that a line `- |` begins.
+/// Returns scripts that a manifest passes to a shell: the blocks after a line `- |`.
 fn embedded_scripts(manifest: &str) -> Vec<String> {
     let indent = |line: &str| line.len() - line.trim_start().len();
     let lines: Vec<_> = manifest.lines().collect();
@@ -260,8 +264,8 @@ fn launcher_and_programs_accept_the_options_of_the_examples() {
         let given = commands[0].iter().find(|argument| described.contains(&argument.as_str()));
         assert!(given.is_none() || !DESCRIBED.contains(file), "{file}: {given:?}");
         assert!(check_program(file, &cli.command), "{file}: {:?}", cli.command);
-        // A failure is answered in place, a notice has a source, and saving has more time than usual.
-        // An elastic PyTorchJob gives its restarts in the manifest.
+        // Failures lead to restarts, there is a source of notices, and saving has more time than by
+        // default. An elastic PyTorchJob has its number of restarts in the manifest.
         let restarts = cli.launch.max_restarts > 0 || example(file).contains("maxRestarts: 4");
         let saves = cli.launch.shutdown_timeout > Some(30.0) && !cli.launch.preempt_notice.is_empty();
         assert!(restarts && saves, "{file}");
@@ -318,7 +322,7 @@ fn the_text_and_the_manifest_name_what_is_read() {
         let variables = variables(module);
         assert!(variables.len() >= fewest, "{module}: {variables:?}");
         for variable in variables {
-            // The text names the first of the variables that only a number tells apart.
+            // Of variables that differ only in their number, the text names the first one.
             let (name, number) = variable.rsplit_once('_').unwrap();
             let named = if number.parse::<u32>().is_ok() { format!("{name}_0") } else { variable.clone() };
             assert!(guide.contains(&named) || guide.contains(&variable), "docs/clusters.md: {variable}");
@@ -330,7 +334,7 @@ fn the_text_and_the_manifest_name_what_is_read() {
     }
 }
 
-/// The number after a key in a file.
+/// Returns the number after a key in a file.
 fn number(text: &str, key: &str) -> u32 {
     let rest = text.split_once(key).unwrap_or_else(|| panic!("{key}")).1;
     let digits = rest.trim_start_matches([' ', '=', ':']).chars().map_while(|c| c.to_digit(10));
@@ -352,7 +356,7 @@ fn clusters_wait_for_longer_than_the_launcher() {
     }
 }
 
-/// A launcher that is preempted is started again: each manager has to know the exit code.
+/// A preempted launcher is started again, so each manager has to know its exit code.
 #[test]
 fn managers_start_preempted_jobs_again() {
     let cli = |file| parsed(file, &commands(&example(file))[0], Path::new("/dev/null"));
@@ -378,7 +382,7 @@ fn managers_start_preempted_jobs_again() {
 fn systemd_accepts_the_unit() {
     let folder = tempfile::tempdir().unwrap();
     let unit = folder.path().join("train.service");
-    // The program and the user are those of another machine.
+    // The program and the user exist only on another machine.
     let text = example("train.service").replace("/srv/train/train.sh", "/bin/true");
     fs::write(&unit, text).unwrap();
     let Ok(checked) = Command::new("systemd-analyze").arg("verify").arg(&unit).output() else {

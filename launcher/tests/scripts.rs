@@ -1,4 +1,4 @@
-//! The scripts install the tools that are missing, or name them in one line.
+//! The scripts install missing tools, or name them in one line.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -17,7 +17,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
 }
 
-/// A machine that has little: a folder that is all of its PATH.
+/// A machine with few tools: a folder that is its whole PATH.
 struct Machine(tempfile::TempDir);
 
 impl Machine {
@@ -38,7 +38,7 @@ impl Machine {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// An apt-get that writes down what it is asked for, and makes a program of each package.
+    /// Adds an apt-get that logs its arguments, and makes a program for each package.
     fn add_apt(&self) {
         let script = "echo \"apt-get $*\" >> \"$BIN/apt.log\"
             [ \"$1\" = install ] || exit 0
@@ -48,7 +48,7 @@ impl Machine {
         self.add("apt-get", script);
     }
 
-    /// What apt-get was asked for.
+    /// Returns the arguments that apt-get received.
     fn asked(&self) -> String {
         fs::read_to_string(self.0.path().join("apt.log")).unwrap_or_default()
     }
@@ -63,7 +63,7 @@ impl Machine {
         command.output().unwrap()
     }
 
-    /// Runs lines as an ordinary user would: `id` says so.
+    /// Runs lines as an ordinary user: `id` prints another user than root.
     fn run_as_user(&self, lines: &str) -> Output {
         fs::remove_file(self.0.path().join("id")).unwrap();
         self.add("id", "echo 1000");
@@ -86,7 +86,7 @@ fn missing_tools_are_named_in_one_line() {
         "g++, python3, pip, npm, certificates, etcd, ip",
         "g++ python3 python3-pip npm ca-certificates etcd-server iproute2",
     );
-    // Certificates may be those of this machine.
+    // The machine of the test may have certificates, so they may be missing from the list.
     let all = format!("error: not installed: {names}; as root: apt-get install {packages}\n");
     let others = all.replace(", certificates", "").replace(" ca-certificates", "");
     assert!([all, others].contains(&stderr(&output)), "{output:?}");
@@ -130,7 +130,7 @@ fn an_installation_that_fails_is_shown_and_the_command_named() {
     let expected =
         "    installing g++\nE: no network\nerror: not installed: g++; as root: apt-get install g++\n";
     assert_eq!(stderr(&output), expected);
-    // What is not needed is not an error.
+    // A tool that is only offered is not an error.
     assert!(machine.run("if offer g++; then exit 1; fi").status.success());
 }
 

@@ -1,5 +1,6 @@
-//! The documentation: every page is in the book, every link and every part of an example that is shown leads somewhere, the messages
-//! that the page of troubleshooting explains are those of the program, and no path is one of a single machine.
+//! Tests of the documentation. Every page is in the book. Every link and every included part of an
+//! example leads to its target. The messages that the page of troubleshooting explains are those of
+//! the program. No path is one of a single machine.
 
 mod options;
 mod words;
@@ -24,7 +25,7 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The files of a folder with this extension; those of folders below as well, where asked for.
+/// Returns the files of a folder with this extension. `below` includes those of folders below.
 fn files(folder: &Path, extension: &str, below: bool) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
@@ -39,21 +40,21 @@ fn files(folder: &Path, extension: &str, below: bool) -> Vec<PathBuf> {
     found
 }
 
-/// All Markdown that a person reads: the pages of the book, and the papers in the root.
+/// Returns all Markdown for readers: the pages of the book, and the pages in the root.
 fn pages() -> Vec<PathBuf> {
     let mut pages = files(&root().join("docs"), "md", false);
     pages.extend(files(&root(), "md", false));
     pages
 }
 
-/// What a page refers to, and the anchors of its headings.
+/// The links of a page, and the anchors of its headings.
 #[derive(Default)]
 struct Page {
     links: Vec<String>,
     anchors: BTreeSet<String>,
 }
 
-/// The anchor of a heading, as mdBook and code hosts make it.
+/// Returns the anchor of a heading, like mdBook and code hosts.
 fn anchor(heading: &str) -> String {
     let kept = heading.chars().filter(|c| c.is_alphanumeric() || [' ', '-', '_'].contains(c));
     kept.map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect()
@@ -114,7 +115,7 @@ fn every_link_leads_somewhere() {
     assert!(dead.is_empty(), "dead links:\n{}", dead.join("\n"));
 }
 
-/// The lines between two marks of an example, without what all of them are indented by.
+/// Returns the lines between two marks of an example, without their common indentation.
 fn part(source: &str, name: &str) -> Option<String> {
     let (begin, end) = (format!("// ANCHOR: {name}"), format!("// ANCHOR_END: {name}"));
     let lines = source.lines().skip_while(|line| line.trim() != begin).skip(1);
@@ -144,7 +145,7 @@ fn shown_parts_of_examples_are_those_of_the_examples() {
     assert!(shown > 5, "{shown} parts of examples are shown");
 }
 
-/// Reads a string literal whose opening quote was taken, with … for each placeholder of a format.
+/// Reads a string literal after its opening quote, with … for each placeholder of a format.
 fn literal(code: &mut Peekable<Chars<'_>>) -> String {
     let mut text = String::new();
     while let Some(c) = code.next() {
@@ -168,7 +169,7 @@ fn literal(code: &mut Peekable<Chars<'_>>) -> String {
     text
 }
 
-/// The string literals of the code that is not a test.
+/// Returns the string literals of code that is not a test.
 fn messages() -> Vec<String> {
     let folders =
         ["launcher/src", "rendezvous/src", "worker/src", "crates"].map(|folder| root().join(folder));
@@ -229,7 +230,8 @@ fn the_help_points_into_the_book() {
     assert!(named_pages(&help, "the help") >= 3, "{help}");
 }
 
-/// How many pages a text names, all of which must be there, with the headings that it names.
+/// Returns the number of pages that a text names. All of them must exist, with the headings that
+/// are named.
 fn named_pages(text: &str, of: &str) -> usize {
     let names = text.split(|c: char| c.is_whitespace() || "`(),;".contains(c));
     let names: Vec<&str> = names.filter(|name| name.starts_with("docs/") && name.contains(".md")).collect();
@@ -244,7 +246,7 @@ fn named_pages(text: &str, of: &str) -> usize {
     names.len()
 }
 
-/// The files of a public module and of those below it.
+/// Returns the files of a public module and of the modules below it.
 fn public_modules(file: &Path, below: &Path) -> Vec<PathBuf> {
     let mut found = vec![file.to_path_buf()];
     let text = read(file);

@@ -1,4 +1,4 @@
-//! The reference of options, docs/options.md, is made from the definition of the command line.
+//! The reference of options, docs/options.md, is generated from the definition of the command line.
 
 use std::fmt::Write;
 use std::{env, fs};
@@ -7,7 +7,7 @@ use clap::{Arg, ArgAction, CommandFactory};
 
 use super::{read, root};
 
-/// Set, it has the page written instead of compared.
+/// If this variable is set, the page is written instead of compared.
 const WRITE: &str = "ICE_WRITE_OPTIONS";
 
 const HEAD: &str = "\
@@ -18,7 +18,7 @@ torchrun's. An option on the command line wins over its variable, and a variable
 [Coming from torchrun](torchrun.md) compares the options with torchrun's.
 ";
 
-/// The text as a cell of a table.
+/// Returns the text as a cell of a table.
 fn cell(text: &str) -> String {
     let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     text.replace('|', "\\|").replace('<', "&lt;")

@@ -1,4 +1,5 @@
-//! Words that readers stumble over, in documentation and comments. Each has a plain replacement, see CONTRIBUTING.md.
+//! Words that readers stumble over, in documentation and comments. Each has a plain replacement,
+//! see CONTRIBUTING.md.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -16,7 +17,8 @@ const PHRASES: [&str; 8] = [
     "whoever",
     "where it/there/they/its/this/that/one/none/no/nobody/nothing",
 ];
-/// Words that make a sentence without a named subject, if it begins with them and is not a question.
+/// Words that make a sentence without a named subject, if it begins with them and is not a
+/// question.
 const HEADS: [&str; 2] = ["what", "who"];
 
 /// Comments of these folders may have this many. Each number may only become smaller.

@@ -1,4 +1,4 @@
-//! Processes that came of ranks: none outlives the job, and none is ended that should live.
+//! Descendants of ranks: none outlives the job, and no unrelated process is ended.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -14,8 +14,9 @@ use crate::support::{
 };
 use crate::{STAY, TWO};
 
-/// Starts a process of each kind, which writes its number into `$PIDS`: a child, one in a session of its own, one that is
-/// forked twice, one without an environment, all of these at once, and a parent with children.
+/// Starts a process of each kind, which writes its process id into `$PIDS`: a child, a session
+/// leader, a process that is forked twice, one without an environment, one with all of these
+/// properties, and a parent with children.
 const EVERY_KIND: &str = "
     sleep 600 & echo $! >> $PIDS
     setsid sh -c 'echo $$ >> $PIDS; exec sleep 600' &
@@ -27,13 +28,13 @@ const EVERY_KIND: &str = "
     while [ $(wc -l < $PIDS) -lt 9 ]; do :; done
     ";
 
-/// A file that processes write their numbers into.
+/// A file into which processes write their ids.
 struct Pids(TempDir);
 
 impl Pids {
     fn new(command: &mut Command) -> Self {
         let pids = Self(tempdir().unwrap());
-        // Whoever the processes run as.
+        // Writable for all users that processes may run as.
         fs::set_permissions(pids.0.path(), fs::Permissions::from_mode(0o777)).unwrap();
         fs::write(pids.path(), "").unwrap();
         fs::set_permissions(pids.path(), fs::Permissions::from_mode(0o666)).unwrap();
@@ -49,7 +50,7 @@ impl Pids {
         fs::read_to_string(self.path()).unwrap().lines().map(str::to_owned).collect()
     }
 
-    /// Waits until none of them lives.
+    /// Waits until none of the processes lives.
     #[track_caller]
     fn wait_until_none_lives(&self, count: usize) {
         let pids = self.all();
@@ -67,7 +68,8 @@ fn signal(pid: &str, signal: Signal) {
     kill_process(Pid::from_raw(pid.trim().parse().unwrap()).unwrap(), signal).unwrap();
 }
 
-/// Runs as another user than root, from a copy that this user can execute. `None` for who is not root.
+/// Returns a command that runs as another user than root, from a copy that this user can execute.
+/// `None` if this process does not run as root.
 fn as_nobody(inner: &Command, folder: &Path) -> Option<Command> {
     if !getuid().is_root() {
         return None;
@@ -81,8 +83,8 @@ fn as_nobody(inner: &Command, folder: &Path) -> Option<Command> {
     Some(command)
 }
 
-/// Ends the launcher by a signal once this many of its ranks have said `up`, and waits until none of
-/// the processes lives that have written their numbers down.
+/// Ends the launcher by a signal once this many of its ranks have printed `up`. Waits until no
+/// process that has written its id down lives.
 #[track_caller]
 fn expect_nothing_left(mut command: Command, end: Signal, ranks: usize, processes: usize) {
     let pids = Pids::new(&mut command);
@@ -142,8 +144,8 @@ fn job_within_a_job_ends_with_the_outer_one() {
 
 #[test]
 fn process_that_sheds_its_mark_and_holds_a_pipe_is_ended_before_the_report() {
-    // The mark is a limit that only root can raise, but any process can lower. The report would wait for
-    // the pipe, and then come while the process still lives.
+    // The mark is a limit that any process can lower, but only root can raise. A sleeper without
+    // the mark would delay the report, and still live when the report is printed.
     let script = "
         setsid prlimit --locks=5:5 sh -c 'echo $$ >> $PIDS; echo up
             until set -- $LOGS/*/report.json && [ -e $1 ]; do :; done; echo reported >> $PIDS' &
@@ -164,7 +166,7 @@ fn launcher_as_process_1_of_a_container_adopts_and_ends_what_its_ranks_leave() {
     if !getuid().is_root() {
         return;
     }
-    // Without a rank that fails, the namespace would end with its first process in any case.
+    // Without a failing rank, the namespace would end with its first process in any case.
     let script = "
         [ $TORCHELASTIC_RESTART_COUNT = 0 ] || { ps -eo pid,stat,comm > $PIDS; exit 0; }
         (setsid env -i /bin/sleep 600 &); (setsid sh -c : &); exit 3";
@@ -183,11 +185,11 @@ fn foreign_proc_is_said_and_no_stranger_is_signalled() {
     if !getuid().is_root() {
         return;
     }
-    // A signal that is passed on looks for handlers by number.
+    // To pass a signal on, the launcher looks for handlers by process id.
     let script = "trap 'echo usr1' USR1; echo up; read -r go < $GATE; exit 3";
     let inner = launch(&["--devices", "cpu"], script);
     let mut command = Command::new("unshare");
-    // The /proc of the outer namespace stays.
+    // The /proc of the outer namespace remains mounted.
     command.args(["--pid", "--fork", "--kill-child"]).arg(inner.get_program()).args(inner.get_args());
     let gate = Gate::new(&mut command);
     let mut job = Job::start(command);
@@ -230,8 +232,8 @@ fn orphans_that_ended_ranks_hide_are_reaped_while_the_job_runs() {
     let (pids, gate) = (Pids::new(&mut command), Gate::new(&mut command));
     let mut job = Job::start(command);
     let ranks: Vec<String> = (1..RANKS).map(|_| job.expect_line("rank ")).collect();
-    // The ranks and their orphans end while the launcher cannot wait for any of them. The kernel shows
-    // it the ranks first, and no signal tells of the orphans later.
+    // The ranks and their orphans end while the launcher is stopped and cannot wait for any of
+    // them. The kernel then shows the ranks first, and no further signal announces the orphans.
     job.signal(Signal::STOP);
     wait_for_state(&job.pid().to_string(), 'T');
     fs::write(pids.path().with_extension("end"), "").unwrap();
@@ -245,7 +247,7 @@ fn orphans_that_ended_ranks_hide_are_reaped_while_the_job_runs() {
     job.finish().expect(0, &[]);
 }
 
-/// A script that starts the program and does not become it; the program needs a while to save.
+/// A script that starts the program as a child. The program needs a while to save.
 const WRAPPED: &str = "
     sh -c 'trap \"read -r go < $GATE; echo saved; exit 0\" TERM; echo \"program $$\"; while :; do sleep 600 & wait $!; done'
     echo 'the wrapper goes on'";
@@ -257,7 +259,8 @@ fn program_below_a_script_has_time_to_save_when_the_job_is_stopped() {
     let mut job = Job::start(command);
     job.expect_line("program ");
     job.signal(Signal::TERM);
-    // The program opens the gate when it has been asked to end, and its wrapper is gone by then or not.
+    // The program waits at the gate once it has been asked to end. By then its wrapper may have
+    // ended.
     gate.open();
     job.expect_line("saved");
     job.finish().expect(143, &[]);
@@ -333,7 +336,7 @@ fn frozen_rank_is_named_and_the_user_is_obeyed() {
     let command = launch(&["--devices", "cpu", "--shutdown-timeout", "0.1"], script);
     let mut job = Job::start_unread(command);
     let pid = job.expect_line("rank ");
-    // Made after the job, and so thawed before it is cleaned up.
+    // Created after the job, and so dropped (thawed) before the job is cleaned up.
     let Some(freezer) = Freezer::with(&pid) else { return };
     job.signal(Signal::TERM);
     job.expect_error(&format!(

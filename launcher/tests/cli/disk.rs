@@ -1,4 +1,4 @@
-//! Disks that are full or cannot be written: they end no job that has begun.
+//! Full or unwritable disks, which do not end a job that has begun.
 
 use std::fs;
 use std::process::Command;
@@ -8,7 +8,7 @@ use tempfile::{TempDir, tempdir};
 use crate::TWO;
 use crate::support::{Gate, Job, launch, with_disk, within};
 
-/// Its logs go to a disk, and `DISK` leads there.
+/// Returns a job whose logs go to a disk. `DISK` is its mount point.
 fn logs_on_disk(options: &[&str], script: &str) -> (TempDir, Command) {
     let disk = tempdir().unwrap();
     let logs = disk.path().join("logs");
@@ -108,7 +108,7 @@ fn a_limit_of_the_file_size_costs_logs_and_no_job() {
     gate.open();
     let outcome = job.finish();
     outcome.expect(0, &["  missing  "]);
-    // Ranks have the default action of SIGXFSZ, number 25.
+    // Ranks have the default action of SIGXFSZ (25), so it ends them: 128 + 25.
     assert_eq!(outcome.stdout.last().unwrap(), "[default0]:head 153", "{}", outcome.stderr);
     let run = fs::read_dir(folder.path()).unwrap().flatten().find(|entry| entry.path().is_dir()).unwrap();
     let text = fs::read_to_string(run.path().join("attempt_0/0/stdout.log")).unwrap();

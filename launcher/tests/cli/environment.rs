@@ -1,4 +1,4 @@
-//! What ranks find in their environment.
+//! The environment of ranks.
 
 use std::fs;
 
@@ -66,7 +66,7 @@ fn ranks_have_the_limits_of_the_agent() {
     let outcome = run(command);
     let [rank, agent] = &outcome.stdout[..] else { panic!("{outcome:?}") };
     assert_eq!(rank, "1000");
-    // The agent itself has what it may have.
+    // The agent itself has raised its soft limit to the hard one.
     let limits: Vec<_> = agent.split_whitespace().skip(3).take(2).collect();
     assert_eq!(limits[0], limits[1], "{agent}");
 }
@@ -74,7 +74,8 @@ fn ranks_have_the_limits_of_the_agent() {
 #[test]
 fn every_variable_of_the_contract_is_set() {
     let outcome = run(launch(&TWO, "[ $RANK = 0 ] || exit 0; env"));
-    // A spare alone has the first one, and torchrun's variable asks for the other one.
+    // ICE_SPARE is only set for spares, TORCHELASTIC_TIMER_FILE only if torchrun's variable asks
+    // for timers.
     let not_here = [ice_proto::env::ICE_SPARE, ice_proto::env::TORCHELASTIC_TIMER_FILE];
     for (name, _) in ice_proto::env::ALL.iter().filter(|(name, _)| !not_here.contains(name)) {
         let set = outcome.stdout.iter().any(|line| line.starts_with(&format!("{name}=")));
@@ -121,7 +122,7 @@ fn rank_0_serves_the_store_if_it_is_not_to_be_shared() {
     assert_eq!((shared, store), ("False", &*endpoint));
     assert!(!endpoint.ends_with(&format!(":{port}")), "{lines:?}");
 
-    // Its own port is free for it: nobody serves it before.
+    // The rank can bind its reserved port, because no process serves a store there before.
     let serve = "python3 -c 'import os, socket; socket.create_server((\"127.0.0.1\", int(os.environ[\"MASTER_PORT\"])))'";
     let mut command = launch(&["--devices=cpu"], serve);
     command.env(VARIABLE, "1");
@@ -139,7 +140,7 @@ fn local_address_of_the_host_is_the_ranks_master_address() {
     let script = "echo $MASTER_ADDR";
     let of = |options: &[&str]| run(launch(options, script)).expect(0, &[]).stdout.concat();
     assert_eq!(of(&["--devices=cpu", "--local-addr=127.0.0.5"]), "127.0.0.5");
-    // torchrun's static rendezvous has the address that was given.
+    // Like torchrun's static rendezvous, MASTER_ADDR is the address that was given.
     let port = free_port();
     assert_eq!(of(&["--devices=cpu", "--local-addr=127.0.0.5", "--master-port", &port]), "127.0.0.1");
     let endpoint = format!("127.0.0.1:{}", free_port());
@@ -178,7 +179,7 @@ fn threads_that_the_user_set_stay() {
     };
     assert_eq!(seen(&["--omp-num-threads", "3"], &[]), "3 3");
     assert_eq!(seen(&["--omp-num-threads", "3"], &[("MKL_NUM_THREADS", "5")]), "3 5");
-    // MKL takes OpenMP's number if it has none of its own.
+    // If MKL has no variable of its own, it uses OpenMP's number.
     assert_eq!(seen(&[], &[("OMP_NUM_THREADS", "4")]), "4 ");
     assert!(seen(&[], &[("MKL_NUM_THREADS", "5")]).ends_with(" 5"));
 }

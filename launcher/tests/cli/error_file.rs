@@ -16,7 +16,7 @@ fn read(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-/// What the launcher writes when it runs this.
+/// Runs a command and returns the content of the launcher's error file.
 fn written(mut command: Command, finish: impl FnOnce(Job) -> Finished) -> (Finished, Value) {
     let folder = tempdir().unwrap();
     let path = folder.path().join("reply.json");

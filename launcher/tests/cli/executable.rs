@@ -1,4 +1,5 @@
-//! Ranks are what was started, and run with the Python that the launcher belongs to.
+//! Ranks run the program that the job was started with, and the Python that the launcher belongs
+//! to.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +9,7 @@ use tempfile::tempdir;
 
 use crate::support::{Gate, Job, copy, executable, ice_launch, run, without_ours};
 
-/// A program that tells its first argument, or what it is itself, and fails at first.
+/// Returns a job whose program prints its first argument, or its own name, and fails at first.
 fn failing(program: &Path, replaced: &str) -> Command {
     let mut command = ice_launch();
     command.args(["--devices", "cpu", "--max-restarts", "1"]).arg(program);
@@ -16,7 +17,7 @@ fn failing(program: &Path, replaced: &str) -> Command {
     command
 }
 
-/// A real shell of its own, to be replaced.
+/// Copies a real shell into the folder, so that the test can replace it.
 fn shell(folder: &Path) -> std::path::PathBuf {
     let shell = folder.join("shell");
     copy("/bin/sh", &shell);
@@ -77,7 +78,7 @@ fn launcher_in_an_environment_that_is_not_activated_takes_its_python() {
         fs::write(marker, "").unwrap();
         let launcher = bin.join("ice-launch");
         copy(env!("CARGO_BIN_EXE_ice-launch"), &launcher);
-        // A Python that only tells of itself: a shell under the name of one.
+        // A shell under the name of a Python, which only prints its own name.
         copy("/bin/sh", &bin.join("python3"));
         let script = folder.path().join("train.py");
         fs::write(&script, "echo \"by $0\"\n").unwrap();

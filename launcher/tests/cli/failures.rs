@@ -1,4 +1,4 @@
-//! What becomes of failures.
+//! Effects of failures.
 
 use std::fs;
 use std::process::Command;
@@ -78,7 +78,7 @@ fn what_an_attempt_left_behind_does_not_meet_the_next() {
 
 #[test]
 fn a_grandchild_in_a_session_of_its_own_is_ended() {
-    // It holds the pipe of stderr, too.
+    // The sleeper also holds the pipe of stderr.
     let script = "
         [ $RANK = 0 ] || exec sleep 600
         setsid sh -c 'echo \"sleeper $$\"; exec sleep 600' & read -r go < $GATE; echo 'last words' >&2; exit 5";
@@ -98,7 +98,7 @@ fn children_that_no_rank_started_are_left_alone() {
     command.arg(inner.get_program()).args(inner.get_args());
     let mut job = Job::start(command);
     let sleeper = job.expect_line("sleeper ");
-    // The sleeper holds the outputs open, so the end is not to be told by them.
+    // The sleeper holds the outputs open, so their end does not tell that the launcher has ended.
     job.wait();
     assert!(lives(&sleeper), "a child that was there before the launcher was killed");
     let pid = Pid::from_raw(sleeper.parse().unwrap()).unwrap();

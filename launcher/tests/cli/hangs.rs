@@ -1,4 +1,4 @@
-//! Jobs that stand still. Ranks that report their steps are in the end-to-end tests.
+//! Jobs that hang. The end-to-end tests cover ranks that report their steps.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -46,7 +46,7 @@ fn ranks_that_work_go_on() {
 fn the_stacks_of_python_come_from_the_tool_beside_it() {
     let folder = tempdir().unwrap();
     let (python, script) = (folder.path().join("python"), folder.path().join("train.py"));
-    // A shell that is called so, and does what a script of Python would do.
+    // A shell named `python` that runs the script as a shell script.
     symlink("/bin/bash", &python).unwrap();
     fs::write(&script, "[ $RANK = 0 ] || kill -STOP $$\nsleep 600 & wait\n").unwrap();
     executable(&folder.path().join("py-spy"), "#!/bin/sh\necho \"warning: noise\"; echo \"frames of $@\"\n");
@@ -78,8 +78,8 @@ fn the_heartbeat_file_is_made_by_the_rank() {
     run(launch(&["--devices", "cpu:0-1"], script)).expect(0, &[]);
 }
 
-/// Two ranks that may set timers, as `timer SCOPE EXPIRATION SIGNAL` does. One that expires at 1
-/// does so at once.
+/// Returns a job of two ranks that may set timers with `timer SCOPE EXPIRATION SIGNAL`. A timer
+/// with the expiration 1 expires at once.
 fn with_timers(options: &[&str], script: &str) -> Command {
     let timer = r#"timer() { printf '{"version": 1, "pid": %d, "scope_id": "%s", "expiration_time": %s, "signal": %d}\n' $$ "$@" > "$TORCHELASTIC_TIMER_FILE"; }"#;
     let options = [&["--devices", "cpu:0-1"], options].concat();
@@ -90,7 +90,7 @@ fn with_timers(options: &[&str], script: &str) -> Command {
 
 #[test]
 fn a_timer_that_is_not_released_ends_its_rank_by_its_signal() {
-    // Rank 1 would not end by SIGTERM.
+    // Rank 1 ignores SIGTERM.
     let script = "
         trap '' TERM; [ $RANK = 0 ] && trap - TERM
         timer released 1e12 9; timer released -1 0; timer later 1e12 9

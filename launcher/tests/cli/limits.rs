@@ -20,7 +20,7 @@ fn too_few_open_files_start_nothing_and_name_the_limit() {
 #[test]
 fn too_few_processes_are_an_error_and_no_panic() {
     let command = launch(&["--devices", "cpu"], "echo started");
-    // The number counts for a user other than root, and for all processes of that user.
+    // The limit applies only to users other than root, and to all processes of the user.
     let user = std::process::id() % 10_000 + 70_000;
     let drop_root = format!("setpriv --reuid {user} --regid {user} --clear-groups");
     let mut may_run = Command::new("bash");
@@ -42,7 +42,8 @@ fn too_few_processes_are_an_error_and_no_panic() {
 #[test]
 fn too_little_memory_for_a_thread_names_the_limit() {
     let command = launch(&["--devices", "cpu"], "echo started");
-    // Somewhere between the size of the program and what it needs. With less the program cannot be loaded at all.
+    // Between the size of the program and its needs. With less, the program cannot be loaded at
+    // all.
     let with = |kib: u32| run(within(&format!("ulimit -v {kib}"), &command));
     let kib =
         (1..200).map(|step| step * 2000).find(|kib| with(*kib).stderr.contains("cannot start")).unwrap();

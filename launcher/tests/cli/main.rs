@@ -1,5 +1,5 @@
-//! The binary from outside, with shells as ranks: what they are told, what becomes of failures, and that nothing is left behind.
-//! Every test ends with a search for processes that came of its job.
+//! Tests of the binary with shells as ranks: their environment, effects of failures, and that no
+//! process is left behind. Every test ends with a search for descendants of its job.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -26,5 +26,5 @@ mod usage;
 mod warm;
 
 const TWO: [&str; 2] = ["--devices", "cpu:0-1"];
-/// What a rank does that is to be stopped.
+/// Script of a rank that runs until it is stopped.
 const STAY: &str = "exec sleep 600";

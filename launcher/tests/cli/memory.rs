@@ -1,4 +1,4 @@
-//! Ranks that end because memory ran out are reported so.
+//! Reports of ranks that ended because memory ran out.
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,13 +11,14 @@ use tempfile::tempdir;
 use crate::TWO;
 use crate::support::{launch, run, with_disk, within};
 
-/// The machine counts the processes that it has killed for all cgroups together, so a test that has one killed is seen by the others.
+/// Lets only one test at a time have a process killed: the machine has one counter of killed
+/// processes for all cgroups together.
 fn one_at_a_time() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A cgroup with a limit. Dropping it removes it.
+/// A cgroup with a limit. Dropping this value removes the cgroup.
 struct Cgroup(PathBuf);
 
 impl Drop for Cgroup {
@@ -27,7 +28,7 @@ impl Drop for Cgroup {
 }
 
 impl Cgroup {
-    /// `None` if this user may not make one here, which is an error with ICE_TEST_NODES.
+    /// `None` if this user may not make a cgroup here, which is an error with ICE_TEST_NODES.
     fn with_limit(bytes: u64) -> Option<Self> {
         let first = PathBuf::from("/sys/fs/cgroup/memory");
         let (root, file) = match first.is_dir() {
@@ -45,7 +46,7 @@ impl Cgroup {
         }
     }
 
-    /// The command in this cgroup.
+    /// Returns the command in this cgroup.
     fn with(&self, command: &Command) -> Command {
         within(&format!("echo $$ > {}/cgroup.procs", self.0.display()), command)
     }

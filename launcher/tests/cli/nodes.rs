@@ -61,7 +61,7 @@ fn whoever_has_the_address_of_the_endpoint_hosts_it() {
 #[test]
 fn a_failure_on_one_node_restarts_both() {
     let (port, folder) = (free_port(), tempfile::tempdir().unwrap());
-    // Rank 1 fails once rank 0 has said that it is there.
+    // Rank 1 fails once rank 0 has started.
     let said = folder.path().join("said");
     assert!(Command::new("mkfifo").arg(&said).status().unwrap().success());
     let script = "
@@ -138,7 +138,7 @@ fn an_elastic_job_shrinks_and_grows() {
     let mut late = another();
     late.expect_line("[default1]:1 of 2, restart 0");
     host.expect_line("[default0]:0 of 2, restart 0");
-    // One too many is not needed, and ends well with the others.
+    // An agent beyond MAX is not needed, and exits with the others, with code 0.
     let spare = another();
     wait_for_text(&events, "takes the place of one that goes");
     gates.iter().for_each(|(_, gate)| gate.open());

@@ -1,4 +1,4 @@
-//! torchrun's options, and what the command line is made into.
+//! torchrun's options, and the plan that a command line becomes.
 
 use std::fs;
 
@@ -37,7 +37,7 @@ fn the_local_rank_is_put_into_arguments() {
 #[test]
 fn scripts_and_modules_run_with_the_users_python() {
     let folder = tempdir().unwrap();
-    // It says how it was called.
+    // A Python that prints its arguments.
     let python = folder.path().join("python");
     executable(&python, "#!/bin/sh\necho \"$@\"\n");
     let script = folder.path().join("train.py");
@@ -125,11 +125,11 @@ fn last_of_two_values_counts() {
         "echo one",
     ));
     assert_eq!(outcome.expect(0, &[]).stdout, ["one"]);
-    // An option beats the variable of another one.
+    // An option has precedence over the variable of another option.
     let mut command = launch(&["--devices=cpu", "--run-id=mine"], "echo $TORCHELASTIC_RUN_ID");
     command.env("PET_NPROC_PER_NODE", "8").env("PET_RDZV_ID", "theirs");
     assert_eq!(run(command).expect(0, &[]).stdout, ["mine"]);
-    // Those that may be given again are all there.
+    // All values of a repeatable option count.
     let notices = ["--devices=cpu", "--preempt-notice=/no/such/file", "--preempt-notice", "nonsense"];
     run(launch(&notices, "exit 0")).expect(2, &["--preempt-notice", "`nonsense`"]);
 }
@@ -194,7 +194,7 @@ fn prefix_is_torchruns_option_and_both_of_its_variables() {
     assert_eq!(line(&[], &[(OLD, "old ")]), "old x");
     assert_eq!(line(&[], &[(OLD, "old "), ("PET_LOG_LINE_PREFIX_TEMPLATE", "new ")]), "new x");
     assert_eq!(line(&[], &[(OLD, "")]), "[default0]:x");
-    // TorchX gives no role a name.
+    // TorchX passes an empty role.
     assert_eq!(line(&["--role", ""], &[]), "[0]:x");
 }
 
@@ -208,7 +208,7 @@ fn link_named_torchrun_is_torchrun() {
         command.args(args);
         run(command)
     };
-    // As TorchX writes it.
+    // A command line of TorchX.
     let outcome = torchrun(&[
         "--rdzv_backend",
         "c10d",

@@ -1,4 +1,4 @@
-//! Where output goes.
+//! Destinations of the ranks' output.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! Notices that a machine or the job's time is taken away.
+//! Notices that a machine, or the job's time, is taken away.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -82,7 +82,8 @@ fn a_job_that_ends_well_is_not_to_be_started_again() {
 
 #[test]
 fn all_nodes_of_a_job_that_cannot_go_on_without_one_say_again_and_others_do_go_on() {
-    // One that waits for a third, in vain, cannot go on either.
+    // With 2:3, the remaining node waits for another one in vain, so the job cannot continue
+    // either.
     let wait = ["--rdzv-conf", "last_call_timeout=1,join_timeout=15"];
     for (nnodes, conf, code) in [("2", &[][..], 75), ("1:2", &[], 0), ("2:3", &wait, 75)] {
         let port = free_port();
@@ -94,7 +95,7 @@ fn all_nodes_of_a_job_that_cannot_go_on_without_one_say_again_and_others_do_go_o
             Job::start(launch(&[&options[..], &more, conf].concat(), script))
         };
         let mut jobs = [job("0"), job("1")];
-        // An elastic job may begin with one of them.
+        // The job runs with both nodes, although an elastic job may begin with one of them.
         jobs[0].expect_line("0 of 2");
         jobs[1].expect_line("1 of 2");
         jobs[1].signal(Signal::USR1);
@@ -104,7 +105,8 @@ fn all_nodes_of_a_job_that_cannot_go_on_without_one_say_again_and_others_do_go_o
     }
 }
 
-/// A metadata server: what it answers to each request, by its first line; tells what headers there were.
+/// Starts a metadata server that answers requests by their first line, and sends the headers that
+/// it received.
 fn serve(answers: Vec<(&'static str, &'static str, &'static str)>) -> (String, mpsc::Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());

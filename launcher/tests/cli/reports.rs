@@ -1,4 +1,4 @@
-//! What programs can read about a job.
+//! Reports about a job for programs.
 
 use std::fs;
 
@@ -82,7 +82,7 @@ fn every_event_is_documented() {
     assert!(found > 8, "{found}");
 }
 
-/// Times of files go on in steps; waits for the next one but one.
+/// Waits until the times of files have advanced by two ticks of their clock.
 fn wait_for_later_file_times() {
     let file = tempfile::NamedTempFile::new().unwrap();
     for _ in 0..2 {

@@ -1,10 +1,10 @@
-//! Which failures are answered with a restart.
+//! Failures that lead to a restart, and failures that do not.
 
 use crate::support::{launch, run};
 
 const ONE: [&str; 2] = ["--devices", "cpu"];
 
-/// How often the program ran.
+/// Returns the number of times that the program ran.
 fn attempts(options: &[&str], script: &str, code: i32, said: &[&str]) -> usize {
     let outcome = run(launch(&[&ONE, options].concat(), &format!("echo attempt; {script}")));
     outcome.expect(code, said);
@@ -38,7 +38,7 @@ fn fatal_exit_codes_are_not_tried_again() {
 
 #[test]
 fn a_window_forgets_old_failures() {
-    // Each failure is older than the window when the next one comes.
+    // When a failure comes, the previous one is already older than the window.
     let script = "sleep 0.02; [ $TORCHELASTIC_RESTART_COUNT = 4 ]";
     let options = ["--max-restarts", "1", "--restart-window", "0.01", "--restart-backoff", "0"];
     assert_eq!(attempts(&options, script, 0, &["restart 1 of 1 within 0.01 s"]), 5);

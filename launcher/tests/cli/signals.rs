@@ -49,7 +49,8 @@ fn repeated_terminate_does_not_cut_off_a_save() {
         job.expect_line("ready");
         job.signal(Signal::TERM);
         job.expect_line("saving");
-        // One that follows the first one closely is its echo, and is not said.
+        // A signal shortly after the first one counts as its repetition, and is not reported. The
+        // test therefore signals until a report appears.
         job.signal_until_said(signal, "told to stop again by SIG");
         job.read_stderr();
         gate.open();

@@ -1,4 +1,4 @@
-//! Agents that encrypt what they say to each other.
+//! Agents that encrypt their traffic.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -7,7 +7,7 @@ use std::thread;
 
 use crate::support::{Job, free_port, launch, run};
 
-/// Passes on what comes to one port, to another one and back, and keeps a copy.
+/// Forwards connections from one port to another in both directions, and keeps a copy of the bytes.
 struct Wire {
     port: String,
     seen: Arc<Mutex<Vec<u8>>>,
@@ -21,7 +21,7 @@ impl Wire {
         let copy = Arc::clone(&seen);
         thread::spawn(move || {
             for inward in listener.incoming().map_while(Result::ok) {
-                // Agents come again where nobody is yet.
+                // No process listens on the port yet. Agents connect again.
                 let Ok(outward) = TcpStream::connect(&target) else { continue };
                 let ends = [&inward, &outward].map(|stream| stream.try_clone().unwrap());
                 for (from, to) in ends.into_iter().zip([outward, inward]) {
@@ -58,7 +58,7 @@ fn nothing_of_what_agents_say_can_be_read_on_the_way() {
     let folder = tempfile::tempdir().unwrap();
     let secret = folder.path().join("secret");
     std::fs::write(&secret, "correct horse battery staple\n").unwrap();
-    // What an agent says when a rank fails is on the wire, too.
+    // The message of an agent about a failed rank is on the wire, too.
     let script = "
         [ $TORCHELASTIC_RESTART_COUNT = 1 ] || exit $((70 + RANK)); echo \"rank $RANK of $WORLD_SIZE\"";
     for tls in [true, false] {

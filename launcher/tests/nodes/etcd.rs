@@ -8,7 +8,8 @@ use rustix::process::Signal;
 use crate::server::Etcd;
 use crate::support::{Finished, Gate, Job, launch, run, wait_for_state, wait_for_text};
 
-/// A job of so many nodes whose agents are missed after three seconds.
+/// Returns the options of a job of `nnodes` nodes, whose silent agents are detected after three
+/// seconds.
 fn options<'a>(etcd: &'a Etcd, nnodes: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let meeting = ["--devices", "cpu", "--rdzv-backend", "etcd", "--rdzv-endpoint", &etcd.endpoint];
     let conf = ["--rdzv-conf", "keep_alive_interval=1,last_call_timeout=0.5,join_timeout=20"];
@@ -31,10 +32,10 @@ fn nodes_meet_and_the_end_is_known() {
     lines.sort();
     let address = lines[0].rsplit(' ').next().unwrap().to_owned();
     assert_eq!(lines, [0, 1, 2].map(|rank| format!("rank {rank} of 3 at {address}")));
-    // Whoever comes late hears that it is over.
+    // An agent that comes late receives that the job is over.
     let late = run(launch(&options, script));
     assert!(late.expect(0, &[]).stdout.is_empty(), "{late:#?}");
-    // Another job is another matter.
+    // Another job of the same etcd is independent.
     let other = [
         "--devices",
         "cpu",
@@ -59,7 +60,7 @@ fn the_job_goes_on_without_the_node_that_coordinated() {
         gates.push(Gate::new(&mut command));
         Job::start(command)
     };
-    // The first one becomes the coordinator.
+    // The first agent becomes the coordinator.
     let mut first = another();
     etcd.wait_for_leader();
     let mut others = [another(), another()];
@@ -72,11 +73,11 @@ fn the_job_goes_on_without_the_node_that_coordinated() {
     let after: Vec<String> = others.iter_mut().map(|job| job.expect_line("")).collect();
     let of_two = |line: &String| line.contains("of 2 in round 1 at ") && !line.ends_with(port);
     assert!(after.iter().all(of_two), "{after:?}");
-    // A third node comes, and what happened was no failure.
+    // A third node joins. The lost node did not count as a failure.
     let mut late = another();
     late.expect_line("2 of 3 in round 2 at ");
     others.iter_mut().for_each(|job| assert!(job.expect_line("").contains("of 3 in round 2")));
-    // The first node's goes with it.
+    // The first node's gate is gone with its rank.
     gates[1..].iter().for_each(Gate::open);
     late.finish().expect(0, &[]);
     others.into_iter().for_each(|job| _ = job.finish().expect(0, &["looking for it again"]));
@@ -99,7 +100,7 @@ fn a_failure_that_the_coordinator_does_not_live_to_hear_of_is_counted() {
     let gate = Gate::new(&mut command);
     let mut second = Job::start(command);
     second.expect_line("1 of 2, restart 0");
-    // It hears nothing any more, and is gone before it could.
+    // A stopped coordinator receives no messages, and is killed before it could continue.
     first.signal(Signal::STOP);
     wait_for_state(&first.pid().to_string(), 'T');
     gate.open();
@@ -113,7 +114,7 @@ fn a_failure_that_the_coordinator_does_not_live_to_hear_of_is_counted() {
 #[test]
 fn a_coordinator_that_leaves_makes_way_at_once() {
     let Some(etcd) = Etcd::start() else { return };
-    // Nobody would be missed for a minute.
+    // With this interval, a silent agent would be detected only after a minute.
     let conf = "keep_alive_interval=20,last_call_timeout=0.2,join_timeout=25";
     let options = options(&etcd, "1:2", &["--rdzv-conf", conf]);
     let script = "echo \"$RANK of $WORLD_SIZE\"; read -r go < $GATE";
@@ -177,7 +178,7 @@ fn without_etcd_the_job_says_where_it_looked() {
 #[test]
 fn an_etcd_that_goes_away_ends_the_round_and_not_the_job() {
     let Some(etcd) = Etcd::start() else { return };
-    // Suspended, it holds its connections and does not answer.
+    // A suspended etcd holds its connections and does not answer.
     let events = tempfile::NamedTempFile::new().unwrap();
     let options = options(&etcd, "1", &["--events", events.path().to_str().unwrap()]);
     let mut command = launch(&options, "echo \"round $ICE_ROUND\"; read -r go < $GATE");
@@ -207,7 +208,7 @@ fn dead_members_and_a_missing_gateway_are_of_no_consequence() {
     }
 }
 
-/// A job of one node, which is none of those before it.
+/// Runs a job of one node, with a run id of its own.
 fn job(etcd: &Etcd, conf: &str) -> Finished {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let name = format!("job-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
@@ -215,7 +216,7 @@ fn job(etcd: &Etcd, conf: &str) -> Finished {
     run(launch(&options, "echo started"))
 }
 
-/// Makes a user who may do everything, and asks everyone for a user from then on.
+/// Adds a user with all permissions, and makes etcd require a user from then on.
 fn add_user(etcd: &Etcd, name: &str, identity: &[&str]) {
     let ask = |path: &str, body: &str| etcd.ask(path, body, identity);
     ask("/v3/auth/user/add", r#"{"name":"root","password":"secret"}"#);
@@ -265,9 +266,9 @@ fn etcd_wants_certificates_and_a_password() {
     let conf = |password: &str| format!("join_timeout=5,{tls},user=root,password_file={}", text(password));
     assert_eq!(job(&conf("password")).expect(0, &[]).stdout, ["started"]);
     job(&conf("wrong")).expect(1, &["etcd at https://127.0.0.1:", "authentication failed"]);
-    // The certificate's name is a user's.
+    // The name of the certificate is a user's name.
     assert_eq!(job(&tls).expect(0, &[]).stdout, ["started"]);
-    // Certificates that are missing, or not those that were meant.
+    // Certificates that are missing or wrong.
     let refused = |conf: &str, code: i32, why: &str| {
         job(&format!("join_timeout=5,{conf}")).expect(code, &[why]);
     };
@@ -281,7 +282,7 @@ fn etcd_wants_certificates_and_a_password() {
     refused("protocol=http", 1, "if it has TLS, give protocol=https");
 }
 
-/// An authority, and certificates for etcd and for us.
+/// Makes an authority, and certificates for etcd and for the agents.
 fn certificates(folder: &std::path::Path) {
     let script = "
         set -e

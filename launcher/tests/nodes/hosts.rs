@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Removed with all that is in it.
+/// Hosts on a bridge. Dropping this value removes them and all of their processes.
 pub(crate) struct Network {
     name: String,
     hosts: u32,
@@ -17,7 +17,7 @@ impl Drop for Network {
     }
 }
 
-/// What was wrong, where it does not succeed.
+/// Runs `ip`. Returns its error message if it fails.
 fn ip(arguments: &str) -> Result<(), String> {
     let output = Command::new("ip").args(arguments.split(' ')).output().map_err(|error| error.to_string())?;
     match output.status.success() {
@@ -27,8 +27,8 @@ fn ip(arguments: &str) -> Result<(), String> {
 }
 
 impl Network {
-    /// So many hosts, 10.77.0.1 and so on, and 10.77.0.254 at the bridge. `None` where this user may not make networks; with
-    /// ICE_TEST_NODES that is an error.
+    /// Makes this number of hosts, 10.77.0.1 and so on, and 10.77.0.254 at the bridge. `None` if
+    /// this user may not make networks, which is an error with ICE_TEST_NODES.
     pub(crate) fn of(hosts: u32) -> Option<Self> {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let name = format!("ice{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
@@ -69,19 +69,19 @@ impl Network {
         format!("{}-{host}", self.name)
     }
 
-    /// Pulls the cable of a host, or puts it back.
+    /// Unplugs the cable of a host, or plugs it in again.
     pub(crate) fn plug(&self, host: u32, is_in: bool) -> Result<(), String> {
         let state = if is_in { "up" } else { "down" };
         ip(&format!("-n {} link set port{host} {state}", self.namespace(0)))
     }
 
-    /// Lets a host send nothing to an address, or lets it again.
+    /// Blocks packets of a host to an address, or unblocks them.
     pub(crate) fn cut(&self, host: u32, to: &str, is_cut: bool) -> Result<(), String> {
         let change = if is_cut { "add" } else { "del" };
         ip(&format!("-n {} route {change} blackhole {to}/32", self.namespace(host)))
     }
 
-    /// Runs a program on a host, which must be its argument; 0 is the bridge.
+    /// Returns a command that runs its arguments on a host; 0 is the bridge.
     pub(crate) fn on(&self, host: u32) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.namespace(host)]);
@@ -89,7 +89,7 @@ impl Network {
     }
 }
 
-/// The address of a host.
+/// Returns the address of a host.
 pub(crate) fn address(host: u32) -> String {
     format!("10.77.0.{host}")
 }

@@ -1,4 +1,4 @@
-//! Jobs of three nodes, each on a host of its own.
+//! Jobs of three nodes, each on its own host.
 
 use rustix::process::Signal;
 
@@ -6,13 +6,15 @@ use crate::hosts::{Network, address};
 use crate::server::Etcd;
 use crate::support::{self, Job, run};
 
-/// Reaches the store, says where it is, and stays until its host has the file `stop`. In this order: once it is heard, the store may go.
+/// Connects to the store, prints its address, and runs until its host has the file `stop`. The
+/// connection comes first, because the test may end the store's agent as soon as it has read the
+/// line.
 const SCRIPT: &str = "
     exec 3<> /dev/tcp/$MASTER_ADDR/$MASTER_PORT || exit 7
     echo \"$RANK of $WORLD_SIZE in round $ICE_ROUND at $MASTER_ADDR\"
     until [ -e $STOP ]; do sleep 0.05; done";
 
-/// Silent agents are missed after about a second.
+/// Silent agents are detected after about a second.
 const CONF: &str = "keep_alive_interval=0.4,last_call_timeout=0.5,join_timeout=20";
 
 struct Cluster {
@@ -37,18 +39,18 @@ impl Cluster {
         Job::start(self.command(host, options))
     }
 
-    /// Lets all ranks end.
+    /// Lets all ranks exit.
     fn stop(&self) {
         std::fs::write(self.folder.path().join("stop"), "").unwrap();
     }
 }
 
-/// Waits until all agents have a rank in a round of so many, and returns the round.
+/// Waits until all agents have a rank in a round of this size, and returns the number of the round.
 fn round_of(size: usize, jobs: &mut [Job]) -> u64 {
     round_at(size, jobs).0
 }
 
-/// The same, and the address of the store.
+/// Like `round_of`, and also returns the address of the store.
 fn round_at(size: usize, jobs: &mut [Job]) -> (u64, String) {
     let mut rounds = Vec::new();
     let mut ranks = Vec::new();
@@ -77,12 +79,12 @@ fn three_nodes_with_a_static_endpoint() {
         let rank = (host - 1).to_string();
         cluster.agent(host, &["--nnodes", "3", "--node-rank", &rank, "--master-addr", "10.77.0.1"])
     };
-    // The first to come are not the one that hosts.
+    // The agents that start first do not host the rendezvous.
     let mut jobs = [3, 2, 1].map(agent);
     for (job, rank) in jobs.iter_mut().zip([2, 1, 0]) {
         job.expect_line(&format!("{rank} of 3 in round 0 at 10.77.0.1"));
     }
-    // Another job does not get in.
+    // An agent of another job cannot join.
     let options = ["--nnodes", "3", "--node-rank", "1", "--master-addr", "10.77.0.1", "--run-id", "other"];
     run(cluster.command(2, &options)).expect(1, &["this endpoint serves the job `none`, not `other`"]);
     cluster.stop();
@@ -132,15 +134,15 @@ fn nodes_are_killed_are_cut_off_and_come_late() {
     let agent = |host| cluster.agent(host, &options);
     let mut jobs = vec![agent(1), agent(2), agent(3)];
     let first = round_of(3, &mut jobs);
-    // Killed.
+    // A killed agent.
     let lost = jobs.pop().unwrap();
     lost.signal(Signal::KILL);
     assert_eq!(lost.finish().signal, Some(Signal::KILL.as_raw()));
     let second = round_of(2, &mut jobs);
-    // A late one.
+    // A late agent.
     jobs.push(agent(3));
     let third = round_of(3, &mut jobs);
-    // Cut off: the others go on, and it comes back by itself when it can.
+    // A host without network: the others continue, and the agent joins again by itself once it can.
     cluster.network.plug(3, false).unwrap();
     let fourth = round_of(2, &mut jobs[..2]);
     cluster.network.plug(3, true).unwrap();
@@ -164,7 +166,7 @@ fn with_a_token_the_store_is_for_the_hosts_of_agents_alone() {
     };
     let mut jobs = [1, 2].map(agent);
     assert_eq!(round_of(2, &mut jobs), 0);
-    // As torch's clients do: validate, then ping. How many bytes come back?
+    // Validates and pings, like torch's clients, and counts the bytes of the answer.
     let client = "exec 3<> /dev/tcp/10.77.0.1/29500
         printf '\\0\\xce\\xf7\\x85\\x3c\\x0d\\x01\\0\\0\\0' >&3; head -c 4 <&3 2> /dev/null | wc -c";
     let answer = |host: u32| {
@@ -191,7 +193,7 @@ fn with_etcd_any_node_may_go() {
     let other = [&meeting[..], &["--nnodes", "1", "--run-id", "other"]].concat();
     let mut other = cluster.agent(2, &other);
     other.expect_line("0 of 1 in round 0");
-    // Each of the nodes goes once: the coordinator, whichever it is, and two others.
+    // Each of the nodes is lost once: the coordinator, whichever node it is on, and two others.
     let mut last = first;
     for host in 1..=3 {
         let lost = jobs.remove(0);
@@ -203,7 +205,7 @@ fn with_etcd_any_node_may_go() {
         assert!(last < without && without < with);
         last = with;
     }
-    // A node whose cable is out, the coordinator or not, is done without, and comes back.
+    // A node without network, whether it has the coordinator or not, is left out, and joins again.
     cluster.network.plug(1, false).unwrap();
     let without = round_of(2, &mut jobs[1..]);
     cluster.network.plug(1, true).unwrap();
@@ -222,11 +224,11 @@ fn a_coordinator_that_cannot_reach_etcd_is_replaced() {
     let options = [&meeting[..], &["--nnodes", "2:3"]].concat();
     let mut jobs = [1, 2, 3].map(|host| cluster.agent(host, &options));
     let (first, store) = round_at(3, &mut jobs);
-    // The other agents reach it as before.
+    // The coordinator's host loses etcd, but the other agents still reach the coordinator.
     let host = (1..=3).find(|host| address(*host) == store).unwrap();
     cluster.network.cut(host, etcd_host, true).unwrap();
     let mut jobs = Vec::from(jobs);
-    // First in the list.
+    // Makes that host's agent the first in the list.
     jobs.swap(0, host as usize - 1);
     let (without, another) = round_at(2, &mut jobs[1..]);
     assert!(first < without && another != store, "{without} at {another}");

@@ -1,4 +1,4 @@
-//! A real etcd, ended with the test.
+//! A real etcd, which ends with the test.
 
 use std::net::TcpStream;
 use std::path::Path;
@@ -10,15 +10,15 @@ use tempfile::{TempDir, tempdir};
 
 use crate::support::free_port;
 
-/// As long as etcd may take to start, or a job to have a coordinator.
+/// Time within which etcd starts, and a job has a coordinator.
 const SOON: Duration = Duration::from_secs(60);
 
 pub(crate) struct Etcd {
     child: Child,
-    /// Where clients connect.
+    /// Address for clients.
     pub(crate) endpoint: String,
     scheme: &'static str,
-    /// Deleted after it.
+    /// Folder of its data, deleted after etcd has ended.
     _folder: TempDir,
 }
 
@@ -30,18 +30,18 @@ impl Drop for Etcd {
 }
 
 impl Etcd {
-    /// `None` where there is no etcd on this machine; with ICE_TEST_NODES that is an error.
+    /// Starts etcd. `None` if etcd is not installed, which is an error with ICE_TEST_NODES.
     pub(crate) fn start() -> Option<Self> {
         Self::with(Command::new("etcd"), "127.0.0.1", "http", &[])
     }
 
-    /// One with more options.
+    /// Starts etcd with more options.
     pub(crate) fn with_options(options: &[&str]) -> Option<Self> {
         let options: Vec<String> = options.iter().map(ToString::to_string).collect();
         Self::with(Command::new("etcd"), "127.0.0.1", "http", &options)
     }
 
-    /// One that another command starts, on an address of its network.
+    /// Starts etcd by another command, on an address of its network.
     pub(crate) fn start_in(mut command: Command, address: &str) -> Option<Self> {
         command.arg("etcd");
         Self::with(command, address, "http", &[])
@@ -84,7 +84,7 @@ impl Etcd {
         };
         let etcd = Self { child, endpoint, scheme, _folder: folder };
         let deadline = Instant::now() + SOON;
-        // In another network it cannot be seen from here; agents wait for it.
+        // In another network etcd cannot be reached from here, but agents wait for it.
         while address == "127.0.0.1" && TcpStream::connect(&etcd.endpoint).is_err() {
             assert!(Instant::now() < deadline, "etcd does not start");
             std::thread::yield_now();
@@ -92,7 +92,7 @@ impl Etcd {
         Some(etcd)
     }
 
-    /// What curl gets from etcd's gateway, given a path and a body.
+    /// Sends a request to etcd's gateway with curl, and returns the answer.
     pub(crate) fn ask(&self, path: &str, body: &str, options: &[&str]) -> String {
         let url = format!("{}://{}{path}", self.scheme, self.endpoint);
         let output = Command::new("curl").args(["-fsS", "-d", body, &url]).args(options).output().unwrap();
@@ -100,7 +100,7 @@ impl Etcd {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Waits until a job without a name has a coordinator.
+    /// Waits until a job without a run id has a coordinator.
     pub(crate) fn wait_for_leader(&self) {
         let deadline = Instant::now() + SOON;
         // `/ice-launch/none/leader` in base 64.
@@ -114,7 +114,7 @@ impl Etcd {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Stops answering.
+    /// Ends etcd.
     pub(crate) fn stop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -2,24 +2,24 @@ use rustix::process::Signal;
 
 use crate::random::Random;
 
-/// What goes wrong.
+/// A fault of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// A rank ends with this code.
+    /// A rank exits with this code.
     Exit(i32),
     /// A rank aborts.
     Abort,
     /// A rank is killed.
     KillRank,
-    /// What a rank has started is killed, and the rank fails.
+    /// A child of a rank is killed, and the rank fails.
     KillGrandchild,
     /// The launcher is killed.
     KillLauncher,
-    /// The launcher is told to stop.
+    /// The launcher receives a signal that stops the job.
     Stop(Signal),
-    /// The launcher is told to stop again and again, and the ranks do not listen.
+    /// The launcher receives such signals again and again, and the ranks ignore SIGTERM.
     StopHard,
-    /// A rank is suspended, and then the launcher told to stop.
+    /// A rank is suspended, and then the launcher receives a signal that stops the job.
     SuspendRank,
     /// The launcher is suspended for a moment.
     SuspendLauncher,
@@ -27,25 +27,26 @@ pub(crate) enum Fault {
     SuspendJob,
     /// A rank leaves 50 sleepers behind, half of them in sessions of their own, and fails.
     Sleepers,
-    /// A rank fails, and the others do not listen.
+    /// A rank fails, and the others ignore SIGTERM.
     Deaf,
-    /// A rank closes its outputs and goes on.
+    /// A rank closes its outputs and continues.
     CloseOutputs,
-    /// The launcher has no console.
+    /// The launcher's stdout and stderr are closed.
     NoConsole,
     /// The log files cannot grow.
     FullDisk,
-    /// The disk of the log folder has no room, or no inodes, at some moment, and a rank fails.
+    /// The disk of the log folder runs out of space or inodes at some moment, and a rank fails.
     FullLogs,
     /// The launcher is killed, and a rank has descendants of every kind.
     KillLauncherOfMany,
-    /// The launcher is told to stop, and the victim is a script that dies before the program below it has saved.
+    /// The launcher receives a signal that stops the job, and the victim is a script that dies
+    /// before its child has saved.
     Wrapped,
-    /// A rank is frozen, and the launcher told to stop until it does.
+    /// A rank is frozen, and the launcher receives signals until it exits.
     Frozen,
 }
 
-/// Starts a process of each kind, which writes its number into `$UP/kinds`.
+/// Starts a process of each kind, which writes its id into `$UP/kinds`.
 const EVERY_KIND: &str = "
     export KINDS=$UP/kinds
     sleep 600 & echo $! >> $KINDS
@@ -54,7 +55,7 @@ const EVERY_KIND: &str = "
     setsid env -i KINDS=$KINDS /bin/sh -c 'echo $$ >> $KINDS
         for n in 1 2 3; do env -i /bin/sleep 600 & echo $! >> $KINDS; done; wait' &
     ";
-/// How many these are.
+/// Number of these processes.
 pub(crate) const KINDS: usize = 7;
 
 impl Fault {
@@ -83,7 +84,7 @@ impl Fault {
         }
     }
 
-    /// What the victim does once it is up. `GO` is the pipe that it waits at.
+    /// Returns the victim's script after it has started. `go` waits at the pipe `GO`.
     pub(crate) fn victims_part(self) -> String {
         match self {
             Self::Exit(code) => format!("go; exit {code}"),
@@ -111,7 +112,7 @@ impl Fault {
         }
     }
 
-    /// What the other ranks do.
+    /// Returns the script of the other ranks.
     pub(crate) fn others_part(self) -> &'static str {
         match self {
             Self::Deaf | Self::StopHard => "trap '' TERM; while :; do sleep 600; done",
@@ -125,7 +126,8 @@ impl Fault {
         matches!(self, SuspendLauncher | SuspendJob | CloseOutputs | NoConsole | FullDisk)
     }
 
-    /// The launcher's exit code, where it has one, for a job that may restart or not.
+    /// Returns the launcher's exit code for a job that may restart or not. `None` if the launcher
+    /// is killed.
     pub(crate) fn code(self, restarts: bool) -> Option<i32> {
         let failed = |code| Some(if restarts { 0 } else { code });
         match self {
@@ -143,7 +145,7 @@ impl Fault {
         }
     }
 
-    /// Whether the job gets as far as its second attempt.
+    /// Whether the job reaches its second attempt.
     pub(crate) fn restarts(self) -> bool {
         self.code(true) != self.code(false)
     }

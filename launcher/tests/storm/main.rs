@@ -1,7 +1,8 @@
-//! A storm of faults: each is a job with something going wrong, after which nothing may be left, the exit code must be the documented one,
-//! and all that ranks wrote must be where it belongs.
+//! A storm of faults. Each fault disturbs a job. Afterwards no process may be left, the exit code
+//! must be the documented one, and all output of ranks must be in its place.
 //!
-//! `STORM_SEED=<n>` replays a storm, `STORM_FAULT=<n>` only one of its faults, `STORM_FAULTS=<n>` sets how many there are.
+//! `STORM_SEED=<n>` replays a storm, `STORM_FAULT=<n>` only one of its faults, and
+//! `STORM_FAULTS=<n>` sets the number of faults.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -28,16 +29,16 @@ use random::Random;
 use support::{Finished, Freezer, Gate, Job, SOON, launch, lives, wait_for_state, wait_for_text};
 
 const FAULTS: u64 = 200;
-/// Jobs at the same time.
+/// Number of jobs that run at the same time.
 const AT_ONCE: usize = 3;
 
-/// Where stdout and stderr go.
+/// Destinations of stdout and stderr.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Output {
     Console,
     Files,
     Both,
-    /// Files alone, but through the launcher.
+    /// Files alone, but written by the launcher.
     Rotated,
 }
 
@@ -50,7 +51,7 @@ struct Case {
     restarts: u64,
     output: Output,
     lines: u64,
-    /// Pages and inodes that the log folder has in addition to what it needs at the start.
+    /// Pages and inodes that the log folder has in addition to those that the start needs.
     room: (u64, u64),
 }
 
@@ -66,7 +67,8 @@ impl Case {
             ranks,
             victim: random.below(ranks),
             restarts: random.below(3),
-            // Only what the launcher writes can hit the limit without the rank being told.
+            // Only writes of the launcher may reach the limit: a rank would notice that its own
+            // writes fail.
             output: if fault == Fault::FullDisk { Output::Both } else { output },
             lines: if fault == Fault::FullDisk { 300 } else { 1 + random.below(300) },
             room: (random.below(12), random.below(12)),
@@ -113,7 +115,7 @@ impl Case {
         self.restarts > 0 && self.fault.restarts()
     }
 
-    /// All that the ranks wrote, by rank and attempt.
+    /// Returns all expected output of the ranks, by rank and attempt.
     fn written(&self) -> Vec<(u64, u64, String)> {
         let attempts = if self.restarted() { 2 } else { 1 };
         let lines = |rank, attempt| {
@@ -148,7 +150,8 @@ impl Case {
         self.check(&finished, &folder, &logs);
     }
 
-    /// Gives the log folder a file system of its own, with room for what is made before the first rank starts.
+    /// Gives the log folder its own file system, with room for the files that are made before the
+    /// first rank starts.
     fn on_a_small_disk(&self, logs: &Path, inner: &Command) -> Command {
         fs::create_dir(logs).unwrap();
         let (pages, inodes) = self.room;
@@ -170,7 +173,7 @@ impl Case {
                 gates[victim].open();
             }
             Fault::KillLauncherOfMany => {
-                // Some are killed while they are on their way.
+                // Half of the launchers are killed while processes are still being started.
                 let enough = if self.lines.is_multiple_of(2) { fault::KINDS } else { 1 };
                 wait_for_lines(&up.join("kinds"), enough);
                 job.signal(Signal::KILL);
@@ -235,7 +238,7 @@ impl Case {
         }
         assert_eq!(self.fault == Fault::Wrapped, up.join("saved").exists(), "{finished:#?}");
         if self.output != Output::Console && !matches!(self.fault, Fault::FullDisk | Fault::FullLogs) {
-            // What was in the launcher when it was killed is lost.
+            // Output that was in the launcher when it was killed is lost.
             let through_launcher = self.output != Output::Files;
             let run = fs::read_dir(logs).unwrap().next().unwrap().unwrap().path();
             for (rank, attempt, lines) in self.written() {
@@ -268,7 +271,7 @@ impl Case {
     }
 }
 
-/// Waits until a file has so many lines.
+/// Waits until a file has this many lines.
 fn wait_for_lines(path: &Path, count: usize) {
     let deadline = Instant::now() + SOON;
     while fs::read_to_string(path).unwrap_or_default().lines().count() < count {
@@ -277,7 +280,8 @@ fn wait_for_lines(path: &Path, count: usize) {
     }
 }
 
-/// Waits until none of the processes whose numbers a file has lives. Their mark may be gone with their environment.
+/// Waits until none of the processes whose ids are in a file lives. Their environment, and with it
+/// the tests' mark, may be gone.
 fn wait_until_none_lives(path: &Path) {
     let text = fs::read_to_string(path).unwrap();
     let deadline = Instant::now() + SOON;
@@ -287,14 +291,14 @@ fn wait_until_none_lives(path: &Path) {
     }
 }
 
-/// The command as the arguments of a shell script.
+/// Returns the command as the arguments of a shell script.
 fn wrapped(script: &str, inner: &Command) -> Command {
     let mut command = Command::new("sh");
     command.args(["-c", script, "sh"]).arg(inner.get_program()).args(inner.get_args());
     command
 }
 
-/// Children of this process that have ended and that nobody waited for.
+/// Returns the children of this process that have ended and have not been waited for.
 fn zombies() -> Vec<String> {
     let own = format!("{}", std::process::id());
     let stats = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {

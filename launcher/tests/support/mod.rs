@@ -1,4 +1,4 @@
-//! A started `ice-launch` with all that comes of it.
+//! A started `ice-launch` with all of its descendants.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -16,16 +16,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::{TempDir, tempdir};
 
-// The end-to-end tests of the workspace look for leftovers in the same way.
+// The end-to-end tests of the workspace search for leftovers in the same way.
 #[path = "../../../tests/tests/e2e/support/leftovers.rs"]
 mod leftovers;
 
 use leftovers::MARK;
 
-/// Longer than anything here takes, also on a busy machine.
+/// Longer than any operation of these tests takes, even on a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
-/// `ice-launch` with these options and `sh -c script` as its program.
+/// Returns `ice-launch` with these options and `sh -c script` as its program.
 pub(crate) fn launch(options: &[&str], script: &str) -> Command {
     let mut command = ice_launch();
     command.args(options).args(["sh", "-c", script]);
@@ -36,7 +36,7 @@ pub(crate) fn ice_launch() -> Command {
     without_ours(Command::new(env!("CARGO_BIN_EXE_ice-launch")))
 }
 
-/// Leaves out of the environment what would change a job.
+/// Removes variables from the environment that would change a job.
 pub(crate) fn without_ours(mut command: Command) -> Command {
     let ours = ice_proto::env::ALL.iter().map(|(name, _)| (*name).to_owned());
     let clusters = std::env::vars().map(|(name, _)| name).filter(|name| name.starts_with("SLURM_"));
@@ -44,7 +44,7 @@ pub(crate) fn without_ours(mut command: Command) -> Command {
     command
 }
 
-/// A program that was started. Dropping it kills it and all that came of it.
+/// A program that was started. Dropping it kills the program and all of its descendants.
 pub(crate) struct Job {
     child: Child,
     mark: String,
@@ -54,7 +54,7 @@ pub(crate) struct Job {
     seen: Vec<String>,
 }
 
-/// What a job has left when it ended by itself.
+/// Outcome of a job that has ended by itself.
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub(crate) code: Option<i32>,
@@ -70,7 +70,7 @@ impl Job {
         job
     }
 
-    /// Its standard error is not read before [`Job::read_stderr`].
+    /// Starts a program whose standard error is not read before [`Job::read_stderr`].
     pub(crate) fn start_unread(mut command: Command) -> Self {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let mark = format!("{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
@@ -83,8 +83,8 @@ impl Job {
         Self { child, mark, stdout, stderr, reader: None, seen: Vec::new() }
     }
 
-    /// Waits until its standard error, which nobody reads yet, has this text. Returns all that was
-    /// read of it.
+    /// Waits until standard error, which is not read yet, contains this text. Returns the text that
+    /// was read.
     #[track_caller]
     pub(crate) fn expect_error(&mut self, wanted: &str) -> String {
         let stderr = self.stderr.as_mut().unwrap();
@@ -109,12 +109,12 @@ impl Job {
         }
     }
 
-    /// Closes the reading end of its standard error.
+    /// Closes the reading end of standard error.
     pub(crate) fn close_stderr(&mut self) {
         self.stderr = None;
     }
 
-    /// Waits for a line that starts so, and returns the rest of it.
+    /// Waits for a line that begins with `start`, and returns the rest of it.
     #[track_caller]
     pub(crate) fn expect_line(&mut self, start: &str) -> String {
         let deadline = Instant::now() + SOON;
@@ -143,7 +143,8 @@ impl Job {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Signals it again and again: one signal that comes soon after another counts as the same.
+    /// Signals the launcher again and again until it exits, because a signal soon after another one
+    /// counts as its repetition.
     #[track_caller]
     pub(crate) fn signal_until_it_ends(&self, signal: Signal) {
         let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).unwrap();
@@ -154,7 +155,8 @@ impl Job {
         }
     }
 
-    /// Signals it again and again until its standard error, which nobody reads yet, has this text.
+    /// Signals the launcher again and again until its standard error, which is not read yet,
+    /// contains this text.
     #[track_caller]
     pub(crate) fn signal_until_said(&mut self, signal: Signal, wanted: &str) {
         let pid = Pid::from_child(&self.child);
@@ -174,18 +176,19 @@ impl Job {
         }
     }
 
-    /// Waits for the end of the launcher alone.
+    /// Waits for the end of the launcher, but not of its descendants.
     #[track_caller]
     pub(crate) fn wait(&self) {
         let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).unwrap();
         assert!(leftovers::wait_for_end(&pidfd, SOON), "it does not end: {:?}", self.seen);
     }
 
-    /// Waits until not a byte more fits into its standard error.
+    /// Waits until standard error is full.
     #[track_caller]
     pub(crate) fn wait_until_stderr_is_full(&self) {
         let stderr = self.stderr.as_ref().unwrap();
-        // Opened anew, since the readiness to write is that of the other end.
+        // Opened again for writing, since the reading end does not report whether the pipe has
+        // room.
         let path = format!("/proc/self/fd/{}", stderr.as_raw_fd());
         let writer = fs::OpenOptions::new().write(true).open(path).unwrap();
         let deadline = Instant::now() + SOON;
@@ -195,7 +198,7 @@ impl Job {
         }
     }
 
-    /// Waits for its end, and checks that nothing is left of it.
+    /// Waits for the end of the launcher, and checks that no process is left.
     #[track_caller]
     pub(crate) fn finish(mut self) -> Finished {
         self.wait();
@@ -238,13 +241,13 @@ pub(crate) fn run(command: Command) -> Finished {
     Job::start(command).finish()
 }
 
-/// The state of a process, as `/proc` names them; `None` where there is no such process.
+/// Returns the state of a process, as in `/proc`. `None` if there is no such process.
 fn state(pid: &str) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit(") ").next()?.chars().next()
 }
 
-/// Whether a process lives; one that has ended and was not waited for does not.
+/// Whether a process lives. A zombie does not.
 pub(crate) fn lives(pid: &str) -> bool {
     state(pid).is_some_and(|state| state != 'Z')
 }
@@ -270,7 +273,7 @@ fn wait_until_state_is(pid: &str, wanted: Option<char>) {
     }
 }
 
-/// Waits until a file holds a text, and returns all that it holds.
+/// Waits until a file contains a text, and returns the whole content.
 #[track_caller]
 pub(crate) fn wait_for_text(path: &std::path::Path, text: &str) -> String {
     let deadline = Instant::now() + SOON;
@@ -284,7 +287,7 @@ pub(crate) fn wait_for_text(path: &std::path::Path, text: &str) -> String {
     }
 }
 
-/// What ranks wait for: `read -r go < $GATE`.
+/// A pipe that ranks wait at: `read -r go < $GATE`.
 pub(crate) struct Gate(TempDir);
 
 impl Gate {
@@ -292,7 +295,7 @@ impl Gate {
         Self::named("GATE", command)
     }
 
-    /// One that a variable of this name leads to.
+    /// Makes a gate whose path is in this variable.
     pub(crate) fn named(variable: &str, command: &mut Command) -> Self {
         let gate = Self(tempdir().unwrap());
         assert!(Command::new("mkfifo").arg(gate.path()).status().unwrap().success());
@@ -300,12 +303,12 @@ impl Gate {
         gate
     }
 
-    /// Makes the variable of another program lead to it.
+    /// Puts the gate's path into a variable of another program.
     pub(crate) fn lead(&self, variable: &str, command: &mut Command) {
         command.env(variable, self.path());
     }
 
-    /// Lets one rank pass; waits until it is there.
+    /// Lets one rank pass. Waits until a rank is at the gate.
     pub(crate) fn open(&self) {
         fs::write(self.path(), "go\n").unwrap();
     }
@@ -315,11 +318,12 @@ impl Gate {
     }
 }
 
-/// A cgroup whose processes do not run, whatever they are sent. Version 1 alone is like that. Dropping it thaws them.
+/// A cgroup whose processes do not run, even if they are killed, which is only possible in version
+/// 1. Dropping this value thaws the processes.
 pub(crate) struct Freezer(PathBuf);
 
 impl Freezer {
-    /// Freezes a process; `None` where that is not possible.
+    /// Freezes a process. `None` if that is not possible.
     pub(crate) fn with(pid: &str) -> Option<Self> {
         let path = PathBuf::from(format!("/sys/fs/cgroup/freezer/ice-test-{pid}"));
         fs::create_dir(&path).ok()?;
@@ -345,14 +349,15 @@ impl Drop for Freezer {
     }
 }
 
-/// A port that was free a moment ago.
+/// Returns a port that was free a moment ago.
 pub(crate) fn free_port() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().port().to_string()
 }
 
-/// Copies a file that is to be executed. Another process writes it: a test that starts a program at the same time would hand
-/// on a descriptor for writing, and a file that is open for writing cannot be executed.
+/// Copies a file that will be executed. Another process writes the copy. If this process did, a
+/// program that another test starts at the same time could inherit the descriptor for writing, and
+/// a file that is open for writing cannot be executed.
 pub(crate) fn copy(from: impl AsRef<OsStr>, to: &std::path::Path) {
     assert!(Command::new("cp").arg(from.as_ref()).arg(to).status().unwrap().success());
 }
@@ -367,7 +372,7 @@ pub(crate) fn executable(path: &std::path::Path, text: impl AsRef<OsStr>) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// A command after a line of bash.
+/// Returns a command that runs after a line of bash.
 pub(crate) fn within(line: &str, command: &Command) -> Command {
     let mut within = Command::new("bash");
     within.args(["-c", &format!("{line} && exec \"$@\""), "bash"]);
@@ -386,8 +391,8 @@ fn add(outer: &mut Command, command: &Command) {
     }
 }
 
-/// Runs a command with a small file system in a folder, which ends with it. `None` if this user may not mount; with
-/// ICE_TEST_NODES that is an error.
+/// Runs a command with a small file system in a folder, which is unmounted at the end. `None` if
+/// this user may not mount, which is an error with ICE_TEST_NODES.
 pub(crate) fn with_disk(options: &str, folder: &std::path::Path, command: &Command) -> Option<Finished> {
     let mounting = |script: &str| {
         let mut unshare = Command::new("unshare");
