@@ -1,11 +1,11 @@
-//! Compiles the C++ shim against the libtorch that `LIBTORCH` names, and the NCCL half as a shared object of its own where the
-//! CUDA headers lie beside that libtorch.
+//! Compiles the C++ shim against the libtorch in `LIBTORCH`. If the CUDA headers are next to that
+//! libtorch, also compiles the NCCL half as a separate shared object.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::{env, fs};
 
-/// The release that tch and the layout of the gloo stubs are made for.
+/// The release that tch and the layout of the gloo stubs support.
 const TORCH_VERSION: &str = "2.13.0";
 const SOURCES: [&str; 8] = [
     "cpp/error.cpp",
@@ -58,14 +58,16 @@ fn main() {
     println!("cargo:rustc-env=ICE_NCCL_BUILT={nccl}");
 }
 
-/// The libtorch to build against, checked, with every symbolic link resolved: it becomes the run-time search path.
+/// Returns the verified libtorch to build against, with every symbolic link resolved: it becomes
+/// the run-time search path.
 fn libtorch() -> Result<PathBuf, String> {
     let named = env::var_os("LIBTORCH").filter(|value| !value.is_empty());
     let named = PathBuf::from(named.ok_or("LIBTORCH is not set")?);
     let libtorch = fs::canonicalize(&named)
         .map_err(|error| format!("LIBTORCH names {}, which cannot be opened ({error})", named.display()))?;
     let header = named.join("include/torch/headeronly/version.h");
-    // Through the symbolic link: when it comes to point at another set, this header is a newer file.
+    // Uses the path through the symbolic link: if the link changes to another libtorch, this header
+    // is a newer file.
     println!("cargo:rerun-if-changed={}", header.display());
     let text = fs::read_to_string(&header).map_err(|error| {
         format!("{} holds no usable libtorch: {} ({error})", named.display(), header.display())
@@ -82,8 +84,8 @@ fn libtorch() -> Result<PathBuf, String> {
     Ok(libtorch)
 }
 
-/// Writes a file that includes all sources. Reading libtorch's headers takes 9 of the 12 s that each source needs alone, so
-/// that one translation unit takes less than a third of the time of all.
+/// Writes a file that includes all sources. libtorch's headers take 9 of the 12 s that each source
+/// needs alone, so that one translation unit takes less than a third of the total time.
 fn one_unit() -> PathBuf {
     let folder = manifest_dir();
     let lines = SOURCES.map(|source| format!("#include \"{}\"\n", folder.join(source).display()));
@@ -106,7 +108,8 @@ fn compiler(libtorch: &Path) -> cc::Build {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .flag("-fvisibility=hidden")
         .flag("-fvisibility-inlines-hidden")
-        // libtorch's headers warn by the page; -isystem quiets them and leaves the shim's own warnings on.
+        // libtorch's headers cause many warnings. -isystem silences them and keeps the shim's own
+        // warnings.
         .flag("-isystem")
         .flag(include.join("torch/csrc/api/include"))
         .flag("-isystem")
@@ -117,7 +120,7 @@ fn compiler(libtorch: &Path) -> cc::Build {
     build
 }
 
-/// The include folders of CUDA and NCCL beside this libtorch, if all are there.
+/// Returns the include folders of CUDA and NCCL next to this libtorch, if all exist.
 fn cuda_includes(libtorch: &Path) -> Option<Vec<PathBuf>> {
     let nvidia = libtorch.parent()?.join("nvidia");
     let cuda = nvidia.join("cu13/include");
@@ -128,7 +131,7 @@ fn cuda_includes(libtorch: &Path) -> Option<Vec<PathBuf>> {
     whole.then(|| vec![cuda, cccl, nccl])
 }
 
-/// Links the NCCL half and returns the path of the shared object.
+/// Links the NCCL half, and returns the path of the shared object.
 fn compile_nccl(libtorch: &Path, includes: &[PathBuf]) -> PathBuf {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("libice_nccl.so");
     let lib = libtorch.join("lib");

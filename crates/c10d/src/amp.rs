@@ -1,4 +1,5 @@
-//! Mixed precision: operations in a smaller type, and the scale that keeps small gradients from vanishing in it.
+//! Mixed precision: operations in a smaller type, and the scale that keeps small gradients from
+//! vanishing in it.
 //!
 //! In the book: `docs/optimizers.md#precision`.
 #![expect(unsafe_code, reason = "calls the C++ shim")]
@@ -11,13 +12,14 @@ use crate::error::check;
 use crate::ffi::{self, IceAutocast, Pointers, pointer};
 use crate::{Error, Result};
 
-/// While this lives, operations of this thread that are safe in a smaller type run in it, and others in f32, as within
-/// `torch.autocast`. Ranges may be nested, and end in the reverse order.
+/// Autocast of this thread until the value is dropped. Operations that are safe in a smaller type
+/// run in it, all others in f32, like within `torch.autocast`. Ranges may be nested, and end in
+/// reverse order.
 #[derive(Debug)]
 #[must_use = "autocast ends when this is dropped"]
 pub struct Autocast {
     before: IceAutocast,
-    /// The setting is the thread's.
+    /// Makes the type `!Send`: the setting belongs to the thread.
     _thread: PhantomData<*const ()>,
 }
 
@@ -27,7 +29,7 @@ impl Autocast {
     /// # Errors
     /// `InvalidArgument` for another kind.
     pub fn begin(device: Device, kind: Kind) -> Result<Self> {
-        // Of c10::ScalarType.
+        // Numbers of `c10::ScalarType`.
         let dtype = match kind {
             Kind::Half => 5,
             Kind::BFloat16 => 15,
@@ -47,8 +49,8 @@ impl Drop for Autocast {
     }
 }
 
-/// Multiplies gradients by `inverse_scale`, in place, and sets `found_inf` to 1 where one of them is not finite. Both are f32
-/// tensors of one element on the gradients' device.
+/// Multiplies gradients by `inverse_scale`, in place, and sets `found_inf` to 1 if a gradient is
+/// not finite. Both are f32 tensors of one element on the gradients' device.
 ///
 /// # Errors
 /// `Torch` for types or devices that do not fit.
@@ -63,18 +65,19 @@ pub fn unscale(grads: &[Tensor], found_inf: &Tensor, inverse_scale: &Tensor) -> 
     })
 }
 
-/// How the scale of the loss follows what is found in the gradients.
+/// Rules by which the scale of the loss follows the gradients.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScaleUpdate {
-    /// What it is multiplied by after `growth_interval` steps in a row with finite gradients.
+    /// Factor of the scale after `growth_interval` finite steps in a row.
     pub growth_factor: f64,
-    /// What it is multiplied by after a step without.
+    /// Factor of the scale after a step that is not finite.
     pub backoff_factor: f64,
-    /// Steps in a row.
+    /// Number of finite steps in a row before the scale grows.
     pub growth_interval: i64,
 }
 
-/// Updates the scale, an f32 scalar, and the count of steps in a row, an i32 scalar, in place.
+/// Updates the scale, an f32 scalar, and the count of finite steps in a row, an i32 scalar, in
+/// place.
 ///
 /// # Errors
 /// `Torch` for types or devices that do not fit.

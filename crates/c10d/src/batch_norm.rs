@@ -8,26 +8,29 @@ use crate::error::check;
 use crate::ffi::{self, pointer};
 use crate::{ProcessGroup, Result};
 
-/// Mean and variance of each feature, `[features]`, over `count` values of each on all ranks together. The variance is not corrected.
+/// Mean and variance of each feature, `[features]`, over `count` values of all ranks together. The
+/// variance is not corrected.
 #[derive(Debug)]
 pub struct BatchStatistics {
-    /// `[features]`, of the dtype of weight and bias.
+    /// Mean, `[features]`, in the dtype of weight and bias.
     pub mean: Tensor,
-    /// `[features]`, of the same dtype.
+    /// Variance, `[features]`, in the same dtype.
     pub var: Tensor,
-    /// Values of each feature.
+    /// Number of values of each feature.
     pub count: f64,
 }
 
-/// Normalises `x`, `[n, features, size…]`, by the statistics of the batch that the ranks of the group have together:
-/// `(x − mean)/√(var + eps)·weight + bias`. The output has the dtype of `x`.
+/// Normalizes `x`, `[n, features, size…]`, by the statistics of the batch of all ranks of the
+/// group: `(x − mean)/√(var + eps)·weight + bias`. The output has the dtype of `x`. Like PyTorch's
+/// SyncBatchNorm.
 ///
-/// Its backward pass is a collective: the gradient of `x` takes into account that mean and variance depend on the values of all ranks.
-/// Those of `weight` and `bias` are of this rank's batch. All ranks call it in the same order, and do the same with the output.
-/// As PyTorch's SyncBatchNorm.
+/// The backward pass is a collective: the gradient of `x` includes the dependence of mean and
+/// variance on the values of all ranks. The gradients of `weight` and `bias` are those of this
+/// rank's batch. All ranks must call this in the same order, and use the output in the same way.
 ///
 /// # Errors
-/// `Torch` for shapes that do not fit. In the backward pass [`run_backward`](crate::run_backward) returns those of the all-reduce.
+/// `Torch` for shapes that do not fit. In the backward pass, [`run_backward`](crate::run_backward)
+/// returns the errors of the all-reduce.
 pub fn batch_norm(
     group: &ProcessGroup,
     x: &Tensor,
@@ -40,7 +43,8 @@ pub fn batch_norm(
     let (_guard, group) = group.lock();
     let mut out: *mut c_void = std::ptr::null_mut();
     check(|message| {
-        // SAFETY: the group and the tensors are alive, weight and bias may be null, and the out-pointers are valid.
+        // SAFETY: the group and the tensors are alive, weight and bias may be null, and the
+        // out-pointers are valid.
         unsafe {
             ffi::ice_batch_norm(
                 group,
@@ -56,6 +60,6 @@ pub fn batch_norm(
             )
         }
     })?;
-    // SAFETY: the shim made a new at::Tensor, which is what tch owns.
+    // SAFETY: the shim created a new at::Tensor, which tch then owns.
     Ok(unsafe { Tensor::from_ptr(out.cast()) })
 }

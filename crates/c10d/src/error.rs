@@ -2,31 +2,32 @@ use std::ffi::{CStr, c_char};
 
 use crate::ffi;
 
-/// What went wrong, for code that reacts to it.
+/// Kind of a failure, for code that reacts to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A connection was refused, reset or closed: a peer or the store's host is gone.
+    /// A connection was refused, reset or closed: a peer or the host of the store is lost.
     Network,
     /// The store answered with an error.
     Store,
-    /// The other side did not come in time.
+    /// The other side did not respond in time.
     Timeout,
     /// The communication library failed in some other way.
     Backend,
     /// libtorch itself failed.
     Torch,
-    /// CUDA was asked for where there is no GPU.
+    /// CUDA was requested, but there is no GPU.
     NoGpu,
-    /// This build lacks the part that was asked for.
+    /// This build lacks the requested part.
     Unavailable,
-    /// The arguments cannot work, whatever the state of the network.
+    /// The arguments cannot work, independent of the network.
     InvalidArgument,
-    /// Anything else.
+    /// Any other failure.
     Other,
 }
 
-/// A failure of c10d or of libtorch. Displays as a lower-case fragment with libtorch's message, without its C++ backtrace.
+/// A failure of c10d or of libtorch. Displays as a lower-case fragment with libtorch's message,
+/// without its C++ backtrace.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
@@ -46,13 +47,13 @@ impl Error {
         Self::new(ErrorKind::InvalidArgument, message)
     }
 
-    /// The kind of failure.
+    /// Returns the kind of failure.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 }
 
-/// Runs one call into the shim and turns its kind and message into a result.
+/// Runs one call of the shim, and converts its kind and message into a result.
 pub(crate) fn check(call: impl FnOnce(*mut *mut c_char) -> i32) -> Result<()> {
     let mut message = std::ptr::null_mut();
     let kind = match call(&mut message) {
@@ -70,7 +71,8 @@ pub(crate) fn check(call: impl FnOnce(*mut *mut c_char) -> i32) -> Result<()> {
     Err(Error { kind, message: ffi::take_string(message).map_or_else(|| "no message".into(), |m| tidy(&m)) })
 }
 
-/// The first paragraph of a C++ message: what follows is a stack trace. The first letter becomes lower-case unless it starts a name.
+/// Returns the first paragraph of a C++ message, which a stack trace follows. The first letter
+/// becomes lower-case, unless it starts a name.
 fn tidy(message: &str) -> String {
     let end = ["\nException raised from", "\nC++ CapturedTraceback"]
         .iter()
@@ -93,7 +95,7 @@ fn is_name(message: &str) -> bool {
     word.chars().skip(1).any(|letter| letter.is_uppercase() || letter == ':')
 }
 
-/// Copies a message that the shim lent.
+/// Copies a message borrowed from the shim.
 pub(crate) fn lossy(message: &CStr) -> String {
     message.to_string_lossy().into_owned()
 }

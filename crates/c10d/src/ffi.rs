@@ -1,4 +1,4 @@
-//! The declarations of `cpp/shim.h`, and the owned handles around its pointers.
+//! The declarations of `cpp/shim.h`, and owned handles for its pointers.
 #![expect(unsafe_code, reason = "declares and calls the C++ shim")]
 
 use std::ffi::{CStr, c_char, c_void};
@@ -20,9 +20,10 @@ macro_rules! opaque {
         }
 
         impl Freed for $name {
-            // SAFETY: the contract of the trait, passed on.
+            // SAFETY: the caller upholds the contract of the trait.
             unsafe fn free(pointer: *mut Self) {
-                // SAFETY: the caller owns the pointer, and the shim swallows exceptions of destructors.
+                // SAFETY: the caller owns the pointer, and the shim swallows exceptions of
+                // destructors.
                 unsafe { $free(pointer) }
             }
         }
@@ -48,13 +49,15 @@ opaque! {
 #[derive(Debug)]
 pub(crate) struct Handle<T: Freed>(NonNull<T>);
 
-// SAFETY: none of the shim's objects is tied to the thread that made it; c10d hands them between threads itself.
+// SAFETY: no object of the shim is tied to the thread that created it; c10d itself moves them
+// between threads.
 unsafe impl<T: Freed> Send for Handle<T> {}
-// SAFETY: a shared handle gives out nothing but the pointer; the callers lock where c10d wants one thread at a time.
+// SAFETY: a shared handle only gives access to the pointer; callers lock if c10d permits one thread
+// at a time.
 unsafe impl<T: Freed> Sync for Handle<T> {}
 
 impl<T: Freed> Handle<T> {
-    /// Calls a function of the shim that makes an object.
+    /// Calls a function of the shim that creates an object.
     pub(crate) fn make(call: impl FnOnce(*mut *mut T, *mut *mut c_char) -> i32) -> Result<Self> {
         let mut pointer = std::ptr::null_mut();
         check(|message| call(&mut pointer, message))?;
@@ -66,7 +69,8 @@ impl<T: Freed> Handle<T> {
         self.0.as_ptr()
     }
 
-    /// For functions that change the object; callers see to it that one runs at a time.
+    /// Returns the pointer for functions that change the object. `&mut self` ensures that only one
+    /// runs at a time.
     pub(crate) fn pointer_mut(&mut self) -> *mut T {
         self.0.as_ptr()
     }
@@ -93,7 +97,7 @@ impl<'a> IceStr<'a> {
         Self { data: text.as_ptr().cast(), size: text.len(), text: PhantomData }
     }
 
-    /// Null data for `None`.
+    /// Creates a string with null data for `None`.
     pub(crate) fn optional(text: Option<&'a str>) -> Self {
         text.map_or(Self { data: std::ptr::null(), size: 0, text: PhantomData }, Self::new)
     }
@@ -108,7 +112,7 @@ pub(crate) struct IceTensors<'a> {
     tensors: PhantomData<&'a Tensor>,
 }
 
-/// The `at::Tensor*` of each tensor; as long as `'a` it can be passed to the shim.
+/// The `at::Tensor*` of each tensor, which may be passed to the shim during `'a`.
 pub(crate) struct Pointers<'a>(Vec<*mut c_void>, PhantomData<&'a Tensor>);
 
 impl<'a> Pointers<'a> {
@@ -121,38 +125,39 @@ impl<'a> Pointers<'a> {
     }
 }
 
-/// The `at::Tensor*` that tch holds.
+/// Returns the `at::Tensor*` that tch holds.
 pub(crate) fn pointer(tensor: &Tensor) -> *mut c_void {
     tensor.as_ptr().cast::<c_void>().cast_mut()
 }
 
-/// Milliseconds for the shim: at least one, so that a short timeout does not turn into c10d's "no timeout" of zero.
+/// Converts a duration to milliseconds for the shim: at least 1, since 0 means "no timeout" to
+/// c10d.
 pub(crate) fn milliseconds(duration: Duration) -> i64 {
-    // c10d adds timeouts to the clock's nanoseconds: a century is far from overflowing them.
+    // c10d adds timeouts to the clock's nanoseconds. A century is far from an overflow.
     const CENTURY: i64 = 100 * 365 * 24 * 3600 * 1000;
     i64::try_from(duration.as_millis()).unwrap_or(CENTURY).clamp(1, CENTURY)
 }
 
-/// Takes over a message of the shim.
+/// Takes ownership of a message of the shim.
 pub(crate) fn take_string(message: *mut c_char) -> Option<String> {
     if message.is_null() {
         return None;
     }
     // SAFETY: the shim sets messages to strings of strdup, ended by a zero.
     let text = lossy(unsafe { CStr::from_ptr(message) });
-    // SAFETY: as above; nothing uses the message afterwards.
+    // SAFETY: as above; the message is not used afterwards.
     unsafe { ice_string_free(message) };
     Some(text)
 }
 
-/// Takes over a value of the shim.
+/// Takes ownership of a value of the shim.
 pub(crate) fn take_bytes(data: *mut u8, size: usize) -> Vec<u8> {
     if data.is_null() {
         return Vec::new();
     }
     // SAFETY: ice_store_get allocates at least `size` bytes and fills them.
     let bytes = unsafe { std::slice::from_raw_parts(data, size) }.to_vec();
-    // SAFETY: the shim allocated it with malloc; nothing uses it afterwards.
+    // SAFETY: the shim allocated it with malloc; it is not used afterwards.
     unsafe { ice_bytes_free(data) };
     bytes
 }
@@ -209,9 +214,9 @@ pub(crate) struct IceReducerOptions {
 type Message = *mut *mut c_char;
 type Tensors<'a> = IceTensors<'a>;
 
-/// `ice_nccl_device_count` of the NCCL half.
+/// Signature of `ice_nccl_device_count` in the NCCL half.
 pub(crate) type NcclDeviceCount = unsafe extern "C" fn(*mut i32, Message) -> i32;
-/// `ice_group_nccl` of the NCCL half.
+/// Signature of `ice_group_nccl` in the NCCL half.
 pub(crate) type GroupNccl =
     unsafe extern "C" fn(*const IceStore, i32, i32, i32, i64, *mut *mut IceGroup, Message) -> i32;
 

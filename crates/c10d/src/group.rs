@@ -9,41 +9,41 @@ use crate::error::check;
 use crate::ffi::{self, Handle, IceGroup, IceStr, IceWork, Pointers, milliseconds, pointer};
 use crate::{Error, Result, Store, Work};
 
-/// How the ranks of a gloo group reach each other.
+/// Options for connections between the ranks of a gloo group.
 #[derive(Debug, Clone)]
 pub struct GlooOptions {
-    /// How long forming the group and each collective may take.
+    /// Timeout of forming the group, and of each collective.
     pub timeout: Duration,
-    /// The network interface to listen on, such as `eth0`. Comes before `hostname`.
+    /// Network interface to listen on, such as `eth0`. Takes precedence over `hostname`.
     pub interface: Option<String>,
-    /// The own name or address that the other ranks connect to.
+    /// Name or address of this host, to which other ranks connect.
     pub hostname: Option<String>,
 }
 
 impl Default for GlooOptions {
-    /// 30 minutes, and the address that this host's own name resolves to, or else loopback, as PyTorch does.
+    /// 30 minutes, and the address of this host's name or else loopback, like PyTorch.
     fn default() -> Self {
         Self { timeout: Duration::from_secs(30 * 60), interface: None, hostname: None }
     }
 }
 
-/// How a reduction combines the ranks' tensors, element by element.
+/// Reduction of the ranks' tensors, element by element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ReduceOp {
-    /// The sum; of bools, whether any is true.
+    /// The sum. For bools, whether any is true.
     Sum,
-    /// The mean; floating-point tensors only.
+    /// The mean, for floating-point tensors only.
     Average,
-    /// The smallest.
+    /// The minimum.
     Min,
-    /// The largest.
+    /// The maximum.
     Max,
-    /// The product; of bools, whether all are true.
+    /// The product. For bools, whether all are true.
     Product,
 }
 
 impl ReduceOp {
-    /// The number in `c10d::ReduceOp::RedOpType`.
+    /// Returns the number in `c10d::ReduceOp::RedOpType`.
     fn code(self) -> u8 {
         match self {
             Self::Sum => 0,
@@ -55,16 +55,19 @@ impl ReduceOp {
     }
 }
 
-/// The processes that compute together. A clone is the same group; the last one to go leaves it.
+/// Processes that compute together. A clone is the same group, and dropping the last clone leaves
+/// the group.
 ///
-/// All ranks must call the same collectives in the same order, on tensors of the same shape and type. A collective starts at once
-/// and returns a [`Work`] to wait for; its tensors must not be touched before. Dropping a group while one is under way blocks until
-/// that one ends, with its timeout at the latest.
+/// All ranks must call the same collectives in the same order, on tensors of the same shape and
+/// type. A collective starts at once and returns a [`Work`] to wait for. Its tensors must not be
+/// used before. Dropping a group blocks until a collective in progress ends, at the latest after
+/// its timeout.
 ///
-/// The strides of a tensor may differ from rank to rank: a column of a matrix or a `channels_last` tensor takes part as a
-/// contiguous copy, which the wait writes back. Reductions take tensors of Float, Double, Half, BFloat16, Int8, Uint8, Int,
-/// Int64 and Bool; the other operations, which only move elements, take every dense type. A sparse tensor, a type that cannot
-/// be reduced, or an output whose elements share memory is `InvalidArgument` before anything is sent.
+/// The strides of a tensor may differ between ranks: a column of a matrix or a `channels_last`
+/// tensor takes part as a contiguous copy, which the wait writes back. Reductions support tensors
+/// of Float, Double, Half, BFloat16, Int8, Uint8, Int, Int64 and Bool. All other operations only
+/// move elements, and support every dense type. A sparse tensor, a type that cannot be reduced, or
+/// an output whose elements share memory is `InvalidArgument` before anything is sent.
 #[derive(Debug, Clone)]
 pub struct ProcessGroup {
     shared: Arc<Shared>,
@@ -73,25 +76,28 @@ pub struct ProcessGroup {
 #[derive(Debug)]
 struct Shared {
     handle: Handle<IceGroup>,
-    /// c10d numbers collectives in the order of the calls, without a lock.
+    /// Serializes submissions: c10d numbers collectives in the order of the calls, without a lock
+    /// of its own.
     submit: Mutex<()>,
     rank: usize,
     world_size: usize,
 }
 
 impl ProcessGroup {
-    /// Forms a group over TCP for tensors in host memory. Waits for all ranks; the keys of `store` must be new to this group.
+    /// Forms a group over TCP for tensors in host memory. Waits for all ranks. The keys of `store`
+    /// must be new to this group.
     ///
     /// # Errors
-    /// `Timeout` when a rank does not come, `Network` when the store or a rank cannot be reached, `InvalidArgument` when `rank` is
-    /// not below `world_size`.
+    /// `Timeout` if a rank does not join, `Network` if the store or a rank cannot be reached,
+    /// `InvalidArgument` if `rank` is not below `world_size`.
     pub fn gloo(store: &Store, rank: usize, world_size: usize, options: &GlooOptions) -> Result<Self> {
         let (r, size) = ranks(rank, world_size)?;
         let timeout = milliseconds(options.timeout);
         let interface = IceStr::optional(options.interface.as_deref());
         let hostname = IceStr::optional(options.hostname.as_deref());
         let handle = Handle::make(|out, message| {
-            // SAFETY: the store is alive, the strings outlive the call, and the out-pointers are valid.
+            // SAFETY: the store is alive, the strings outlive the call, and the out-pointers are
+            // valid.
             unsafe {
                 ffi::ice_group_gloo(store.pointer(), r, size, timeout, interface, hostname, out, message)
             }
@@ -99,11 +105,12 @@ impl ProcessGroup {
         Ok(Self::from_handle(handle, rank, world_size))
     }
 
-    /// Forms a group over NCCL for tensors on this process's CUDA device `device_index`. Loads the CUDA half of libtorch: see
-    /// [`nccl::load`](crate::nccl::load).
+    /// Forms a group over NCCL for tensors on the CUDA device `device_index` of this process. Loads
+    /// the CUDA half of libtorch: see [`nccl::load`](crate::nccl::load).
     ///
     /// # Errors
-    /// `Unavailable` in a build without NCCL, `NoGpu` without a GPU, `InvalidArgument` for a device or rank out of range.
+    /// `Unavailable` in a build without NCCL, `NoGpu` without a GPU, `InvalidArgument` for a device
+    /// or rank out of range.
     pub fn nccl(
         store: &Store,
         rank: usize,
@@ -124,12 +131,12 @@ impl ProcessGroup {
         Self { shared: Arc::new(Shared { handle, submit: Mutex::new(()), rank, world_size }) }
     }
 
-    /// This process's rank, below [`world_size`](Self::world_size).
+    /// Returns the rank of this process, below [`world_size`](Self::world_size).
     pub fn rank(&self) -> usize {
         self.shared.rank
     }
 
-    /// The number of ranks.
+    /// Returns the number of ranks.
     pub fn world_size(&self) -> usize {
         self.shared.world_size
     }
@@ -137,18 +144,20 @@ impl ProcessGroup {
     /// Replaces `tensor` on every rank by the reduction of all ranks' tensors.
     ///
     /// # Errors
-    /// `InvalidArgument` for an average of integers, a type that cannot be reduced or a tensor on another kind of device.
+    /// `InvalidArgument` for an average of integers, a type that cannot be reduced, or a tensor on
+    /// another kind of device.
     pub fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work> {
         self.submit(|group, out, message| {
-            // SAFETY: group and tensor are alive, and the out-pointers are valid; c10d keeps the tensor's storage alive.
+            // SAFETY: group and tensor are alive, and the out-pointers are valid; c10d keeps the
+            // tensor's storage alive.
             unsafe { ffi::ice_group_all_reduce(group, pointer(tensor), op.code(), out, message) }
         })
     }
 
-    /// Replaces `tensor` on every rank by that of rank `root`.
+    /// Replaces `tensor` on every rank by the tensor of the rank `root`.
     ///
     /// # Errors
-    /// `InvalidArgument` for a root that is no rank or a tensor on another kind of device.
+    /// `InvalidArgument` for a root that is not a rank, or a tensor on another kind of device.
     pub fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work> {
         if root >= self.world_size() {
             return Err(Error::invalid(format!(
@@ -157,63 +166,70 @@ impl ProcessGroup {
             )));
         }
         self.submit(|group, out, message| {
-            // SAFETY: as in all_reduce.
+            // SAFETY: like in all_reduce.
             unsafe { ffi::ice_group_broadcast(group, pointer(tensor), root as i64, out, message) }
         })
     }
 
-    /// Copies the `input` of rank `i` into `outputs[i]` on every rank. All have the same shape and type.
+    /// Copies the `input` of rank `i` into `outputs[i]` on every rank. All tensors have the same
+    /// shape and type.
     ///
     /// # Errors
-    /// `InvalidArgument` for a number of outputs other than the world size, or shapes that differ.
+    /// `InvalidArgument` for a number of outputs other than the world size, or for different
+    /// shapes.
     pub fn all_gather(&self, outputs: &[Tensor], input: &Tensor) -> Result<Work> {
         self.one_per_rank("outputs", outputs.len())?;
         let outputs = Pointers::of(outputs);
         self.submit(|group, out, message| {
-            // SAFETY: as in all_reduce; the list outlives the call.
+            // SAFETY: like in all_reduce; the list outlives the call.
             unsafe { ffi::ice_group_all_gather(group, outputs.list(), pointer(input), out, message) }
         })
     }
 
-    /// Puts the reduction of all ranks' `inputs[i]` into `output` on rank `i`. All have the same shape and type.
+    /// Stores the reduction of all ranks' `inputs[i]` in `output` on rank `i`. All tensors have the
+    /// same shape and type.
     ///
     /// # Errors
-    /// `InvalidArgument` for a number of inputs other than the world size, shapes that differ, or an operation that the backend
-    /// lacks.
+    /// `InvalidArgument` for a number of inputs other than the world size, for different shapes, or
+    /// for an operation that the backend lacks.
     pub fn reduce_scatter(&self, output: &Tensor, inputs: &[Tensor], op: ReduceOp) -> Result<Work> {
         self.one_per_rank("inputs", inputs.len())?;
         let inputs = Pointers::of(inputs);
         self.submit(|group, out, message| {
-            // SAFETY: as in all_reduce; the list outlives the call.
+            // SAFETY: like in all_reduce; the list outlives the call.
             unsafe {
                 ffi::ice_group_reduce_scatter(group, pointer(output), inputs.list(), op.code(), out, message)
             }
         })
     }
 
-    /// Sends `tensor` to another rank, which [receives](Self::receive) it. What goes from one rank to another arrives in the order of the calls.
+    /// Sends `tensor` to another rank, which [receives](Self::receive) it. Tensors from one rank to
+    /// another arrive in the order of the calls.
     ///
-    /// The operation is over once the tensor may be touched again, which says nothing of its arrival. Gloo's sends and receives cost less than its
-    /// collectives where many are under way; [`Work::is_completed`] does not see the end of those.
+    /// The operation is completed once the tensor may be used again, which does not imply that it
+    /// has arrived. If many operations are in progress, gloo's sends and receives cost less than
+    /// its collectives. [`Work::is_completed`] does not detect the end of gloo's sends and
+    /// receives.
     ///
     /// # Errors
-    /// `InvalidArgument` for a `to` that is not another rank, or a tensor on another kind of device.
+    /// `InvalidArgument` if `to` is not another rank, or for a tensor on another kind of device.
     pub fn send(&self, tensor: &Tensor, to: usize) -> Result<Work> {
         let to = self.other(to)?;
         self.submit(|group, out, message| {
-            // SAFETY: as in all_reduce.
+            // SAFETY: like in all_reduce.
             unsafe { ffi::ice_group_send(group, pointer(tensor), to, out, message) }
         })
     }
 
-    /// Replaces `tensor` by what rank `from` [sends](Self::send), which has as many bytes.
+    /// Replaces `tensor` by the tensor that the rank `from` [sends](Self::send), which has the same
+    /// number of bytes.
     ///
     /// # Errors
-    /// As [`send`](Self::send).
+    /// The errors of [`send`](Self::send).
     pub fn receive(&self, tensor: &Tensor, from: usize) -> Result<Work> {
         let from = self.other(from)?;
         self.submit(|group, out, message| {
-            // SAFETY: as in all_reduce.
+            // SAFETY: like in all_reduce.
             unsafe { ffi::ice_group_receive(group, pointer(tensor), from, out, message) }
         })
     }
@@ -221,7 +237,7 @@ impl ProcessGroup {
     /// Completes once every rank has called it.
     ///
     /// # Errors
-    /// Those of the backend when it cannot even start.
+    /// The errors of the backend if the barrier cannot start.
     pub fn barrier(&self) -> Result<Work> {
         self.submit(|group, out, message| {
             // SAFETY: the group is alive, and the out-pointers are valid.
@@ -229,18 +245,19 @@ impl ProcessGroup {
         })
     }
 
-    /// Ends what is under way on the device, where the backend can: on CUDA, so that nobody waits for a peer that is gone. The group is of no
-    /// further use, and neither are tensors that took part in a collective. Gloo's collectives end with their [`Connections`].
+    /// Aborts operations in progress on the device, if the backend supports it. On CUDA, no
+    /// operation then waits for a lost peer. The group is unusable afterwards, and so are tensors
+    /// that took part in a collective. Gloo's collectives end with their [`Connections`].
     ///
     /// [`Connections`]: crate::Connections
     pub fn abort(&self) {
         // SAFETY: the group is alive; c10d lets any thread abort.
         let outcome = check(|message| unsafe { ffi::ice_group_abort(self.shared.handle.pointer(), message) });
-        // One that was given up already cannot be given up again.
+        // A group that was already aborted returns an error, which is irrelevant here.
         drop(outcome);
     }
 
-    /// The group, for calls that submit collectives of their own.
+    /// Locks the group for calls that submit their own collectives.
     pub(crate) fn lock(&self) -> (MutexGuard<'_, ()>, *const IceGroup) {
         let guard = self.shared.submit.lock().unwrap_or_else(PoisonError::into_inner);
         (guard, self.shared.handle.pointer())
@@ -254,7 +271,7 @@ impl ProcessGroup {
         Handle::make(|out, message| call(group, out, message)).map(Work::new)
     }
 
-    /// The number of another rank.
+    /// Checks that this is another rank, and returns its number for c10d.
     fn other(&self, rank: usize) -> Result<i32> {
         if rank >= self.world_size() || rank == self.rank() {
             let (own, size) = (self.rank(), self.world_size());

@@ -1,4 +1,4 @@
-//! Descriptors that the parent process left open for this one.
+//! Descriptors that the parent process left open for this process.
 //!
 //! In the book: `docs/design.md#three-layers`.
 #![expect(unsafe_code, reason = "turns a number into an owned descriptor")]
@@ -18,12 +18,14 @@ unsafe extern "C" {
     fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
 }
 
-/// Takes over an inherited descriptor, once, and keeps it from the processes that this one starts.
+/// Takes ownership of an inherited descriptor, once, and sets its close-on-exec flag so that child
+/// processes do not inherit it.
 ///
-/// Call it early: the number must be one that the parent promised, not one that this process opened since.
+/// Call it early: the number must refer to a descriptor of the parent, not to one that this process
+/// has opened since.
 ///
 /// # Errors
-/// When the descriptor is a standard stream, is not open, or was taken over before.
+/// If the descriptor is a standard stream, is not open, or was taken before.
 pub fn descriptor(fd: RawFd) -> io::Result<OwnedFd> {
     if fd <= 2 {
         return Err(io::Error::new(
@@ -35,14 +37,15 @@ pub fn descriptor(fd: RawFd) -> io::Result<OwnedFd> {
     if taken.contains(&fd) {
         return Err(io::Error::other(format!("descriptor {fd} was taken over before")));
     }
-    // SAFETY: these commands only read and set a flag; for a number that is not open they fail.
+    // SAFETY: these commands only read and set a flag, and fail for a number that is not open.
     let flags = unsafe { fcntl(fd, F_GETFD) };
     // SAFETY: as above.
     if flags < 0 || unsafe { fcntl(fd, F_SETFD, flags | FD_CLOEXEC) } < 0 {
         return Err(io::Error::last_os_error());
     }
     taken.push(fd);
-    // SAFETY: the descriptor is open, and nobody else took it over through this function, the one place that does.
+    // SAFETY: the descriptor is open, and this function, the only place that takes such
+    // descriptors, has not taken it before.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

@@ -1,8 +1,10 @@
-//! Safe bindings to libtorch's `torch.distributed` (c10d): the store that processes meet at, process groups and their collectives,
-//! the reducer of `DistributedDataParallel`, fused optimizer steps, mixed precision, and modules in TorchScript.
+//! Safe bindings to libtorch's `torch.distributed` (c10d): the store that processes meet at,
+//! process groups and their collectives, the reducer of `DistributedDataParallel`, fused optimizer
+//! steps, mixed precision, and modules in TorchScript.
 //!
-//! It knows nothing of launchers, rounds or training. It holds the project's calls into foreign code, so that the rest needs no
-//! `unsafe`; no C++ exception gets through, each becomes an [`Error`] with a [kind](ErrorKind).
+//! The crate does not depend on launchers, rounds or training. It contains the project's calls into
+//! foreign code, so that other crates need no `unsafe`. No C++ exception passes it: each becomes an
+//! [`Error`] with a [kind](ErrorKind).
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -15,8 +17,8 @@
 //! # Ok::<(), ice_c10d::Error>(())
 //! ```
 //!
-//! In the book: what groups and stores go through when a rank is lost (`docs/elasticity.md#rounds`), the place of this crate in the whole
-//! (`docs/design.md`).
+//! In the book: groups and stores when a rank is lost (`docs/elasticity.md#rounds`), and the place
+//! of this crate in the project (`docs/design.md`).
 
 pub mod amp;
 mod batch_norm;
@@ -45,5 +47,6 @@ pub use sockets::Connections;
 pub use store::Store;
 pub use work::Work;
 
-/// The version of the libtorch headers that this was compiled against; the build refuses any other than tch's.
+/// Version of the libtorch headers of this build. The build accepts only the version that tch
+/// supports.
 pub const TORCH_VERSION: &str = env!("ICE_TORCH_VERSION");

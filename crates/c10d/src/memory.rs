@@ -1,20 +1,21 @@
-//! What the C library does with memory that was freed.
+//! The C library's treatment of freed memory.
 //!
 //! In the book: `docs/design.md#three-layers`.
 #![expect(unsafe_code, reason = "calls the C library")]
 
 use std::ffi::c_int;
 
-/// Blocks below this size come from the heap and go back to it.
+/// Sizes in bytes, in order of preference: smaller blocks come from the heap and return to it.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const LARGEST: [c_int; 2] = [1 << 30, 32 << 20];
-/// So much free memory at the end of the heap stays with the process.
+/// Free memory in bytes that stays with the process at the end of the heap.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const KEPT: c_int = 1 << 30;
 
-/// Lets the C library keep memory that was freed, for the step that follows: it makes tensors of the same sizes, and the system takes
-/// longer to give a page, and to take it back, than a small network takes to compute on it. Up to 1 GiB stays with the process that
-/// would go back to the system. Does nothing where the user has set the library's variables, and with another one than glibc.
+/// Lets the C library keep freed memory for the next step, which allocates tensors of the same
+/// sizes. The kernel takes longer to provide and reclaim a page than a small network takes to
+/// compute on it. Up to 1 GiB then stays with the process. Does nothing if the user has set the
+/// library's variables, or on a C library other than glibc.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
@@ -28,9 +29,9 @@ pub fn keep_freed_memory() {
         if variables.iter().any(|name| std::env::var_os(name).is_some()) {
             return;
         }
-        // SAFETY: mallopt takes two numbers, refuses those that it does not know, and may be called at any time.
+        // SAFETY: mallopt takes two numbers, rejects unknown ones, and may be called at any time.
         let set = |parameter, value| unsafe { mallopt(parameter, value) } != 0;
-        // An older library takes no more than half of its smaller heaps.
+        // An older library accepts at most half of its smaller heaps' size.
         let _ = LARGEST.into_iter().any(|size| set(MMAP_THRESHOLD, size)) && set(TRIM_THRESHOLD, KEPT);
     }
 }

@@ -1,8 +1,9 @@
-//! The CUDA half: a shared object of its own, loaded only where CUDA is asked for.
+//! The CUDA half: a separate shared object, loaded only if CUDA is requested.
 //!
-//! It knows nothing of collectives: an NCCL group is a [`ProcessGroup`](crate::ProcessGroup) like any other.
+//! It has no collectives of its own: an NCCL group is a [`ProcessGroup`](crate::ProcessGroup) like
+//! any other.
 //!
-//! In the book: which GPU is whose (`docs/placement.md#gpus`).
+//! In the book: the assignment of GPUs (`docs/placement.md#gpus`).
 #![expect(unsafe_code, reason = "opens a shared object and calls its functions")]
 
 use std::env;
@@ -15,7 +16,7 @@ use crate::error::{check, lossy};
 use crate::ffi::{GroupNccl, Handle, IceGroup, NcclDeviceCount};
 use crate::{Error, ErrorKind, Result, Store};
 
-/// Where the build left the shared object; empty when the CUDA headers were not there.
+/// Path at which the build left the shared object. Empty if the CUDA headers were missing.
 const BUILT: &str = env!("ICE_NCCL_BUILT");
 const RTLD_NOW: c_int = 2;
 const RTLD_GLOBAL: c_int = 0x100;
@@ -32,28 +33,34 @@ struct Library {
     group: GroupNccl,
 }
 
-/// Loads the CUDA half of libtorch into this process. Call it before anything asks tch about CUDA, `Cuda::is_available()` included:
-/// libtorch settles at the first such call whether it has CUDA. Later calls do nothing. `ICE_NCCL_LIBRARY` names another file.
+/// Loads the CUDA half of libtorch into this process. Must be called before tch is asked about
+/// CUDA, including by `Cuda::is_available()`: libtorch decides at the first such call whether it
+/// has CUDA. Later calls do nothing. `ICE_NCCL_LIBRARY` names another file.
 ///
 /// # Errors
-/// `Unavailable` in a build without it or when it cannot be opened; `NoGpu` when this process sees no GPU.
+/// `Unavailable` in a build without the CUDA half or if it cannot be opened; `NoGpu` if this
+/// process sees no GPU.
 pub fn load() -> Result<()> {
     library().map(drop)
 }
 
-/// Keeps c10d's watchdog from ending this process when a collective fails: whoever calls this will give the group up and go on. To be
-/// called before this process has other threads, and before the first group is made.
+/// Keeps c10d's watchdog from terminating this process when a collective fails. The caller instead
+/// aborts the group and continues. Must be called before this process has other threads, and before
+/// the first group is created.
 ///
-/// It also keeps the watchdog from sleeping for four times `TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC`, a minute by default, before its thread can be
-/// joined, which giving the group up has to wait for: that time is meant for dumps of the flight recorder. Who wants those sets
-/// `TORCH_NCCL_DUMP_ON_TIMEOUT` and `TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC`, which stay as they were set.
+/// It also prevents a sleep of the watchdog: four times `TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC`, by
+/// default a minute, before its thread can be joined. An abort of the group has to wait for that
+/// join. The time is meant for dumps of the flight recorder. For such dumps, set
+/// `TORCH_NCCL_DUMP_ON_TIMEOUT` and `TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC`, which this function does
+/// not overwrite.
 pub fn keep_process_after_errors() {
     for (name, value, overwrite) in [
         (c"TORCH_NCCL_ASYNC_ERROR_HANDLING", c"0", 1),
         (c"TORCH_NCCL_DUMP_ON_TIMEOUT", c"0", 0),
         (c"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", c"0", 0),
     ] {
-        // SAFETY: both strings end in a zero, and no other thread reads the environment yet, as the caller promises.
+        // SAFETY: both strings end in a zero, and the caller ensures that no other thread reads the
+        // environment yet.
         unsafe { setenv(name.as_ptr(), value.as_ptr(), overwrite) };
     }
 }
@@ -67,7 +74,8 @@ pub(crate) fn group(
 ) -> Result<Handle<IceGroup>> {
     let library = library()?;
     Handle::make(|out, message| {
-        // SAFETY: the function is that of the shim's header, the store is alive, and the out-pointers are valid.
+        // SAFETY: the function has the signature in the shim's header, the store is alive, and the
+        // out-pointers are valid.
         unsafe { (library.group)(store.pointer(), rank, size, device, timeout_ms, out, message) }
     })
 }
@@ -76,7 +84,7 @@ fn library() -> Result<&'static Library> {
     static LIBRARY: OnceLock<Result<Library>> = OnceLock::new();
     let library = LIBRARY.get_or_init(open).as_ref().map_err(Clone::clone)?;
     let mut count = 0;
-    // SAFETY: the function is that of the shim's header, and the out-pointers are valid.
+    // SAFETY: the function has the signature in the shim's header, and the out-pointers are valid.
     check(|message| unsafe { (library.device_count)(&mut count, message) })?;
     match count {
         0 => Err(Error::new(
@@ -98,7 +106,8 @@ fn open() -> Result<Library> {
     }
     let c_path =
         CString::new(path.as_bytes()).map_err(|_| Error::invalid("ICE_NCCL_LIBRARY contains a zero byte"))?;
-    // SAFETY: the path ends in a zero; the initialisers that run are those of libtorch and CUDA.
+    // SAFETY: the path ends in a zero, and the initializers that run are those of libtorch and
+    // CUDA.
     let library = unsafe { dlopen(c_path.as_ptr(), RTLD_NOW | RTLD_GLOBAL) };
     if library.is_null() {
         let problem = last_error();
@@ -106,7 +115,8 @@ fn open() -> Result<Library> {
     }
     let device_count = symbol(library, c"ice_nccl_device_count", path)?;
     let group = symbol(library, c"ice_group_nccl", path)?;
-    // SAFETY: the symbols are functions of the shim's header with these signatures; the library is never closed.
+    // SAFETY: the symbols are functions of the shim's header with these signatures, and the library
+    // is never closed.
     unsafe {
         Ok(Library {
             device_count: transmute::<*mut c_void, NcclDeviceCount>(device_count),
@@ -125,7 +135,7 @@ fn symbol(library: *mut c_void, name: &CStr, path: &OsStr) -> Result<*mut c_void
 }
 
 fn last_error() -> String {
-    // SAFETY: dlerror returns null or a string that stays until this thread's next call.
+    // SAFETY: dlerror returns null or a string that is valid until this thread's next call.
     let error = unsafe { dlerror() };
     if error.is_null() {
         return "no reason given".into();

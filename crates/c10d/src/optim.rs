@@ -1,4 +1,5 @@
-//! Optimizer steps that update whole lists of tensors in one fused, in-place call. The state stays with the caller.
+//! Optimizer steps that update whole lists of tensors in one fused, in-place call. The caller owns
+//! the state.
 //!
 //! In the book: `docs/optimizers.md`.
 #![expect(unsafe_code, reason = "calls the C++ shim")]
@@ -9,79 +10,82 @@ use crate::error::check;
 use crate::ffi::{self, IceAdam, IceRmsprop, IceSgd, Pointers, pointer};
 use crate::{Error, Result};
 
-/// The hyperparameters of one Adam or AdamW step. The default is all zero: set what you need.
+/// Hyper-parameters of an Adam or AdamW step. Default: all are zero or false.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct AdamStep {
     /// Learning rate.
     pub lr: f64,
-    /// Decay of the first moment.
+    /// Decay rate of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// Decay rate of the second moment.
     pub beta2: f64,
-    /// Decay of the weights.
+    /// Weight decay.
     pub weight_decay: f64,
-    /// Added to the denominator.
+    /// Term that is added to the denominator.
     pub eps: f64,
-    /// Divides by the largest second moment so far.
+    /// Whether to divide by the largest second moment so far.
     pub amsgrad: bool,
-    /// Decays the weights themselves, times the learning rate, which makes it AdamW; else the decay is part of the gradient.
+    /// Whether to decay the weights themselves, multiplied by the learning rate, like AdamW.
+    /// Otherwise the decay is part of the gradient.
     pub decoupled: bool,
-    /// Ascends instead of descending.
+    /// Whether to ascend instead of descend.
     pub maximize: bool,
 }
 
-/// What Adam keeps from step to step, one tensor per parameter.
+/// State of Adam between steps, with one tensor per parameter.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamState<'a> {
-    /// First moments, of the parameters' shapes.
+    /// First moments, in the parameters' shapes.
     pub exp_avgs: &'a [Tensor],
     /// Second moments.
     pub exp_avg_sqs: &'a [Tensor],
-    /// The largest second moments so far; empty without amsgrad.
+    /// Largest second moments so far. Empty without amsgrad.
     pub max_exp_avg_sqs: &'a [Tensor],
-    /// f32 scalars that count steps from 1, already incremented for this one.
+    /// Step counters as f32 scalars, from 1, already incremented for this step.
     pub steps: &'a [Tensor],
 }
 
-/// The hyperparameters of one SGD step. The default is all zero: set what you need.
+/// Hyper-parameters of an SGD step. Default: all are zero or false.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct SgdStep {
     /// Learning rate.
     pub lr: f64,
-    /// The part of the last update that is kept; 0 needs no buffers.
+    /// Share of the last update that is kept. 0 needs no buffers.
     pub momentum: f64,
-    /// The part of the gradient that does not enter the momentum.
+    /// Share of the gradient that does not enter the momentum.
     pub dampening: f64,
     /// L2 penalty.
     pub weight_decay: f64,
-    /// Nesterov's momentum.
+    /// Whether to use Nesterov's momentum.
     pub nesterov: bool,
-    /// Ascends instead of descending.
+    /// Whether to ascend instead of descend.
     pub maximize: bool,
-    /// Overwrites the buffers with the gradients instead of decaying them.
+    /// Whether to overwrite the buffers with the gradients instead of decaying them.
     pub is_first_step: bool,
 }
 
-/// The hyperparameters of one RMSprop step. The default is all zero: set what you need.
+/// Hyper-parameters of an RMSprop step. Default: all are zero.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct RmspropStep {
     /// Learning rate.
     pub lr: f64,
-    /// Decay of the average of squares.
+    /// Decay rate of the average of squares.
     pub alpha: f64,
-    /// Added to the denominator.
+    /// Term that is added to the denominator.
     pub eps: f64,
     /// L2 penalty.
     pub weight_decay: f64,
-    /// The part of the last update that is kept; 0 needs no buffers.
+    /// Share of the last update that is kept. 0 needs no buffers.
     pub momentum: f64,
 }
 
-/// One step of Adam or AdamW, as `torch.optim.Adam(fused=True)`. All lists have one tensor per parameter, floating-point and of its
-/// shape and device, but the step counters.
+/// Executes one step of Adam or AdamW, like `torch.optim.Adam(fused=True)`. All lists have one
+/// floating-point tensor per parameter, of its shape and device. Exception: step counters are
+/// scalars.
 ///
 /// # Errors
-/// `InvalidArgument` for lists of different lengths; `Torch` for shapes, types or devices that do not fit.
+/// `InvalidArgument` for lists of different lengths; `Torch` for shapes, types or devices that do
+/// not fit.
 pub fn fused_adam(params: &[Tensor], grads: &[Tensor], state: AdamState<'_>, s: &AdamStep) -> Result<()> {
     let AdamState { exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps } = state;
     for (what, list) in [("gradients", grads), ("first moments", exp_avgs), ("second moments", exp_avg_sqs)] {
@@ -107,7 +111,7 @@ pub fn fused_adam(params: &[Tensor], grads: &[Tensor], state: AdamState<'_>, s: 
     let lists = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps].map(Pointers::of);
     let [params, grads, m, v, most, steps] = &lists;
     check(|message| {
-        // SAFETY: the lists outlive the call and are as long as the kernel reads them.
+        // SAFETY: the lists outlive the call and have the length that the kernel reads.
         unsafe {
             ffi::ice_fused_adam(
                 params.list(),
@@ -123,11 +127,12 @@ pub fn fused_adam(params: &[Tensor], grads: &[Tensor], state: AdamState<'_>, s: 
     })
 }
 
-/// One SGD step, as `torch.optim.SGD(fused=True)`. All lists have one floating-point tensor per parameter, of its shape and device;
-/// `momentum_buffers` is empty without momentum.
+/// Executes one step of SGD, like `torch.optim.SGD(fused=True)`. All lists have one floating-point
+/// tensor per parameter, of its shape and device. `momentum_buffers` is empty without momentum.
 ///
 /// # Errors
-/// `InvalidArgument` for lists of different lengths; `Torch` for shapes, types or devices that do not fit.
+/// `InvalidArgument` for lists of different lengths; `Torch` for shapes, types or devices that do
+/// not fit.
 pub fn fused_sgd(
     params: &[Tensor],
     grads: &[Tensor],
@@ -152,16 +157,19 @@ pub fn fused_sgd(
     };
     let [params, grads, buffers] = [params, grads, momentum_buffers].map(Pointers::of);
     check(|message| {
-        // SAFETY: the lists outlive the call; the buffers are as many as the parameters, or none where none are read.
+        // SAFETY: the lists outlive the call; there is a buffer per parameter, or none if the
+        // kernel reads none.
         unsafe { ffi::ice_fused_sgd(params.list(), grads.list(), buffers.list(), options, message) }
     })
 }
 
-/// One step of RMSprop, as `torch.optim.RMSprop(foreach=True)`. All lists have one floating-point tensor per parameter, of its shape
-/// and device; `grad_avgs` is empty unless the gradients are centered, `momentum_buffers` without momentum.
+/// Executes one step of RMSprop, like `torch.optim.RMSprop(foreach=True)`. All lists have one
+/// floating-point tensor per parameter, of its shape and device. `grad_avgs` is empty unless the
+/// step is centered, `momentum_buffers` is empty without momentum.
 ///
 /// # Errors
-/// `InvalidArgument` for lists of different lengths; `Torch` for shapes, types or devices that do not fit.
+/// `InvalidArgument` for lists of different lengths; `Torch` for shapes, types or devices that do
+/// not fit.
 pub fn foreach_rmsprop(
     params: &[Tensor],
     grads: &[Tensor],
@@ -193,7 +201,7 @@ pub fn foreach_rmsprop(
     let lists = [params, grads, square_avgs, grad_avgs, momentum_buffers].map(Pointers::of);
     let [params, grads, squares, averages, buffers] = &lists;
     check(|message| {
-        // SAFETY: the lists outlive the call; each is as long as the parameters, or empty.
+        // SAFETY: the lists outlive the call; each has the length of the parameters, or is empty.
         unsafe {
             ffi::ice_foreach_rmsprop(
                 params.list(),
@@ -208,18 +216,19 @@ pub fn foreach_rmsprop(
     })
 }
 
-/// Leaves parameters without gradients, as `Optimizer.zero_grad(set_to_none=True)`: the next backward pass then need not add to zeros.
-/// Not for gradients that are views into a [`Reducer`](crate::Reducer)'s buckets.
+/// Removes the gradients of parameters, like `Optimizer.zero_grad(set_to_none=True)`, so that the
+/// next backward pass does not add to zeros. Must not be used for gradients that are views into a
+/// [`Reducer`](crate::Reducer)'s buckets.
 ///
 /// # Errors
-/// `Torch` for tensors that have no gradients.
+/// `Torch` for tensors that cannot have gradients.
 pub fn clear_gradients(parameters: &[Tensor]) -> Result<()> {
     let list = Pointers::of(parameters);
     // SAFETY: the list outlives the call.
     check(|message| unsafe { ffi::ice_clear_gradients(list.list(), message) })
 }
 
-/// Multiplies tensors, in place.
+/// Multiplies tensors by a factor, in place.
 ///
 /// # Errors
 /// `Torch` for types that cannot be multiplied.
@@ -232,8 +241,9 @@ pub fn scale(tensors: &[Tensor], factor: f64) -> Result<()> {
     check(|message| unsafe { ffi::ice_scale(list.list(), factor, message) })
 }
 
-/// Scales gradients so that their common 2-norm is at most `max_norm`, in place, as `torch.nn.utils.clip_grad_norm_`. Returns the norm
-/// before, an f32 scalar on the gradients' device, for which nothing waits.
+/// Scales gradients in place so that their joint 2-norm is at most `max_norm`, like
+/// `torch.nn.utils.clip_grad_norm_`. Returns the norm before, as an f32 scalar on the gradients'
+/// device, without synchronizing with the device.
 ///
 /// # Errors
 /// `InvalidArgument` without gradients; `Torch` for gradients of several devices or types.
@@ -253,7 +263,8 @@ fn same_length(what: &str, list: &[Tensor], params: &[Tensor]) -> Result<()> {
     }
 }
 
-/// The fused kernels read as many elements as the parameter has, whatever the shapes of the others.
+/// Checks sizes and types: the fused kernels read the number of elements of the parameter from all
+/// lists, regardless of their shapes.
 fn same_shapes(what: &str, list: &[Tensor], params: &[Tensor]) -> Result<()> {
     same_length(what, list, params)?;
     for (index, (tensor, param)) in list.iter().zip(params).enumerate() {

@@ -6,25 +6,26 @@ use crate::error::check;
 use crate::ffi::{self, Handle, IceReducer, IceReducerOptions, IceStr, Pointers, pointer};
 use crate::{Error, ProcessGroup, Result};
 
-/// How gradients are grouped for communication. All ranks must choose the same.
+/// Grouping of gradients for communication. All ranks must have the same options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReducerOptions {
-    /// The size of a bucket in bytes.
+    /// Size of a bucket in bytes.
     pub bucket_cap_bytes: usize,
-    /// The size in bytes of the bucket that is sent first; small, so that communication starts early.
+    /// Size in bytes of the bucket that is sent first; small, so that communication starts early.
     pub first_bucket_bytes: usize,
-    /// Looks for parameters that the outputs do not depend on, in every step. Without it, a parameter without a gradient on one
-    /// rank alone makes gradients wrong.
+    /// Whether to search, in every step, for parameters that the outputs do not depend on. Without
+    /// the search, a parameter that lacks a gradient on only one rank makes gradients wrong.
     pub find_unused_parameters: bool,
-    /// Takes the parameters that the first step uses for those that all steps use, on every rank alike: others may go without a gradient,
-    /// and no step is searched for them.
+    /// Whether all steps use the parameters of the first step, on every rank. Other parameters may
+    /// then lack a gradient, without a search in each step.
     pub static_graph: bool,
-    /// Lets gradients be views into the buckets, which saves a copy. They then must not be detached or replaced.
+    /// Whether gradients are views into the buckets, which saves a copy. They then must not be
+    /// detached or replaced.
     pub gradient_as_bucket_view: bool,
 }
 
 impl Default for ReducerOptions {
-    /// PyTorch's: 25 MiB, 1 MiB first, no search for unused parameters, no views.
+    /// PyTorch's defaults: 25 MiB, first bucket 1 MiB, no search for unused parameters, no views.
     fn default() -> Self {
         Self {
             bucket_cap_bytes: 25 << 20,
@@ -36,11 +37,13 @@ impl Default for ReducerOptions {
     }
 }
 
-/// Averages the gradients of all ranks while backward computes them: the heart of PyTorch's `DistributedDataParallel`.
+/// Averages the gradients of all ranks while backward computes them: the core of PyTorch's
+/// `DistributedDataParallel`.
 ///
-/// In each step: [`prepare_forward`](Self::prepare_forward), the forward pass, [`prepare_backward`](Self::prepare_backward),
-/// [`run_backward`], then [`regroup`](Self::regroup). A micro-batch whose gradients are only accumulated leaves out both preparations,
-/// before its last one.
+/// Each step calls [`prepare_forward`](Self::prepare_forward), the forward pass,
+/// [`prepare_backward`](Self::prepare_backward), [`run_backward`], then [`regroup`](Self::regroup).
+/// Micro-batches whose gradients are only accumulated omit both preparations, except for the last
+/// micro-batch of a step.
 #[derive(Debug)]
 pub struct Reducer {
     handle: Handle<IceReducer>,
@@ -49,13 +52,16 @@ pub struct Reducer {
 }
 
 impl Reducer {
-    /// Checks that all ranks have the same parameters, by number, type and shape, and hooks into their gradients.
+    /// Checks that all ranks have the same parameters, by number, type and shape, and installs
+    /// hooks on their gradients.
     ///
-    /// `parameters` are named leaves that require gradients, in the order in which forward uses them (for a `VarStore`, that of
-    /// `trainable_variables()`). They are not made equal: broadcast them first.
+    /// `parameters` are named leaves that require gradients, in the order in which forward uses
+    /// them (for a `VarStore`, that of `trainable_variables()`). Their values are not synchronized:
+    /// broadcast them first.
     ///
     /// # Errors
-    /// `InvalidArgument` without parameters, for one that is no leaf, or on every rank when the ranks differ; those of the collectives.
+    /// `InvalidArgument` without parameters, for a parameter that is not a leaf, or, on every rank,
+    /// if the ranks differ; and the errors of the collectives.
     pub fn new(
         parameters: &[(String, Tensor)],
         group: &ProcessGroup,
@@ -75,7 +81,8 @@ impl Reducer {
         };
         let (guard, pointer) = group.lock();
         let handle = Handle::make(|out, message| {
-            // SAFETY: there are as many names as tensors, all outlive the call, the group is alive, the out-pointers are valid.
+            // SAFETY: there are as many names as tensors, all outlive the call, the group is alive,
+            // the out-pointers are valid.
             unsafe { ffi::ice_reducer_new(tensors.list(), names.as_ptr(), pointer, options, out, message) }
         })?;
         drop(guard);
@@ -85,18 +92,19 @@ impl Reducer {
     /// Starts a step.
     ///
     /// # Errors
-    /// Those of the collectives.
+    /// The errors of the collectives.
     pub fn prepare_forward(&self) -> Result<()> {
         let _guard = self.group.lock();
         // SAFETY: the handle is alive.
         check(|message| unsafe { ffi::ice_reducer_prepare_forward(self.handle.pointer(), message) })
     }
 
-    /// After the first backward pass with preparations, regroups the gradients in the order in which they came on rank 0, and says that
-    /// it did; later it does nothing. A collective, to be called on every rank after a backward pass.
+    /// Regroups the gradients in the order of their arrival on rank 0, after the first backward
+    /// pass with preparations. Returns whether it did; later calls do nothing. Collective: every
+    /// rank calls it after a backward pass.
     ///
     /// # Errors
-    /// Those of the collectives.
+    /// The errors of the collectives.
     pub fn regroup(&self) -> Result<bool> {
         let (_guard, mut regrouped) = (self.group.lock(), false);
         check(|message| {
@@ -106,15 +114,16 @@ impl Reducer {
         Ok(regrouped)
     }
 
-    /// The order in which forward uses the parameters, as far as it is known, by their places in the list that the reducer was made
-    /// with. A reducer of a list in this order groups the gradients as this one does.
+    /// Returns the order in which forward uses the parameters, as far as it is known, as indices
+    /// into the reducer's list. A reducer of a list in this order groups the gradients like this
+    /// one.
     ///
     /// # Errors
-    /// `Torch` where libtorch fails.
+    /// `Torch` if libtorch fails.
     pub fn order(&self) -> Result<Vec<usize>> {
         let mut places = vec![0_i64; self.parameters];
         check(|message| {
-            // SAFETY: the handle is alive, and there is room for as many places as is said.
+            // SAFETY: the handle is alive, and the buffer has room for the given number of places.
             unsafe {
                 ffi::ice_reducer_order(self.handle.pointer(), places.as_mut_ptr(), places.len(), message)
             }
@@ -122,11 +131,12 @@ impl Reducer {
         Ok(places.into_iter().rev().filter_map(|place| usize::try_from(place).ok()).collect())
     }
 
-    /// Arms the reducer for the backward pass that follows. `outputs` are what backward starts from; they matter only with
-    /// `find_unused_parameters` and in the first step of a static graph.
+    /// Arms the reducer for the next backward pass. `outputs` are the tensors that backward starts
+    /// from. They are only used with `find_unused_parameters`, and in the first step of a static
+    /// graph.
     ///
     /// # Errors
-    /// `Torch` when the previous backward pass did not reach all parameters; the message tells which.
+    /// `Torch` if the previous backward pass did not reach all parameters. The message names them.
     pub fn prepare_backward(&mut self, outputs: &[&Tensor]) -> Result<()> {
         if outputs.is_empty() {
             return Err(Error::invalid("a backward pass starts from at least one output"));
@@ -139,10 +149,12 @@ impl Reducer {
     }
 }
 
-/// Computes the gradients of a scalar, as `tensor.backward()`, and with a [`Reducer`] waits for their averages.
+/// Computes the gradients of a scalar, like `tensor.backward()`. With a [`Reducer`], waits for
+/// their averages.
 ///
 /// # Errors
-/// What backward throws: `Network` or `Timeout` when a peer is lost in the overlapped communication, else `Torch`.
+/// The failure of backward: `Network` or `Timeout` if a peer is lost in the overlapped
+/// communication, else `Torch`.
 pub fn run_backward(tensor: &Tensor) -> Result<()> {
     // SAFETY: the tensor is alive.
     check(|message| unsafe { ffi::ice_run_backward(pointer(tensor), message) })

@@ -22,7 +22,8 @@ impl ScriptModule {
     /// Loads a module onto a device.
     ///
     /// # Errors
-    /// `InvalidArgument` for a device that is neither the CPU nor a GPU of CUDA, `Torch` if the file is not a TorchScript module.
+    /// `InvalidArgument` for a device that is neither the CPU nor a CUDA GPU, `Torch` if the file
+    /// is not a TorchScript module.
     pub fn load(path: &Path, device: Device) -> Result<Self> {
         let cuda_device = match device {
             Device::Cpu => -1,
@@ -42,17 +43,20 @@ impl ScriptModule {
         Ok(Self { handle, parameters, buffers })
     }
 
-    /// Its parameters under PyTorch's names; they share memory with the module's own. A tensor that has two names is there twice.
+    /// Returns the parameters under PyTorch's names. They share memory with the module. A tensor
+    /// with two names appears twice.
     pub fn parameters(&self) -> &[(String, Tensor)] {
         &self.parameters
     }
 
-    /// Its buffers, as the statistics of a batch norm, under PyTorch's names; they share memory with the module's own.
+    /// Returns the buffers under PyTorch's names, such as the statistics of a batch norm. They
+    /// share memory with the module.
     pub fn buffers(&self) -> &[(String, Tensor)] {
         &self.buffers
     }
 
-    /// Whether a batch norm or a dropout in `forward` is always in the same mode, as in a module that was traced.
+    /// Whether a batch norm or a dropout in `forward` always has the same mode, like in a traced
+    /// module.
     ///
     /// # Errors
     /// The module has no `forward`.
@@ -65,17 +69,20 @@ impl ScriptModule {
         Ok(fixed)
     }
 
-    /// Runs `forward` in the mode of training or of evaluation, and returns its tensors: one, or those of a tuple or list in their order.
+    /// Runs `forward` in training or evaluation mode, and returns its tensors: one, or those of a
+    /// tuple or list in order.
     ///
-    /// The graph is run as it is, without the optimizer of TorchScript's executor.
+    /// The graph runs as it is, without the optimizer of TorchScript's executor.
     ///
     /// # Errors
-    /// `Torch` for the failure of an operation, `InvalidArgument` if there is anything else than tensors in the result.
+    /// `Torch` for the failure of an operation, `InvalidArgument` if the result contains anything
+    /// other than tensors.
     pub fn forward(&mut self, inputs: &[Tensor], train: bool) -> Result<Vec<Tensor>> {
         let inputs = Pointers::of(inputs);
         let script = self.handle.pointer_mut();
         let mut count = 0;
-        // SAFETY: the module and the inputs are alive, no other thread runs the module, the out-pointers are valid.
+        // SAFETY: the module and the inputs are alive, no other thread runs the module, the
+        // out-pointers are valid.
         check(|message| unsafe {
             ffi::ice_script_forward(script, inputs.list(), train, &mut count, message)
         })?;
@@ -104,11 +111,11 @@ fn tensors(handle: &Handle<IceScript>, buffers: bool) -> Result<Vec<(String, Ten
     }
 }
 
-/// Takes over an `at::Tensor*` of the shim.
+/// Takes ownership of an `at::Tensor*` of the shim.
 fn own(tensor: *mut c_void) -> Result<Tensor> {
     if tensor.is_null() {
         return Err(Error::new(crate::ErrorKind::Other, "the shim returned no tensor"));
     }
-    // SAFETY: the shim made it with new, as tch does, and gave it away.
+    // SAFETY: the shim created it with new, like tch, and passed on its ownership.
     Ok(unsafe { Tensor::from_ptr(tensor.cast()) })
 }

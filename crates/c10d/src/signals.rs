@@ -1,8 +1,8 @@
-//! Signals to a process whose launcher decides when it ends.
+//! Handling of signals in a process whose launcher decides when it exits.
 //!
-//! Schedulers signal all processes of a job step at once, so a rank gets the signals that are meant
-//! for its launcher, too. The default action of most of them ends the rank before the launcher can
-//! have a checkpoint saved.
+//! Schedulers signal all processes of a job step at once, so a rank also receives the signals that
+//! are meant for its launcher. The default action of most of them terminates the rank before the
+//! launcher can have a checkpoint saved.
 //!
 //! In the book: `docs/design.md#three-layers`.
 #![expect(unsafe_code, reason = "installs signal handlers")]
@@ -17,22 +17,22 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use libc::{SA_ONSTACK, SA_RESTART, SIG_DFL, SIG_IGN, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use libc::{c_int, sigaction, sighandler_t};
 
-/// Signals that the launcher gets as well and acts on for all ranks.
+/// Signals that the launcher also receives, and handles for all ranks.
 ///
 /// They are ignored and not caught: the launcher reads from `/proc` which signals a rank catches,
-/// and passes those on. A handler of the program is the only one that it should find.
+/// and passes those on. It must find only handlers of the program.
 const IGNORED: [c_int; 4] = [SIGINT, SIGHUP, SIGUSR1, SIGUSR2];
 
-/// Where the handler writes; -1 as long as there is none.
+/// Descriptor that the handler writes to; -1 without a handler.
 static PIPE: AtomicI32 = AtomicI32::new(-1);
-/// The process that installed the handler. One that it forked has the handler, too.
+/// The process that installed the handler. A forked child has the handler, too.
 static OWNER: AtomicI32 = AtomicI32::new(0);
-/// Whether each of [`IGNORED`] is ignored on behalf of this module, as a bit per signal. One that
-/// was ignored before stays so.
+/// A bit per signal of [`IGNORED`]: whether this module made the process ignore it. A signal that
+/// was already ignored stays ignored.
 static TAKEN: AtomicU64 = AtomicU64::new(0);
 /// Whether a SIGTERM was caught.
 static CAUGHT: AtomicBool = AtomicBool::new(false);
-/// Whether a SIGTERM is to end the process.
+/// Whether a SIGTERM terminates the process.
 static ENDS: AtomicBool = AtomicBool::new(false);
 
 /// The SIGTERMs that this process catches.
@@ -40,10 +40,10 @@ static ENDS: AtomicBool = AtomicBool::new(false);
 pub struct Terminations(UnixStream);
 
 impl Terminations {
-    /// Waits for the next SIGTERM. Signals that come close together may count as one.
+    /// Waits for the next SIGTERM. Signals in quick succession may count as one.
     ///
     /// # Errors
-    /// When the pipe of the handler cannot be read.
+    /// If the pipe of the handler cannot be read.
     pub fn wait(&mut self) -> io::Result<()> {
         loop {
             match self.0.read(&mut [0; 64]) {
@@ -56,13 +56,13 @@ impl Terminations {
     }
 }
 
-/// Leaves the signals that stop a job, or that ask for something, to the launcher: this process
-/// ignores SIGINT, SIGHUP, SIGUSR1 and SIGUSR2, and catches SIGTERM. A signal whose action the
-/// program has set already stays as it is, and the program may set it later. `None` where that is
-/// so of SIGTERM, or where it is caught already.
+/// Leaves the signals that stop a job, or make a request, to the launcher: this process ignores
+/// SIGINT, SIGHUP, SIGUSR1 and SIGUSR2, and catches SIGTERM. A signal whose action the program has
+/// already set stays as it is, and the program may set actions later. Returns `None` if the program
+/// has set the action of SIGTERM, or SIGTERM is already caught.
 ///
 /// # Errors
-/// When no pipe can be made.
+/// If no pipe can be created.
 pub fn leave_to_launcher() -> io::Result<Option<Terminations>> {
     for signal in IGNORED {
         if replace(signal, SIG_DFL, SIG_IGN) {
@@ -73,21 +73,21 @@ pub fn leave_to_launcher() -> io::Result<Option<Terminations>> {
         return Ok(None);
     }
     let (reader, writer) = UnixStream::pair()?;
-    // A handler must not wait. A full pipe has said enough.
+    // A handler must not block. If the pipe is full, the reader wakes up anyway.
     writer.set_nonblocking(true)?;
     OWNER.store(std::process::id().cast_signed(), Ordering::SeqCst);
-    // It stays open as long as the process lives: the handler may run at any time.
+    // The descriptor stays open while the process lives, since the handler may run at any time.
     PIPE.store(writer.into_raw_fd(), Ordering::SeqCst);
     replace(SIGTERM, SIG_DFL, handler());
     Ok(Some(Terminations(reader)))
 }
 
-/// Gives SIGTERM its default action again, where [`leave_to_launcher`] took it.
+/// Restores the default action of SIGTERM, if [`leave_to_launcher`] replaced it.
 pub fn restore_termination() {
     replace(SIGTERM, handler(), SIG_DFL);
 }
 
-/// Gives all signals their default actions again that [`leave_to_launcher`] took.
+/// Restores the default actions of all signals that [`leave_to_launcher`] replaced.
 pub fn restore() {
     restore_termination();
     let taken = TAKEN.swap(0, Ordering::SeqCst);
@@ -96,11 +96,11 @@ pub fn restore() {
     }
 }
 
-/// Lets a SIGTERM end this process: the next one, and one that was caught before. Where the program
-/// handles SIGTERM itself it stays so.
+/// Lets a SIGTERM terminate this process: the next one, or one that was caught before. Has no
+/// effect if the program handles SIGTERM itself.
 pub fn end_by_termination() {
-    // The handler may be under way in another thread. Either it sees this, or the line after it
-    // sees what the handler caught.
+    // The handler may be running in another thread. Either the handler sees `ENDS`, or this
+    // function sees `CAUGHT` below.
     ENDS.store(true, Ordering::SeqCst);
     restore_termination();
     if CAUGHT.load(Ordering::SeqCst) && action(SIGTERM) == SIG_DFL {
@@ -109,8 +109,8 @@ pub fn end_by_termination() {
     }
 }
 
-/// Runs in any thread, at any place of its work: atomics and async-signal-safe functions only
-/// (signal-safety(7)).
+/// Runs in any thread, at any point of its work. It may use only atomics and async-signal-safe
+/// functions (signal-safety(7)).
 extern "C" fn caught(signal: c_int) {
     // SAFETY: all of these functions are async-signal-safe. `errno` belongs to this thread, which
     // may be about to read it.
@@ -119,16 +119,16 @@ extern "C" fn caught(signal: c_int) {
         let before = *errno;
         let mut current = MaybeUninit::<sigaction>::uninit();
         let is_known = libc::sigaction(signal, ptr::null(), current.as_mut_ptr()) == 0;
-        // Another action than the default one is a handler that the program has installed since,
-        // and that calls this one as the one before it. With the default one, this handler was
-        // begun before `restore_termination`.
+        // An action other than the default is a handler that the program has installed since, and
+        // that calls this one as its predecessor. If the action is the default, this handler was
+        // started before `restore_termination`.
         if is_known && ![handler(), SIG_DFL].contains(&current.assume_init_ref().sa_sigaction) {
             *errno = before;
             return;
         }
         CAUGHT.store(true, Ordering::SeqCst);
         if ENDS.load(Ordering::SeqCst) || libc::getpid() != OWNER.load(Ordering::SeqCst) {
-            // It is delivered once this function returns.
+            // The signal is delivered once this function returns.
             libc::signal(signal, SIG_DFL);
             libc::raise(signal);
         } else {
@@ -142,10 +142,10 @@ fn handler() -> sighandler_t {
     caught as extern "C" fn(c_int) as sighandler_t
 }
 
-/// The action of a signal.
+/// Returns the action of a signal.
 fn action(signal: c_int) -> sighandler_t {
     let mut current = MaybeUninit::<sigaction>::uninit();
-    // SAFETY: there is room for what is written, and it is read only where it was.
+    // SAFETY: there is room for the result, which is read only if it was written.
     unsafe {
         match libc::sigaction(signal, ptr::null(), current.as_mut_ptr()) {
             0 => current.assume_init().sa_sigaction,

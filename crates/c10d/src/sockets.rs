@@ -1,7 +1,9 @@
-//! Connections that others wait on, cut from another thread.
+//! Connections that other threads wait on, shut down from any thread.
 //!
-//! Neither gloo nor the store can be interrupted: a rank whose peer is lost may wait for it until a timeout. What does end the wait is
-//! the end of the connections, which the kernel tells at once. They are told from other sockets of the process by when they were opened.
+//! Neither gloo nor the store can be interrupted: a rank whose peer is lost may wait for it until a
+//! timeout. The wait only ends early if its connections end, which the kernel reports at once. This
+//! module distinguishes the connections from other sockets of the process by the time of their
+//! opening.
 #![expect(unsafe_code, reason = "shuts sockets down by their number")]
 
 use std::collections::BTreeMap;
@@ -19,15 +21,17 @@ unsafe extern "C" {
     fn getsockopt(fd: c_int, level: c_int, name: c_int, value: *mut c_int, length: *mut u32) -> c_int;
 }
 
-/// Whether a socket waits for connections. Gloo ends the process where one of its own cannot do so any more.
+/// Whether a socket listens for connections. Listening sockets are not shut down: gloo terminates
+/// the process if its own listening socket fails.
 fn listens(fd: RawFd) -> bool {
     let (mut value, mut length) = (0, size_of::<c_int>() as u32);
-    // SAFETY: there is room for as many bytes as is said.
+    // SAFETY: the buffer has room for the given number of bytes.
     let known = unsafe { getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &mut value, &mut length) } == 0;
     known && value != 0
 }
 
-/// The sockets of this process: their numbers, and what the kernel calls them, which is never used again.
+/// Returns the sockets of this process: their descriptors, and the kernel's names for them, which
+/// are never reused.
 fn sockets() -> BTreeMap<RawFd, String> {
     let entries = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let socket = |entry: fs::DirEntry| {
@@ -38,25 +42,26 @@ fn sockets() -> BTreeMap<RawFd, String> {
     entries.filter_map(socket).collect()
 }
 
-/// The connections that were opened between [`Connections::watch`] and [`Connections::are_complete`], by any thread.
+/// The connections that any thread has opened between [`Connections::watch`] and
+/// [`Connections::are_complete`].
 #[derive(Debug, Clone)]
 pub struct Connections(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
-    /// Those that are somebody else's.
+    /// Sockets that were opened before, and belong to other code.
     before: BTreeMap<RawFd, String>,
-    /// Those that are these; none as long as more are being opened.
+    /// The connections. `None` while further connections may be opened.
     own: Option<BTreeMap<RawFd, String>>,
 }
 
 impl Connections {
-    /// Takes note of the sockets that are there already.
+    /// Records the existing sockets.
     pub fn watch() -> Self {
         Self(Arc::new(Mutex::new(State { before: sockets(), own: None })))
     }
 
-    /// No more will be opened.
+    /// Notes that all connections have been opened.
     pub fn are_complete(&self) {
         let mut state = self.lock();
         let before = std::mem::take(&mut state.before);
@@ -66,7 +71,7 @@ impl Connections {
         state.own = Some(own);
     }
 
-    /// Ends them. Whoever waits for something to come over one gets an error.
+    /// Shuts down the connections. A thread that waits on one of them gets an error.
     pub fn cut(&self) {
         let state = self.lock();
         for (fd, name) in sockets() {
@@ -75,7 +80,8 @@ impl Connections {
                 None => state.before.get(&fd) != Some(&name),
             };
             if is_own && !listens(fd) {
-                // SAFETY: touches no memory; a number that is no socket any more is an error that is of no interest.
+                // SAFETY: touches no memory. If the number is no longer a socket, shutdown returns
+                // an error that is irrelevant here.
                 unsafe { shutdown(fd, SHUT_RDWR) };
             }
         }

@@ -7,22 +7,24 @@ use crate::error::check;
 use crate::ffi::{self, Handle, IceStore, IceStr, milliseconds, take_bytes};
 use crate::{Error, Result};
 
-/// A client of a c10d store: keys and values that all processes of a job share. It speaks PyTorch's TCPStore protocol.
+/// A client of a c10d store: keys and values shared by all processes of a job. It uses the protocol
+/// of PyTorch's TCPStore.
 ///
-/// A clone shares the connection, and a call that waits holds it: use [`Store::reconnect`] for a thread that must not wait for
-/// another.
+/// A clone shares the connection, and a call that waits occupies it. A thread that must not wait
+/// for another needs [`Store::reconnect`].
 #[derive(Debug, Clone)]
 pub struct Store {
     handle: Arc<Handle<IceStore>>,
 }
 
 impl Store {
-    /// Connects to the store at `host:port`. Never hosts one.
+    /// Connects to the store at `host:port`. Never hosts a store.
     ///
-    /// `timeout` bounds the connection and, later on, every call that waits for a key without a timeout of its own.
+    /// `timeout` limits the time to connect, and later every call that waits for a key without a
+    /// timeout of its own.
     ///
     /// # Errors
-    /// `Network` when nobody listens there until the timeout.
+    /// `Network` if no server accepts the connection within the timeout.
     pub fn tcp(host: &str, port: u16, timeout: Duration) -> Result<Self> {
         let host = IceStr::new(host);
         Self::make(|out, message| {
@@ -31,30 +33,32 @@ impl Store {
         })
     }
 
-    /// The same store with this prefix and a slash before every key.
+    /// Returns the same store, with this prefix and a slash before every key.
     #[must_use]
     pub fn with_prefix(&self, prefix: &str) -> Self {
         let prefix = IceStr::new(prefix);
         Self::make(|out, message| {
-            // SAFETY: the handle is alive, the string outlives the call, and both out-pointers are valid.
+            // SAFETY: the handle is alive, the string outlives the call, and both out-pointers are
+            // valid.
             unsafe { ffi::ice_store_prefix(self.pointer(), prefix, out, message) }
         })
         .expect("a prefix allocates a few bytes and does nothing else")
     }
 
-    /// The same store over a connection of its own.
+    /// Returns the same store, over a separate connection.
     ///
     /// # Errors
-    /// `Network` when the store is gone.
+    /// `Network` if the store is gone.
     pub fn reconnect(&self) -> Result<Self> {
         // SAFETY: the handle is alive, and both out-pointers are valid.
         Self::make(|out, message| unsafe { ffi::ice_store_reconnect(self.pointer(), out, message) })
     }
 
-    /// Sets a key, replacing its value. The store does not acknowledge it: a store that has just died is noticed by the next call.
+    /// Sets a key, replacing its value. The store does not acknowledge this: if the store has just
+    /// died, only the next call notices it.
     ///
     /// # Errors
-    /// `Network` when the connection is known to be broken.
+    /// `Network` if the connection is known to be broken.
     pub fn set(&self, key: &str, value: &[u8]) -> Result<()> {
         check(|message| {
             // SAFETY: the handle is alive; key and value outlive the call.
@@ -64,16 +68,18 @@ impl Store {
         })
     }
 
-    /// Sets a key to `desired` where its value is `expected`; an empty `expected` stands for no value as well. Returns the value that it has
-    /// then, which is `expected` where there is none and one was expected.
+    /// Sets a key to `desired` if its value is `expected`. An empty `expected` also matches a key
+    /// without a value. Returns the resulting value; if the key has no value but one was expected,
+    /// returns `expected`.
     ///
     /// # Errors
-    /// `Network` when the store is gone.
+    /// `Network` if the store is gone.
     pub fn compare_set(&self, key: &str, expected: &str, desired: &str) -> Result<Vec<u8>> {
         let (mut data, mut size) = (std::ptr::null_mut(), 0);
         let [key, expected, desired] = [key, expected, desired].map(IceStr::new);
         check(|message| {
-            // SAFETY: the handle is alive, the strings outlive the call, and the out-pointers are valid.
+            // SAFETY: the handle is alive, the strings outlive the call, and the out-pointers are
+            // valid.
             unsafe {
                 ffi::ice_store_compare_set(
                     self.pointer(),
@@ -89,14 +95,15 @@ impl Store {
         Ok(take_bytes(data, size))
     }
 
-    /// The value of a key, waiting until somebody sets it.
+    /// Returns the value of a key. Waits until the key is set.
     ///
     /// # Errors
-    /// `Timeout` when nobody does within the store's timeout; `Network` when the store is gone.
+    /// `Timeout` if the key is not set within the store's timeout; `Network` if the store is gone.
     pub fn get(&self, key: &str) -> Result<Vec<u8>> {
         let (mut data, mut size) = (std::ptr::null_mut(), 0);
         check(|message| {
-            // SAFETY: the handle is alive, the key outlives the call, and the out-pointers are valid.
+            // SAFETY: the handle is alive, the key outlives the call, and the out-pointers are
+            // valid.
             unsafe { ffi::ice_store_get(self.pointer(), IceStr::new(key), &mut data, &mut size, message) }
         })?;
         Ok(take_bytes(data, size))
@@ -105,11 +112,12 @@ impl Store {
     /// Adds to a counter, which starts at zero, and returns the sum.
     ///
     /// # Errors
-    /// `Network` when the store is gone.
+    /// `Network` if the store is gone.
     pub fn add(&self, key: &str, amount: i64) -> Result<i64> {
         let mut sum = 0;
         check(|message| {
-            // SAFETY: the handle is alive, the key outlives the call, and the out-pointers are valid.
+            // SAFETY: the handle is alive, the key outlives the call, and the out-pointers are
+            // valid.
             unsafe { ffi::ice_store_add(self.pointer(), IceStr::new(key), amount, &mut sum, message) }
         })?;
         Ok(sum)
@@ -118,12 +126,13 @@ impl Store {
     /// Whether all of these keys exist.
     ///
     /// # Errors
-    /// `Network` when the store is gone.
+    /// `Network` if the store is gone.
     pub fn check(&self, keys: &[&str]) -> Result<bool> {
         let keys: Vec<_> = keys.iter().map(|key| IceStr::new(key)).collect();
         let mut all = false;
         check(|message| {
-            // SAFETY: the handle is alive, the keys outlive the call, and the out-pointers are valid.
+            // SAFETY: the handle is alive, the keys outlive the call, and the out-pointers are
+            // valid.
             unsafe { ffi::ice_store_check(self.pointer(), keys.as_ptr(), keys.len(), &mut all, message) }
         })?;
         Ok(all)
@@ -132,7 +141,7 @@ impl Store {
     /// Waits until all of these keys exist.
     ///
     /// # Errors
-    /// `Timeout` when they do not in time; `Network` when the store is gone.
+    /// `Timeout` if they are not set in time; `Network` if the store is gone.
     pub fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
         let keys: Vec<_> = keys.iter().map(|key| IceStr::new(key)).collect();
         check(|message| {
@@ -142,14 +151,15 @@ impl Store {
         })
     }
 
-    /// Deletes a key; says whether it existed.
+    /// Deletes a key. Returns whether it existed.
     ///
     /// # Errors
-    /// `Network` when the store is gone.
+    /// `Network` if the store is gone.
     pub fn delete(&self, key: &str) -> Result<bool> {
         let mut deleted = false;
         check(|message| {
-            // SAFETY: the handle is alive, the key outlives the call, and the out-pointers are valid.
+            // SAFETY: the handle is alive, the key outlives the call, and the out-pointers are
+            // valid.
             unsafe { ffi::ice_store_delete(self.pointer(), IceStr::new(key), &mut deleted, message) }
         })?;
         Ok(deleted)

@@ -11,7 +11,7 @@ pub struct TestStoreServer {
 /// Hosts a store on a free port of loopback.
 ///
 /// # Errors
-/// `Network` when it cannot listen.
+/// `Network` if it cannot listen.
 pub fn serve_store() -> Result<(TestStoreServer, u16)> {
     let (store, port) = Store::serve()?;
     Ok((TestStoreServer { _store: store }, port))

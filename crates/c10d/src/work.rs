@@ -6,7 +6,7 @@ use crate::Result;
 use crate::error::check;
 use crate::ffi::{self, Handle, IceWork, milliseconds};
 
-/// A collective under way. Dropping it does not stop it.
+/// A collective in progress. Dropping the value does not stop it.
 #[derive(Debug)]
 #[must_use = "a collective has not happened before its wait returns"]
 pub struct Work {
@@ -18,23 +18,25 @@ impl Work {
         Self { handle }
     }
 
-    /// Waits until the collective is over on this rank. On CUDA, only the current stream waits.
+    /// Waits until the collective is completed on this rank. On CUDA, only the current stream
+    /// waits.
     ///
     /// # Errors
-    /// `Network` when a peer went away, `Timeout` after the group's timeout.
+    /// `Network` if a peer is lost, `Timeout` after the group's timeout.
     pub fn wait(self) -> Result<()> {
         self.wait_milliseconds(0)
     }
 
-    /// As [`wait`](Self::wait), with another timeout. After a `Timeout` the collective still goes on; the group is of no further use.
+    /// Like [`wait`](Self::wait), with another timeout. After a `Timeout`, the collective is still
+    /// in progress, and the group is unusable.
     ///
     /// # Errors
-    /// As [`wait`](Self::wait).
+    /// The errors of [`wait`](Self::wait).
     pub fn wait_timeout(&self, timeout: Duration) -> Result<()> {
         self.wait_milliseconds(milliseconds(timeout))
     }
 
-    /// Whether the collective is over on this rank, well or not. Does not block.
+    /// Whether the collective has ended on this rank, successfully or not. Does not block.
     pub fn is_completed(&self) -> bool {
         // SAFETY: the handle is alive; c10d locks the state of the operation.
         unsafe { ffi::ice_work_is_completed(self.handle.pointer()) }
