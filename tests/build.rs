@@ -1,4 +1,5 @@
-//! Lets the helper programs find libtorch at run time; a link argument of a dependency does not reach them.
+//! Lets the helper programs find libtorch at run time, because a link argument of a dependency does
+//! not reach them.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

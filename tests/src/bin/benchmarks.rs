@@ -1,9 +1,10 @@
-//! Makes the tables and charts of docs/benchmarks.md out of the rows that `scripts/bench` collects.
+//! Makes the tables and charts of docs/benchmarks.md from the rows that `scripts/bench` collects.
 //!
 //! usage: benchmarks ROWS FACTS DOCS
 //!
-//! ROWS has a line per row, as `row` of scripts/lib-bench.sh writes it; FACTS a name and a value per line, tab separated. In
-//! DOCS/benchmarks.md what stands between the two marker lines is replaced; a chart per group goes into DOCS/images.
+//! ROWS has a line per row, as written by `row` of scripts/lib-bench.sh. FACTS has a name and a
+//! value per line, separated by a tab. The text between the two marker lines of DOCS/benchmarks.md
+//! is replaced, and a chart per group is written to DOCS/images.
 
 use std::error::Error;
 use std::fmt::Write as _;
@@ -16,7 +17,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 const BEGIN: &str = "<!-- measured: scripts/bench writes the rest of the page -->";
 const END: &str = "<!-- end of what is measured -->";
 
-/// The numbers of one side.
+/// Measurements of one side of a comparison.
 struct Side {
     median: Option<f64>,
     least: f64,
@@ -107,13 +108,13 @@ fn parse(line: &str) -> Result<Row, Box<dyn Error>> {
 }
 
 impl Row {
-    /// Ours divided by the peer's.
+    /// Returns our median divided by the peer's.
     fn ratio(&self) -> Option<f64> {
         let theirs = self.peer.as_ref()?.1.median?;
         (theirs > 0.0).then_some(self.ours.median? / theirs)
     }
 
-    /// How many times better ours is: more than 1 is a win, whatever the unit.
+    /// Returns how many times better our result is. More than 1 is a win, whatever the unit.
     fn advantage(&self) -> Option<f64> {
         let ratio = self.ratio().filter(|ratio| *ratio > 0.0)?;
         Some(if self.more_is_better { ratio } else { 1.0 / ratio })
@@ -127,7 +128,7 @@ impl Row {
         Some(if self.more_is_better { number >= bound } else { number <= bound })
     }
 
-    /// What the last column says.
+    /// Returns the text of the last column.
     fn verdict(&self) -> String {
         let mut words = Vec::new();
         if self.advantage().is_some_and(|times| times < 1.0) {
@@ -201,7 +202,8 @@ const BAR: u32 = 26;
 const WIN: RGBColor = RGBColor(46, 125, 50);
 const LOSS: RGBColor = RGBColor(198, 40, 40);
 
-/// A bar per row that has a peer: how many times better ours is, on a logarithmic axis, from the peer's 1 on.
+/// Draws a bar per row that has a peer: how many times better our result is, on a logarithmic axis
+/// that starts at the peer's 1.
 fn draw(path: &Path, rows: &[&Row]) -> Result<(), Box<dyn Error>> {
     let bars: Vec<(String, f64)> = rows
         .iter()

@@ -1,4 +1,5 @@
-//! Lists the public items of a crate, one to a line, from rustdoc's JSON: what scripts/public-api compares with docs/api.
+//! Lists the public items of a crate, one per line, from rustdoc's JSON. `scripts/public-api`
+//! compares the list with docs/api.
 //!
 //! usage: public_api JSON
 

@@ -1,10 +1,11 @@
-//! A rank that forms the group and then does one thing, for tests and for the start-up benchmark.
+//! A rank that joins the group and then does one thing, for tests and for the start-up benchmark.
 //!
 //! ```text
 //! rank all-reduce           sums ones over the ranks; rank 0 prints `sum <n> at <unix nanoseconds>`
 //! rank panic <rank>         that rank panics, the others wait for it in a barrier
-//! rank wait                 rank 0 prints `waiting`, and all stay in a barrier that it never enters
-//! rank step                 steps until it is told to stop; prints `step 3` after that step
+//! rank wait                 rank 0 prints `waiting`, and the others wait in a barrier that it never
+//!                           enters
+//! rank step                 steps until a request to stop; prints `step 3` after that step
 //! rank stall <rank> <step>  steps, and that rank stays in that step of the first attempt; the second
 //!                           ends after it
 //! rank part <rank>          that rank leaves its steps before the first one and waits for the others,
@@ -94,7 +95,7 @@ fn run() -> Result<(), ice::Error> {
     Ok(())
 }
 
-/// Steps until told to stop, or until a step, in which it may stay.
+/// Steps until a request to stop, or until the step `last`, in which the rank may stay.
 fn step(worker: &Worker, last: Option<(u64, bool)>) -> Result<(), ice::Error> {
     for number in 1.. {
         match worker.link().boundary(false) {

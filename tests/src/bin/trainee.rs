@@ -1,8 +1,10 @@
-//! A training with all that a checkpoint must hold, for tests that kill it: shuffled data from worker threads, dropout, statistics of
-//! batches, several optimizers, schedules, meters, tasks of every kind.
+//! A training with all kinds of state that a checkpoint has to hold, for tests that kill it:
+//! shuffled data from worker threads, dropout, batch statistics, several optimizers, schedules,
+//! meters, tasks of every kind.
 //!
-//! Each rank appends the samples that it has trained on to `rank<N>.txt` in the folder `--seen`, a line per pass: the number of this
-//! process in the life of the training (`--life`), the number of the pass, and the indices. Rank 0 prints `pass <number>`.
+//! Each rank appends the samples that it has trained on to `rank<N>.txt` in the folder `--seen`,
+//! one line per pass: the number of this process in the life of the training (`--life`), the number
+//! of the pass, and the indices. Rank 0 prints `pass <number>`.
 
 use std::cell::Cell;
 use std::fs::{File, OpenOptions};
@@ -29,13 +31,16 @@ struct Options {
     /// How often the tasks are done.
     #[arg(long, default_value_t = 6)]
     repeats: u64,
-    /// Ends the run when a closure has been called this many times, which a rank that is started again counts from 0.
+    /// Ends the run when a closure has been called this many times, which a rank that is started
+    /// again counts from 0.
     #[arg(long)]
     end_after: Option<u64>,
-    /// This rank dies in the second call of that closure in the last run, unless it was started again.
+    /// This rank dies in the second call of that closure in the last run, unless it was started
+    /// again.
     #[arg(long)]
     dies: Option<usize>,
-    /// Runs of the program, one after the other. Those after the first write to `rank<N>.run<M>.txt`.
+    /// Runs of the program, one after the other. Those after the first write to
+    /// `rank<N>.run<M>.txt`.
     #[arg(long, default_value_t = 1)]
     runs: u64,
     /// Saves the nodes of validation in this folder at the end of a run.
@@ -45,7 +50,7 @@ struct Options {
     run: RunOptions,
 }
 
-/// Samples whose numbers do not fill their last batch, nor can be divided evenly.
+/// Number of samples that fills no last batch and cannot be divided evenly.
 const SAMPLES: usize = 46;
 
 const TWO: NonZeroU64 = NonZeroU64::MIN.saturating_add(1);
@@ -69,15 +74,15 @@ impl Dataset for Curve {
     }
 }
 
-/// Writes down what was trained on, and counts passes over kills.
+/// Records the samples that were trained on, and counts passes across kills.
 struct Seen {
     folder: PathBuf,
-    /// What follows the number of the rank in the name of a file.
+    /// Suffix after the number of the rank in the name of a file.
     suffix: String,
     life: u64,
     out: Option<(File, bool)>,
     passes: u64,
-    /// When the step began.
+    /// Value of `passes` at the start of the step, to which a repeated step returns.
     mark: u64,
     indices: Vec<i64>,
 }
@@ -213,7 +218,8 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
     graph.run(tasks, &options.run)
 }
 
-/// A closure that counts its calls by itself, so that ranks which were started again disagree with the others.
+/// Returns a closure that counts its calls by itself, so that restarted ranks disagree with the
+/// others.
 fn end(after: Option<u64>, dies: Option<usize>) -> impl Fn(&Run) -> Result<()> {
     let calls = Cell::new(0);
     move |run| {

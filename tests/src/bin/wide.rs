@@ -1,5 +1,5 @@
-//! Trains a network of the size asked for until it is stopped: what the benchmark of recoveries kills ranks of. `tests/python/ddp_steps.py` is
-//! its twin.
+//! Trains a network of a given size until it is stopped. The benchmark of recoveries kills ranks of
+//! this program. `tests/python/ddp_steps.py` is the same program for PyTorch.
 
 use std::process::ExitCode;
 
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 }
 
 fn train(options: &Options) -> Result<(), ice::Error> {
-    // Parameters of four bytes, and twice as much in AdamW.
+    // Parameters have four bytes, and AdamW keeps twice as much state.
     let layers = (options.megabytes * 1e6 / (12 * WIDTH * WIDTH) as f64).max(1.0) as usize;
     let mut graph = HyperGraph::new();
     graph.add("ones", DatasetNode::new(Ones).batch_size(16), "*")?;

@@ -1,4 +1,5 @@
-//! What depends on what, and what may not be named where (ARCHITECTURE.md).
+//! Allowed dependencies between packages, and words that are forbidden in some of them
+//! (ARCHITECTURE.md).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,7 +12,7 @@ use crate::support::{built, cargo, root};
 
 struct Packages {
     names: BTreeMap<String, String>,
-    /// Package id to the ids of what is compiled into it or runs to build it.
+    /// Package ids, each with the ids of the packages that are compiled into it or run to build it.
     dependencies: BTreeMap<String, Vec<String>>,
     members: BTreeSet<String>,
 }
@@ -42,7 +43,7 @@ impl Packages {
         self.members.iter().find(|id| self.names[*id] == name).unwrap_or_else(|| panic!("no member `{name}`"))
     }
 
-    /// The names of all that the member reaches.
+    /// Returns the names of all packages that the member depends on, directly or not.
     fn reach(&self, name: &str) -> BTreeSet<&str> {
         let (mut seen, mut open) = (BTreeSet::new(), vec![self.member(name)]);
         while let Some(id) = open.pop() {
@@ -118,7 +119,7 @@ fn the_launcher_is_not_linked_to_libtorch() {
     assert!(needed(built("rank")).iter().any(torch), "the check sees libtorch where it is linked");
 }
 
-/// The Rust files below a folder.
+/// Returns the Rust files below a folder.
 fn sources(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{folder:?}: {error}")) {
@@ -132,7 +133,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The lines of a file that hold one of the words in code, comments aside.
+/// Returns the lines of a file whose code, without comments, contains one of the words.
 fn lines_with(file: &Path, words: &[&str]) -> Vec<String> {
     let text = fs::read_to_string(file).unwrap();
     let inside = |c: char| c.is_alphanumeric() || c == '_';

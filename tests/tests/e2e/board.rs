@@ -1,4 +1,4 @@
-//! What a run shows, as TensorBoard itself reads it.
+//! Events of a run, read by TensorBoard itself.
 
 use std::fs;
 use std::num::NonZeroU64;
@@ -20,10 +20,11 @@ use tempfile::tempdir;
 use crate::forms;
 use crate::support::{Program, SOON, TRAINING, peer, python_script, wait_until};
 
-/// The exit code of the script where there is no TensorBoard.
+/// Exit code of the script if TensorBoard is not installed.
 const NO_TENSORBOARD: i32 = 77;
 
-/// What TensorBoard finds in a folder; `None` after saying why a test is skipped.
+/// Returns the events that TensorBoard finds in a folder. `None` after printing why a test is
+/// skipped.
 fn read(test: &str, folder: &Path, cut: bool) -> Option<Value> {
     let program = Program::new(peer(test)?).arg(python_script("read_events.py")).arg(folder);
     let read = if cut { program.arg("--cut") } else { program }.run(SOON);
@@ -53,7 +54,7 @@ impl Dataset for Line {
     }
 }
 
-/// Two epochs of 6 steps. The parameters stay what they are, so that all losses are known.
+/// Trains two epochs of 6 steps. The parameters do not change, so that all losses are known.
 fn run(out: &Path, from: Option<&str>) {
     let mut graph = HyperGraph::new();
     graph.hparam("lr", 0.0).hparam("model", "line").hparam("shuffle", false);
@@ -96,13 +97,14 @@ fn check(read: &Value, tag: &str, expected: &[(u64, f64)]) {
     }
 }
 
-/// As the run has it that went through without a break.
+/// Checks the events of an uninterrupted run.
 fn check_all(read: &Value) {
-    // The mean of the points of a step, of which there are 6 in an epoch.
+    // The mean of the points of a step. An epoch has 6 steps.
     let loss = |step: u64| (step, (((step - 1) % 6) as f64 * 4.0 + 1.5) / 24.0);
     check(read, "train_step/loss", &[2, 4, 6, 8, 10, 12].map(loss));
     check(read, "train_step/net.lr", &[2, 4, 6, 8, 10, 12].map(|step| (step, 0.0)));
-    // Each of 4 outputs has a quarter of the gradient, and its weight that times the mean of the points.
+    // Each of the 4 outputs has a quarter of the gradient, and its weight has that quarter times
+    // the mean of the points.
     let norm = |step| (step, 0.5 * f64::hypot(1.0, loss(step).1));
     check(read, "train_step/net.gradient_norm", &[2, 4, 6, 8, 10, 12].map(norm));
     let mean = 11.5 / 24.0;
@@ -134,11 +136,11 @@ fn tensorboard_reads_what_a_run_shows_resumed_or_not_and_cut_off() {
     let Some(whole) = read(test, &folder, true) else { return };
     check_all(&whole);
     let counts: Vec<_> = whole["cut"][0].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
-    // Each lost byte costs at most the record that it was in.
+    // Each lost byte costs at most the record that contained it.
     assert!(counts[0] == counts[1] + 1, "{counts:?}");
     assert!(counts.windows(2).all(|pair| pair[0] == pair[1] || pair[0] == pair[1] + 1), "{counts:?}");
 
-    // It goes on in the middle of the second epoch, in the same folder.
+    // The run resumes in the middle of the second epoch, in the same folder.
     run(out.path(), Some("E1S8"));
     let resumed = read(test, &folder, false).unwrap();
     assert_eq!(resumed["files"].as_array().unwrap().len(), 2);

@@ -1,7 +1,8 @@
-//! Ranks and agents that are killed or stopped at random: the others go on from memory, and in the end it is as if nothing had happened.
+//! Ranks and agents that are killed or stopped at random: the others continue from memory, and the
+//! result is that of an undisturbed training.
 //!
-//! `ICE_CHAOS_SEED=<n>` replays the faults; what a process was doing when one came is up to the machine. `ICE_CHAOS_FAULTS=<n>` makes them
-//! more or fewer.
+//! `ICE_CHAOS_SEED=<n>` replays the faults. The activity of a process at the time of a fault
+//! depends on the machine. `ICE_CHAOS_FAULTS=<n>` sets the number of faults.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
@@ -13,11 +14,13 @@ use serde_json::Value;
 use crate::random::Random;
 use crate::support::{Job, Program, TRAINING, Traces, free_port, last_pass, random};
 
-/// Passes of a step, and of a repetition of the trainee's tasks.
+/// Number of passes of a step, and of a repetition of the trainee's tasks.
 const PASSES: u64 = 2;
-/// The longest wait between a pass and a fault, in microseconds: as long as some steps, a save or an evaluation take.
+/// Longest wait between a pass and a fault, in microseconds: about the duration of some steps, a
+/// save or an evaluation.
 const LATER: u64 = 8_000;
-/// The longest wait between two faults that come together: about as long as a recovery takes.
+/// Longest wait between two faults that come together, in microseconds: about the duration of a
+/// recovery.
 const TOGETHER: u64 = 400_000;
 
 struct Training<'a> {
@@ -32,7 +35,7 @@ impl<'a> Training<'a> {
         Self { traces: Traces::new(), options, repeats, port: free_port() }
     }
 
-    /// An agent with two ranks.
+    /// Returns an agent with two ranks.
     fn agent(&self, node_rank: &str) -> Program {
         let (endpoint, logs) = (format!("127.0.0.1:{}", self.port), self.traces.path("logs"));
         let launcher = Program::ice_launch(["--nnodes", "2", "--rdzv-endpoint", &endpoint])
@@ -43,7 +46,7 @@ impl<'a> Training<'a> {
         trainee.args(self.options)
     }
 
-    /// By the number of the pass and the rank what was seen in it. Whatever is done again is the same again.
+    /// Returns the samples by pass and rank. A repeated pass must have the same samples.
     fn seen(&self) -> BTreeMap<(u64, usize), Vec<usize>> {
         let mut seen = BTreeMap::new();
         for pass in self.traces.passes() {
@@ -74,7 +77,8 @@ fn two_hundred_faults_leave_no_trace() {
     assert!(rounds.iter().all(|round| repeated(round) <= 1), "{rounds:?}");
 }
 
-/// A part of the state that is lost is in the memory of a rank on the other node, as it was some steps before, unless that is lost as well.
+/// A lost shard of the state is in the memory of a rank on the other node, as it was some steps
+/// before, unless that rank is lost as well.
 #[test]
 fn faults_leave_no_trace_where_each_rank_has_a_part_of_the_state() {
     let rounds = faults_leave_no_trace(&["--shard-optimizer", "--copy-shards-every", "2"], 60);
@@ -86,7 +90,7 @@ fn repeated(round: &Value) -> u64 {
     round["repeated_steps"].as_u64().unwrap()
 }
 
-/// Disturbs a training with these options; returns what its agents say of the rounds.
+/// Disturbs a training with these options. Returns its agents' records of the rounds.
 fn faults_leave_no_trace(options: &[&str], faults: u64) -> Vec<Value> {
     let mut random = random("ICE_CHAOS_SEED");
     let given = std::env::var("ICE_CHAOS_FAULTS").ok();
@@ -149,7 +153,7 @@ fn faults_leave_no_trace(options: &[&str], faults: u64) -> Vec<Value> {
         recoveries.last().unwrap()
     );
     let (seen, expected) = (training.seen(), undisturbed.seen());
-    // The last line of a rank that was killed may be missing, and nothing else.
+    // Only the last line of a killed rank may be missing.
     let others: BTreeSet<_> =
         seen.iter().filter(|(place, indices)| expected.get(place) != Some(indices)).collect();
     assert!(others.is_empty(), "{others:?}\n{}", first.transcript());

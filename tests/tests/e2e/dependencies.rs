@@ -1,4 +1,5 @@
-//! What is depended on is allowed by deny.toml, which `cargo deny` reads as well: licences, bans, and where packages come from.
+//! All dependencies are allowed by deny.toml, which `cargo deny` also reads: licences, bans, and
+//! sources of packages.
 
 use std::fs;
 
@@ -40,7 +41,7 @@ struct Sources {
 
 const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
-/// Why a package may not be depended on.
+/// Returns the reason why a package is not allowed.
 fn objection(package: &Value, rules: &Rules) -> Option<String> {
     if let Some(banned) = rules.bans.deny.iter().find(|banned| package["name"] == *banned.name) {
         return Some(format!("it is banned: {}", banned.reason));

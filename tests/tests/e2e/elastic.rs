@@ -1,4 +1,5 @@
-//! Nodes that leave and come while a training goes on: nothing is done again, and no sample is left out or seen twice.
+//! Nodes that leave and join during a training: no step is repeated, and no sample is left out or
+//! seen twice.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +24,8 @@ impl Training {
         self.traces.trainee(launcher, 1).args(options)
     }
 
-    /// All indices in the order in which they were trained on, and how many passes were done twice.
+    /// Returns all indices in the order in which they were trained on, and the number of passes
+    /// that were done twice.
     fn order(&self) -> (Vec<usize>, usize) {
         let mut seen: BTreeMap<(u64, usize), Vec<usize>> = BTreeMap::new();
         let mut twice = 0;
@@ -38,7 +40,7 @@ impl Training {
     }
 }
 
-/// Waits until rank 0, which is this agent's, has gone on a little.
+/// Waits until rank 0, which is this agent's, has done some more passes.
 fn goes_on(job: &Job) {
     let before = last_pass(&job.output());
     job.wait_for_output(TRAINING, |text| last_pass(text) >= before + 8);
@@ -58,7 +60,7 @@ fn a_training_shrinks_from_four_nodes_to_one_and_grows_again_without_doing_anyth
     assert!(first.contains("from the memory of rank") && !first.contains("resuming from"), "{first}");
 }
 
-/// Nodes that leave save what only they have; of those that come none has anything.
+/// Leaving nodes save the state that only they have. Joining nodes have no state.
 #[test]
 fn so_does_one_of_whose_state_each_rank_has_a_part() {
     let first = shrinks_and_grows(&["--per-rank", "4", "--repeats", "400", "--shard-optimizer"]);
@@ -68,7 +70,7 @@ fn so_does_one_of_whose_state_each_rank_has_a_part() {
     }
 }
 
-/// Returns what rank 0 has printed.
+/// Returns the output of rank 0.
 fn shrinks_and_grows(options: &[&str]) -> String {
     let endpoint = format!("127.0.0.1:{}", free_port());
     let training = Training { traces: Traces::new(), backend: "c10d", endpoint };
@@ -86,7 +88,7 @@ fn shrinks_and_grows(options: &[&str]) -> String {
         others.push(agent(&(nodes - 1).to_string()));
         world_size(&first, nodes);
     }
-    // The job as a whole ends where it is.
+    // A stop of the whole job ends the training at the current step.
     first.signal(Signal::TERM);
     let first = first.finish(TRAINING);
     first.expect_code(143);
@@ -112,18 +114,19 @@ fn shrinks_and_grows(options: &[&str]) -> String {
 #[test]
 fn a_training_goes_on_from_memory_when_the_node_that_coordinates_is_killed() {
     let Some(etcd) = Etcd::start() else { return };
-    // One node begins. So many samples that at the end of an epoch no rank is without one, which it would write down.
+    // One node begins. There are enough samples that every rank has one at the end of an epoch: a
+    // rank without samples would be recorded, too.
     let options = ["--per-rank", "12", "--repeats", "150"];
     let training = Training { traces: Traces::new(), backend: "etcd", endpoint: etcd.endpoint.clone() };
     let agent = |node_rank: &str| training.agent(node_rank, &options).start();
-    // The first one that is there coordinates.
+    // The first agent becomes the coordinator.
     let first = agent("0");
     first.wait_for_line(TRAINING, |line| line.starts_with("pass"));
     let others = [agent("1"), agent("2")];
     world_size(&first, 3);
     first.signal(Signal::KILL);
     drop(first);
-    // Node 1 keeps its ranks, and the other one becomes node 0.
+    // Node 1 keeps its ranks, and the other node becomes node 0.
     world_size(&others[1], 2);
     let [other, main] = others.map(|job| job.finish(TRAINING));
     other.expect_code(0);
@@ -132,7 +135,7 @@ fn a_training_goes_on_from_memory_when_the_node_that_coordinates_is_killed() {
     assert!(!main.stdout.contains("resuming from"), "{}", main.transcript());
     let passes = main.stdout.lines().skip_while(|line| !line.starts_with("world size 2"));
     let first_again = passes.filter_map(|line| line.strip_prefix("pass ")?.parse().ok()).next().unwrap();
-    // Of the step that was under way, and is done again, the ranks may have written down what counts no more.
+    // Records of the interrupted step, which is repeated, do not count.
     let mut seen = BTreeMap::new();
     let (mut twice, mut last) = (0, 0);
     for pass in training.traces.passes() {

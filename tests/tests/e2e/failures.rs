@@ -1,4 +1,5 @@
-//! Ranks that fail: the report names them, the others are stopped, the exit code is the documented one, nothing is left.
+//! Failing ranks: the report names them, the other ranks are stopped, the exit code is the
+//! documented one, and no process is left.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +10,7 @@ use tempfile::{TempDir, tempdir};
 
 use crate::support::{Finished, Program, SOON, TRAINING, Traces, built, free_port, shell_script};
 
-/// Two ranks that run `body` with their process ids noted; logs go to a folder of the test.
+/// Two ranks that run `body` and record their process ids. Logs go to a folder of the test.
 struct TwoRanks {
     folder: TempDir,
     outcome: Finished,
@@ -44,10 +45,10 @@ fn read(folder: &Path, name: &str) -> String {
     fs::read_to_string(folder.join(name)).unwrap_or_else(|error| panic!("{name}: {error}")).trim().to_owned()
 }
 
-/// What the other rank does: it stays until it is stopped.
+/// Script of the other rank, which runs until it is stopped.
 const STAY: &str = "exec sleep 600";
 
-/// The report of the failure: how it ended, on which node, which rank, and what its stderr said last.
+/// Checks the report of the failure: the kind of end, node and rank, and the last line of stderr.
 #[track_caller]
 fn check_report(outcome: &Finished, rank: u32, ended: &str, pid: Option<&str>, last_words: &str) {
     outcome.expect_in_stderr(&[&format!("ice-launch: rank {rank} failed: {ended}")]);
@@ -141,7 +142,7 @@ fn a_program_whose_interpreter_is_missing() {
 
 #[test]
 fn a_failure_restarts_all_ranks_as_often_as_allowed() {
-    // Not before the other one has come so far: it is ended with it.
+    // Rank 1 fails only after rank 0 has recorded its process id, since rank 0 is stopped then.
     let fails = "until [ -s \"${0%/*}/pid.0.$TORCHELASTIC_RESTART_COUNT\" ]; do sleep 0.02; done; exit 7";
     let body = format!("[ $RANK = 0 ] || {{ {fails}; }}\n{STAY}");
     let ranks = TwoRanks::run_with(&["--max-restarts", "2"], &body);
@@ -179,7 +180,7 @@ fn the_ranks_do_not_outlive_a_killed_launcher() {
         let job = Program::ice_launch(["--devices", "cpu:0-1"]).arg(&program).args(arguments).start();
         job.wait_for_line(SOON, |line| line.contains("waiting"));
         job.signal(Signal::KILL);
-        // `finish` fails where a rank is left.
+        // `finish` fails if a rank is left.
         assert_eq!(job.finish(SOON).signal, Some(Signal::KILL.as_raw()), "{program:?}");
     }
 }
@@ -203,7 +204,8 @@ fn a_failure_on_one_node_ends_the_other() {
     let (first, second) = (first.finish(SOON), second.finish(SOON));
     second.expect_code(9).expect_in_stderr(&["ice-launch: rank 1 failed: exit code 9", "    lost it"]);
     assert!(second.report("node").starts_with("1 ("), "{}", second.transcript());
-    // The other node has no rank's code of its own to pass on, and says whom it was stopped for.
+    // The other node has no exit code of a rank to propagate. It names the node and the rank that
+    // failed.
     first.expect_code(ExitCode::Failure.code().into()).expect_in_stderr(&[
         "the job is over",
         "node 1",
@@ -211,7 +213,7 @@ fn a_failure_on_one_node_ends_the_other() {
     ]);
 }
 
-/// A rank that is started again counts its epochs from 0, and the others do not wait for it for ever.
+/// A restarted rank counts its epochs from 0. The other ranks must not wait for it forever.
 #[test]
 fn run_ended_by_a_closure_of_one_rank_ends_on_all_at_the_same_step() {
     for lost in ["0", "1"] {
@@ -223,7 +225,7 @@ fn run_ended_by_a_closure_of_one_rank_ends_on_all_at_the_same_step() {
         let last =
             |rank| traces.passes().iter().filter(|pass| pass.rank == rank).map(|pass| pass.number).max();
         assert_eq!(last(0), last(1), "{}", outcome.transcript());
-        // An evaluation at the start of each turn, and two more in it.
+        // An evaluation at the start of each turn, and two more during the turn.
         let turns = outcome.stdout.lines().filter(|line| line.starts_with("val epoch")).count() / 3;
         assert_eq!(turns, 4, "{}", outcome.transcript());
     }

@@ -1,4 +1,4 @@
-//! One job, started in different ways or interrupted and resumed, gives the same bits.
+//! A job gives the same bits, however it is started, and if it is interrupted and resumed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -31,22 +31,22 @@ impl Run {
         self
     }
 
-    /// One epoch of so many steps.
+    /// One epoch of this number of steps.
     pub(crate) fn steps(self, steps: u32) -> Self {
         self.args(["--epochs", "1", "--steps", &steps.to_string()])
     }
 
-    /// The example under `ice-launch` with these options.
+    /// Returns the example under `ice-launch` with these options.
     pub(crate) fn under_ice_launch(&self, options: &[&str]) -> Program {
         Program::ice_launch(options).arg(built("mnist")).args(&self.arguments)
     }
 
-    /// The example that launches itself.
+    /// Returns the example that launches itself.
     pub(crate) fn by_itself(&self, options: &[&str]) -> Program {
         Program::new(built("mnist")).args(options).args(&self.arguments)
     }
 
-    /// The parameters in the checkpoint with the most training steps.
+    /// Returns the path of the parameters in the checkpoint with the most training steps.
     pub(crate) fn newest_model(&self) -> PathBuf {
         let newest =
             self.checkpoints().pop().unwrap_or_else(|| panic!("no checkpoint in {:?}", self.out_dir));
@@ -58,7 +58,7 @@ impl Run {
     }
 }
 
-/// The tensors of a safetensors file by name.
+/// Returns the tensors of a safetensors file by name.
 pub(crate) fn parameters(model: &Path) -> BTreeMap<String, Vec<f32>> {
     let bytes = fs::read(model).unwrap_or_else(|error| panic!("{model:?}: {error}"));
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
@@ -74,11 +74,11 @@ pub(crate) fn parameters(model: &Path) -> BTreeMap<String, Vec<f32>> {
         .collect()
 }
 
-/// The largest difference between two parameters of the same place.
+/// Returns the largest difference between two parameters at the same place.
 pub(crate) fn difference(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>) -> f32 {
     assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
     let pairs = a.values().zip(b.values()).flat_map(|(a, b)| a.iter().zip(b));
-    // `max` would pass over a NaN.
+    // `max` would ignore a NaN.
     pairs.map(|(a, b)| (a - b).abs()).fold(0.0, |most, now| if now <= most { most } else { now })
 }
 

@@ -1,4 +1,5 @@
-//! The second example, made small: it learns, with all that a training step can have, and resumes to the bit.
+//! The second example, made small: it learns, with all features of a training step, and resumes bit
+//! by bit.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ fn train(out: &Path, more: &[&str]) -> Program {
         .args(more)
 }
 
-/// The only run's checkpoint after so many steps.
+/// Returns the checkpoint of the only run after this number of steps.
 fn checkpoint(out: &Path, steps: u64) -> PathBuf {
     let wanted = |path: &PathBuf| path.to_str().unwrap().ends_with(&format!("S{steps}"));
     checkpoints(out)
@@ -38,7 +39,7 @@ fn learns_and_resumes_in_the_middle_of_its_schedule() {
     let loss: f64 = loss.unwrap_or_else(|| panic!("{}", outcome.transcript())).parse().unwrap();
     // Equally likely bytes would have 5.5, single bytes of this text have about 3.1.
     assert!(loss < 3.0, "{loss}");
-    // What it writes goes on after `And`.
+    // The generated text continues `And`.
     assert!(outcome.stdout.lines().any(|line| line.starts_with("And")), "{}", outcome.transcript());
 
     let from = checkpoint(&whole, 40);

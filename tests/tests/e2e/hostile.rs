@@ -1,4 +1,4 @@
-//! Strangers at the endpoint while a job forms and trains.
+//! Connections of strangers to the endpoint while a job forms and trains.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -12,16 +12,16 @@ use tempfile::tempdir;
 use crate::forms::{Run, assert_same_bits};
 use crate::support::{SOON, TRAINING, free_port, wait_until};
 
-/// At a time, half of them while the job forms and half while it trains.
+/// Number of simultaneous connections, half of them while the job forms and half while it trains.
 const STRANGERS: usize = 10_000;
 
-/// What strangers say at first, and then byte by byte.
+/// First bytes of strangers, and the byte that they then repeat.
 const SAID: [(&[u8], u8); 6] = [
     (b"", b'I'),
     (b"ICE\x01\x01\0\0\0\xff\xff\x0f\0", 0),
     (b"GET / HTTP/1.1\r\n", b'x'),
     (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03", 7),
-    // Of the store: a value that never comes to its end, and a wait for many keys.
+    // Requests to the store: a value that never ends, and a wait for many keys.
     (b"\0\xce\xf7\x85\x3c\x01\x01\0\0\0\0\0\0\0k\0\0\x80\0\0\0\0\0", b'v'),
     (b"\0\xce\xf7\x85\x3c\x06\0\0\x02\0\0\0\0\0\x01\0\0\0\0\0\0\0a", 0),
 ];
@@ -30,7 +30,7 @@ fn strangers(count: usize, port: u16) -> Vec<(TcpStream, u8)> {
     let mut strangers = Vec::new();
     for (words, then) in SAID.iter().cycle().take(count) {
         let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("the endpoint listens");
-        // It may have been shown the door.
+        // The server may already have closed the connection.
         let _ = stream.write_all(words);
         strangers.push((stream, *then));
     }
@@ -67,7 +67,7 @@ fn a_job_does_not_notice_ten_thousand_strangers() {
             while !over.load(Ordering::Relaxed) {
                 for some in there.chunks_mut(500) {
                     some.iter_mut().for_each(|(stream, byte)| _ = stream.write_all(&[*byte]));
-                    // Slowly, as strangers of this kind do.
+                    // Slowly, like attackers that hold connections open.
                     thread::sleep(Duration::from_millis(5));
                 }
             }

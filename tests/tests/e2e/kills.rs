@@ -1,6 +1,8 @@
-//! A training that is killed at random, again and again, is as if it had never been killed.
+//! A training that is killed at random, again and again, gives the same result as an undisturbed
+//! one.
 //!
-//! `ICE_KILL_SEED=<n>` replays the places; how much of a step is done when the signal comes is up to the machine.
+//! `ICE_KILL_SEED=<n>` replays the places. The part of a step that is done when the signal arrives
+//! depends on the machine.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,12 +15,13 @@ use rustix::process::Signal;
 use crate::support::{Job, Program, SAMPLES, TRAINING, Traces, assert_epochs, random};
 
 const SEED: &str = "ICE_KILL_SEED";
-/// The longest wait between a pass and the signal, in microseconds: about as long as some steps, a save or an evaluation take.
+/// Longest wait between a pass and the signal, in microseconds: about the duration of some steps, a
+/// save or an evaluation.
 const LATER: u64 = 8_000;
 
 const EVERY_STEP: [&str; 2] = ["--save-every-steps", "1"];
 
-/// A training in several lives.
+/// A training in several lives, between which it is killed.
 struct Training {
     traces: Traces,
     options: Vec<&'static str>,
@@ -42,7 +45,8 @@ impl Training {
         self.next_life(devices).run(TRAINING).expect_code(0);
     }
 
-    /// Kills everything so many passes and some microseconds after the first pass of a life.
+    /// Kills all processes this number of passes and some microseconds after the first pass of a
+    /// life.
     fn kill(&mut self, devices: &str, passes: u64, later: Duration) {
         drop(self.started(devices, passes, later));
     }
@@ -57,7 +61,7 @@ impl Training {
         job
     }
 
-    /// Half-written checkpoints that a kill has left.
+    /// Returns the number of half-written checkpoints that a kill has left.
     fn partial(&self) -> usize {
         let runs = fs::read_dir(self.traces.path("out")).unwrap();
         let names =
@@ -67,7 +71,7 @@ impl Training {
             .count()
     }
 
-    /// Passes of rank 0 that were done again in a later life.
+    /// Returns the number of passes of rank 0 that were repeated in a later life.
     fn repeated(&self) -> usize {
         let of_main = self.traces.passes().into_iter().filter(|pass| pass.rank == 0);
         let mut passes: Vec<_> = of_main.map(|pass| pass.number).collect();
@@ -77,7 +81,7 @@ impl Training {
         all - passes.len()
     }
 
-    /// By the number of the pass what each rank saw in it: in the last life that got so far.
+    /// Returns the samples of each rank by pass, from the last life that reached the pass.
     fn seen(&self) -> BTreeMap<u64, BTreeMap<usize, Vec<usize>>> {
         let mut seen: BTreeMap<u64, (u64, BTreeMap<usize, Vec<usize>>)> = BTreeMap::new();
         for pass in self.traces.passes() {

@@ -1,4 +1,5 @@
-//! A node of several that is told to stop: all ranks of the job save before its own end.
+//! A node of several that receives a signal to stop: all ranks of the job save before this node
+//! leaves.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,7 @@ fn training(folder: &Path) -> Run {
     Run::new(&folder.join("out")).args(["--epochs", "1", "--steps", "100000", "--split-checkpoints"])
 }
 
-/// Two agents whose ranks all write a share of each checkpoint.
+/// Starts two agents whose ranks all write a share of each checkpoint.
 fn two_nodes(folder: &Path, nnodes: &str) -> [(Job, PathBuf); 2] {
     let run = training(folder);
     let endpoint = format!("127.0.0.1:{}", free_port());
@@ -29,7 +30,8 @@ fn two_nodes(folder: &Path, nnodes: &str) -> [(Job, PathBuf); 2] {
     nodes
 }
 
-/// The only checkpoint that a node has told of; that all ranks have written their shares.
+/// Returns the only checkpoint that a node has reported, and checks that all ranks have written
+/// their shares.
 fn checkpoint(log: &Path) -> String {
     let saved = events(log, "checkpoint_saved");
     assert_eq!(saved.len(), 1, "{saved:?}");
@@ -79,10 +81,10 @@ fn two_nodes_pause_together() {
         |name: &str| wait_until(SOON, name, || [&log, &other].map(|log| events(log, name).len()) == [1, 1]);
     second.signal(Signal::USR2);
     both("paused");
-    // Either node may let the job go on.
+    // Either node may resume the job.
     first.signal(Signal::USR2);
     both("resumed");
-    // Told at once, each by its scheduler.
+    // Both nodes receive the signal at once, each from its scheduler.
     first.signal(Signal::TERM);
     second.signal(Signal::TERM);
     for job in [first, second] {

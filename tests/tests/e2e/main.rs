@@ -1,7 +1,7 @@
-//! End-to-end tests: the programs as a user starts them.
+//! End-to-end tests: the programs as users start them.
 //!
-//! Every process is started through [`support::Job`], which kills it and all that came of it when the test ends, and which
-//! finds what a finished job has left behind.
+//! Every process is started through [`support::Job`], which kills the process and all of its
+//! descendants when the test ends, and which finds processes that a finished job has left behind.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

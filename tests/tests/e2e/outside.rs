@@ -1,4 +1,5 @@
-//! A project outside the checkout: made by scripts/new-project, built by cargo alone, trained from a folder of its own.
+//! A project outside the checkout: made by scripts/new-project, built by cargo alone, trained from
+//! its own folder.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +9,7 @@ use tempfile::tempdir;
 
 use crate::support::{Program, TRAINING, cargo, root};
 
-/// Runs a command and returns what it wrote, for a code that is `expected`.
+/// Runs a command and returns its output. Fails if the exit code is not `expected`.
 fn run(command: &mut Command, expected: i32) -> Output {
     let output = command.output().unwrap();
     assert_eq!(
@@ -26,7 +27,7 @@ fn script(name: &str) -> Command {
     script
 }
 
-/// Expects that a script refuses its arguments, and says so in these words.
+/// Expects that a script refuses its arguments with this message.
 fn refused(command: &mut Command, words: &str) {
     let output = run(command, 1);
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -61,12 +62,12 @@ fn set_up_leaves_files_of_a_project_alone_and_shows_the_lines_that_they_lack() {
     let config = fs::read_to_string(folder.path().join(".cargo/config.toml")).unwrap();
     assert!(config.contains("LIBTORCH"), "{config}");
     assert!(folder.path().join(".deps/libtorch/lib/libtorch_cpu.so").is_file());
-    // Again, nothing changes.
+    // A second run changes nothing.
     let again = String::from_utf8(run(script("ice-setup").arg(folder.path()), 0).stderr).unwrap();
     assert!(again.contains("already there") && !again.contains("wrote"), "{again}");
 }
 
-/// With no reader and neither TLS nor etcd: the other tests build all of them.
+/// Without readers, TLS and etcd: the other tests build all of them.
 #[test]
 fn a_project_outside_the_checkout_builds_trains_and_resumes() {
     let folder = tempdir().unwrap();
@@ -79,7 +80,8 @@ fn a_project_outside_the_checkout_builds_trains_and_resumes() {
     assert!(lean.contains("default-features"), "{lean}");
     fs::write(&manifest, lean).unwrap();
 
-    // Neither the configuration of the checkout nor its libtorch is a user's. The folder is kept, so that the next run builds less.
+    // Users have neither the configuration nor the libtorch of the checkout. The target folder is
+    // kept, so that the next run builds less.
     let mut cargo = cargo();
     cargo.env_remove("LIBTORCH");
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("outside");

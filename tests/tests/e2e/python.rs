@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use crate::support::{Finished, Program, SOON, free_port, peer, python_script};
 
-/// The lines `rank … of …` of all agents, sorted.
+/// Returns the lines `rank … of …` of all agents, sorted.
 fn ranks(agents: &[Finished]) -> Vec<String> {
     let mut lines: Vec<String> = agents
         .iter()
@@ -39,7 +39,7 @@ fn on_two_nodes() {
             .arg(python_script("gloo_ddp.py"))
             .start()
     };
-    // The second node may well be there first.
+    // The second node may start first.
     let second = agent("1");
     let first = agent("0");
     let agents = [first.finish(SOON * 2), second.finish(SOON * 2)];

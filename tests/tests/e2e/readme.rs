@@ -1,5 +1,5 @@
-//! Every command of the README does what it says: each is run here, made small and brought onto this machine, or it is named with where it
-//! is run instead. A command that is new and neither is an error.
+//! Every command of the README works. Each command is either run here, made small and adapted to
+//! this machine, or listed with the place that runs it. A new command that is neither is an error.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use tempfile::tempdir;
 
 use crate::support::{Program, SOON, TRAINING, built, free_port, mnist_data, root, shell_script};
 
-/// Commands that are not run here, and who runs them.
+/// Commands that are not run here, with the script that runs them.
 const ELSEWHERE: [(&str, &str); 5] = [
     ("scripts/test", "runs these tests"),
     ("scripts/fetch-text", "scripts/check-parity"),
@@ -51,7 +51,8 @@ fn every_command_of_the_readme_works() {
     }
 }
 
-/// On this machine, with a CPU for each GPU. What is for two nodes is run by two agents.
+/// Launches ranks on this machine, with a CPU for each GPU. A command for two nodes is run by two
+/// agents.
 fn launch(words: &[&str], folder: &Path) {
     let nodes = if words.contains(&"2") && words.contains(&"--nnodes") { 2 } else { 1 };
     let port = free_port().to_string();
@@ -86,7 +87,8 @@ fn launch(words: &[&str], folder: &Path) {
     assert!(ranks.len() >= 2 && ranks == expected, "{words:?} ran {ranks:?}");
 }
 
-/// A few steps of an example that launches itself, always in the same output folder, as who follows the README has it.
+/// Runs a few steps of an example that launches itself, always in the same output folder, like for
+/// a reader of the README.
 fn train(example: &str, words: &[&str], folder: &Path) {
     let out = folder.join(example);
     let license = root().join("LICENSE-APACHE");

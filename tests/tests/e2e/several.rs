@@ -4,7 +4,7 @@ use rustix::process::Signal;
 
 use crate::support::{Program, TRAINING, Traces, last_pass};
 
-/// What the manifests of a disturbed and an undisturbed training have in common.
+/// Keys of the manifests that are the same in a disturbed and an undisturbed training.
 const SAME: [&str; 4] = ["run", "counters", "tasks", "measures"];
 
 fn training(traces: &Traces, life: u64, options: &[&str]) -> Program {
@@ -47,7 +47,7 @@ fn job_killed_in_the_second_run_resumes_that_run() {
     outcome.expect_code(0);
     assert!(outcome.stdout.contains("run 1 is done: "), "{}", outcome.transcript());
     traces.assert_same_end(&undisturbed, &SAME, &outcome.transcript());
-    // A program that has no such run.
+    // A program without such a run.
     let launcher = Program::ice_launch(["--devices", "cpu:0", "--run-id", "folds"]);
     let outcome = traces.trainee(launcher, 3).args(["--resume-from", "latest"]).run(TRAINING);
     outcome.expect_code(2).expect_in_stderr(&["the checkpoint is of run 2", "this program has 1"]);
@@ -66,7 +66,7 @@ fn job_that_is_stopped_in_the_first_run_does_not_begin_the_second() {
     assert_eq!(seen, 2, "a file of each rank");
 }
 
-/// The launcher launches one job, whose ranks do all runs.
+/// The program launches one job, whose ranks do all runs.
 #[test]
 fn program_with_two_runs_launches_itself_once() {
     let traces = Traces::new();

@@ -1,5 +1,5 @@
-//! Signals that reach ranks of the runtime: of a scheduler that signals all processes of a step,
-//! and of a user who signals one.
+//! Signals that reach ranks of the runtime: from a scheduler that signals all processes of a step,
+//! and from a user who signals one process.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use crate::support::{Job, Program, SOON, TRAINING, built, wait_until};
 
 const LAUNCHES: [fn(&Run, &[&str]) -> Program; 2] = [Run::under_ice_launch, Run::by_itself];
 
-/// A job of two ranks that trains.
+/// A training job of two ranks.
 struct Training {
     job: Job,
     log: PathBuf,
@@ -38,7 +38,7 @@ impl Training {
         self.job.signal(signal);
     }
 
-    /// Waits for the end, and checks that each rank ended by itself after one more checkpoint.
+    /// Waits for the end, and checks that each rank exited by itself after one more checkpoint.
     fn expect_saved_end(self, checkpoints: usize, said: &str) {
         let outcome = self.job.finish(TRAINING);
         outcome.expect_code(ExitCode::Signal(15).code().into()).expect_in_stderr(&[said]);
@@ -51,7 +51,7 @@ impl Training {
     }
 }
 
-/// The processes of the ranks.
+/// Returns the processes of the ranks.
 fn ranks(log: &Path) -> Vec<Pid> {
     let pid = |event: &serde_json::Value| Pid::from_raw(event["pid"].as_i64()?.try_into().ok()?);
     events(log, "rank_started").iter().map(|event| pid(event).unwrap()).collect()
@@ -85,10 +85,10 @@ fn signals_to_ranks_alone_end_none_of_them() {
     for signal in [Signal::INT, Signal::HUP, Signal::USR1, Signal::USR2] {
         training.ranks.iter().for_each(|rank| kill_process(*rank, signal).unwrap());
     }
-    // Both ranks take part in what follows.
+    // Both ranks take part in the checkpoint that a signal to the job asks for.
     training.job.signal(Signal::USR1);
     wait_until(SOON, "a checkpoint", || saved(&training.log).len() == 1);
-    // One that ended alone would take the other's part of this with it.
+    // If the signalled rank ended alone, the other rank could not complete its checkpoint.
     kill_process(training.ranks[1], Signal::TERM).unwrap();
     training.expect_saved_end(2, "local rank 1 was told to stop by SIGTERM");
 }
@@ -97,11 +97,11 @@ fn signals_to_ranks_alone_end_none_of_them() {
 fn ranks_that_reach_no_boundary_end_by_the_terminate_of_the_agent() {
     let folder = tempdir().unwrap();
     let log = folder.path().join("events");
-    // The last third of this is left for the ranks to end.
+    // The last third of this timeout is left for the ranks to end.
     let options = ["--devices", "cpu:0-1", "--shutdown-timeout", "12", "--events", log.to_str().unwrap()];
     let job = Program::ice_launch(options).arg(built("rank")).arg("wait").start();
     job.wait_for_line(SOON, |line| line.contains("waiting"));
-    // This one the ranks leave to the agent, which says over the link when the next one counts.
+    // The ranks leave this SIGTERM to the agent, which says over the link when one counts.
     ranks(&log).into_iter().for_each(|rank| kill_process(rank, Signal::TERM).unwrap());
     let outcome = job.finish(SOON);
     outcome.expect_code(ExitCode::Signal(15).code().into());

@@ -1,4 +1,4 @@
-//! Ranks that know the link: they stop at a step boundary, and are missed when they stand still.
+//! Ranks that know the link: they stop at a step boundary, and hangs of theirs are detected.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use tempfile::tempdir;
 use crate::forms::Run;
 use crate::support::{Finished, Job, Program, SOON, TRAINING, Traces, built, free_port, wait_until};
 
-/// The events of this name.
+/// Returns the events of this name.
 pub(crate) fn events(file: &Path, name: &str) -> Vec<Value> {
     let text = fs::read_to_string(file).unwrap_or_default();
     let whole = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
@@ -34,7 +34,7 @@ fn a_run_that_is_stopped_loses_no_step() {
     for rank in &ended {
         assert_eq!(rank["exit_code"], 0, "not ended by itself: {rank} {}", outcome.transcript());
     }
-    // What was saved was written to its end.
+    // Every saved checkpoint is complete.
     let saved = events(&log, "checkpoint_saved");
     for checkpoint in &saved {
         assert!(
@@ -51,7 +51,7 @@ fn a_run_that_is_stopped_loses_no_step() {
     job.finish(TRAINING).expect_code(ExitCode::Signal(15).code().into());
 }
 
-/// Steps in the checkpoints so far.
+/// Returns the numbers of steps in the checkpoints so far.
 pub(crate) fn saved(log: &Path) -> Vec<u64> {
     events(log, "checkpoint_saved").iter().map(|event| event["step"].as_u64().unwrap()).collect()
 }
@@ -92,7 +92,7 @@ fn signals_save_pause_and_resume_all_ranks_at_one_step() {
     assert_eq!(report["rounds"][0]["ended_by"], "told to stop by SIGTERM");
 }
 
-/// A job at a terminal that was interrupted and asks.
+/// Starts a job at a terminal, interrupts it, and waits for its question.
 fn interrupted(out: &Path, log: &Path) -> Job {
     let run = Run::new(out).args(["--epochs", "1", "--steps", "100000"]);
     let program = run.under_ice_launch(&["--devices", "cpu:0-1", "--events", log.to_str().unwrap()]);
@@ -147,7 +147,7 @@ fn a_rank_that_is_suspended_is_found() {
     kill_process(pid, Signal::STOP).unwrap();
     let outcome = job.finish(SOON);
     outcome.expect_code(1).expect_in_stderr(&["rank 1 failed: hung", "silent for"]);
-    // Of a process that is stopped there may be none; what is named is there.
+    // A stopped process may have no stacks. A file that is named exists.
     let logs = outcome.report("logs");
     assert!(logs.starts_with("none") || fs::read_to_string(logs).unwrap().contains("T (stopped)"), "{logs}");
 }
@@ -161,12 +161,12 @@ fn a_rank_that_leaves_the_steps_before_the_others_is_found() {
 
 #[test]
 fn a_rank_that_is_alone_at_work_may_keep_the_others_waiting() {
-    // For longer than the timeout, which is 3 s at least.
+    // Longer than the timeout, which is at least 3 s.
     let options = ["--devices", "cpu:0-1", "--hang-timeout", "1"];
     Program::ice_launch(options).arg(built("rank")).args(["alone", "6"]).run(SOON).expect_code(0);
 }
 
-/// One `rank` on each of two nodes, which hang after 3 s, the shortest timeout there is.
+/// Starts one `rank` on each of two nodes, which hang after 3 s, the shortest timeout.
 fn rank_on_two_nodes(arguments: [&str; 2]) -> [Job; 2] {
     let port = free_port().to_string();
     ["0", "1"].map(|node| {

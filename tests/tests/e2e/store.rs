@@ -1,4 +1,5 @@
-//! torch's own clients and what torch.distributed does through them, on the store that the launcher serves.
+//! torch's own clients and what torch.distributed does through them, on the store that the launcher
+//! serves.
 
 use tempfile::tempdir;
 

@@ -1,11 +1,11 @@
-//! What a person at a terminal sees.
+//! Output for people at a terminal.
 
 use tempfile::tempdir;
 
 use crate::forms::Run;
 use crate::support::{Program, TRAINING};
 
-/// What a program printed at a terminal that can rewrite lines.
+/// Returns the output of a program at a terminal that can rewrite lines.
 fn printed(program: Program) -> String {
     let outcome = program.env("TERM", "xterm").at_a_terminal().start().finish(TRAINING);
     outcome.expect_code(0);
@@ -24,7 +24,7 @@ fn progress_is_one_line_that_all_other_output_goes_around() {
         let end = text[at..].find("\x1b[K").unwrap_or_else(|| panic!("not cleared to its end: {text:?}"));
         assert!(!text[at..at + end].contains('\n'), "{text:?}");
     }
-    // What the ranks print starts on a line of its own, and so does the shell that comes after.
+    // Output of the ranks starts on its own line, and so does the shell's prompt afterwards.
     for (at, _) in text.match_indices("val epoch ") {
         assert!(["\n", "\r\x1b[K"].iter().any(|before| text[..at].ends_with(before)), "{text:?}");
     }

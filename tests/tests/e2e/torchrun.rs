@@ -1,4 +1,4 @@
-//! Beside torchrun: the same command line means the same.
+//! Comparison with torchrun: the same command line has the same meaning.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,13 +10,13 @@ use tempfile::tempdir;
 
 use crate::support::{Program, SOON, newest_peer, peer, python_script, root};
 
-/// What one rank was given.
+/// Environment and arguments of a rank, as recorded by the rank itself.
 struct Given {
     environment: BTreeMap<String, String>,
     rest: Value,
 }
 
-/// Runs the script that writes down what it is given, and returns that by rank.
+/// Runs the script that records environment and arguments, and returns the records by rank.
 fn given(launcher: Program, python: &Path, options: &[&str], command: &[&str], folder: &Path) -> Vec<Given> {
     fs::create_dir(folder).unwrap();
     let bin = python.parent().unwrap().to_str().unwrap().to_owned();
@@ -40,7 +40,7 @@ fn given(launcher: Program, python: &Path, options: &[&str], command: &[&str], f
     (0..2).map(read).collect()
 }
 
-/// Variables that both set, to values that need not be the same.
+/// Variables that both launchers set, to values that may differ.
 const OWN: [(&str, &str); 8] = [
     ("PYTHONPATH", "the Python of the tests puts itself in, and torchrun is one"),
     ("MASTER_ADDR", "the host's name there"),
@@ -103,15 +103,16 @@ fn other_ways_to_start_are_the_same() {
     check(test, &["--nproc-per-node=2", "--no-python"], &["python", "-u", script]);
 }
 
-/// What a torchrun takes, as its own parser and code say it.
+/// Options and names that a torchrun accepts, according to its own parser and code.
 struct Taken {
     /// Spellings, variable, `flag` or `value`, default.
     options: Vec<[String; 4]>,
-    /// Variables that it reads, keys of `--rdzv-conf`, names in templates: by kind.
+    /// Variables that torchrun reads, keys of `--rdzv-conf`, names in templates: by kind.
     names: Vec<(String, String)>,
 }
 
-/// What the torchruns that are here take: the peer's and, if installed, the newest one's.
+/// Returns the options and names of the installed torchruns: the peer's and, if installed, the
+/// newest one's.
 fn taken(test: &str) -> Vec<Taken> {
     let pythons = [peer(test), newest_peer(test)];
     let list = |python: PathBuf| {
@@ -133,7 +134,7 @@ fn taken(test: &str) -> Vec<Taken> {
     pythons.into_iter().flatten().map(list).collect()
 }
 
-/// The spelling with hyphens.
+/// Returns the spelling with hyphens.
 fn name_of(spellings: &str) -> &str {
     spellings.split(' ').find(|spelling| spelling.starts_with("--") && !spelling.contains('_')).unwrap()
 }
@@ -141,7 +142,7 @@ fn name_of(spellings: &str) -> &str {
 #[test]
 fn every_option_of_torchrun_is_taken_and_described() {
     let page = fs::read_to_string(root().join("docs/torchrun.md")).unwrap();
-    // Values that mean something where an arbitrary one would not.
+    // Values for options that do not accept an arbitrary one.
     let value = |name: &str, default: &str| match name {
         "--numa-binding" => "node".to_owned(),
         "--rdzv-backend" => "c10d".into(),
@@ -178,7 +179,7 @@ fn every_option_of_torchrun_is_taken_and_described() {
     }
 }
 
-/// torchrun's defaults that the page, or the help, compares ours with.
+/// torchrun's defaults that the page, or the help, compares with ours.
 const DEFAULTS: [(&str, &str); 20] = [
     ("--nnodes", "1:1"),
     ("--nproc-per-node", "1"),

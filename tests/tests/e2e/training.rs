@@ -1,4 +1,4 @@
-//! The example on the real MNIST: it learns, and what it saves others can read.
+//! The example on the real MNIST: it learns, and other programs can read its checkpoints.
 
 use tempfile::tempdir;
 
@@ -64,7 +64,7 @@ fn workers_change_no_bit() {
 
 #[test]
 fn ranks_compute_with_the_number_of_threads_that_the_option_says() {
-    // More than most machines have cores, and another number than MKL's.
+    // More than most machines have cores, and a number that differs from MKL's.
     for (threads, mkl) in [("67", None), ("3", Some("1"))] {
         let launch = Program::ice_launch(["--devices", "cpu:0-1", "--omp-num-threads", threads]);
         let launch = match mkl {

@@ -1,4 +1,5 @@
-//! Wrong usage: exit code 2 and a message that names the value and the remedy, before anything is spawned.
+//! Wrong usage: exit code 2 and a message that names the value and the remedy, before a process is
+//! started.
 
 use std::fs;
 use std::net::TcpListener;
@@ -28,7 +29,7 @@ impl Tracer {
     }
 }
 
-/// Launches the tracer with these options and expects to be told about it in these words.
+/// Launches the tracer with these options, and expects a message with these words.
 #[track_caller]
 fn check(options: &[&str], words: &[&str]) {
     let tracer = Tracer::new();
@@ -99,7 +100,7 @@ fn missing_program() {
     }
 }
 
-/// The example with its data in this folder, as the launcher of two ranks.
+/// Runs the example with its data in this folder, as the launcher of two ranks.
 fn mnist_from(folder: &Path) -> Finished {
     Program::new(built("mnist"))
         .args(["--devices", "cpu:0-1", "--data"])

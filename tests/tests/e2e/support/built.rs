@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use super::root;
 
-/// The program of this name: a binary or an example of the workspace, in the profile of the tests.
+/// Returns the program of this name: a binary or an example of the workspace, in the profile of the
+/// tests.
 pub(crate) fn built(name: &str) -> &'static Path {
     static PROGRAMS: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
     let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
@@ -18,22 +19,25 @@ pub(crate) fn built(name: &str) -> &'static Path {
     programs.get(name).unwrap_or_else(|| panic!("no program `{name}` among {:?}", programs.keys()))
 }
 
-/// Cargo, on this checkout, in the environment that a shell would give it.
+/// Returns cargo for this checkout, in the environment of a shell.
 pub(crate) fn cargo() -> Command {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(root()).env_remove("LD_LIBRARY_PATH");
     forget_package(&mut cargo);
-    // From `.cargo/config.toml`. torch-sys would be compiled again for a variable of the environment.
+    // This value is from `.cargo/config.toml`. As a variable of the environment, it would make
+    // cargo compile torch-sys again.
     if std::env::var_os("LIBTORCH").is_some_and(|value| Path::new(&value) == root().join(".deps/libtorch")) {
         cargo.env_remove("LIBTORCH");
     }
     cargo
 }
 
-/// Removes the variables of the package that cargo sets for its tests: OUT_DIR, CARGO_MANIFEST_DIR and others.
+/// Removes the variables of the package that cargo sets for its tests: OUT_DIR, CARGO_MANIFEST_DIR
+/// and others.
 ///
-/// The build script of ring asks to run again when they change. So a cargo that the command runs would compile ring, and the crates
-/// that use it, and so would the next one in a shell.
+/// The build script of ring asks to run again when these variables change. With them, a cargo that
+/// the command runs would compile ring and the crates that use it, and so would the next cargo in a
+/// shell.
 pub(crate) fn forget_package(command: &mut Command) {
     let starts = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"];
     command.env_remove("OUT_DIR");
@@ -44,7 +48,7 @@ pub(crate) fn forget_package(command: &mut Command) {
     }
 }
 
-/// Runs a `cargo build` and returns the executables that it made or found made, by name.
+/// Runs a `cargo build` and returns the executables that it made or found up to date, by name.
 fn executables(arguments: &[&str]) -> BTreeMap<String, PathBuf> {
     let mut build = cargo();
     build

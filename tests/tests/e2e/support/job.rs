@@ -1,4 +1,4 @@
-//! A started program with all that comes of it.
+//! A started program with all of its descendants.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -18,17 +18,18 @@ use tempfile::{TempDir, tempdir};
 use super::leftovers::{self, Leftover, MARK};
 use super::{built, forget_package, root};
 
-/// How long after its end a job's other processes may still be seen.
+/// Time after the end of a job within which its other processes have to end.
 const AFTERMATH: Duration = Duration::from_secs(5);
 
-/// A program to start, with what differs from the tests' own environment, and whether it is to have an input.
+/// A program to start, with changes to the tests' own environment, and whether its standard input
+/// is a pipe.
 pub(crate) struct Program(Command, bool);
 
 impl Program {
     pub(crate) fn new(program: impl AsRef<OsStr>) -> Self {
         let mut command = Command::new(program);
         command.current_dir(root());
-        // Whatever launched the tests is not to be taken for the launcher of the ranks.
+        // Variables of a launcher that runs the tests must not reach the ranks.
         for (name, _) in ice_proto::env::ALL {
             command.env_remove(name);
         }
@@ -36,7 +37,7 @@ impl Program {
         Self(command, false)
     }
 
-    /// `ice-launch` with these arguments.
+    /// Returns `ice-launch` with these arguments.
     pub(crate) fn ice_launch<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Self {
         Self::new(built("ice-launch")).args(arguments)
     }
@@ -56,7 +57,8 @@ impl Program {
         self
     }
 
-    /// The same at a terminal of its own, whose keys [`Job::type_keys`] presses. What it prints is all on standard output.
+    /// Returns the program at its own terminal, whose keys [`Job::type_keys`] presses. All of its
+    /// output is on standard output.
     pub(crate) fn at_a_terminal(self) -> Self {
         let words = std::iter::once(self.0.get_program()).chain(self.0.get_args());
         let words: Vec<_> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
@@ -73,7 +75,7 @@ impl Program {
     pub(crate) fn start(mut self) -> Job {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let mark = format!("{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
-        // A failed job keeps its logs; those of the tests go with the test.
+        // A failed job keeps its logs. This folder removes them with the test.
         let scratch = tempdir().unwrap();
         self.0.env(MARK, &mark).env("TMPDIR", scratch.path()).process_group(0);
         self.0.stdin(if self.1 { Stdio::piped() } else { Stdio::null() });
@@ -84,13 +86,13 @@ impl Program {
         Job { child, mark, command: format!("{:?}", self.0), stdout, stderr, _scratch: scratch }
     }
 
-    /// Starts it and waits for its end.
+    /// Starts the program and waits for its end.
     pub(crate) fn run(self, limit: Duration) -> Finished {
         self.start().finish(limit)
     }
 }
 
-/// A program that was started. Dropping it kills it and all that came of it.
+/// A program that was started. Dropping it kills the program and all of its descendants.
 pub(crate) struct Job {
     child: Child,
     mark: String,
@@ -100,10 +102,10 @@ pub(crate) struct Job {
     _scratch: TempDir,
 }
 
-/// What a job has left when it ended by itself.
+/// Outcome of a job that has ended by itself.
 pub(crate) struct Finished {
     pub(crate) command: String,
-    /// The exit code, or `None` where a signal ended it.
+    /// Exit code, or `None` if a signal ended the program.
     pub(crate) code: Option<i32>,
     pub(crate) signal: Option<i32>,
     pub(crate) stdout: String,
@@ -111,7 +113,7 @@ pub(crate) struct Finished {
 }
 
 impl Job {
-    /// Waits for the end of the program, and then for the end of all that came of it.
+    /// Waits for the end of the program, and then for the end of all of its descendants.
     pub(crate) fn finish(mut self, limit: Duration) -> Finished {
         self.wait(limit);
         let status = self.child.wait().unwrap();
@@ -139,7 +141,7 @@ impl Job {
         assert!(ended, "{} has not ended in {limit:?}\n{}", self.command, self.transcript());
     }
 
-    /// Waits until a line that `wanted` accepts is on its standard output, and returns it.
+    /// Waits until standard output has a line that `wanted` accepts, and returns the line.
     pub(crate) fn wait_for_line(&self, limit: Duration, wanted: impl Fn(&str) -> bool) -> String {
         let mut found = None;
         let deadline = Instant::now() + limit;
@@ -153,7 +155,7 @@ impl Job {
         })
     }
 
-    /// Waits until what it has printed so far is as wanted.
+    /// Waits until `wanted` accepts the output so far.
     pub(crate) fn wait_for_output(&self, limit: Duration, wanted: impl Fn(&str) -> bool) {
         let mut found = false;
         self.stdout.wait_until(limit, |text, open| {
@@ -163,22 +165,22 @@ impl Job {
         assert!(found, "{} has not printed what was expected\n{}", self.command, self.transcript());
     }
 
-    /// What it has printed so far.
+    /// Returns the output so far.
     pub(crate) fn output(&self) -> String {
         self.stdout.text()
     }
 
-    /// Presses keys at its terminal.
+    /// Presses keys at the program's terminal.
     pub(crate) fn type_keys(&mut self, keys: &str) {
         self.child.stdin.as_mut().unwrap().write_all(keys.as_bytes()).unwrap();
     }
 
-    /// Waits until its standard output has this text, however far the line is.
+    /// Waits until standard output contains this text, even in an incomplete line.
     pub(crate) fn wait_for_text(&self, limit: Duration, wanted: &str) {
         self.wait_for(&self.stdout, limit, wanted);
     }
 
-    /// The same of its standard error.
+    /// Waits until standard error contains this text.
     pub(crate) fn wait_for_error_text(&self, limit: Duration, wanted: &str) {
         self.wait_for(&self.stderr, limit, wanted);
     }
@@ -201,7 +203,7 @@ impl Job {
         kill_process(self.pid(), signal).unwrap();
     }
 
-    /// The living processes of the job but for the launcher and its keeper.
+    /// Returns the live processes of the job except the launcher and its keeper.
     pub(crate) fn others(&self) -> Vec<Leftover> {
         let is_keeper = |pid: Pid| {
             let name = fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero()));
@@ -229,14 +231,14 @@ impl Drop for Job {
 }
 
 impl Finished {
-    /// Fails with everything that was printed unless the exit code is this one.
+    /// Fails with all output if the exit code differs from `code`.
     #[track_caller]
     pub(crate) fn expect_code(&self, code: i32) -> &Self {
         assert_eq!(self.code, Some(code), "exit code of {}", self.transcript());
         self
     }
 
-    /// Fails with everything that was printed unless standard error holds each of these.
+    /// Fails with all output if standard error lacks one of these parts.
     #[track_caller]
     pub(crate) fn expect_in_stderr(&self, parts: &[&str]) -> &Self {
         for part in parts {
@@ -249,7 +251,7 @@ impl Finished {
         self
     }
 
-    /// What the report of a failure says under this heading.
+    /// Returns the text under this heading of the report of a failure.
     #[track_caller]
     pub(crate) fn report(&self, heading: &str) -> &str {
         let lines = self.stderr.lines().skip_while(|line| !line.starts_with("ice-launch: rank "));
@@ -270,7 +272,7 @@ impl Finished {
     }
 }
 
-/// An output of the program, read by a thread of its own.
+/// An output of the program, which a thread reads.
 #[derive(Clone)]
 struct Stream(Arc<(Mutex<Text>, Condvar)>);
 
@@ -300,7 +302,8 @@ impl Stream {
         stream
     }
 
-    /// Waits until `done` accepts the text so far (and whether more may come); `false` after the time limit.
+    /// Waits until `done` accepts the text so far. The flag says whether more text may come.
+    /// Returns `false` after the time limit.
     fn wait_until(&self, limit: Duration, mut done: impl FnMut(&str, bool) -> bool) -> bool {
         let (text, changed) = &*self.0;
         let waiting = |text: &mut Text| !done(&String::from_utf8_lossy(&text.bytes), text.open);

@@ -1,4 +1,5 @@
-//! Processes that carry a job's mark in their environment: everything that came of it, however it detached itself.
+//! Processes that carry a job's mark in their environment: all descendants of the job, however they
+//! detached themselves.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -18,7 +19,8 @@ pub(crate) struct Leftover {
     pub(crate) command: String,
 }
 
-/// The living processes that carry this mark. A zombie has no environment and is not among them.
+/// Returns the live processes that carry this mark. A zombie has no environment and is not
+/// included.
 pub(crate) fn marked(mark: &str) -> Vec<Leftover> {
     let entry = format!("{MARK}={mark}");
     let processes = fs::read_dir("/proc").unwrap();
@@ -35,7 +37,8 @@ pub(crate) fn marked(mark: &str) -> Vec<Leftover> {
         .collect()
 }
 
-/// Waits until nothing carries the mark any more; after the time limit, what still does.
+/// Waits until no process carries the mark. After the time limit, returns the processes that still
+/// do.
 pub(crate) fn wait_until_none(mark: &str, limit: Duration) -> Vec<Leftover> {
     let deadline = Instant::now() + limit;
     loop {
@@ -51,7 +54,7 @@ pub(crate) fn wait_until_none(mark: &str, limit: Duration) -> Vec<Leftover> {
     }
 }
 
-/// Kills what carries the mark, until nothing does.
+/// Kills the processes that carry the mark, until there are none.
 pub(crate) fn kill(mark: &str) {
     loop {
         let left = marked(mark);
@@ -60,7 +63,7 @@ pub(crate) fn kill(mark: &str) {
         }
         for process in left {
             let pidfd = open(process.pid);
-            // It may have ended by itself since it was found.
+            // The process may have ended by itself since it was found.
             let _ = kill_process(process.pid, Signal::KILL);
             if let Some(pidfd) = pidfd {
                 wait_for_end(&pidfd, Duration::from_secs(10));
@@ -73,7 +76,7 @@ fn open(pid: Pid) -> Option<OwnedFd> {
     pidfd_open(pid, PidfdFlags::empty()).ok()
 }
 
-/// Waits until the process has ended; `false` after the time limit.
+/// Waits until the process has ended. Returns `false` after the time limit.
 pub(crate) fn wait_for_end(pidfd: &OwnedFd, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     loop {

@@ -1,4 +1,4 @@
-//! What the tests share: built programs, started jobs, and where things lie.
+//! Shared parts of the tests: built programs, started jobs, and paths.
 
 mod built;
 mod job;
@@ -19,34 +19,35 @@ pub(crate) use job::{Finished, Job, Program};
 pub(crate) use saved::checkpoints;
 pub(crate) use traces::{SAMPLES, Traces, assert_epochs, last_pass, random};
 
-/// How long anything but training may take. It bounds a failure; no test waits for it to pass.
+/// Limit for any operation except training. The limit bounds a failure; no test waits for it to
+/// pass.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
-/// How long a training run of the tests may take.
+/// Limit for a training run of the tests.
 pub(crate) const TRAINING: Duration = Duration::from_secs(600);
 
-/// The root of the checkout.
+/// Returns the root of the checkout.
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-/// The folder of the real MNIST.
+/// Returns the folder of the real MNIST.
 pub(crate) fn mnist_data() -> PathBuf {
     let folder = root().join(".deps/mnist");
     assert!(folder.join("train-images-idx3-ubyte").is_file(), "no MNIST in {folder:?}: run scripts/setup");
     folder
 }
 
-/// The Python of the full torch, or `None` after saying why a test is skipped.
+/// Returns the Python of the full torch, or `None` after printing why a test is skipped.
 pub(crate) fn peer(test: &str) -> Option<PathBuf> {
     installed(test, "peer")
 }
 
-/// The Python of the newest torch, or `None` after saying why a test goes without.
+/// Returns the Python of the newest torch, or `None` after printing why a test runs without it.
 pub(crate) fn newest_peer(test: &str) -> Option<PathBuf> {
     installed(test, "peer-newest")
 }
 
-/// The Python that `scripts/setup` installs with an option.
+/// Returns the Python that `scripts/setup` installs with an option.
 fn installed(test: &str, option: &str) -> Option<PathBuf> {
     let folder = option.trim_start_matches("peer-");
     let python = root().join(format!(".deps/{folder}/bin/python"));
@@ -59,17 +60,18 @@ fn installed(test: &str, option: &str) -> Option<PathBuf> {
     None
 }
 
-/// A script of tests/python.
+/// Returns the path of a script of tests/python.
 pub(crate) fn python_script(name: &str) -> PathBuf {
     root().join("tests/python").join(name)
 }
 
-/// A port of the loopback interface that nothing listens on now.
+/// Returns a port of the loopback interface that no process listens on now.
 pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Waits for what nobody announces. Fails after the time limit, with the name of what was waited for.
+/// Polls until a condition holds that has no event. Fails after the time limit, with the name of
+/// the condition.
 pub(crate) fn wait_until(limit: Duration, name: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + limit;
     while !condition() {
@@ -78,7 +80,7 @@ pub(crate) fn wait_until(limit: Duration, name: &str, condition: impl Fn() -> bo
     }
 }
 
-/// An executable shell script in the folder.
+/// Writes an executable shell script to the folder.
 pub(crate) fn shell_script(folder: &Path, name: &str, body: &str) -> PathBuf {
     let path = folder.join(name);
     fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();

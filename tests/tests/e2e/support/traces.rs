@@ -1,5 +1,6 @@
-//! What a training of `trainee` leaves behind, however often it is disturbed: the samples that each rank has trained on, checkpoints, and what
-//! its agents write down of the rounds. `ICE_KEEP_TRACES=1` keeps them after the test.
+//! Traces of a training of `trainee`, however often it is disturbed: the samples that each rank has
+//! trained on, checkpoints, and its agents' records of the rounds. `ICE_KEEP_TRACES=1` keeps them
+//! after the test.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,23 +12,23 @@ use tempfile::{TempDir, tempdir};
 use super::{Program, built, checkpoints};
 use crate::random::Random;
 
-/// As the trainee has them.
+/// Number of samples, the same as in the trainee.
 pub(crate) const SAMPLES: usize = 46;
 
 /// The folder of a training.
 pub(crate) struct Traces(TempDir);
 
-/// A line that a rank has written: what it saw in a pass.
+/// A line that a rank has written: the samples of a pass.
 pub(crate) struct Pass {
     pub(crate) rank: usize,
-    /// Of the training, from 1.
+    /// Number of the life of the training, from 1.
     pub(crate) life: u64,
     pub(crate) number: u64,
-    /// `None` where the rank was killed while it wrote.
+    /// `None` if the rank was killed while it wrote.
     pub(crate) indices: Option<Vec<usize>>,
 }
 
-/// Files of a checkpoint by name, and what its manifest says.
+/// Files of a checkpoint by name, and values of its manifest.
 type End = (BTreeMap<String, Vec<u8>>, Vec<Value>);
 
 impl Traces {
@@ -52,7 +53,7 @@ impl Traces {
         checkpoints(Path::new(&self.path("out")))
     }
 
-    /// Everything that ranks have seen, rank by rank.
+    /// Returns all samples that ranks have recorded, rank by rank.
     pub(crate) fn passes(&self) -> Vec<Pass> {
         let file = |rank: usize| {
             let path = Path::new(&self.path("seen")).join(format!("rank{rank}.txt"));
@@ -69,16 +70,16 @@ impl Traces {
         files.flat_map(|(rank, text)| text.lines().map(|line| pass(rank, line)).collect::<Vec<_>>()).collect()
     }
 
-    /// What the agents have written down of the rounds.
+    /// Returns the agents' records of the rounds.
     pub(crate) fn rounds(&self) -> Vec<Value> {
         let folders = fs::read_dir(self.path("logs")).unwrap().map(|entry| entry.unwrap().path());
         let texts = folders.filter_map(|folder| fs::read_to_string(folder.join("rounds.jsonl")).ok());
         let rounds = texts.flat_map(|text| text.lines().map(serde_json::from_str).collect::<Vec<_>>());
-        // An agent that was killed may have left half a line.
+        // A killed agent may have left half a line.
         rounds.filter_map(Result::ok).collect()
     }
 
-    /// What the last checkpoint holds, and what its manifest says under these keys.
+    /// Returns the files of the last checkpoint, and the values of its manifest under these keys.
     fn end(&self, keys: &[&str]) -> End {
         let last = self.checkpoints().pop().unwrap();
         let files = fs::read_dir(&last).unwrap().map(|entry| entry.unwrap().path());
@@ -89,8 +90,8 @@ impl Traces {
         (files, keys.iter().map(|key| manifest[*key].clone()).collect())
     }
 
-    /// Fails, with what is known beside, unless the last checkpoint is that of another training, to the bit, and its manifest says the same
-    /// under these keys.
+    /// Fails with an additional text if the last checkpoint differs from that of another training
+    /// in a bit, or its manifest differs under one of these keys.
     #[track_caller]
     pub(crate) fn assert_same_end(&self, undisturbed: &Self, keys: &[&str], beside: &str) {
         let ((files, says), (expected, said)) = (self.end(keys), undisturbed.end(keys));
@@ -104,7 +105,7 @@ impl Traces {
     }
 }
 
-/// Fails unless every sample is once in each epoch of this order.
+/// Fails if an epoch of this order does not contain every sample once.
 #[track_caller]
 pub(crate) fn assert_epochs(order: &[usize]) {
     for (number, epoch) in order.chunks_exact(SAMPLES).enumerate() {
@@ -114,12 +115,12 @@ pub(crate) fn assert_epochs(order: &[usize]) {
     }
 }
 
-/// The number of the last pass that rank 0 has told of.
+/// Returns the number of the last pass that rank 0 has printed.
 pub(crate) fn last_pass(text: &str) -> u64 {
     text.lines().filter_map(|line| line.strip_prefix("pass ")?.parse().ok()).max().unwrap_or(0)
 }
 
-/// Random numbers whose seed is printed, and taken from a variable where that is set.
+/// Returns a random generator, and prints its seed. A variable may set the seed.
 pub(crate) fn random(variable: &str) -> Random {
     let seed = std::env::var(variable).ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
