@@ -1,4 +1,4 @@
-// Mixed precision: which operations run in a smaller type, and gradients that were scaled.
+// Mixed precision: autocast, and the unscaling of gradients with the update of the loss scale.
 #include "shim_internal.h"
 
 #include <ATen/autocast_mode.h>
@@ -19,7 +19,8 @@ ICE_API int32_t ice_autocast_begin(bool cuda, int8_t dtype, IceAutocast* before,
 
 ICE_API void ice_autocast_end(IceAutocast before) {
   try {
-    // Casts of parameters are kept within the outermost range only: the next step has other parameters.
+    // The cache of cast parameters lives until the outermost range ends: the optimizer then changes
+    // the parameters.
     if (at::autocast::decrement_nesting() == 0) {
       at::autocast::clear_cache();
     }

@@ -1,4 +1,4 @@
-// Batch norm whose batch is spread over the ranks of a group.
+// Batch norm over a batch that is spread over the ranks of a group.
 #include "shim_internal.h"
 
 #include <ATen/ops/native_batch_norm.h>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// For tensors of [n, features, ...]: the dimensions but that of the features.
+// Returns all dimensions of x, [n, features, ...], except that of the features.
 std::vector<int64_t> all_but_features(const at::Tensor& x) {
   std::vector<int64_t> dims{0};
   for (int64_t dim = 2; dim < x.dim(); ++dim) {
@@ -16,7 +16,7 @@ std::vector<int64_t> all_but_features(const at::Tensor& x) {
   return dims;
 }
 
-// Statistics of [features] as a tensor that extends over x.
+// Reshapes statistics of [features] so that they broadcast to x.
 at::Tensor over(const at::Tensor& statistics, const at::Tensor& x) {
   std::vector<int64_t> shape(static_cast<size_t>(x.dim()), 1);
   shape[1] = -1;
@@ -32,13 +32,16 @@ struct Normalize : torch::autograd::Function<Normalize> {
     context->save_for_backward({x, weight.value_or(at::Tensor()), mean, scale});
     context->saved_data["count"] = count;
     context->saved_data["group"] = c10::IValue::make_capsule(group);
-    // As in an evaluation whose running statistics these are.
+    // In evaluation mode native_batch_norm normalizes with the given statistics. Here they are
+    // those of the batch of all ranks.
     return std::get<0>(at::native_batch_norm(x, weight, bias, mean, var, false, 0.0, eps));
   }
 
-  // With x' = (x - mean) / sqrt(var + eps), and sums over the batch of all ranks:
+  // Computes the gradients. With x' = (x - mean) / sqrt(var + eps), and sums over the batch of all
+  // ranks:
   //   dx = weight / sqrt(var + eps) * (dy - sum(dy) / count - x' * sum(dy * x') / count)
-  // The gradients of weight and bias are those of this rank's batch: the reducer averages them like all others.
+  // The gradients of weight and bias are those of this rank's batch alone: the reducer averages
+  // them over the ranks, as it does those of all other parameters.
   static torch::autograd::variable_list
   backward(torch::autograd::AutogradContext* context, torch::autograd::variable_list gradients) {
     const auto saved = context->get_saved_variables();

@@ -1,4 +1,4 @@
-// Exceptions to kinds and messages.
+// Translates C++ exceptions into kinds and messages.
 #include "shim_internal.h"
 
 #include <algorithm>
@@ -17,7 +17,8 @@ bool mentions(const std::string& message, const char* words) {
          }) != message.end();
 }
 
-// Gloo throws types whose headers the wheel lacks, derived from std::runtime_error: only the words tell them apart.
+// Tells errors apart by the words of their message. Gloo throws types derived from
+// std::runtime_error, and the wheel has no headers for them.
 IceKind kind_by_words(const std::string& message, IceKind otherwise) {
   if (mentions(message, "timed out") || mentions(message, "timeout")) {
     return ICE_TIMEOUT;

@@ -1,4 +1,4 @@
-// Gloo groups, the collectives of any group, and the handles of operations under way.
+// Gloo groups, the collectives of any group, and the handles of running operations.
 #include "shim_internal.h"
 
 #include <sstream>
@@ -6,12 +6,14 @@
 #include <ATen/MemoryOverlap.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
-// The stub headers hide gloo's own types; this notices a libtorch whose class they no longer describe.
+// The stub headers only imitate gloo's types. The size shows if another libtorch has a class that
+// the stubs do not describe.
 static_assert(sizeof(c10d::ProcessGroupGloo) == 488, "ProcessGroupGloo is not the one of libtorch 2.13.0");
 
 namespace {
 
-// The types that every backend computes with. gloo finds others in a thread of its own, when other ranks are already waiting.
+// Whether every backend can reduce elements of the type. For another type gloo would fail only in a
+// thread of its own, when the other ranks already wait.
 bool is_number(at::ScalarType type) {
   switch (type) {
     case at::kFloat:
@@ -44,7 +46,8 @@ c10d::ReduceOp reduce_op(const at::Tensor& tensor, uint8_t op) {
             " tensors is not a whole number: sum them and divide, or convert to a floating-point type");
   }
   if (tensor.scalar_type() == at::kBool && kind == c10d::ReduceOp::SUM) {
-    // gloo would add bytes, and leave 2 where both ranks have true. NCCL's sum of bools is this one, too.
+    // gloo would add the bytes: two ranks with true would get 2. The maximum is true if any rank
+    // has true, as in NCCL's sum of bools.
     kind = c10d::ReduceOp::MAX;
   }
   return kind;
@@ -68,16 +71,18 @@ void on_device(const IceGroup* group, const at::Tensor& tensor) {
   }
 }
 
-// Tensors as a backend wants them. gloo takes the first element's address and the number of elements, and asks for nothing else.
+// Brings tensors into the form that a backend needs: contiguous. gloo takes the address of the
+// first element and the number of elements, and does not look at strides.
 class Rows {
  public:
-  // A tensor that is read only.
+  // Returns the elements of a tensor that the operation only reads.
   at::Tensor read(const IceGroup* group, const at::Tensor& tensor) {
     on_device(group, tensor);
     return row(tensor);
   }
 
-  // A tensor that is overwritten.
+  // Returns a tensor to write to in place of `tensor`. If that is a copy, IceWork writes its
+  // elements back.
   at::Tensor write(const IceGroup* group, const at::Tensor& tensor) {
     on_device(group, tensor);
     if (at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
@@ -104,12 +109,14 @@ class Rows {
   std::vector<std::pair<at::Tensor, at::Tensor>> written_back_;
 };
 
-// What is only moved may be of any type: as bytes, if no backend knows it.
+// Views a row as bytes if no backend knows its type. Only operations that move elements may use
+// this: they compute nothing.
 at::Tensor movable(const at::Tensor& row) {
   return is_number(row.scalar_type()) ? row : row.view(-1).view(at::kByte);
 }
 
-// The tensors of all ranks are alike. As rows of bytes they would seem so, too.
+// Checks that two tensors of a collective have the same type and shape. As rows of bytes, different
+// types would pass the backend's check.
 void like(const at::Tensor& own, const at::Tensor& other) {
   if (own.scalar_type() != other.scalar_type() || own.sizes() != other.sizes()) {
     std::ostringstream difference;
@@ -228,7 +235,7 @@ ICE_API int32_t ice_group_barrier(const IceGroup* group, IceWork** out, char** m
 
 ICE_API int32_t ice_group_abort(const IceGroup* group, char** message) {
   return ice::guarded(message, [&] {
-    // Gloo's does nothing.
+    // Only NCCL's abort does anything; gloo's is empty.
     if (group->device.is_cuda()) {
       group->group->getDefaultBackend()->abort();
     }

@@ -1,4 +1,5 @@
-// NCCL groups. A shared object of its own, so that a program for the CPU neither links nor loads the CUDA half of libtorch.
+// NCCL groups. This file is a shared object of its own, so that a program for the CPU neither links
+// nor loads libtorch's CUDA half.
 #include "shim_internal.h"
 
 #include <cstdlib>
@@ -22,7 +23,7 @@ ICE_API int32_t ice_group_nccl(
           "there is no CUDA device " + std::to_string(device) + ", only " + std::to_string(count));
     }
     if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) {
-      // The watchdog of NCCL has nothing but the log to speak through.
+      // NCCL's watchdog reports only through the log, so that warnings must stay visible.
       FLAGS_caffe2_log_level = c10::GLOG_WARNING;
     }
     c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));

@@ -1,4 +1,5 @@
-// Optimizer steps over lists of tensors, in place, and what is done to gradients before them.
+// Optimizer steps over lists of tensors, in place, and the scaling and clipping of gradients before
+// them.
 #include "shim_internal.h"
 
 #include <ATen/ops/_foreach_add.h>
@@ -48,7 +49,8 @@ ICE_API int32_t ice_fused_sgd(
   });
 }
 
-// libtorch has no fused kernel for it: the formula over whole lists, in the order of torch.optim.RMSprop(foreach=True).
+// libtorch has no fused kernel for RMSprop. This is the formula over whole lists, in the order of
+// torch.optim.RMSprop(foreach=True).
 ICE_API int32_t ice_foreach_rmsprop(
     IceTensors parameters, IceTensors gradients, IceTensors square_avgs, IceTensors grad_avgs,
     IceTensors momentum_buffers, IceRmsprop options, char** message) {
@@ -104,7 +106,8 @@ ICE_API int32_t ice_clip_norm(IceTensors list, double max_norm, void* norm, char
     at::NoGradGuard no_grad;
     const auto gradients = ice::tensors(list);
     const auto total = at::linalg_vector_norm(at::stack(at::_foreach_norm(gradients, 2)), 2);
-    // As torch.nn.utils.clip_grad_norm_: always multiplied, so that nothing waits for the norm.
+    // As in torch.nn.utils.clip_grad_norm_, the factor is always applied: a comparison on the host
+    // would wait for the norm.
     const auto factor = (max_norm / (total + 1e-6)).clamp_max(1.0);
     at::_foreach_mul_(gradients, factor);
     ice::tensor(norm).copy_(total);

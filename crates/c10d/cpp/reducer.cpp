@@ -1,4 +1,5 @@
-// DistributedDataParallel's reducer: gradients averaged bucket by bucket while backward goes on.
+// DistributedDataParallel's reducer: averages gradients bucket by bucket while the backward pass
+// runs.
 #include "shim_internal.h"
 
 #include <numeric>
@@ -12,13 +13,15 @@ struct IceReducer {
   std::unique_ptr<c10d::Reducer> reducer;
   std::unordered_map<const c10::TensorImpl*, int64_t> places;
   bool find_unused_parameters;
-  // The first step of a static graph is still to come.
+  // Whether the first backward pass of a static graph is still to come.
   bool learns_graph;
 };
 
 namespace {
 
-// c10d compares every rank with rank 0 and tells only those that differ; the others would wait for them in the next collective.
+// Checks on every rank that all ranks have the same parameters. c10d compares each rank with rank
+// 0, and only the ranks that differ get an error: the others would wait for them in the next
+// collective. The all-reduce below gives every rank the error.
 void verify(const IceGroup* group, const std::vector<at::Tensor>& parameters) {
   std::string difference;
   try {
@@ -61,8 +64,11 @@ ICE_API int32_t ice_reducer_new(
     }
     verify(group, list);
     const std::vector<bool> dense(list.size(), false);
-    // Gradients become ready roughly in the reverse of the order in which forward uses the parameters. Grouped in that order, as they
-    // are again after the first step, they keep their places where it is right: sums over the ranks then have the same bits.
+    // Gradients become ready roughly in the reverse of the order in which the forward pass uses the
+    // parameters, so that the first buckets are made in that order. After the first step c10d
+    // rebuilds the buckets in the order in which the gradients came. If both orders are the same,
+    // each parameter stays in its place, and the sums over the ranks have the same bits before and
+    // after.
     const std::vector<at::Tensor> arriving(list.rbegin(), list.rend());
     std::vector<int64_t> indices(list.size());
     std::iota(indices.rbegin(), indices.rend(), 0);
@@ -108,8 +114,9 @@ ICE_API int32_t ice_reducer_prepare_backward(IceReducer* reducer, IceTensors out
   return ice::guarded(message, [&] {
     if (reducer->learns_graph) {
       reducer->learns_graph = false;
-      // Which parameters are used is known once the first backward pass is through; all are reduced then. The hook runs within
-      // that pass, where alone such a callback can be queued.
+      // In a static graph, c10d learns in the first backward pass which parameters are used: all
+      // are reduced at the end of that pass. queue_callback works only while a backward pass runs,
+      // so that a hook of the first output calls it.
       ice::tensors(outputs).at(0).register_hook([inner = reducer->reducer.get()](const at::Tensor&) {
         torch::autograd::Engine::get_default_engine().queue_callback([inner] { inner->delay_all_reduce(); });
       });

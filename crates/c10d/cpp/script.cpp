@@ -1,4 +1,4 @@
-// TorchScript modules: their tensors under PyTorch's names, and their forward pass.
+// TorchScript modules: their tensors by PyTorch's names, and their forward pass.
 #include "shim_internal.h"
 
 #include <cstring>
@@ -8,7 +8,7 @@
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/csrc/jit/serialization/import.h>
 
-// A parameter or buffer in its place in the module.
+// A parameter or buffer, with the attribute of the module that holds it.
 struct Slot {
   std::string name;
   c10::intrusive_ptr<c10::ivalue::Object> owner;
@@ -19,7 +19,7 @@ struct Slot {
 struct IceScript {
   torch::jit::Module module;
   std::vector<Slot> parameters{}, buffers{};
-  // The outputs of the last forward pass that were not taken.
+  // The outputs of the last forward pass that ice_script_output has not moved out yet.
   std::vector<at::Tensor> outputs{};
 };
 
@@ -30,7 +30,7 @@ void collect(IceScript& script) {
     const auto& owner = module._ivalue();
     const auto type = module.type();
     for (size_t i = 0; i < type->numAttributes(); ++i) {
-      // A layer without a bias has None in its place.
+      // A layer without a bias has None in the place of the bias.
       if (!owner->getSlot(i).isTensor() || !(type->is_parameter(i) || type->is_buffer(i))) {
         continue;
       }
@@ -41,7 +41,8 @@ void collect(IceScript& script) {
   }
 }
 
-// A forward pass may assign another tensor to a buffer. Its values go into the tensor that others know, which takes its place again.
+// Puts the original tensor of each buffer back. A forward pass may assign another tensor to a
+// buffer, but callers hold the original: it gets the new values.
 void keep_buffers(IceScript& script) {
   const at::NoGradGuard no_grad;
   for (auto& slot : script.buffers) {
@@ -75,7 +76,8 @@ void flatten(const c10::IValue& value, std::vector<at::Tensor>& into) {
   }
 }
 
-// Whether a batch norm or a dropout in these nodes has its mode as a constant, as tracing leaves it behind.
+// Whether a batch norm or a dropout in the block has its mode as a constant: tracing leaves such
+// constants behind.
 bool has_fixed_mode(torch::jit::Block* block) {
   for (torch::jit::Node* node : block->nodes()) {
     const bool norm = node->kind() == c10::aten::batch_norm, dropout = node->kind() == c10::aten::dropout;
@@ -130,8 +132,9 @@ ice_script_forward(IceScript* script, IceTensors inputs, bool train, size_t* cou
     if (script->module.is_training() != train) {
       script->module.train(train);
     }
-    // The optimizer of graphs compiles other kernels after its first passes, whose last bits differ. A resumed process counts its
-    // passes from the start, so that it would not compute what an undisturbed one does.
+    // After its first passes, the optimizer of graphs compiles other kernels, whose last bits
+    // differ. A resumed process would count its passes from the start again, and would differ from
+    // a run without interruption.
     const torch::jit::GraphOptimizerEnabledGuard unoptimized(false);
     const auto tensors = ice::tensors(inputs);
     std::vector<c10::IValue> arguments(tensors.begin(), tensors.end());

@@ -1,5 +1,6 @@
-// The C face of c10d for src/ffi.rs. Every function that can fail returns a kind (0: success) and, on failure, sets *message to a
-// string that ice_string_free frees. No C++ exception leaves a function declared here.
+// The C interface of c10d for src/ffi.rs. Every function that can fail returns a kind (0: success).
+// On failure it sets *message to a string that ice_string_free frees. No C++ exception leaves a
+// function declared here.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +8,7 @@
 
 #define ICE_API extern "C" __attribute__((visibility("default")))
 
-// The same numbers as ffi::kind in src/error.rs.
+// `check` in src/error.rs matches the same numbers.
 enum IceKind : int32_t {
   ICE_OK = 0,
   ICE_NETWORK = 1,
@@ -52,7 +53,7 @@ struct IceRmsprop {
   double lr, alpha, eps, weight_decay, momentum;
 };
 
-// How autocast was set for a kind of device.
+// The settings of autocast for one kind of device before ice_autocast_begin.
 struct IceAutocast {
   bool cuda, enabled;
   int8_t dtype;
@@ -82,7 +83,8 @@ ice_store_wait(const IceStore* store, const IceStr* keys, size_t count, int64_t 
 ICE_API int32_t ice_store_delete(const IceStore* store, IceStr key, bool* deleted, char** message);
 ICE_API void ice_store_free(IceStore* store);
 
-// An interface or hostname with null data means none.
+// An interface or hostname whose data is null is not given. If neither is given, gloo chooses its
+// default device.
 ICE_API int32_t ice_group_gloo(
     const IceStore* store, int32_t rank, int32_t size, int64_t timeout_ms, IceStr interface, IceStr hostname,
     IceGroup** out, char** message);
@@ -99,7 +101,7 @@ ICE_API int32_t ice_group_barrier(const IceGroup* group, IceWork** out, char** m
 ICE_API int32_t ice_group_abort(const IceGroup* group, char** message);
 ICE_API void ice_group_free(IceGroup* group);
 
-// A timeout of 0 means the group's.
+// A timeout of 0 means the timeout of the group.
 ICE_API int32_t ice_work_wait(const IceWork* work, int64_t timeout_ms, char** message);
 ICE_API bool ice_work_is_completed(const IceWork* work);
 ICE_API void ice_work_free(IceWork* work);
@@ -112,13 +114,13 @@ ICE_API int32_t ice_reducer_regroup(const IceReducer* reducer, bool* regrouped, 
 ICE_API int32_t ice_reducer_order(const IceReducer* reducer, int64_t* places, size_t count, char** message);
 ICE_API int32_t ice_reducer_prepare_backward(IceReducer* reducer, IceTensors outputs, char** message);
 ICE_API void ice_reducer_free(IceReducer* reducer);
-// weight and bias may be null. *out is a new at::Tensor.
+// weight and bias may be null. *out becomes a new at::Tensor, which the caller owns.
 ICE_API int32_t ice_batch_norm(
     const IceGroup* group, void* x, void* weight, void* bias, void* mean, void* var, double count, double eps,
     void** out, char** message);
 ICE_API int32_t ice_run_backward(void* tensor, char** message);
 
-// Lists that an option does not need are empty.
+// In each step, a list that the options do not need is empty.
 ICE_API int32_t ice_fused_adam(
     IceTensors parameters, IceTensors gradients, IceTensors exp_avgs, IceTensors exp_avg_sqs,
     IceTensors max_exp_avg_sqs, IceTensors steps, IceAdam options, char** message);
@@ -129,30 +131,31 @@ ICE_API int32_t ice_foreach_rmsprop(
     IceTensors momentum_buffers, IceRmsprop options, char** message);
 ICE_API int32_t ice_clear_gradients(IceTensors parameters, char** message);
 ICE_API int32_t ice_scale(IceTensors list, double factor, char** message);
-// Writes the norm before clipping to the scalar `norm`.
+// Clips the list, and writes its norm before the clipping to the scalar `norm`.
 ICE_API int32_t ice_clip_norm(IceTensors list, double max_norm, void* norm, char** message);
 
 ICE_API int32_t ice_autocast_begin(bool cuda, int8_t dtype, IceAutocast* before, char** message);
 ICE_API void ice_autocast_end(IceAutocast before);
-// Sets the scalar `found_inf` to 1 where a gradient is not finite.
+// Sets the scalar `found_inf` to 1 if a gradient is not finite.
 ICE_API int32_t ice_amp_unscale(IceTensors gradients, void* found_inf, void* inverse_scale, char** message);
 ICE_API int32_t ice_amp_update_scale(
     void* scale, void* growth_tracker, void* found_inf, double growth_factor, double backoff_factor,
     int64_t growth_interval, char** message);
 
-// A negative device is the CPU.
+// A negative cuda_device means the CPU.
 ICE_API int32_t ice_script_load(IceStr path, int32_t cuda_device, IceScript** out, char** message);
-// Leaves `name` and `tensor` (an at::Tensor* that the caller owns) as they are behind the last one.
+// Gives the tensor at `index` and its name; the caller owns both. With an index past the last
+// tensor, *name and *tensor stay as they are.
 ICE_API int32_t ice_script_tensor(
     const IceScript* script, bool buffer, size_t index, char** name, void** tensor, char** message);
 ICE_API int32_t ice_script_has_fixed_mode(const IceScript* script, bool* fixed, char** message);
 ICE_API int32_t
 ice_script_forward(IceScript* script, IceTensors inputs, bool train, size_t* count, char** message);
-// Gives away an output of the last forward pass.
+// Moves the output at `index` of the last forward pass out to the caller, who owns *tensor.
 ICE_API int32_t ice_script_output(IceScript* script, size_t index, void** tensor, char** message);
 ICE_API void ice_script_free(IceScript* script);
 
-// In libice_nccl.so, which src/nccl.rs opens.
+// Functions of libice_nccl.so, which src/nccl.rs opens.
 ICE_API int32_t ice_nccl_device_count(int32_t* count, char** message);
 ICE_API int32_t ice_group_nccl(
     const IceStore* store, int32_t rank, int32_t size, int32_t device, int64_t timeout_ms, IceGroup** out,

@@ -1,4 +1,5 @@
-// What the translation units of the shim share: the handles, and the guard that turns exceptions into kinds.
+// Shared by the translation units of the shim: the handles, and the guard that turns exceptions
+// into kinds.
 #pragma once
 
 #include "shim.h"
@@ -27,10 +28,10 @@ struct IceGroup {
 
 struct IceWork {
   c10::intrusive_ptr<c10d::Work> work;
-  // Copies that took part instead of tensors whose elements do not lie in a row. Each one's elements are written back once the
-  // operation is over: by the first wait that succeeds.
+  // Pairs of a contiguous copy, which took part in the operation, and the tensor that it stands
+  // for. The first wait that succeeds writes the elements of each copy back.
   mutable std::vector<std::pair<at::Tensor, at::Tensor>> written_back;
-  // Two threads may wait.
+  // Guards written_back: two threads may wait for the same work.
   mutable std::mutex writing{};
 };
 
@@ -42,7 +43,7 @@ struct Failure : std::runtime_error {
   IceKind kind;
 };
 
-// Sorts the exception being handled into a kind and copies its message.
+// Translates the exception being handled into a kind, and copies its message.
 int32_t translate(char** message) noexcept;
 
 template <class Body>
@@ -55,7 +56,8 @@ int32_t guarded(char** message, Body&& body) noexcept {
   }
 }
 
-// Frees a handle; an exception of its destructor is of no use to anyone by then.
+// Frees a handle. An exception of its destructor is dropped: the handle is gone, and no caller
+// could act on it.
 template <class Handle>
 void release(Handle* handle) noexcept {
   try {
@@ -81,7 +83,7 @@ inline std::vector<at::Tensor> tensors(IceTensors list) {
   return all;
 }
 
-// Wraps a backend as torch.distributed does, which is what the reducer wants.
+// Wraps a backend in a ProcessGroup, as torch.distributed does: c10d's reducer takes nothing else.
 inline IceGroup* wrap(
     const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, c10::Device device,
     c10d::ProcessGroup::BackendType type, const c10::intrusive_ptr<c10d::Backend>& backend) {

@@ -20,7 +20,7 @@ std::vector<std::string> texts(const IceStr* keys, size_t count) {
   return all;
 }
 
-// A copy that ice_bytes_free frees.
+// Copies the bytes into memory that the caller frees with ice_bytes_free.
 void hand_over(const std::vector<uint8_t>& bytes, uint8_t** value, size_t* size) {
   auto* copy = static_cast<uint8_t*>(std::malloc(bytes.size() + 1));
   if (copy == nullptr) {
@@ -31,7 +31,8 @@ void hand_over(const std::vector<uint8_t>& bytes, uint8_t** value, size_t* size)
   *size = bytes.size();
 }
 
-// c10d logs each failed attempt with a stack trace, on top of the error that it throws: the error is enough.
+// Turns c10d's log off, unless TORCH_CPP_LOG_LEVEL is set. c10d logs each failed attempt with a
+// stack trace, and throws an error anyway: the error is enough.
 void quieten() {
   static const bool once = [] {
     c10::initLogging();

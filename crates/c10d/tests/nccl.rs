@@ -1,4 +1,5 @@
-//! NCCL where it cannot work: the errors. With a GPU and a build for it, loading succeeds.
+//! Loading NCCL: the kind of error if it cannot be loaded, and success on a machine with a GPU and
+//! a build for it.
 
 use ice_c10d::testing::serve_store;
 use ice_c10d::{ErrorKind, ProcessGroup, Store, nccl};

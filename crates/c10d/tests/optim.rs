@@ -45,7 +45,7 @@ fn check_adam(s: &AdamStep) {
         (p.detach().copy(), zero(), zero(), zero())
     });
     for step in 1..=4 {
-        // Smaller and smaller, so that the largest moment is an old one.
+        // The gradients shrink, so that AMSGrad's largest second moment comes from an earlier step.
         let grads = params
             .each_ref()
             .map(|p| (wave(p.numel() as i64, 0.4 * f64::from(step)) + 0.2) / f64::from(step));

@@ -7,7 +7,8 @@ use common::ranks;
 use ice_c10d::{ErrorKind, ProcessGroup, ReduceOp, Reducer, ReducerOptions, run_backward};
 use tch::{Device, Kind, Tensor};
 
-/// Two layers and one that a rank may leave out; the values depend on the index alone.
+/// Returns two layers, and one that a rank may leave out of its loss. The values depend on the
+/// index of the element only, so that all ranks begin alike.
 fn parameters() -> Vec<(String, Tensor)> {
     let make = |name: &str, shape: &[i64], scale: f64| {
         let count = shape.iter().product::<i64>();
@@ -39,7 +40,7 @@ fn by_hand(group: &ProcessGroup, step: usize, extra: bool) -> Vec<Tensor> {
 
 fn averages_match(find_unused_parameters: bool, gradient_as_bucket_view: bool) {
     ranks(2, |group| {
-        // Buckets smaller than the model, so that there are several.
+        // Buckets smaller than the model, so that the reducer makes several.
         let options = ReducerOptions {
             bucket_cap_bytes: 300,
             first_bucket_bytes: 100,
@@ -50,7 +51,7 @@ fn averages_match(find_unused_parameters: bool, gradient_as_bucket_view: bool) {
         let parameters = parameters();
         let mut reducer = Reducer::new(&parameters, group, &options).unwrap();
         for step in 0..3 {
-            // With the search on, rank 1 leaves a parameter out, and rank 0 does not.
+            // With the search for unused parameters, rank 1 leaves `extra` out and rank 0 uses it.
             let extra = !find_unused_parameters || group.rank() == 0;
             let expected = by_hand(group, step, extra);
             reducer.prepare_forward().unwrap();
@@ -124,7 +125,7 @@ fn gradients_of_several_passes_are_averaged_once() {
         let mut reducer = Reducer::new(&parameters, group, &ReducerOptions::default()).unwrap();
         let expected: Vec<Tensor> =
             by_hand(group, 0, true).iter().zip(by_hand(group, 1, true)).map(|(a, b)| a + b).collect();
-        // Without preparation, nothing is sent.
+        // A backward pass without `prepare_backward` only accumulates: the ranks exchange nothing.
         run_backward(&loss(&parameters, group.rank(), 0, true)).unwrap();
         reducer.prepare_forward().unwrap();
         let last = loss(&parameters, group.rank(), 1, true);
@@ -185,7 +186,7 @@ fn a_reducer_made_in_the_order_that_was_learned_groups_alike() {
     ranks(2, |group| {
         let options = ReducerOptions { bucket_cap_bytes: 300, first_bucket_bytes: 100, ..Default::default() };
         let mut parameters = parameters();
-        // Not the order that forward uses them in.
+        // A different order from the one in which the forward pass uses the parameters.
         parameters.rotate_left(1);
         let mut orders = Vec::new();
         for _ in 0..2 {

@@ -1,5 +1,5 @@
-//! Actions of signals belong to the process, so each test runs in one of its own: this program
-//! again, as `CHILD` says.
+//! The actions of signals belong to the process. So each case runs in a process of its own: this
+//! program again, with the name of the case in the variable `CHILD`.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(unsafe_code, reason = "installs a handler as a program would")]
 
@@ -27,7 +27,8 @@ fn raise(signal: c_int) {
     unsafe { libc::raise(signal) };
 }
 
-/// What the process of a test does, up to its last line.
+/// Runs one case, and prints `done` at its end. Without `CHILD`, in the test run itself, nothing
+/// happens.
 #[test]
 fn child() {
     let Ok(case) = env::var("CHILD") else { return };
@@ -104,8 +105,8 @@ fn child() {
     std::process::exit(0);
 }
 
-/// The signal that ends the process of a case, which a shell starts after `before`; `None` where it
-/// comes to its last line.
+/// Runs a case in a process that a shell starts after the commands of `before`. Returns the signal
+/// that ended the process, or `None` if the case reached its end.
 fn end(case: &str, before: &str) -> Option<i32> {
     let mut command = Command::new("sh");
     command.args(["-c", &format!("{before} exec \"$@\""), "sh"]).arg(env::current_exe().unwrap());

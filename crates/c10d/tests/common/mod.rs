@@ -9,7 +9,7 @@ use ice_c10d::{GlooOptions, ProcessGroup, Store};
 
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Runs `rank` on every rank of a new group and returns what each returned.
+/// Runs `rank` on every rank of a new group, and returns the ranks' results by rank.
 pub(crate) fn ranks<T: Send>(world_size: usize, rank: impl Fn(&ProcessGroup) -> T + Sync) -> Vec<T> {
     let (_server, port) = serve_store().unwrap();
     let rank = &rank;
