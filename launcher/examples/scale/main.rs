@@ -1,9 +1,10 @@
 //! Scales the launcher beyond one machine: the real coordinator and the real agents in virtual
-//! time, and the cost of failures for a training. Prints the tables of docs/scale.md.
+//! time, and the cost of failures for a training. Prints the tables of docs/scale.md. The command
+//! `measure` is the source of the defaults of `--cpu-us` and `--cpu-tls-us`.
 //!
 //! ```text
 //! cargo run --release -p ice-launch --example scale [-- --write docs/scale.md]
-//! cargo run --release -p ice-launch --example scale -- measure     the source of the defaults of --cpu-us and --cpu-tls-us
+//! cargo run --release -p ice-launch --example scale -- measure
 //! ```
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "an example that measures")]

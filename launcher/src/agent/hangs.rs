@@ -340,7 +340,9 @@ impl HangWatch {
         self.behind(now)
     }
 
-    /// Returns the rank that is behind, among ranks that stand still.
+    /// Returns the rank that is behind, among ranks that stand still: the rank with the fewest
+    /// steps, then the fewest operations, then the oldest heartbeat. Among plain programs, the rank
+    /// whose last activity is the oldest.
     fn behind(&self, now: Duration) -> Option<Hang> {
         let watched: Vec<_> = self.ranks.iter().filter(|(_, pulse)| self.may_be_behind(pulse)).collect();
         let (behind, pulse) = watched.iter().min_by_key(|(_, pulse)| match pulse {

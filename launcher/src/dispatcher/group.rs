@@ -217,7 +217,8 @@ impl<'a> Group<'a> {
         Ok(started)
     }
 
-    /// Makes the log files of ranks that are about to start.
+    /// Makes the log folders of ranks that are about to start, and returns the paths of their
+    /// files.
     fn files_of(
         &self,
         ranks: Vec<u32>,

@@ -141,6 +141,8 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         else => {}
     }
     drop(console);
+    // Each writer thread ends once the last handle of its queue is dropped. The thread for files
+    // comes first: files hold handles of the console, to report that they cannot be written.
     let mut all_written = std::pin::pin!(async {
         written.wait().await;
         said.wait().await;

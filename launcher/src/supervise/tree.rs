@@ -31,6 +31,7 @@ pub(crate) struct ProcessTree {
     /// Children that existed before the first rank.
     bystanders: BTreeSet<u32>,
     mark: Option<Mark>,
+    /// Locked before `leaders` if both are needed (`adopted`).
     keeper: Mutex<Option<Keeper>>,
     /// Processes that the agent has started and not waited for yet.
     leaders: Mutex<BTreeSet<u32>>,
@@ -161,7 +162,12 @@ impl ProcessTree {
         self.unhidden.notify_one();
     }
 
-    /// Reaps the adopted children that have ended.
+    /// Reaps the adopted children that have ended, and leaves every leader to its own waiter.
+    ///
+    /// The kernel reports one ended child at a time. An ended leader that is not waited for yet
+    /// hides the adopted children behind it. In that case the children are listed one by one,
+    /// except the first time that this leader hides others: its waiter will soon call `waited_for`,
+    /// which triggers another run.
     fn reap_ended(&self) {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
         // The kernel shows one child that has ended. If another waiter owns that one, it hides the

@@ -1,17 +1,17 @@
 //! A rank that joins the group and then does one thing, for tests and for the start-up benchmark.
 //!
 //! ```text
-//! rank all-reduce           sums ones over the ranks; rank 0 prints `sum <n> at <unix nanoseconds>`
+//! rank all-reduce           sums ones over the ranks; rank 0 prints `sum <n> at <unix ns>`
 //! rank panic <rank>         that rank panics, the others wait for it in a barrier
-//! rank wait                 rank 0 prints `waiting`, and the others wait in a barrier that it never
-//!                           enters
+//! rank wait                 rank 0 prints `waiting`, and the others wait in a barrier that it does
+//!                           not enter
 //! rank step                 steps until a request to stop; prints `step 3` after that step
-//! rank stall <rank> <step>  steps, and that rank stays in that step of the first attempt; the second
-//!                           ends after it
-//! rank part <rank>          that rank leaves its steps before the first one and waits for the others,
-//!                           which wait for it in a step
-//! rank meet <rank>          before the first step that rank waits for a tensor that no rank sends, and
-//!                           the others wait for it in a barrier
+//! rank stall <rank> <step>  steps, and that rank stays in that step of the first attempt; the
+//!                           second attempt ends after it
+//! rank part <rank>          that rank leaves its steps before the first one and waits for the
+//!                           others, which wait for it in a step
+//! rank meet <rank>          before the first step that rank waits for a tensor that no rank sends,
+//!                           and the others wait for it in a barrier
 //! rank alone <seconds>      rank 0 does work of its own for that long, the others wait for it in a
 //!                           barrier
 //! rank threads              prints `<n> threads`, the number that libtorch computes with
