@@ -4,8 +4,8 @@
 //! expected of them. The other ranks wait for a rank that works alone (it saves, for example) for
 //! as long as its work takes. If there are several nodes, the rank that works alone may be on
 //! another node: the agent reports that its ranks wait, and the coordinator decides whether the
-//! round hangs. Of other programs, only the CPU time that they use is known. The time is an
-//! argument, like in the agent.
+//! round hangs. Other programs may touch a heartbeat file. Otherwise only the CPU time that they
+//! use is known. The time is an argument, like in the agent.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,8 +15,8 @@ use ice_proto::rendezvous::{Achieved, NodeProgress};
 
 use crate::cli::HangTimeout;
 
-/// Timeout for ranks that report their steps. It is longer than the longest step, evaluation or
-/// write of a checkpoint that ranks wait for, and as long as NCCL's own timeout.
+/// Timeout for ranks that report their steps. The timeout is longer than the longest step,
+/// evaluation or write of a checkpoint that ranks wait for, and as long as NCCL's own timeout.
 const DEFAULT: Duration = Duration::from_secs(600);
 /// Lower limit of the timeout. Heartbeats come every second, so a shorter timeout would take the
 /// pause between two of them for a hang.
@@ -76,7 +76,8 @@ pub(crate) struct Hang {
     /// Time of the last activity: of all ranks, or of this rank if it is silent or neglects its
     /// file.
     pub(crate) since: Duration,
-    /// Whether the rank sends no heartbeats either, so that it cannot report its stack.
+    /// Whether the rank sends no heartbeats either. Its stacks are then not written, because it may
+    /// be stopped.
     pub(crate) is_silent: bool,
     /// Process id and signal to end that process by, before its rank is ended. Set if a timer
     /// expired.
@@ -241,8 +242,8 @@ impl HangWatch {
         (!self.ranks.values().any(is_silent)).then_some(due)
     }
 
-    /// Whether the coordinator has to decide whether a standstill of this node is a hang. It does
-    /// not for plain programs: their agent decides alone.
+    /// Whether the coordinator has to decide whether a standstill of this node is a hang. The agent
+    /// of plain programs decides alone.
     fn is_one_of_several(&self) -> bool {
         let is_plain = |pulse: &Pulse| matches!(pulse, Pulse::File { .. } | Pulse::Cpu { .. });
         self.several_nodes && !self.ranks.values().any(is_plain)

@@ -19,8 +19,8 @@ const HELD: Duration = Duration::from_secs(1);
 /// State of the agent, which decides which events matter.
 ///
 /// `Joining` → `Running` when a round starts, `Running` → `Finished` when all ranks succeed. A
-/// failure, an ended round or a request to stop leads to `Stopping`. Once no rank has
-/// to be waited for and the next state is known, `Agent::settle` moves on to `Joining` or `Done`.
+/// failure, an ended round or a request to stop leads to `Stopping`. Once no rank has to be waited
+/// for and the next state is known, `Agent::settle` moves on to `Joining` or `Done`.
 #[derive(Debug, Clone)]
 enum Phase {
     /// Waiting for a round to start.
@@ -544,9 +544,9 @@ impl Agent {
     /// Moves to `Stopping`, and returns the request to the ranks that `ask` leads to, if any.
     ///
     /// A second call while ranks already end usually repeats nothing. The exceptions are a gentle
-    /// end of a round that becomes an abrupt one, and a last call (`Then::Exit`) that ranks which
-    /// would wait for a next round must receive. A gentle end has no deadline: ranks take as long
-    /// as their step does.
+    /// end of a round that becomes an abrupt one, and the end of the job (`Then::Exit`), which
+    /// ranks that would wait for a next round must receive. A gentle end has no deadline: ranks
+    /// take as long as their step does.
     fn stop(&mut self, now: Duration, then: Then, ask: Ask) -> Vec<Action> {
         let already = matches!(self.phase, Phase::Stopping(_));
         let was_gentle = std::mem::take(&mut self.gentle);
@@ -563,8 +563,8 @@ impl Agent {
                 self.gentle = true;
                 return vec![Action::Ask(Ask::Regroup)];
             }
-            // Parked ranks wait for a round that will not come. They receive `End` instead of a
-            // request to save.
+            // Parked ranks wait for a round that will not come. All ranks therefore receive `End`
+            // instead of a request to save.
             Ask::Stop(..) if !self.parked.is_empty() => Ask::End("told to stop".into()),
             Ask::Broken(reason) if is_last => Ask::End(reason),
             _ if already && !was_gentle && !is_last => return Vec::new(),

@@ -578,8 +578,8 @@ impl<'a> Dispatcher<'a> {
             _ if self.paused.is_empty() => Request::Pause,
             _ => Request::Resume,
         };
-        // Ranks of the runtime install no handlers. They perform together what the signal stands
-        // for.
+        // Ranks of the runtime install no handlers. A request over the link makes them perform
+        // together the action that the signal stands for.
         if !refused.is_empty() && self.group.agrees() {
             self.request(request);
         } else if !refused.is_empty() {

@@ -123,7 +123,7 @@ fn group(
 ) -> Result<BTreeMap<u32, Cpus>, PlacementError> {
     let mut groups = BTreeMap::<u32, Cpus>::new();
     for cpu in cpus {
-        // The lowest CPU may be outside the mask. It only identifies the group.
+        // The lowest CPU only identifies the group, so it may be outside the mask.
         let name = sharing(cpu)?.first().copied().unwrap_or(cpu);
         groups.entry(name).or_default().insert(cpu);
     }

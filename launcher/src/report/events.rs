@@ -8,8 +8,8 @@ use super::failure::ExitRecord;
 use crate::cli::Command;
 use crate::logs::{Files, LogFile};
 
-/// Version of the format. It increases when a field changes its meaning or is removed. New events
-/// and fields may appear without a new version.
+/// Version of the format, which increases when a field changes its meaning or is removed. New
+/// events and fields may appear without a new version.
 const VERSION: u32 = 1;
 
 /// An event.

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{Failure, RoundRecord};
 
-/// Version of the format. It increases when a field changes its meaning or is removed.
+/// Version of the format, which increases when a field changes its meaning or is removed.
 const VERSION: u32 = 1;
 
 /// Content of `report.json`.

@@ -110,7 +110,7 @@ impl<'a> Environment<'a> {
 }
 
 /// Returns the thread variables that the ranks of this node will have if all agents of the job run
-/// on different machines. They are known before the nodes have met.
+/// on different machines. These variables are known before the nodes have met.
 pub(crate) fn expected_thread_variables(plan: &LaunchPlan) -> Vec<(&'static str, String)> {
     thread_variables(threads(plan, plan.local_world_size()))
 }

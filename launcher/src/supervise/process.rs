@@ -65,7 +65,7 @@ impl From<Stdio> for std::process::Stdio {
     }
 }
 
-/// A rank that was started. It leads a session and a process group of its own.
+/// A rank that was started, which leads its own session and process group.
 pub(crate) struct Rank {
     id: ProcessId,
     tree: Arc<ProcessTree>,

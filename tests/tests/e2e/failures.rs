@@ -204,8 +204,8 @@ fn a_failure_on_one_node_ends_the_other() {
     let (first, second) = (first.finish(SOON), second.finish(SOON));
     second.expect_code(9).expect_in_stderr(&["ice-launch: rank 1 failed: exit code 9", "    lost it"]);
     assert!(second.report("node").starts_with("1 ("), "{}", second.transcript());
-    // The other node has no exit code of a rank to propagate. It names the node and the rank that
-    // failed.
+    // The other node has no exit code of a rank to propagate. Its message names the node and the
+    // rank that failed.
     first.expect_code(ExitCode::Failure.code().into()).expect_in_stderr(&[
         "the job is over",
         "node 1",

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Returns the whole checkpoints of all runs in an output folder. They are ordered by run of the
-/// program, then by training steps, then by epochs.
+/// Returns the whole checkpoints of all runs in an output folder, ordered by run of the program,
+/// then by training steps, then by epochs.
 pub(crate) fn checkpoints(out_dir: &Path) -> Vec<PathBuf> {
     let runs = entries(out_dir);
     let all = runs.iter().flat_map(|run| entries(&run.join("ckpts")));
