@@ -74,7 +74,8 @@ impl<'a> Group<'a> {
         let summary = Summary::new(&plan.run_id);
         let (logs, round, ranks) = (None, None, BTreeMap::new());
         let host = hostname();
-        let spares = Spares::new(plan.spares);
+        // Those of Python are forked, and need no program that knows the link.
+        let spares = Spares::new(if plan.preload.is_empty() { plan.spares } else { 0 });
         let memory = MemoryWatch::new();
         let (started, error) = (0, None);
         let heartbeats = Heartbeats::make()
@@ -272,6 +273,11 @@ impl<'a> Group<'a> {
             }
         }
         started
+    }
+
+    /// Forks what is missing of the spares of Python; their processes.
+    pub(super) fn park_spares(&self) -> Vec<u32> {
+        self.warm.park()
     }
 
     /// Records the end of a spare.

@@ -538,6 +538,9 @@ impl<'a> Dispatcher<'a> {
             let rank = self.group.rank(local_rank);
             self.log.add(&Happened::RankStarted { rank, local_rank, pid });
         }
+        for pid in self.group.park_spares() {
+            self.log.add(&Happened::SpareStarted { pid });
+        }
         self.introduce();
         Ok(())
     }

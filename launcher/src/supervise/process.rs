@@ -24,7 +24,7 @@ use tokio::io::unix::AsyncFd;
 use super::drain::{Ending, Orders, Remains, drain, due};
 use super::proc::Process;
 use super::stuck::{Stuck, obstacles};
-use super::{ProcessId, ProcessTree, limits, mark};
+use super::{ProcessId, ProcessTree, TEMPLATE, limits, mark};
 use crate::agent::Exit;
 use crate::cli::Program;
 
@@ -164,30 +164,31 @@ impl Rank {
         Ok(Self { id, pid, pidfd, tree: Arc::clone(tree) })
     }
 
-    /// Adopts a process that a template has forked for this agent, and gives it the mark of a rank.
-    /// The process waits for its first message and does nothing else.
+    /// Adopts a process that the template has forked for this agent. The process waits for its first
+    /// message and does nothing else; it has the template's mark.
     ///
     /// # Errors
-    /// The process has ended, is not this process's child, or cannot be marked.
-    pub(crate) fn adopt(tree: &Arc<ProcessTree>, id: ProcessId, pid: u32) -> io::Result<Self> {
-        let rank = Self::open(tree, id, pid)?;
-        // The reaper may have waited for the process before it was noted, and the number be
-        // another's.
+    /// The process has ended, or is not this process's child.
+    pub(crate) fn adopt(tree: &Arc<ProcessTree>, pid: u32) -> io::Result<Self> {
+        let rank = Self::open(tree, TEMPLATE, pid)?;
+        // The reaper may have waited for the process before it was noted, and the number be another's.
         let is_ours = Process::read(pid).is_some_and(|process| {
             process.lives() && process.parent == std::process::id() && process.session == pid
         });
-        let marked = match tree.mark_of(id) {
-            _ if !is_ours => Err(io::ErrorKind::NotFound.into()),
-            Some(mark) => mark::set_of(pid, mark),
-            None => Ok(()),
-        };
-        match marked {
-            Ok(()) => Ok(rank),
-            Err(error) => {
-                rank.discard();
-                Err(error)
-            }
+        if !is_ours {
+            rank.discard();
+            return Err(io::ErrorKind::NotFound.into());
         }
+        Ok(rank)
+    }
+
+    /// Gives an adopted process its number and its mark.
+    pub(crate) fn assign(&mut self, id: ProcessId) -> io::Result<()> {
+        if let Some(mark) = self.tree.mark_of(id) {
+            mark::set_of(self.pid, mark)?;
+        }
+        self.id = id;
+        Ok(())
     }
 
     /// Binds it to CPUs; for a process that has not begun its work.

@@ -27,7 +27,7 @@ use crate::logs::{Console, Files};
 use crate::placement::{CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES};
 use crate::supervise::{ProcessId, ProcessTree, Rank, Start, Stdio, TEMPLATE, expected_thread_variables};
 use command::PythonCommand;
-use template::{Outcome, Setup, Template, Trouble};
+use template::{Outcome, Setup, Template, Trouble, Waiting};
 use wire::Message;
 
 /// Templates that a job starts at most: after that something ends each of them.
@@ -36,6 +36,8 @@ const MOST_TEMPLATES: u32 = 10;
 /// The template of this node, and what it is made from.
 pub(crate) struct Warm {
     modules: Vec<String>,
+    /// How many spares are kept.
+    wanted: usize,
     /// The variables that differ from rank to rank.
     rank_variables: Vec<&'static str>,
     tree: Arc<ProcessTree>,
@@ -46,6 +48,8 @@ pub(crate) struct Warm {
 
 struct State {
     phase: Phase,
+    /// Forked processes that wait to become ranks.
+    spares: Vec<Waiting>,
     /// The thread variables of the template.
     variables: Vec<(&'static str, String)>,
     started: u32,
@@ -70,12 +74,14 @@ impl Warm {
         let contract = names::ALL.iter().map(|(name, _)| *name).filter(|name| !is_fixed(name));
         let warm = Self {
             modules: plan.preload.clone(),
+            wanted: plan.spares as usize,
             rank_variables: contract.chain([CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES]).collect(),
             tree: Arc::clone(tree),
             console: console.clone(),
             files: files.clone(),
             state: RefCell::new(State {
                 phase: Phase::Off,
+                spares: Vec::new(),
                 variables: expected_thread_variables(plan),
                 started: 0,
                 said: String::new(),
@@ -135,6 +141,8 @@ impl Warm {
             Trouble::Refused(format!("the template was started without {}", now.join(" ")))
         };
         drop(template);
+        let spares = std::mem::take(&mut self.state.borrow_mut().spares);
+        spares.into_iter().for_each(Waiting::discard);
         match trouble {
             Trouble::Failed(why) | Trouble::Refused(why) => self.say(&why),
         }
@@ -202,34 +210,59 @@ impl Warm {
     fn fork(&self, template: &mut Template, start: &Start<'_>) -> Result<Rank, Trouble> {
         let command = command_of(start.program, start.local_rank).filter(PythonCommand::is_source);
         let command = command.ok_or_else(|| Trouble::Refused("the program is no Python source".into()))?;
-        let (rank, mut gate) = template.fork(&self.tree, start.id)?;
-        let sent = (|| -> io::Result<()> {
-            if let Some(cpus) = start.cpus {
-                rank.bind(cpus)?;
-            }
-            let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
-            let own = (io::stdin(), io::stdout(), io::stderr());
-            let own = [own.0.as_fd(), own.1.as_fd(), own.2.as_fd()];
-            let [stdout, stderr] = &start.output;
-            let streams: [&Stdio; 3] = [&start.stdin, stdout, stderr];
-            let streams = std::array::from_fn(|at| streams[at].descriptor(own[at], null.as_fd()));
-            let message = Message {
-                launcher: std::process::id(),
-                streams,
-                link: start.link.as_fd(),
-                name: command.name.as_deref(),
-                words: &command.words[command.at..],
-                variables: &start.variables,
-            };
-            message.send(&mut gate)
-        })();
-        match sent {
-            Ok(()) => Ok(rank),
-            Err(error) => {
-                rank.discard();
-                Err(error.into())
+        let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+        let own = (io::stdin(), io::stdout(), io::stderr());
+        let own = [own.0.as_fd(), own.1.as_fd(), own.2.as_fd()];
+        let [stdout, stderr] = &start.output;
+        let streams: [&Stdio; 3] = [&start.stdin, stdout, stderr];
+        let message = Message {
+            launcher: std::process::id(),
+            streams: std::array::from_fn(|at| streams[at].descriptor(own[at], null.as_fd())),
+            link: start.link.as_fd(),
+            name: command.name.as_deref(),
+            words: &command.words[command.at..],
+            variables: &start.variables,
+        };
+        let waiting = match self.spare() {
+            Some(spare) => spare,
+            None => template.fork(&self.tree)?,
+        };
+        waiting.begin(start.id, start.cpus, &message)
+    }
+
+    /// A spare that lives.
+    fn spare(&self) -> Option<Waiting> {
+        let mut state = self.state.borrow_mut();
+        let spares = std::iter::from_fn(|| state.spares.pop());
+        let (mut living, ended): (Vec<_>, Vec<_>) = spares.partition(Waiting::lives);
+        ended.into_iter().for_each(Waiting::discard);
+        let spare = living.pop();
+        state.spares = living;
+        spare
+    }
+
+    /// Forks what is missing of the spares; returns their processes.
+    pub(crate) fn park(&self) -> Vec<u32> {
+        self.look();
+        let mut state = self.state.borrow_mut();
+        let (mut parked, mut trouble) = (Vec::new(), None);
+        while let State { phase: Phase::Ready(template), spares, .. } = &mut *state
+            && spares.len() < self.wanted
+            && trouble.is_none()
+        {
+            match template.fork(&self.tree) {
+                Ok(spare) => {
+                    parked.push(spare.pid());
+                    spares.push(spare);
+                }
+                Err(Trouble::Failed(why) | Trouble::Refused(why)) => trouble = Some(why),
             }
         }
+        drop(state);
+        if let Some(why) = trouble {
+            self.console.note(&format!("a spare could not be forked: {why}"));
+        }
+        parked
     }
 
     /// Says why ranks start cold, once.

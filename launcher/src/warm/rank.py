@@ -19,7 +19,13 @@ kept = []
 def become_rank(gate, name, folder):
     """Waits for what the rank is, and takes it on; returns what to run."""
     control.close()
+    gate = _socket.socket(fileno=gate)
     fields, descriptors = receive(gate)
+    changed = stale()
+    gate.sendall(b'refused `%s` has changed since it was preloaded\0' % os.fsencode(changed) if changed else b'ready\0')
+    gate.close()
+    if changed:
+        os._exit(0)
     fields = iter(fields)
     launcher, stdio, own_name = (next(fields) for _ in range(3))
     words, variables = listed(fields), listed(fields)
@@ -51,19 +57,17 @@ def become_rank(gate, name, folder):
 
 
 def receive(gate):
-    """Receives the one message of the launcher with its descriptors, and closes the gate."""
-    socket = _socket.socket(fileno=gate)
-    data, ancillary, _, _ = socket.recvmsg(4, _socket.CMSG_SPACE(16))
+    """Receives the one message of the launcher with its descriptors."""
+    data, ancillary, _, _ = gate.recvmsg(4, _socket.CMSG_SPACE(16))
     if len(data) < 4:
         os._exit(0)
     found = descriptors(ancillary)
     length, text = int.from_bytes(data, 'little'), b''
     while len(text) < length:
-        part = socket.recv(length - len(text))
+        part = gate.recv(length - len(text))
         if not part:
             os._exit(0)
         text += part
-    socket.close()
     return text.split(b'\0'), found
 
 
@@ -115,11 +119,14 @@ def standard_stream(number, name, old):
 def draw_new_seeds():
     """Draws for this process what modules have drawn once, when they were imported.
 
-    `random` does so by itself after a fork. The generators of PyTorch start with a fixed seed.
+    `random` does so by itself after a fork. PyTorch's generators of other devices start with a fixed
+    seed when they are first used.
     """
     numpy = sys.modules.get('numpy')
     if 'numpy.random' in sys.modules and numpy is not None:
         numpy.random.seed()
+    if 'torch' in sys.modules:
+        sys.modules['torch'].default_generator.seed()
     process = sys.modules.get('multiprocessing.process')
     if process is not None:
         process.current_process().authkey = os.urandom(32)

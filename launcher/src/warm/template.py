@@ -192,9 +192,14 @@ def unfit():
     threads = count_threads()
     if threads > 1:
         return '%d threads run in the template' % (threads - 1)
+    return None
+
+
+def stale():
+    """Which preloaded module is not the one on disk any more; None if all are."""
     for file, (name, before) in sources.items():
         if identity(file) != before:
-            return '`%s` has changed since it was preloaded' % name
+            return name
     return None
 
 

@@ -1,5 +1,6 @@
 //! The template: a Python process that has imported the modules of `--preload`, and forks ranks.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -10,12 +11,13 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::AsyncReadExt;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
 use super::command::PythonCommand;
-use super::wire::{self, Answer};
+use super::wire::{self, Answer, Message};
 use crate::cli::Program;
 use crate::logs::{Console, Files, Pump, Sink, Target, pipe};
 use crate::supervise::{Ending, Orders, ProcessId, ProcessTree, Rank, Start, Stdio, TEMPLATE, spawn};
@@ -109,20 +111,59 @@ impl Template {
         Ok((Self { pid, control, ending }, outcome))
     }
 
-    /// Forks a rank that waits at a gate; returns the gate.
-    pub(super) fn fork(
-        &mut self,
-        tree: &Arc<ProcessTree>,
-        id: ProcessId,
-    ) -> Result<(Rank, UnixStream), Trouble> {
+    /// Forks a process that waits at a gate.
+    pub(super) fn fork(&mut self, tree: &Arc<ProcessTree>) -> Result<Waiting, Trouble> {
         let (gate, theirs) = UnixStream::pair()?;
         wire::bound(&self.control)?;
         wire::bound(&gate)?;
         match wire::ask_to_fork(&mut self.control, theirs.as_fd())? {
-            Answer::Forked(pid) => Ok((Rank::adopt(tree, id, pid)?, gate)),
+            Answer::Forked(pid) => Ok(Waiting { rank: Rank::adopt(tree, pid)?, gate }),
             Answer::Refused(why) => Err(Trouble::Refused(why)),
             _ => Err(Trouble::Failed("the template answers something else".into())),
         }
+    }
+}
+
+/// A forked process that waits for the message that makes it a rank.
+pub(super) struct Waiting {
+    rank: Rank,
+    gate: UnixStream,
+}
+
+impl Waiting {
+    pub(super) fn pid(&self) -> u32 {
+        self.rank.pid()
+    }
+
+    /// Whether it has not ended.
+    pub(super) fn lives(&self) -> bool {
+        let mut end = [PollFd::new(&self.gate, PollFlags::IN)];
+        // It says nothing by itself, so that there is something to read when its end is closed.
+        poll(&mut end, Some(&Timespec::default())) == Ok(0)
+    }
+
+    /// Makes it the rank of this number.
+    pub(super) fn begin(
+        mut self,
+        id: ProcessId,
+        cpus: Option<&BTreeSet<u32>>,
+        message: &Message<'_>,
+    ) -> Result<Rank, Trouble> {
+        let prepared = self.rank.assign(id).and_then(|()| cpus.map_or(Ok(()), |cpus| self.rank.bind(cpus)));
+        let answer = prepared.and_then(|()| message.send(&mut self.gate));
+        let trouble = match answer {
+            Ok(Answer::Ready) => return Ok(self.rank),
+            Ok(Answer::Refused(why)) => Trouble::Refused(why),
+            Ok(_) => Trouble::Failed("a forked process answers something else".into()),
+            Err(error) => error.into(),
+        };
+        self.rank.discard();
+        Err(trouble)
+    }
+
+    /// Ends it.
+    pub(super) fn discard(self) {
+        self.rank.discard();
     }
 }
 

@@ -5,6 +5,7 @@
 //!   `forked PID`, `refused WHY`.
 //! - To a rank, over its gate and once: a length, and texts that are separated by NUL, with the
 //!   descriptors of its streams and of its link.
+//! - From a rank, once: `ready` or `refused WHY`.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, IoSlice, Read, Write};
@@ -64,6 +65,11 @@ pub(super) fn bound(socket: &UnixStream) -> io::Result<()> {
 /// Asks the template for a rank that waits at this gate.
 pub(super) fn ask_to_fork(control: &mut UnixStream, gate: BorrowedFd<'_>) -> io::Result<Answer> {
     send(control, b"f", &[gate])?;
+    answer(control)
+}
+
+/// Receives one answer.
+fn answer(control: &mut UnixStream) -> io::Result<Answer> {
     let (mut received, mut buffer) = (Vec::new(), [0; 512]);
     loop {
         let read = again(|| control.read(&mut buffer))?;
@@ -92,8 +98,8 @@ pub(super) struct Message<'a> {
 }
 
 impl Message<'_> {
-    /// Sends it, and with it lets the process begin.
-    pub(super) fn send(&self, gate: &mut UnixStream) -> io::Result<()> {
+    /// Sends it, and with it lets the process begin, unless the process refuses.
+    pub(super) fn send(&self, gate: &mut UnixStream) -> io::Result<Answer> {
         let open = (0..3).filter(|at| self.streams[*at].is_some());
         let mut fields = vec![
             self.launcher.to_string().into_bytes(),
@@ -108,7 +114,8 @@ impl Message<'_> {
         let length = u32::try_from(text.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
         let descriptors: Vec<_> = self.streams.into_iter().flatten().chain([self.link]).collect();
         send(gate, &length.to_le_bytes(), &descriptors)?;
-        gate.write_all(&text)
+        gate.write_all(&text)?;
+        answer(gate)
     }
 }
 

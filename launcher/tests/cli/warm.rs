@@ -1,13 +1,16 @@
 //! Ranks of Python that are forked from a template are what they would be without it.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::process::Signal;
 use tempfile::{TempDir, tempdir};
 
-use crate::support::{Finished, Gate, Job, executable, free_port, ice_launch, run, wait_until_reaped};
+use crate::support::{
+    Finished, Gate, Job, SOON, executable, free_port, ice_launch, run, wait_for_text, wait_until_reaped,
+};
 
 /// A module that tells a forked rank from others.
 const MARKER: &str = "import os\nPID = os.getpid()\n";
@@ -36,6 +39,11 @@ fn launched(folder: &Path, options: &[&str]) -> Command {
     command.current_dir(folder).args(["--devices", "cpu"]).args(options);
     command.env("PYTHON_EXEC", "python3").env("PYTHONDONTWRITEBYTECODE", "1");
     command
+}
+
+fn kill(pid: &str) {
+    let pid = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
+    rustix::process::kill_process(pid, Signal::KILL).unwrap();
 }
 
 /// Runs a program without and with a template.
@@ -177,8 +185,7 @@ fn template_that_is_killed_or_stale_is_replaced() {
     command.arg("program.py");
     let mut job = Job::start(command);
     let template = job.expect_line("at 0, from ");
-    let pid = rustix::process::Pid::from_raw(template.parse().unwrap()).unwrap();
-    rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    kill(&template);
     wait_until_reaped(&template);
     gate.open();
     job.expect_line("at 1, from 0");
@@ -261,4 +268,85 @@ fn signal_during_an_import_ends_the_job_at_once() {
     job.expect_error("[preload]: importing\n");
     job.signal(Signal::TERM);
     assert_eq!(job.finish().code, Some(143));
+}
+
+#[test]
+fn spare_is_forked_ahead_and_becomes_the_next_rank() {
+    let folder = folder();
+    let program = format!(
+        "{TELL}sys.stdout.write('pid %d\\n' % os.getpid())\nopen(os.environ['GATE']).read()\n\
+         raise SystemExit(os.environ['TORCHELASTIC_RESTART_COUNT'] != '2')\n"
+    );
+    fs::write(folder.path().join("program.py"), program).unwrap();
+    let events = folder.path().join("events");
+    let mut command = launched(folder.path(), &["--max-restarts=2", "--preload=marker", "--spares=1"]);
+    command.args(["--restart-backoff=0", "--events"]).arg(&events).arg("program.py");
+    let gate = Gate::new(&mut command);
+    let spare = |number: usize| {
+        let mut pids = Vec::new();
+        while pids.len() < number {
+            let text = wait_for_text(&events, "spare_started");
+            let lines = text.lines().filter(|line| line.contains("spare_started"));
+            let pid = |line: &str| Some(line.split("\"pid\":").nth(1)?.split(['}', ',']).next()?.to_owned());
+            pids = lines.filter_map(pid).collect();
+        }
+        pids.swap_remove(number - 1)
+    };
+    let mut job = Job::start(command);
+    job.expect_line("pid ");
+    gate.open();
+    assert_eq!(job.expect_line("pid "), spare(1));
+    // A spare that has ended is not used.
+    let second = spare(2);
+    kill(&second);
+    gate.open();
+    assert_ne!(job.expect_line("pid "), second);
+    gate.open();
+    let finished = job.finish();
+    assert_eq!(finished.expect(0, &[]).stdout.iter().filter(|line| *line == "forked").count(), 3);
+    assert!(!finished.stderr.contains(WHY), "{finished:#?}");
+}
+
+/// The Python of an installed PyTorch. `None` if it is missing; with ICE_TEST_PEER that is an error.
+fn python_of(peer: &str) -> Option<PathBuf> {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps").join(peer).join("bin/python");
+    if python.exists() {
+        return Some(python);
+    }
+    assert!(std::env::var_os("ICE_TEST_PEER").is_none(), "{} is missing", python.display());
+    eprintln!("skipped: {} is missing; scripts/setup --peer --peer-newest makes it", python.display());
+    None
+}
+
+/// Trains in forked ranks, in each of the ways that a program may end.
+fn forked_ranks_train_and_end(peer: &str) {
+    let Some(python) = python_of(peer) else { return };
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/python/gloo_ends.py");
+    let run = |options: &[&str], last: &str| {
+        let mut command = launched(Path::new("."), &["--devices=cpu:0-1", "--restart-backoff=0"]);
+        command.env("PYTHON_EXEC", &python).args(options).arg(&script).arg(last);
+        Job::start(command).finish_within(SOON * 6)
+    };
+    let started = run(&["--preload=none"], "0");
+    let forked = run(&["--preload=torch", "--crash-loop-limit=0", "--max-restarts=5"], "5");
+    let losses = |finished: &Finished| -> Vec<String> {
+        finished.expect(0, &[]).stdout.iter().filter(|line| line.starts_with("loss")).cloned().collect()
+    };
+    let (expected, losses) = (losses(&started), losses(&forked));
+    assert_eq!((expected.len(), losses.len()), (2, 12), "{started:#?} {forked:#?}");
+    assert!(losses.iter().all(|loss| *loss == expected[0]), "{losses:?}, not {expected:?}");
+    let drawn: BTreeSet<_> = forked.stdout.iter().filter(|line| line.starts_with("drawn")).collect();
+    assert_eq!(drawn.len(), 12, "{drawn:?}");
+    // A rank that does not end by itself is killed.
+    assert!(!forked.stderr.contains(WHY) && !forked.stderr.contains("killed"), "{forked:#?}");
+}
+
+#[test]
+fn forked_ranks_train_like_started_ones_and_end() {
+    forked_ranks_train_and_end("peer");
+}
+
+#[test]
+fn forked_ranks_of_the_newest_pytorch_train_like_started_ones_and_end() {
+    forked_ranks_train_and_end("newest");
 }

@@ -179,8 +179,13 @@ impl Job {
     /// Waits for the end of the launcher, but not of its descendants.
     #[track_caller]
     pub(crate) fn wait(&self) {
+        self.wait_within(SOON);
+    }
+
+    #[track_caller]
+    fn wait_within(&self, limit: Duration) {
         let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).unwrap();
-        assert!(leftovers::wait_for_end(&pidfd, SOON), "it does not end: {:?}", self.seen);
+        assert!(leftovers::wait_for_end(&pidfd, limit), "it does not end: {:?}", self.seen);
     }
 
     /// Waits until standard error is full.
@@ -200,8 +205,14 @@ impl Job {
 
     /// Waits for the end of the launcher, and checks that no process is left.
     #[track_caller]
-    pub(crate) fn finish(mut self) -> Finished {
-        self.wait();
+    pub(crate) fn finish(self) -> Finished {
+        self.finish_within(SOON)
+    }
+
+    /// Like [`Job::finish`], for what takes longer than other tests.
+    #[track_caller]
+    pub(crate) fn finish_within(mut self, limit: Duration) -> Finished {
+        self.wait_within(limit);
         let status = self.child.wait().unwrap();
         let left = leftovers::wait_until_none(&self.mark, Duration::from_secs(5));
         assert!(left.is_empty(), "left behind: {left:#?}");
