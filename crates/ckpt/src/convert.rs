@@ -1,4 +1,5 @@
-//! Parameters from and to single safetensors files, as PyTorch users have them.
+//! Copies parameters between checkpoints and single safetensors files, the form that PyTorch users
+//! have them in.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -47,7 +48,7 @@ pub(crate) fn export(checkpoint: &Path, file: &Path, optimizer: bool, node: Opti
         out.flush().and_then(|()| out.get_ref().sync_all()).with_context(context)
     };
     write().inspect_err(|_| {
-        // Half a file would be taken for a whole one.
+        // Half a file would look like a whole one.
         let _ = fs::remove_file(file);
     })?;
     println!("{}: {} tensors, {} bytes", file.display(), entries.len(), layout.data_len());
@@ -85,7 +86,7 @@ pub(crate) fn import(file: &Path, checkpoint: &Path, node: Option<&str>) -> Resu
     let write = || {
         let info = staging.write(MODEL, &[layout.header(), &data])?;
         let mut manifest = Manifest::new("imported", 1, 0, Counts::default(), Json::Null);
-        // No run can resume from it, having neither tasks nor positions.
+        // No run can resume from a checkpoint with tags. This one has neither tasks nor positions.
         manifest.tags = Some(node.unwrap_or("imported").into());
         manifest.files = BTreeMap::from([(MODEL.to_owned(), info)]);
         staging.clone().commit(&manifest)

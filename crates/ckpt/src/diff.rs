@@ -1,4 +1,4 @@
-//! What differs between two checkpoints.
+//! Compares two checkpoints.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -66,8 +66,11 @@ pub(crate) fn diff(a: &Path, b: &Path, json: bool) -> Result<bool> {
     Ok(differences.is_empty())
 }
 
-/// The largest absolute difference of two elements; `None` for elements that are no numbers to us. An element that is no number
-/// differs from any other by infinity.
+/// Returns the largest absolute difference between two elements at the same place. Returns `None`
+/// if the elements are of a type that this tool does not read as numbers.
+///
+/// If only one of two elements is NaN, or their NaNs have different bytes, the difference is
+/// infinite.
 fn max_difference(dtype: Dtype, a: &[u8], b: &[u8]) -> Option<f64> {
     fn most<const N: usize>(a: &[u8], b: &[u8], number: impl Fn([u8; N]) -> f64) -> f64 {
         let (a, b) = (a.as_chunks::<N>().0, b.as_chunks::<N>().0);

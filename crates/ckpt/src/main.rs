@@ -1,4 +1,5 @@
-//! `ice-ckpt`: looks into checkpoints and moves parameters in and out of them. It needs no libtorch.
+//! `ice-ckpt`: inspects checkpoints, and copies parameters out of them and into them. It needs no
+//! libtorch.
 
 mod convert;
 mod diff;
@@ -22,7 +23,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// The checkpoints in a folder, the newest last: a run's, one with runs in it, or one with checkpoints in it.
+    /// Lists the checkpoints in a folder, the newest last. The folder is a run's, or one with runs
+    /// in it, or one with checkpoints in it.
     List {
         /// The folder.
         dir: PathBuf,
@@ -30,24 +32,25 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// What a checkpoint says about itself. Its files are not read through.
+    /// Prints the manifest of a checkpoint. Its tensors are not read.
     Inspect {
         /// The checkpoint's folder.
         checkpoint: PathBuf,
-        /// All tensors too.
+        /// Print all tensors' names, dtypes and shapes too.
         #[arg(long)]
         keys: bool,
         /// As JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Reads checkpoints whole and says what is damaged. The exit code is 1 where something is.
+    /// Reads checkpoints whole and reports damage. The exit code is 1 if any of them is damaged.
     Verify {
         /// Folders of checkpoints.
         #[arg(required = true)]
         checkpoints: Vec<PathBuf>,
     },
-    /// What differs between two checkpoints: keys, shapes, dtypes and values. The exit code is 1 where something does.
+    /// Compares two checkpoints: keys, shapes, dtypes and values. The exit code is 1 if they
+    /// differ.
     Diff {
         /// One checkpoint.
         a: PathBuf,
@@ -57,26 +60,27 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Writes the tensors of a checkpoint into one safetensors file, however many files they lie in.
+    /// Writes the tensors of a checkpoint into one safetensors file, however many files hold them.
     Export {
         /// The checkpoint.
         checkpoint: PathBuf,
-        /// The file; it must not be there yet.
+        /// The file. It must not exist yet.
         file: PathBuf,
         /// The optimizers' state too.
         #[arg(long)]
         optimizer: bool,
-        /// The tensors of this node alone, without its name in their keys, as PyTorch's module has them.
+        /// Only the tensors of this node, without its name in their keys, as PyTorch's module has
+        /// them.
         #[arg(long, value_name = "NAME")]
         node: Option<String>,
     },
-    /// Makes a checkpoint of a safetensors file, to load parameters from.
+    /// Makes a checkpoint from a safetensors file, to load parameters from.
     Import {
         /// The file.
         file: PathBuf,
-        /// The checkpoint's folder; it must not be there yet.
+        /// The checkpoint's folder. It must not exist yet.
         checkpoint: PathBuf,
-        /// The node whose parameters they are: its name begins the keys.
+        /// The node that the parameters belong to. Their keys get its name as a prefix.
         #[arg(long, value_name = "NAME")]
         node: Option<String>,
     },

@@ -1,4 +1,4 @@
-//! What a reader wants to know of checkpoints.
+//! Prints checkpoints: lists of them, manifests, tensors and damage.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,8 @@ use ice_checkpoint::{
 };
 use serde_json::json;
 
-/// The checkpoints of a folder, of a run, or of all runs in a folder.
+/// Returns the checkpoints below a folder, the newest last. The folder holds checkpoints, or is a
+/// run's, or holds the folders of runs.
 fn below(dir: &Path) -> Vec<Candidate> {
     let mut holders = vec![dir.to_owned(), dir.join(CHECKPOINTS), dir.join(BEST)];
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {

@@ -1,4 +1,4 @@
-//! The tool as a user calls it.
+//! Runs the tool as a user calls it.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -20,7 +20,7 @@ fn floats(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-/// A checkpoint with `net.w` of two by two and its moments in two shards.
+/// Writes a checkpoint: `net.w`, two by two, in one piece, and its first moments in two shards.
 fn checkpoint(folder: &Path, w: [f32; 4]) {
     let staging = Staging::begin(folder, "test").unwrap();
     let mut files = BTreeMap::new();
