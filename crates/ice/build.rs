@@ -1,5 +1,5 @@
-//! Lets the examples find libtorch at run time; a link argument of a dependency does not reach them. For the same reason a program's
-//! build script is told the folder, as `DEP_ICE_LIBTORCH_LIB`.
+//! Lets the examples find libtorch at run time: a link argument of a dependency does not apply to
+//! them. For the same reason, a program's build script gets the folder as `DEP_ICE_LIBTORCH_LIB`.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -1,4 +1,4 @@
-//! A small GPT learns to write like the text that it is given, byte by byte.
+//! Trains a small GPT to write like a given text, byte by byte.
 //!
 //!     scripts/fetch-text
 //!     cargo run --release --example gpt -- --devices cpu:0-1
@@ -22,7 +22,7 @@ struct Options {
     /// Steps of the optimizer.
     #[arg(long, default_value_t = 600)]
     steps: u64,
-    /// Steps between two looks at the validation text, with a checkpoint.
+    /// Steps between two evaluations on the validation text, each with a checkpoint.
     #[arg(long, default_value_t = 200)]
     eval_every: u64,
     /// Windows of text per rank and pass.
@@ -53,7 +53,8 @@ struct Options {
     run: RunOptions,
 }
 
-/// A transformer block: attention to what came before, then a small network, each added to its input.
+/// A transformer block: attention to the earlier bytes, then a small network. The output of each is
+/// added to its input.
 struct Block {
     norm1: nn::LayerNorm,
     attention: nn::Linear,
@@ -67,7 +68,8 @@ struct Block {
 impl Block {
     fn new(path: &nn::Path, options: &Options) -> Self {
         let width = options.width;
-        // The branches of all layers add up.
+        // The outputs of the branches of all layers add up, so that each begins with smaller
+        // weights, as in GPT-2.
         let branch = 0.02 / (2.0 * options.layers as f64).sqrt();
         Self {
             norm1: nn::LayerNorm::new(path / "norm1", width),
@@ -80,7 +82,7 @@ impl Block {
         }
     }
 
-    /// `[n, t, width]` to the same.
+    /// Maps `[n, t, width]` to the same shape.
     fn forward(&self, x: &Tensor) -> Tensor {
         let (n, t, width) = x.size3().unwrap_or_default();
         let parts = x.apply(&self.norm1).apply(&self.attention).chunk(3, -1);
@@ -129,14 +131,14 @@ impl Gpt {
         }
     }
 
-    /// Bytes `[n, t]` to the logits of the bytes after each, `[n, t, 256]`.
+    /// Maps bytes `[n, t]` to the logits of the byte after each, `[n, t, 256]`.
     fn forward(&self, bytes: &Tensor) -> Tensor {
         let places = Tensor::arange(bytes.size()[1], (Kind::Int64, bytes.device()));
         let x = bytes.apply(&self.tokens) + places.apply(&self.places);
         self.blocks.iter().fold(x, |x, block| block.forward(&x)).apply(&self.norm).apply(&self.head)
     }
 
-    /// Goes on after a text, byte by byte.
+    /// Returns the text `start` with `count` more bytes, drawn one by one.
     fn write(&self, start: &str, count: usize, device: ice::tch::Device) -> String {
         let start: Vec<i64> = start.bytes().map(i64::from).collect();
         let mut text = Tensor::from_slice(&start).unsqueeze(0).to_device(device);
@@ -154,7 +156,8 @@ impl Gpt {
     }
 }
 
-/// A layer that begins as GPT-2's do.
+/// Makes a linear layer with GPT-2's initial values: normal weights of deviation `std`, and zeros
+/// as biases.
 fn linear(path: nn::Path, inputs: i64, outputs: i64, std: f64) -> nn::Linear {
     let layer = nn::Linear::new(path, inputs, outputs);
     nn::init::normal_(&layer.ws, 0.0, std);
@@ -167,7 +170,8 @@ fn main() -> ExitCode {
     ice::main(|| train(options))
 }
 
-/// Windows of a text: what is seen, and one byte more, as int64 `[context + 1]`.
+/// Returns the windows of `text[from..to]`. Each is int64 `[context + 1]`: the bytes that the model
+/// sees, and one more.
 fn windows(
     text: &Arc<Vec<u8>>,
     from: usize,

@@ -1,4 +1,4 @@
-//! A small convolutional network learns to read handwritten digits, on as many devices as there are.
+//! Trains a small convolutional network to read handwritten digits, on all given devices.
 //!
 //!     cargo run --release --example mnist -- --devices cpu:0-1
 
@@ -56,7 +56,7 @@ impl Net {
         }
     }
 
-    /// Images `[n, 1, 28, 28]` to log-probabilities `[n, 10]`.
+    /// Maps images `[n, 1, 28, 28]` to log-probabilities `[n, 10]`.
     fn forward(&self, images: &Tensor, train: bool) -> Tensor {
         let x = images.apply(&self.conv1).max_pool2d_default(2).relu();
         let x = x.apply(&self.conv2).apply_t(&self.channels, train).max_pool2d_default(2).relu();
@@ -77,7 +77,7 @@ fn train(options: &Options) -> Result<(), ice::Error> {
         .hparam("batch_size", options.batch_size)
         .hparam("dropout", options.dropout);
 
-    // Two datasets share the name `digits`; the tags say which one a task sees.
+    // Two datasets share the name `digits`: the tags select the one that a task uses.
     let learn = Mnist::open(&options.data, Split::Train)?;
     let test = Mnist::open(&options.data, Split::Test)?;
     let learn = DatasetNode::new(learn).shuffle(true).batch_size(options.batch_size).workers(options.workers);

@@ -1,8 +1,9 @@
-//! Nodes, a dataset and a meter of one's own: a small network learns to tell two spirals apart, from points with less and less noise.
+//! Nodes, a dataset and a meter of a program's own. A small network learns to tell two spirals
+//! apart, from points with less and less noise.
 //!
 //!     cargo run --release --example own_nodes -- --devices cpu:0-1
 //!
-//! With `--predict out/…` it uses what such a run has trained.
+//! With `--predict out/…`, the program uses a network that such a run has trained.
 
 use std::f32::consts::TAU;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,8 @@ struct Options {
     /// Times to go through the points.
     #[arg(long, default_value_t = 30)]
     epochs: u64,
-    /// Say which spiral three points are of, by what was trained: the folder of a run, or of a checkpoint.
+    /// Print the spirals of three points, with the network in the folder of a run or of a
+    /// checkpoint.
     #[arg(long, value_name = "DIR")]
     predict: Option<PathBuf>,
     #[command(flatten)]
@@ -144,7 +146,7 @@ impl Meter for Largest {
 }
 // ANCHOR_END: meter
 
-/// Which spiral each point of the batch is of, int64 `[n]`.
+/// Returns the spiral of each point of the batch, int64 `[n]`.
 fn classes(x: &Outputs<'_>) -> Result<Tensor> {
     Ok(x.get::<(Tensor, Tensor)>("spirals")?.1.shallow_clone())
 }

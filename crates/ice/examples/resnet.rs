@@ -1,5 +1,6 @@
-//! A small residual network learns to read handwritten digits. Its layers have torchvision's names, and its batch norms take their
-//! statistics from each rank's batch, or with `--sync-batch-norm` from the batches of all ranks.
+//! Trains a small residual network to read handwritten digits. Its layers have torchvision's names.
+//! Its batch norms take their statistics from each rank's batch, or from the batches of all ranks
+//! with `--sync-batch-norm`.
 //!
 //!     cargo run --release --example resnet -- --devices cpu:0-1 --sync-batch-norm
 
@@ -26,7 +27,8 @@ struct Options {
     /// Take the statistics of batch norms over all ranks.
     #[arg(long)]
     sync_batch_norm: bool,
-    /// Compute with 64 bits, for comparisons: small differences grow a thousandfold in a few steps of such a network.
+    /// Compute with 64 bits, for comparisons: small differences grow a thousandfold in a few steps
+    /// of such a network.
     #[arg(long)]
     double: bool,
     /// Steps per epoch. Default: one pass over the images.
@@ -36,7 +38,7 @@ struct Options {
     run: RunOptions,
 }
 
-/// Two convolutions, and a way around them (He et al., 2015).
+/// Two convolutions, and a connection around them (He et al., 2015).
 #[derive(Debug)]
 struct BasicBlock {
     conv1: nn::Conv2d,
@@ -103,7 +105,7 @@ impl ResNet {
         }
     }
 
-    /// Images `[n, 1, 28, 28]` to logits `[n, 10]`.
+    /// Maps images `[n, 1, 28, 28]` to logits `[n, 10]`.
     fn forward(&self, images: &Tensor, train: bool) -> Tensor {
         let x = images.apply(&self.conv1).apply_t(&self.bn1, train).relu();
         let x = self.layers.iter().fold(x, |x, layer| x.apply_t(layer, train));

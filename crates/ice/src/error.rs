@@ -3,10 +3,10 @@ use std::process;
 use ice_proto::exit::ExitCode;
 use ice_worker::Worker;
 
-/// Why a training program ended before its work was done.
+/// The reason for which a training program ended before its work was done.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The run failed on this rank, or could not be put together.
+    /// The run failed on this rank, or its graph, tasks or options are wrong.
     #[error(transparent)]
     Run(#[from] ice_core::Error),
     /// The launcher could not start.
@@ -15,7 +15,7 @@ pub enum Error {
     /// The launcher failed.
     #[error(transparent)]
     Launch(#[from] ice_launch::Error),
-    /// The launched ranks failed; the launcher has said how.
+    /// The launched ranks failed. The launcher has already reported the reason.
     #[error("the job ended with exit code {}", .0.code())]
     Job(ExitCode),
 }
@@ -38,13 +38,16 @@ impl Error {
     }
 }
 
-/// Runs the body of a program's `main` and maps its error to a message and an exit code: 2 where an option or a file that it
-/// names is wrong, the ranks' own code where they failed.
+/// Runs the body of a program's `main`, prints its error, and returns the exit code.
 ///
-/// Diagnostics go to standard error, unless the program has a `tracing` subscriber; `ICE_LOG` selects them.
+/// The exit code is 2 if an option, or a file that an option names, is wrong. If the launched ranks
+/// failed, it is the exit code of their job.
 ///
-/// In a rank, an error or a panic is also told to the agent and left in the error file, and a body that succeeds ends with the rank leaving
-/// the job.
+/// Diagnostics go to standard error, unless the program has a `tracing` subscriber. `ICE_LOG`
+/// selects them.
+///
+/// In a rank, this function reports an error or a panic to the agent, and writes it to the error
+/// file. If the body succeeds, the rank leaves the job.
 pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
     ice_launch::log_to_stderr();
     if Worker::is_rank() {
@@ -74,7 +77,8 @@ fn report_panics() {
         let text = panic.payload_as_str().unwrap_or("a panic without a message");
         let place = panic.location().map_or_else(String::new, ToString::to_string);
         Worker::report_failure(&format!("panic: {text}"), &place);
-        // Unwinding would leave the process group first, and the others' errors about that would hide this one.
+        // Unwinding would first leave the process group. The other ranks' errors about that would
+        // then hide this panic.
         process::exit(PANIC);
     }));
 }

@@ -1,10 +1,11 @@
 //! Data-parallel training programs that launch themselves.
 //!
-//! A program builds a [`HyperGraph`] and its tasks, and calls [`Launch::run`]. Started by hand it becomes the launcher and
-//! starts itself once per device; started by `ice-launch` (or by itself) it is a rank. Either way the options of the
+//! A program builds a [`HyperGraph`] and its tasks, and calls [`Launch::run`]. A program that is
+//! started by hand becomes the launcher, and starts itself once per device. A program that a
+//! launcher starts, be it `ice-launch` or itself, is a rank. In both cases the options of the
 //! launcher are options of the program: `--devices cuda:0-3`, `--nnodes 2`, `--max-restarts 3`.
 //!
-//! `examples/mnist.rs` is the five-minute read.
+//! Read `examples/mnist.rs` first: that takes five minutes.
 //!
 //! In the book: `docs/start.md`, then `docs/nodes.md`.
 
@@ -22,9 +23,11 @@ pub use ice_core::{HyperGraph, Run};
 pub use ice_nn as nn;
 pub use {clap, serde_json, tch};
 
-/// What a training program needs, in one import. In the book: `docs/nodes.md#names-to-know`.
+/// Everything that a training program needs, in one import. In the book:
+/// `docs/nodes.md#names-to-know`.
 pub mod prelude {
-    /// For `#[derive(Parser)]`, whose code says `clap::`: a program needs no dependency of that name.
+    /// `#[derive(Parser)]` writes code that names `clap::`. With this import, a program needs no
+    /// dependency of that name.
     pub use clap::{self, Parser};
     pub use ice_core::data::{Dataset, Items, Labelled, Mnist, Split, Stream, items, stream};
     pub use ice_core::meter;

@@ -18,58 +18,64 @@ use ice_launch::LaunchArgs;
 )]
 #[derive(Args, Debug, Clone)]
 pub struct RunOptions {
-    /// Options of the launcher; of no effect where the program is started by one.
+    /// Options of the launcher. A program that a launcher has started ignores them.
     #[command(flatten)]
     pub launch: LaunchArgs,
 
-    /// All randomness follows from it: initial parameters, order of samples, dropout.
+    /// Seed of all randomness: initial parameters, order of samples, dropout.
     #[arg(long, default_value_t = 0, help_heading = "Run")]
     pub seed: u64,
 
-    /// Folder for checkpoints; each run makes one of its own in it.
+    /// Folder for checkpoints. Each run makes a folder of its own in it.
     #[arg(long, value_name = "DIR", default_value = "out", help_heading = "Run")]
     pub out_dir: PathBuf,
 
-    /// Save a checkpoint every so many training steps, beside those at the end of an epoch.
+    /// Save a checkpoint every STEPS training steps, in addition to those at the end of an epoch.
     #[arg(long, value_name = "STEPS", help_heading = "Run")]
     pub save_every_steps: Option<NonZeroU64>,
 
-    /// Resume from a checkpoint: its folder, or `latest` for the newest of this run id below the output folder, or `auto` for that, or the
-    /// beginning if there is none yet.
+    /// Resume from a checkpoint: its folder, or `latest` for the newest checkpoint of this run id
+    /// below the output folder, or `auto` for the same, or a start from the beginning if there is
+    /// none yet.
     #[arg(long, value_name = "PATH|latest|auto", help_heading = "Run")]
     pub resume_from: Option<ResumeFrom>,
 
-    /// Begin with the parameters in safetensors files: a file, the index of a sharded model, or a folder with either or a checkpoint. Keys are
-    /// those of a checkpoint's model.safetensors, or PyTorch's own if one node has all parameters. A run that resumes does not read them.
+    /// Begin with the parameters in safetensors files: a file, the index of a sharded model, or a
+    /// folder with either or a checkpoint. Keys are those of a checkpoint's model.safetensors, or
+    /// PyTorch's own if one node has all parameters. A run that resumes does not read them.
     #[arg(long, value_name = "PATH", help_heading = "Run")]
     pub init_from: Option<PathBuf>,
 
-    /// Replace the first match of a regular expression in each key of --init-from, such as '^module\.='. May be given several times.
+    /// Replace the first match of a regular expression in each key of --init-from, such as
+    /// '^module\.='. May be given several times.
     #[arg(long, value_name = "PATTERN=REPLACEMENT", requires = "init_from", help_heading = "Run")]
     pub init_rename: Vec<String>,
 
-    /// Leave out the parameters whose key has a match of a regular expression, such as '^fc\.': they begin with random values. May be given
-    /// several times.
+    /// Leave out the parameters whose key has a match of a regular expression, such as '^fc\.':
+    /// they keep their random initial values. May be given several times.
     #[arg(long, value_name = "PATTERN", requires = "init_from", help_heading = "Run")]
     pub init_skip: Vec<String>,
 
-    /// Load what --init-from has. A warning names what is missing in it, and what the program does not have. Different shapes are an error.
+    /// Load only the parameters that --init-from has. A warning names those that are missing there,
+    /// and those that the program does not have. Different shapes are an error.
     #[arg(long, requires = "init_from", help_heading = "Run")]
     pub init_partial: bool,
 
-    /// Start from the beginning, with a warning, where the checkpoint does not fit the program.
+    /// Start from the beginning, with a warning, if the checkpoint does not fit the program.
     #[arg(long, requires = "resume_from", help_heading = "Run")]
     pub resume_if_it_fits: bool,
 
-    /// Resume only if everything in the checkpoint fits the program: measures, validation datasets, lengths of tasks and the task list as well.
+    /// Resume only if everything in the checkpoint fits the program: also measures, validation
+    /// datasets, lengths of tasks and the task list.
     #[arg(long, help_heading = "Run")]
     pub resume_strict: bool,
 
-    /// Keep only the newest so many checkpoints of the run.
+    /// Keep only the newest N checkpoints of the run.
     #[arg(long, value_name = "N", help_heading = "Run")]
     pub keep_checkpoints: Option<NonZeroUsize>,
 
-    /// All ranks write a share of each checkpoint, instead of rank 0 alone. All nodes must share the output folder.
+    /// All ranks write a share of each checkpoint, instead of rank 0 alone. All nodes must share
+    /// the output folder.
     #[arg(long, help_heading = "Run")]
     pub split_checkpoints: bool,
 
@@ -77,39 +83,45 @@ pub struct RunOptions {
     #[arg(long, value_name = "ADDRESS", help_heading = "Run")]
     pub upload_checkpoints: Option<String>,
 
-    /// Look at the gradients of every step, and end the run before any are applied that are not finite, naming the rank.
+    /// Check the gradients of every step. If one is not finite, end the run before it is applied,
+    /// and name the ranks that it came from.
     #[arg(long, help_heading = "Run")]
     pub check_finite: bool,
 
-    /// What becomes of batches that are given per rank when nodes come or go.
+    /// Effect on batches that are given per rank, and on learning rates, when nodes join or leave.
     #[arg(long, value_name = "RULE", value_enum, default_value_t, help_heading = "Run")]
     pub elastic_batch: BatchRule,
 
-    /// Where optimizers are sharded, give another rank a copy of each rank's part every so many training steps, so that none is lost with a
-    /// rank; 0 for going back to the newest checkpoint instead.
+    /// If optimizers are sharded, send a copy of each rank's part to another rank every STEPS
+    /// training steps, so that no part is lost with a rank. With 0 there are no copies, and all
+    /// ranks return to the newest checkpoint instead.
     #[arg(long, value_name = "STEPS", default_value_t = 20, help_heading = "Run")]
     pub copy_shards_every: u64,
 
-    /// Show the losses of every such training step as TensorBoard events, in the run's folder; 0 for the ends of epochs alone.
+    /// Show the losses of every STEPS-th training step as TensorBoard events, in the run's folder.
+    /// With 0, only the ends of epochs are shown.
     #[arg(long, value_name = "STEPS", default_value_t = 50, help_heading = "Run")]
     pub log_every: u64,
 
-    /// Folder of the TensorBoard events. Default: the run's folder. With the same folder, resumed jobs continue one curve.
+    /// Folder of the TensorBoard events. Default: the run's folder. With the same folder, resumed
+    /// jobs continue one curve.
     #[arg(long, value_name = "DIR", help_heading = "Run")]
     pub events_dir: Option<PathBuf>,
 }
 
-/// What becomes of batches that are given per rank when nodes come or go.
+/// Effect on batches that are given per rank, and on learning rates, when nodes join or leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum BatchRule {
-    /// The global batch stays: fewer ranks take it in several passes.
+    /// The global batch stays the same: fewer ranks compute it in several passes.
     #[default]
     KeepGlobal,
-    /// The share of each rank stays, and so does the learning rate.
+    /// The share of each rank and the learning rate stay the same.
     KeepLocal,
-    /// The share of each rank stays, and the learning rate is in proportion to the global batch.
+    /// The share of each rank stays the same. The learning rate changes in proportion to the global
+    /// batch.
     KeepLocalLinear,
-    /// The share of each rank stays, and the learning rate is in proportion to the square root of the global batch.
+    /// The share of each rank stays the same. The learning rate changes in proportion to the square
+    /// root of the global batch.
     KeepLocalSqrt,
 }
 
@@ -120,54 +132,54 @@ impl Default for RunOptions {
 }
 
 impl RunOptions {
-    /// The options of a command line without any, whatever the environment.
+    /// Returns the options of an empty command line, whatever the environment variables are.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Devices, one rank each, such as `cuda:0-3` or `cpu:0-1`.
+    /// Sets the devices, one rank each, such as `cuda:0-3` or `cpu:0-1`.
     #[must_use]
     pub fn devices(mut self, devices: impl Into<String>) -> Self {
         self.launch.devices = Some(devices.into());
         self
     }
 
-    /// The seed that all randomness follows from.
+    /// Sets the seed of all randomness.
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// The folder in which each run makes one of its own.
+    /// Sets the folder in which each run makes a folder of its own.
     #[must_use]
     pub fn out_dir(mut self, folder: impl Into<PathBuf>) -> Self {
         self.out_dir = folder.into();
         self
     }
 
-    /// Saves a checkpoint whenever this many training steps are done; 0 for never.
+    /// Saves a checkpoint whenever this many training steps are done. With 0, only the tasks save.
     #[must_use]
     pub fn save_every_steps(mut self, steps: u64) -> Self {
         self.save_every_steps = NonZeroU64::new(steps);
         self
     }
 
-    /// The checkpoint to resume from.
+    /// Sets the checkpoint to resume from.
     #[must_use]
     pub fn resume_from(mut self, from: ResumeFrom) -> Self {
         self.resume_from = Some(from);
         self
     }
 
-    /// The parameters to begin with, as `--init-from` takes them.
+    /// Sets the parameters to begin with, as `--init-from` takes them.
     #[must_use]
     pub fn init_from(mut self, path: impl Into<PathBuf>) -> Self {
         self.init_from = Some(path.into());
         self
     }
 
-    /// The configuration that the options describe.
+    /// Returns the configuration that the options describe.
     pub(crate) fn config(&self) -> Result<RunConfig, Error> {
         Ok(RunConfig {
             seed: self.seed,

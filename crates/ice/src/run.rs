@@ -9,37 +9,46 @@ use ice_worker::Worker;
 
 use crate::{Error, RunOptions};
 
-/// Running a graph on many devices.
+/// Runs a graph on many devices.
 pub trait Launch {
     /// Runs the tasks on every device that the options name.
     ///
-    /// Outside a launcher this process becomes the launcher and starts its own program, with the same arguments, once per
-    /// rank. Inside one it is a rank: it binds its device, joins the others and runs the tasks.
+    /// If no launcher has started this process, it becomes the launcher, and starts its own program
+    /// once per rank, with the same arguments. Otherwise it is a rank: it binds its device, joins
+    /// the other ranks and runs the tasks.
     ///
-    /// A program may run several graphs, one after the other, on one thread: folds, or training before fine-tuning. Each rank does all
-    /// of them in the same order, in one job: in the launcher, the first call launches it, and the others return the outcome of the
-    /// first. A rank that is started again, or a job that resumes, skips the runs that are done. In the book: `docs/nodes.md#several-runs-in-one-program`.
+    /// A program may run several graphs, one after the other, on one thread: folds, or training
+    /// before fine-tuning. Each rank does all of them in the same order, in one job. In the
+    /// launcher, the first call launches the job, and the later calls return the outcome of the
+    /// first. A rank that is started again, or a job that resumes, skips the runs that are done. In
+    /// the book: `docs/nodes.md#several-runs-in-one-program`.
     ///
     /// # Errors
-    /// [`Error::Usage`] before anything is started, [`Error::Job`] where the ranks failed, [`Error::Run`] on a rank.
+    /// - [`Error::Run`]: an option of the run is wrong, or two runs have different options of the
+    ///   launcher, or the run failed on this rank.
+    /// - [`Error::Usage`]: an option of the launcher is wrong. Nothing was started.
+    /// - [`Error::Launch`]: the launcher failed.
+    /// - [`Error::Job`]: the launched ranks failed.
     fn run(self, tasks: impl TaskItem, options: &RunOptions) -> Result<(), Error>;
 }
 
-/// The job that this process has launched, and how it ended.
+/// The options of the job that this process has launched, and the job's exit code.
 static LAUNCHED: Mutex<Option<(LaunchArgs, ExitCode)>> = Mutex::new(None);
 
 thread_local! {
-    /// The runs of this rank. They are never dropped, so that a rank which fails stays in the group until its process ends: the others'
-    /// errors about a rank that left would hide its own.
+    /// The runs of this rank. They are never dropped, so that a rank that fails stays in the group
+    /// until its process ends. If it left, the other ranks' errors about that would hide its own
+    /// error.
     static RUNS: Cell<Option<&'static Runs>> = const { Cell::new(None) };
 }
 
 impl Launch for HyperGraph {
     fn run(self, tasks: impl TaskItem, options: &RunOptions) -> Result<(), Error> {
-        // Before anything is started, since options may not fit.
+        // Checks the options before any process starts.
         let config = options.config()?;
         if !Worker::is_rank() {
-            // The ranks make graphs of their own; this one's memory is better given back.
+            // Each rank builds a graph of its own. The launcher needs none, and gives back the
+            // memory.
             drop(self);
             return match launch(&options.launch)? {
                 ExitCode::Success => Ok(()),
@@ -58,7 +67,8 @@ impl Launch for HyperGraph {
     }
 }
 
-/// Launches the job, unless this process has done so: its ranks have done all runs of the program then.
+/// Launches the job, or returns the exit code of the job that this process has launched already:
+/// its ranks have done all runs of the program.
 fn launch(options: &LaunchArgs) -> Result<ExitCode, Error> {
     let mut launched = LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((before, outcome)) = &*launched {
@@ -78,7 +88,7 @@ fn launch(options: &LaunchArgs) -> Result<ExitCode, Error> {
     Ok(outcome)
 }
 
-/// Leaves the job at the end of the program, after its runs.
+/// Leaves the job at the end of the program, after all runs.
 pub(crate) fn finish() -> Result<(), Error> {
     let Some(runs) = RUNS.take() else { return Ok(()) };
     runs.finish()?;
