@@ -13,10 +13,12 @@ use crate::{Measure, Result};
 
 /// A moving average over batches, each weighted by its samples on all ranks.
 ///
-/// * [`window`](MovingAverage::window): over the last `w` batches, `Σ sᵢ / Σ nᵢ` for `i` from `t -
-/// w + 1` to `t`, where `sᵢ` is the sum and `nᵢ` the number of the elements of batch `i` on all
-/// ranks. * [`decay`](MovingAverage::decay): over all batches, with decaying weights, `Σ dᵗ⁻ⁱ sᵢ /
-/// Σ dᵗ⁻ⁱ nᵢ`. The divisor has the same weights, so that the first averages are not biased to zero.
+/// - [`window`](MovingAverage::window): over the last `w` batches, `Σ sᵢ / Σ nᵢ` for `i` from
+///   `t - w + 1` to `t`, where `sᵢ` is the sum and `nᵢ` the number of the elements of batch `i` on
+///   all ranks.
+/// - [`decay`](MovingAverage::decay): over all batches, with decaying weights,
+///   `Σ dᵗ⁻ⁱ sᵢ / Σ dᵗ⁻ⁱ nᵢ`. The divisor has the same weights, so that the first averages are not
+///   biased to zero.
 ///
 /// An update takes a tensor with one element per sample. The average is NaN before the first batch.
 #[derive(Debug)]
