@@ -1,4 +1,5 @@
-//! Lets the tests find libtorch at run time; a link argument of a dependency does not reach them.
+//! Lets the tests find libtorch at run time: a link argument of a dependency does not apply to
+//! them.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -8,11 +8,15 @@ use crate::init;
 use crate::linear::Linear;
 use crate::parameter::parameter;
 
-/// Attention of queries to keys and values, in several heads (Vaswani et al., 2017): PyTorch's `MultiheadAttention`.
+/// Attention of queries to keys and values, in several heads (Vaswani et al., 2017): PyTorch's
+/// `MultiheadAttention`.
 ///
-/// The weights of queries, keys and values are one tensor, `in_proj_weight`, `[3·embed, embed]`. If keys or values have another
-/// number of features, they are `q_proj_weight`, `k_proj_weight` and `v_proj_weight`. They begin evenly within
-/// ±√(6/(rows + columns)), `out_proj.weight` within ±1/√embed, and all biases with 0.
+/// The weights of queries, keys and values are one tensor, `in_proj_weight`, `[3·embed, embed]`. If
+/// keys or values have another number of features, there are three instead: `q_proj_weight`,
+/// `k_proj_weight` and `v_proj_weight`.
+///
+/// These weights are drawn evenly from within ±√(6/(rows + columns)), and `out_proj.weight` from
+/// within ±1/√embed. All biases begin with 0.
 #[derive(Debug)]
 pub struct MultiheadAttention {
     /// Weights of queries, keys and values.
@@ -26,7 +30,7 @@ pub struct MultiheadAttention {
     batch_first: bool,
 }
 
-/// The weights that make queries, keys and values of the inputs.
+/// The weights that project the inputs to queries, keys and values.
 #[derive(Debug)]
 pub enum InProjection {
     /// `in_proj_weight`, `[3·embed, embed]`.
@@ -57,27 +61,28 @@ pub struct AttentionMask<'a> {
 }
 
 impl<'a> AttentionMask<'a> {
-    /// Every query attends to every key.
+    /// Returns a mask with which every query attends to every key.
     #[must_use]
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// Query `i` attends to keys `0..=i`.
+    /// Returns a mask with which query `i` attends to keys `0..=i`.
     #[must_use]
     pub fn causal() -> Self {
         Self { causal: true, ..Self::default() }
     }
 
-    /// PyTorch's `attn_mask`: `[queries, keys]`, or `[n·heads, queries, keys]`. **True hides the key from the query**, unlike in
-    /// `scaled_dot_product_attention`; floats are added to the scores.
+    /// Returns a mask from PyTorch's `attn_mask`: `[queries, keys]`, or `[n·heads, queries, keys]`.
+    /// **True hides the key from the query**, unlike in `scaled_dot_product_attention`. Floats are
+    /// added to the scores.
     #[must_use]
     pub fn of_pairs(mask: &'a Tensor) -> Self {
         Self { pairs: Some(mask), ..Self::default() }
     }
 
-    /// Hides keys from all queries, too. PyTorch's `key_padding_mask`: `[n, keys]`. True hides the key; floats are added to the
-    /// scores.
+    /// Also hides keys from all queries, by PyTorch's `key_padding_mask`: `[n, keys]`. True hides
+    /// the key. Floats are added to the scores.
     #[must_use]
     pub fn and_keys(mut self, mask: &'a Tensor) -> Self {
         self.keys = Some(mask);
@@ -86,13 +91,14 @@ impl<'a> AttentionMask<'a> {
 }
 
 impl MultiheadAttention {
-    /// Makes the layer with PyTorch's defaults: no dropout, biases, `[length, n, features]`.
+    /// Makes the layer with PyTorch's defaults: no dropout, with biases, and inputs of
+    /// `[length, n, features]`.
     #[track_caller]
     pub fn new<'a>(path: impl Borrow<Path<'a>>, embed_dim: i64, num_heads: i64) -> Self {
         Self::options(embed_dim, num_heads).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(embed_dim: i64, num_heads: i64) -> MultiheadAttentionOptions {
         MultiheadAttentionOptions {
             embed_dim,
@@ -107,12 +113,14 @@ impl MultiheadAttention {
 
     /// Computes one output per query: PyTorch's `forward` with `need_weights=False`.
     ///
-    /// Queries and outputs are `[length, n, embed]`; keys and values may have another length. With `batch_first(true)`, `n` is the
-    /// first dimension. Inputs of two dimensions have no `n`. Self-attention takes the same reference three times, and projects it
-    /// at once.
+    /// Queries and outputs are `[length, n, embed]`. Keys and values may have another length. With
+    /// `batch_first(true)`, `n` is the first dimension. Inputs of two dimensions have no `n`.
+    ///
+    /// For self-attention, give the same reference three times: one matrix product then projects it
+    /// to queries, keys and values.
     ///
     /// # Panics
-    /// If shapes do not fit, those of masks included.
+    /// If the shapes of inputs or masks do not fit.
     pub fn forward_t(
         &self,
         query: &Tensor,
@@ -129,13 +137,14 @@ impl MultiheadAttention {
         self.combine(&seen, query)
     }
 
-    /// Computes outputs and attention weights, `[n, heads, queries, keys]`: PyTorch's `forward` with
-    /// `average_attn_weights=False`.
+    /// Computes outputs and attention weights, `[n, heads, queries, keys]`: PyTorch's `forward`
+    /// with `average_attn_weights=False`.
     ///
-    /// Needs memory for all pairs. Otherwise as [`MultiheadAttention::forward_t`].
+    /// This needs memory for all pairs of queries and keys. The inputs are those of
+    /// [`MultiheadAttention::forward_t`].
     ///
     /// # Panics
-    /// If shapes do not fit, those of masks included.
+    /// If the shapes of inputs or masks do not fit.
     pub fn forward_with_weights(
         &self,
         query: &Tensor,
@@ -154,7 +163,7 @@ impl MultiheadAttention {
         (self.combine(&weights.matmul(&v), query), weights)
     }
 
-    /// Queries, keys and values of each head, `[n, heads, length, embed/heads]`.
+    /// Returns queries, keys and values by head, `[n, heads, length, embed/heads]`.
     fn by_head(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> [Tensor; 3] {
         let is_self = std::ptr::eq(query, key) && std::ptr::eq(key, value);
         let inputs = [query, key, value].map(|x| self.batch_first(x));
@@ -176,7 +185,7 @@ impl MultiheadAttention {
         std::array::from_fn(|n| inputs[n].linear(&weights[n], biases.as_ref().map(|biases| &biases[n])))
     }
 
-    /// Turns `[n, heads, length, embed/heads]` into outputs shaped as the queries.
+    /// Turns `[n, heads, length, embed/heads]` into outputs with the shape of the queries.
     fn combine(&self, seen: &Tensor, query: &Tensor) -> Tensor {
         let size = seen.size();
         let seen = seen.transpose(1, 2).reshape([size[0], size[2], size[1] * size[3]]);
@@ -188,7 +197,7 @@ impl MultiheadAttention {
         }
     }
 
-    /// `[n, length, features]`
+    /// Returns `x` as `[n, length, features]`.
     fn batch_first(&self, x: &Tensor) -> Tensor {
         match x.dim() {
             2 => x.unsqueeze(0),
@@ -197,7 +206,8 @@ impl MultiheadAttention {
         }
     }
 
-    /// The mask as floats to add to the scores, of a shape that broadcasts to `[n, heads, queries, keys]`.
+    /// Returns the mask as floats to add to the scores, in a shape that broadcasts to
+    /// `[n, heads, queries, keys]`. Returns `None` for a mask that hides nothing.
     #[track_caller]
     fn added(&self, mask: &AttentionMask, query: &Tensor, key: &Tensor) -> Option<Tensor> {
         let (n, queries, keys) = (query.size()[0], query.size()[2], key.size()[2]);
@@ -252,7 +262,8 @@ impl MultiheadAttentionOptions {
     /// Makes the layer.
     ///
     /// # Panics
-    /// If the path has such a layer already, if the features are no multiple of the heads, or if dropout is no probability.
+    /// If the path has such a layer already, if the features are no multiple of the heads, or if
+    /// dropout is no probability.
     #[track_caller]
     pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> MultiheadAttention {
         let (path, embed, heads) = (path.borrow(), self.embed_dim, self.num_heads);
@@ -272,7 +283,8 @@ impl MultiheadAttentionOptions {
         };
         let in_proj_bias = self.bias.then(|| parameter(path, "in_proj_bias", &[3 * embed]));
         let out_proj = Linear::options(embed, embed).bias(self.bias).build(path / "out_proj");
-        // PyTorch draws them after those of `out_proj`.
+        // PyTorch draws these weights after those of `out_proj`. The same order gives the same
+        // values.
         match &in_proj {
             InProjection::Packed(weight) => init::xavier_uniform_(weight, 1.0),
             InProjection::Separate(weights) => {
@@ -284,13 +296,13 @@ impl MultiheadAttentionOptions {
     }
 }
 
-/// Three equal parts along a dimension.
+/// Splits a tensor into three equal parts along a dimension.
 fn thirds(x: &Tensor, dim: i64) -> [Tensor; 3] {
     let mut parts = x.chunk(3, dim);
     std::array::from_fn(|_| parts.remove(0))
 }
 
-/// Broadcasting would take a mask of another shape without a word.
+/// Panics if the mask has another shape: broadcasting would accept some of them silently.
 #[track_caller]
 fn shaped<'a>(mask: &'a Tensor, shape: &[i64]) -> &'a Tensor {
     assert!(mask.size() == shape, "a mask of shape {:?} instead of {shape:?}", mask.size());

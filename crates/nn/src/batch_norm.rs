@@ -6,42 +6,47 @@ use tch::{Kind, Tensor};
 use crate::parameter::{buffer, scale_and_shift};
 use crate::sync::{self, Ranks};
 
-/// Batch normalisation over `N` dimensions (Ioffe and Szegedy, 2015): PyTorch's `BatchNorm1d`, `BatchNorm2d` and
-/// `BatchNorm3d`.
+/// Batch normalisation over `N` dimensions (Ioffe and Szegedy, 2015): PyTorch's `BatchNorm1d`,
+/// `BatchNorm2d` and `BatchNorm3d`.
 ///
-/// `(x − mean)/√(var + eps)·weight + bias` for each channel. Training takes mean and variance of this rank's batch (of all
-/// ranks' batches: [`SyncBatchNorm`]), and moves the running ones towards them. Evaluation takes the running ones.
+/// `(x − mean)/√(var + eps)·weight + bias` for each channel. In training, mean and variance are
+/// those of this rank's batch (of all ranks' batches: [`SyncBatchNorm`]), and the running ones move
+/// towards them. In evaluation, mean and variance are the running ones.
 ///
-/// A batch with one value per channel has no variance. It leaves the running ones alone, for it may be the last of an epoch, or
-/// that of a rank without samples; if it is the first batch, it is an error. PyTorch makes it an error whenever it comes.
+/// A batch with one value per channel has no unbiased variance. Such a batch leaves the running
+/// statistics unchanged: it may be the last of an epoch, or that of a rank without samples. If it
+/// is the first batch, it is an error. In PyTorch, every such batch is an error.
 ///
-/// `weight` and `running_var` begin with 1, `bias`, `running_mean` and `num_batches_tracked` with 0.
+/// `weight` and `running_var` begin with 1, the others with 0: `bias`, `running_mean` and
+/// `num_batches_tracked`.
 #[derive(Debug)]
 pub struct BatchNorm<const N: usize = 2> {
     /// `weight`, `[features]`
     pub ws: Option<Tensor>,
     /// `bias`, `[features]`
     pub bs: Option<Tensor>,
-    /// `[features]`, a buffer.
+    /// Running means, `[features]`, a buffer.
     pub running_mean: Option<Tensor>,
-    /// `[features]`, a buffer; of the unbiased variance.
+    /// Running unbiased variances, `[features]`, a buffer.
     pub running_var: Option<Tensor>,
-    /// Batches of training so far: int64 `[]`, a buffer.
+    /// Number of training batches so far: int64 `[]`, a buffer.
     pub num_batches_tracked: Option<Tensor>,
     options: BatchNormOptions<N>,
 }
 
-/// Of `[n, features]` or `[n, features, length]`.
+/// Batch norm of `[n, features]` or `[n, features, length]`.
 pub type BatchNorm1d = BatchNorm<1>;
-/// Of `[n, features, height, width]`.
+/// Batch norm of `[n, features, height, width]`.
 pub type BatchNorm2d = BatchNorm<2>;
-/// Of `[n, features, depth, height, width]`.
+/// Batch norm of `[n, features, depth, height, width]`.
 pub type BatchNorm3d = BatchNorm<3>;
-/// Of `[n, features, size…]` with any number of dimensions; in training over the batches of all ranks: PyTorch's `SyncBatchNorm`.
+/// Batch norm of `[n, features, size…]`, with any number of dimensions. In training it takes its
+/// statistics over the batches of all ranks: PyTorch's `SyncBatchNorm`.
 ///
-/// The gradients are those of one process with the whole batch. Each layer costs one exchange of `2·features + 1` numbers in
-/// the forward pass and one of `2·features` in the backward pass. Outside a node that several ranks train, for example in an
-/// evaluation, it is an ordinary batch norm. A rank without samples in a step computes with one, which counts.
+/// The gradients are those of one process with the whole batch. Each layer costs one exchange of
+/// `2·features + 1` numbers in the forward pass and one of `2·features` in the backward pass.
+/// Outside a node that several ranks train, for example in an evaluation, it is an ordinary batch
+/// norm. A rank without samples in a step computes with one sample, which counts in the statistics.
 /// `ModuleNode::sync_batch_norm` makes all batch norms of a module such layers.
 pub type SyncBatchNorm = BatchNorm<0>;
 
@@ -64,7 +69,7 @@ impl<const N: usize> BatchNorm<N> {
         Self::options(num_features).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(num_features: i64) -> BatchNormOptions<N> {
         const { assert!(N <= 3, "PyTorch has batch norms over one to three dimensions") };
         BatchNormOptions {
@@ -81,8 +86,10 @@ impl<const N: usize> BatchNorm<N> {
         if N == 0 { "SyncBatchNorm".into() } else { format!("BatchNorm{N}d") }
     }
 
-    /// Whether the statistics of a batch with so many values per channel count. Those of one value do not: it has no unbiased
-    /// variance, which would make the running one NaN for good.
+    /// Whether the statistics of a batch with this many values per channel count. One value has no
+    /// unbiased variance, which would turn the running variance into NaN for good.
+    ///
+    /// Panics if the batch does not count, and no batch before it did.
     #[track_caller]
     fn counts(&self, values: f64, size: &[i64]) -> bool {
         if values != 1.0 {
@@ -97,7 +104,8 @@ impl<const N: usize> BatchNorm<N> {
         false
     }
 
-    /// Counts a batch of training. Returns the share by which the running statistics move towards those of the batch.
+    /// Counts a training batch. Returns the share by which the running statistics move towards
+    /// those of the batch.
     fn share(&self) -> f64 {
         if let Some(batches) = &self.num_batches_tracked {
             let batches = tch::no_grad(|| batches.shallow_clone().g_add_scalar_(1));
@@ -126,7 +134,8 @@ impl<const N: usize> BatchNorm<N> {
         )
     }
 
-    /// In training, over the batches of all ranks. `None` where an exchange failed, which the ranks keep.
+    /// Normalizes in training, with statistics over the batches of all ranks. Returns `None` if an
+    /// exchange failed: `ranks` keeps the error.
     fn over(&self, ranks: &dyn Ranks, x: &Tensor, size: &[i64]) -> Option<Tensor> {
         let statistics = sync::statistics(x, ranks)?;
         if self.counts(statistics.count, size) {
@@ -155,8 +164,8 @@ impl<const N: usize> BatchNormOptions<N> {
         self
     }
 
-    /// The share by which running mean and variance move towards those of a batch. `None` averages over all batches.
-    /// Default: 0.1.
+    /// Share by which running mean and variance move towards those of a batch. `None` averages over
+    /// all batches. Default: 0.1.
     pub fn momentum(mut self, momentum: impl Into<Option<f64>>) -> Self {
         self.momentum = momentum.into();
         self
@@ -174,7 +183,8 @@ impl<const N: usize> BatchNormOptions<N> {
         self
     }
 
-    /// Whether there are running statistics. Default: true. Without them, evaluations take the statistics of their batches, too.
+    /// Whether there are running statistics. Default: true. Without them, evaluations use the
+    /// statistics of their batches, too.
     pub fn track_running_stats(mut self, track: bool) -> Self {
         self.track_running_stats = track;
         self
@@ -206,10 +216,12 @@ impl<const N: usize> BatchNormOptions<N> {
 }
 
 impl<const N: usize> ModuleT for BatchNorm<N> {
-    /// `[n, features, size…]` to the same.
+    /// Normalizes `[n, features, size…]`. The output has the same shape.
     ///
     /// # Panics
-    /// If the shape is another one, or in training if no batch before this one had more than one value per channel.
+    /// If the shape does not fit. In training, if the batch has one value per channel and no
+    /// training batch before it had more. Without running statistics, if any batch has one value
+    /// per channel.
     fn forward_t(&self, x: &Tensor, train: bool) -> Tensor {
         let size = x.size();
         let fits = match N {

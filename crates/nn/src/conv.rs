@@ -9,7 +9,8 @@ use crate::sizes::Sizes;
 
 /// A convolution over `N` dimensions: PyTorch's `Conv1d`, `Conv2d` and `Conv3d`.
 ///
-/// Weight and bias begin evenly within ±1/√(`in_channels`/`groups` · elements of the kernel).
+/// Weight and bias are drawn evenly from within ±1/√(`in_channels`/`groups` · elements of the
+/// kernel).
 #[derive(Debug)]
 pub struct Conv<const N: usize> {
     /// `weight`, `[out_channels, in_channels / groups, kernel…]`
@@ -51,20 +52,21 @@ pub enum PaddingMode {
     Reflect,
     /// The outermost element.
     Replicate,
-    /// The input from the other border on.
+    /// The input, continued from its opposite border.
     Circular,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Padding<const N: usize> {
-    /// On both sides.
+    /// This many elements on both sides of each dimension.
     Of([i64; N]),
     /// As many elements as keep the size.
     Same,
 }
 
 impl<const N: usize> Conv<N> {
-    /// Makes the layer with PyTorch's defaults: stride 1, no padding, no dilation, one group, a bias.
+    /// Makes the layer with PyTorch's defaults: stride 1, no padding, no dilation, one group, a
+    /// bias.
     #[track_caller]
     pub fn new<'a>(
         path: impl Borrow<Path<'a>>,
@@ -75,7 +77,7 @@ impl<const N: usize> Conv<N> {
         Self::options(in_channels, out_channels, kernel_size).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(in_channels: i64, out_channels: i64, kernel_size: impl Into<Sizes<N>>) -> ConvOptions<N> {
         const { assert!(N >= 1 && N <= 3, "libtorch has convolutions over one to three dimensions") };
         ConvOptions {
@@ -93,7 +95,7 @@ impl<const N: usize> Conv<N> {
 }
 
 impl<const N: usize> ConvOptions<N> {
-    /// Elements from one place of the kernel to the next. Default: 1.
+    /// Elements by which the kernel moves over the input. Default: 1.
     pub fn stride(mut self, stride: impl Into<Sizes<N>>) -> Self {
         self.stride = stride.into().0;
         self
@@ -105,7 +107,7 @@ impl<const N: usize> ConvOptions<N> {
         self
     }
 
-    /// Adds as many elements as keep the size, which takes a stride of 1: PyTorch's `padding="same"`.
+    /// Adds as many elements as keep the size: PyTorch's `padding="same"`. The stride must be 1.
     pub fn padding_same(mut self) -> Self {
         self.padding = Padding::Same;
         self
@@ -123,7 +125,8 @@ impl<const N: usize> ConvOptions<N> {
         self
     }
 
-    /// Groups of channels that do not see each other. Default: 1.
+    /// Number of groups. The outputs of a group of channels depend on the inputs of that group
+    /// only. Default: 1.
     pub fn groups(mut self, groups: i64) -> Self {
         self.groups = groups;
         self
@@ -138,8 +141,8 @@ impl<const N: usize> ConvOptions<N> {
     /// Makes the layer.
     ///
     /// # Panics
-    /// If the path has such a layer already, if a number of channels is no multiple of the groups, or if the size is to be
-    /// kept with a stride.
+    /// If the path has such a layer already, if a number of channels is no multiple of the groups,
+    /// or if `padding_same` has a stride other than 1.
     #[track_caller]
     pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> Conv<N> {
         check_groups(self.groups, self.in_channels, self.out_channels);
@@ -151,7 +154,8 @@ impl<const N: usize> ConvOptions<N> {
         Conv { ws: weight, bs: bias, options: self }
     }
 
-    /// Elements added before and after each dimension, the last one first, as `Tensor::pad` takes them.
+    /// Returns the elements to add before and after each dimension, the last dimension first, as
+    /// `Tensor::pad` takes them.
     fn borders(&self) -> Vec<i64> {
         let of = |dimension: usize| match self.padding {
             Padding::Of(padding) => [padding[dimension]; 2],
@@ -165,7 +169,7 @@ impl<const N: usize> ConvOptions<N> {
 }
 
 impl<const N: usize> Module for Conv<N> {
-    /// `[n, in_channels, size…]` to `[n, out_channels, size…]`, or both without `n`.
+    /// Maps `[n, in_channels, size…]` to `[n, out_channels, size…]`. Both may lack `n`.
     fn forward(&self, x: &Tensor) -> Tensor {
         let Self { ws, bs, options } = self;
         let ConvOptions { stride, dilation, groups, .. } = options;
@@ -190,7 +194,7 @@ impl<const N: usize> Module for Conv<N> {
 }
 
 impl PaddingMode {
-    /// The name that `Tensor::pad` takes.
+    /// Returns the name that `Tensor::pad` takes.
     fn name(self) -> &'static str {
         match self {
             Self::Zeros => "constant",
@@ -201,10 +205,11 @@ impl PaddingMode {
     }
 }
 
-/// The transposed convolution over `N` dimensions, or its gradient: PyTorch's `ConvTranspose1d`, `ConvTranspose2d` and
-/// `ConvTranspose3d`.
+/// A transposed convolution over `N` dimensions, the gradient of a convolution: PyTorch's
+/// `ConvTranspose1d`, `ConvTranspose2d` and `ConvTranspose3d`.
 ///
-/// Weight and bias begin evenly within ±1/√(`out_channels`/`groups` · elements of the kernel).
+/// Weight and bias are drawn evenly from within ±1/√(`out_channels`/`groups` · elements of the
+/// kernel).
 #[derive(Debug)]
 pub struct ConvTranspose<const N: usize> {
     /// `weight`, `[in_channels, out_channels / groups, kernel…]`
@@ -237,7 +242,8 @@ pub struct ConvTransposeOptions<const N: usize> {
 }
 
 impl<const N: usize> ConvTranspose<N> {
-    /// Makes the layer with PyTorch's defaults: stride 1, no padding, no dilation, one group, a bias.
+    /// Makes the layer with PyTorch's defaults: stride 1, no padding, no dilation, one group, a
+    /// bias.
     #[track_caller]
     pub fn new<'a>(
         path: impl Borrow<Path<'a>>,
@@ -248,7 +254,7 @@ impl<const N: usize> ConvTranspose<N> {
         Self::options(in_channels, out_channels, kernel_size).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(
         in_channels: i64,
         out_channels: i64,
@@ -270,19 +276,20 @@ impl<const N: usize> ConvTranspose<N> {
 }
 
 impl<const N: usize> ConvTransposeOptions<N> {
-    /// Stride of the convolution that this is the transpose of. Default: 1.
+    /// Stride of the convolution whose transpose this is. Default: 1.
     pub fn stride(mut self, stride: impl Into<Sizes<N>>) -> Self {
         self.stride = stride.into().0;
         self
     }
 
-    /// Padding of the convolution that this is the transpose of: elements taken away on both sides. Default: 0.
+    /// Padding of the convolution whose transpose this is: elements that the output loses on both
+    /// sides. Default: 0.
     pub fn padding(mut self, padding: impl Into<Sizes<N>>) -> Self {
         self.padding = padding.into().0;
         self
     }
 
-    /// Elements that the output has more at the end of each dimension. Default: 0.
+    /// Elements by which the output is longer at the end of each dimension. Default: 0.
     pub fn output_padding(mut self, padding: impl Into<Sizes<N>>) -> Self {
         self.output_padding = padding.into().0;
         self
@@ -294,7 +301,8 @@ impl<const N: usize> ConvTransposeOptions<N> {
         self
     }
 
-    /// Groups of channels that do not see each other. Default: 1.
+    /// Number of groups. The outputs of a group of channels depend on the inputs of that group
+    /// only. Default: 1.
     pub fn groups(mut self, groups: i64) -> Self {
         self.groups = groups;
         self
@@ -309,7 +317,8 @@ impl<const N: usize> ConvTransposeOptions<N> {
     /// Makes the layer.
     ///
     /// # Panics
-    /// If the path has such a layer already, or if a number of channels is no multiple of the groups.
+    /// If the path has such a layer already, or if a number of channels is no multiple of the
+    /// groups.
     #[track_caller]
     pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> ConvTranspose<N> {
         check_groups(self.groups, self.in_channels, self.out_channels);
@@ -320,7 +329,7 @@ impl<const N: usize> ConvTransposeOptions<N> {
 }
 
 impl<const N: usize> Module for ConvTranspose<N> {
-    /// `[n, in_channels, size…]` to `[n, out_channels, size…]`, or both without `n`.
+    /// Maps `[n, in_channels, size…]` to `[n, out_channels, size…]`. Both may lack `n`.
     fn forward(&self, x: &Tensor) -> Tensor {
         let Self { ws, bs, options } = self;
         let ConvTransposeOptions { stride, padding, output_padding, dilation, groups, .. } = options;

@@ -1,8 +1,8 @@
 use tch::Tensor;
 use tch::nn::ModuleT;
 
-/// Zeroes elements at random in training and divides the remaining ones by `1 − p` (Srivastava et al., 2014): PyTorch's
-/// `Dropout`.
+/// Zeroes elements at random in training and divides the remaining ones by `1 − p` (Srivastava et
+/// al., 2014): PyTorch's `Dropout`.
 #[derive(Debug, Clone, Copy)]
 pub struct Dropout(f64);
 
@@ -24,7 +24,8 @@ impl ModuleT for Dropout {
     }
 }
 
-/// Zeroes whole channels of `[n, channels, …]` at random in training (Tompson et al., 2015): PyTorch's `Dropout2d`.
+/// Zeroes whole channels of `[n, channels, …]` at random in training (Tompson et al., 2015):
+/// PyTorch's `Dropout2d`.
 #[derive(Debug, Clone, Copy)]
 pub struct Dropout2d(f64);
 

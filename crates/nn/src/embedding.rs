@@ -8,7 +8,7 @@ use crate::parameter::parameter;
 
 /// A vector for each index: PyTorch's `Embedding`.
 ///
-/// The vectors begin with elements from a normal distribution of mean 0 and deviation 1.
+/// The elements of the vectors are drawn from a normal distribution of mean 0 and deviation 1.
 #[derive(Debug)]
 pub struct Embedding {
     /// `weight`, `[num_embeddings, embedding_dim]`
@@ -32,14 +32,15 @@ impl Embedding {
         Self::options(num_embeddings, embedding_dim).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(num_embeddings: i64, embedding_dim: i64) -> EmbeddingOptions {
         EmbeddingOptions { num_embeddings, embedding_dim, padding_idx: None }
     }
 }
 
 impl EmbeddingOptions {
-    /// The index of the vector that begins with zeros and gets no gradient. Negative ones count from the end. Default: none.
+    /// Index of the vector that begins with zeros and gets no gradient. A negative index counts
+    /// from the end. Default: none.
     pub fn padding_idx(mut self, index: impl Into<Option<i64>>) -> Self {
         self.padding_idx = index.into();
         self
@@ -66,7 +67,7 @@ impl EmbeddingOptions {
 }
 
 impl Module for Embedding {
-    /// Integers `[…]` to `[…, embedding_dim]`.
+    /// Maps integers `[…]` to vectors `[…, embedding_dim]`.
     fn forward(&self, indices: &Tensor) -> Tensor {
         Tensor::embedding(&self.ws, indices, self.padding_idx.unwrap_or(-1), false, false)
     }

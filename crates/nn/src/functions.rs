@@ -1,4 +1,5 @@
-//! Constructors under the names of `tch::nn`, so that programs written for it get PyTorch's initial values as they are.
+//! Constructors under the names of `tch::nn`, so that programs written for it get PyTorch's initial
+//! values as they are.
 
 use std::borrow::Borrow;
 
@@ -20,13 +21,14 @@ impl Default for LinearConfig {
     }
 }
 
-/// Makes a [`Linear`] as `tch::nn` is called.
+/// Makes a [`Linear`] from the arguments of `tch::nn::linear`.
 #[track_caller]
 pub fn linear<'a>(path: impl Borrow<Path<'a>>, in_dim: i64, out_dim: i64, config: LinearConfig) -> Linear {
     Linear::options(in_dim, out_dim).bias(config.bias).build(path)
 }
 
-/// Options of [`conv1d`], [`conv2d`] and [`conv3d`]; [`ConvOptions`](crate::ConvOptions) says what they are.
+/// Options of [`conv1d`], [`conv2d`] and [`conv3d`]; [`ConvOptions`](crate::ConvOptions) says what
+/// they are.
 #[derive(Debug, Clone, Copy)]
 #[expect(missing_docs, reason = "the options have them")]
 pub struct ConvConfig {
@@ -57,7 +59,7 @@ fn conv<'a, const N: usize>(
     options.dilation(dilation).groups(groups).bias(bias).padding_mode(padding_mode).build(path)
 }
 
-/// Makes a [`Conv1d`] as `tch::nn` is called.
+/// Makes a [`Conv1d`] from the arguments of `tch::nn::conv1d`.
 #[track_caller]
 pub fn conv1d<'a>(
     path: impl Borrow<Path<'a>>,
@@ -69,7 +71,7 @@ pub fn conv1d<'a>(
     conv(path, in_dim, out_dim, kernel, config)
 }
 
-/// Makes a [`Conv2d`] as `tch::nn` is called.
+/// Makes a [`Conv2d`] from the arguments of `tch::nn::conv2d`.
 #[track_caller]
 pub fn conv2d<'a>(
     path: impl Borrow<Path<'a>>,
@@ -81,7 +83,7 @@ pub fn conv2d<'a>(
     conv(path, in_dim, out_dim, kernel, config)
 }
 
-/// Makes a [`Conv3d`] as `tch::nn` is called.
+/// Makes a [`Conv3d`] from the arguments of `tch::nn::conv3d`.
 #[track_caller]
 pub fn conv3d<'a>(
     path: impl Borrow<Path<'a>>,
@@ -100,8 +102,8 @@ pub type Conv2D = Conv2d;
 /// [`Conv3d`] under the name of `tch::nn`.
 pub type Conv3D = Conv3d;
 
-/// Options of [`batch_norm1d`], [`batch_norm2d`] and [`batch_norm3d`]; [`BatchNormOptions`](crate::BatchNormOptions) says what
-/// they are.
+/// Options of [`batch_norm1d`], [`batch_norm2d`] and [`batch_norm3d`];
+/// [`BatchNormOptions`](crate::BatchNormOptions) says what they are.
 #[derive(Debug, Clone, Copy)]
 #[expect(missing_docs, reason = "the options have them")]
 pub struct BatchNormConfig {
@@ -125,19 +127,19 @@ fn batch_norm<'a, const N: usize>(
     BatchNorm::options(features).eps(config.eps).momentum(config.momentum).affine(config.affine).build(path)
 }
 
-/// Makes a [`BatchNorm1d`] as `tch::nn` is called.
+/// Makes a [`BatchNorm1d`] from the arguments of `tch::nn::batch_norm1d`.
 #[track_caller]
 pub fn batch_norm1d<'a>(path: impl Borrow<Path<'a>>, out_dim: i64, config: BatchNormConfig) -> BatchNorm1d {
     batch_norm(path, out_dim, config)
 }
 
-/// Makes a [`BatchNorm2d`] as `tch::nn` is called.
+/// Makes a [`BatchNorm2d`] from the arguments of `tch::nn::batch_norm2d`.
 #[track_caller]
 pub fn batch_norm2d<'a>(path: impl Borrow<Path<'a>>, out_dim: i64, config: BatchNormConfig) -> BatchNorm2d {
     batch_norm(path, out_dim, config)
 }
 
-/// Makes a [`BatchNorm3d`] as `tch::nn` is called.
+/// Makes a [`BatchNorm3d`] from the arguments of `tch::nn::batch_norm3d`.
 #[track_caller]
 pub fn batch_norm3d<'a>(path: impl Borrow<Path<'a>>, out_dim: i64, config: BatchNormConfig) -> BatchNorm3d {
     batch_norm(path, out_dim, config)
@@ -157,7 +159,7 @@ impl Default for LayerNormConfig {
     }
 }
 
-/// Makes a [`LayerNorm`] as `tch::nn` is called.
+/// Makes a [`LayerNorm`] from the arguments of `tch::nn::layer_norm`.
 #[track_caller]
 pub fn layer_norm<'a>(path: impl Borrow<Path<'a>>, shape: Vec<i64>, config: LayerNormConfig) -> LayerNorm {
     LayerNorm::options(shape).eps(config.eps).elementwise_affine(config.elementwise_affine).build(path)
@@ -176,7 +178,7 @@ impl Default for EmbeddingConfig {
     }
 }
 
-/// Makes an [`Embedding`] as `tch::nn` is called.
+/// Makes an [`Embedding`] from the arguments of `tch::nn::embedding`.
 #[track_caller]
 pub fn embedding<'a>(
     path: impl Borrow<Path<'a>>,

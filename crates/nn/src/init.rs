@@ -1,7 +1,8 @@
-//! New values for existing tensors: the functions of PyTorch's `torch.nn.init` (`torch/nn/init.py`).
+//! New values for existing tensors: the functions of PyTorch's `torch.nn.init`
+//! (`torch/nn/init.py`).
 //!
-//! All of them draw from libtorch's CPU generator, so that one seed gives the same values on every device. They record no
-//! gradients.
+//! All of them draw from libtorch's CPU generator, so that one seed gives the same values on every
+//! device. They record no gradients.
 //!
 //! In the book: `docs/nn.md`.
 
@@ -21,7 +22,7 @@ pub enum Fan {
 /// The function that follows a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Nonlinearity {
-    /// None, or that of a convolution.
+    /// No function, or a linear layer or convolution.
     Linear,
     /// The logistic function.
     Sigmoid,
@@ -31,12 +32,12 @@ pub enum Nonlinearity {
     Relu,
     /// [`Nonlinearity::Relu`] with this slope below zero.
     LeakyRelu(f64),
-    /// Klambauer et al., 2017.
+    /// The scaled exponential linear unit (Klambauer et al., 2017).
     Selu,
 }
 
 impl Nonlinearity {
-    /// The factor of the weights' standard deviation: PyTorch's `calculate_gain`.
+    /// Returns the factor of the weights' standard deviation: PyTorch's `calculate_gain`.
     #[must_use]
     pub fn gain(self) -> f64 {
         match self {
@@ -113,7 +114,8 @@ pub fn xavier_uniform_(tensor: &Tensor, gain: f64) {
     uniform_(tensor, -bound, bound);
 }
 
-/// Draws from a normal distribution with a standard deviation of gain·√(2/(fan in + fan out)) (Glorot and Bengio, 2010).
+/// Draws from a normal distribution with a standard deviation of gain·√(2/(fan in + fan out))
+/// (Glorot and Bengio, 2010).
 ///
 /// # Panics
 /// If the tensor has fewer than two dimensions.
@@ -122,8 +124,8 @@ pub fn xavier_normal_(tensor: &Tensor, gain: f64) {
     normal_(tensor, 0.0, xavier_std(tensor, gain));
 }
 
-/// Fills a matrix with orthonormal rows or columns, times `gain`; dimensions after the second one count as columns (Saxe et al.,
-/// 2013).
+/// Fills a matrix with orthonormal rows or columns, times `gain`; dimensions after the second one
+/// count as columns (Saxe et al., 2013).
 ///
 /// # Panics
 /// If the tensor has fewer than two dimensions.
@@ -135,8 +137,11 @@ pub fn orthogonal_(tensor: &Tensor, gain: f64) {
     }
 }
 
-/// Draws from the part of a normal distribution that lies in `low..=high`, as PyTorch does since 2.13: by drawing again those
-/// values that lie outside. PyTorch's defaults are mean 0, deviation 1, -2 and 2.
+/// Draws from the part of a normal distribution that lies in `low..=high`, as PyTorch does since
+/// 2.13. PyTorch's defaults are mean 0, deviation 1, -2 and 2.
+///
+/// If that part has more than 30% of the distribution, values outside of it are drawn again.
+/// Otherwise even values are drawn, and accepted by their density.
 ///
 /// # Panics
 /// If `low` is not below `high`, or if `std` is not positive.
@@ -154,7 +159,8 @@ pub fn trunc_normal_(tensor: &Tensor, mean: f64, std: f64, low: f64, high: f64) 
     });
 }
 
-/// Draws normal values until all lie within the bounds, which are rounded to the kind of the values.
+/// Draws normal values, and draws those outside the bounds again until none is left. The bounds are
+/// first rounded to the kind of the values.
 fn redraw_normal(values: &mut Tensor, mean: f64, std: f64, low: f64, high: f64) {
     let rounded = |bound: f64| Tensor::from(bound).to_kind(values.kind()).double_value(&[]);
     let (low, high) = (rounded(low), rounded(high));
@@ -169,8 +175,8 @@ fn redraw_normal(values: &mut Tensor, mean: f64, std: f64, low: f64, high: f64) 
     }
 }
 
-/// Draws even values within the bounds, and accepts each with the chance that its density gives it. Quicker where little of
-/// the normal distribution lies within.
+/// Draws even values within the bounds, and accepts each with the chance that its density gives. If
+/// little of the normal distribution lies within, this needs fewer draws than `redraw_normal`.
 fn reject_uniform(values: &mut Tensor, mean: f64, std: f64, low: f64, high: f64) {
     let mode = mean.clamp(low, high);
     let peak = -0.5 * ((mode - mean) / std).powi(2);
@@ -191,10 +197,12 @@ fn is_any(mask: &Tensor) -> bool {
     mask.any().int64_value(&[]) != 0
 }
 
-/// Draws weight and bias evenly within ±1/√(fan in): `reset_parameters` of linear layers and convolutions.
+/// Draws weight and bias evenly within ±1/√(fan in): `reset_parameters` of linear layers and
+/// convolutions.
 #[track_caller]
 pub(crate) fn weight_and_bias(weight: &Tensor, bias: Option<&Tensor>) {
-    // A slope of √5 gives the bound above. PyTorch computes it this way, and another rounding would change the bits.
+    // A slope of √5 gives the bound above. PyTorch computes it this way, and another rounding would
+    // change the bits.
     kaiming_uniform_(weight, Fan::In, Nonlinearity::LeakyRelu(5f64.sqrt()));
     if let Some(bias) = bias {
         let (fan_in, _) = fans(weight);
@@ -219,7 +227,7 @@ fn xavier_std(tensor: &Tensor, gain: f64) -> f64 {
     gain * (2.0 / (fan_in + fan_out) as f64).sqrt()
 }
 
-/// Inputs per output and outputs per input of a weight `[out, in, …]`.
+/// Returns the inputs per output and the outputs per input of a weight `[out, in, …]`.
 #[track_caller]
 fn fans(weight: &Tensor) -> (i64, i64) {
     let size = weight.size();
@@ -228,6 +236,8 @@ fn fans(weight: &Tensor) -> (i64, i64) {
     (size[1] * field, size[0] * field)
 }
 
+/// Draws values on the CPU, and copies them to the tensor's device if that is another one. So one
+/// seed gives the same values on every device.
 fn fill(tensor: &Tensor, draw: impl FnOnce(&mut Tensor)) {
     tch::no_grad(|| {
         let mut tensor = tensor.shallow_clone();

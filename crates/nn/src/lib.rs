@@ -1,8 +1,10 @@
 //! PyTorch's layers for [`tch`]: the names, options and defaults of `torch.nn` in PyTorch 2.13.
 //!
-//! - **Initial values.** With the same seed and the same order of layers, the parameters begin as in PyTorch, to the bit on
-//!   the CPU. They are drawn on the CPU for every device, as by `Net().to("cuda")`.
-//! - **State dict.** Parameters and buffers have PyTorch's names, shapes and dtypes below the path of the layer.
+//! - **Initial values.** With the same seed and the same order of layers, the parameters begin as
+//!   in PyTorch, to the bit on the CPU. They are drawn on the CPU for every device, as by
+//!   `Net().to("cuda")`.
+//! - **State dict.** Parameters and buffers have PyTorch's names, shapes and dtypes below the path
+//!   of the layer.
 //! - **Outputs.** The same operators of libtorch run, with the same arguments.
 //!
 //! Every layer is made in one of two ways:
@@ -15,15 +17,17 @@
 //! let conv = nn::Conv2d::options(3, 64, 7).stride(2).padding(3).bias(false).build(&path / "conv");
 //! ```
 //!
-//! Layers that compute the same in training and evaluation are [`Module`]s, the others [`ModuleT`]s. Recurrent layers and
-//! attention have a `forward_t` of their own. In the closure of a node, `x.is_training()` is the argument that they need.
+//! Layers that compute the same in training and evaluation are [`Module`]s, the others
+//! [`ModuleT`]s. Recurrent layers and attention have a `forward_t` of their own. In the closure of
+//! a node, `x.is_training()` is the argument that they need.
 //!
-//! Fields have the names of tch's layers, `ws` and `bs`, and [`linear`], [`conv2d`] and others are called like tch's
-//! functions: a program written for `tch::nn` gets PyTorch's initial values as it is.
+//! Fields have the names of tch's layers, `ws` and `bs`, and [`linear`], [`conv2d`] and others are
+//! called like tch's functions: a program written for `tch::nn` gets PyTorch's initial values as it
+//! is.
 //!
 //! # Panics
-//! Mistakes of the program panic, like in tch, with a message that names them: a second layer at one path, sizes that do not
-//! divide, an input of a wrong shape.
+//! Mistakes of the program panic, like in tch, with a message that names them: a second layer at
+//! one path, sizes that do not divide, an input of a wrong shape.
 //!
 //! In the book: `docs/nn.md`.
 

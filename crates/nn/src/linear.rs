@@ -8,7 +8,7 @@ use crate::parameter::parameter;
 
 /// `x·weightᵀ + bias`, over the last dimension: PyTorch's `Linear`.
 ///
-/// Both begin evenly within ±1/√`in_features`.
+/// Weight and bias are drawn evenly from within ±1/√`in_features`.
 #[derive(Debug)]
 pub struct Linear {
     /// `weight`, `[out_features, in_features]`
@@ -33,7 +33,7 @@ impl Linear {
         Self::options(in_features, out_features).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(in_features: i64, out_features: i64) -> LinearOptions {
         LinearOptions { in_features, out_features, bias: true }
     }
@@ -61,7 +61,7 @@ impl LinearOptions {
 }
 
 impl Module for Linear {
-    /// `[…, in_features]` to `[…, out_features]`.
+    /// Maps `[…, in_features]` to `[…, out_features]`.
     fn forward(&self, x: &Tensor) -> Tensor {
         x.linear(&self.ws, self.bs.as_ref())
     }

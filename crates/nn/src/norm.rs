@@ -37,7 +37,7 @@ impl LayerNorm {
         Self::options(normalized_shape).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(normalized_shape: impl Into<Shape>) -> LayerNormOptions {
         LayerNormOptions { shape: normalized_shape.into().0, eps: 1e-5, affine: true, bias: true }
     }
@@ -74,7 +74,7 @@ impl LayerNormOptions {
 }
 
 impl Module for LayerNorm {
-    /// `[…, normalized_shape…]` to the same.
+    /// Normalizes `[…, normalized_shape…]`. The output has the same shape.
     fn forward(&self, x: &Tensor) -> Tensor {
         let Self { ws, bs, options } = self;
         x.layer_norm(&options.shape, ws.as_ref(), bs.as_ref(), options.eps, true)
@@ -111,7 +111,7 @@ impl GroupNorm {
         Self::options(num_groups, num_channels).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(num_groups: i64, num_channels: i64) -> GroupNormOptions {
         GroupNormOptions { groups: num_groups, channels: num_channels, eps: 1e-5, affine: true, bias: true }
     }
@@ -153,14 +153,15 @@ impl GroupNormOptions {
 }
 
 impl Module for GroupNorm {
-    /// `[n, channels, …]` to the same.
+    /// Normalizes `[n, channels, …]`. The output has the same shape.
     fn forward(&self, x: &Tensor) -> Tensor {
         let Self { ws, bs, options } = self;
         x.group_norm(options.groups, ws.as_ref(), bs.as_ref(), options.eps, true)
     }
 }
 
-/// Division by the root mean square over the last dimensions (Zhang and Sennrich, 2019): PyTorch's `RMSNorm`.
+/// Division by the root mean square over the last dimensions (Zhang and Sennrich, 2019): PyTorch's
+/// `RMSNorm`.
 ///
 /// `x/√(mean(x²) + eps)·weight`. `weight` begins with 1.
 #[derive(Debug)]
@@ -186,14 +187,15 @@ impl RMSNorm {
         Self::options(normalized_shape).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(normalized_shape: impl Into<Shape>) -> RMSNormOptions {
         RMSNormOptions { shape: normalized_shape.into().0, eps: None, affine: true }
     }
 }
 
 impl RMSNormOptions {
-    /// Number added to the mean square. Default: the machine epsilon of the kind that libtorch computes in.
+    /// Number added to the mean square. Default: the machine epsilon of the kind that libtorch
+    /// computes in.
     pub fn eps(mut self, eps: impl Into<Option<f64>>) -> Self {
         self.eps = eps.into();
         self
@@ -217,7 +219,7 @@ impl RMSNormOptions {
 }
 
 impl Module for RMSNorm {
-    /// `[…, normalized_shape…]` to the same.
+    /// Normalizes `[…, normalized_shape…]`. The output has the same shape.
     fn forward(&self, x: &Tensor) -> Tensor {
         x.rms_norm(&self.options.shape, self.ws.as_ref(), self.options.eps)
     }

@@ -1,4 +1,4 @@
-//! Parameters and buffers of a layer, under names of their own.
+//! Adds the parameters and buffers of a layer to its path, each under a name of its own.
 
 use tch::Tensor;
 use tch::nn::Path;
@@ -11,7 +11,7 @@ pub(crate) fn parameter(path: &Path, name: &str, shape: &[i64]) -> Tensor {
     add(path, name, Tensor::empty(shape, (path.kind(), path.device())), true)
 }
 
-/// Adds the weight of a normalisation, ones, and its bias, zeros, as far as it has them.
+/// Adds the weight of a normalisation, ones, and its bias, zeros, if the layer has them.
 #[track_caller]
 pub(crate) fn scale_and_shift(
     path: &Path,
@@ -26,13 +26,14 @@ pub(crate) fn scale_and_shift(
     (weight, bias)
 }
 
-/// Adds a tensor that changes without gradients.
+/// Adds a buffer: a tensor that changes without gradients.
 #[track_caller]
 pub(crate) fn buffer(path: &Path, name: &str, tensor: Tensor) -> Tensor {
     add(path, name, tensor, false)
 }
 
-/// Adds a tensor, and panics if the name exists: `Path::add` would store it as `name__N`, which no state dict has.
+/// Adds a tensor, and panics if the name exists: `Path::add` would store it as `name__N`, which no
+/// state dict has.
 #[track_caller]
 fn add(path: &Path, name: &str, tensor: Tensor, trainable: bool) -> Tensor {
     assert!(

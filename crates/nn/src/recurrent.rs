@@ -1,4 +1,4 @@
-//! Layers that go through a sequence step by step.
+//! Recurrent layers: they run through a sequence step by step.
 
 use std::borrow::Borrow;
 use std::marker::PhantomData;
@@ -12,15 +12,17 @@ use crate::parameter::parameter;
 
 /// A long short-term memory (Hochreiter and Schmidhuber, 1997): PyTorch's `LSTM`.
 ///
-/// The parameters of the first layer are `weight_ih_l0` `[4·hidden, input]`, `weight_hh_l0` `[4·hidden, hidden]`, `bias_ih_l0`
-/// and `bias_hh_l0` `[4·hidden]`. Those of the second one end in `_l1`, and those of the backward direction in `_reverse`. All
-/// begin evenly within ±1/√`hidden_size`.
+/// The parameters of the first layer are `weight_ih_l0` `[4·hidden, input]`, `weight_hh_l0`
+/// `[4·hidden, hidden]`, `bias_ih_l0` and `bias_hh_l0` `[4·hidden]`. Those of the second layer end
+/// in `_l1`, and those of the backward direction in `_reverse`. All are drawn evenly from within
+/// ±1/√`hidden_size`.
 #[derive(Debug)]
 pub struct LSTM(Recurrent);
 
 /// A gated recurrent unit (Cho et al., 2014): PyTorch's `GRU`.
 ///
-/// The parameters have the names of an [`LSTM`]'s, and three gates instead of four. All begin evenly within ±1/√`hidden_size`.
+/// The parameters have the names of an [`LSTM`]'s, and three gates instead of four. All are drawn
+/// evenly from within ±1/√`hidden_size`.
 #[derive(Debug)]
 pub struct GRU(Recurrent);
 
@@ -38,7 +40,7 @@ pub struct RecurrentOptions<L> {
     layer: PhantomData<L>,
 }
 
-/// The common part of both.
+/// The common part of `LSTM` and `GRU`.
 #[derive(Debug)]
 struct Recurrent {
     weights: Vec<Tensor>,
@@ -50,7 +52,7 @@ struct Recurrent {
     bidirectional: bool,
 }
 
-/// A kind of cell.
+/// A kind of recurrent cell.
 #[derive(Clone, Copy)]
 struct Cell {
     gates: i64,
@@ -67,16 +69,17 @@ impl LSTM {
         Self::options(input_size, hidden_size).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(input_size: i64, hidden_size: i64) -> RecurrentOptions<Self> {
         RecurrentOptions::new(input_size, hidden_size)
     }
 
-    /// Runs over the sequences `x`, `[length, n, input_size]`. With `batch_first(true)`, `n` is the first dimension. Inputs of two
-    /// dimensions have no `n`.
+    /// Runs over the sequences `x`, `[length, n, input_size]`. With `batch_first(true)`, `n` is the
+    /// first dimension. Inputs of two dimensions have no `n`.
     ///
-    /// `state` holds the first hidden state and cell state, `[layers·directions, n, hidden_size]` each. Default: zeros. Returns
-    /// the last layer's hidden states, `[length, n, directions·hidden_size]`, and the state after the last step.
+    /// `state` holds the first hidden state and cell state, `[layers·directions, n, hidden_size]`
+    /// each. Default: zeros. Returns the last layer's hidden states,
+    /// `[length, n, directions·hidden_size]`, and the state after the last step.
     ///
     /// # Panics
     /// If shapes do not fit.
@@ -120,16 +123,17 @@ impl GRU {
         Self::options(input_size, hidden_size).build(path)
     }
 
-    /// PyTorch's defaults, to be changed.
+    /// Returns options with PyTorch's defaults.
     pub fn options(input_size: i64, hidden_size: i64) -> RecurrentOptions<Self> {
         RecurrentOptions::new(input_size, hidden_size)
     }
 
-    /// Runs over the sequences `x`, `[length, n, input_size]`. With `batch_first(true)`, `n` is the first dimension. Inputs of two
-    /// dimensions have no `n`.
+    /// Runs over the sequences `x`, `[length, n, input_size]`. With `batch_first(true)`, `n` is the
+    /// first dimension. Inputs of two dimensions have no `n`.
     ///
-    /// `state` is the first hidden state, `[layers·directions, n, hidden_size]`. Default: zeros. Returns the last layer's hidden
-    /// states, `[length, n, directions·hidden_size]`, and the state after the last step.
+    /// `state` is the first hidden state, `[layers·directions, n, hidden_size]`. Default: zeros.
+    /// Returns the last layer's hidden states, `[length, n, directions·hidden_size]`, and the state
+    /// after the last step.
     ///
     /// # Panics
     /// If shapes do not fit.
@@ -172,7 +176,7 @@ impl<L> RecurrentOptions<L> {
         }
     }
 
-    /// Number of layers; each one runs over the hidden states of the layer before. Default: 1.
+    /// Number of layers. Each runs over the hidden states of the layer before. Default: 1.
     pub fn num_layers(mut self, layers: i64) -> Self {
         self.num_layers = layers;
         self
@@ -184,13 +188,15 @@ impl<L> RecurrentOptions<L> {
         self
     }
 
-    /// Whether inputs and outputs are `[n, length, features]`. States keep their shape. Default: false.
+    /// Whether inputs and outputs are `[n, length, features]`. States keep their shape. Default:
+    /// false.
     pub fn batch_first(mut self, first: bool) -> Self {
         self.batch_first = first;
         self
     }
 
-    /// Probability with which training zeroes an output of a layer that is not the last one. Default: 0.
+    /// Probability with which training zeroes an output of a layer that is not the last one.
+    /// Default: 0.
     pub fn dropout(mut self, p: f64) -> Self {
         self.dropout = p;
         self
@@ -231,7 +237,8 @@ impl<L> RecurrentOptions<L> {
         let bound = 1.0 / (hidden_size as f64).sqrt();
         weights.iter().for_each(|weight| init::uniform_(weight, -bound, bound));
         if path.device().is_cuda() && Cuda::cudnn_is_available() {
-            // cuDNN wants them in one piece of memory, and copies them in every pass otherwise.
+            // cuDNN needs the weights in one piece of memory. Otherwise it copies them in every
+            // pass.
             tch::no_grad(|| {
                 let _ = Tensor::internal_cudnn_rnn_flatten_weight(
                     &weights,
@@ -254,7 +261,8 @@ impl RecurrentOptions<LSTM> {
     /// Makes the layer.
     ///
     /// # Panics
-    /// If the path has such a layer already, if a size is not positive, or if dropout is no probability.
+    /// If the path has such a layer already, if a size is not positive, or if dropout is no
+    /// probability.
     #[track_caller]
     pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> LSTM {
         LSTM(self.make(path.borrow(), LSTM::CELL))
@@ -265,7 +273,8 @@ impl RecurrentOptions<GRU> {
     /// Makes the layer.
     ///
     /// # Panics
-    /// If the path has such a layer already, if a size is not positive, or if dropout is no probability.
+    /// If the path has such a layer already, if a size is not positive, or if dropout is no
+    /// probability.
     #[track_caller]
     pub fn build<'a>(self, path: impl Borrow<Path<'a>>) -> GRU {
         GRU(self.make(path.borrow(), GRU::CELL))
@@ -277,7 +286,7 @@ impl Recurrent {
         if self.batch_first { 0 } else { 1 }
     }
 
-    /// The input with a dimension `n`, and whether it had none.
+    /// Returns the input with a dimension `n`, and whether the input lacked that dimension.
     fn batched(&self, x: &Tensor) -> (Tensor, bool) {
         if x.dim() == 2 { (x.unsqueeze(self.batch_dim()), true) } else { (x.shallow_clone(), false) }
     }

@@ -1,6 +1,7 @@
 //! Numbers that are given once, or for each dimension.
 
-/// A number for each of `N` dimensions: from one for all of them, as `3`, or an array, as `[3, 5]`.
+/// A number for each of `N` dimensions. Made from one number for all of them, such as `3`, or from
+/// an array, such as `[3, 5]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes<const N: usize>(pub(crate) [i64; N]);
 
@@ -16,7 +17,8 @@ impl<const N: usize> From<[i64; N]> for Sizes<N> {
     }
 }
 
-/// The last dimensions of a tensor: from one size, as `768`, or several, as `[3, 5]`.
+/// The last dimensions of a tensor. Made from one size, such as `768`, or from several, such as
+/// `[3, 5]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shape(pub(crate) Vec<i64>);
 

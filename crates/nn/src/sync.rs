@@ -8,16 +8,18 @@ use tch::{Kind, Tensor};
 
 /// The ranks that run a module together, for its [`SyncBatchNorm`](crate::SyncBatchNorm)s.
 ///
-/// Layers return tensors and no errors. So a failed exchange is kept here, the layers return something of the right shape, and
-/// whoever called [`over_ranks`] asks for the failure.
+/// Layers return tensors and no errors. If an exchange fails, the implementation keeps the error,
+/// and the layers return tensors of the right shape. The caller of [`over_ranks`] must then ask the
+/// implementation for the error.
 pub trait Ranks {
     /// The group of all ranks.
     fn group(&self) -> &ProcessGroup;
 
-    /// The tensors of all ranks, which are like `own`. `None` if the exchange fails, or one before it has.
+    /// Gathers the tensors of all ranks, which have the shape and kind of `own`. Returns `None` if
+    /// this exchange fails, or if one before it has failed.
     fn gather(&self, own: &Tensor) -> Option<Vec<Tensor>>;
 
-    /// Keeps a failure that came later than the exchange.
+    /// Keeps the error of an operation that followed an exchange.
     fn fail(&self, error: ice_c10d::Error);
 }
 
@@ -31,8 +33,9 @@ thread_local! {
     static SCOPE: RefCell<Option<Scope>> = const { RefCell::new(None) };
 }
 
-/// Runs the forward pass of a module that all ranks run. Its [`SyncBatchNorm`](crate::SyncBatchNorm)s take their statistics over
-/// all ranks in training, and with `every_layer` so does every batch norm.
+/// Runs the forward pass of a module that all ranks run together. In training, its
+/// [`SyncBatchNorm`](crate::SyncBatchNorm)s take their statistics over all ranks. With
+/// `every_layer`, all its batch norms do.
 pub fn over_ranks<T>(ranks: Rc<dyn Ranks>, every_layer: bool, forward: impl FnOnce() -> T) -> T {
     struct Restore(Option<Scope>);
     impl Drop for Restore {
@@ -44,14 +47,15 @@ pub fn over_ranks<T>(ranks: Rc<dyn Ranks>, every_layer: bool, forward: impl FnOn
     forward()
 }
 
-/// The ranks over which a layer takes its statistics now.
+/// Returns the ranks over which a layer is to take its statistics now, if any.
 pub(crate) fn ranks(is_sync: bool) -> Option<Rc<dyn Ranks>> {
     SCOPE.with_borrow(|scope| {
         scope.as_ref().filter(|scope| is_sync || scope.every_layer).map(|scope| Rc::clone(&scope.ranks))
     })
 }
 
-/// Statistics of the batch that the batches `x`, `[n, features, size…]`, of all ranks make together. `None` where that failed.
+/// Returns the statistics of all ranks' batches together. `x` is this rank's batch,
+/// `[n, features, size…]`. Returns `None` if the exchange fails.
 pub(crate) fn statistics(x: &Tensor, ranks: &dyn Ranks) -> Option<BatchStatistics> {
     tch::no_grad(|| {
         let gathered = ranks.gather(&of_this_rank(x))?;
@@ -60,7 +64,8 @@ pub(crate) fn statistics(x: &Tensor, ranks: &dyn Ranks) -> Option<BatchStatistic
     })
 }
 
-/// Means, variances and the number of values, as Double of `[2·features + 1]`.
+/// Returns the means, the variances and the number of values per feature, as Double of
+/// `[2·features + 1]`.
 fn of_this_rank(x: &Tensor) -> Tensor {
     let size = x.size();
     let dims: Vec<i64> = (0..size.len() as i64).filter(|dim| *dim != 1).collect();
@@ -71,7 +76,8 @@ fn of_this_rank(x: &Tensor) -> Tensor {
     Tensor::cat(&[mean.to_kind(Kind::Double), var.to_kind(Kind::Double), count], 0)
 }
 
-/// The parallel algorithm of Chan, Golub and LeVeque (1979).
+/// Combines the statistics of the ranks by the parallel algorithm of Chan, Golub and LeVeque
+/// (1979).
 fn of_all(ranks: &[Tensor], kind: Kind) -> BatchStatistics {
     let rows = Tensor::stack(ranks, 0);
     let features = (rows.size()[1] - 1) / 2;
@@ -134,7 +140,7 @@ mod tests {
         }
     }
 
-    /// Runs `rank` as each of so many ranks.
+    /// Runs `rank` on `count` ranks, each a thread of this process.
     fn ranks<T: Send>(count: usize, rank: impl Fn(&Rc<Threads>) -> T + Sync) -> Vec<T> {
         let (_server, port) = serve_store().unwrap();
         let join = |r| {
@@ -150,7 +156,8 @@ mod tests {
         })
     }
 
-    /// What a training step of the layer gives: output, gradients of x, weight and bias, running mean and variance.
+    /// Runs a training step of the layer. Returns the output, the gradients of x, weight and bias,
+    /// and the running mean and variance.
     fn step(layer: &dyn ModuleT, store: &VarStore, x: &Tensor, factors: &Tensor) -> Vec<Tensor> {
         let x = x.copy().set_requires_grad(true);
         let out = layer.forward_t(&x, true);
@@ -168,7 +175,8 @@ mod tests {
         ]
     }
 
-    /// Values of the features differ in scale, so that an error in one is seen.
+    /// Returns a batch, and factors for the loss. The features differ in scale, so that an error in
+    /// any of them shows.
     fn batch() -> (Tensor, Tensor) {
         let numbers = Tensor::arange(7 * 3 * 2 * 4, (Kind::Float, Device::Cpu)).view([7, 3, 2, 4]);
         let scales = Tensor::from_slice(&[0.1_f32, 1.0, 30.0]).view([3, 1, 1]);
@@ -190,7 +198,7 @@ mod tests {
         let layer = BatchNorm2d::new(store.root(), 3);
         set(&store);
         let expected = step(&layer, &store, &x, &factors);
-        // A layer that asks for it, and an ordinary one where every layer is to.
+        // A `SyncBatchNorm`; and with `every_layer` an ordinary batch norm.
         for every_layer in [false, true] {
             let parts: Vec<_> = ranks(3, |ranks| {
                 let (start, length) = [(0, 1), (1, 4), (5, 2)][ranks.group.rank()];
@@ -261,7 +269,7 @@ mod tests {
                 let _ = layer.forward_t(&x, false);
             });
         });
-        // Outside, it is an ordinary one.
+        // Outside `over_ranks`, a `SyncBatchNorm` is an ordinary batch norm.
         set(&sync);
         let found = step(&layers.1, &sync, &x, &factors);
         assert!(found.iter().zip(&expected).all(|(found, expected)| found.equal(expected)));

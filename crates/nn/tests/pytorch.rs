@@ -1,4 +1,4 @@
-//! Layers beside PyTorch's, whose numbers `tests/python/nn_reference.py` has written down.
+//! Compares layers with PyTorch's. `tests/python/nn_reference.py` has written PyTorch's numbers.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -12,7 +12,8 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 const SEED: i64 = 11;
 
-/// Guards libtorch's only generator of a process. A layer that another test builds in between changes the next draws.
+/// Guards libtorch's only generator of a process. A layer that another test builds in between
+/// changes the next draws.
 static GENERATOR: Mutex<()> = Mutex::new(());
 
 fn seeded() -> MutexGuard<'static, ()> {
@@ -21,12 +22,13 @@ fn seeded() -> MutexGuard<'static, ()> {
     guard
 }
 
-/// Returns an empty store. Its layers draw when they are built, so that every test gets its store here.
+/// Returns an empty store. Its layers draw when they are built, so that every test gets its store
+/// here.
 fn seeded_store(device: Device) -> (MutexGuard<'static, ()>, VarStore) {
     (seeded(), VarStore::new(device))
 }
 
-/// What PyTorch has written down, without the name of the layer.
+/// Returns PyTorch's tensors for a layer, by their keys without the layer's name.
 fn reference(layer: &str) -> BTreeMap<String, Tensor> {
     static ALL: OnceLock<Mutex<Vec<(String, Tensor)>>> = OnceLock::new();
     let file = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/layers.safetensors");
@@ -37,7 +39,7 @@ fn reference(layer: &str) -> BTreeMap<String, Tensor> {
     own.collect()
 }
 
-/// Those of one kind by what follows.
+/// Returns the tensors whose keys begin with `kind`, by the rest of their keys.
 fn of_kind<'a>(all: &'a BTreeMap<String, Tensor>, kind: &str) -> BTreeMap<&'a str, &'a Tensor> {
     all.iter()
         .filter_map(|(key, tensor)| Some((key.strip_prefix(kind)?.strip_prefix('/')?, tensor)))
@@ -52,7 +54,8 @@ fn floats_of(tensor: &Tensor) -> Vec<f64> {
     Vec::try_from(tensor.to_kind(Kind::Double).flatten(0, -1)).unwrap()
 }
 
-/// Compares shapes, kinds and elements. Kernels of other processors round otherwise.
+/// Compares shapes, kinds and elements. The tolerance is for other processors, whose kernels round
+/// differently.
 #[track_caller]
 fn assert_close(name: &str, own: &Tensor, theirs: &Tensor, tolerance: f64) {
     assert_eq!((own.size(), own.kind()), (theirs.size(), theirs.kind()), "{name}");
@@ -63,14 +66,15 @@ fn assert_close(name: &str, own: &Tensor, theirs: &Tensor, tolerance: f64) {
     }
 }
 
-/// Draws are the same to the bit, but on processors without AVX2, for which libtorch has other kernels.
+/// Compares draws, to the bit. On processors without AVX2, libtorch has other kernels: there the
+/// draws may differ in the last bits.
 #[track_caller]
 fn assert_drawn_alike(name: &str, own: &Tensor, theirs: &Tensor) {
     let same = std::arch::is_x86_feature_detected!("avx2");
     assert_close(name, own, theirs, if same { 0.0 } else { 1e-6 });
 }
 
-/// The sum that the reference has the gradients of.
+/// Returns the sum whose gradients are in the reference.
 fn weighted_sum(outputs: &[Tensor]) -> Tensor {
     let sum = |output: &Tensor| {
         let places = Tensor::arange(output.numel() as i64, (Kind::Float, Device::Cpu)).view_as(output);
@@ -79,7 +83,7 @@ fn weighted_sum(outputs: &[Tensor]) -> Tensor {
     outputs.iter().map(sum).sum()
 }
 
-/// Builds the layer and compares all that is known of it.
+/// Builds the layer, and compares everything that the reference has of it.
 #[track_caller]
 fn check<L>(name: &str, build: impl Fn(&Path) -> L, call: impl Fn(&L, &[Tensor], bool) -> Vec<Tensor>) {
     let reference = reference(name);
@@ -134,7 +138,7 @@ fn check<L>(name: &str, build: impl Fn(&Path) -> L, call: impl Fn(&L, &[Tensor],
     compare("eval", &tch::no_grad(|| call(&layer, &inputs, false)));
 }
 
-/// A layer of one input and one output.
+/// Runs a layer that has one input and one output.
 fn one<L: ModuleT>(layer: &L, inputs: &[Tensor], train: bool) -> Vec<Tensor> {
     vec![layer.forward_t(&inputs[0], train)]
 }
@@ -236,7 +240,7 @@ fn attention_is_pytorchs() {
             vec![layer.forward_t(&x[0], key, value, &mask, train)]
         }
     };
-    // Tests end before they are missed.
+    // The masks are leaked: the process of the tests ends soon.
     let kept = |mask: Tensor| -> &'static Tensor { Box::leak(Box::new(mask)) };
     let batched = |p: &Path| Attention::options(6, 2).batch_first(true).build(p);
     let causal = kept(Tensor::ones([4, 4], (Kind::Bool, Device::Cpu)).triu(1));
@@ -282,7 +286,7 @@ fn larger_layers_begin_as_pytorchs_do() {
     compare("attention", &|p| drop(nn::MultiheadAttention::new(p, 64, 4)));
 }
 
-/// Bounds and deviations that PyTorch's documentation gives.
+/// Compares initial values with the bounds and deviations in PyTorch's documentation.
 #[test]
 fn parameters_begin_within_the_documented_bounds() {
     let (_guard, store) = seeded_store(Device::Cpu);
@@ -307,7 +311,8 @@ fn parameters_begin_within_the_documented_bounds() {
         for name in names {
             let values = &variables[&format!("{layer}.{name}")];
             let largest = values.abs().max().double_value(&[]);
-            // Few values have a larger chance to stay away from the bound.
+            // The fewer values, the larger the chance that the largest of them is far from the
+            // bound.
             let least = bound * (1.0 - 10.0 / values.numel() as f64);
             assert!((least..=bound).contains(&largest), "{layer}.{name}: {largest} of {bound}");
             let deviation = values.std(false).double_value(&[]) / (bound / 3f64.sqrt());
@@ -343,7 +348,7 @@ fn functions_of_init_draw_as_pytorchs_do() {
     compare("trunc_normal_tail", &|w| init::trunc_normal_(w, 0.0, 1.0, 1.0, 4.0));
     tch::manual_seed(SEED);
     init::orthogonal_(&weight, 2.0);
-    // LAPACK's, which rounds as it likes.
+    // LAPACK computes this one, and its rounding differs between processors.
     assert_close("orthogonal", &weight, &reference["orthogonal"], 1e-5);
     assert!(weight.requires_grad() && weight.is_leaf());
 }
@@ -385,7 +390,7 @@ fn dropout_within_layers_is_off_in_evaluation() {
     }
 }
 
-/// The message of the panic.
+/// Returns the message of the panic.
 #[track_caller]
 fn panics<T>(code: impl FnOnce() -> T) -> String {
     match catch_unwind(AssertUnwindSafe(code)) {
@@ -407,7 +412,7 @@ fn second_layer_at_a_path_is_an_error_that_names_it() {
     nn::BatchNorm2d::options(2).affine(false).build(&p / "norm");
     let message = panics(|| nn::BatchNorm2d::options(2).affine(false).build(&p / "norm"));
     assert!(message.contains("`block.norm.running_mean`"), "{message}");
-    // Nothing of the second ones was stored.
+    // The failed layers have stored nothing.
     assert_eq!(store.len(), 5);
     nn::Linear::new(&p / "other", 2, 2);
     assert_eq!(store.len(), 7);
@@ -482,7 +487,8 @@ fn batch_of_one_value_per_channel_leaves_running_statistics_alone() {
     assert_ne!(state(), before);
 }
 
-/// What a GPU has of its own: draws are copied to it, and cuDNN wants the weights of recurrent layers in one piece.
+/// Runs the paths that only a GPU has: draws are copied to it, and cuDNN needs the weights of
+/// recurrent layers in one piece of memory.
 #[test]
 fn layers_begin_and_compute_on_a_gpu_as_on_the_cpu() {
     if !Cuda::is_available() {
@@ -578,7 +584,7 @@ impl Block {
 }
 // ANCHOR_END: block
 
-/// The code of docs/nn.md.
+/// Runs the code that docs/nn.md shows.
 #[test]
 fn examples_of_the_book_run() {
     let (_guard, store) = seeded_store(Device::Cpu);
