@@ -31,6 +31,9 @@ fn folder() -> TempDir {
     fs::create_dir(folder.path().join("package")).unwrap();
     write("package/__init__.py", "");
     write("package/report.py", include_str!("warm/report.py"));
+    for name in ["children.py", "package/children.py"] {
+        write(name, include_str!("warm/children.py"));
+    }
     folder
 }
 
@@ -46,11 +49,11 @@ fn kill(pid: &str) {
     rustix::process::kill_process(pid, Signal::KILL).unwrap();
 }
 
-/// Runs a program without and with a template.
+/// Runs a program without and with a template; options of the launcher may stand in front of it.
 fn both(folder: &Path, program: &[&str]) -> [Finished; 2] {
     [&["--preload", "none"], &["--preload", "marker"]].map(|options| {
         let mut command = launched(folder, options);
-        command.args(program).env("PYTHONPATH", folder);
+        command.args(program).env("PYTHONPATH", folder).env("CUDA_VISIBLE_DEVICES", "3");
         run(command)
     })
 }
@@ -73,13 +76,20 @@ fn forked_rank_sees_what_a_started_one_sees() {
         &["python3", "-Es", "-O", "-X", "dev", "-Wignore", "report.py"],
         &[&console, "-x"],
         &[&by_env],
+        &["--tee=3", "--virtual-local-rank", "--omp-num-threads=2", "report.py"],
+        &["--redirects=2", "--role=trainer", "report.py"],
     ] {
         let [started, forked] = both(folder.path(), program);
         assert!(started.stdout.len() > 40, "{started:#?}");
         for (one, other) in started.stdout.iter().zip(&forked.stdout) {
             assert_eq!(one, other, "{program:?}");
         }
-        assert_eq!(started.stderr, forked.stderr, "{program:?}");
+        // Folders of logs have random names.
+        let lines = |finished: &Finished| {
+            let lines = finished.stderr.lines().filter(|line| !line.starts_with("ice-launch: run none"));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(lines(&started), lines(&forked), "{program:?}");
     }
 }
 
@@ -109,6 +119,16 @@ fn forked_rank_ends_as_a_started_one_ends() {
     {
         let [started, forked] = both(folder.path(), &program);
         assert_eq!(without_pid(&started), without_pid(&forked), "{program:?}");
+    }
+}
+
+#[test]
+fn forked_rank_starts_processes_in_each_way_of_multiprocessing() {
+    let folder = folder();
+    for program in [&["children.py"][..], &["-m", "package.children"]] {
+        let [started, forked] = both(folder.path(), program);
+        assert_eq!(started.expect(0, &[]).stdout.len(), 4, "{started:#?}");
+        assert_eq!((started.stdout, started.stderr), (forked.stdout, forked.stderr), "{program:?}");
     }
 }
 

@@ -213,7 +213,7 @@ pub struct LaunchArgs {
     )]
     pub hang_timeout: Option<f64>,
     /// Parked processes, started and loaded, that replace dead ranks of this node; for programs
-    /// made with ice
+    /// made with ice, and for Python with --preload
     #[arg(
         long,
         value_name = "N",

@@ -37,7 +37,7 @@ for number, name in enumerate(('stdin', 'stdout', 'stderr')):
     fact(name, (stream.name, stream.mode, stream.encoding, stream.errors, stream.line_buffering,
                 getattr(stream, 'write_through', None), stream.newlines, stream.isatty(), stream.fileno(),
                 type(stream.buffer).__name__, raw.name, raw.mode, raw.closefd, stream.seekable(),
-                original is stream, os.readlink('/proc/self/fd/%d' % number).rpartition('/')[0]))
+                original is stream, os.readlink('/proc/self/fd/%d' % number).rpartition('/')[2].partition(':')[0]))
 with open('/proc/self/status') as file:
     for line in file:
         if line.startswith(('SigBlk', 'SigIgn', 'SigCgt', 'Cpus_allowed_list', 'Threads', 'Umask', 'Name',
