@@ -59,6 +59,8 @@ struct Ready<M> {
     store: VarStore,
     /// Trainable parameters in order of creation.
     trainable: Vec<(String, Tensor)>,
+    /// The same without names.
+    parameters: Vec<Tensor>,
     buffers: Rc<Buffers>,
     /// The buffers at the start of the step, if the step may have to be repeated.
     before: Vec<Tensor>,
@@ -290,9 +292,10 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         trainable.retain(|(_, parameter)| parameter.requires_grad());
         let buffers = Rc::new(Buffers::new(buffers.into_iter().map(|(_, tensor)| tensor).collect()));
         let before = if worker.can_stay() { buffers.copies() } else { Vec::new() };
+        let parameters: Vec<_> = trainable.iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
         *self.slot.parts.borrow_mut() = Some(Parts {
             module: Rc::clone(&module),
-            trainable: trainable.iter().map(|(_, tensor)| tensor.shallow_clone()).collect(),
+            trainable: parameters.iter().map(Tensor::shallow_clone).collect(),
             buffers: Rc::clone(&buffers),
             broadcast_buffers: self.broadcast_buffers,
             sync_batch_norm: self.sync_batch_norm,
@@ -303,6 +306,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
             module,
             store,
             trainable,
+            parameters,
             buffers,
             before,
             in_step: false,
@@ -343,7 +347,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         if let Some(ready) = &mut self.ready {
             ready.order = ready.order();
             // The gradients are views of the reducer's buckets.
-            let cleared = clear_gradients(&ready.tensors());
+            let cleared = clear_gradients(&ready.parameters);
             drop((cleared, ready.averaging.take()));
         }
     }
@@ -354,7 +358,7 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         ready.in_step = true;
         ready.collected.clear();
         ready.buffers.save(&ready.before)?;
-        Ok(clear_gradients(&ready.tensors())?)
+        Ok(clear_gradients(&ready.parameters)?)
     }
 
     fn step_end(&mut self) -> Result<()> {
@@ -404,14 +408,13 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     fn collect_gradients(&mut self, factor: f64, last: bool, exchange: bool) -> Result<()> {
         self.share_buffers()?;
         let ready = self.ready_mut()?;
-        let parameters = ready.tensors();
-        ready.collected.add(&parameters, factor, last)?;
-        if exchange { ready.collected.average(&parameters, &ready.worker) } else { Ok(()) }
+        ready.collected.add(&ready.parameters, factor, last)?;
+        if exchange { ready.collected.average(&ready.parameters, &ready.worker) } else { Ok(()) }
     }
 
     fn gradients(&self) -> Vec<Tensor> {
-        let trainable = self.ready.iter().flat_map(|ready| &ready.trainable);
-        trainable.map(|(_, tensor)| tensor.grad()).filter(Tensor::defined).collect()
+        let parameters = self.ready.iter().flat_map(|ready| &ready.parameters);
+        parameters.map(Tensor::grad).filter(Tensor::defined).collect()
     }
 
     fn sparse_gradients(&self) -> Vec<String> {
@@ -421,11 +424,11 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
     }
 
     fn update(&mut self) -> Result<()> {
-        let gradients = self.gradients();
-        if let Some(largest) = self.clip
-            && !gradients.is_empty()
-        {
-            self.ready_mut()?.norm = Some(clip_grad_norm(&gradients, largest)?);
+        if let Some(largest) = self.clip {
+            let gradients = self.gradients();
+            if !gradients.is_empty() {
+                self.ready_mut()?.norm = Some(clip_grad_norm(&gradients, largest)?);
+            }
         }
         self.groups.step()
     }
@@ -511,10 +514,6 @@ impl<M> Ready<M> {
             Some(averaging) => averaging.order().into_iter().map(ToOwned::to_owned).collect(),
             None => self.order.clone(),
         }
-    }
-
-    fn tensors(&self) -> Vec<Tensor> {
-        self.trainable.iter().map(|(_, tensor)| tensor.shallow_clone()).collect()
     }
 }
 
