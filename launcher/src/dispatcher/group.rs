@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use ice_proto::env::{ICE_HEARTBEAT_FILE, TORCHELASTIC_TIMER_FILE};
@@ -57,7 +57,10 @@ pub(super) struct Group<'a> {
     heartbeats: Option<Heartbeats>,
     /// Path of the pipe on which ranks request timers.
     timer_file: Option<PathBuf>,
-    summary: Summary,
+    /// Content of `report.json`, shared with the thread that writes files.
+    summary: Arc<Mutex<Summary>>,
+    /// `rounds.jsonl`, once a round has ended.
+    rounds: Option<LogFile>,
     /// Content of the launcher's error file, if the last round failed on this node.
     error: Option<ErrorDocument>,
 }
@@ -71,7 +74,7 @@ impl<'a> Group<'a> {
         rewrites: bool,
         warm: Warm,
     ) -> Self {
-        let summary = Summary::new(&plan.run_id);
+        let summary = Arc::new(Mutex::new(Summary::new(&plan.run_id)));
         let (logs, round, ranks) = (None, None, BTreeMap::new());
         let host = hostname();
         // Those of Python are forked, and need no program that knows the link.
@@ -103,6 +106,7 @@ impl<'a> Group<'a> {
             heartbeats,
             timer_file: None,
             summary,
+            rounds: None,
             error,
         }
     }
@@ -146,7 +150,7 @@ impl<'a> Group<'a> {
 
     /// Returns the outcome of the job, in a word.
     pub(super) fn outcome(&self) -> &'static str {
-        self.summary.outcome()
+        reporting::locked(&self.summary).outcome()
     }
 
     /// Begins a round: sends it to the live ranks, and starts the others. Returns the local ranks

@@ -3,7 +3,7 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -43,6 +43,8 @@ pub(crate) struct Console {
     writer: Writer<To>,
     /// Number of ranks' streams that go to the console, from which streams get their numbers.
     streams: Arc<AtomicU64>,
+    /// Whether the terminal may have a status line.
+    has_status: Arc<AtomicBool>,
 }
 
 /// Origin of a piece of output.
@@ -118,7 +120,7 @@ impl Console {
             To::Agent => write(Target::Stderr, &layouts[of(Target::Stderr)].agent(bytes)),
             To::Status => write(Target::Status, bytes),
         })?;
-        Ok((Self { writer, streams: Arc::default() }, written))
+        Ok((Self { writer, streams: Arc::default(), has_status: Arc::default() }, written))
     }
 
     /// Returns a handle of a rank's stream that goes to the console with a prefix before each line.
@@ -147,13 +149,17 @@ impl Console {
     /// Rewrites the line at the bottom of the terminal, unless the console is behind.
     pub(crate) fn status_if_idle(&self, text: &str) {
         if self.writer.is_idle() {
+            self.has_status.store(true, Ordering::Relaxed);
             self.writer.add(To::Status, text.into());
         }
     }
 
     /// Removes the line at the bottom of the terminal.
     pub(crate) fn no_status(&self) {
-        self.writer.add(To::Status, Vec::new());
+        // Each rank that ends calls this. Without a line, no call wakes the console's thread.
+        if self.has_status.swap(false, Ordering::Relaxed) {
+            self.writer.add(To::Status, Vec::new());
+        }
     }
 }
 

@@ -19,9 +19,21 @@ const RETRY_LAST: Duration = Duration::from_secs(60);
 /// A handle of the thread that writes files.
 #[derive(Clone)]
 pub(crate) struct Files {
-    writer: Writer<LogFile>,
+    writer: Writer<To>,
     health: Health,
 }
+
+/// Where the thread writes.
+enum To {
+    /// At the end of a file.
+    End(LogFile),
+    /// A whole file, which replaces the last one of its name.
+    Whole(PathBuf, Content),
+}
+
+/// Makes the bytes of a file when it is written. The argument is the first failure to write a file of
+/// the job.
+type Content = Box<dyn FnOnce(Option<String>) -> io::Result<Vec<u8>> + Send>;
 
 /// A file that is written through [`Files`].
 #[derive(Clone)]
@@ -51,10 +63,20 @@ struct Failing {
 
 impl Files {
     pub(crate) fn open(console: &Console) -> io::Result<(Self, Written)> {
-        let (writer, written) = Writer::start("files", |file: LogFile, bytes: &[u8]| {
-            file.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes, Instant::now());
+        let health = Health::new(console.clone());
+        let known = health.clone();
+        let (writer, written) = Writer::start("files", move |to, bytes: &[u8]| match to {
+            To::End(file) => {
+                file.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes, Instant::now());
+            }
+            To::Whole(path, content) => {
+                match content(health.first_failure()).and_then(|bytes| replace(&path, &bytes)) {
+                    Ok(()) => health.works(&path, 0),
+                    Err(error) => health.failed(&path, &error),
+                }
+            }
         })?;
-        Ok((Self { writer, health: Health::new(console.clone()) }, written))
+        Ok((Self { writer, health: known }, written))
     }
 
     /// Returns the health of the files, which knows whether they can be written.
@@ -80,13 +102,37 @@ impl Files {
 
     /// Writes output of a rank, once there is room.
     pub(crate) async fn pass(&self, file: &LogFile, bytes: Vec<u8>) {
-        self.writer.pass(file.clone(), bytes).await;
+        self.writer.pass(To::End(file.clone()), bytes).await;
     }
 
     /// Writes output of the agent itself, without waiting for room.
     pub(crate) fn add(&self, file: &LogFile, bytes: Vec<u8>) {
-        self.writer.add(file.clone(), bytes);
+        self.writer.add(To::End(file.clone()), bytes);
     }
+
+    /// Replaces a file, after everything that was passed before is written.
+    pub(crate) fn replace(
+        &self,
+        path: PathBuf,
+        content: impl FnOnce(Option<String>) -> io::Result<Vec<u8>> + Send + 'static,
+    ) {
+        self.writer.add(To::Whole(path, Box::new(content)), Vec::new());
+    }
+}
+
+/// Writes a temporary file and renames it, so that readers never see a part of it.
+///
+/// The rename may wait for the disk: ext4 allocates the blocks of a file that replaces another one
+/// (ext4(5), `auto_da_alloc`).
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    if let Err(error) = fs::write(&partial, bytes) {
+        // On a full disk, a part of the file may remain.
+        let _ = fs::remove_file(&partial);
+        return Err(error);
+    }
+    fs::rename(&partial, path)
 }
 
 impl Drop for Open {

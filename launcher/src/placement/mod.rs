@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use ice_proto::backend::RankDevice;
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -24,8 +25,10 @@ pub(crate) use visible::{CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES, Placed};
 pub(crate) use visible::{hip_visible_devices, place, visible_devices};
 
 /// Returns the number of logical CPUs that this process may use. A quota of its cgroup counts.
+/// They are counted once, since a restart would wait for it.
 pub(crate) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get))
 }
 
 /// Returns the default for the threads of a rank: the cores that this process may use, divided by

@@ -1,7 +1,6 @@
 //! `report.json`: the course of the job on this node, for programs.
 
-use std::path::Path;
-use std::{fs, io};
+use std::io;
 
 use ice_proto::exit::ExitCode;
 use serde::Serialize;
@@ -72,20 +71,10 @@ impl Summary {
         self.exit_code = Some(code.code());
     }
 
-    pub(crate) fn set_log_failure(&mut self, failure: Option<String>) {
-        self.log_failure = failure;
-    }
-
-    /// Writes the report to a temporary file and renames it, so that readers never see a part of
-    /// it.
-    pub(crate) fn write(&self, path: &Path) -> io::Result<()> {
-        let beside = path.with_extension("json.partial");
-        let written = fs::write(&beside, serde_json::to_vec_pretty(self)?);
-        if let Err(error) = written {
-            // On a full disk, a part of the file may remain.
-            let _ = fs::remove_file(&beside);
-            return Err(error);
-        }
-        fs::rename(&beside, path)
+    /// Returns the text of the file. `log_failure` names the first log or report that could not be
+    /// written.
+    pub(crate) fn text(&mut self, log_failure: Option<String>) -> io::Result<Vec<u8>> {
+        self.log_failure = log_failure;
+        Ok(serde_json::to_vec_pretty(self)?)
     }
 }

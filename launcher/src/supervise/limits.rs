@@ -18,6 +18,8 @@ use crate::Error;
 /// connection to the store.
 const FILES_OF_AGENT: u64 = 20;
 const FILES_OF_RANK: u64 = 5;
+/// Limit of open files from which on the agent holds files open only to save time.
+const FILES_TO_HOLD_SOME: u64 = 1024;
 /// Threads of the agent: console, files, names of hosts, a source of notices.
 const THREADS: usize = 4;
 
@@ -33,6 +35,11 @@ pub(crate) fn raise_open_files() {
     {
         tracing::debug!(%error, "the limit of open files stays at {soft}");
     }
+}
+
+/// Whether the limit leaves room for files that could also be opened each time.
+pub(super) fn may_hold_files() -> bool {
+    getrlimit(Resource::RLIMIT_NOFILE).is_ok_and(|(soft, _)| soft >= FILES_TO_HOLD_SOME)
 }
 
 /// Returns the limits for a rank. Looked up before the fork.

@@ -2,11 +2,13 @@
 //! of the cgroups above it, and of the machine with their values at the start of the round.
 
 use std::cell::Cell;
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
 
+use super::limits::may_hold_files;
 use crate::agent::{Cause, Exit, OutOfMemory};
 
 /// A limit of a cgroup of version 1 from here on means no limit: the kernel shows the largest
@@ -21,6 +23,8 @@ pub(crate) struct MemoryWatch {
     /// The cgroup of the agent, in which its ranks start, and those above it up to the root of the
     /// mount.
     groups: Vec<Group>,
+    /// Counters of this machine.
+    machine: Option<Counters>,
     /// Processes that were killed on this machine.
     killed: Option<u64>,
     /// Ranks among the killed processes whose end was explained.
@@ -31,7 +35,78 @@ struct Group {
     folder: PathBuf,
     /// Its path below the root of the mount.
     name: String,
+    files: Files,
     before: Counts,
+}
+
+/// The files of a cgroup that have counters.
+enum Files {
+    /// Version 2. `events` includes the cgroups below, `local` does not.
+    Second { events: Counters, local: Option<Counters> },
+    /// Version 1. `reached` is the number of times that the limit was reached.
+    First { reached: Option<Counters>, killed: Option<Counters> },
+}
+
+/// A file of the kernel with names and numbers.
+struct Counters {
+    path: PathBuf,
+    /// The open file. A restart waits until all counters are read twice.
+    held: Option<File>,
+}
+
+impl Counters {
+    /// Returns `None` if the kernel has no such file.
+    fn open(path: PathBuf) -> Option<Self> {
+        let file = File::open(&path).ok()?;
+        Some(Self { path, held: may_hold_files().then_some(file) })
+    }
+
+    /// Returns a number that the file shows now. Reads pieces of the file, which are whole lines,
+    /// until `of` finds the number.
+    fn find(&self, of: impl Fn(&str) -> Option<u64>) -> Option<u64> {
+        let opened = if self.held.is_none() { File::open(&self.path).ok() } else { None };
+        let file = self.held.as_ref().or(opened.as_ref())?;
+        let (mut piece, mut at) = ([0; 4 << 10], 0);
+        loop {
+            let read = file.read_at(&mut piece, at).ok().filter(|read| *read > 0)?;
+            if let Some(number) = std::str::from_utf8(&piece[..read]).ok().and_then(&of) {
+                return Some(number);
+            }
+            at += read as u64;
+        }
+    }
+
+    fn named(&self, name: &str) -> Option<u64> {
+        self.find(|text| {
+            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            value?.trim().parse().ok()
+        })
+    }
+}
+
+impl Files {
+    fn open(folder: &Path) -> Self {
+        let open = |name: &str| Counters::open(folder.join(name));
+        match open("memory.events") {
+            // `memory.events` counts the cgroups below as well, so every cgroup above shows the
+            // limit of one.
+            Some(events) => Self::Second { events, local: open("memory.events.local") },
+            None => Self::First { reached: open("memory.failcnt"), killed: open("memory.oom_control") },
+        }
+    }
+
+    fn read(&self) -> Counts {
+        let (out, killed) = match self {
+            Self::Second { events, local } => {
+                (local.as_ref().unwrap_or(events).named("oom"), events.named("oom_kill"))
+            }
+            Self::First { reached, killed } => (
+                reached.as_ref().and_then(|file| file.find(|text| text.trim().parse().ok())),
+                killed.as_ref().and_then(|file| file.named("oom_kill")),
+            ),
+        };
+        Counts { out: out.unwrap_or(0), killed: killed.unwrap_or(0) }
+    }
 }
 
 /// How often memory ran out.
@@ -50,13 +125,14 @@ impl MemoryWatch {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let folder = find(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
         let groups = folder.map(|(mount, folder)| groups(&mount, &folder)).unwrap_or_default();
-        Self { groups, killed: None, explained: Cell::new(0) }
+        let machine = Counters::open("/proc/vmstat".into());
+        Self { groups, machine, killed: None, explained: Cell::new(0) }
     }
 
     /// Notes the counters at the start of a round.
     pub(crate) fn start_round(&mut self) {
-        self.groups.iter_mut().for_each(|group| group.before = read(&group.folder));
-        self.killed = killed_on_machine();
+        self.groups.iter_mut().for_each(|group| group.before = group.files.read());
+        self.killed = self.killed_on_machine();
         self.explained.set(0);
     }
 
@@ -80,11 +156,14 @@ impl MemoryWatch {
     /// cgroups above include processes killed elsewhere.
     fn out_of_memory(&self, itself: bool) -> Option<Cause> {
         let now: Vec<(&Group, Counts)> =
-            self.groups.iter().map(|group| (group, read(&group.folder))).collect();
+            self.groups.iter().map(|group| (group, group.files.read())).collect();
         let killed = now.iter().map(|(group, now)| now.killed.saturating_sub(group.before.killed));
-        let on_machine = killed_on_machine().zip(self.killed).map(|(now, before)| now.saturating_sub(before));
         let killed = match itself {
-            true => killed.chain(on_machine).max(),
+            true => {
+                let now = self.killed_on_machine();
+                let on_machine = now.zip(self.killed).map(|(now, before)| now.saturating_sub(before));
+                killed.chain(on_machine).max()
+            }
             false => killed.take(1).max(),
         };
         if killed.unwrap_or_default() <= self.explained.get() {
@@ -105,6 +184,10 @@ impl MemoryWatch {
             None => OutOfMemory { cgroup: None, limit: None, peak: None, itself },
         };
         Some(Cause::OutOfMemory(memory))
+    }
+
+    fn killed_on_machine(&self) -> Option<u64> {
+        self.machine.as_ref()?.named("oom_kill")
     }
 }
 
@@ -148,31 +231,9 @@ fn groups(mount: &Path, folder: &Path) -> Vec<Group> {
         .map(|folder| {
             let name =
                 folder.strip_prefix(mount).map(|name| format!("/{}", name.display())).unwrap_or_default();
-            Group { folder: folder.to_owned(), name, before: Counts::default() }
+            Group { folder: folder.to_owned(), name, files: Files::open(folder), before: Counts::default() }
         })
         .collect()
-}
-
-fn read(folder: &Path) -> Counts {
-    let text = |name: &str| fs::read_to_string(folder.join(name)).ok();
-    match text("memory.events") {
-        Some(events) => {
-            // `memory.events` counts those below as well, so that every cgroup above shows the
-            // limit of one.
-            let local = text("memory.events.local");
-            let out = number(local.as_deref().unwrap_or(&events), "oom");
-            Counts { out, killed: number(&events, "oom_kill") }
-        }
-        None => Counts {
-            out: text("memory.failcnt").and_then(|text| text.trim().parse().ok()).unwrap_or(0),
-            killed: number(&text("memory.oom_control").unwrap_or_default(), "oom_kill"),
-        },
-    }
-}
-
-fn number(text: &str, name: &str) -> u64 {
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
 fn first_number(folder: &Path, files: [&str; 2]) -> Option<u64> {
@@ -187,10 +248,6 @@ fn limit(folder: &Path) -> Option<u64> {
 
 fn peak(folder: &Path) -> Option<u64> {
     first_number(folder, ["memory.peak", "memory.max_usage_in_bytes"])
-}
-
-fn killed_on_machine() -> Option<u64> {
-    Some(number(&fs::read_to_string("/proc/vmstat").ok()?, "oom_kill"))
 }
 
 /// Returns a lack of shared memory as the cause if less than a twentieth of a file system is free.
@@ -228,7 +285,12 @@ mod tests {
     }
 
     fn watch(mount: &Path, folder: &Path) -> MemoryWatch {
-        let mut watch = MemoryWatch { groups: groups(mount, folder), killed: None, explained: Cell::new(0) };
+        let mut watch = MemoryWatch {
+            groups: groups(mount, folder),
+            machine: None,
+            killed: None,
+            explained: Cell::new(0),
+        };
         watch.start_round();
         // The machine may run out of memory for another reason.
         watch.killed = Some(u64::MAX);
@@ -285,6 +347,7 @@ mod tests {
         set(&folder, "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n");
         set(&folder, "memory.limit_in_bytes", "262144000\n");
         set(&folder, "memory.max_usage_in_bytes", "262144000\n");
+        set(&folder, "memory.failcnt", "8\n");
         set(mount.path(), "memory.limit_in_bytes", "9223372036854771712\n");
         let watch = watch(mount.path(), &folder);
         set(&folder, "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n");

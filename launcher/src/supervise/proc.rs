@@ -1,6 +1,8 @@
 //! Information about processes from `/proc`.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::sync::OnceLock;
 use std::time::Duration;
 use std::{fmt, fs, io};
@@ -110,14 +112,41 @@ impl fmt::Display for Process {
     }
 }
 
+/// Returns the children that the calling thread has started, and those that this process has adopted.
+///
+/// The kernel has a list of children for each thread. A subreaper adopts with its main thread, which
+/// lives as long as the process. A restart looks for remaining processes several times, so it skips
+/// the lists of all other threads, which start nothing.
+pub(crate) fn own_children() -> Vec<u32> {
+    let own = std::process::id();
+    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+    let lists = [Some(own), (thread != own).then_some(thread)].into_iter().flatten();
+    let lists = lists.map(|thread| read_text(&format!("/proc/self/task/{thread}/children")));
+    match lists.collect::<io::Result<Vec<_>>>() {
+        Ok(lists) => lists.iter().flat_map(|list| numbers(list)).collect(),
+        // The kernel lacks these lists.
+        Err(_) => children(own),
+    }
+}
+
+/// Reads a file of the kernel. `fs::read_to_string` would ask for its size, which is 0, and then read
+/// it in small pieces.
+fn read_text(path: &str) -> io::Result<String> {
+    let mut text = Vec::with_capacity(4 << 10);
+    File::open(path)?.take(u64::MAX).read_to_end(&mut text)?;
+    String::from_utf8(text).map_err(io::Error::other)
+}
+
+fn numbers(list: &str) -> impl Iterator<Item = u32> {
+    list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok())
+}
+
 /// Returns the children of a process, whichever of its threads started or adopted them.
 pub(crate) fn children(pid: u32) -> Vec<u32> {
     let threads: Vec<_> = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten().collect();
     let lists = threads.iter().map(|thread| fs::read_to_string(thread.path().join("children")));
     match lists.collect::<io::Result<Vec<_>>>() {
-        Ok(lists) => {
-            lists.iter().flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok())).collect()
-        }
+        Ok(lists) => lists.iter().flat_map(|list| numbers(list)).collect(),
         // A thread has ended between the two reads, or the kernel lacks these lists.
         Err(_) => processes().filter(|process| process.parent == pid).map(|process| process.pid).collect(),
     }
@@ -198,6 +227,7 @@ mod tests {
     fn own_children_are_found() {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         assert!(children(std::process::id()).contains(&child.id()));
+        assert!(own_children().contains(&child.id()));
         let found = descendants([child.id()]);
         found[0].signal(Signal::KILL);
         child.wait().unwrap();

@@ -172,8 +172,14 @@ impl ProcessTree {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
         // The kernel shows one child that has ended. If another waiter owns that one, it hides the
         // others.
-        while let Ok(status) = waitid(Id::All, flags) {
-            let Some(pid) = status.pid() else { return };
+        loop {
+            let pid = match waitid(Id::All, flags) {
+                Ok(status) => status.pid(),
+                Err(nix::Error::ECHILD) => None,
+                // nix has no name for a real-time signal, so a child killed by one hides the others.
+                Err(_) => break,
+            };
+            let Some(pid) = pid else { return };
             if !self.is_adopted(pid) {
                 let hider = pid.as_raw().cast_unsigned();
                 let is_new = self.hider.swap(hider, Ordering::Relaxed) != hider;
@@ -186,7 +192,7 @@ impl ProcessTree {
             }
             let _ = waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
         }
-        for pid in proc::children(std::process::id()) {
+        for pid in proc::own_children() {
             let pid = Pid::from_raw(pid.cast_signed());
             if self.is_adopted(pid) {
                 let _: nix::Result<WaitStatus> =
@@ -210,7 +216,7 @@ impl ProcessTree {
         }
         let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
         let keeper = keeper.as_ref().map(|keeper| keeper.pid().as_raw().cast_unsigned());
-        let children = proc::children(std::process::id()).into_iter();
+        let children = proc::own_children().into_iter();
         let roots = children.filter(|pid| {
             Some(*pid) != keeper
                 && self.is_adopted(Pid::from_raw(pid.cast_signed()))

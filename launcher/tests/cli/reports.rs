@@ -158,6 +158,25 @@ exit 1";
 }
 
 #[test]
+fn slow_disk_delays_report_and_no_restart() {
+    let logs = tempdir().unwrap();
+    // The pipe stands for a disk that hangs: a write waits until the successor reads.
+    let script = "cd $LOGS/none_*
+        if [ $TORCHELASTIC_RESTART_COUNT = 0 ]; then mkfifo report.json.partial; exit 3; fi
+        cat report.json.partial";
+    let options = ["--devices", "cpu", "--max-restarts", "1", "--log-dir", logs.path().to_str().unwrap()];
+    let mut command = launch(&options, script);
+    command.env("LOGS", logs.path());
+    let outcome = run(command);
+    outcome.expect(0, &["rank 0 failed: exit code 3"]);
+    let said: Value = serde_json::from_str(&outcome.stdout.join("\n")).unwrap();
+    let run = fs::read_dir(logs.path()).unwrap().next().unwrap().unwrap().path();
+    let last: Value = serde_json::from_slice(&fs::read(run.join("report.json")).unwrap()).unwrap();
+    assert_eq!((&said["outcome"], &last["outcome"]), (&Value::from("running"), &Value::from("succeeded")));
+    assert_eq!(said["failures"], last["failures"]);
+}
+
+#[test]
 fn a_job_of_defaults_says_nothing_to_a_pipe() {
     let outcome = run(launch(&TWO, "echo done"));
     assert_eq!(outcome.expect(0, &[]).stderr, "");

@@ -1,8 +1,9 @@
 //! Reports about the ranks that ended, for people and for programs.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ice_proto::exit::ExitCode;
@@ -12,8 +13,8 @@ use crate::agent::{End, Exit};
 use crate::dispatcher::member::Member;
 use crate::logs::LogFolder;
 use crate::report::{
-    ErrorDocument, ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, exception,
-    store_hint,
+    ErrorDocument, ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary,
+    exception, store_hint,
 };
 
 /// Number of lines of stderr that a report shows, and that are searched for an exception.
@@ -70,7 +71,7 @@ impl Group<'_> {
         if let Some(hint) = store_hint(&failure.root_cause, self.store_port).filter(|_| !served) {
             self.console.note(&hint);
         }
-        self.summary.add(failure.clone());
+        locked(&self.summary).add(failure.clone());
         self.write_summary();
         if let Some(logs) = &mut self.logs {
             logs.keep();
@@ -95,27 +96,31 @@ impl Group<'_> {
         }
     }
 
-    fn write_summary(&mut self) {
+    fn write_summary(&self) {
         let Some(folder) = self.logs.as_ref().and_then(LogFolder::path) else { return };
-        self.summary.set_log_failure(self.files.health().first_failure());
-        let path = folder.join("report.json");
-        self.written(&path, self.summary.write(&path));
+        let summary = Arc::clone(&self.summary);
+        self.files.replace(folder.join("report.json"), move |log_failure| locked(&summary).text(log_failure));
     }
 
     /// Appends a round to `rounds.jsonl` in the folder of the job.
-    pub(in crate::dispatcher) fn write_round(&self, record: &RoundRecord) {
+    pub(in crate::dispatcher) fn write_round(&mut self, record: &RoundRecord) {
         let Some(folder) = self.logs.as_ref().and_then(LogFolder::path) else { return };
         let path = folder.join("rounds.jsonl");
-        let file = File::options().create(true).append(true).open(&path);
+        let file = match self.rounds.take() {
+            Some(file) => Ok(file),
+            None => {
+                let opened = self.files.append_to(&path, None);
+                opened.inspect(|_| self.files.health().works(&path, 0))
+            }
+        };
         let line = serde_json::to_vec(record).map_err(io::Error::other);
-        let written = file.and_then(|mut file| file.write_all(&[line?, b"\n".to_vec()].concat()));
-        self.written(&path, written);
-    }
-
-    fn written(&self, path: &Path, outcome: io::Result<()>) {
-        match outcome {
-            Ok(()) => self.files.health().works(path, 0),
-            Err(error) => self.files.health().failed(path, &error),
+        match file.and_then(|file| Ok((file, line?))) {
+            Ok((file, mut line)) => {
+                line.push(b'\n');
+                self.files.add(&file, line);
+                self.rounds = Some(file);
+            }
+            Err(error) => self.files.health().failed(&path, &error),
         }
     }
 
@@ -126,11 +131,15 @@ impl Group<'_> {
 
     /// Records the end of the job. A temporary folder is removed, unless its content may be wanted.
     pub(in crate::dispatcher) fn finish(&mut self, code: ExitCode, rounds: &Rounds, now: Duration) {
-        self.summary.end(code);
-        self.summary.set_rounds(rounds.past(), rounds.goodput(now));
+        let has_failures = {
+            let mut summary = locked(&self.summary);
+            summary.end(code);
+            summary.set_rounds(rounds.past(), rounds.goodput(now));
+            summary.has_failures()
+        };
         let plan = &self.plan.logs;
         let wanted = code != ExitCode::Success || !plan.redirects.is_empty() || !plan.tee.is_empty();
-        if self.logs.as_ref().is_some_and(LogFolder::is_named) || self.summary.has_failures() {
+        if self.logs.as_ref().is_some_and(LogFolder::is_named) || has_failures {
             self.write_summary();
         }
         if let Some(logs) = &mut self.logs
@@ -139,6 +148,11 @@ impl Group<'_> {
             logs.keep();
         }
     }
+}
+
+/// Locks the report, which the thread that writes files reads, too.
+pub(super) fn locked(summary: &Mutex<Summary>) -> MutexGuard<'_, Summary> {
+    summary.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn has_files(folder: &Path) -> bool {
