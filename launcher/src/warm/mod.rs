@@ -12,6 +12,7 @@ mod template;
 mod wire;
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsFd;
@@ -38,6 +39,8 @@ pub(crate) struct Warm {
     modules: Vec<String>,
     /// How many spares are kept.
     wanted: usize,
+    /// CPUs of the rank that is bound to the fewest, if ranks are bound.
+    cpus: Option<usize>,
     /// The variables that differ from rank to rank.
     rank_variables: Vec<&'static str>,
     tree: Arc<ProcessTree>,
@@ -75,6 +78,7 @@ impl Warm {
         let warm = Self {
             modules: plan.preload.clone(),
             wanted: plan.spares as usize,
+            cpus: plan.cpus.as_ref().and_then(|cpus| cpus.iter().map(BTreeSet::len).min()),
             rank_variables: contract.chain([CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES]).collect(),
             tree: Arc::clone(tree),
             console: console.clone(),
@@ -88,10 +92,7 @@ impl Warm {
             }),
         };
         if !warm.modules.is_empty() {
-            match &plan.cpus {
-                Some(_) => warm.say("--numa-binding binds ranks before their libraries are loaded"),
-                None => warm.renew(&plan.program, &plan.program.path),
-            }
+            warm.renew(&plan.program, &plan.program.path);
         }
         warm
     }
@@ -190,6 +191,9 @@ impl Warm {
             state.started += 1;
             state.variables.clone()
         };
+        if let Some(why) = self.cpus.and_then(|cpus| unbindable(cpus, &variables)) {
+            return self.say(&why);
+        }
         let started = Template::start(Setup {
             tree: &self.tree,
             executable: command.interpreter.as_deref().unwrap_or(executable),
@@ -277,6 +281,26 @@ impl Warm {
 
 fn ended<E>(_: E) -> Outcome {
     Err("the template has ended".into())
+}
+
+/// Variables by which OpenMP divides the CPUs that it finds when it is loaded.
+const OF_PLACES: [&str; 4] = ["OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"];
+
+/// Why ranks cannot be bound to this number of CPUs after their libraries were loaded. Libraries count
+/// the CPUs then, unless variables say how many threads to start.
+fn unbindable(cpus: usize, variables: &[(&'static str, String)]) -> Option<String> {
+    let value = |name| {
+        let given = variables.iter().find(|(other, _)| *other == name).map(|(_, value)| value.clone());
+        given.or_else(|| std::env::var(name).ok())
+    };
+    if let Some(name) = OF_PLACES.into_iter().find(|name| value(*name).is_some()) {
+        return Some(format!("{name} takes effect before --numa-binding does"));
+    }
+    let is_fixed =
+        |name| value(name).and_then(|value| value.parse().ok()).is_some_and(|it: usize| it <= cpus);
+    let names = [names::OMP_NUM_THREADS, names::MKL_NUM_THREADS];
+    let name = names.into_iter().find(|name| !is_fixed(name))?;
+    Some(format!("{name} is not a number up to {cpus}, the CPUs to which --numa-binding binds a rank"))
 }
 
 /// The command line of a rank.

@@ -78,6 +78,7 @@ fn forked_rank_sees_what_a_started_one_sees() {
         &[&by_env],
         &["--tee=3", "--virtual-local-rank", "--omp-num-threads=2", "report.py"],
         &["--redirects=2", "--role=trainer", "report.py"],
+        &["--numa-binding=exclusive", "--omp-num-threads=1", "report.py"],
     ] {
         let [started, forked] = both(folder.path(), program);
         assert!(started.stdout.len() > 40, "{started:#?}");
@@ -261,6 +262,22 @@ fn template_started_with_other_threads_than_the_round_has_is_not_used() {
         finished.expect(0, &[&format!("{WHY}the template was started without OMP_NUM_THREADS=")]);
         assert_eq!(finished.stdout, ["started"]);
     }
+}
+
+#[test]
+fn bound_ranks_are_forked_if_the_number_of_their_threads_is_fixed() {
+    let folder = folder();
+    let run = |options: &[&str], variables: &[(&str, &str)]| {
+        let mut command = launched(folder.path(), &["--preload=marker", "--numa-binding=node"]);
+        command.args(options).arg("tell.py").envs(variables.iter().copied());
+        run(command)
+    };
+    assert_eq!(run(&["--omp-num-threads=1"], &[]).expect(0, &[]).stdout, ["forked"]);
+    let why = |text: &str| format!("{WHY}{text}");
+    run(&[], &[]).expect(0, &[&why("OMP_NUM_THREADS is not a number up to ")]);
+    run(&["--omp-num-threads=60000"], &[]).expect(0, &[&why("OMP_NUM_THREADS is not a number up to ")]);
+    let places = [("OMP_PLACES", "cores")];
+    run(&["--omp-num-threads=1"], &places).expect(0, &[&why("OMP_PLACES takes effect before")]);
 }
 
 #[test]
