@@ -5,11 +5,11 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use ice_proto::auth::{Answer, Challenge, Greeting};
-use ice_proto::copies;
+use ice_proto::replica;
 use ice_proto::frame::{self, Decoder};
-use ice_proto::link::{Down, Up};
+use ice_proto::link::{ToRank, FromRank};
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
-use ice_rendezvous::machine::{Action, Coordinator, Event, Settings, check_views};
+use ice_rendezvous::coordinator::{Action, Coordinator, Event, Settings, check_round};
 use ice_rendezvous::store::codec::{self, Scan};
 use ice_rendezvous::store::state::{Replies, Store};
 
@@ -26,11 +26,11 @@ pub fn frames(bytes: &[u8]) {
     messages::<Answer>(bytes, size);
     messages::<ToCoordinator>(bytes, size);
     messages::<ToAgent>(bytes, size);
-    messages::<Up>(bytes, size);
-    messages::<Down>(bytes, size);
-    messages::<copies::Hello>(bytes, size);
-    messages::<copies::Parcel>(bytes, size);
-    messages::<copies::Kept>(bytes, size);
+    messages::<FromRank>(bytes, size);
+    messages::<ToRank>(bytes, size);
+    messages::<replica::OwnerHello>(bytes, size);
+    messages::<replica::ReplicaHeader>(bytes, size);
+    messages::<replica::ReplicaStored>(bytes, size);
 }
 
 fn messages<T: serde_like::Message>(bytes: &[u8], size: usize) {
@@ -174,7 +174,7 @@ pub fn coordinator(bytes: &[u8]) {
         assert!(!closed, "RV-5");
         assert!(last_round.is_none_or(|last| first.number > last), "RV-7, RV-10");
         last_round = Some(first.number);
-        check_views(&views).expect("RV-1, RV-2");
+        check_round(&views).expect("RV-1, RV-2");
     }
     assert_debug(&machine.record(now));
 }

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use ice_proto::auth::{Answer, Challenge, Greeting};
-use ice_proto::copies;
+use ice_proto::replica;
 use ice_proto::frame;
 use ice_proto::rendezvous::{
-    Achieved, Hello, KeepAlive, Member, NodeProgress, RestartPolicy, Round, ToAgent, ToCoordinator,
+    Achieved, Hello, KeepAlive, NodeAssignment, NodeProgress, RestartPolicy, Round, ToAgent, ToCoordinator,
 };
 use ice_rendezvous::store::codec::{Request, encode};
 
@@ -28,9 +28,9 @@ fn hello(agent: u64, nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinato
         ranks_store: None,
         restarts: RestartPolicy { max_restarts: 2, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: KeepAlive::default(),
-        agent,
+        agent_id: agent,
         run_stamp: None,
-        place: Some(1),
+        last_node_rank: Some(1),
         addresses: vec![[10, 0, 0, 1].into()],
         host: "host".into(),
         pid: 7,
@@ -38,7 +38,7 @@ fn hello(agent: u64, nnodes: (u32, u32), node_rank: Option<u32>) -> ToCoordinato
 }
 
 fn round() -> Round {
-    let you = Member {
+    let assignment = NodeAssignment {
         group_rank: 1,
         first_rank: 2,
         local_world_size: 2,
@@ -53,7 +53,7 @@ fn round() -> Round {
         world_size: 4,
         run_stamp: "stamp".into(),
         ranks_store: None,
-        you,
+        assignment,
     }
 }
 
@@ -132,12 +132,12 @@ fn make() {
         hello(0, (2, 2), Some(0)),
         hello(0, (1, 3), None),
         ToCoordinator::Join,
-        ToCoordinator::Failed { round: 0, reason: reason(), uptime: Duration::from_secs(9), hopeless: None },
+        ToCoordinator::Failed { round: 0, reason: reason(), uptime: Duration::from_secs(9), fatal_reason: None },
         ToCoordinator::Failed {
             round: 0,
             reason: reason(),
             uptime: Duration::ZERO,
-            hopeless: Some(reason()),
+            fatal_reason: Some(reason()),
         },
         ToCoordinator::Finished { round: 0 },
         ToCoordinator::Leave { reason: reason(), preempted: true },
@@ -146,7 +146,7 @@ fn make() {
     let frames: Vec<Vec<u8>> = said.iter().map(|message| frame::encode(message).unwrap()).collect();
     let answers = [
         frame::encode(&ToAgent::Refused { reason: reason() }).unwrap(),
-        frame::encode(&ToAgent::RoundBroken { round: 3, reason: reason(), gentle: true }).unwrap(),
+        frame::encode(&ToAgent::RoundBroken { round: 3, reason: reason(), graceful: true }).unwrap(),
         frame::encode(&ToAgent::Closed {
             success: true,
             reason: reason(),
@@ -163,12 +163,12 @@ fn make() {
     for (number, frame) in frames.iter().chain(&answers).enumerate() {
         write("frames", number, &[&[number as u8 * 9], &frame[..]].concat());
     }
-    let part = copies::Part { name: "model".into(), bytes: 9, crc32c: 7 };
-    let parcel = copies::Parcel { number: 3, whole: Some(2), owner: 1, of: 4, step: 70, parts: vec![part] };
+    let part = replica::ReplicaPart { name: "model".into(), bytes: 9, crc32c: 7 };
+    let parcel = replica::ReplicaHeader { number: 3, whole: Some(2), owner: 1, of: 4, step: 70, parts: vec![part] };
     let of_copies = [
-        frame::encode(&copies::Hello { token: [4; 32], owner: 1 }).unwrap(),
+        frame::encode(&replica::OwnerHello { token: [4; 32], owner: 1 }).unwrap(),
         frame::encode(&parcel).unwrap(),
-        frame::encode(&copies::Kept { number: 3 }).unwrap(),
+        frame::encode(&replica::ReplicaStored { number: 3 }).unwrap(),
     ];
     for (number, frame) in of_copies.iter().enumerate() {
         write("frames", 60 + number, &[&[7], &frame[..]].concat());

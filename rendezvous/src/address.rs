@@ -1,4 +1,4 @@
-//! Addresses: which are this host's, where to listen, and what was tried from where.
+//! Addresses of this host: where to listen, and where connections come from.
 //!
 //! In the book: `docs/clusters.md#addresses`.
 
@@ -9,31 +9,33 @@ use std::time::Duration;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
-/// The addresses of this host's interfaces; none where the system does not say.
-pub fn own() -> Vec<IpAddr> {
+/// Returns the addresses of this host's interfaces; an empty list if the system does not say.
+pub fn own_addresses() -> Vec<IpAddr> {
     let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
     interfaces.filter_map(|interface| ip(interface.address?)).collect()
 }
 
-/// What cannot be reached without naming an interface is left out.
+/// Converts an interface address. Link-local IPv6 addresses are left out, since reaching one
+/// requires naming an interface.
 fn ip(storage: nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {
     let v4 = storage.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
     let v6 = storage.as_sockaddr_in6().map(|address| address.ip());
     v4.or(v6.filter(|address| !address.is_unicast_link_local()).map(IpAddr::V6))
 }
 
-/// The address that a user means: one of this host, a host name, or the name of an interface.
+/// Returns the address that the user means by an address of this host, a host name, or the name of
+/// an interface.
 ///
 /// # Errors
-/// What is wrong with it.
-pub fn local(text: &str) -> Result<IpAddr, String> {
+/// The text is none of these; the message lists the addresses of this host.
+pub fn parse_local(text: &str) -> Result<IpAddr, String> {
     let of_interface = || {
         let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
         interfaces
             .filter(|interface| interface.interface_name == text)
             .find_map(|interface| ip(interface.address?))
     };
-    let own = own();
+    let own = own_addresses();
     if let Ok(address) = text.parse::<IpAddr>() {
         return if is_own(address, &own) {
             Ok(address)
@@ -56,7 +58,7 @@ pub fn local(text: &str) -> Result<IpAddr, String> {
 }
 
 fn is_own(address: IpAddr, own: &[IpAddr]) -> bool {
-    // The whole of 127/8 is this host's.
+    // The whole of 127/8 belongs to this host.
     address.is_loopback() || address.is_unspecified() || own.contains(&address)
 }
 
@@ -67,18 +69,25 @@ fn list(addresses: &[IpAddr]) -> String {
     addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// Where to listen.
+/// Addresses to listen on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listening {
-    /// The addresses; none where the endpoint is another host.
+pub struct ListenAddresses {
+    /// The addresses; empty if the endpoint is another host.
     pub addresses: Vec<IpAddr>,
-    /// What the user should know, in one line.
+    /// A note for the user, in one line.
     pub note: Option<String>,
 }
 
-/// Where an endpoint is to be listened for on this host. `host` is what the user named, `found` its addresses, `own` those of this host.
-/// `certain` says that this host is meant, whatever the name's addresses are; `shared` that other nodes are to come.
-pub fn listening(host: &str, found: &[IpAddr], own: &[IpAddr], certain: bool, shared: bool) -> Listening {
+/// Returns where to listen for an endpoint. `host` is the name that the user gave, `found` its
+/// addresses, `own` those of this host. `is_this_host` says that the user means this host, whatever
+/// the name's addresses are; `multi_node` that other nodes will connect.
+pub fn listen_addresses(
+    host: &str,
+    found: &[IpAddr],
+    own: &[IpAddr],
+    is_this_host: bool,
+    multi_node: bool,
+) -> ListenAddresses {
     let mut addresses: Vec<IpAddr> = Vec::new();
     for address in found.iter().copied().filter(|address| is_own(*address, own)) {
         if !addresses.contains(&address) {
@@ -87,8 +96,8 @@ pub fn listening(host: &str, found: &[IpAddr], own: &[IpAddr], certain: bool, sh
     }
     let reachable = || own.iter().copied().filter(|address| !address.is_loopback());
     if addresses.is_empty() {
-        if !certain {
-            return Listening { addresses, note: None };
+        if !is_this_host {
+            return ListenAddresses { addresses, note: None };
         }
         addresses.extend(reachable().chain([Ipv4Addr::LOCALHOST.into()]));
         let note = format!(
@@ -97,20 +106,20 @@ pub fn listening(host: &str, found: &[IpAddr], own: &[IpAddr], certain: bool, sh
             list(found),
             list(&addresses)
         );
-        return Listening { addresses, note: Some(note) };
+        return ListenAddresses { addresses, note: Some(note) };
     }
     let only_here = addresses.iter().all(IpAddr::is_loopback);
-    if !(shared && only_here && reachable().next().is_some()) {
-        return Listening { addresses, note: None };
+    if !(multi_node && only_here && reachable().next().is_some()) {
+        return ListenAddresses { addresses, note: None };
     }
     let loopback = list(&addresses);
-    // An address is taken at its word; the agents of all nodes may be on this host.
+    // A literal address is used as given; the agents of all nodes may be on this host.
     if host.parse::<IpAddr>().is_ok() {
         let note = format!(
             "listening on {loopback}, where only agents of this host can come; --master-addr names a host \
              that other nodes can reach"
         );
-        return Listening { addresses, note: Some(note) };
+        return ListenAddresses { addresses, note: Some(note) };
     }
     addresses.extend(reachable());
     let note = format!(
@@ -118,13 +127,13 @@ pub fn listening(host: &str, found: &[IpAddr], own: &[IpAddr], certain: bool, sh
          --local-addr chooses one",
         list(&reachable().collect::<Vec<_>>())
     );
-    Listening { addresses, note: Some(note) }
+    ListenAddresses { addresses, note: Some(note) }
 }
 
-/// All addresses of a host.
+/// Returns all addresses of a host.
 ///
 /// # Errors
-/// It has none, or nobody knows it.
+/// The name does not resolve, or has no address.
 pub async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     let mut addresses: Vec<SocketAddr> = Vec::new();
     for address in tokio::net::lookup_host((host, port)).await? {
@@ -138,10 +147,10 @@ pub async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     }
 }
 
-/// Connects to the first address of a host that answers within so long.
+/// Connects to the first address of a host that answers within `answer`.
 ///
 /// # Errors
-/// Which addresses were tried, from where, and what came of each.
+/// The message lists each address, the source address, and the failure.
 pub(crate) async fn connect(
     host: &str,
     port: u16,
@@ -175,7 +184,7 @@ async fn connect_to(address: SocketAddr, from: Option<IpAddr>) -> io::Result<Tcp
     socket.connect(address).await
 }
 
-/// The address that this host uses towards another; nothing is sent.
+/// Returns the source address that this host uses towards another. No packet is sent.
 pub(crate) fn source_of(address: SocketAddr) -> Option<IpAddr> {
     let any: IpAddr =
         if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -194,18 +203,18 @@ mod tests {
 
     const OWN: &str = "127.0.0.1 ::1 10.0.0.7 fd00::7";
 
-    /// Where one listens, and what is said.
+    /// Checks the addresses to listen on, and the parts of the note.
     #[track_caller]
-    fn check(host: &str, found: &str, certain: bool, shared: bool, addresses: &str, said: &[&str]) {
-        let listening = listening(host, &ips(found), &ips(OWN), certain, shared);
-        assert_eq!(listening.addresses, ips(addresses));
-        let note = listening.note.unwrap_or_default();
+    fn check(host: &str, found: &str, is_this_host: bool, multi_node: bool, addresses: &str, said: &[&str]) {
+        let listen_addresses = listen_addresses(host, &ips(found), &ips(OWN), is_this_host, multi_node);
+        assert_eq!(listen_addresses.addresses, ips(addresses));
+        let note = listen_addresses.note.unwrap_or_default();
         assert!(said.iter().all(|part| note.contains(part)), "{note}");
         assert_eq!(note.is_empty(), said.is_empty(), "{note}");
     }
 
     #[test]
-    fn an_endpoint_is_listened_for_where_it_is() {
+    fn server_listens_on_the_addresses_of_its_endpoint() {
         check("node0", "10.0.0.7 fd00::7", true, true, "10.0.0.7 fd00::7", &[]);
         check("node0", "10.0.0.8 10.0.0.7 10.0.0.7", false, true, "10.0.0.7", &[]);
         check(
@@ -221,31 +230,32 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_is_its_own_loopback_listens_where_others_come() {
+    fn host_that_resolves_to_loopback_also_listens_on_reachable_addresses() {
         check("node0", "127.0.1.1", true, true, "127.0.1.1 10.0.0.7 fd00::7", &["127.0.1.1", "--local-addr"]);
         check("node0", "127.0.1.1", true, false, "127.0.1.1", &[]);
-        // Some operators of Kubernetes name the master to itself so, and by the name of its service to the others.
+        // Some operators of Kubernetes give the master `localhost` as its own name, and the others
+        // the name of its service.
         let both = "::1 127.0.0.1 10.0.0.7 fd00::7";
         check("localhost", "::1 127.0.0.1", true, true, both, &["localhost is ::1, 127.0.0.1", "10.0.0.7"]);
         check("localhost", "::1 127.0.0.1", true, false, "::1 127.0.0.1", &[]);
     }
 
     #[test]
-    fn another_hosts_address_is_translated_or_not_ours() {
+    fn address_of_another_host_is_assumed_translated_or_not_served() {
         check("gate", "192.0.2.1", true, true, "10.0.0.7 fd00::7 127.0.0.1", &["192.0.2.1", "--local-addr"]);
         check("gate", "192.0.2.1", false, true, "", &[]);
     }
 
     #[test]
-    fn a_local_address_is_an_address_or_an_interface() {
-        assert_eq!(local("127.0.0.1"), Ok(Ipv4Addr::LOCALHOST.into()));
-        assert_eq!(local("lo"), Ok(Ipv4Addr::LOCALHOST.into()));
-        assert!(local("192.0.2.1").unwrap_err().contains("192.0.2.1"));
-        assert!(local("no-such-thing.invalid").unwrap_err().contains("no-such-thing.invalid"));
+    fn local_address_is_an_address_or_an_interface() {
+        assert_eq!(parse_local("127.0.0.1"), Ok(Ipv4Addr::LOCALHOST.into()));
+        assert_eq!(parse_local("lo"), Ok(Ipv4Addr::LOCALHOST.into()));
+        assert!(parse_local("192.0.2.1").unwrap_err().contains("192.0.2.1"));
+        assert!(parse_local("no-such-thing.invalid").unwrap_err().contains("no-such-thing.invalid"));
     }
 
     #[tokio::test]
-    async fn what_was_tried_from_where_is_said() {
+    async fn connect_error_names_each_attempt_and_its_source_address() {
         let error = connect("127.0.0.1", 1, None, Duration::from_secs(5)).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
         assert!(error.to_string().starts_with("127.0.0.1:1 from 127.0.0.1: "), "{error}");

@@ -1,26 +1,27 @@
-//! The job's token, and how the two ends of an agent's connection show that they know it.
+//! Mutual authentication of the two ends of an agent's connection by the job's token.
 //!
-//! Both ends are authenticated, and no proof is of use on another connection. Without TLS, what follows is neither encrypted nor protected
-//! against somebody who can change bytes on the way.
+//! A proof is of no use on another connection. Without TLS, the messages that follow are neither
+//! encrypted nor protected against an attacker who can change bytes in transit.
 //!
 //! A proof is HMAC-SHA-256 (RFC 2104), with the token as key, over
 //!
 //! ```text
-//! "ice coordinator" or "ice agent", 0      who shows it
-//! "plain" or "tls-exporter", 0             over what
+//! "ice coordinator" or "ice agent", 0      end that proves
+//! "plain" or "tls-exporter", 0             kind of connection
 //! 32 bytes                                 the agent's nonce
 //! 32 bytes                                 the coordinator's nonce
-//! 32 bytes, inside of TLS alone            the channel binding
+//! 32 bytes, inside TLS only                the channel binding
 //! ```
 //!
-//! The binding is `tls-exporter` of RFC 9266: keying material of this TLS connection, which both ends of it know and nobody else, for the
-//! label `EXPORTER-Channel-Binding` and an empty context. Somebody who ends the agent's TLS and opens another one to the coordinator has
-//! two connections with two bindings, and neither end accepts what the other one shows. So the keys of TLS need no certificate: the token
-//! vouches for the connection. Both names are written out, so that a proof for one kind of connection is never one for another.
+//! The binding is `tls-exporter` of RFC 9266: keying material that only the two ends of this TLS
+//! connection know, for the label `EXPORTER-Channel-Binding` and an empty context. A man in the
+//! middle, who terminates the agent's TLS and opens a second connection to the coordinator, has two
+//! connections with two bindings, and neither end accepts the other's proof. So the TLS keys need
+//! no certificate: the token vouches for the connection. Proofs name their kind of connection, so a
+//! proof for one kind is invalid for the other.
 
 use std::fmt;
 use std::io;
-use std::time::Duration;
 
 use hmac::{Hmac, Mac};
 use ice_proto::auth::{Answer, Challenge, Greeting, Nonce, Proof};
@@ -31,52 +32,41 @@ use sha2::Sha256;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
+use crate::channel::{Channel, HANDSHAKE_TIMEOUT, timed};
 use crate::tls;
 
-/// Fewest bytes of a token: 128 bits, where they are random.
-const SHORTEST: usize = 16;
-/// Time that the other end has for its part.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Bytes that a stranger may send before it has shown anything.
-const MOST: usize = 1024;
+/// Minimum length of a token in bytes: 128 bits if they are random.
+const MIN_TOKEN_LEN: usize = 16;
+/// Maximum of bytes that an unauthenticated peer may send.
+const MAX_UNAUTHENTICATED: usize = 1024;
 
 const COORDINATOR: &[u8] = b"ice coordinator\0";
 const AGENT: &[u8] = b"ice agent\0";
 const PLAIN: &[u8] = b"plain\0";
 const TLS: &[u8] = b"tls-exporter\0";
 
-/// A secret that all agents of a job share, and how they show it.
+/// The secret that all agents of a job share, and whether it is used inside TLS only.
 #[derive(Clone)]
 pub struct Token {
     secret: Vec<u8>,
     over_tls: bool,
 }
 
-/// What a connection is, and what tells it from all others.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Channel {
-    /// Nothing does.
-    Plain,
-    /// The channel binding.
-    #[cfg_attr(not(any(feature = "tls", test)), expect(dead_code, reason = "TLS alone has it"))]
-    Tls([u8; 32]),
-}
-
-/// What a proof is about.
-struct About<'a> {
+/// The values that a proof covers.
+struct Transcript<'a> {
     channel: &'a Channel,
     agents: &'a Nonce,
     coordinators: &'a Nonce,
 }
 
 impl Token {
-    /// A token from the text of a file or variable; space around it does not count.
+    /// Creates a token from the text of a file or variable, trimmed.
     ///
     /// # Errors
-    /// What is wrong with it, and what to do.
+    /// The token is too short; the text says how to make one.
     pub fn new(text: &str) -> Result<Self, String> {
         let text = text.trim();
-        if text.len() < SHORTEST {
+        if text.len() < MIN_TOKEN_LEN {
             return Err(format!(
                 "a token of {} characters is too easy to guess: make one with `openssl rand -hex 32`",
                 text.len()
@@ -85,7 +75,8 @@ impl Token {
         Ok(Self { secret: text.as_bytes().to_vec(), over_tls: false })
     }
 
-    /// Returns the same token, which is shown inside of TLS alone. A build without the feature `tls` cannot show such a token.
+    /// Returns the same token for use inside TLS only. A build without the feature `tls` cannot use
+    /// such a token.
     #[must_use]
     pub fn over_tls(self) -> Self {
         Self { over_tls: true, ..self }
@@ -95,23 +86,25 @@ impl Token {
         self.over_tls
     }
 
-    fn mac(&self, role: &[u8], about: &About) -> Option<Hmac<Sha256>> {
+    fn mac(&self, role: &[u8], transcript: &Transcript) -> Option<Hmac<Sha256>> {
         let mut mac = Hmac::<Sha256>::new_from_slice(&self.secret).ok()?;
-        let (channel, binding) = match about.channel {
+        let (channel, binding) = match transcript.channel {
             Channel::Plain => (PLAIN, &[][..]),
             Channel::Tls(binding) => (TLS, &binding[..]),
         };
-        [role, channel, about.agents, about.coordinators, binding].iter().for_each(|part| mac.update(part));
+        [role, channel, transcript.agents, transcript.coordinators, binding]
+            .iter()
+            .for_each(|part| mac.update(part));
         Some(mac)
     }
 
-    fn proof(&self, role: &[u8], about: &About) -> Option<Proof> {
-        Some(self.mac(role, about)?.finalize().into_bytes().into())
+    fn proof(&self, role: &[u8], transcript: &Transcript) -> Option<Proof> {
+        Some(self.mac(role, transcript)?.finalize().into_bytes().into())
     }
 
-    /// In constant time.
-    fn accepts(&self, role: &[u8], about: &About, proof: &Proof) -> bool {
-        self.mac(role, about).is_some_and(|mac| mac.verify_slice(proof).is_ok())
+    /// Verifies a proof in constant time.
+    fn accepts(&self, role: &[u8], transcript: &Transcript, proof: &Proof) -> bool {
+        self.mac(role, transcript).is_some_and(|mac| mac.verify_slice(proof).is_ok())
     }
 }
 
@@ -121,7 +114,7 @@ impl fmt::Debug for Token {
     }
 }
 
-/// Why the two ends do not trust each other.
+/// A failure of the authentication.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AuthError {
     #[error(
@@ -158,11 +151,22 @@ pub(crate) enum AuthError {
 }
 
 impl From<io::Error> for AuthError {
-    /// What TLS finds wrong reaches us as an error of reading or writing, and trying again does not help.
+    /// Extracts failures of TLS, which arrive as errors of reading or writing. Unlike other I/O
+    /// errors they are not retried.
     fn from(error: io::Error) -> Self {
         match tls::problem(&error) {
             Some(problem) => Self::Tls(problem),
             None => Self::Io(error),
+        }
+    }
+}
+
+impl From<tls::Failure> for AuthError {
+    fn from(failure: tls::Failure) -> Self {
+        match failure {
+            #[cfg(feature = "tls")]
+            tls::Failure::Refused => Self::NoTls,
+            tls::Failure::Io(error) => error.into(),
         }
     }
 }
@@ -176,7 +180,7 @@ impl AuthError {
     }
 }
 
-/// The agent's part.
+/// Performs the agent's side of the handshake. The decoder holds bytes that arrived after it.
 pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     token: Option<&Token>,
@@ -191,13 +195,13 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
         }
         challenge => challenge?,
     };
-    let about = About { channel, agents: &nonce, coordinators: &challenge.nonce };
+    let transcript = Transcript { channel, agents: &nonce, coordinators: &challenge.nonce };
     let proof = match (token, challenge.proof) {
         (None, None) => None,
         (None, Some(_)) => return Err(AuthError::TokenWanted),
         (Some(_), None) => return Err(AuthError::NoToken),
-        (Some(token), Some(proof)) if token.accepts(COORDINATOR, &about, &proof) => {
-            token.proof(AGENT, &about)
+        (Some(token), Some(proof)) if token.accepts(COORDINATOR, &transcript, &proof) => {
+            token.proof(AGENT, &transcript)
         }
         (Some(_), Some(_)) => return Err(AuthError::wrong_token(channel)),
     };
@@ -205,7 +209,7 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(decoder)
 }
 
-/// The coordinator's part. The decoder holds what the agent has sent beyond it.
+/// Performs the coordinator's side of the handshake. The decoder holds bytes that arrived after it.
 pub(crate) async fn admit<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     token: Option<&Token>,
@@ -214,11 +218,11 @@ pub(crate) async fn admit<S: AsyncRead + AsyncWrite + Unpin>(
     let mut decoder = Decoder::new();
     let greeting: Greeting = receive(stream, &mut decoder).await?;
     let nonce = nonce()?;
-    let about = About { channel, agents: &greeting.nonce, coordinators: &nonce };
-    let proof = token.and_then(|token| token.proof(COORDINATOR, &about));
+    let transcript = Transcript { channel, agents: &greeting.nonce, coordinators: &nonce };
+    let proof = token.and_then(|token| token.proof(COORDINATOR, &transcript));
     send(stream, &Challenge { nonce, proof }).await?;
     let answer: Answer = match receive(stream, &mut decoder).await {
-        // An agent that sees that the tokens differ leaves.
+        // An agent closes the connection if the coordinator's proof is wrong.
         Err(AuthError::Io(error)) if token.is_some() && error.kind() == io::ErrorKind::UnexpectedEof => {
             return Err(AuthError::wrong_token(channel));
         }
@@ -226,7 +230,7 @@ pub(crate) async fn admit<S: AsyncRead + AsyncWrite + Unpin>(
     };
     match (token, answer.proof) {
         (None, _) => Ok(decoder),
-        (Some(token), Some(proof)) if token.accepts(AGENT, &about, &proof) => Ok(decoder),
+        (Some(token), Some(proof)) if token.accepts(AGENT, &transcript, &proof) => Ok(decoder),
         (Some(_), _) => Err(AuthError::wrong_token(channel)),
     }
 }
@@ -239,7 +243,7 @@ fn nonce() -> io::Result<Nonce> {
 
 async fn send(stream: &mut (impl AsyncWrite + Unpin), message: &impl Serialize) -> Result<(), AuthError> {
     let frame = frame::encode(message)?;
-    // TLS may hold back what was written.
+    // TLS may buffer written bytes.
     Ok(timed(async {
         stream.write_all(&frame).await?;
         stream.flush().await
@@ -247,17 +251,12 @@ async fn send(stream: &mut (impl AsyncWrite + Unpin), message: &impl Serialize) 
     .await?)
 }
 
-/// What the other end has no part in takes no longer either.
-pub(crate) async fn timed<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    timeout(PATIENCE, work).await?
-}
-
 async fn receive<T: DeserializeOwned>(
     stream: &mut (impl AsyncRead + Unpin),
     decoder: &mut Decoder,
 ) -> Result<T, AuthError> {
-    let mut buffer = [0; MOST];
-    let mut left = MOST;
+    let mut buffer = [0; MAX_UNAUTHENTICATED];
+    let mut left = MAX_UNAUTHENTICATED;
     let whole = async {
         loop {
             if let Some(message) = decoder.next_message()? {
@@ -271,7 +270,7 @@ async fn receive<T: DeserializeOwned>(
             decoder.feed(&buffer[..read]);
         }
     };
-    timeout(PATIENCE, whole).await.map_err(io::Error::from)?
+    timeout(HANDSHAKE_TIMEOUT, whole).await.map_err(io::Error::from)?
 }
 
 #[cfg(test)]
@@ -282,7 +281,7 @@ mod tests {
         (!text.is_empty()).then(|| Token::new(&format!("{text} and sixteen characters")).unwrap())
     }
 
-    /// What both ends say, given their tokens and what they hold their connection for.
+    /// Runs both sides with these tokens and channels. Returns the error of each side.
     async fn meet_on(
         channels: [Channel; 2],
         agents: &str,
@@ -302,7 +301,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_token_opens_and_another_does_not() {
+    async fn only_equal_tokens_authenticate() {
         assert_eq!(meet("", "").await, (Ok(()), Ok(())));
         assert_eq!(meet("a", "a").await, (Ok(()), Ok(())));
         for (agents, coordinators, said) in
@@ -315,7 +314,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_token_on_two_connections_does_not_open() {
+    async fn same_token_with_two_channel_bindings_is_rejected() {
         let (here, there) = (Channel::Tls([1; 32]), Channel::Tls([2; 32]));
         assert_eq!(meet_on([here, here], "a", "a").await, (Ok(()), Ok(())));
         for channels in [[here, there], [here, Channel::Plain], [Channel::Plain, here]] {
@@ -325,9 +324,9 @@ mod tests {
         }
     }
 
-    /// One that trusts what it is told would still not be let in through somebody in between.
+    /// An agent that accepts any proof is still rejected behind a man in the middle.
     #[tokio::test]
-    async fn the_coordinator_looks_at_the_connection_too() {
+    async fn coordinator_checks_the_channel_binding() {
         let token = token("a").unwrap();
         for (channel, is_let_in) in [(Channel::Tls([1; 32]), true), (Channel::Tls([2; 32]), false)] {
             let (mut agent, mut coordinator) = tokio::io::duplex(4096);
@@ -337,19 +336,20 @@ mod tests {
             });
             send(&mut agent, &Greeting { nonce: [7; 32] }).await.unwrap();
             let challenge: Challenge = receive(&mut agent, &mut Decoder::new()).await.unwrap();
-            let about = About { channel: &channel, agents: &[7; 32], coordinators: &challenge.nonce };
-            send(&mut agent, &Answer { proof: token.proof(AGENT, &about) }).await.unwrap();
+            let transcript =
+                Transcript { channel: &channel, agents: &[7; 32], coordinators: &challenge.nonce };
+            send(&mut agent, &Answer { proof: token.proof(AGENT, &transcript) }).await.unwrap();
             assert_eq!(admission.await.unwrap(), is_let_in);
         }
     }
 
-    /// The layout that the head of this file describes, by another hand.
+    /// Builds the layout of the module documentation by hand.
     #[test]
-    fn what_a_proof_is_made_of() {
+    fn proof_has_the_documented_layout() {
         let token = Token::new("sixteen characters").unwrap();
         let (agents, coordinators) = ([1; 32], [2; 32]);
         let proof = |channel: &Channel, role: &[u8]| {
-            token.proof(role, &About { channel, agents: &agents, coordinators: &coordinators }).unwrap()
+            token.proof(role, &Transcript { channel, agents: &agents, coordinators: &coordinators }).unwrap()
         };
         let by_hand = |text: &[u8]| {
             let mut mac = Hmac::<Sha256>::new_from_slice(b"sixteen characters").unwrap();
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_proof_cannot_be_replayed_nor_reflected() {
+    async fn proof_cannot_be_replayed_or_reflected() {
         let token = token("a").unwrap();
         let (mut spy, mut coordinator) = tokio::io::duplex(4096);
         let host = token.clone();
@@ -373,18 +373,19 @@ mod tests {
         let old: Nonce = [7; 32];
         send(&mut spy, &Greeting { nonce: old }).await.unwrap();
         let challenge: Challenge = receive(&mut spy, &mut Decoder::new()).await.unwrap();
-        // The coordinator's own proof, and an agent's of another connection.
-        let about = About { channel: &Channel::Plain, agents: &old, coordinators: &[9; 32] };
-        assert!(token.proof(AGENT, &about).is_some_and(|proof| Some(proof) != challenge.proof));
+        // Neither the coordinator's own proof nor an agent's proof of another connection is
+        // accepted.
+        let transcript = Transcript { channel: &Channel::Plain, agents: &old, coordinators: &[9; 32] };
+        assert!(token.proof(AGENT, &transcript).is_some_and(|proof| Some(proof) != challenge.proof));
         send(&mut spy, &Answer { proof: challenge.proof }).await.unwrap();
         assert!(matches!(admission.await.unwrap(), Err(AuthError::WrongToken)));
     }
 
     #[tokio::test]
-    async fn a_stranger_is_not_listened_to_for_long() {
+    async fn oversized_unauthenticated_message_is_rejected() {
         let (mut stranger, mut coordinator) = tokio::io::duplex(1 << 16);
         let admission = tokio::spawn(async move { admit(&mut coordinator, None, &Channel::Plain).await });
-        // A frame that claims to be long.
+        // A frame header that announces a long body.
         let mut frame = frame::encode(&Greeting { nonce: [0; 32] }).unwrap();
         frame[8..12].copy_from_slice(&(1_u32 << 19).to_le_bytes());
         frame.resize(1 << 15, 0);
@@ -393,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn short_tokens_are_refused_and_none_is_shown() {
+    fn short_tokens_are_refused_and_no_token_is_printed() {
         assert!(Token::new(" secret \n").unwrap_err().contains("6 characters"));
         assert_eq!(format!("{:?}", token("a")), "Some(Token(…))");
     }

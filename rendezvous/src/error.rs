@@ -4,68 +4,68 @@ use std::time::Duration;
 
 use ice_proto::frame::FrameError;
 
-/// Why the nodes cannot agree.
+/// A failure of the rendezvous.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The endpoint's name has no address.
+    /// The endpoint's name does not resolve.
     #[error("cannot resolve {host}: {source}: check --master-addr or --rdzv-endpoint")]
     Resolve {
-        /// The name.
+        /// Name of the host.
         host: String,
-        /// Why.
+        /// Error of the resolver.
         source: io::Error,
     },
-    /// The port is taken, or the address is not of this host.
+    /// The port is taken, or the address belongs to another host.
     #[error("cannot listen on {address}: {source}: choose another --master-port, or end what holds it")]
     Bind {
-        /// The address.
+        /// Address and port.
         address: SocketAddr,
-        /// Why.
+        /// Error of the system.
         source: io::Error,
     },
-    /// The thread that serves the endpoint could not be started.
+    /// The thread that serves the endpoint did not start.
     #[error("cannot serve the endpoint: {0}")]
-    Host(io::Error),
-    /// Nobody answers at the endpoint.
+    Serve(io::Error),
+    /// No coordinator answers at the endpoint.
     #[error(
         "no coordinator at {endpoint} within {timeout:?} ({source}): is the agent of node 0 running, and can this host reach it?"
     )]
     Unreachable {
         /// Host and port.
         endpoint: String,
-        /// How long it was tried.
+        /// Time that was spent on attempts.
         timeout: Duration,
-        /// The last failure.
+        /// Error of the last attempt.
         source: io::Error,
     },
-    /// What answers at the endpoint is no coordinator of this release.
+    /// The peer at the endpoint is not a coordinator of this release.
     #[error("the peer at {endpoint} cannot be understood: {source}")]
     Protocol {
         /// Host and port.
         endpoint: String,
-        /// What is wrong with its bytes.
+        /// Error of the decoder.
         source: FrameError,
     },
-    /// The endpoint and this agent do not trust each other.
+    /// Authentication failed at one of the two ends.
     #[error("{endpoint}: {problem}")]
     Token {
         /// Host and port.
         endpoint: String,
-        /// Why, and what to do.
+        /// Cause and remedy.
         problem: String,
     },
     /// etcd does not answer.
     #[error("etcd at {endpoints} does not answer ({problem}): does it run, and can this host reach it?")]
     Etcd {
-        /// Its members.
+        /// URLs of its members.
         endpoints: String,
-        /// The last failure.
+        /// Error of the last attempt.
         problem: String,
     },
-    /// Trying again cannot help.
+    /// A failure that another attempt cannot fix.
     #[error("{problem}")]
     Refused {
-        /// Who refuses, and why.
+        /// The peer that refuses, and its reason.
         problem: String,
     },
     /// The connection to the coordinator ended.

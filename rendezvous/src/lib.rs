@@ -1,27 +1,31 @@
-//! Agreement between the nodes of a job, and the store that their ranks meet in.
+//! Agreement between the nodes of a job, and the store in which their ranks meet.
 //!
-//! [`Host`] serves both on one port: the coordinator, a pure machine in [`machine`], and the key-value store, a pure machine in
-//! [`store`] that speaks c10d's TCPStore wire format. [`Session`] is an agent's connection to the coordinator, and
-//! [`Meeting`] its way there. This crate knows nothing of ranks as processes, of devices or of libtorch.
+//! [`Server`] serves both on one port: the [`coordinator`], a pure state machine, and the key-value
+//! [`store`], another one, which speaks the wire format of c10d's TCPStore. [`Session`] is an
+//! agent's connection to the coordinator, and [`Rendezvous`] finds the coordinator or becomes its
+//! host. This crate knows nothing of ranks as processes, of devices or of libtorch.
 //!
 //! In the book: `docs/clusters.md`.
 
 pub mod address;
-mod alive;
 mod auth;
 mod backend;
+mod channel;
+pub mod coordinator;
 mod error;
-mod host;
-pub mod machine;
+mod keepalive;
+mod server;
 pub mod store;
 mod tls;
 
 pub use auth::Token;
-pub use backend::{Endpoint, EtcdConfig, EtcdTls, Meeting, MeetingConfig, Patience, Place, Role, Session};
+pub use backend::{
+    Backend, Endpoint, EtcdConfig, EtcdTls, Rendezvous, RendezvousConfig, RetryPolicy, ServedBy, Session,
+};
 pub use error::Error;
-pub use host::{Host, HostConfig};
+pub use server::{Server, ServerConfig};
 
-/// Whether this build can meet through etcd: its feature `etcd`.
+/// Whether this build can use etcd: its feature `etcd`.
 pub const HAS_ETCD: bool = cfg!(feature = "etcd");
-/// Whether this build can encrypt what agents say: its feature `tls`.
+/// Whether this build can encrypt the connections between agents: its feature `tls`.
 pub const HAS_TLS: bool = cfg!(feature = "tls");

@@ -1,4 +1,4 @@
-//! A host whose memory is limited. One test, since the limit is that of the process.
+//! A server with limited memory. One test, since the limit is that of the process.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -7,17 +7,17 @@ use std::time::Duration;
 use ice_proto::rendezvous::KeepAlive;
 use ice_rendezvous::store::client::Client;
 use ice_rendezvous::store::codec::{Request, encode};
-use ice_rendezvous::{Host, HostConfig};
+use ice_rendezvous::{Server, ServerConfig};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// Memory that the process may take beside what it has at the start.
+/// Memory that the process may take in addition to its initial size.
 const ROOM: u64 = 200 << 20;
 
-/// A client that has validated and that reads nothing by itself.
-async fn raw(host: &Host) -> TcpStream {
+/// Connects a validated client that reads nothing by itself.
+async fn raw(host: &Server) -> TcpStream {
     let mut stream = TcpStream::connect(("127.0.0.1", host.port())).await.unwrap();
     send(&mut stream, &Request::Validate).await;
     stream
@@ -37,7 +37,7 @@ fn virtual_size() -> u64 {
 
 #[tokio::test]
 async fn requests_for_more_memory_than_there_is_end_their_connections_alone() {
-    let config = HostConfig {
+    let config = ServerConfig {
         addresses: vec![[127, 0, 0, 1].into()],
         port: 0,
         run_id: "job".into(),
@@ -46,11 +46,11 @@ async fn requests_for_more_memory_than_there_is_end_their_connections_alone() {
         keep_alive: KeepAlive::default(),
         token: None,
     };
-    let host = Host::bind(config).await.unwrap();
+    let host = Server::bind(config).await.unwrap();
     let mut rank = Client::connect(format!("127.0.0.1:{}", host.port()), LIMIT).await.unwrap();
     let value = vec![7; 8 << 20];
     rank.set("k", &value).await.unwrap();
-    // Made before memory is short, which is this test's memory, too.
+    // Built before memory is short, since the limit applies to this test as well.
     let mut fill = Vec::new();
     encode(&Request::Set(&[0], &value), &mut fill);
     let (_, hard) = getrlimit(Resource::RLIMIT_AS).unwrap();
@@ -61,7 +61,7 @@ async fn requests_for_more_memory_than_there_is_end_their_connections_alone() {
     for _ in 0..4 {
         let mut stream = raw(&host).await;
         send(&mut stream, &Request::MultiGet(vec![b"/k"; 300])).await;
-        // The first bytes say that the host is at it.
+        // The first bytes show that the server handles the request.
         stream.read_exact(&mut [0; 9]).await.unwrap();
         silent.push(stream);
     }
@@ -72,7 +72,7 @@ async fn requests_for_more_memory_than_there_is_end_their_connections_alone() {
     for number in 0..100 {
         // The key, after the command and its length.
         fill[9] = number;
-        // The host ends the connection before all of them are read.
+        // The server closes the connection before all of them are read.
         let _ = filler.write_all(&fill).await;
     }
     let mut rest = Vec::new();

@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use ice_proto::rendezvous::KeepAlive;
 use ice_rendezvous::store::client::{Client, Error};
-use ice_rendezvous::{Host, HostConfig};
+use ice_rendezvous::{Server, ServerConfig};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-async fn host() -> Host {
-    let config = HostConfig {
+async fn host() -> Server {
+    let config = ServerConfig {
         addresses: vec![[127, 0, 0, 1].into()],
         port: 0,
         run_id: "job".into(),
@@ -20,19 +20,19 @@ async fn host() -> Host {
         keep_alive: KeepAlive::default(),
         token: None,
     };
-    Host::bind(config).await.unwrap()
+    Server::bind(config).await.unwrap()
 }
 
-fn address(host: &Host) -> String {
+fn address(host: &Server) -> String {
     format!("127.0.0.1:{}", host.port())
 }
 
-async fn client(host: &Host) -> Client {
+async fn client(host: &Server) -> Client {
     Client::connect(address(host), LIMIT).await.unwrap()
 }
 
 #[tokio::test]
-async fn every_operation() {
+async fn every_operation_round_trips() {
     let host = host().await;
     let mut store = client(&host).await;
     store.set("a", b"1").await.unwrap();
@@ -62,7 +62,7 @@ async fn every_operation() {
 }
 
 #[tokio::test]
-async fn a_wait_that_is_in_vain_ends_and_the_client_goes_on() {
+async fn timed_out_wait_leaves_the_client_usable() {
     let host = host().await;
     let limit = Duration::from_millis(50);
     let mut store = Client::connect(address(&host), limit).await.unwrap();
@@ -75,13 +75,13 @@ async fn a_wait_that_is_in_vain_ends_and_the_client_goes_on() {
 }
 
 #[tokio::test]
-async fn who_gives_up_a_barrier_goes_on() {
+async fn client_that_leaves_a_barrier_still_counts() {
     let host = host().await;
     let (mut first, mut second) = (client(&host).await, client(&host).await);
     first.set_limit(Duration::from_millis(50));
     assert!(matches!(first.barrier("b", 2).await.unwrap_err(), Error::Timeout { .. }));
     second.barrier("b", 2).await.unwrap();
-    // The answer to the barrier does not come in the place of another.
+    // The answer to the barrier is not mistaken for the answer to another request.
     assert_eq!(first.get("b").await.unwrap(), b"2");
 }
 
@@ -130,11 +130,11 @@ async fn large_values_pass_and_too_large_ones_are_not_sent() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_read_holds_nobody_up() {
+async fn client_that_does_not_read_does_not_block_others() {
     let host = host().await;
     let mut store = client(&host).await;
     store.set("k", &vec![7; 8 << 20]).await.unwrap();
-    // Nothing answers a set; what comes after it does.
+    // A set has no answer; the ping after it has.
     store.ping().await.unwrap();
     // A thousand times 8 MiB are asked for and not taken.
     let mut greedy = tokio::net::TcpStream::connect(("127.0.0.1", host.port())).await.unwrap();
@@ -144,7 +144,7 @@ async fn a_client_that_does_not_read_holds_nobody_up() {
     for number in 1..100 {
         assert_eq!(store.add("n", 1).await.unwrap(), number);
     }
-    // In time it gets them, each whole.
+    // The slow reader gets its answers in time, each complete.
     let mut length = [0; 8];
     let mut value = vec![0; 8 << 20];
     for _ in 0..3 {
@@ -156,7 +156,7 @@ async fn a_client_that_does_not_read_holds_nobody_up() {
 }
 
 #[tokio::test]
-async fn prefixes_are_torchs() {
+async fn prefix_matches_torchs_prefix_store() {
     let host = host().await;
     let mut plain = client(&host).await;
     let mut inner = client(&host).await.with_prefix("outer").with_prefix("inner");
@@ -166,13 +166,13 @@ async fn prefixes_are_torchs() {
 }
 
 #[tokio::test]
-async fn large_value_reaches_many_clients_and_many_places_of_one_answer() {
+async fn large_value_reaches_many_clients_and_repeats_within_one_answer() {
     let host = host().await;
     let mut source = client(&host).await;
     let object: Vec<u8> = (0..8 << 20).map(|number: usize| (number % 251) as u8).collect();
     source.set("object", &object).await.unwrap();
     source.set("small", b"1").await.unwrap();
-    // As ranks that receive an object through the store do, all at once.
+    // Like ranks that receive one object through the store at once.
     let receive = async || client(&host).await.get("object").await.unwrap();
     let (first, second, third) = tokio::join!(receive(), receive(), receive());
     assert!(first == object && second == object && third == object);

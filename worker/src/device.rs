@@ -1,18 +1,18 @@
-//! One device per rank.
+//! Binding of the one device of a rank.
 
 use ice_proto::backend::RankDevice;
 use tch::Device;
 
 use crate::Error;
 
-/// Loads what CUDA takes, and binds no GPU yet.
+/// Loads the libraries of CUDA without binding a GPU.
 pub(crate) fn load() -> Result<(), Error> {
     ice_c10d::nccl::load()
         .map_err(|error| Error::Device { device: "cuda".into(), problem: error.to_string() })
 }
 
-/// Binds the device, loading the CUDA half first where it is needed: libtorch settles whether it has CUDA at the first
-/// call that asks.
+/// Binds the device. Loads the CUDA half of libtorch first if it is needed, since libtorch decides
+/// at its first query whether it has CUDA.
 pub(crate) fn bind(device: RankDevice) -> Result<Device, Error> {
     let RankDevice::Cuda(index) = device else { return Ok(Device::Cpu) };
     let fail = |problem: String| Error::Device { device: device.to_string(), problem };

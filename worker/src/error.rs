@@ -3,10 +3,10 @@ use std::io;
 use ice_proto::env::EnvError;
 use tch::TchError;
 
-/// Why a rank cannot start or go on.
+/// A failure of a rank.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A variable of the contract is missing or wrong.
+    /// A variable of the environment contract is missing or invalid.
     #[error(transparent)]
     Env(#[from] EnvError),
     /// The device cannot be bound.
@@ -14,24 +14,24 @@ pub enum Error {
     Device {
         /// The device of the rank.
         device: String,
-        /// Why, and what to do.
+        /// Cause and remedy.
         problem: String,
     },
     /// A collective or the store failed.
     #[error("{doing}: {source}")]
     Collective {
-        /// What was being done.
+        /// The failed operation.
         doing: String,
-        /// What c10d says.
+        /// Error of c10d.
         source: ice_c10d::Error,
     },
-    /// The round is over: another rank is gone, or nodes come and go.
+    /// The round is over: another rank is gone, or nodes join or leave.
     #[error("the round is over")]
     RoundOver,
     /// The link to the agent cannot be used.
     #[error("cannot use the link to the agent (ICE_LINK_FD): {source}")]
     Link {
-        /// Why.
+        /// Error of the system.
         source: io::Error,
     },
     /// The process has joined its job before.

@@ -11,12 +11,12 @@ use tch::Device;
 
 use crate::{Error, Link};
 
-/// How long the store may take to answer. It was bound before any rank started, so only a broken network needs longer.
+/// Timeout of the store. It listens before any rank starts, so only a broken network takes longer.
 const STORE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a collective may take; PyTorch's default for gloo.
+/// Timeout of a collective: PyTorch's default for gloo.
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
-/// Joins the group of the round that the rank was started in; and the store of the round.
+/// Joins the process group of a round. Returns the group and the store of the round.
 pub(crate) fn join(env: &RankEnv, device: Device, link: &Link) -> Result<(ProcessGroup, Store), Error> {
     let (rank, world_size) = (env.rank as usize, env.world_size as usize);
     let (host, port) = (env.master_addr.clone(), env.master_port);
@@ -30,7 +30,7 @@ pub(crate) fn join(env: &RankEnv, device: Device, link: &Link) -> Result<(Proces
     let store = link.within_round(reach)?.with_prefix(&format!("ice/round_{}", env.round));
     let default = if device.is_cuda() { DistBackend::Nccl } else { DistBackend::Gloo };
     let group = match (env.backend.unwrap_or(default), device) {
-        // It meets the others in its first collective, and makes the GPU that of this thread.
+        // NCCL connects in the first collective, and makes the GPU current in this thread.
         (DistBackend::Nccl, Device::Cuda(index)) => {
             ProcessGroup::nccl(&store, rank, world_size, index, COLLECTIVE_TIMEOUT)
                 .map_err(fail("cannot form the nccl group over the store"))
@@ -55,8 +55,8 @@ pub(crate) fn join(env: &RankEnv, device: Device, link: &Link) -> Result<(Proces
     Ok((group, store))
 }
 
-/// The address of this host on the way to the store: the one that the other ranks can reach it by. A host's own name often
-/// resolves to loopback, which they cannot.
+/// Returns the source address of connections to the store, at which other ranks can reach this
+/// host. The host's own name often resolves to loopback, which they cannot reach.
 pub(crate) fn local_address(master_addr: &str, master_port: u16) -> Option<String> {
     let any = if master_addr.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
     let probe = UdpSocket::bind(any).ok()?;

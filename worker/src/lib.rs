@@ -1,22 +1,23 @@
-//! The runtime inside a rank: it reads the environment contract, binds the one device, joins the process group, talks
-//! to the agent over the link, and agrees with the other ranks on what they do together.
+//! The runtime inside a rank: it reads the environment contract, binds the device, joins the
+//! process group, communicates with the agent over the link, and agrees with the other ranks on
+//! common actions.
 //!
-//! This crate knows nothing of what is trained. It meets the launcher only through the formats of `ice-proto`, so a rank
-//! runs under torchrun as well, without a link.
+//! This crate knows nothing of training. It shares only the formats of `ice-proto` with the
+//! launcher, so a rank also runs under torchrun, without a link.
 //!
 //! In the book: `docs/elasticity.md`, and `docs/placement.md` for devices.
 
-mod agree;
-pub mod copies;
+mod consensus;
 mod device;
 mod error;
 mod group;
 mod link;
 mod rank;
+pub mod replica;
 mod round;
 
 pub use error::Error;
 pub use ice_proto::backend::{DistBackend, RankDevice};
-pub use ice_proto::link::Progress;
-pub use link::{Alone, Boundary, Hold, Link, Stop};
-pub use rank::{Begun, Worker};
+pub use ice_proto::link::TrainingProgress;
+pub use link::{Alone, Boundary, ExitGuard, Link, Stop};
+pub use rank::{PendingCollective, Worker};

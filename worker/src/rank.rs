@@ -1,4 +1,4 @@
-//! The rank as the rest of the runtime sees it.
+//! The rank as seen by the rest of the runtime.
 
 use std::cell::{Cell, RefCell};
 use std::env;
@@ -8,61 +8,63 @@ use ice_c10d::{ProcessGroup, ReduceOp, Store, Work};
 use ice_proto::backend::RankDevice;
 use ice_proto::env::{ICE_SPARE, OMP_NUM_THREADS, RANK, RankEnv};
 use ice_proto::error_file::{self, ErrorRecord};
-use ice_proto::link::{Progress, Request, Up};
+use ice_proto::link::{BoundaryRequest, FromRank, TrainingProgress};
 use tch::{Device, Tensor};
 
-use crate::round::{Membership, settle};
-use crate::{Error, Link, agree, device, group};
+use crate::round::{Membership, report_lost_round};
+use crate::{Error, Link, consensus, device, group};
 
-/// One process of a job, bound to its device and a member of the process group of a round; or a process on its own.
+/// A process of a job, bound to its device and a member of the process group of a round, or a
+/// process without a launcher.
 pub struct Worker {
     device: Cell<Device>,
     round: RefCell<Membership>,
-    /// Of the process, whichever round it is in.
+    /// Properties of the process, independent of the round.
     job: Job,
-    /// Whether the process has yet to join the round that it was started for.
+    /// Whether the process has not yet joined the round that it was started for.
     is_fresh: Cell<bool>,
-    /// Whether it is to bind a GPU that it does not know yet.
+    /// Whether it will bind a GPU that is not assigned yet.
     is_unbound: Cell<bool>,
     link: Link,
 }
 
-/// An exchange with other ranks under way.
+/// A running collective or transfer.
 #[must_use]
-pub struct Begun {
+pub struct PendingCollective {
     doing: &'static str,
     work: Option<Work>,
     link: Link,
 }
 
-impl Begun {
-    /// Waits until it is done; on a GPU, until what is computed from now on comes after it. There [`Worker::confirm`] says whether
-    /// what it left may be used.
+impl PendingCollective {
+    /// Waits until it is complete. On a GPU this orders later operations after it;
+    /// [`Worker::confirm`] checks whether its result may be used.
     ///
     /// # Errors
-    /// [`Error::Collective`] when a rank is lost or the shapes differ.
+    /// [`Error::Collective`] if a rank is lost or the shapes differ.
     pub fn wait(self) -> Result<(), Error> {
         let _waiting = self.link.waiting();
         self.work.map_or(Ok(()), Work::wait).map_err(collective(self.doing))
     }
 }
 
-/// What does not change.
+/// Properties that do not change.
 struct Job {
     run_id: String,
     run_stamp: Option<String>,
 }
 
 impl Worker {
-    /// Whether this process was started by a launcher: as a rank, or as a spare for one.
+    /// Returns whether a launcher started this process, as a rank or as a spare.
     pub fn is_rank() -> bool {
         env::var_os(RANK).is_some() || env::var_os(ICE_SPARE).is_some()
     }
 
-    /// Joins the job that the environment describes. Blocks until all ranks of the round have joined.
+    /// Joins the job that the environment describes. Blocks until all ranks of the round have
+    /// joined.
     ///
     /// # Errors
-    /// [`Error`] says what is missing: a variable, the device, the store, or the other ranks.
+    /// [`Error`] names the missing part: a variable, the device, the store, or other ranks.
     pub fn join() -> Result<Self, Error> {
         let worker = Self::open(false)?;
         let env = worker.round.borrow().env.clone();
@@ -72,10 +74,11 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Becomes a process of the job that the environment describes: binds its device and opens the link, and is in no round yet.
+    /// Becomes a process of the job that the environment describes: binds the device and opens the
+    /// link, without joining a round.
     ///
     /// # Errors
-    /// [`Error`] says what is missing: a variable, or the device.
+    /// [`Error`] names the missing part: a variable, or the device.
     pub fn start() -> Result<Self, Error> {
         Self::open(true)
     }
@@ -90,7 +93,7 @@ impl Worker {
             Some(env) => env,
             None => return Err(ice_proto::env::EnvError::Missing { name: RANK }.into()),
         };
-        // Without an agent nobody would tell of the next round.
+        // Only an agent can announce a next round.
         if stays && env.link_fd.is_some() && env.device.is_some_and(|device| device != RankDevice::Cpu) {
             ice_c10d::nccl::keep_process_after_errors();
         }
@@ -106,7 +109,7 @@ impl Worker {
         let wanted = env.device.unwrap_or(RankDevice::Cpu);
         let is_unbound = spare && wanted != RankDevice::Cpu;
         let device = match is_unbound {
-            // What takes the time is there then.
+            // Loading takes most of the time.
             true => device::load().map(|()| Device::Cpu)?,
             false => device::bind(wanted)?,
         };
@@ -120,9 +123,9 @@ impl Worker {
         })
     }
 
-    /// A process on its own: rank 0 of 1, without a group and without an agent. For eager use and tests.
+    /// Creates a worker without a group and without an agent: rank 0 of 1. For eager use and tests.
     pub fn alone(device: Device) -> Self {
-        let env = RankEnv::alone();
+        let env = RankEnv::standalone();
         Self {
             device: Cell::new(device),
             job: Job { run_id: env.run_id.clone(), run_stamp: None },
@@ -133,7 +136,8 @@ impl Worker {
         }
     }
 
-    /// A rank of a group that the program made itself, without an agent. The ranks agree on checkpoints over the store.
+    /// Creates a worker for a group that the program made itself, without an agent. The ranks agree
+    /// on checkpoints through the store.
     pub fn of_group(group: ProcessGroup, store: Store, device: Device) -> Self {
         let mut worker = Self::alone(device);
         let member = worker.round.get_mut();
@@ -145,22 +149,23 @@ impl Worker {
         worker
     }
 
-    /// Says that this process keeps its state when its round ends, and takes part in the next one: by [`Worker::enter_round`] after
-    /// [`Worker::leave_round`].
+    /// Tells the agent that this process keeps its state when its round ends, and takes part in the
+    /// next one: by [`Worker::enter_round`] after [`Worker::leave_round`].
     pub fn stay(&self) {
-        self.link.send(&Up::Stays);
+        self.link.send(&FromRank::Stays);
     }
 
-    /// Whether the process can take part in another round.
+    /// Returns whether the process can take part in another round.
     pub fn can_stay(&self) -> bool {
         self.link.is_open()
     }
 
-    /// Takes part in a round: the one that the process was started for, where it is in none yet, or the next one. Blocks until all its ranks
-    /// are there. Without a launcher there is nothing to do. False where no round will come any more, and the process is to end.
+    /// Joins a round: the one that the process was started for, or the next one. Blocks until all
+    /// ranks of the round have joined. Without a launcher this does nothing. Returns `false` if no
+    /// further round will start, so that the process should exit.
     ///
     /// # Errors
-    /// [`Error`] where the group cannot be formed, and not because other ranks are gone.
+    /// [`Error`] if the group cannot be formed for another reason than lost ranks.
     pub fn enter_round(&self) -> Result<bool, Error> {
         let env = self.round.borrow().env.clone();
         let is_fresh = self.is_fresh.replace(false);
@@ -173,7 +178,7 @@ impl Worker {
             Ok(Some(member)) => Some(member),
             Ok(None) => next()?,
             Err(error @ (Error::Collective { .. } | Error::RoundOver)) if self.can_stay() => {
-                settle(&error.to_string(), &self.link);
+                report_lost_round(&error.to_string(), &self.link);
                 next()?
             }
             Err(error) => return Err(error),
@@ -185,7 +190,7 @@ impl Worker {
         Ok(is_there)
     }
 
-    /// The device of a rank; a spare learns it with its first round.
+    /// Returns the device of the rank. A spare binds it with its first round.
     fn bind(&self, env: &RankEnv) -> Result<Device, Error> {
         if self.is_unbound.replace(false) {
             self.device.set(device::bind(env.device.unwrap_or(RankDevice::Cpu))?);
@@ -193,16 +198,18 @@ impl Worker {
         Ok(self.device())
     }
 
-    /// Leaves the round, after a failure of one of its collectives or because it is over. Nobody else may hold its group any more. Waits
-    /// until the agents know that it is over.
+    /// Leaves the round after a failed collective, or because the round is over. The caller must
+    /// have dropped all other handles of the group. Waits until the agents know that the round is
+    /// over.
     pub fn leave_round(&self, why: &str) {
-        settle(why, &self.link);
+        report_lost_round(why, &self.link);
         self.drop_group();
     }
 
-    /// As [`Worker::leave_round`], where other ranks leave it and their agent will say so once they have.
+    /// Leaves the round like [`Worker::leave_round`], for a round that other ranks end: waits until
+    /// the agent announces the end.
     pub fn await_end_of_round(&self) {
-        self.link.wait_for_the_end();
+        self.link.wait_for_round_end();
         self.drop_group();
     }
 
@@ -211,96 +218,100 @@ impl Worker {
         (member.group, member.store) = (None, None);
     }
 
-    /// Whether this process waits to become a rank, and is to bind its GPU only then.
+    /// Returns whether this process is a spare that will bind a GPU once it becomes a rank.
     pub fn is_unbound(&self) -> bool {
         self.is_unbound.get()
     }
 
-    /// Rank within the job.
+    /// Returns the rank within the job.
     pub fn rank(&self) -> usize {
         self.round.borrow().env.rank as usize
     }
 
-    /// Rank within the node.
+    /// Returns the rank within the node.
     pub fn local_rank(&self) -> usize {
         self.round.borrow().env.local_rank as usize
     }
 
-    /// Ranks in the job.
+    /// Returns the number of ranks in the job.
     pub fn world_size(&self) -> usize {
         self.round.borrow().env.world_size as usize
     }
 
-    /// Restarts of the worker group so far.
+    /// Returns the number of restarts of the worker group so far.
     pub fn restart_count(&self) -> usize {
         self.round.borrow().env.restart_count as usize
     }
 
-    /// Identifier of the job.
+    /// Returns the identifier of the job.
     pub fn run_id(&self) -> &str {
         &self.job.run_id
     }
 
-    /// What tells two runs of one job apart, the same on all ranks and in all rounds; `None` where the launcher has none.
+    /// Returns the run stamp, equal on all ranks and in all rounds, which distinguishes two runs of
+    /// one job; `None` if the launcher sets none.
     pub fn run_stamp(&self) -> Option<&str> {
         self.job.run_stamp.as_deref()
     }
 
-    /// Whether this is rank 0, which prints and writes for all.
+    /// Returns whether this is rank 0, which prints and writes for all ranks.
     pub fn is_main(&self) -> bool {
         self.rank() == 0
     }
 
-    /// The device that the rank is bound to.
+    /// Returns the device that the rank is bound to.
     pub fn device(&self) -> Device {
         self.device.get()
     }
 
-    /// The process group of the round; `None` for a process on its own, or between rounds.
+    /// Returns the process group of the round; `None` without a launcher, or between rounds.
     pub fn group(&self) -> Option<ProcessGroup> {
         self.round.borrow().group.clone()
     }
 
-    /// The store of the round, which all its ranks share; `None` for a process on its own, or between rounds.
+    /// Returns the store of the round, shared by all its ranks; `None` without a launcher, or
+    /// between rounds.
     pub fn store(&self) -> Option<Store> {
         self.round.borrow().store.clone()
     }
 
-    /// The node that this rank is on, counted from 0.
+    /// Returns the node rank of this rank's node, from 0.
     pub fn node(&self) -> u32 {
         self.round.borrow().env.group_rank
     }
 
-    /// The address of this host on the way to the store.
+    /// Returns the source address of connections to the store.
     pub(crate) fn local_address(&self) -> Option<String> {
         let member = self.round.borrow();
         group::local_address(&member.env.master_addr, member.env.master_port)
     }
 
-    /// Number of the round.
+    /// Returns the number of the round.
     pub fn round(&self) -> u64 {
         self.round.borrow().env.round
     }
 
-    /// The connection to the agent.
+    /// Returns the link to the agent.
     pub fn link(&self) -> &Link {
         &self.link
     }
 
-    /// Sums the tensor over all ranks, in place: the elements that it views and no others, whatever its strides. The sum of bools
-    /// is whether any is true.
+    /// Sums the tensor over all ranks in place: exactly the elements that it views, whatever its
+    /// strides. The sum of bools is their logical or.
     ///
     /// # Errors
-    /// [`Error::Collective`] when a rank is lost or the shapes differ, and before anything is sent for a tensor that cannot be
-    /// summed: one of a type that no backend adds (Int16, complex numbers), a sparse one, or an expanded one.
+    /// [`Error::Collective`] if a rank is lost or the shapes differ. Also, before any byte is sent,
+    /// for a tensor that cannot be summed: of a type that no backend adds (Int16, complex numbers),
+    /// sparse, or expanded.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<(), Error> {
         self.exchange("all-reduce", |group| group.all_reduce(tensor, ReduceOp::Sum))
     }
 
-    /// Overwrites the tensor on every rank with rank 0's, whatever its type and strides.
+    /// Overwrites the tensor on every rank with that of rank 0, for any type and strides.
     ///
     /// # Errors
-    /// [`Error::Collective`] when a rank is lost or the shapes differ, and before anything is sent for a sparse or expanded one.
+    /// [`Error::Collective`] if a rank is lost or the shapes differ. Also, before any byte is sent,
+    /// for a sparse or expanded tensor.
     pub fn broadcast(&self, tensor: &Tensor) -> Result<(), Error> {
         self.broadcast_from(0, tensor)
     }
@@ -308,33 +319,36 @@ impl Worker {
     /// Overwrites the tensor on every rank with that of rank `source`.
     ///
     /// # Errors
-    /// [`Error::Collective`] when a rank is lost or the shapes differ.
+    /// [`Error::Collective`] if a rank is lost or the shapes differ.
     pub fn broadcast_from(&self, source: usize, tensor: &Tensor) -> Result<(), Error> {
         self.exchange("broadcast", |group| group.broadcast(tensor, source))
     }
 
-    /// Begins what [`Worker::broadcast_from`] does. The tensor must not be touched until it is done. All ranks begin theirs in the same order;
-    /// several under way take less time than one after the other.
+    /// Starts a [`Worker::broadcast_from`]. The tensor must not be used until it is complete. All
+    /// ranks start theirs in the same order; several at once take less time than one after the
+    /// other.
     ///
     /// # Errors
-    /// [`Error::Collective`] when it cannot be begun.
-    pub fn begin_broadcast(&self, source: usize, tensor: &Tensor) -> Result<Begun, Error> {
+    /// [`Error::Collective`] if it cannot be started.
+    pub fn begin_broadcast(&self, source: usize, tensor: &Tensor) -> Result<PendingCollective, Error> {
         self.begin("broadcast", |group| group.broadcast(tensor, source))
     }
 
-    /// Begins to send the tensor to another rank, which [receives](Worker::begin_receive) it. It must not be touched until it is sent. What goes from one rank to another arrives in the order in which it was sent.
+    /// Starts to send the tensor to another rank, which [receives](Worker::begin_receive) it. The
+    /// tensor must not be used until it is sent. Transfers between two ranks arrive in the order in
+    /// which they were started.
     ///
     /// # Errors
-    /// [`Error::Collective`] when it cannot be begun.
-    pub fn begin_send(&self, to: usize, tensor: &Tensor) -> Result<Begun, Error> {
+    /// [`Error::Collective`] if it cannot be started.
+    pub fn begin_send(&self, to: usize, tensor: &Tensor) -> Result<PendingCollective, Error> {
         self.begin("sending", |group| group.send(tensor, to))
     }
 
-    /// Begins to overwrite the tensor with the one of as many bytes that rank `from` sends.
+    /// Starts to overwrite the tensor with one of the same number of bytes that rank `from` sends.
     ///
     /// # Errors
-    /// [`Error::Collective`] when it cannot be begun.
-    pub fn begin_receive(&self, from: usize, tensor: &Tensor) -> Result<Begun, Error> {
+    /// [`Error::Collective`] if it cannot be started.
+    pub fn begin_receive(&self, from: usize, tensor: &Tensor) -> Result<PendingCollective, Error> {
         self.begin("receiving", |group| group.receive(tensor, from))
     }
 
@@ -351,28 +365,31 @@ impl Worker {
         &self,
         doing: &'static str,
         call: impl FnOnce(&ProcessGroup) -> ice_c10d::Result<Work>,
-    ) -> Result<Begun, Error> {
+    ) -> Result<PendingCollective, Error> {
         let link = self.link.clone();
-        let Some(group) = self.group() else { return Ok(Begun { doing, work: None, link }) };
+        let Some(group) = self.group() else { return Ok(PendingCollective { doing, work: None, link }) };
         self.link.collective();
         let work = call(&group).map_err(collective(doing))?;
-        Ok(Begun { doing, work: Some(work), link })
+        Ok(PendingCollective { doing, work: Some(work), link })
     }
 
-    /// Copies the tensor of each rank `i` into row `i` of `all`. Those of all ranks have the same shape and dtype.
+    /// Copies the tensor of each rank `i` into row `i` of `all`. The tensors of all ranks have the
+    /// same shape and dtype.
     ///
     /// # Errors
-    /// [`Error::Collective`] when a rank is lost, or the shapes differ, or `all` has not one row per rank.
+    /// [`Error::Collective`] if a rank is lost, the shapes differ, or `all` does not have one row
+    /// per rank.
     pub fn all_gather(&self, all: &[Tensor], own: &Tensor) -> Result<(), Error> {
         self.exchange("all-gather", |group| group.all_gather(all, own))
     }
 
-    /// Makes sure that what the ranks have exchanged so far is what they have computed. On a GPU a collective that is given up, since a rank is
-    /// lost, ends like any other and leaves anything behind. What is [begun](Begun) needs this before its result counts; the others do it
+    /// Confirms the results of the collectives so far. On a GPU, a collective that was aborted
+    /// because a rank is lost completes like any other and leaves plausible garbage in its output.
+    /// Results of a [`PendingCollective`] may be used only after this; the other methods call it
     /// themselves.
     ///
     /// # Errors
-    /// [`Error::RoundOver`] where that may be so.
+    /// [`Error::RoundOver`] if the round ended, so that results may be garbage.
     pub fn confirm(&self) -> Result<(), Error> {
         let Device::Cuda(index) = self.device() else { return Ok(()) };
         if !self.can_stay() || self.world_size() == 1 {
@@ -384,58 +401,63 @@ impl Worker {
         if self.link.is_broken() { Err(Error::RoundOver) } else { Ok(()) }
     }
 
-    /// Asks all ranks to leave the task of this number, or with `all` to end the run, at the same step boundary. Ranks that wait for each
-    /// other in every step reach it at most one step later; without other ranks this does nothing. [`Link::boundary`] says when it is there.
+    /// Asks all ranks to leave the task with this number, or with `all` to end the run, at the same
+    /// step boundary. Ranks that synchronize in every step reach it at most one step later. Does
+    /// nothing without other ranks. [`Link::boundary`] returns the request once the boundary is
+    /// reached.
     ///
     /// # Errors
-    /// [`Error::Collective`] when the store of the round is gone.
+    /// [`Error::Collective`] if the store of the round is gone.
     pub fn ask_to_leave(&self, all: bool, task: u64) -> Result<(), Error> {
         let Some(store) = self.store() else { return Ok(()) };
-        agree::publish(&store, Request::Leave { all, task }).map_err(collective("the request to leave"))
+        consensus::publish(&store, BoundaryRequest::Leave { all, task })
+            .map_err(collective("the request to leave"))
     }
 
-    /// Leaves the step that is under way before its end, and waits until it is known whether all ranks do so. Returns a rank that does not;
-    /// that one waits for this one in a collective.
+    /// Leaves the current step before its end, and waits until it is known whether all ranks do so.
+    /// Returns a rank that does not; that rank waits for this one in a collective.
     ///
     /// # Errors
-    /// [`Error::Collective`] or [`Error::RoundOver`] when another rank or the store is gone.
+    /// [`Error::Collective`] or [`Error::RoundOver`] if another rank or the store is gone.
     pub fn leave_step(&self) -> Result<Option<u64>, Error> {
         let Some(store) = self.store().filter(|_| self.world_size() > 1) else { return Ok(None) };
         let request = self.link.leave_step();
-        agree::publish(&store, request).map_err(collective("the request to leave"))?;
+        consensus::publish(&store, request).map_err(collective("the request to leave"))?;
         let _waiting = self.link.waiting();
-        self.link.await_left()
+        self.link.await_left_step()
     }
 
-    /// Waits until every rank is here.
+    /// Waits until every rank has called this.
     ///
     /// # Errors
-    /// [`Error::Collective`] when a rank is lost.
+    /// [`Error::Collective`] if a rank is lost.
     pub fn barrier(&self) -> Result<(), Error> {
         self.exchange("barrier", ProcessGroup::barrier)
     }
 
-    /// Tells the agent that the first training step in the round has been applied, and how many had been begun before and are done again.
+    /// Tells the agent that the first training step of the round is applied, and how many steps are
+    /// repeated because an earlier round ended within them.
     pub fn first_step(&self, step: u64, repeated: u64) {
-        self.link.send(&Up::FirstStep { round: self.round(), step, repeated });
+        self.link.send(&FromRank::FirstStep { round: self.round(), step, repeated });
     }
 
     /// Reports progress to the agent.
-    pub fn progress(&self, progress: Progress) {
-        self.link.send(&Up::Progress(progress));
+    pub fn progress(&self, progress: TrainingProgress) {
+        self.link.send(&FromRank::Progress(progress));
     }
 
-    /// Leaves the job, and says so to the agent. The ranks had better [wait for each other](Worker::barrier) before, so that none sees a
-    /// broken connection, unless this one was told to stop.
+    /// Leaves the job, and tells the agent. Unless this rank was asked to stop, the ranks should
+    /// [wait for each other](Worker::barrier) first, so that no rank sees a broken connection.
     pub fn leave(&self) {
         self.link.finish();
         self.drop_group();
     }
 
-    /// Leaves word of a failure with the agent and in the error file. `message` is one line, `detail` may be many.
+    /// Reports a failure to the agent and in the error file. `message` is one line, `detail` may
+    /// have several.
     pub fn report_failure(message: &str, detail: &str) {
         let link = Link::current();
-        link.send(&Up::Error { message: message.into() });
+        link.send(&FromRank::Error { message: message.into() });
         let Some(path) = link.error_file() else { return };
         let timestamp =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
@@ -446,10 +468,10 @@ impl Worker {
     }
 }
 
-/// Makes libtorch compute with as many threads as `OMP_NUM_THREADS` says. By itself libtorch takes MKL's number, which is
-/// `MKL_NUM_THREADS` and never more than the machine's cores, so that one number would mean other sums on another machine.
+/// Sets libtorch's number of threads to `OMP_NUM_THREADS`. By default libtorch uses MKL's number,
+/// which is `MKL_NUM_THREADS` but at most the machine's cores; so sums would depend on the machine.
 fn set_threads(omp_num_threads: Option<&str>) {
-    // OpenMP takes a list, with a number for each level of nested teams. libtorch has one level.
+    // OpenMP accepts a list with a number for each level of nested teams. libtorch has one level.
     let outermost = omp_num_threads.and_then(|list| list.split(',').next());
     if let Some(threads) =
         outermost.and_then(|number| number.trim().parse().ok()).filter(|number| *number > 0)

@@ -1,19 +1,19 @@
-//! The round that a rank is in: which rank it is there, and the process group.
+//! A rank's membership of a round: its rank there, and the process group.
 
 use std::time::Duration;
 
 use ice_c10d::{ProcessGroup, Store};
 use ice_proto::env::RankEnv;
-use ice_proto::link::Up;
+use ice_proto::link::FromRank;
 use tch::Device;
 
 use crate::{Error, Link, Stop, group};
 
-/// After a collective failed, how long word of the end of the round may take: the agent of a rank that ended knows more of the cause than
-/// those that waited for it.
-const GRACE: Duration = Duration::from_secs(1);
+/// Time to wait for the end of the round after a failed collective: the agent of the lost rank
+/// knows more of the cause than the ranks that waited for it.
+const ROUND_OVER_GRACE: Duration = Duration::from_secs(1);
 
-/// What a rank is in a round.
+/// A rank's membership of a round.
 pub(crate) struct Membership {
     pub(crate) env: RankEnv,
     pub(crate) group: Option<ProcessGroup>,
@@ -21,7 +21,7 @@ pub(crate) struct Membership {
 }
 
 impl Membership {
-    /// Forms the group of a round with all its other ranks.
+    /// Forms the group of a round with its other ranks.
     pub(crate) fn form(env: RankEnv, device: Device, link: &Link) -> Result<Self, Error> {
         let connections = link.begin_round(&env);
         if link.is_broken() {
@@ -34,7 +34,7 @@ impl Membership {
         Ok(Self { env, group: Some(group), store: Some(store) })
     }
 
-    /// Takes part in the next round that comes about; `None` where none will.
+    /// Joins the next round that can be formed; `None` if no further round will start.
     pub(crate) fn next(
         bind: impl Fn(&RankEnv) -> Result<Device, Error>,
         link: &Link,
@@ -43,9 +43,9 @@ impl Membership {
             let device = bind(&env)?;
             match Self::form(env, device, link) {
                 Ok(member) => return Ok(Some(member)),
-                // Others of its ranks are gone before it began.
+                // Other ranks of the round were lost before it began.
                 Err(error @ (Error::Collective { .. } | Error::RoundOver)) => {
-                    settle(&error.to_string(), link)
+                    report_lost_round(&error.to_string(), link)
                 }
                 Err(error) => return Err(error),
             }
@@ -54,11 +54,11 @@ impl Membership {
     }
 }
 
-/// Waits for word that the round is over; where nobody else knows, this rank says so.
-pub(crate) fn settle(problem: &str, link: &Link) {
-    if link.wait_for_stop(GRACE) != Some(Stop::Broken) {
-        link.send(&Up::RoundLost { round: link.round(), reason: problem.into() });
-        link.wait_for_the_end();
+/// Waits for the end of the round. If no end arrives in time, this rank reports the round as lost.
+pub(crate) fn report_lost_round(problem: &str, link: &Link) {
+    if link.wait_for_stop(ROUND_OVER_GRACE) != Some(Stop::Broken) {
+        link.send(&FromRank::RoundLost { round: link.round(), reason: problem.into() });
+        link.wait_for_round_end();
     }
 }
 
@@ -71,7 +71,7 @@ mod tests {
 
     use ice_c10d::{GlooOptions, testing};
     use ice_proto::frame;
-    use ice_proto::link::Down;
+    use ice_proto::link::ToRank;
 
     use super::*;
 
@@ -83,7 +83,8 @@ mod tests {
         let ((_here, port), (_elsewhere, other_port)) = (serve(), serve());
         let store = |port| Store::tcp("127.0.0.1", port, PATIENCE).unwrap().with_prefix("ice/round_0");
         let (near, far) = (store(port), store(other_port));
-        // Of two ranks the one with the greater address connects. This one says where it is, and does not.
+        // Of two ranks gloo lets the one with the greater address connect. This rank publishes its
+        // address, and does not connect.
         let late = thread::spawn({
             let far = store(other_port);
             let hostname = Some("127.0.0.2".into());
@@ -93,21 +94,25 @@ mod tests {
         });
         let (mut agent, rank) = UnixStream::pair().unwrap();
         let link = Link::open(rank.into_raw_fd(), Some(0), Some(0)).unwrap();
-        let env =
-            RankEnv { world_size: 2, master_addr: "127.0.0.1".into(), master_port: port, ..RankEnv::alone() };
+        let env = RankEnv {
+            world_size: 2,
+            master_addr: "127.0.0.1".into(),
+            master_port: port,
+            ..RankEnv::standalone()
+        };
         let forming = thread::spawn({
             let link = link.clone();
             move || Membership::form(env, Device::Cpu, &link).map(|_| ())
         });
         let address = near.get("0/0").unwrap();
         near.set("0/1", &far.get("0/1").unwrap()).unwrap();
-        // The store serves all in turn: it has answered the rank, too.
+        // The store serves connections in turn, so it has answered the rank, too.
         (0..100).for_each(|_| _ = near.get("0/1").unwrap());
-        let over = Down::RoundBroken { round: 0, reason: "rank 1 is gone".into() };
+        let over = ToRank::RoundBroken { round: 0, reason: "rank 1 is gone".into() };
         agent.write_all(&frame::encode(&over).unwrap()).unwrap();
         let error = forming.join().unwrap().unwrap_err();
         assert!(matches!(error, Error::RoundOver), "{error}");
-        // What was left behind ends with its wait.
+        // The abandoned thread ends with its wait.
         far.set("0/0", &address).unwrap();
         late.join().unwrap().unwrap();
         link.finish();

@@ -1,37 +1,38 @@
-//! The first three messages between an agent and the coordinator: each shows that it knows the job's token, where there is one,
-//! without saying it. What is shown holds for this connection alone, so that it cannot be replayed.
+//! The first three messages between an agent and the coordinator. With them each end proves that it
+//! knows the job's token, if there is one, without revealing it. A proof is valid for one
+//! connection only, so it cannot be replayed.
 //!
-//! A proof is over who shows it, whether that is inside of TLS, both nonces and, inside of TLS, what tells this connection of TLS from all
-//! others (RFC 9266).
+//! A proof covers the role of its sender, whether the connection uses TLS, both nonces and, inside
+//! TLS, the channel binding of the connection (RFC 9266).
 //!
 //! In the book: `docs/clusters.md#who-may-join`.
 
 use serde::{Deserialize, Serialize};
 
-/// Random bytes that are used once.
+/// Random bytes for one use.
 pub type Nonce = [u8; 32];
 /// HMAC-SHA-256 (RFC 2104) with the token as key.
 pub type Proof = [u8; 32];
 
-/// From the agent: a question for the coordinator.
+/// The agent's first message: a challenge to the coordinator.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Greeting {
-    /// What the coordinator's proof is to be about.
+    /// Nonce that the coordinator's proof must cover.
     pub nonce: Nonce,
 }
 
-/// From the coordinator: its answer, and a question for the agent.
+/// The coordinator's reply: its proof, and a challenge to the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Challenge {
-    /// What the agent's proof is to be about.
+    /// Nonce that the agent's proof must cover.
     pub nonce: Nonce,
-    /// The coordinator's; `None` where it has no token.
+    /// The coordinator's proof; `None` if it has no token.
     pub proof: Option<Proof>,
 }
 
-/// From the agent: its answer. [`crate::rendezvous::ToCoordinator::Hello`] follows.
+/// The agent's reply. [`crate::rendezvous::ToCoordinator::Hello`] follows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// The agent's; `None` where it has no token.
+    /// The agent's proof; `None` if it has no token.
     pub proof: Option<Proof>,
 }

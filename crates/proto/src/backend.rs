@@ -17,7 +17,7 @@ pub enum DistBackend {
 }
 
 impl DistBackend {
-    /// The name that PyTorch uses.
+    /// Returns the name that PyTorch uses.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Gloo => "gloo",
@@ -29,21 +29,21 @@ impl DistBackend {
 /// The one device that a rank is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum RankDevice {
-    /// The host's processors.
+    /// The processors of the host.
     Cpu,
-    /// The CUDA device of this index, as the process sees it.
+    /// The CUDA device with this index, as the process sees it.
     Cuda(u32),
 }
 
-/// A backend or a device whose name is not known.
+/// An unknown name of a backend or a device.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{given}` is not a {what}: expected {expected}")]
 pub struct UnknownName {
-    /// The kind of thing that was looked for.
+    /// Kind of thing that was expected.
     pub what: &'static str,
-    /// What was given.
+    /// The name that was given.
     pub given: String,
-    /// What would have been accepted.
+    /// The names that are accepted.
     pub expected: &'static str,
 }
 
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_round_trip() {
+    fn names_of_backends_and_devices_round_trip() {
         for device in [RankDevice::Cpu, RankDevice::Cuda(0), RankDevice::Cuda(15)] {
             assert_eq!(device.to_string().parse(), Ok(device));
         }

@@ -1,7 +1,8 @@
-//! The environment contract: every variable that an agent sets for its ranks, each declared once, and its two ends.
+//! The environment contract between agent and rank: every variable that an agent sets for its
+//! ranks, declared once, with its writer and its reader.
 //!
-//! The names without `ICE_` are torchrun's and mean what they mean there, so that `init_method="env://"` and every
-//! program written for torchrun finds what it expects.
+//! Names without `ICE_` have torchrun's meaning, so `init_method="env://"` and programs written for
+//! torchrun work unchanged.
 //!
 //! In the book: `docs/torchrun.md#variables-of-a-worker`.
 
@@ -36,29 +37,29 @@ variables! {
     GROUP_WORLD_SIZE,
     /// Processes of this role in the job.
     ROLE_WORLD_SIZE,
-    /// Host of the store that the ranks meet in.
+    /// Host of the ranks' store.
     MASTER_ADDR,
-    /// Port of the store that the ranks meet in.
+    /// Port of the ranks' store.
     MASTER_PORT,
-    /// How often the worker group was restarted after a failure.
+    /// Number of restarts of the worker group so far.
     TORCHELASTIC_RESTART_COUNT,
-    /// How often it may be.
+    /// Maximum number of restarts.
     TORCHELASTIC_MAX_RESTARTS,
     /// Identifier of the job.
     TORCHELASTIC_RUN_ID,
-    /// `True`: the agent serves the store, no rank may. `False`: rank 0 serves it.
+    /// `True` if the agent serves the ranks' store, `False` if rank 0 does.
     TORCHELASTIC_USE_AGENT_STORE,
-    /// File that a failing rank writes its last words to.
+    /// Error file of a failing rank.
     TORCHELASTIC_ERROR_FILE,
-    /// Named pipe for requests of PyTorch's `FileTimerClient`, where the agent serves them.
+    /// Named pipe for requests of PyTorch's `FileTimerClient`, if the agent serves them.
     TORCHELASTIC_TIMER_FILE,
-    /// File that a rank may touch to show that it gets something done.
+    /// File that a rank may touch as a sign of progress.
     ICE_HEARTBEAT_FILE,
     /// Names of the signals that stop the job, separated by commas.
     TORCHELASTIC_SIGNALS_TO_HANDLE,
     /// Threads per rank of OpenMP.
     OMP_NUM_THREADS,
-    /// Threads per rank of MKL, from which libtorch takes its number if it was built with MKL.
+    /// Threads per rank of MKL, whose number libtorch uses if it was built with MKL.
     MKL_NUM_THREADS,
     /// Makes c10d's NCCL watchdog end a process whose collective failed.
     TORCH_NCCL_ASYNC_ERROR_HANDLING,
@@ -70,21 +71,22 @@ variables! {
     ICE_DIST_BACKEND,
     /// Number of the round that the rank was started in, from 0.
     ICE_ROUND,
-    /// `host:port` of the agents' store, which a program written with the runtime meets in even if
-    /// rank 0 serves the store of `MASTER_ADDR` and `MASTER_PORT`.
+    /// `host:port` of the agents' store, which programs of the runtime use even if rank 0 serves
+    /// the store at `MASTER_ADDR` and `MASTER_PORT`.
     ICE_STORE,
-    /// Set where the process is a spare: it is no rank yet, and waits for the agent to make it one.
+    /// Set if the process is a spare, which waits for the agent to assign it a rank.
     ICE_SPARE,
-    /// `<MMDDHHmm>_<random>`: the same for all ranks and rounds of one job, part of its folders' names.
+    /// `<MMDDHHmm>_<random>`: equal for all ranks and rounds of one job, and part of its folders'
+    /// names.
     ICE_RUN_STAMP,
 }
 
-/// The agents' own: the secret that they share. It is not passed on to ranks.
+/// Token of the agents. Not passed on to ranks.
 pub const ICE_RDZV_TOKEN: &str = "ICE_RDZV_TOKEN";
-/// The agents' own: whether they speak inside of TLS alone. It is not passed on to ranks, as the secret that it takes is not.
+/// Whether agents use TLS only. Not passed on to ranks, like the token that it requires.
 pub const ICE_RDZV_TLS: &str = "ICE_RDZV_TLS";
 
-/// What a rank learns from its environment.
+/// Values that a rank reads from its environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RankEnv {
     /// Rank within the node.
@@ -109,43 +111,44 @@ pub struct RankEnv {
     pub restart_count: u32,
     /// Identifier of the job.
     pub run_id: String,
-    /// Device to bind; `None` under a launcher that does not say, such as torchrun.
+    /// Device to bind; `None` if the launcher does not set one, such as torchrun.
     pub device: Option<RankDevice>,
-    /// Backend of the job; `None` under a launcher that does not say.
+    /// Backend of the job; `None` if the launcher does not set one.
     pub backend: Option<DistBackend>,
-    /// Descriptor of the link; `None` under a launcher that has none.
+    /// Descriptor of the link; `None` if the launcher has none.
     pub link_fd: Option<i32>,
-    /// Number of the round; 0 under a launcher that does not say.
+    /// Number of the round; 0 if the launcher does not set it.
     pub round: u64,
-    /// Part of the names of the job's folders; `None` under a launcher that does not say.
+    /// Part of the names of the job's folders; `None` if the launcher does not set it.
     pub run_stamp: Option<String>,
 }
 
-/// A variable of the contract that is missing or wrong.
+/// A missing or invalid variable of the contract.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EnvError {
-    /// The variable is not set, although others of the contract are.
+    /// The variable is not set although `RANK` is.
     #[error(
         "{name} is not set, although RANK is: start the program through ice-launch, or set all of the contract"
     )]
     Missing {
-        /// Its name.
+        /// Name of the variable.
         name: &'static str,
     },
-    /// The variable has a value that it cannot have.
+    /// The variable has an invalid value.
     #[error("{name}={value} cannot be understood: {problem}")]
     Invalid {
         /// Its name.
         name: &'static str,
-        /// What it was set to.
+        /// Its value.
         value: String,
-        /// What is wrong with it.
+        /// Why the value is invalid.
         problem: String,
     },
 }
 
 impl RankEnv {
-    /// Reads the contract through `lookup`, or returns `None` where the process is not under a launcher (no `RANK`).
+    /// Reads the contract through `lookup`. Returns `None` if the process has no launcher (no
+    /// `RANK`).
     ///
     /// # Errors
     /// [`EnvError`] names the variable.
@@ -154,7 +157,8 @@ impl RankEnv {
             return Ok(None);
         }
         let source = Source(&lookup);
-        // A torchrun below ice-launch says `True`, and the variable is the outer job's then.
+        // A torchrun that runs below ice-launch sets `True`; then ICE_STORE is the variable of the
+        // outer job.
         let by_rank = lookup(TORCHELASTIC_USE_AGENT_STORE).is_some_and(|value| value == "False");
         let of_agents = if by_rank { source.optional::<StoreAddress>(ICE_STORE)? } else { None };
         let (master_addr, master_port) = match of_agents {
@@ -194,7 +198,7 @@ impl RankEnv {
 }
 
 impl RankEnv {
-    /// What a spare knows before it becomes a rank: the job, its device where that is no GPU, and the link.
+    /// Reads the variables of a spare: the job, its device unless that is a GPU, and the link.
     ///
     /// # Errors
     /// [`EnvError`] names the variable.
@@ -207,12 +211,12 @@ impl RankEnv {
             backend: source.optional(ICE_DIST_BACKEND)?,
             link_fd: Some(source.required(ICE_LINK_FD)?),
             run_stamp: source.optional(ICE_RUN_STAMP)?,
-            ..Self::alone()
+            ..Self::standalone()
         })
     }
 
-    /// A process on its own.
-    pub fn alone() -> Self {
+    /// Returns the values of a process without a launcher.
+    pub fn standalone() -> Self {
         Self {
             local_rank: 0,
             rank: 0,
@@ -289,14 +293,14 @@ mod tests {
     }
 
     #[test]
-    fn torchrun_alone_is_enough() {
+    fn variables_of_torchrun_alone_suffice() {
         let env = RankEnv::read(lookup(&[])).unwrap().unwrap();
         assert_eq!((env.rank, env.world_size, env.device, env.link_fd), (1, 2, None, None));
         assert_eq!(RankEnv::read(|_| None).unwrap(), None);
     }
 
     #[test]
-    fn the_agents_store_is_preferred_to_one_that_a_rank_serves() {
+    fn agents_store_is_preferred_to_the_store_of_rank_0() {
         let by_rank = (TORCHELASTIC_USE_AGENT_STORE, "False");
         let env = RankEnv::read(lookup(&[by_rank, (ICE_STORE, "fd00::7:29400")])).unwrap().unwrap();
         assert_eq!((env.master_addr.as_str(), env.master_port), ("fd00::7", 29400));
@@ -307,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_value_is_named() {
+    fn invalid_value_is_named_in_the_error() {
         let message = RankEnv::read(lookup(&[(MASTER_PORT, "99999")])).unwrap_err().to_string();
         assert!(message.contains("MASTER_PORT=99999"), "{message}");
         let message = RankEnv::read(lookup(&[(RANK, "2")])).unwrap_err().to_string();

@@ -1,7 +1,8 @@
-//! The error file: where a rank leaves its last words, in torchelastic's format.
+//! The error file of a failing rank, in torchelastic's format.
 //!
-//! `TORCHELASTIC_ERROR_FILE` names the file. Python's `@record` writes it, and so does a rank of this project:
-//! `{"message": {"message": "<Type>: <text>", "extraInfo": {"py_callstack": "…", "timestamp": "<unix seconds>"}}}`.
+//! `TORCHELASTIC_ERROR_FILE` names the file. Python's `@record` and the ranks of this project write
+//! `{"message": {"message": "<Type>: <text>", "extraInfo": {"py_callstack": "…", "timestamp":
+//! "<unix seconds>"}}}`.
 //!
 //! In the book: `docs/events.md#reportjson`.
 
@@ -11,17 +12,17 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-/// Largest error file that is read, in bytes; a longer one is cut off by nothing of value.
+/// Maximum of bytes that are read of an error file.
 const MAX_LEN: u64 = 1 << 20;
 
-/// What a failed rank wrote about itself.
+/// A failed rank's record of its failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ErrorRecord {
     /// The error, `<Type>: <text>` for Python.
     pub message: String,
     /// The traceback, or the chain of causes; may be empty.
     pub callstack: String,
-    /// When, in seconds since the Unix epoch.
+    /// Time of the failure in seconds since the Unix epoch.
     pub timestamp: u64,
 }
 
@@ -49,7 +50,7 @@ struct Extra {
     timestamp: String,
 }
 
-/// Writes the record whole: beside the file first, then renamed into place.
+/// Writes the record atomically: to a temporary file, which is then renamed.
 ///
 /// # Errors
 /// The error of the file system.
@@ -65,10 +66,10 @@ pub fn write(path: &Path, record: &ErrorRecord) -> io::Result<()> {
     fs::rename(&beside, path)
 }
 
-/// Reads what a rank left, or `None` where there is no file.
+/// Reads the record of a rank. Returns `None` if there is no file.
 ///
 /// # Errors
-/// The error of the file system, or [`io::ErrorKind::InvalidData`] where the file is not in the format.
+/// The error of the file system, or [`io::ErrorKind::InvalidData`] if the format is wrong.
 pub fn read(path: &Path) -> io::Result<Option<ErrorRecord>> {
     let file = match File::open(path) {
         Ok(file) => file,
@@ -93,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_it_writes_and_what_torch_writes() {
+    fn error_file_of_ice_and_of_torch_is_read() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("error.json");
         assert_eq!(read(&path).unwrap(), None);

@@ -1,10 +1,11 @@
 //! Exit codes of `ice-launch`.
 //!
-//! `README.md` has what each is for. In the book: `docs/elasticity.md#preemption`, `docs/troubleshooting.md`.
+//! `README.md` lists their meaning. In the book: `docs/elasticity.md#preemption`,
+//! `docs/troubleshooting.md`.
 
 use std::process;
 
-/// How a job ended, as the exit code of its agents says it.
+/// The exit code of an agent, which tells how the job ended.
 ///
 /// | code | meaning |
 /// |---|---|
@@ -14,7 +15,7 @@ use std::process;
 /// | 126 | the program is there and cannot be executed |
 /// | 127 | the program was not found |
 /// | 75, or `--requeue-exit-code` | the job, or this node, was preempted and saved what it could: start it again |
-/// | 128 + n | the root-cause rank was killed by signal n, or the agent was told to stop by signal n |
+/// | 128 + n | the root-cause rank was killed by signal n, or the agent was stopped by signal n |
 /// | other | the root-cause rank's own exit code |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExitCode {
@@ -30,14 +31,14 @@ pub enum ExitCode {
     NotFound,
     /// A rank's own exit code, never 0.
     Rank(u8),
-    /// Preempted: to be started again; with the number that says so.
+    /// Preempted, to be started again; with the exit code that requests that.
     Requeue(u8),
     /// Ended by this signal.
     Signal(u8),
 }
 
 impl ExitCode {
-    /// The number that the process ends with.
+    /// Returns the exit code as a number.
     pub fn code(self) -> u8 {
         match self {
             Self::Success => 0,

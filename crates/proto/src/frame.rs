@@ -1,4 +1,4 @@
-//! Frames: how a message lies on a byte stream.
+//! Frames: the layout of messages on a byte stream.
 //!
 //! ```text
 //! offset  size  field
@@ -10,8 +10,8 @@
 //!     16     n  body: one bincode value, and nothing after it
 //! ```
 //!
-//! The decoder is fed bytes as they come and trusts none of them: the length is checked against the limit of the
-//! channel before anything is allocated, and the first bad byte poisons the stream.
+//! The decoder trusts none of its bytes: it checks the length against the limit before it allocates
+//! memory, and the first invalid byte makes the stream unusable.
 //!
 //! In the book: `docs/design.md#the-network-is-hostile`.
 
@@ -20,20 +20,21 @@ use std::io::{self, Read};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The first bytes of every frame. No TCPStore command starts with `I`, so the two protocols can share a port.
+/// First bytes of every frame. No command of TCPStore starts with `I`, so the two protocols can
+/// share a port.
 pub const MAGIC: [u8; 4] = *b"ICE\x01";
-/// The version of the messages of this crate; both ends of a channel must speak the same. It grows when a message that was released
-/// changes.
+/// Version of the messages of this crate, which both ends of a channel must share. Increased when a
+/// released message changes.
 pub const VERSION: u16 = 1;
-/// Bytes before the body.
+/// Length of the header in bytes.
 pub const HEADER_LEN: usize = 16;
-/// The largest body of any message, in bytes.
+/// Maximum length of a body in bytes.
 pub const MAX_BODY: usize = 1 << 20;
 
-/// Why bytes are not a message.
+/// Bytes that are not a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// The stream does not start with [`MAGIC`]: something else is talking.
+    /// The stream does not start with [`MAGIC`]: the peer speaks another protocol.
     #[error("the peer does not speak the ice protocol (first bytes {0:02x?})")]
     Magic([u8; 4]),
     /// The peer is of another version.
@@ -41,16 +42,16 @@ pub enum FrameError {
         "the peer speaks version {theirs} of the ice protocol, this side {VERSION}: use the same release everywhere"
     )]
     Version {
-        /// What the frame said.
+        /// Version of the frame.
         theirs: u16,
     },
     /// The body would be larger than [`MAX_BODY`].
     #[error("a message of {len} bytes is over the limit of {MAX_BODY}")]
     TooLarge {
-        /// The length that the frame claimed.
+        /// Announced length.
         len: usize,
     },
-    /// The checksum of the body does not fit, or reserved bits are set.
+    /// The checksum of the body does not match, or reserved bits are set.
     #[error("a message was damaged on its way (checksum does not match)")]
     Damaged,
     /// The body is not exactly one value of the expected type.
@@ -65,7 +66,7 @@ fn config() -> impl bincode::config::Config {
 /// Encodes one message as a frame.
 ///
 /// # Errors
-/// [`FrameError::TooLarge`] or [`FrameError::Body`] where the message does not fit into a frame.
+/// [`FrameError::TooLarge`] or [`FrameError::Body`] if the message does not fit into a frame.
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     let mut frame = vec![0; HEADER_LEN];
     bincode::serde::encode_into_std_write(message, &mut frame, config())
@@ -82,7 +83,7 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     Ok(frame)
 }
 
-/// Cuts a byte stream into messages.
+/// Decodes a byte stream into messages.
 #[derive(Debug, Default)]
 pub struct Decoder {
     buffer: Vec<u8>,
@@ -90,22 +91,22 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// An empty decoder.
+    /// Creates an empty decoder.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Appends bytes as they were read.
+    /// Appends received bytes.
     pub fn feed(&mut self, bytes: &[u8]) {
         self.buffer.drain(..self.consumed);
         self.consumed = 0;
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next whole message, or `None` until more bytes are fed.
+    /// Decodes the next complete message; `None` if it needs more bytes.
     ///
     /// # Errors
-    /// Any [`FrameError`]; the stream is of no use after one.
+    /// Any [`FrameError`]; the stream is unusable after one.
     pub fn next_message<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let pending = &self.buffer[self.consumed..];
         let Some(header) = pending.first_chunk::<HEADER_LEN>() else {
@@ -144,10 +145,10 @@ impl Decoder {
     }
 }
 
-/// Reads one message from a stream, and nothing after it: what is no message may follow. Blocks.
+/// Reads one message from a stream, and no byte after it, since other data may follow. Blocks.
 ///
 /// # Errors
-/// That of the stream, or of kind `InvalidData` a [`FrameError`].
+/// The error of the stream, or a [`FrameError`] of kind `InvalidData`.
 pub fn read<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<T> {
     let invalid = |error: FrameError| io::Error::new(io::ErrorKind::InvalidData, error);
     let (mut decoder, mut header) = (Decoder::new(), [0; HEADER_LEN]);
@@ -156,7 +157,7 @@ pub fn read<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<T> {
     if let Some(message) = decoder.next_message().map_err(invalid)? {
         return Ok(message);
     }
-    // The decoder has found it to be within the limit.
+    // The decoder has checked the length against the limit.
     let mut body = vec![0; u32::from_le_bytes([header[8], header[9], header[10], header[11]]) as usize];
     from.read_exact(&mut body)?;
     decoder.feed(&body);
@@ -175,53 +176,53 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::link::{Doing, Up};
+    use crate::link::{Doing, FromRank};
 
-    fn message() -> Up {
-        Up::Heartbeat { step: 7, activity: 9, doing: Doing::Steps, applied_ms: 11 }
+    fn message() -> FromRank {
+        FromRank::Heartbeat { step: 7, activity: 9, doing: Doing::Steps, applied_ms: 11 }
     }
 
     #[test]
-    fn frames_survive_any_cut() {
+    fn frame_cut_at_any_byte_is_decoded() {
         let frame = encode(&message()).unwrap();
         for cut in 0..frame.len() {
             let mut decoder = Decoder::new();
             decoder.feed(&frame[..cut]);
-            assert_eq!(decoder.next_message::<Up>().unwrap(), None);
+            assert_eq!(decoder.next_message::<FromRank>().unwrap(), None);
             decoder.feed(&frame[cut..]);
-            assert_eq!(decoder.next_message::<Up>().unwrap(), Some(message()));
-            assert_eq!(decoder.next_message::<Up>().unwrap(), None);
+            assert_eq!(decoder.next_message::<FromRank>().unwrap(), Some(message()));
+            assert_eq!(decoder.next_message::<FromRank>().unwrap(), None);
         }
     }
 
     #[test]
-    fn a_flipped_bit_anywhere_is_noticed() {
+    fn flipped_bit_anywhere_is_detected() {
         let frame = encode(&message()).unwrap();
         for bit in 0..frame.len() * 8 {
             let mut damaged = frame.clone();
             damaged[bit / 8] ^= 1 << (bit % 8);
             let mut decoder = Decoder::new();
             decoder.feed(&damaged);
-            assert!(!matches!(decoder.next_message::<Up>(), Ok(Some(_))), "bit {bit} was not noticed");
+            assert!(!matches!(decoder.next_message::<FromRank>(), Ok(Some(_))), "bit {bit} was not noticed");
         }
     }
 
     #[test]
-    fn a_huge_length_is_refused_before_the_body_arrives() {
+    fn oversized_length_is_refused_before_the_body_arrives() {
         let mut frame = encode(&message()).unwrap();
         frame[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
         let mut decoder = Decoder::new();
         decoder.feed(&frame[..HEADER_LEN]);
-        assert_eq!(decoder.next_message::<Up>(), Err(FrameError::TooLarge { len: u32::MAX as usize }));
+        assert_eq!(decoder.next_message::<FromRank>(), Err(FrameError::TooLarge { len: u32::MAX as usize }));
     }
 
     #[test]
     fn trailing_bytes_in_a_body_are_refused() {
         #[derive(serde::Serialize)]
-        struct Long(Up, u8);
+        struct Long(FromRank, u8);
         let mut decoder = Decoder::new();
         decoder.feed(&encode(&Long(message(), 9)).unwrap());
-        assert!(matches!(decoder.next_message::<Up>(), Err(FrameError::Body(_))));
+        assert!(matches!(decoder.next_message::<FromRank>(), Err(FrameError::Body(_))));
     }
 
     proptest! {
@@ -229,7 +230,7 @@ mod tests {
         fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut decoder = Decoder::new();
             decoder.feed(&bytes);
-            let _ = decoder.next_message::<Up>();
+            let _ = decoder.next_message::<FromRank>();
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The link: what a rank and its agent say to each other over the socket pair that the rank inherits.
+//! The link: messages between a rank and its agent over the socket pair that the rank inherits.
 //!
-//! A program that does not know the link ignores the descriptor and is a plain worker. A rank whose link reads end of file
-//! has lost its agent and leaves.
+//! A program that ignores the link is a plain worker. A rank that reads end of file from its link
+//! has lost its agent and exits.
 //!
 //! In the book: `docs/elasticity.md#rounds`.
 
@@ -11,160 +11,163 @@ use serde::{Deserialize, Serialize};
 
 /// From a rank to its agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Up {
-    /// The first message: the rank knows the link.
+pub enum FromRank {
+    /// First message: the rank uses the link.
     Hello {
-        /// The rank's process id.
+        /// Process id of the rank.
         pid: u32,
-        /// The rank within the world, as the rank understood it; `None` for a spare.
+        /// Rank within the world, from the environment of the process; `None` for a spare.
         rank: Option<u32>,
     },
-    /// From now on the rank keeps its state when its round ends, and takes part in the next one.
+    /// From now on the rank keeps its state when a round ends, and takes part in the next one.
     Stays,
-    /// The rank has no process group and waits for [`Down::Round`].
+    /// The rank has no process group, and waits for [`ToRank::Round`].
     Parked {
-        /// The round that it was in, or was to be in; `None` for a spare that was in none yet.
+        /// The round that it was in, or was to be in; `None` for a spare that was in none.
         round: Option<u64>,
     },
-    /// The process group of the round does not work any more, and nobody has said that the round is over.
+    /// The process group of the round has failed, and the rank has not received the end of the
+    /// round.
     RoundLost {
-        /// Which round.
+        /// Number of the round.
         round: u64,
-        /// What failed.
+        /// The failure.
         reason: String,
     },
-    /// The first training step in a round has been applied.
+    /// The first training step of a round is applied.
     FirstStep {
-        /// Which round.
+        /// Number of the round.
         round: u64,
         /// Applied steps.
         step: u64,
-        /// Steps that are done again, that one included: they were begun before, in a round that ended.
+        /// Steps that are repeated, including this one: they were begun in a round that ended.
         repeated: u64,
     },
-    /// Sent every second: the rank is alive and has applied this many optimizer steps.
+    /// Sent every second by a live rank.
     Heartbeat {
         /// Applied steps since the start of the job.
         step: u64,
-        /// Grows with everything that the rank gets done.
+        /// Counter that increases with everything that the rank completes.
         activity: u64,
-        /// Whether it is expected to grow.
+        /// Current work of the rank, which says whether the counter should increase.
         doing: Doing,
-        /// Milliseconds that this process has spent in steps that were applied.
+        /// Milliseconds that this process has spent in applied steps.
         applied_ms: u64,
     },
-    /// Where the rank is in its work; rank 0 sends it for the console.
-    Progress(Progress),
-    /// A checkpoint is whole on disk.
+    /// Position of the rank in its work; rank 0 sends it for the console.
+    Progress(TrainingProgress),
+    /// A checkpoint is complete on disk.
     CheckpointSaved {
-        /// Where.
+        /// Path of the checkpoint.
         path: String,
-        /// Applied steps that it holds.
+        /// Applied steps of its state.
         step: u64,
     },
-    /// The rank stands at a step boundary, with all others, until [`Request::Resume`].
+    /// All ranks stand at a step boundary until [`BoundaryRequest::Resume`].
     Paused,
-    /// It goes on.
+    /// The rank has resumed.
     Resumed,
-    /// The rank is about to fail and says why.
+    /// The rank is about to fail.
     Error {
         /// The error and its causes, one line each.
         message: String,
     },
     /// The rank has finished its work and is about to exit with code 0.
     Done,
-    /// SIGTERM came to the rank, alone or together with all processes of the job. It asks for what
-    /// SIGTERM to the agent means.
+    /// The rank has received SIGTERM, alone or together with all processes of the job. It asks the
+    /// agent for the meaning of SIGTERM to the agent.
     Terminated,
 }
 
-/// What a rank is about, and so what is expected of it.
+/// The current work of a rank, which decides how a lack of progress is judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Doing {
-    /// Work of its own that takes as long as it takes: it loads data, saves, or runs a closure of
-    /// the program. Other ranks may have to wait for it.
+    /// Works alone for any length of time: it loads data, saves, or runs a closure of the program.
+    /// Other ranks may have to wait for it.
     Alone,
-    /// On its way to the next thing that all ranks do together, or waits for the others in it, and
-    /// has done no step since it was [`Doing::Alone`].
+    /// Approaches or waits in the next collective operation, and has completed no step since it was
+    /// [`Doing::Alone`].
     Meeting,
-    /// One step after the other.
+    /// Runs training steps.
     Steps,
-    /// Nothing, and no other rank waits for it: it is paused, between two rounds, or has finished.
+    /// Idle, and no other rank waits for it: it is paused, between two rounds, or has finished.
     Resting,
 }
 
-/// How far a rank is in the task that it runs.
+/// Progress of a rank in its current task.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Progress {
-    /// What is running, for a person: `train`, `val`.
+pub struct TrainingProgress {
+    /// Name of the running phase for the console: `train`, `val`.
     pub task: String,
-    /// The epoch, from 1, and how many there will be.
+    /// Current epoch, from 1, and number of epochs.
     pub epoch: (u64, u64),
-    /// Iterations done in this epoch, and how many there will be.
+    /// Iterations completed in this epoch, and their number.
     pub iteration: (u64, u64),
     /// Samples per second over all ranks, since the last report.
     pub samples_per_second: f64,
-    /// The last loss, where there is one.
+    /// Last loss, if there is one.
     pub loss: Option<f64>,
 }
 
 /// From an agent to its rank.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Down {
-    /// The agents have declared the round over: drop the process group. A rank that [stays](Up::Stays) says [`Up::Parked`] then, others end.
+pub enum ToRank {
+    /// The round is over: drop the process group. A rank that [stays](FromRank::Stays) answers with
+    /// [`FromRank::Parked`], other ranks exit.
     RoundBroken {
-        /// The round that ended.
+        /// Number of the round that ended.
         round: u64,
-        /// Why, for a person.
+        /// Reason, for messages.
         reason: String,
     },
-    /// The next round: what the environment of a rank that is started now would say.
+    /// The next round, with the environment of a rank that would be started now.
     Round {
-        /// By name.
+        /// Variables by name.
         variables: BTreeMap<String, String>,
     },
-    /// The job is over: end.
+    /// The job is over: exit.
     End {
         /// Why, for a person.
         reason: String,
     },
-    /// Something that the ranks of the job are to do together. It is enough to tell one of them.
-    Ask(Request),
-    /// SIGTERM has its default action again: the one that follows ends the rank.
+    /// A request that the ranks of the job perform together. One rank that receives it is enough.
+    Ask(BoundaryRequest),
+    /// Restore the default action of SIGTERM: the next one ends the rank.
     Terminate,
 }
 
-/// What all ranks of a job do at the same step boundary. They agree over the store on which one that is.
+/// A request that all ranks of a job perform at the same step boundary, on which they agree through
+/// the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Request {
+pub enum BoundaryRequest {
     /// Save a checkpoint.
     Save,
-    /// Wait for [`Request::Resume`].
+    /// Pause until [`BoundaryRequest::Resume`].
     Pause,
-    /// Go on.
+    /// Resume.
     Resume,
-    /// The ranks of one node end, after a checkpoint of all.
+    /// Checkpoint all ranks, then end the ranks of one node.
     Stop {
         /// Rank of the node.
         node: u32,
-        /// Whether to save one.
+        /// Whether to save the checkpoint.
         save: bool,
     },
-    /// End the round, though no rank is lost: nodes are to come or to go.
+    /// End the round without the loss of a rank, since nodes are to join or leave.
     Regroup,
-    /// Leave a task before its end, or end the run. A rank asks for it, not the agent.
+    /// Leave a task before its end, or end the run. Sent by a rank, not by the agent.
     Leave {
         /// Whether the whole run ends.
         all: bool,
-        /// Number of the task. Ranks that run another one by then ignore the request.
+        /// Number of the task. Ranks that run another task at that boundary ignore the request.
         task: u64,
     },
-    /// A rank has left a step before its end, and asks whether all ranks have left this one.
+    /// Sent by a rank that has left a step before its end: asks whether all ranks have left it.
     Left {
-        /// Boundaries that the rank has left behind.
+        /// Number of boundaries that the rank has passed.
         step: u64,
-        /// Collectives of the step that the rank took part in.
+        /// Number of the step's collectives in which the rank took part.
         collectives: u64,
     },
 }

@@ -1,7 +1,8 @@
-//! Text that comes from another node, and that ends up on a terminal, in logs and in events.
+//! Text from other nodes, which ends up on a terminal, in logs and in events.
 //!
-//! [`printable`] is responsible for all of it: every text of the messages between agents passes through it when a message is read. A
-//! stranger's host name cannot clear a screen, forge a line, or fill a disk. No other code escapes such text.
+//! [`printable`] sanitizes all of it: each text of the messages between agents passes through it
+//! when a message is decoded. So a peer's host name cannot clear a screen, forge a line, or fill a
+//! disk. No other code escapes such text.
 //!
 //! In the book: `docs/design.md#the-network-is-hostile`.
 
@@ -10,13 +11,13 @@ use std::fmt::Write;
 
 use serde::{Deserialize, Deserializer};
 
-/// Longest text, in bytes; the rest is left out.
-pub const LONGEST_TEXT: usize = 8 << 10;
+/// Maximum length of a text in bytes; the rest is cut off.
+pub const MAX_TEXT_LEN: usize = 8 << 10;
 
-/// The text with control characters written as `\u{1b}`, line ends as `\n`, and with at most [`LONGEST_TEXT`] bytes. A text
-/// that has passed through does not change again.
+/// Returns the text with control characters as `\u{1b}`, line ends as `\n`, and at most
+/// [`MAX_TEXT_LEN`] bytes. Idempotent.
 pub fn printable(text: &str) -> Cow<'_, str> {
-    if text.len() <= LONGEST_TEXT && !text.chars().any(is_control) {
+    if text.len() <= MAX_TEXT_LEN && !text.chars().any(is_control) {
         return Cow::Borrowed(text);
     }
     let mut printable = String::new();
@@ -31,7 +32,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
             character if is_control(character) => _ = write!(escaped, "\\u{{{:x}}}", u32::from(character)),
             character => escaped.push(character),
         }
-        if printable.len() + escaped.len() > LONGEST_TEXT - '…'.len_utf8() {
+        if printable.len() + escaped.len() > MAX_TEXT_LEN - '…'.len_utf8() {
             printable.push('…');
             break;
         }
@@ -40,7 +41,8 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(printable)
 }
 
-/// Whether a terminal may act on it instead of showing it, or shows other text in another order because of it.
+/// Returns whether a terminal may act on a character instead of showing it, or reorder other text
+/// because of it.
 fn is_control(character: char) -> bool {
     character.is_control()
         || matches!(
@@ -49,7 +51,7 @@ fn is_control(character: char) -> bool {
         )
 }
 
-/// Reads a text of a message.
+/// Deserializes a text of a message.
 pub(crate) fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let text = String::deserialize(deserializer)?;
     Ok(match printable(&text) {
@@ -58,7 +60,7 @@ pub(crate) fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String,
     })
 }
 
-/// The same of a text that may be missing.
+/// Deserializes an optional text of a message.
 pub(crate) fn read_option<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let text = Option::<String>::deserialize(deserializer)?;
     Ok(text.map(|text| printable(&text).into_owned()))
@@ -89,14 +91,14 @@ mod tests {
     fn long_text_is_cut_and_not_cut_again() {
         for text in ["x".repeat(1 << 20), "\u{1b}".repeat(1 << 20), "中".repeat(1 << 20)] {
             let cut = printable(&text).into_owned();
-            assert!(cut.len() <= LONGEST_TEXT && cut.len() > LONGEST_TEXT - 10 && cut.ends_with('…'));
+            assert!(cut.len() <= MAX_TEXT_LEN && cut.len() > MAX_TEXT_LEN - 10 && cut.ends_with('…'));
             assert_eq!(printable(&cut), cut);
         }
-        let whole = "x".repeat(LONGEST_TEXT);
+        let whole = "x".repeat(MAX_TEXT_LEN);
         assert_eq!(printable(&whole), whole);
     }
 
-    /// A message as the other end receives it, as JSON, which has all of its texts.
+    /// Returns a message after transmission as JSON, which contains all of its texts.
     fn received<T: Serialize + DeserializeOwned>(message: &T) -> String {
         let mut decoder = Decoder::new();
         decoder.feed(&frame::encode(message).unwrap());
@@ -116,9 +118,9 @@ mod tests {
             ranks_store: Some(store.clone()),
             restarts: RestartPolicy { max_restarts: 0, window: None, backoff: Duration::ZERO, crash_loop: 0 },
             keep_alive: KeepAlive::default(),
-            agent: 7,
+            agent_id: 7,
             run_stamp: Some(hostile()),
-            place: None,
+            last_node_rank: None,
             addresses: Vec::new(),
             host: hostile(),
             pid: 7,
@@ -127,7 +129,7 @@ mod tests {
             round: 0,
             reason: hostile(),
             uptime: Duration::ZERO,
-            hopeless: Some(hostile()),
+            fatal_reason: Some(hostile()),
         };
         let left = ToCoordinator::Leave { reason: hostile(), preempted: false };
         let round = Round {
@@ -137,7 +139,7 @@ mod tests {
             world_size: 1,
             run_stamp: hostile(),
             ranks_store: Some(store),
-            you: crate::rendezvous::Member::default(),
+            assignment: crate::rendezvous::NodeAssignment::default(),
         };
         let closed = ToAgent::Closed {
             success: false,
@@ -152,7 +154,7 @@ mod tests {
             (received(&ToAgent::Refused { reason: hostile() }), 1),
             (received(&ToAgent::Waiting { run_stamp: hostile(), reason: hostile() }), 2),
             (received(&ToAgent::RoundStarted(round)), 2),
-            (received(&ToAgent::RoundBroken { round: 0, reason: hostile(), gentle: false }), 1),
+            (received(&ToAgent::RoundBroken { round: 0, reason: hostile(), graceful: false }), 1),
             (received(&closed), 2),
         ];
         let harmless = serde_json::to_string(HARMLESS).unwrap();

@@ -14,7 +14,7 @@ mod goodput;
 mod measure;
 mod network;
 mod play;
-#[path = "../../../rendezvous/src/machine/random.rs"]
+#[path = "../../../rendezvous/src/coordinator/random.rs"]
 #[expect(dead_code, reason = "the tests of the machine use the rest")]
 mod random;
 mod report;

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use ice_proto::frame;
 use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, ToAgent, ToCoordinator};
-use ice_rendezvous::machine::{Action, Coordinator, Event, Settings};
+use ice_rendezvous::coordinator::{Action, Coordinator, Event, Settings};
 use ice_rendezvous::store::codec::{Request, encode};
-use ice_rendezvous::{Host, HostConfig, Patience, Session, Token};
+use ice_rendezvous::{RetryPolicy, Server, ServerConfig, Session, Token};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::sleep;
@@ -30,7 +30,7 @@ fn token(tls: bool) -> Option<Token> {
 /// Runs a host until the input ends.
 pub(crate) async fn serve(tls: bool) {
     raise_open_files();
-    let config = HostConfig {
+    let config = ServerConfig {
         addresses: vec![[127, 0, 0, 1].into()],
         port: 0,
         run_id: "measure".into(),
@@ -39,26 +39,26 @@ pub(crate) async fn serve(tls: bool) {
         keep_alive: keep_alive(),
         token: token(tls),
     };
-    let host = Host::bind(config).await.unwrap();
-    println!("{}", host.port());
+    let server = Server::bind(config).await.unwrap();
+    println!("{}", server.port());
     let _ = std::io::stdin().read(&mut [0]);
 }
 
 /// A process that runs a host.
-struct Server {
+struct ServerProcess {
     child: Child,
     input: Option<ChildStdin>,
     port: u16,
 }
 
-impl Drop for Server {
+impl Drop for ServerProcess {
     fn drop(&mut self) {
         self.input = None;
         let _ = self.child.wait();
     }
 }
 
-impl Server {
+impl ServerProcess {
     fn start(tls: bool) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.arg("serve").args(tls.then_some("--tls")).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -101,9 +101,9 @@ fn hello(many: u32, number: u32) -> Hello {
         ranks_store: None,
         restarts: RestartPolicy { max_restarts: 100, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: keep_alive(),
-        agent: number.into(),
+        agent_id: number.into(),
         run_stamp: None,
-        place: None,
+        last_node_rank: None,
         addresses: Vec::new(),
         host: format!("node{number}.cluster.example"),
         pid: number,
@@ -144,14 +144,13 @@ fn machine(many: u32) {
 }
 
 async fn agents(many: u32, tls: bool) {
-    let server = Server::start(tls);
+    let server = ServerProcess::start(tls);
     let (port, each) = (server.port, f64::from(many));
     let (cpu, kib) = (server.cpu(), server.kib());
     let start = Instant::now();
     let connect = |number| async move {
-        let (token, patience) = (token(tls), Patience::wait(LIMIT).answer(LIMIT));
-        let session =
-            Session::connect(("127.0.0.1", port), None, hello(many, number), token.as_ref(), patience);
+        let (token, retry) = (token(tls), RetryPolicy::within(LIMIT).answer_timeout(LIMIT));
+        let session = Session::connect(("127.0.0.1", port), None, hello(many, number), token.as_ref(), retry);
         session.await.unwrap()
     };
     let tasks: Vec<_> = (0..many).map(|number| tokio::spawn(connect(number))).collect();
@@ -171,7 +170,7 @@ async fn agents(many: u32, tls: bool) {
     let joined = server.cpu() - cpu;
     let cpu = server.cpu();
     let uptime = Duration::from_secs(60);
-    let failed = ToCoordinator::Failed { round: 0, reason: "a rank died".into(), uptime, hopeless: None };
+    let failed = ToCoordinator::Failed { round: 0, reason: "a rank died".into(), uptime, fatal_reason: None };
     sessions[0].send(failed);
     for session in &mut sessions {
         while !matches!(session.recv().await.unwrap(), ToAgent::RoundBroken { .. }) {}
@@ -195,11 +194,11 @@ async fn agents(many: u32, tls: bool) {
 }
 
 async fn store(many: u32) {
-    let server = Server::start(false);
-    let (token, patience) = (token(false), Patience::wait(LIMIT));
+    let server = ServerProcess::start(false);
+    let (token, retry) = (token(false), RetryPolicy::within(LIMIT));
     // The store accepts clients from an address only after an agent with the token has connected
     // from there.
-    let known = Session::connect(("127.0.0.1", server.port), None, hello(many, 0), token.as_ref(), patience);
+    let known = Session::connect(("127.0.0.1", server.port), None, hello(many, 0), token.as_ref(), retry);
     let _known = known.await.unwrap();
     let (cpu, kib) = (server.cpu(), server.kib());
     let mut clients = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ice_rendezvous::machine::check_views;
+use ice_rendezvous::coordinator::check_round;
 
 use crate::network::uniform;
 use crate::random::Random;
@@ -50,7 +50,7 @@ pub(crate) fn play(config: Config) -> Option<Outcome> {
     };
     let formed = next(&mut world, 0)?;
     let views: Option<Vec<_>> = world.views().collect();
-    check_views(views?).ok()?;
+    check_round(views?).ok()?;
     let incoming = (world.incoming.messages, world.incoming.bytes);
     let outgoing = (world.outgoing.messages, world.outgoing.bytes);
     let forming = std::mem::take(&mut world.trouble);
@@ -124,10 +124,12 @@ mod tests {
         let mut world = World::new(config(1, 1024, false));
         assert!(world.run(LIMIT, |world| world.all_started(0)));
         let views: Vec<_> = world.views().map(Option::unwrap).collect();
-        check_views(views.iter().copied()).unwrap();
+        check_round(views.iter().copied()).unwrap();
         let mut ranks: Vec<u32> = views
             .iter()
-            .flat_map(|view| view.you.first_rank..view.you.first_rank + view.you.local_world_size)
+            .flat_map(|view| {
+                view.assignment.first_rank..view.assignment.first_rank + view.assignment.local_world_size
+            })
             .collect();
         ranks.sort_unstable();
         assert_eq!(ranks, (0..1024).collect::<Vec<_>>());

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ice_proto::frame;
 use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, Round, ToAgent, ToCoordinator};
-use ice_rendezvous::machine::{Action, Coordinator, Event, Peer, Settings};
+use ice_rendezvous::coordinator::{Action, Coordinator, Event, Peer, Settings};
 
 use crate::agent::{self, Agent, Exit, Rules};
 use crate::network::{Costs, Link, Network};
@@ -286,9 +286,9 @@ impl World {
                 crash_loop: 0,
             },
             keep_alive: KeepAlive::default(),
-            agent: self.nodes[node].id,
+            agent_id: self.nodes[node].id,
             run_stamp: None,
-            place: None,
+            last_node_rank: None,
             addresses: Vec::new(),
             host: format!("node{node}.cluster.example"),
             pid: 4711,

@@ -204,7 +204,7 @@ impl Agent {
                 self.phase = Phase::Running;
                 vec![Action::Spawn(round)]
             }
-            (ToAgent::RoundBroken { round, reason, gentle }, phase)
+            (ToAgent::RoundBroken { round, reason, graceful: gentle }, phase)
                 if !matches!(phase, Phase::Stopping(Then::Exit(_))) =>
             {
                 let runs = matches!(phase, Phase::Running | Phase::Finished | Phase::Stopping(Then::Await))
@@ -376,7 +376,7 @@ impl Agent {
         // step is not such a failure, however short it was.
         let uptime = if self.progressed { uptime.max(PROGRESS) } else { uptime };
         let ask = Ask::Broken(reason.clone());
-        let failed = ToCoordinator::Failed { round: self.round, reason, uptime, hopeless };
+        let failed = ToCoordinator::Failed { round: self.round, reason, uptime, fatal_reason: hopeless };
         self.unanswered = Some(failed.clone());
         let mut actions = vec![Action::Send(failed)];
         actions.extend(self.stop(now, Then::Await, ask));

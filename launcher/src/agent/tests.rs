@@ -2,7 +2,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ice_proto::exit::ExitCode;
-use ice_proto::rendezvous::{Member, Round, ToAgent, ToCoordinator};
+use ice_proto::rendezvous::{NodeAssignment, Round, ToAgent, ToCoordinator};
 use proptest::prelude::*;
 
 use super::*;
@@ -11,7 +11,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const NOW: Duration = Duration::from_secs(1);
 
 fn started(number: u64) -> Event {
-    let you = Member {
+    let assignment = NodeAssignment {
         group_rank: 0,
         first_rank: 0,
         local_world_size: 2,
@@ -27,7 +27,7 @@ fn started(number: u64) -> Event {
         world_size: 2,
         run_stamp: "s".into(),
         ranks_store: None,
-        you,
+        assignment,
     };
     Event::Coordinator(ToAgent::RoundStarted(round))
 }
@@ -90,7 +90,7 @@ fn a_failed_rank_stops_the_others_and_its_code_passes_through() {
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW + Duration::from_secs(7), exited(1, Exit::Code(3)));
     let [
-        Action::Send(ToCoordinator::Failed { round: 0, reason, uptime, hopeless: None }),
+        Action::Send(ToCoordinator::Failed { round: 0, reason, uptime, fatal_reason: None }),
         Action::Ask(Ask::Broken(_)),
     ] = &actions[..]
     else {
@@ -123,7 +123,7 @@ fn why_there_is_no_restart_is_said() {
         let mut agent = agent();
         agent.handle(NOW, started(0));
         let actions = agent.handle(NOW, exited(1, exit));
-        let Action::Send(ToCoordinator::Failed { hopeless: Some(why), .. }) = &actions[0] else {
+        let Action::Send(ToCoordinator::Failed { fatal_reason: Some(why), .. }) = &actions[0] else {
             panic!("{actions:?}")
         };
         let no_restart = Some(why.clone());
@@ -170,8 +170,8 @@ fn a_hang_is_the_cause_of_what_follows() {
     assert_eq!(actions[1], Action::Exit(ExitCode::Failure));
 }
 
-fn broken(round: u64, gentle: bool) -> Event {
-    Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle })
+fn broken(round: u64, graceful: bool) -> Event {
+    Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), graceful })
 }
 
 /// Returns an agent whose ranks keep their process when their round ends.
@@ -241,7 +241,7 @@ fn where_no_rank_is_gone_they_end_the_round_by_themselves_and_take_their_time() 
     // If another node has lost a rank meanwhile, the ranks of this node are asked to leave at once.
     let mut agent = staying();
     agent.handle(NOW, broken(0, true));
-    let again = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "lost".into(), gentle: false });
+    let again = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "lost".into(), graceful: false });
     let actions = agent.handle(NOW, again);
     assert!(matches!(&actions[..], [Action::Say(_), Action::Ask(Ask::Broken(_))]), "{actions:?}");
 }
@@ -283,7 +283,7 @@ fn a_restart_waits_for_the_last_rank() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
     agent.handle(NOW, exited(0, Exit::Signal(9)));
-    let broken = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into(), gentle: false });
+    let broken = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into(), graceful: false });
     assert_eq!(agent.handle(NOW, broken), [Action::Say("r".into())]);
     let actions = agent.handle(NOW, exited(1, Exit::Signal(15)));
     assert!(matches!(actions[..], [Action::Report { .. }, Action::Send(ToCoordinator::Join)]), "{actions:?}");
@@ -312,7 +312,8 @@ fn ranks_that_end_together_are_waited_for_before_the_node_leaves() {
     // A failed rank makes the common checkpoint impossible, and so does another node's.
     let actions = told().handle(NOW, exited(0, Exit::Code(3)));
     assert!(leaves(&actions) && matches!(actions[1], Action::Ask(Ask::End(_))), "AG-8: {actions:?}");
-    let broken = || Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into(), gentle: false });
+    let broken =
+        || Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into(), graceful: false });
     let actions = told().handle(NOW, broken());
     assert!(leaves(&actions) && asked(&actions), "AG-8: {actions:?}");
     let actions = told().handle(NOW, Event::CoordinatorLost("r".into()));
@@ -479,7 +480,7 @@ fn another_coordinator_is_looked_for_and_joined_once_the_ranks_have_ended() {
 fn a_failure_is_reported_until_the_next_round_starts() {
     let lost = || Event::CoordinatorLost("lost".into());
     let broken =
-        |round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle: false });
+        |round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), graceful: false });
     let mut agent = Agent::new(Rules { looks_again: Some(Duration::from_secs(600)), ..rules() });
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW * 3, exited(0, Exit::Code(3)));
@@ -511,7 +512,7 @@ fn event() -> impl Strategy<Value = Event> {
         4 => (0_u32..2, exit).prop_map(|(rank, exit)| exited(rank, exit)),
         2 => (0_u64..3).prop_map(started),
         1 => (0_u64..3)
-            .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), gentle: false })),
+            .prop_map(|round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), graceful: false })),
         1 => any::<bool>().prop_map(closed),
         1 => any::<bool>().prop_map(|together| Event::Stop { signal: 15, save: true, together, notice: None }),
         1 => any::<bool>().prop_map(|together| Event::RankTerminated { local_rank: 1, together }),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ice_proto::rendezvous::KeepAlive;
-use ice_rendezvous::{Endpoint, MeetingConfig, Patience, Place, Role, Token, address};
+use ice_rendezvous::{Backend, Endpoint, RendezvousConfig, RetryPolicy, ServedBy, Token, address};
 
 use super::{LaunchArgs, UsageError};
 
@@ -27,54 +27,54 @@ pub(super) fn is_dynamic(args: &LaunchArgs, nnodes: u32) -> bool {
 }
 
 /// Returns the place where the agents meet: an endpoint or etcd.
-pub(super) fn place(args: &LaunchArgs, nnodes: u32) -> Result<Place, UsageError> {
+pub(super) fn place(args: &LaunchArgs, nnodes: u32) -> Result<Backend, UsageError> {
     if let Some(etcd) = &args.rendezvous.etcd {
         let place = etcd.place(args.master_port.unwrap_or(0))?;
-        if matches!(place, Place::Etcd(_)) && !ice_rendezvous::HAS_ETCD {
+        if matches!(place, Backend::Etcd(_)) && !ice_rendezvous::HAS_ETCD {
             return Err(UsageError::new("--rdzv-backend", lacks("etcd")));
         }
-        if let Place::Etcd(config) = &place {
+        if let Backend::Etcd(config) = &place {
             config.check_endpoints().map_err(|problem| UsageError::new("--rdzv-endpoint", problem))?;
             config.check_tls().map_err(|problem| UsageError::new("--rdzv-conf", problem))?;
         }
         return Ok(place);
     }
-    Ok(Place::Endpoint(Endpoint {
+    Ok(Backend::Endpoint(Endpoint {
         host: args.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),
         port: args.master_port.unwrap_or(if nnodes > 1 { DEFAULT_PORT } else { 0 }),
-        role: role(args, nnodes)?,
+        served_by: served_by(args, nnodes)?,
     }))
 }
 
-pub(super) fn config(args: &LaunchArgs, run_id: &str, nnodes: u32) -> Result<MeetingConfig, UsageError> {
-    let local = args.rendezvous.local_addr.as_deref().map(address::local).transpose();
+pub(super) fn config(args: &LaunchArgs, run_id: &str, nnodes: u32) -> Result<RendezvousConfig, UsageError> {
+    let local = args.rendezvous.local_addr.as_deref().map(address::parse_local).transpose();
     let mut keep_alive = KeepAlive::default();
     keep_alive.interval = args.rendezvous.keep_alive_interval.unwrap_or(keep_alive.interval);
     keep_alive.attempts = args.rendezvous.keep_alive_attempts.unwrap_or(keep_alive.attempts);
-    Ok(MeetingConfig {
+    Ok(RendezvousConfig {
         run_id: run_id.to_owned(),
-        shared: nnodes > 1,
+        multi_node: nnodes > 1,
         local: local.map_err(|problem| UsageError::new("--local-addr", problem))?,
         join_timeout: args.rendezvous.join_timeout.unwrap_or(JOIN_TIMEOUT),
         last_call: args.rendezvous.last_call.unwrap_or(LAST_CALL),
-        answer: args.rendezvous.answer.unwrap_or(Patience::ANSWER),
+        answer_timeout: args.rendezvous.answer.unwrap_or(RetryPolicy::DEFAULT_ANSWER_TIMEOUT),
         keep_alive,
         token: token(args)?,
     })
 }
 
-fn role(args: &LaunchArgs, nnodes: u32) -> Result<Role, UsageError> {
+fn served_by(args: &LaunchArgs, nnodes: u32) -> Result<ServedBy, UsageError> {
     if let Some(rank) = args.node_rank.filter(|rank| *rank >= nnodes) {
         let problem = format!("{rank} with --nnodes {nnodes}: node ranks go from 0 to {}", nnodes - 1);
         return Err(UsageError::new("--node-rank", problem));
     }
     Ok(match (args.rendezvous.is_host, args.node_rank) {
-        (Some(true), _) => Role::This,
-        (Some(false), _) => Role::Other,
-        (None, _) if nnodes == 1 => Role::This,
-        (None, None) if args.rendezvous.elect => Role::Elect,
-        (None, Some(0)) => Role::This,
-        (None, Some(_)) => Role::Other,
+        (Some(true), _) => ServedBy::This,
+        (Some(false), _) => ServedBy::Other,
+        (None, _) if nnodes == 1 => ServedBy::This,
+        (None, None) if args.rendezvous.elect => ServedBy::Elect,
+        (None, Some(0)) => ServedBy::This,
+        (None, Some(_)) => ServedBy::Other,
         (None, None) => {
             let problem = format!(
                 "missing, and --nnodes is {nnodes}: give each node its own, from 0 to {}, or use --rdzv-backend c10d",

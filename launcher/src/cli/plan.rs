@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use ice_proto::backend::{DistBackend, RankDevice};
 use ice_proto::env::TORCHELASTIC_TIMER_FILE;
-use ice_proto::rendezvous::{LONGEST_ROLE, MOST_NODES, RestartPolicy};
-use ice_rendezvous::{MeetingConfig, Place};
+use ice_proto::rendezvous::{MAX_NODES, MAX_ROLE_LEN, RestartPolicy};
+use ice_rendezvous::{Backend, RendezvousConfig};
 use nix::sys::signal::Signal;
 
 use crate::placement::{self, NumaBinding};
@@ -68,12 +68,12 @@ pub struct LaunchPlan {
     pub(crate) nnodes: (u32, u32),
     /// Rank of this node, if given.
     pub(crate) node_rank: Option<u32>,
-    pub(crate) place: Place,
+    pub(crate) place: Backend,
     /// Whether the agents use a rendezvous that torchrun calls dynamic.
     pub(crate) dynamic: bool,
     /// Whether rank 0 serves the ranks' store: `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`.
     pub(crate) rank_serves_store: bool,
-    pub(crate) meeting: MeetingConfig,
+    pub(crate) meeting: RendezvousConfig,
     /// Time that the host waits for the other agents to leave after the end of the job.
     pub(crate) close_timeout: Duration,
     pub(crate) run_id: String,
@@ -317,8 +317,8 @@ fn check_names(run_id: &str, role: &str) -> Result<(), UsageError> {
         return Err(UsageError::new("--run-id", problem));
     }
     // TorchX passes an empty role if a job has none.
-    if has_control(role) || role.len() > LONGEST_ROLE {
-        let problem = format!("{role:?}: at most {LONGEST_ROLE} bytes, and no control characters");
+    if has_control(role) || role.len() > MAX_ROLE_LEN {
+        let problem = format!("{role:?}: at most {MAX_ROLE_LEN} bytes, and no control characters");
         return Err(UsageError::new("--role", problem));
     }
     Ok(())
@@ -420,8 +420,8 @@ fn nnodes(text: &str) -> Result<(u32, u32), UsageError> {
     if fewest > most {
         return Err(wrong("MIN is more than MAX"));
     }
-    if most > MOST_NODES {
-        return Err(wrong(&format!("a job has at most {MOST_NODES} nodes")));
+    if most > MAX_NODES {
+        return Err(wrong(&format!("a job has at most {MAX_NODES} nodes")));
     }
     Ok((fewest, most))
 }
@@ -445,7 +445,7 @@ fn backend(text: &str, devices: &[RankDevice]) -> Result<DistBackend, UsageError
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use ice_rendezvous::{Endpoint, Role};
+    use ice_rendezvous::{Endpoint, ServedBy};
 
     use super::*;
     use crate::cli::Cli;
@@ -456,7 +456,7 @@ mod tests {
     }
 
     fn endpoint(plan: LaunchPlan) -> Endpoint {
-        let Place::Endpoint(endpoint) = plan.place else { panic!("etcd") };
+        let Backend::Endpoint(endpoint) = plan.place else { panic!("etcd") };
         endpoint
     }
 
@@ -468,7 +468,7 @@ mod tests {
         assert_eq!(plan.signals.len(), 4);
         assert_eq!(plan.backend, DistBackend::Gloo);
         let host = "127.0.0.1".into();
-        assert_eq!(endpoint(plan), Endpoint { host, port: 0, role: Role::This });
+        assert_eq!(endpoint(plan), Endpoint { host, port: 0, served_by: ServedBy::This });
     }
 
     #[test]
@@ -490,18 +490,22 @@ mod tests {
         let plan = plan(&["--nnodes", "2:2", "--node_rank", "1", "--devices", "cpu:0-1"]).unwrap();
         assert_eq!(plan.nnodes, (2, 2));
         let endpoint = endpoint(plan);
-        assert_eq!((endpoint.port, endpoint.role), (29500, Role::Other));
+        assert_eq!((endpoint.port, endpoint.served_by), (29500, ServedBy::Other));
     }
 
     #[test]
     fn who_hosts() {
-        let host =
-            |args: &[&str]| endpoint(plan(&[&["--nnodes=2", "--devices=cpu"], args].concat()).unwrap()).role;
-        assert_eq!(host(&["--node-rank=0"]), Role::This);
-        assert_eq!(host(&["--node-rank=1"]), Role::Other);
-        assert_eq!(host(&["--rdzv-backend=c10d"]), Role::Elect);
-        assert_eq!(host(&["--rdzv-backend=c10d", "--rdzv-conf=is_host=0"]), Role::Other);
-        assert_eq!(endpoint(plan(&["--rdzv-backend=c10d", "--devices=cpu"]).unwrap()).role, Role::This);
+        let host = |args: &[&str]| {
+            endpoint(plan(&[&["--nnodes=2", "--devices=cpu"], args].concat()).unwrap()).served_by
+        };
+        assert_eq!(host(&["--node-rank=0"]), ServedBy::This);
+        assert_eq!(host(&["--node-rank=1"]), ServedBy::Other);
+        assert_eq!(host(&["--rdzv-backend=c10d"]), ServedBy::Elect);
+        assert_eq!(host(&["--rdzv-backend=c10d", "--rdzv-conf=is_host=0"]), ServedBy::Other);
+        assert_eq!(
+            endpoint(plan(&["--rdzv-backend=c10d", "--devices=cpu"]).unwrap()).served_by,
+            ServedBy::This
+        );
     }
 
     #[test]
@@ -518,7 +522,7 @@ mod tests {
         let plan = LaunchPlan::new(&own.launch, program).unwrap();
         assert_eq!((plan.run_id.as_str(), plan.meeting.join_timeout), ("job", Duration::from_secs(3)));
         let host = "10.0.0.1".into();
-        assert_eq!(endpoint(plan), Endpoint { host, port: 7, role: Role::Other });
+        assert_eq!(endpoint(plan), Endpoint { host, port: 7, served_by: ServedBy::Other });
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use ice_proto::env::{ICE_HEARTBEAT_FILE, TORCHELASTIC_TIMER_FILE};
 use ice_proto::exit::ExitCode;
-use ice_proto::link::{Down, Request, Up};
+use ice_proto::link::{BoundaryRequest, FromRank, ToRank};
 use ice_proto::rendezvous::Round;
 use nix::sys::signal::Signal;
 use tokio::sync::{mpsc, watch};
@@ -130,7 +130,7 @@ impl<'a> Group<'a> {
 
     /// Returns the node rank in the last round.
     pub(super) fn place(&self) -> Option<u32> {
-        self.round.as_ref().map(|round| round.you.group_rank)
+        self.round.as_ref().map(|round| round.assignment.group_rank)
     }
 
     /// Returns the numbers of nodes and ranks in the last round.
@@ -315,7 +315,7 @@ impl<'a> Group<'a> {
             true => {
                 // The spare sent `Stays` before it had a local rank, so the message is repeated for
                 // the rank.
-                let _ = self.events.send(RankEvent::Said(member.id, Up::Stays));
+                let _ = self.events.send(RankEvent::Said(member.id, FromRank::Stays));
                 Ok(member)
             }
             false => Err(io::Error::other("it does not listen")),
@@ -325,9 +325,9 @@ impl<'a> Group<'a> {
     fn prefix(&self, round: &Round, local_rank: u32) -> String {
         let names = Names {
             role_name: &self.plan.role,
-            rank: round.you.first_rank + local_rank,
+            rank: round.assignment.first_rank + local_rank,
             local_rank,
-            node_rank: round.you.group_rank,
+            node_rank: round.assignment.group_rank,
             host: &self.host,
             run_id: &self.plan.run_id,
         };
@@ -390,11 +390,11 @@ impl<'a> Group<'a> {
 
     /// Returns the rank within the job.
     pub(super) fn rank(&self, local_rank: u32) -> u32 {
-        self.round.as_ref().map_or(0, |round| round.you.first_rank) + local_rank
+        self.round.as_ref().map_or(0, |round| round.assignment.first_rank) + local_rank
     }
 
     /// Records a message of a process. Returns its local rank, or `None` for a spare.
-    pub(super) fn said(&mut self, process: ProcessId, message: &Up) -> Option<u32> {
+    pub(super) fn said(&mut self, process: ProcessId, message: &FromRank) -> Option<u32> {
         if self.spares.said(process, message) {
             return None;
         }
@@ -442,17 +442,20 @@ impl<'a> Group<'a> {
 
     /// Asks all ranks to end, or to leave the round.
     pub(super) fn ask(&mut self, ask: &Ask) {
-        let (round, node) = self.round.as_ref().map_or((0, 0), |round| (round.number, round.you.group_rank));
+        let (round, node) =
+            self.round.as_ref().map_or((0, 0), |round| (round.number, round.assignment.group_rank));
         let message = match ask {
-            Ask::Stop(_, save) if self.agrees() => return self.request(Request::Stop { node, save: *save }),
+            Ask::Stop(_, save) if self.agrees() => {
+                return self.request(BoundaryRequest::Stop { node, save: *save });
+            }
             // Some rank is ended by a signal and can take part in no common checkpoint, so the
             // others end as well.
-            Ask::Stop(..) => Down::End { reason: "told to stop".into() },
-            Ask::End(reason) => Down::End { reason: reason.clone() },
-            Ask::Broken(reason) => Down::RoundBroken { round, reason: reason.clone() },
+            Ask::Stop(..) => ToRank::End { reason: "told to stop".into() },
+            Ask::End(reason) => ToRank::End { reason: reason.clone() },
+            Ask::Broken(reason) => ToRank::RoundBroken { round, reason: reason.clone() },
             // A request to one rank reaches the ranks of all nodes, so node 0 alone sends it.
             Ask::Regroup if node > 0 => return,
-            Ask::Regroup => return self.request(Request::Regroup),
+            Ask::Regroup => return self.request(BoundaryRequest::Regroup),
         };
         let signal = Signal::try_from(ask.signal()).unwrap_or(Signal::SIGTERM);
         self.ranks.values_mut().for_each(|member| member.ask(&message, signal));
@@ -464,8 +467,8 @@ impl<'a> Group<'a> {
     }
 
     /// Sends one rank a request that all ranks of the job then carry out together.
-    pub(super) fn request(&self, request: Request) {
-        let told = self.ranks.values().any(|member| member.send(&Down::Ask(request)));
+    pub(super) fn request(&self, request: BoundaryRequest) {
+        let told = self.ranks.values().any(|member| member.send(&ToRank::Ask(request)));
         if !told {
             self.console.note("no rank could be told");
         }

@@ -1,7 +1,7 @@
 //! The agent's end of a rank's link.
 
 use ice_proto::frame::Decoder;
-use ice_proto::link::Up;
+use ice_proto::link::FromRank;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::mpsc;
@@ -20,7 +20,7 @@ pub(super) async fn listen(
     while let Ok(read @ 1..) = stream.read(&mut buffer).await {
         decoder.feed(&buffer[..read]);
         loop {
-            match decoder.next_message::<Up>() {
+            match decoder.next_message::<FromRank>() {
                 Ok(Some(message)) => {
                     if events.send(RankEvent::Said(process, message)).is_err() {
                         return;

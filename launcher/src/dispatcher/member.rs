@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use ice_proto::error_file::{self, ErrorRecord};
 use ice_proto::frame;
-use ice_proto::link::{Down, Up};
+use ice_proto::link::{FromRank, ToRank};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::net::unix::OwnedWriteHalf;
@@ -111,18 +111,18 @@ impl Member {
         self.alive = false;
     }
 
-    pub(super) fn said(&mut self, message: &Up) {
+    pub(super) fn said(&mut self, message: &FromRank) {
         match message {
-            Up::Hello { .. } => self.knows_link = true,
-            Up::Parked { .. } => self.parked.set(true),
-            Up::Error { message } => self.message = Some(message.clone()),
+            FromRank::Hello { .. } => self.knows_link = true,
+            FromRank::Parked { .. } => self.parked.set(true),
+            FromRank::Error { message } => self.message = Some(message.clone()),
             _ => {}
         }
     }
 
     /// Asks the rank to end: over the link if the rank knows it, otherwise by a signal to its
     /// process group.
-    pub(super) fn ask(&mut self, message: &Down, signal: Signal) {
+    pub(super) fn ask(&mut self, message: &ToRank, signal: Signal) {
         if self.knows_link && self.send(message) {
             self.order(Ending::Asked { signalled: false });
             return;
@@ -145,7 +145,7 @@ impl Member {
         // The message over the link says that this SIGTERM is to be obeyed.
         if !self.is_parked() && (!is_signalled || self.knows_link) {
             if self.knows_link {
-                self.send(&Down::Terminate);
+                self.send(&ToRank::Terminate);
             }
             self.end_group(Signal::SIGTERM);
         }
@@ -200,12 +200,12 @@ impl Member {
     }
 
     /// Sends a message over the link. Returns false if the message could not be sent.
-    pub(super) fn send(&self, message: &Down) -> bool {
+    pub(super) fn send(&self, message: &ToRank) -> bool {
         let (Some(link), Ok(frame)) = (&self.link, frame::encode(message)) else { return false };
-        if matches!(message, Down::Round { .. } | Down::End { .. }) {
+        if matches!(message, ToRank::Round { .. } | ToRank::End { .. }) {
             self.parked.set(false);
         }
-        if matches!(message, Down::Round { .. }) {
+        if matches!(message, ToRank::Round { .. }) {
             // The previous round may have ended with a request to leave, which no longer applies.
             self.order(Ending::Unasked);
         }

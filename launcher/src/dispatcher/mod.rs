@@ -26,9 +26,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ice_proto::exit::ExitCode;
-use ice_proto::link::{Request, Up};
+use ice_proto::link::{BoundaryRequest, FromRank};
 use ice_proto::rendezvous::{Hello, Round, ToAgent, ToCoordinator};
-use ice_rendezvous::{Meeting, Session, address};
+use ice_rendezvous::{Rendezvous, Session, address};
 use nix::sys::signal::{Signal, raise};
 use tokio::sync::mpsc;
 
@@ -54,7 +54,7 @@ pub(crate) enum RankEvent {
     /// A message about processes that a rank has left behind, or about a rank that does not end.
     Remains(ProcessId, Remains),
     /// A message of a process over its link.
-    Said(ProcessId, Up),
+    Said(ProcessId, FromRank),
     /// The user has answered the question.
     Answered(Answer),
     /// This machine, or the job's time, is about to be taken away. The text names the notice.
@@ -70,14 +70,14 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     let mut signals = Signals::new(&plan.signals, &plan.notice_signals()).map_err(Error::Runtime)?;
     let (tree, notes) = ProcessTree::root();
     let _reaper = tree.reap().map_err(Error::Runtime)?;
-    let meeting = Arc::new(Meeting::open(plan.meeting.clone(), plan.place.clone()).await?);
+    let meeting = Arc::new(Rendezvous::open(plan.meeting.clone(), plan.place.clone()).await?);
     let (console, said) = Console::open().map_err(Error::Runtime)?;
     for note in notes.iter().chain(&plan.notes).chain(meeting.notes()) {
         console.note(note);
     }
-    if plan.meeting.shared && plan.meeting.token.is_none() {
+    if plan.meeting.multi_node && plan.meeting.token.is_none() {
         let (endpoint, _) = meeting.address();
-        let open = match (meeting.moves(), meeting.is_host() && !is_loopback(&endpoint)) {
+        let open = match (meeting.coordinator_can_move(), meeting.is_host() && !is_loopback(&endpoint)) {
             (true, _) => Some("the agent that coordinates"),
             (false, true) => Some(endpoint.as_str()),
             (false, false) => None,
@@ -102,7 +102,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     // The template imports modules while the nodes meet.
     let warm = Warm::new(&plan, &tree, (&console, &files));
     let meet = async {
-        let session = meeting.meet(hello(&plan, &meeting, &offer)).await;
+        let session = meeting.connect(hello(&plan, &meeting, &offer)).await;
         if session.is_ok() {
             warm.ready().await;
         }
@@ -158,7 +158,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     outcome
 }
 
-fn hello(plan: &LaunchPlan, meeting: &Meeting, offer: &StoreOffer) -> Hello {
+fn hello(plan: &LaunchPlan, meeting: &Rendezvous, offer: &StoreOffer) -> Hello {
     Hello {
         run_id: plan.run_id.clone(),
         node_rank: plan.node_rank,
@@ -168,10 +168,10 @@ fn hello(plan: &LaunchPlan, meeting: &Meeting, offer: &StoreOffer) -> Hello {
         ranks_store: offer.of(meeting),
         restarts: plan.restarts,
         keep_alive: plan.meeting.keep_alive,
-        agent: meeting.agent(),
+        agent_id: meeting.agent_id(),
         run_stamp: None,
-        place: None,
-        addresses: address::own(),
+        last_node_rank: None,
+        addresses: address::own_addresses(),
         host: hostname(),
         pid: std::process::id(),
     }
@@ -213,7 +213,7 @@ struct Dispatcher<'a> {
     asking: bool,
     clock: Clock,
     plan: &'a LaunchPlan,
-    meeting: Arc<Meeting>,
+    meeting: Arc<Rendezvous>,
     offer: StoreOffer,
     /// Run stamp of the job, once the coordinator has sent it.
     run_stamp: Option<String>,
@@ -236,7 +236,7 @@ struct Dispatcher<'a> {
 impl<'a> Dispatcher<'a> {
     fn new(
         plan: &'a LaunchPlan,
-        (meeting, offer): (Arc<Meeting>, StoreOffer),
+        (meeting, offer): (Arc<Rendezvous>, StoreOffer),
         session: Session,
         tree: &Arc<ProcessTree>,
         (console, files): (Console, Files),
@@ -252,8 +252,8 @@ impl<'a> Dispatcher<'a> {
             shutdown_timeout: plan.shutdown_timeout,
             fatal_exit_codes: plan.fatal_exit_codes.clone(),
             requeue_exit_code: plan.requeue_exit_code,
-            looks_again: (meeting.moves() || (!meeting.is_host() && plan.outlives_nodes()))
-                .then(|| meeting.patience()),
+            looks_again: (meeting.coordinator_can_move() || (!meeting.is_host() && plan.outlives_nodes()))
+                .then(|| meeting.reconnect_timeout()),
         };
         Self {
             agent: Agent::new(rules),
@@ -456,10 +456,11 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
                 Action::Meet => {
-                    let (run_stamp, place) = (self.run_stamp.clone(), self.group.place());
-                    let hello = Hello { run_stamp, place, ..hello(self.plan, &self.meeting, &self.offer) };
+                    let (run_stamp, last_node_rank) = (self.run_stamp.clone(), self.group.place());
+                    let hello =
+                        Hello { run_stamp, last_node_rank, ..hello(self.plan, &self.meeting, &self.offer) };
                     let meeting = Arc::clone(&self.meeting);
-                    self.looking = Some(Box::pin(async move { meeting.meet_again(hello).await }));
+                    self.looking = Some(Box::pin(async move { meeting.reconnect(hello).await }));
                 }
                 Action::Spawn(round) => self.spawn(round)?,
                 Action::Ask(ask) => {
@@ -520,7 +521,7 @@ impl<'a> Dispatcher<'a> {
             round: round.number,
             attempt: round.restart_count,
             nodes: round.nodes,
-            node: round.you.group_rank,
+            node: round.assignment.group_rank,
             world_size: round.world_size,
         });
         let nodes = round.nodes;
@@ -577,9 +578,9 @@ impl<'a> Dispatcher<'a> {
         let Ok(signal) = Signal::try_from(signal) else { return };
         let refused = self.group.forward(signal);
         let request = match signal {
-            Signal::SIGUSR1 => Request::Save,
-            _ if self.paused.is_empty() => Request::Pause,
-            _ => Request::Resume,
+            Signal::SIGUSR1 => BoundaryRequest::Save,
+            _ if self.paused.is_empty() => BoundaryRequest::Pause,
+            _ => BoundaryRequest::Resume,
         };
         // Ranks of the runtime install no handlers. A request over the link makes them perform
         // together the action that the signal stands for.

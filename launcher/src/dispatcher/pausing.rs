@@ -1,6 +1,6 @@
 //! Requests of the user to all ranks: pause, resume, save, end.
 
-use ice_proto::link::Request;
+use ice_proto::link::BoundaryRequest;
 use nix::sys::signal::Signal;
 
 use super::Dispatcher;
@@ -24,7 +24,7 @@ impl Dispatcher<'_> {
         }
         self.asking = true;
         if self.paused.is_empty() {
-            self.request(Request::Pause);
+            self.request(BoundaryRequest::Pause);
             self.console.note("pausing at the next step boundary; Ctrl-C again ends the job at once");
         } else {
             self.prompt();
@@ -32,7 +32,7 @@ impl Dispatcher<'_> {
         true
     }
 
-    pub(super) fn request(&self, request: Request) {
+    pub(super) fn request(&self, request: BoundaryRequest) {
         self.log.add(&Happened::Requested { request });
         self.group.request(request);
     }
@@ -50,7 +50,7 @@ impl Dispatcher<'_> {
             Answer::SaveAndEnd => Some(self.stop(interrupt, true)),
             Answer::End => Some(self.stop(interrupt, false)),
             Answer::GoOn => {
-                self.request(Request::Resume);
+                self.request(BoundaryRequest::Resume);
                 None
             }
         }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use ice_proto::link::Up;
+use ice_proto::link::FromRank;
 
 use super::{Dispatcher, RankEvent};
 use crate::agent::Event;
@@ -56,7 +56,7 @@ impl Dispatcher<'_> {
             RankEvent::Noticed(what) => Some(self.noticed(what)),
             RankEvent::Said(process, message) => {
                 let local_rank = self.group.said(process, &message)?;
-                if let Up::Heartbeat { applied_ms, .. } = message {
+                if let FromRank::Heartbeat { applied_ms, .. } = message {
                     self.rounds.applied(process, local_rank, Duration::from_millis(applied_ms));
                 }
                 self.said(now, local_rank, message)
@@ -64,27 +64,29 @@ impl Dispatcher<'_> {
         }
     }
 
-    fn said(&mut self, now: Duration, local_rank: u32, message: Up) -> Option<Event> {
+    fn said(&mut self, now: Duration, local_rank: u32, message: FromRank) -> Option<Event> {
         match message {
-            Up::Paused => self.rank_paused(local_rank, true),
-            Up::Resumed => self.rank_paused(local_rank, false),
-            Up::Stays => return Some(Event::Stays(local_rank)),
+            FromRank::Paused => self.rank_paused(local_rank, true),
+            FromRank::Resumed => self.rank_paused(local_rank, false),
+            FromRank::Stays => return Some(Event::Stays(local_rank)),
             // The agent's own SIGTERM arrived before the message over the link that confirms it.
-            Up::Terminated if self.group.was_signalled(local_rank) => {}
-            Up::Terminated => {
+            FromRank::Terminated if self.group.was_signalled(local_rank) => {}
+            FromRank::Terminated => {
                 let together = self.group.agrees();
                 return Some(Event::RankTerminated { local_rank, together });
             }
-            Up::Parked { round: Some(round) } => return Some(Event::Parked { local_rank, round }),
-            Up::RoundLost { round, reason } => return Some(Event::RoundLost { local_rank, round, reason }),
-            Up::FirstStep { round, step, repeated } => {
+            FromRank::Parked { round: Some(round) } => return Some(Event::Parked { local_rank, round }),
+            FromRank::RoundLost { round, reason } => {
+                return Some(Event::RoundLost { local_rank, round, reason });
+            }
+            FromRank::FirstStep { round, step, repeated } => {
                 if self.rounds.first_step(now, round, step, repeated) {
                     self.log.add(&Happened::FirstStep { round, step, repeated });
                 }
                 self.start_spares();
                 return Some(Event::FirstStep { round });
             }
-            Up::Progress(progress) => {
+            FromRank::Progress(progress) => {
                 // A message that a rank sent just before it paused or ended is out of date.
                 let is_current = self.agent.is_running() && !self.is_paused();
                 if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std())
@@ -96,16 +98,19 @@ impl Dispatcher<'_> {
                     }
                 }
             }
-            Up::Heartbeat { step, activity, doing, .. } => {
+            FromRank::Heartbeat { step, activity, doing, .. } => {
                 self.hangs.heartbeat(now, local_rank, step, activity, doing);
                 self.tell_progress(now);
             }
-            Up::CheckpointSaved { path, step } => {
+            FromRank::CheckpointSaved { path, step } => {
                 let rank = self.group.rank(local_rank);
                 self.saved = Some((path.clone(), step));
                 self.log.add(&Happened::CheckpointSaved { rank, path, step });
             }
-            Up::Hello { .. } | Up::Error { .. } | Up::Done | Up::Parked { round: None } => {}
+            FromRank::Hello { .. }
+            | FromRank::Error { .. }
+            | FromRank::Done
+            | FromRank::Parked { round: None } => {}
         }
         None
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ice_proto::rendezvous::RanksStore;
-use ice_rendezvous::Meeting;
+use ice_rendezvous::Rendezvous;
 use tokio::net::TcpSocket;
 
 use super::hostname;
@@ -35,7 +35,7 @@ impl StoreOffer {
     }
 
     /// Returns the proposal for the next `Hello`.
-    pub(super) fn of(&self, meeting: &Meeting) -> Option<RanksStore> {
+    pub(super) fn of(&self, meeting: &Rendezvous) -> Option<RanksStore> {
         let (endpoint, port) = meeting.address();
         match &self.reserved {
             Some(reserved) => {

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ice_proto::link::Up;
+use ice_proto::link::FromRank;
 use tokio::sync::{mpsc, watch};
 
 use super::member::Member;
@@ -68,7 +68,7 @@ impl Spares {
     }
 
     /// Records a message of a spare. Returns false if the process is not a spare.
-    pub(super) fn said(&mut self, process: ProcessId, message: &Up) -> bool {
+    pub(super) fn said(&mut self, process: ProcessId, message: &FromRank) -> bool {
         let spare = self.all.iter_mut().find(|spare| spare.member.id == process);
         spare.map(|spare| spare.member.said(message)).is_some()
     }

@@ -60,7 +60,8 @@ impl LogFolder {
             },
         };
         // Several nodes may share the folder and have the same local ranks.
-        let node = if round.nodes > 1 { format!("_node{}", round.you.group_rank) } else { String::new() };
+        let node =
+            if round.nodes > 1 { format!("_node{}", round.assignment.group_rank) } else { String::new() };
         let path = root.join(format!("{}_{}{node}", plan.run_id, round.run_stamp));
         match fs::create_dir_all(&path) {
             Err(error) if plan.logs.are_wanted() => return Err(fail(&path)(error)),

@@ -1,7 +1,7 @@
 //! `--events`: a log of everything that happens, one JSON object per line, documented in
 //! `docs/events.md`.
 
-use ice_proto::link::Request;
+use ice_proto::link::BoundaryRequest;
 use serde::Serialize;
 
 use super::failure::ExitRecord;
@@ -44,7 +44,7 @@ pub(crate) enum Happened {
     /// The agent received a signal.
     Signal { signal: i32 },
     /// The user sent a request to all ranks.
-    Requested { request: Request },
+    Requested { request: BoundaryRequest },
     /// A rank waits at a step boundary until the job continues.
     Paused { rank: u32 },
     /// A paused rank continues.

@@ -1,6 +1,6 @@
 use std::time::{Duration, Instant};
 
-use ice_proto::link::Progress;
+use ice_proto::link::TrainingProgress;
 
 /// Weight of the newest report in the moving average of a task's speed.
 const WEIGHT: f64 = 0.3;
@@ -35,7 +35,7 @@ impl ProgressLines {
     }
 
     /// Returns the line to print, if one is due.
-    pub(crate) fn due(&mut self, progress: &Progress, now: Instant) -> Option<String> {
+    pub(crate) fn due(&mut self, progress: &TrainingProgress, now: Instant) -> Option<String> {
         self.pace.report(progress, now);
         let (done, total) = progress.iteration;
         let due = self.rewritten
@@ -55,7 +55,7 @@ impl ProgressLines {
 }
 
 impl Pace {
-    fn report(&mut self, progress: &Progress, now: Instant) {
+    fn report(&mut self, progress: &TrainingProgress, now: Instant) {
         if self.task != progress.task {
             *self = Self { task: progress.task.clone(), ..Self::default() };
         }
@@ -68,7 +68,7 @@ impl Pace {
     }
 }
 
-fn line(progress: &Progress, per_second: Option<f64>) -> String {
+fn line(progress: &TrainingProgress, per_second: Option<f64>) -> String {
     let ((epoch, epochs), (done, total)) = (progress.epoch, progress.iteration);
     let loss = progress.loss.map(|loss| format!("  loss {loss:.4}")).unwrap_or_default();
     let rate = match progress.samples_per_second {
@@ -81,7 +81,7 @@ fn line(progress: &Progress, per_second: Option<f64>) -> String {
 
 /// Returns the time left for the epoch and for all epochs. Assumes that later epochs are as long
 /// and that no other task runs between them.
-fn eta(progress: &Progress, per_second: f64) -> String {
+fn eta(progress: &TrainingProgress, per_second: f64) -> String {
     let ((epoch, epochs), (done, total)) = (progress.epoch, progress.iteration);
     let left = total.saturating_sub(done);
     let time = |iterations: u64| clock(iterations as f64 / per_second);
@@ -103,8 +103,8 @@ fn clock(seconds: f64) -> String {
 mod tests {
     use super::*;
 
-    fn at(epoch: (u64, u64), iteration: (u64, u64)) -> Progress {
-        Progress { task: "train".into(), epoch, iteration, samples_per_second: 1.0, loss: None }
+    fn at(epoch: (u64, u64), iteration: (u64, u64)) -> TrainingProgress {
+        TrainingProgress { task: "train".into(), epoch, iteration, samples_per_second: 1.0, loss: None }
     }
 
     const fn s(seconds: u64) -> Duration {
@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn a_line_says_where_the_job_is() {
         let progress =
-            Progress { samples_per_second: 12_345.0, loss: Some(0.21344), ..at((1, 3), (240, 469)) };
+            TrainingProgress { samples_per_second: 12_345.0, loss: Some(0.21344), ..at((1, 3), (240, 469)) };
         let place = "train  epoch 1/3  step 240/469  loss 0.2134  12.3k samples/s";
         assert_eq!(line(&progress, None), place);
         assert_eq!(line(&progress, Some(2.0)), format!("{place}  ETA 1:55, all epochs 9:44"));

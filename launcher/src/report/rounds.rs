@@ -57,7 +57,7 @@ impl Rounds {
             round: round.number,
             time: jiff::Timestamp::now().to_string(),
             nodes: round.nodes,
-            node: round.you.group_rank,
+            node: round.assignment.group_rank,
             world_size: round.world_size,
             restarts: round.restart_count,
             new_ranks,
@@ -147,7 +147,7 @@ impl Rounds {
 
 #[cfg(test)]
 mod tests {
-    use ice_proto::rendezvous::Member;
+    use ice_proto::rendezvous::NodeAssignment;
 
     use super::*;
 
@@ -156,7 +156,7 @@ mod tests {
     }
 
     fn round(number: u64) -> Round {
-        let you = Member {
+        let assignment = NodeAssignment {
             group_rank: 1,
             first_rank: 2,
             local_world_size: 2,
@@ -171,7 +171,7 @@ mod tests {
             world_size: 4,
             run_stamp: "s".into(),
             ranks_store: None,
-            you,
+            assignment,
         }
     }
 

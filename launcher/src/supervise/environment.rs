@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use ice_proto::env as names;
-use ice_proto::link::Down;
+use ice_proto::link::ToRank;
 use ice_proto::rendezvous::Round;
 
 use crate::LaunchPlan;
@@ -32,13 +32,13 @@ impl<'a> Environment<'a> {
         let maps_hip = hip.is_some();
         let visible = hip.or_else(visible_devices);
         let placed = place(&plan.devices, visible.as_deref(), plan.virtual_local_rank);
-        Self { plan, round, store, placed, maps_hip, threads: threads(plan, round.you.ranks_on_host) }
+        Self { plan, round, store, placed, maps_hip, threads: threads(plan, round.assignment.ranks_on_host) }
     }
 
     /// The variables of a rank, for one that lives.
-    pub(crate) fn as_message(&self, local_rank: u32, error_file: Option<&Path>) -> Down {
+    pub(crate) fn as_message(&self, local_rank: u32, error_file: Option<&Path>) -> ToRank {
         let variables = self.of(local_rank, error_file).into_iter();
-        Down::Round { variables: variables.map(|(name, value)| (name.to_owned(), value)).collect() }
+        ToRank::Round { variables: variables.map(|(name, value)| (name.to_owned(), value)).collect() }
     }
 
     /// Returns the variables of a spare. None of them lets a program take itself for a rank.
@@ -65,7 +65,7 @@ impl<'a> Environment<'a> {
     /// Returns the variables of a rank.
     pub(crate) fn of(&self, local_rank: u32, error_file: Option<&Path>) -> Vec<(&'static str, String)> {
         let (plan, round) = (self.plan, self.round);
-        let rank = (round.you.first_rank + local_rank).to_string();
+        let rank = (round.assignment.first_rank + local_rank).to_string();
         let world_size = round.world_size;
         let placed = self.placed.get(local_rank as usize);
         let ranks_store =
@@ -75,13 +75,13 @@ impl<'a> Environment<'a> {
         let mut variables = vec![
             (names::LOCAL_RANK, seen_rank.to_string()),
             (names::RANK, rank),
-            (names::GROUP_RANK, round.you.group_rank.to_string()),
-            (names::ROLE_RANK, (round.you.first_role_rank + local_rank).to_string()),
+            (names::GROUP_RANK, round.assignment.group_rank.to_string()),
+            (names::ROLE_RANK, (round.assignment.first_role_rank + local_rank).to_string()),
             (names::ROLE_NAME, plan.role.clone()),
             (names::LOCAL_WORLD_SIZE, plan.local_world_size().to_string()),
             (names::WORLD_SIZE, world_size.to_string()),
             (names::GROUP_WORLD_SIZE, round.nodes.to_string()),
-            (names::ROLE_WORLD_SIZE, round.you.role_world_size.to_string()),
+            (names::ROLE_WORLD_SIZE, round.assignment.role_world_size.to_string()),
             (names::MASTER_ADDR, ranks_store.0.to_owned()),
             (names::MASTER_PORT, ranks_store.1.to_string()),
             (names::TORCHELASTIC_RESTART_COUNT, round.restart_count.to_string()),

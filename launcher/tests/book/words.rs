@@ -24,15 +24,15 @@ const HEADS: [&str; 2] = ["what", "who"];
 /// Comments of these folders may have this many. Each number may only become smaller.
 const ALLOWED: [(&str, usize); 11] = [
     ("launcher", 335),
-    ("rendezvous", 239),
-    ("worker", 77),
+    ("rendezvous", 0),
+    ("worker", 0),
     ("crates/c10d", 41),
     ("crates/checkpoint", 63),
     ("crates/ckpt", 9),
     ("crates/core", 396),
     ("crates/ice", 17),
     ("crates/nn", 13),
-    ("crates/proto", 58),
+    ("crates/proto", 0),
     ("tests", 58),
 ];
 

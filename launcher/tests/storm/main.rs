@@ -7,7 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod fault;
-#[path = "../../../rendezvous/src/machine/random.rs"]
+#[path = "../../../rendezvous/src/coordinator/random.rs"]
 #[expect(dead_code, reason = "the simulation uses the rest")]
 mod random;
 #[path = "../support/mod.rs"]

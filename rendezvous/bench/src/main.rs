@@ -1,15 +1,22 @@
-//! What `scripts/bench-rendezvous` runs: our server, and load for ours and for torch's.
+//! Server and load generator of `scripts/bench-rendezvous`, for this crate's server and torch's.
 //!
 //! ```text
-//! bench serve                         serves on a free port of loopback, printed; ends with its input
-//! bench adds PORT PID SECONDS         pipelined adds over 8 connections: adds per second of a core of process PID
-//! bench latency PORT CONNECTIONS RATE SECONDS  that many adds per second, over one connection after another: p50 and p99 in microseconds
+//! bench serve                         serves on a free port of loopback, which it prints; ends at
+//!                                     end of input
+//! bench adds PORT PID SECONDS         pipelined adds over 8 connections: adds per second of a core
+//!                                     of process PID
+//! bench latency PORT CONNECTIONS RATE SECONDS
+//!                                     adds at this rate, over one connection after another: p50
+//!                                     and p99 in microseconds
 //! bench idle PORT PID CONNECTIONS     memory of process PID per validated connection, in KiB
-//! bench join AGENTS [tls]             seconds until so many agents are in one round
-//! bench simulate [MIN:]AGENTS [ranks] the same without a network: seconds, and MB that would be sent; with `ranks` each asks for its place
-//! bench requests COUNT                decodes and carries out so many requests of the store, without a network; for scripts/check-instructions
+//! bench join AGENTS [tls]             seconds until all agents are in one round
+//! bench simulate [MIN:]AGENTS [ranks] the same without a network: seconds, and MB that would be
+//!                                     sent; with `ranks` each node requests its rank
+//! bench requests COUNT                decodes and handles requests of the store without a network;
+//!                                     for scripts/check-instructions
 //! bench answers PORT CONNECTIONS      seconds until all of them had an answer, one after another
-//! bench waiters PORT CONNECTIONS      seconds from a set until all of them, which wait for its key, were told
+//! bench waiters PORT CONNECTIONS      seconds from a set until all of them, which wait for its key,
+//!                                     were woken
 //! ```
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark")]
@@ -22,13 +29,13 @@ use std::time::{Duration, Instant};
 
 use ice_proto::frame;
 use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, ToAgent, ToCoordinator};
-use ice_rendezvous::machine::{Action, Coordinator, Event, Settings};
+use ice_rendezvous::coordinator::{Action, Coordinator, Event, Settings};
 use ice_rendezvous::store::codec::{Request, decode, encode};
 use ice_rendezvous::store::state::{Replies, Store};
-use ice_rendezvous::{Host, HostConfig, Patience, Session, Token};
+use ice_rendezvous::{RetryPolicy, Server, ServerConfig, Session, Token};
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// Requests of a connection that are on their way.
+/// Pipelined requests per connection.
 const PIPELINED: usize = 512;
 
 #[tokio::main(flavor = "current_thread")]
@@ -68,8 +75,8 @@ fn raise_open_files() {
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }
 
-async fn host(token: Option<Token>) -> Host {
-    let config = HostConfig {
+async fn host(token: Option<Token>) -> Server {
+    let config = ServerConfig {
         addresses: vec![[127, 0, 0, 1].into()],
         port: 0,
         run_id: "bench".into(),
@@ -78,7 +85,7 @@ async fn host(token: Option<Token>) -> Host {
         keep_alive: KeepAlive::default(),
         token,
     };
-    Host::bind(config).await.unwrap()
+    Server::bind(config).await.unwrap()
 }
 
 fn hello(nnodes: (u32, u32), number: u32) -> Hello {
@@ -91,9 +98,9 @@ fn hello(nnodes: (u32, u32), number: u32) -> Hello {
         ranks_store: None,
         restarts: RestartPolicy { max_restarts: 3, window: None, backoff: Duration::ZERO, crash_loop: 0 },
         keep_alive: KeepAlive::default(),
-        agent: number.into(),
+        agent_id: number.into(),
         run_stamp: None,
-        place: None,
+        last_node_rank: None,
         addresses: Vec::new(),
         host: format!("node{number}.cluster.example"),
         pid: number,
@@ -107,7 +114,7 @@ fn validated(port: u16) -> TcpStream {
     stream
 }
 
-/// One that has had an answer.
+/// Connects a client that has received an answer.
 fn served(port: u16) -> TcpStream {
     let mut stream = validated(port);
     send(&mut stream, &[Request::Ping(7)]);
@@ -121,7 +128,7 @@ fn send(stream: &mut TcpStream, requests: &[Request<'_>]) {
     stream.write_all(&bytes).unwrap();
 }
 
-/// Seconds that all threads of a process have computed.
+/// Returns the CPU seconds of all threads of a process.
 fn cpu_seconds(pid: &str) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
@@ -146,7 +153,7 @@ fn adds(port: u16, pid: &str, time: Duration) {
         let mut done = 0_u64;
         send(&mut stream, &request);
         while Instant::now() < end {
-            // One half is on its way while the other is answered.
+            // One half is sent while the other half is answered.
             send(&mut stream, &request);
             stream.read_exact(&mut answers).unwrap();
             done += request.len() as u64;
@@ -161,8 +168,9 @@ fn adds(port: u16, pid: &str, time: Duration) {
     println!("{:.0}", done as f64 / (cpu_seconds(pid) - before));
 }
 
-/// An add is due at its time, whether those before it were answered or not, and its latency counts from there: so a server that stands still is
-/// not spared the requests of the meantime, and what clients do with their time says nothing of the server.
+/// Each add is due at a fixed time, and its latency counts from there, whether or not earlier adds
+/// were answered. So a stalled server is charged for the requests due meanwhile, and the speed of
+/// the clients does not matter.
 fn latency(port: u16, connections: usize, rate: u64, time: Duration) {
     let mut streams: Vec<TcpStream> = (0..connections).map(|_| served(port)).collect();
     let requests: Vec<Vec<u8>> = (0..connections)
@@ -219,7 +227,7 @@ fn waiters(port: u16, connections: u64) {
     let waiting = |_| {
         let mut stream = validated(port);
         send(&mut stream, &[Request::Wait(vec![key.as_bytes()]), Request::Ping(7)]);
-        // The answer to what was sent last: the wait has begun.
+        // The answer to the ping: the wait has begun.
         stream.read_exact(&mut [0; 4]).unwrap();
         stream
     };
@@ -238,11 +246,9 @@ async fn join(agents: u32, token: Option<Token>) {
         .map(|number| {
             let (port, hello, token) = (host.port(), hello((agents, agents), number), token.clone());
             tokio::spawn(async move {
-                let patience = Patience::wait(LIMIT);
+                let retry = RetryPolicy::within(LIMIT);
                 let mut session =
-                    Session::connect(("127.0.0.1", port), None, hello, token.as_ref(), patience)
-                        .await
-                        .unwrap();
+                    Session::connect(("127.0.0.1", port), None, hello, token.as_ref(), retry).await.unwrap();
                 session.send(ToCoordinator::Join);
                 assert!(matches!(session.recv().await.unwrap(), ToAgent::RoundStarted(_)));
                 session
@@ -279,7 +285,7 @@ fn simulate(nnodes: &str, ranks: bool) {
     println!("{:.4} {:.1}", start.elapsed().as_secs_f64(), bytes as f64 / 1e6);
 }
 
-/// What ranks ask for when they form a group, again and again.
+/// Repeats the requests of ranks that form a group.
 fn requests(count: u64) {
     let mut store = Store::new(1 << 30);
     let mut replies = Replies::default();

@@ -1,4 +1,4 @@
-//! One address that all agents know.
+//! Rendezvous at one address that all agents know.
 
 use std::io;
 use std::net::IpAddr;
@@ -6,54 +6,58 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::MeetingConfig;
-use crate::address::{self, Listening};
-use crate::{Error, Host};
+use super::RendezvousConfig;
+use crate::address::{self, ListenAddresses};
+use crate::{Error, Server};
 
-/// Between two questions for a name that nobody knows.
+/// Pause between two attempts to resolve a name.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// Who hosts the coordinator and the store.
+/// The agent that hosts the coordinator and the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
+pub enum ServedBy {
     /// This agent.
     This,
-    /// Another one.
+    /// Another agent.
     Other,
-    /// This agent, if the endpoint's address is this machine's and nobody listens there.
+    /// This agent, if the endpoint's address belongs to this machine and its port is free.
     Elect,
 }
 
-/// Where the coordinator and the store are.
+/// Address of the coordinator and the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
     /// Name or address of the host.
     pub host: String,
-    /// The port; 0 for a free one.
+    /// Port; 0 takes a free one.
     pub port: u16,
-    /// Who serves it.
-    pub role: Role,
+    /// The agent that serves it.
+    pub served_by: ServedBy,
 }
 
 impl Endpoint {
-    /// Hosts it where that is this agent's part, and says what the user should know.
-    pub(super) async fn host(&self, config: &MeetingConfig) -> Result<(Option<Host>, Vec<String>), Error> {
-        if self.role == Role::Other {
+    /// Starts the server if this agent is to host it. Returns notes for the user as well.
+    pub(super) async fn host(
+        &self,
+        config: &RendezvousConfig,
+    ) -> Result<(Option<Server>, Vec<String>), Error> {
+        if self.served_by == ServedBy::Other {
             return Ok((None, Vec::new()));
         }
-        // Of a job of one node the name is this host's, and no other will make it known.
-        let limit = if config.shared { config.join_timeout } else { Duration::ZERO };
-        let found = known_in_time(&self.host, limit, || address::resolve(&self.host, self.port)).await;
+        // In a job of one node no other node publishes the name, so waiting is in vain.
+        let limit = if config.multi_node { config.join_timeout } else { Duration::ZERO };
+        let found = resolve_within(&self.host, limit, || address::resolve(&self.host, self.port)).await;
         let found = found.map_err(|source| Error::Resolve { host: self.host.clone(), source })?;
         let found: Vec<IpAddr> = found.into_iter().map(|address| address.ip()).collect();
-        let certain = self.role == Role::This;
-        let own = address::own();
-        let Listening { mut addresses, mut note } =
-            address::listening(&self.host, &found, &own, certain, config.shared);
+        let is_this_host = self.served_by == ServedBy::This;
+        let own = address::own_addresses();
+        let ListenAddresses { mut addresses, mut note } =
+            address::listen_addresses(&self.host, &found, &own, is_this_host, config.multi_node);
         if let Some(local) = config.local
             && !addresses.is_empty()
         {
-            // The ranks of this host come to the address that its name has here.
+            // The ranks of this host use the address that its name has here, so loopback addresses
+            // of the name are kept.
             addresses.retain(|address| found.contains(address) && address.is_loopback() && *address != local);
             addresses.push(local);
             note = None;
@@ -61,10 +65,10 @@ impl Endpoint {
         if addresses.is_empty() {
             return Ok((None, Vec::new()));
         }
-        match Host::bind(config.host(addresses, self.port)).await {
+        match Server::bind(config.host(addresses, self.port)).await {
             Ok(host) => Ok((Some(host), note.into_iter().collect())),
-            // Another agent on this machine was first.
-            Err(Error::Bind { source, .. }) if !certain && source.kind() == io::ErrorKind::AddrInUse => {
+            // Another agent on this machine has bound the port first.
+            Err(Error::Bind { source, .. }) if !is_this_host && source.kind() == io::ErrorKind::AddrInUse => {
                 Ok((None, Vec::new()))
             }
             Err(error) => Err(error),
@@ -72,8 +76,9 @@ impl Endpoint {
     }
 }
 
-/// Asks again for a while: a cluster makes the names of its nodes known as they come up, and name servers have bad moments.
-async fn known_in_time<T, F: Future<Output = io::Result<T>>>(
+/// Resolves a name, and retries until `limit`: clusters publish the names of nodes as they start,
+/// and name servers fail for moments.
+async fn resolve_within<T, F: Future<Output = io::Result<T>>>(
     host: &str,
     limit: Duration,
     resolve: impl Fn() -> F,
@@ -100,10 +105,11 @@ mod tests {
 
     use super::*;
 
-    /// When a name that is known after so many questions is found, and how often it was asked for.
+    /// Resolves a name that is found after `after` attempts. Returns the outcome, the number of
+    /// attempts and the time.
     async fn found(after: u32, limit: Duration) -> (io::Result<u32>, u32, Duration) {
         let (asked, began) = (Cell::new(0), Instant::now());
-        let outcome = known_in_time("node0", limit, async || {
+        let outcome = resolve_within("node0", limit, async || {
             asked.set(asked.get() + 1);
             if asked.get() > after { Ok(7) } else { Err(io::Error::other("name not known")) }
         });
@@ -112,7 +118,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_may_become_known() {
+    async fn unknown_name_is_resolved_again_until_the_limit() {
         tokio::time::pause();
         let (outcome, asked, took) = found(3, Duration::from_secs(60)).await;
         assert_eq!((outcome.unwrap(), asked), (7, 4));

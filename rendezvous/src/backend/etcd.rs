@@ -1,17 +1,20 @@
-//! Meeting through etcd (v3): the agents elect the host of the coordinator and the store, and elect another when its node is lost.
+//! Rendezvous through etcd (v3): the agents elect the host of the coordinator and the store, and
+//! elect another one when its node is lost.
 //!
 //! | key, under `<prefix>/<run id>/` | value | lease |
 //! |---|---|---|
 //! | `leader` | `host:port` of the coordinator | as long as a silent agent is waited for |
 //! | `state` | the coordinator's record, as JSON | minutes; after the end seconds |
 //!
-//! The leader key is made in a transaction that finds it missing, and every record is written in one that finds it as its writer made it,
-//! and the record before as its writer knows it: what an earlier attempt sent may arrive after a later one.
-//! A coordinator whose key is gone can therefore write nothing, and nobody hears of a round before its record is written: of two that
-//! both believe to lead, one starts rounds. A coordinator also ends when it has not heard from etcd for as long as its lease lasts.
+//! The leader key is created in a transaction that requires it to be missing. Each record is
+//! written in a transaction that requires the leader key and the previous record to be as their
+//! writer left them, since an earlier attempt may arrive after a later one. So a coordinator
+//! without its key can write nothing. No agent receives a round before its record is written, so of
+//! two agents that both believe to lead, only one starts rounds. A coordinator also stops if etcd
+//! has not answered for the length of its lease.
 //!
-//! Agents speak etcd's gRPC by h2 and a few messages of their own: `docs/design/0001-etcd-without-protoc.md`
-//! says why.
+//! Agents use etcd's gRPC through h2 and messages of their own:
+//! `docs/design/0001-etcd-without-protoc.md` has the reasons.
 
 mod client;
 pub(super) mod endpoint;
@@ -30,29 +33,30 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, tim
 
 use self::client::Client;
 use self::fault::Fault;
-use self::messages::{Compare, Found, Get, Put, Txn};
-use super::{EtcdConfig, EtcdTls, MeetingConfig, Patience, Session};
-use crate::host::{Entry, Listening, Takeover};
-use crate::machine::Record;
-use crate::{Error, Host, address};
+use self::messages::{Compare, Get, GetResult, Put, Txn};
+use super::{EtcdConfig, EtcdTls, RendezvousConfig, RetryPolicy, Session};
+use crate::coordinator::Record;
+use crate::server::{BoundListeners, Failover, PendingRecord};
+use crate::{Error, Server, address};
 
-/// How often an agent looks for a coordinator while there is none.
+/// Pause between two looks at the leader key.
 const RETRY: Duration = Duration::from_millis(200);
-/// How long the record of a job without any coordinator is kept, and longer where agents look for one for longer.
-const ABANDONED: i64 = 600;
-/// The longest lease that etcd grants, in seconds.
-const LONGEST: i64 = 9_000_000_000;
-/// How long late agents are told that a job is over.
-const OVER: i64 = 30;
+/// Minimum lease in seconds of an open job's record. It is longer if agents search for a
+/// coordinator for longer.
+const ABANDONED_TTL: i64 = 600;
+/// Maximum lease that etcd grants, in seconds.
+const MAX_TTL: i64 = 9_000_000_000;
+/// Lease in seconds of a closed job's record: late agents learn from it that the job is over.
+const CLOSED_TTL: i64 = 30;
 
-/// This agent as the coordinator's host.
+/// State of the agent that hosts the coordinator.
 pub(super) struct Leadership {
-    pub(super) host: Host,
+    pub(super) host: Server,
     client: Client,
     lease: i64,
-    /// How long etcd may take.
-    answer: Duration,
-    /// Keeps the lease and the records.
+    /// Timeout of calls to etcd.
+    answer_timeout: Duration,
+    /// Task that renews the leases and writes the records.
     task: JoinHandle<()>,
 }
 
@@ -63,31 +67,31 @@ impl Drop for Leadership {
 }
 
 impl Leadership {
-    /// Makes way for another at once.
+    /// Revokes the lease, so that another agent can lead at once.
     pub(super) async fn resign(mut self) {
         self.task.abort();
-        let _ = timeout(self.answer, self.client.lease_revoke(self.lease)).await;
+        let _ = timeout(self.answer_timeout, self.client.lease_revoke(self.lease)).await;
     }
 }
 
-/// One agent's way through etcd.
+/// An agent's search for the coordinator in etcd.
 pub(super) struct Etcd<'a> {
     config: &'a EtcdConfig,
-    common: &'a MeetingConfig,
+    common: &'a RendezvousConfig,
     client: Client,
 }
 
 impl<'a> Etcd<'a> {
-    /// Asks etcd nothing yet.
-    pub(super) fn new(config: &'a EtcdConfig, common: &'a MeetingConfig) -> Result<Self, Error> {
-        let client = Client::new(config, common.answer).map_err(|problem| Error::Refused {
+    /// Creates the search. It calls etcd later.
+    pub(super) fn new(config: &'a EtcdConfig, common: &'a RendezvousConfig) -> Result<Self, Error> {
+        let client = Client::new(config, common.answer_timeout).map_err(|problem| Error::Refused {
             problem: format!("etcd at {}: {problem}", config.endpoints.join(", ")),
         })?;
         Ok(Self { config, common, client })
     }
 
-    /// Finds the coordinator, or becomes its host, and says hello.
-    pub(super) async fn meet(
+    /// Finds the coordinator or becomes its host, then connects and says hello.
+    pub(super) async fn connect(
         &mut self,
         hello: &Hello,
     ) -> Result<(Session, (String, u16), Option<Leadership>), Error> {
@@ -96,13 +100,14 @@ impl<'a> Etcd<'a> {
         loop {
             let last = match self.leader().await {
                 Ok(Some((host, port))) => {
-                    let left = deadline.saturating_duration_since(Instant::now()).min(self.common.answer);
-                    let patience = Patience::wait(left).answer(left);
+                    let left =
+                        deadline.saturating_duration_since(Instant::now()).min(self.common.answer_timeout);
+                    let retry = RetryPolicy::within(left).answer_timeout(left);
                     let (local, token) = (self.common.local, self.common.token.as_ref());
-                    match Session::connect((&host, port), local, hello.clone(), token, patience).await {
+                    match Session::connect((&host, port), local, hello.clone(), token, retry).await {
                         Ok(session) => return Ok((session, (host, port), leadership)),
                         Err(error @ Error::Token { .. }) => return Err(error),
-                        // It is gone, and its lease is not over.
+                        // The leader is gone, and its lease has not expired.
                         Err(error) => error,
                     }
                 }
@@ -115,7 +120,7 @@ impl<'a> Etcd<'a> {
                 },
                 Err(error) => error,
             };
-            if matches!(last, Error::Bind { .. } | Error::Host(_) | Error::Refused { .. })
+            if matches!(last, Error::Bind { .. } | Error::Serve(_) | Error::Refused { .. })
                 || Instant::now() >= deadline
             {
                 return Err(last);
@@ -145,10 +150,10 @@ impl<'a> Etcd<'a> {
         }
     }
 
-    /// Becomes the host, unless another was faster.
+    /// Becomes the leader and starts the server; returns `None` if another agent was faster.
     async fn campaign(&mut self) -> Result<Option<Leadership>, Error> {
         let address = self.address().await?;
-        let listening = Listening::bind(&[address], self.config.port)?;
+        let listening = BoundListeners::bind(&[address], self.config.port)?;
         let config = self.common.host(vec![address], listening.port);
         let etcd = |fault: Fault| failure(self.config, &fault);
         let ttl = lease_seconds(self.common.keep_alive);
@@ -160,8 +165,8 @@ impl<'a> Etcd<'a> {
         let revision = if answer.succeeded {
             answer.revision
         } else {
-            // An earlier attempt may have been heard, and its answer lost.
-            let found = answer.found(0).and_then(Found::first);
+            // The response to an earlier attempt may have been lost after etcd executed it.
+            let found = answer.found(0).and_then(GetResult::first);
             let Some(ours) = found.filter(|kv| kv.lease == lease) else {
                 let _ = self.client.lease_revoke(lease).await;
                 return Ok(None);
@@ -180,18 +185,35 @@ impl<'a> Etcd<'a> {
             }
         };
         let looking = i64::try_from(self.common.join_timeout.as_secs()).unwrap_or(i64::MAX);
-        let keeping = looking.saturating_add(ttl).clamp(ABANDONED, LONGEST);
-        let kept = self.client.lease_grant(keeping).await.map_err(etcd)?;
-        let (ledger, entries) = mpsc::channel(1);
-        let (ttl, answer) = (Duration::from_secs(ttl.unsigned_abs()), self.common.answer);
+        let keeping = looking.saturating_add(ttl).clamp(ABANDONED_TTL, MAX_TTL);
+        let record_lease = self.client.lease_grant(keeping).await.map_err(etcd)?;
+        let (log, records) = mpsc::channel(1);
+        let (ttl, answer_timeout) = (Duration::from_secs(ttl.unsigned_abs()), self.common.answer_timeout);
         let client = self.client.clone();
-        let office = Office { client, leader, state, revision, written, lease, kept, ttl, answer };
-        let task = tokio::spawn(office.hold(entries, started + ttl));
-        let host = Host::serve(listening, config, Some(Takeover { record, ledger }))?;
-        Ok(Some(Leadership { host, client: self.client.clone(), lease, answer: self.common.answer, task }))
+        let keeper = LeaseKeeper {
+            client,
+            leader,
+            state,
+            revision,
+            written,
+            lease,
+            record_lease,
+            ttl,
+            answer_timeout,
+        };
+        let task = tokio::spawn(keeper.run(records, started + ttl));
+        let host = Server::serve(listening, config, Some(Failover { record, log }))?;
+        Ok(Some(Leadership {
+            host,
+            client: self.client.clone(),
+            lease,
+            answer_timeout: self.common.answer_timeout,
+            task,
+        }))
     }
 
-    /// The address that other nodes reach this one at: the one that it reaches etcd from, unless that is its own loopback.
+    /// Returns the address at which other nodes reach this one: the source address of connections
+    /// to etcd, unless that is loopback.
     async fn address(&self) -> Result<IpAddr, Error> {
         if let Some(local) = self.common.local {
             return Ok(local);
@@ -203,31 +225,34 @@ impl<'a> Etcd<'a> {
                 }
             }
         }
-        let own = address::own();
+        let own = address::own_addresses();
         Ok(own.iter().copied().find(|address| !address.is_loopback()).unwrap_or(IpAddr::from([127, 0, 0, 1])))
     }
 }
 
-/// What a leader does for its office.
-struct Office {
+/// The leader's task: it renews the leases, and writes the records.
+struct LeaseKeeper {
     client: Client,
     leader: String,
     state: String,
-    /// The leader key is ours while it was created by this revision.
+    /// Revision that created the leader key. The key is this agent's while its create revision
+    /// equals this one.
     revision: i64,
-    /// The revision that wrote the record; 0 where there is none.
+    /// Revision that wrote the record; 0 without one.
     written: i64,
     lease: i64,
-    /// The lease of the record.
-    kept: i64,
+    /// Lease of the record.
+    record_lease: i64,
     ttl: Duration,
-    /// How long etcd may take.
-    answer: Duration,
+    /// Timeout of calls to etcd.
+    answer_timeout: Duration,
 }
 
-impl Office {
-    /// Keeps the leases and the records until the office is lost. The lease lasts until `until`, whatever is not heard from etcd.
-    async fn hold(mut self, mut entries: mpsc::Receiver<Entry>, mut until: Instant) {
+impl LeaseKeeper {
+    /// Renews the leases and writes the records until this agent no longer leads. Each renewal that
+    /// etcd confirms extends `lease_until`, counted from the time when it was sent. If none is
+    /// confirmed, the task ends at that time.
+    async fn run(mut self, mut records: mpsc::Receiver<PendingRecord>, mut lease_until: Instant) {
         let mut ticks = interval(self.ttl / 3);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -235,30 +260,30 @@ impl Office {
                 _ = ticks.tick() => {
                     let sent = Instant::now();
                     match timeout(self.ttl / 3, self.renew()).await {
-                        Ok(Ok(true)) => until = sent + self.ttl,
+                        Ok(Ok(true)) => lease_until = sent + self.ttl,
                         Ok(Ok(false)) => return tracing::warn!("another coordinator may have taken over"),
                         Ok(Err(error)) => tracing::warn!(%error, "etcd does not answer"),
                         Err(_) => tracing::warn!("etcd does not answer"),
                     }
                 }
-                entry = entries.recv() => match entry {
-                    Some(entry) => {
-                        let kept = self.keep(&entry.record, until).await;
-                        let _ = entry.kept.send(kept);
-                        if !kept {
+                pending = records.recv() => match pending {
+                    Some(pending) => {
+                        let is_leader = self.keep(&pending.record, lease_until).await;
+                        let _ = pending.acknowledge.send(is_leader);
+                        if !is_leader {
                             return;
                         }
                     }
                     None => return,
                 },
-                () = sleep_until(until) => return tracing::warn!("etcd was not reached for {:?}", self.ttl),
+                () = sleep_until(lease_until) => return tracing::warn!("etcd was not reached for {:?}", self.ttl),
             }
         }
     }
 
-    /// Whether both leases are still there.
+    /// Renews both leases. Returns whether both still existed.
     async fn renew(&mut self) -> Result<bool, Fault> {
-        for lease in [self.lease, self.kept] {
+        for lease in [self.lease, self.record_lease] {
             if !self.client.lease_keep_alive(lease).await? {
                 return Ok(false);
             }
@@ -266,11 +291,11 @@ impl Office {
         Ok(true)
     }
 
-    /// Writes a record while the leader key is ours; tries again while the lease lasts.
-    async fn keep(&mut self, record: &Record, until: Instant) -> bool {
+    /// Writes a record. Retries until the lease is over. Returns whether this agent still leads.
+    async fn keep(&mut self, record: &Record, lease_until: Instant) -> bool {
         let Ok(json) = serde_json::to_vec(record) else { return false };
-        while Instant::now() < until {
-            match timeout(self.answer, self.write(&json, record.is_closed())).await {
+        while Instant::now() < lease_until {
+            match timeout(self.answer_timeout, self.write(&json, record.is_closed())).await {
                 Ok(Ok(ours)) => return ours,
                 Ok(Err(error)) => tracing::warn!(%error, "etcd does not answer"),
                 Err(_) => tracing::warn!("etcd does not answer"),
@@ -281,7 +306,7 @@ impl Office {
     }
 
     async fn write(&mut self, json: &[u8], is_closed: bool) -> Result<bool, Fault> {
-        let lease = if is_closed { self.client.lease_grant(OVER).await? } else { self.kept };
+        let lease = if is_closed { self.client.lease_grant(CLOSED_TTL).await? } else { self.record_lease };
         let (leader, state) = (self.leader.clone(), self.state.clone());
         let txn = Txn {
             compare: vec![
@@ -296,7 +321,7 @@ impl Office {
             self.written = answer.revision;
             return Ok(true);
         }
-        // An earlier attempt may have been heard, and its answer lost.
+        // The response to an earlier attempt may have been lost after etcd executed it.
         let (Some(leader), Some(state)) = (answer.found(0), answer.found(1)) else { return Ok(false) };
         let ours = leader.first().is_some_and(|kv| kv.create_revision == self.revision);
         let Some(kv) = state.first().filter(|kv| ours && kv.value == json) else { return Ok(false) };
@@ -305,7 +330,7 @@ impl Office {
     }
 }
 
-/// Makes the leader key if it is missing, and else looks at the one that is there.
+/// Returns the transaction that creates the leader key, or reads it if it exists.
 fn election(leader: &str, value: &str, lease: i64) -> Txn {
     let key = leader.to_owned();
     Txn {
@@ -315,7 +340,8 @@ fn election(leader: &str, value: &str, lease: i64) -> Txn {
     }
 }
 
-/// etcd counts in seconds, and gives no lease below its own election timeout.
+/// Returns the lease in whole seconds, as etcd counts. etcd raises a shorter lease to its election
+/// timeout.
 fn lease_seconds(keep_alive: KeepAlive) -> i64 {
     let time = keep_alive.interval * keep_alive.attempts;
     (time.as_secs_f64().ceil() as i64).max(2)

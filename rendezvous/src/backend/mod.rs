@@ -1,4 +1,4 @@
-//! How agents find each other: at an endpoint that all know, or through etcd.
+//! How agents find the coordinator: at an endpoint that all know, or through etcd.
 
 mod endpoint;
 #[cfg(feature = "etcd")]
@@ -12,37 +12,37 @@ use std::time::Duration;
 use ice_proto::rendezvous::{Hello, KeepAlive};
 use tokio::time::timeout;
 
-pub use endpoint::{Endpoint, Role};
-pub use session::{Patience, Session};
+pub use endpoint::{Endpoint, ServedBy};
+pub use session::{RetryPolicy, Session};
 
 use crate::auth::Token;
-use crate::host::{locked, random};
-use crate::{Error, Host, HostConfig};
+use crate::server::{locked, random};
+use crate::{Error, Server, ServerConfig};
 
-/// What all ways to meet have in common.
+/// Configuration of a rendezvous, for every backend.
 #[derive(Debug, Clone)]
-pub struct MeetingConfig {
+pub struct RendezvousConfig {
     /// Identifier of the job.
     pub run_id: String,
-    /// Whether other nodes are to come.
-    pub shared: bool,
-    /// Which of this host's addresses to listen on and to connect from; any where `None`.
+    /// Whether the job has several nodes.
+    pub multi_node: bool,
+    /// Address of this host to listen on and to connect from; any if `None`.
     pub local: Option<IpAddr>,
-    /// How long the nodes may take to come.
+    /// Time in which the minimum of nodes must join, and in which a coordinator is searched for.
     pub join_timeout: Duration,
-    /// How long more nodes are waited for once there are enough.
+    /// Time in which further nodes may join once the minimum has.
     pub last_call: Duration,
-    /// How long an address, a coordinator or etcd may take for an answer.
-    pub answer: Duration,
-    /// How each end of a connection knows that the other lives.
+    /// Timeout of connecting to an address, and of each answer of the coordinator or of etcd.
+    pub answer_timeout: Duration,
+    /// Keepalives of an agent's connection.
     pub keep_alive: KeepAlive,
-    /// What all agents of the job know.
+    /// Token that all agents of the job share.
     pub token: Option<Token>,
 }
 
-impl MeetingConfig {
-    fn host(&self, addresses: Vec<IpAddr>, port: u16) -> HostConfig {
-        HostConfig {
+impl RendezvousConfig {
+    fn host(&self, addresses: Vec<IpAddr>, port: u16) -> ServerConfig {
+        ServerConfig {
             addresses,
             port,
             run_id: self.run_id.clone(),
@@ -54,26 +54,26 @@ impl MeetingConfig {
     }
 }
 
-/// Where etcd is, and who we are there.
+/// Address of etcd, and the credentials for it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct EtcdConfig {
-    /// `http://host:port` or `https://host:port` of its members.
+    /// URLs of its members: `http://host:port` or `https://host:port`.
     pub endpoints: Vec<String>,
-    /// What all keys start with.
+    /// Prefix of all keys.
     pub prefix: String,
-    /// Name and password.
+    /// User name and password.
     pub user: Option<(String, String)>,
-    /// Certificates, as PEM.
+    /// Certificates in PEM.
     pub tls: Option<EtcdTls>,
-    /// The port that a coordinator on this node listens on; 0 for a free one.
+    /// Port of a coordinator on this node; 0 takes a free one.
     pub port: u16,
 }
 
 impl EtcdConfig {
-    /// Looks at the form of the endpoints, and asks none of them.
+    /// Checks the form of the endpoints without connecting.
     ///
     /// # Errors
-    /// Which of them is wrong, and why.
+    /// The first invalid endpoint, and why it is invalid.
     pub fn check_endpoints(&self) -> Result<(), String> {
         #[cfg(feature = "etcd")]
         for url in &self.endpoints {
@@ -82,10 +82,10 @@ impl EtcdConfig {
         Ok(())
     }
 
-    /// Looks at the certificates and the key.
+    /// Checks the certificates and the key.
     ///
     /// # Errors
-    /// Which of them is missing or cannot be used, and why.
+    /// The missing or invalid file, and why it is invalid.
     pub fn check_tls(&self) -> Result<(), String> {
         #[cfg(feature = "etcd")]
         etcd::endpoint::client_config(self)?;
@@ -99,48 +99,49 @@ impl std::fmt::Debug for EtcdConfig {
     }
 }
 
-/// Certificates for etcd, as PEM.
+/// Certificates for etcd in PEM.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct EtcdTls {
-    /// Of the authority that etcd's certificate is checked against.
+    /// Certificate of the authority that signed etcd's.
     pub ca: Option<Vec<u8>>,
-    /// Our certificate and its key.
+    /// Client certificate and its key.
     pub identity: Option<(Vec<u8>, Vec<u8>)>,
 }
 
-/// Where the agents of a job look for each other.
+/// Where the agents of a job find the coordinator.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
-    /// At one address that all know.
+pub enum Backend {
+    /// At one address that all agents know.
     Endpoint(Endpoint),
-    /// In etcd.
+    /// Through a leader key in etcd.
     Etcd(EtcdConfig),
 }
 
-/// This agent's way to the others, and its part as the host of the coordinator and the store, where it has that.
-pub struct Meeting {
-    config: MeetingConfig,
-    place: Place,
+/// Connects this agent to the coordinator, and hosts the coordinator and the store if that is this
+/// agent's role.
+pub struct Rendezvous {
+    config: RendezvousConfig,
+    backend: Backend,
     notes: Vec<String>,
-    agent: u64,
-    now: Mutex<Now>,
+    agent_id: u64,
+    current: Mutex<Current>,
 }
 
-/// What changes when the coordinator moves.
-struct Now {
-    /// Of the coordinator and the store.
+/// State that changes when the coordinator moves to another agent.
+struct Current {
+    /// Host and port of the coordinator and the store.
     address: (String, u16),
-    hosting: Option<Hosting>,
+    role: Option<HostRole>,
 }
 
-enum Hosting {
-    Endpoint(Host),
+enum HostRole {
+    Endpoint(Server),
     #[cfg(feature = "etcd")]
     Etcd(Box<etcd::Leadership>),
 }
 
-impl Hosting {
-    fn host(&self) -> &Host {
+impl HostRole {
+    fn host(&self) -> &Server {
         match self {
             Self::Endpoint(host) => host,
             #[cfg(feature = "etcd")]
@@ -149,108 +150,111 @@ impl Hosting {
     }
 }
 
-impl Meeting {
-    /// Becomes the host where that is certain to be this agent's part.
+impl Rendezvous {
+    /// Starts the server if this agent is certain to host it.
     ///
     /// # Errors
-    /// [`Error::Resolve`] and [`Error::Bind`] where the endpoint cannot be listened on.
-    pub async fn open(config: MeetingConfig, place: Place) -> Result<Self, Error> {
-        let (host, notes, address) = match &place {
-            Place::Endpoint(endpoint) => {
+    /// [`Error::Resolve`] and [`Error::Bind`] if the endpoint cannot be listened on.
+    pub async fn open(config: RendezvousConfig, backend: Backend) -> Result<Self, Error> {
+        let (host, notes, address) = match &backend {
+            Backend::Endpoint(endpoint) => {
                 let (host, notes) = endpoint.host(&config).await?;
-                let port = host.as_ref().map_or(endpoint.port, Host::port);
+                let port = host.as_ref().map_or(endpoint.port, Server::port);
                 (host, notes, (endpoint.host.clone(), port))
             }
-            Place::Etcd(_) if crate::HAS_ETCD => (None, Vec::new(), (String::new(), 0)),
-            Place::Etcd(_) => {
+            Backend::Etcd(_) if crate::HAS_ETCD => (None, Vec::new(), (String::new(), 0)),
+            Backend::Etcd(_) => {
                 return Err(Error::Refused {
                     problem: "this program was built without the feature `etcd`".into(),
                 });
             }
         };
-        let now = Now { address, hosting: host.map(Hosting::Endpoint) };
-        Ok(Self { config, place, notes, agent: random(), now: Mutex::new(now) })
+        let current = Current { address, role: host.map(HostRole::Endpoint) };
+        Ok(Self { config, backend, notes, agent_id: random(), current: Mutex::new(current) })
     }
 
     /// Connects to the coordinator and says hello.
     ///
     /// # Errors
-    /// As [`Session::connect`], or etcd cannot be used.
-    pub async fn meet(&self, hello: Hello) -> Result<Session, Error> {
-        self.find(hello, Patience::wait(self.config.join_timeout)).await
+    /// Those of [`Session::connect`], and failures of etcd.
+    pub async fn connect(&self, hello: Hello) -> Result<Session, Error> {
+        self.find(hello, RetryPolicy::within(self.config.join_timeout)).await
     }
 
-    /// Connects again after the coordinator was lost. At an endpoint, one that can be reached and is not there ends the search at once. One
-    /// that cannot be reached is waited for as long as nodes may take to come: the others wait as long for this node, and a
-    /// switch that restarts takes minutes.
+    /// Connects again after the connection was lost. At an endpoint, a refused connection ends the
+    /// search at once, since the coordinator's host is up and the coordinator is gone. An
+    /// unreachable host is retried for the join timeout: the other nodes wait for this one as long,
+    /// and a switch that restarts takes minutes.
     ///
     /// # Errors
-    /// As [`Meeting::meet`].
-    pub async fn meet_again(&self, hello: Hello) -> Result<Session, Error> {
-        self.find(hello, Patience::until_refused(self.config.join_timeout)).await
+    /// Those of [`Rendezvous::connect`].
+    pub async fn reconnect(&self, hello: Hello) -> Result<Session, Error> {
+        self.find(hello, RetryPolicy::until_refused(self.config.join_timeout)).await
     }
 
-    async fn find(&self, hello: Hello, patience: Patience) -> Result<Session, Error> {
-        match &self.place {
-            Place::Endpoint(_) => {
-                let MeetingConfig { local, token, answer, .. } = &self.config;
-                let patience = patience.answer(*answer);
+    async fn find(&self, hello: Hello, retry: RetryPolicy) -> Result<Session, Error> {
+        match &self.backend {
+            Backend::Endpoint(_) => {
+                let RendezvousConfig { local, token, answer_timeout, .. } = &self.config;
+                let retry = retry.answer_timeout(*answer_timeout);
                 let (host, port) = self.address();
-                Session::connect((&host, port), *local, hello, token.as_ref(), patience).await
+                Session::connect((&host, port), *local, hello, token.as_ref(), retry).await
             }
             #[cfg(not(feature = "etcd"))]
-            Place::Etcd(_) => Err(Error::Refused { problem: "there is no etcd in this build".into() }),
+            Backend::Etcd(_) => Err(Error::Refused { problem: "there is no etcd in this build".into() }),
             #[cfg(feature = "etcd")]
-            Place::Etcd(config) => {
-                // Whoever looks for the coordinator is it no longer.
-                let before = locked(&self.now).hosting.take();
+            Backend::Etcd(config) => {
+                // An agent that searches for the coordinator hosts it no longer.
+                let before = locked(&self.current).role.take();
                 drop(before);
                 let mut etcd = etcd::Etcd::new(config, &self.config)?;
-                let (session, address, leadership) = etcd.meet(&hello).await?;
-                *locked(&self.now) = Now { address, hosting: leadership.map(Box::new).map(Hosting::Etcd) };
+                let (session, address, leadership) = etcd.connect(&hello).await?;
+                *locked(&self.current) =
+                    Current { address, role: leadership.map(Box::new).map(HostRole::Etcd) };
                 Ok(session)
             }
         }
     }
 
-    /// The number that the coordinator knows this agent by, over all its connections.
-    pub fn agent(&self) -> u64 {
-        self.agent
+    /// Returns the number by which the coordinator recognizes this agent on each of its
+    /// connections.
+    pub fn agent_id(&self) -> u64 {
+        self.agent_id
     }
 
-    /// Host and port of the coordinator and the store.
+    /// Returns host and port of the coordinator and the store.
     pub fn address(&self) -> (String, u16) {
-        locked(&self.now).address.clone()
+        locked(&self.current).address.clone()
     }
 
-    /// Whether another agent becomes the host when this one is lost.
-    pub fn moves(&self) -> bool {
-        !matches!(self.place, Place::Endpoint(_))
+    /// Returns whether another agent hosts the coordinator once this one is lost.
+    pub fn coordinator_can_move(&self) -> bool {
+        !matches!(self.backend, Backend::Endpoint(_))
     }
 
-    /// Whether this agent is the host.
+    /// Returns whether this agent hosts the coordinator.
     pub fn is_host(&self) -> bool {
-        locked(&self.now).hosting.is_some()
+        locked(&self.current).role.is_some()
     }
 
-    /// How long the coordinator is looked for after it was lost.
-    pub fn patience(&self) -> Duration {
+    /// Returns the time for which a lost coordinator is searched.
+    pub fn reconnect_timeout(&self) -> Duration {
         self.config.join_timeout
     }
 
-    /// What the user should know, one line each.
+    /// Returns notes for the user, one line each.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    /// Waits until no agent is connected to this one any more, at most so long, and gives up its part as the host.
+    /// Stops hosting the coordinator once no agent is connected to it, after `limit` at the latest.
     pub async fn close(&self, limit: Duration) {
-        let Some(hosting) = locked(&self.now).hosting.take() else { return };
-        let _ = timeout(limit, hosting.host().deserted()).await;
-        match hosting {
-            Hosting::Endpoint(host) => drop(host),
+        let Some(role) = locked(&self.current).role.take() else { return };
+        let _ = timeout(limit, role.host().wait_idle()).await;
+        match role {
+            HostRole::Endpoint(host) => drop(host),
             #[cfg(feature = "etcd")]
-            Hosting::Etcd(leadership) => leadership.resign().await,
+            HostRole::Etcd(leadership) => leadership.resign().await,
         }
     }
 }
@@ -264,15 +268,15 @@ mod tests {
     use crate::address;
 
     #[tokio::test]
-    async fn lost_coordinator_that_cannot_be_reached_is_looked_for_as_long_as_nodes_may_take_to_come() {
+    async fn unreachable_coordinator_is_retried_for_the_join_timeout() {
         let limit = Duration::from_secs(600);
-        let config = MeetingConfig {
+        let config = RendezvousConfig {
             run_id: "job".into(),
-            shared: true,
+            multi_node: true,
             local: None,
             join_timeout: limit,
             last_call: Duration::ZERO,
-            answer: Patience::ANSWER,
+            answer_timeout: RetryPolicy::DEFAULT_ANSWER_TIMEOUT,
             keep_alive: KeepAlive::default(),
             token: None,
         };
@@ -285,31 +289,33 @@ mod tests {
             ranks_store: None,
             restarts: RestartPolicy { max_restarts: 1, window: None, backoff: Duration::ZERO, crash_loop: 0 },
             keep_alive: config.keep_alive,
-            agent: 7,
+            agent_id: 7,
             run_stamp: None,
-            place: Some(1),
+            last_node_rank: Some(1),
             addresses: Vec::new(),
             host: "host".into(),
             pid: 7,
         };
-        // The system says at once that no connection can be made to a multicast address, and it is no refusal.
-        let endpoint = Endpoint { host: "224.0.0.1".into(), port: 9, role: Role::Other };
-        let meeting = Meeting::open(config, Place::Endpoint(endpoint)).await.unwrap();
+        // Linux refuses to connect to a multicast address at once, with another error than a
+        // refused connection.
+        let endpoint = Endpoint { host: "224.0.0.1".into(), port: 9, served_by: ServedBy::Other };
+        let rendezvous = Rendezvous::open(config, Backend::Endpoint(endpoint)).await.unwrap();
         tokio::time::pause();
         let start = Instant::now();
-        let error = meeting.meet_again(hello.clone()).await.map(drop).unwrap_err();
+        let error = rendezvous.reconnect(hello.clone()).await.map(drop).unwrap_err();
         let waited = start.elapsed();
         assert!(matches!(error, Error::Unreachable { timeout, .. } if timeout == limit), "{error}");
         assert!(waited > limit - Duration::from_secs(1) && waited <= limit, "{waited:?}");
     }
 
     #[tokio::test]
-    async fn lost_coordinator_whose_host_refuses_is_gone() {
+    async fn refused_connection_ends_the_search_for_a_lost_coordinator() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(listener);
-        let patience = Patience::until_refused(Duration::from_secs(600));
-        let error = address::connect("127.0.0.1", port, None, Patience::ANSWER).await.unwrap_err();
-        assert!(patience.is_over(&error), "{error}");
+        let retry = RetryPolicy::until_refused(Duration::from_secs(600));
+        let error =
+            address::connect("127.0.0.1", port, None, RetryPolicy::DEFAULT_ANSWER_TIMEOUT).await.unwrap_err();
+        assert!(retry.is_final(&error), "{error}");
     }
 }

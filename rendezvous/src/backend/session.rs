@@ -12,49 +12,50 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::Error;
 use crate::address;
-use crate::alive;
-use crate::auth::{self, AuthError, Channel, Token};
+use crate::auth::{self, AuthError, Token};
+use crate::channel::Channel;
+use crate::keepalive;
 use crate::tls;
 
 /// Pause between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// How long a coordinator that does not answer is tried.
+/// How long connecting to the coordinator is retried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Patience {
-    /// In all, since it may not have started.
+pub struct RetryPolicy {
+    /// Timeout of all attempts: the coordinator may not have started yet.
     limit: Duration,
-    /// One address, and the coordinator that was reached there.
-    answer: Duration,
+    /// Timeout of each address, and of each answer of the coordinator.
+    answer_timeout: Duration,
     until_refused: bool,
 }
 
-impl Patience {
-    /// How long an address, a coordinator or etcd is waited for unless the user says otherwise.
-    pub const ANSWER: Duration = Duration::from_secs(5);
+impl RetryPolicy {
+    /// Default timeout of an address, and of an answer of the coordinator or of etcd.
+    pub const DEFAULT_ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-    /// So long in all.
-    pub fn wait(limit: Duration) -> Self {
-        Self { limit, answer: Self::ANSWER, until_refused: false }
+    /// Retries until `limit`.
+    pub fn within(limit: Duration) -> Self {
+        Self { limit, answer_timeout: Self::DEFAULT_ANSWER_TIMEOUT, until_refused: false }
     }
 
-    /// The same, unless its host says that it is not there.
+    /// Retries until `limit` or until the host refuses the connection.
     pub fn until_refused(limit: Duration) -> Self {
-        Self { until_refused: true, ..Self::wait(limit) }
+        Self { until_refused: true, ..Self::within(limit) }
     }
 
-    /// With so long for each address, and for the coordinator that was reached there.
+    /// Sets the timeout of each address and of each answer.
     #[must_use]
-    pub fn answer(self, answer: Duration) -> Self {
-        Self { answer, ..self }
+    pub fn answer_timeout(self, answer_timeout: Duration) -> Self {
+        Self { answer_timeout, ..self }
     }
 
-    pub(super) fn is_over(self, error: &io::Error) -> bool {
+    pub(super) fn is_final(self, error: &io::Error) -> bool {
         self.until_refused && error.kind() == io::ErrorKind::ConnectionRefused
     }
 }
 
-/// Plain or inside of TLS.
+/// Halves of the connection, plain or inside TLS.
 type Reader = Box<dyn AsyncRead + Send + Unpin>;
 type Writer = Box<dyn AsyncWrite + Send + Unpin>;
 
@@ -73,32 +74,32 @@ impl Drop for Session {
 }
 
 impl Session {
-    /// Connects and says hello, from one of this host's addresses where that is given; tries again as long as the patience
-    /// lasts.
+    /// Connects and says hello. `from` is the source address; `None` leaves it to the system.
+    /// Connecting is retried as `retry` says.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] where nobody answers in time, [`Error::Protocol`] where something else does, [`Error::Token`] where
-    /// the tokens differ, or one of the two wants TLS and the other has none.
+    /// [`Error::Unreachable`] if no coordinator answers in time, [`Error::Protocol`] if the peer
+    /// speaks another protocol, [`Error::Token`] if the tokens differ or only one side uses TLS.
     pub async fn connect(
         (host, port): (&str, u16),
         from: Option<IpAddr>,
         hello: Hello,
         token: Option<&Token>,
-        patience: Patience,
+        retry: RetryPolicy,
     ) -> Result<Self, Error> {
         let endpoint = format!("{host}:{port}");
-        let limit = patience.limit;
+        let limit = retry.limit;
         let deadline = Instant::now() + limit;
         let (reader, writer, decoder) = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let late = || Err(AuthError::Io(io::ErrorKind::TimedOut.into()));
-            match timeout(left, open((host, port), from, token, patience.answer))
+            match timeout(left, open((host, port), from, token, retry.answer_timeout))
                 .await
                 .unwrap_or_else(|_| late())
             {
                 Ok(opened) => break opened,
                 Err(AuthError::Io(source))
-                    if patience.is_over(&source) || Instant::now() + RETRY >= deadline =>
+                    if retry.is_final(&source) || Instant::now() + RETRY >= deadline =>
                 {
                     return Err(Error::Unreachable { endpoint, timeout: limit, source });
                 }
@@ -110,7 +111,7 @@ impl Session {
         let keep_alive = hello.keep_alive;
         let (outgoing, to_send) = mpsc::unbounded_channel();
         let (received, incoming) = mpsc::channel(64);
-        // A send to a session that is lost is reported by its receiver.
+        // Fails only after the writer has ended, which [`Session::recv`] reports.
         let _ = outgoing.send(ToCoordinator::Hello(hello));
         let tasks = [
             tokio::spawn(write(writer, to_send, keep_alive)),
@@ -119,22 +120,22 @@ impl Session {
         Ok(Self { outgoing, incoming, endpoint, tasks })
     }
 
-    /// Sends a message. A lost connection shows in [`Session::recv`].
+    /// Queues a message. [`Session::recv`] reports a lost connection.
     pub fn send(&self, message: ToCoordinator) {
         let _ = self.outgoing.send(message);
     }
 
-    /// Waits until what was sent is on its way, then ends the connection.
+    /// Waits until all queued messages are written, then closes the connection.
     pub async fn finish(mut self) {
         let (closed, _) = mpsc::unbounded_channel();
         self.outgoing = closed;
         let _ = timeout(Duration::from_secs(1), &mut self.tasks[0]).await;
     }
 
-    /// The next message. Cancel-safe.
+    /// Receives the next message. Cancel-safe.
     ///
     /// # Errors
-    /// [`Error::Lost`] or [`Error::Protocol`]; the session is of no use after one.
+    /// [`Error::Lost`] or [`Error::Protocol`]; the session is unusable after either.
     pub async fn recv(&mut self) -> Result<ToAgent, Error> {
         self.incoming.recv().await.unwrap_or_else(|| Err(Error::Lost { endpoint: self.endpoint.clone() }))
     }
@@ -164,11 +165,11 @@ async fn open(
     (host, port): (&str, u16),
     from: Option<IpAddr>,
     token: Option<&Token>,
-    answer: Duration,
+    answer_timeout: Duration,
 ) -> Result<(Reader, Writer, Decoder), AuthError> {
-    let stream = address::connect(host, port, from, answer).await?;
+    let stream = address::connect(host, port, from, answer_timeout).await?;
     stream.set_nodelay(true)?;
-    timeout(answer, greet(stream, token)).await.map_err(io::Error::from)?
+    timeout(answer_timeout, greet(stream, token)).await.map_err(io::Error::from)?
 }
 
 async fn greet(mut stream: TcpStream, token: Option<&Token>) -> Result<(Reader, Writer, Decoder), AuthError> {
@@ -204,7 +205,7 @@ async fn read(
                 return;
             }
         }
-        match alive::read(keep_alive, &mut reader, &mut buffer).await {
+        match keepalive::read(keep_alive, &mut reader, &mut buffer).await {
             Ok(read @ 1..) => decoder.feed(&buffer[..read]),
             _ => break,
         }

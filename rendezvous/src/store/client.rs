@@ -1,4 +1,4 @@
-//! A client of TCPStore, ours or torch's.
+//! A client of TCPStore servers, of this crate and of torch.
 //!
 //! In the book: `docs/clusters.md#who-may-join`.
 
@@ -12,68 +12,69 @@ use tokio::time::timeout;
 use super::codec::{self, MAX_KEY, MAX_KEYS, MAX_REQUEST, MAX_VALUE, Request};
 use super::state::{MAX_HELD, READY, WAIT_CANCELLED};
 
-/// The store says within this time that a wait has ended.
+/// Timeout of the store's confirmation that a wait has ended.
 const PROMPT: Duration = Duration::from_secs(30);
 
-/// Why the store did not do what it was asked for.
+/// A failed operation.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The connection is of no use any more.
+    /// The connection failed; the client is unusable.
     #[error("the store at {address}: {source}")]
     Io {
-        /// Where the store is.
+        /// Address of the store.
         address: String,
-        /// What the system says.
+        /// Error of the system.
         source: io::Error,
     },
-    /// Keys that did not come in time; the client goes on being of use.
+    /// Keys were not set in time; the client stays usable.
     #[error("no {} in the store within {limit:?}", keys.join(", "))]
     Timeout {
-        /// What was waited for.
+        /// The awaited keys.
         keys: Vec<String>,
-        /// How long.
+        /// Timeout of the wait.
         limit: Duration,
     },
-    /// The store takes no such request; nothing was sent.
+    /// The request is over a limit of the store; nothing was sent.
     #[error("{what} of {given} bytes is over the store's limit of {limit}")]
     TooLarge {
-        /// What is too large.
+        /// The value that is too large.
         what: &'static str,
-        /// Its size.
+        /// Its size in bytes.
         given: usize,
-        /// The most.
+        /// The limit in bytes.
         limit: u64,
     },
-    /// What the store answered makes no sense.
+    /// The answer is invalid.
     #[error("what answers at {address} is no store: {what}")]
     Protocol {
-        /// Where it was asked.
+        /// Address of the peer.
         address: String,
-        /// What is wrong.
+        /// The problem.
         what: &'static str,
     },
 }
 
 /// A connection to the store.
 ///
-/// Keys are stored with a leading `/`, as torch's clients do, so that both find each other's. With a prefix, they are what
-/// `torch.distributed.PrefixStore` makes of them.
+/// Keys are stored with a leading `/`, like those of torch's clients, so both find each other's
+/// keys. With a prefix, keys are those of `torch.distributed.PrefixStore`.
 pub struct Client {
     stream: TcpStream,
-    /// As it was given, for messages.
+    /// Address as given, for messages.
     address: String,
-    /// Stands before every key.
+    /// Prefix of every key.
     prefix: Vec<u8>,
-    /// How long keys are waited for.
+    /// Timeout of waits.
     limit: Duration,
     request: Vec<u8>,
 }
 
 impl Client {
-    /// Connects, and checks that a store answers. `limit` is for all of that, and then for each wait.
+    /// Connects, and checks that the peer is a store. `limit` is the timeout of connecting, and
+    /// later of each wait.
     ///
     /// # Errors
-    /// [`Error::Io`] where nobody answers in time, [`Error::Protocol`] where it is no store.
+    /// [`Error::Io`] if no peer answers in time, [`Error::Protocol`] if the peer is not a store.
     pub async fn connect(address: impl ToSocketAddrs + ToString, limit: Duration) -> Result<Self, Error> {
         let name = address.to_string();
         let failed = |source| Error::Io { address: name.clone(), source };
@@ -89,12 +90,12 @@ impl Client {
         timeout(limit, connect).await.map_err(|late| failed(late.into()))?
     }
 
-    /// Waits last at most so long from now on.
+    /// Sets the timeout of waits.
     pub fn set_limit(&mut self, limit: Duration) {
         self.limit = limit;
     }
 
-    /// Asks for a sign of life.
+    /// Checks that the store answers.
     ///
     /// # Errors
     /// [`Error`]
@@ -109,7 +110,7 @@ impl Client {
         Ok(())
     }
 
-    /// Keys are those below `prefix/` from now on, which is below the prefix so far.
+    /// Adds `prefix/` to the prefix of all keys.
     pub fn with_prefix(mut self, prefix: &str) -> Self {
         self.prefix.extend(format!("{prefix}/").into_bytes());
         self
@@ -125,10 +126,10 @@ impl Client {
         self.send(&Request::Set(&key, value)).await
     }
 
-    /// Waits for a value and returns it.
+    /// Waits for a value, and returns it.
     ///
     /// # Errors
-    /// [`Error::Timeout`] where it does not come, or another [`Error`].
+    /// [`Error::Timeout`] if it is not set in time, or another [`Error`].
     pub async fn get(&mut self, key: &str) -> Result<Vec<u8>, Error> {
         self.wait(&[key]).await?;
         let key = self.key(key)?;
@@ -136,7 +137,7 @@ impl Client {
         self.string(MAX_HELD).await
     }
 
-    /// Adds to a decimal number, 0 where there is none, and returns the sum.
+    /// Adds to a decimal number, which is 0 if it is missing. Returns the sum.
     ///
     /// # Errors
     /// [`Error`]
@@ -146,7 +147,8 @@ impl Client {
         self.number().await
     }
 
-    /// Stores `desired` if the value is `expected`, where empty also stands for none; returns what is there then.
+    /// Stores `desired` if the value is `expected`; an empty `expected` also matches a missing
+    /// value. Returns the value after that.
     ///
     /// # Errors
     /// [`Error`]
@@ -162,7 +164,7 @@ impl Client {
         self.string(MAX_HELD).await
     }
 
-    /// Whether all keys are there.
+    /// Returns whether all keys exist.
     ///
     /// # Errors
     /// [`Error`]
@@ -172,17 +174,17 @@ impl Client {
         Ok(self.byte().await? == READY)
     }
 
-    /// Waits until all keys are there.
+    /// Waits until all keys exist.
     ///
     /// # Errors
-    /// [`Error::Timeout`] where they do not come, or another [`Error`].
+    /// [`Error::Timeout`] if they are not set in time, or another [`Error`].
     pub async fn wait(&mut self, keys: &[&str]) -> Result<(), Error> {
         let full = self.keys(keys)?;
         self.send(&Request::Wait(full.iter().map(Vec::as_slice).collect())).await?;
         self.until_ready(keys).await
     }
 
-    /// Removes a key; whether it was there.
+    /// Removes a key. Returns whether it existed.
     ///
     /// # Errors
     /// [`Error`]
@@ -192,7 +194,7 @@ impl Client {
         Ok(self.number().await? == 1)
     }
 
-    /// How many keys the store has, of all prefixes.
+    /// Returns the number of keys of the store, of all prefixes.
     ///
     /// # Errors
     /// [`Error`]
@@ -201,7 +203,7 @@ impl Client {
         self.number().await
     }
 
-    /// All keys of the store, of all prefixes, as they are stored.
+    /// Returns all keys of the store, of all prefixes, as stored.
     ///
     /// # Errors
     /// [`Error`]
@@ -230,10 +232,10 @@ impl Client {
         self.send(&Request::Append(&key, more)).await
     }
 
-    /// Waits for several values and returns them.
+    /// Waits for several values, and returns them.
     ///
     /// # Errors
-    /// [`Error::Timeout`] where one does not come, or another [`Error`].
+    /// [`Error::Timeout`] if one is not set in time, or another [`Error`].
     pub async fn multi_get(&mut self, keys: &[&str]) -> Result<Vec<Vec<u8>>, Error> {
         self.wait(keys).await?;
         let full = self.keys(keys)?;
@@ -271,7 +273,7 @@ impl Client {
         self.send(&Request::QueuePush(&key, value)).await
     }
 
-    /// Takes from the front of a queue, if there is something.
+    /// Removes the first element of a queue, if there is one.
     ///
     /// # Errors
     /// [`Error`]
@@ -284,7 +286,7 @@ impl Client {
         }
     }
 
-    /// How long a queue is.
+    /// Returns the length of a queue.
     ///
     /// # Errors
     /// [`Error`]
@@ -294,11 +296,11 @@ impl Client {
         self.number().await
     }
 
-    /// Waits until so many clients have come to a barrier. Who gives up has come all the same. The store counts in a key of that
-    /// name, so that a barrier is used once.
+    /// Waits until `size` clients have entered a barrier. A client that times out still counts. The
+    /// store counts in a key of this name, so each barrier is used once.
     ///
     /// # Errors
-    /// [`Error::Timeout`] where they do not come, or another [`Error`].
+    /// [`Error::Timeout`] if they do not enter in time, or another [`Error`].
     pub async fn barrier(&mut self, key: &str, size: i64) -> Result<(), Error> {
         let full = self.key(key)?;
         self.send(&Request::Barrier(&full, size)).await?;
@@ -319,7 +321,7 @@ impl Client {
         self.request.clear();
         codec::encode(request, &mut self.request);
         let sent = self.stream.write_all(&self.request).await;
-        // A large value is not kept.
+        // Releases the memory of a large value.
         self.request.clear();
         self.request.shrink_to(4096);
         sent.map_err(|source| self.failed(source))
@@ -336,7 +338,8 @@ impl Client {
         let limit = self.limit;
         let last_moment = async {
             let came = self.byte().await? != WAIT_CANCELLED;
-            // What was waited for may have come after all: then that is said first.
+            // The wait may have ended just before the cancellation: then READY precedes its
+            // confirmation.
             if came {
                 self.byte().await?;
             }
@@ -375,7 +378,7 @@ impl Client {
             return Err(self.protocol("an answer is too long"));
         }
         let mut string = Vec::new();
-        // Not reserved: the length is what the peer says.
+        // Not reserved in advance: the peer chooses the length.
         let read = (&mut self.stream).take(length as u64).read_to_end(&mut string).await;
         match read.map_err(|source| self.failed(source))? as i64 == length {
             true => Ok(string),

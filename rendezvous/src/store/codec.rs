@@ -1,47 +1,47 @@
-//! Requests as bytes. All integers are little-endian; a string is a u64 length and its bytes.
+//! Encoding of requests. Integers are little-endian; a string is a u64 length and its bytes.
 //!
-//! Nothing is allocated before its length is within the limits, which are torch's own.
+//! Lengths are checked against torch's own limits before memory is allocated.
 //!
 //! In the book: `docs/clusters.md#who-may-join`.
 
-/// The value that a client's first request carries.
+/// Value of a client's first request.
 pub const VALIDATION_MAGIC: u32 = 0x3C85_F7CE;
-/// The command of a client's first request.
+/// Command of a client's first request.
 pub const VALIDATE: u8 = 0;
-/// Longest key, in bytes.
+/// Maximum length of a key in bytes.
 pub const MAX_KEY: u64 = 8 << 10;
-/// Longest value, in bytes.
+/// Maximum length of a value in bytes.
 pub const MAX_VALUE: u64 = 8 << 20;
-/// Most keys in one request.
+/// Maximum number of keys in one request.
 pub const MAX_KEYS: u64 = 128 << 10;
-/// Bytes of a request that is not whole yet; more than any client of torch sends.
+/// Maximum length of a request in bytes; more than any client of torch sends.
 pub const MAX_REQUEST: usize = 64 << 20;
 
-/// What a client asks for. It borrows from the bytes that it was read from.
+/// A request of a client, borrowed from the bytes that it was decoded from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request<'a> {
-    /// The client is one of TCPStore; the first request of a connection.
+    /// Validates the protocol; the first request of a connection.
     Validate,
     /// Stores a value.
     Set(&'a [u8], &'a [u8]),
     /// Stores `desired` if the value is `expected`.
     CompareSet {
-        /// The key.
+        /// Key.
         key: &'a [u8],
-        /// What must be there; empty also stands for nothing.
+        /// Expected value; empty also matches a missing value.
         expected: &'a [u8],
-        /// What shall be there.
+        /// New value.
         desired: &'a [u8],
     },
-    /// Reads a value that is there.
+    /// Reads a value; empty if it is missing.
     Get(&'a [u8]),
     /// Adds to a decimal number.
     Add(&'a [u8], i64),
-    /// Whether all keys are there.
+    /// Answers whether all keys exist.
     Check(Vec<&'a [u8]>),
-    /// Answers once all keys are there.
+    /// Answers once all keys exist.
     Wait(Vec<&'a [u8]>),
-    /// How many keys there are.
+    /// Answers with the number of keys.
     NumKeys,
     /// Removes a key.
     Delete(&'a [u8]),
@@ -51,47 +51,48 @@ pub enum Request<'a> {
     MultiGet(Vec<&'a [u8]>),
     /// Stores several values.
     MultiSet(Vec<(&'a [u8], &'a [u8])>),
-    /// Ends this client's wait.
+    /// Cancels this client's wait.
     CancelWait,
-    /// Answers with the number.
+    /// Answers with the same number.
     Ping(u32),
     /// Appends to a queue.
     QueuePush(&'a [u8], &'a [u8]),
-    /// Takes from the front of a queue.
+    /// Removes the first element of a queue.
     QueuePop(&'a [u8]),
-    /// How long a queue is.
+    /// Answers with the length of a queue.
     QueueLen(&'a [u8]),
-    /// All keys.
+    /// Answers with all keys.
     ListKeys,
-    /// Answers once so many clients have asked.
+    /// Answers once this many clients have entered.
     Barrier(&'a [u8], i64),
 }
 
-/// Why bytes are no request.
+/// Bytes that are not a request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CodecError {
     /// The first request did not carry [`VALIDATION_MAGIC`].
     #[error("the client is none of c10d's TCPStore (it starts with {0:#010x})")]
     Magic(u32),
-    /// There is no such request.
+    /// The command is unknown.
     #[error("{0} is not a request of the store")]
     Command(u8),
     /// A length is over its limit.
     #[error("{what} of {given} is over the limit of {limit}")]
     TooLarge {
-        /// What is too large.
+        /// The field that is too large.
         what: &'static str,
-        /// How large it would be.
+        /// Its length.
         given: u64,
-        /// How large it may be.
+        /// The limit.
         limit: u64,
     },
 }
 
-/// Reads the first request of `bytes` and how many bytes it took; `None` where more bytes are needed.
+/// Decodes the first request of `bytes`, and returns it with its length; `None` if more bytes are
+/// needed.
 ///
 /// # Errors
-/// [`CodecError`]; the connection is of no use after one.
+/// [`CodecError`]; the connection is unusable after one.
 pub fn decode(bytes: &[u8]) -> Result<Option<(Request<'_>, usize)>, CodecError> {
     let mut scan = Scan::default();
     if !scan.advance(bytes)? {
@@ -100,7 +101,7 @@ pub fn decode(bytes: &[u8]) -> Result<Option<(Request<'_>, usize)>, CodecError> 
     Ok(Reader { bytes, at: 0 }.request()?.map(|request| (request, scan.at)))
 }
 
-/// Writes a request as a client sends it.
+/// Encodes a request as a client sends it.
 pub fn encode(request: &Request<'_>, bytes: &mut Vec<u8>) {
     let mut put = |command: u8, strings: &[&[u8]]| {
         bytes.push(command);
@@ -161,13 +162,13 @@ fn put_keys(command: u8, keys: &[&[u8]], bytes: &mut Vec<u8>) {
 
 #[derive(Clone, Copy)]
 enum Field {
-    /// So many bytes.
+    /// A field of this many bytes.
     Fixed(usize),
     Key,
     Value,
 }
 
-/// What comes after a command: once, or a number and so many times.
+/// Fields after a command: once, or as a counted list.
 enum Layout {
     Once(&'static [Field]),
     List(&'static [Field]),
@@ -189,23 +190,24 @@ fn layout(command: u8) -> Result<Layout, CodecError> {
     })
 }
 
-/// How much of a request has been seen, and that it is within the limits. A request that comes in pieces is looked at once, however many
-/// they are.
+/// Progress of checking a request that arrives in pieces: its bytes are scanned once, however many
+/// pieces there are.
 #[derive(Debug, Default)]
 pub struct Scan {
-    /// Bytes that belong to it.
+    /// Length of the scanned part.
     at: usize,
-    /// Fields that are complete, of all items.
+    /// Number of complete fields, over all items.
     fields: u64,
-    /// Items of a list, once that is known.
+    /// Number of items of a list, once its bytes have arrived.
     items: Option<u64>,
 }
 
 impl Scan {
-    /// Goes on with the same bytes and those that have come since; whether the request is whole.
+    /// Continues the scan with the same bytes and those that have arrived since. Returns whether
+    /// the request is complete.
     ///
     /// # Errors
-    /// [`CodecError`]; the connection is of no use after one.
+    /// [`CodecError`]; the connection is unusable after one.
     pub fn advance(&mut self, bytes: &[u8]) -> Result<bool, CodecError> {
         let Some(command) = bytes.first() else { return Ok(false) };
         self.at = self.at.max(1);
@@ -236,7 +238,7 @@ impl Scan {
         Ok(true)
     }
 
-    /// Bytes of a string with its length, where that is there.
+    /// Returns the size of a string with its length, once that has arrived.
     fn string(&self, bytes: &[u8], what: &'static str, limit: u64) -> Result<Option<usize>, CodecError> {
         Ok(self.length(bytes, what, limit)?.map(|length| 8 + length as usize))
     }
@@ -250,17 +252,17 @@ impl Scan {
         }
     }
 
-    /// The request of the same bytes, once it is whole, and how many they are. `None` of a whole request means that there is no memory
-    /// for its list of keys.
+    /// Returns the request of the scanned bytes and its length. `None` for a complete request means
+    /// that there is no memory for its list of keys.
     ///
     /// # Errors
-    /// [`CodecError`]; the connection is of no use after one.
+    /// [`CodecError`]; the connection is unusable after one.
     pub fn request<'a>(&self, bytes: &'a [u8]) -> Result<Option<(Request<'a>, usize)>, CodecError> {
         Ok(Reader { bytes, at: 0 }.request()?.map(|request| (request, self.at)))
     }
 }
 
-/// Reads what a [`Scan`] has found to be whole.
+/// Decodes bytes that a [`Scan`] has found to be complete.
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -322,7 +324,8 @@ impl<'a> Reader<'a> {
         Some(bytes)
     }
 
-    /// The scan has found so many items, at most [`MAX_KEYS`]. `None` also if there is no memory for them.
+    /// Decodes a list, which the scan has limited to [`MAX_KEYS`] items. Returns `None` also if
+    /// there is no memory for it.
     fn list<T>(&mut self, item: impl Fn(&mut Self) -> Option<T>) -> Option<Vec<T>> {
         let count = u64::from_le_bytes(self.take()?) as usize;
         let mut items = Vec::new();
@@ -345,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_read_from_any_prefix_only_when_it_is_whole() {
+    fn request_is_decoded_only_once_it_is_complete() {
         let multi_set =
             [&[11][..], &2_u64.to_le_bytes(), &string(b"a"), &string(b"1"), &string(b"b"), &string(b"")];
         let bytes = multi_set.concat();
@@ -354,7 +357,7 @@ mod tests {
         }
         let expected = Request::MultiSet(vec![(b"a", b"1"), (b"b", b"")]);
         assert_eq!(decode(&[bytes.clone(), vec![7]].concat()), Ok(Some((expected.clone(), bytes.len()))));
-        // In pieces, each of them looked at once.
+        // In pieces, each of which is scanned once.
         let mut scan = Scan::default();
         for cut in 0..bytes.len() {
             assert_eq!(scan.advance(&bytes[..cut]), Ok(false), "{cut}");
@@ -364,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_hold_before_the_bytes_arrive() {
+    fn limits_are_checked_before_the_bytes_arrive() {
         for (command, given) in [(3, MAX_KEY + 1), (5, MAX_KEYS + 1), (10, u64::MAX)] {
             let bytes = [&[command][..], &given.to_le_bytes()].concat();
             assert!(matches!(decode(&bytes), Err(CodecError::TooLarge { .. })), "{command}");
@@ -400,7 +403,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(
+        fn encoded_value_round_trips(
             kind in 0_u8..19, number in any::<i64>(),
             a in proptest::collection::vec(any::<u8>(), 0..40), b in proptest::collection::vec(any::<u8>(), 0..40),
         ) {

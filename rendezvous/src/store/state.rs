@@ -1,4 +1,4 @@
-//! What the store holds, and its answers.
+//! State of the store, and its answers. Pure.
 //!
 //! In the book: `docs/clusters.md#who-may-join`.
 
@@ -12,33 +12,33 @@ use super::values::{Answer, MAX_ANSWER, Value, copy};
 /// A client's connection.
 pub type Connection = u64;
 
-/// Most bytes that a store holds unless it is told otherwise: keys, values and waits together.
+/// Default limit of the bytes that a store holds: keys, values and waits together.
 pub const MAX_HELD: usize = 1 << 30;
 
-/// What tells a client that its wait is over.
+/// Answer to a wait that has ended.
 pub const READY: u8 = 0;
 const NOT_READY: u8 = 1;
-/// What tells a client that its wait was cancelled.
+/// Answer to a cancelled wait.
 pub const WAIT_CANCELLED: u8 = 1;
 
-/// Longest value that appending makes, in bytes. Torch's server has no limit here.
+/// Maximum length in bytes of a value after an append. Torch's server has no limit here.
 pub const MAX_APPENDED: usize = 64 << 20;
 
-/// What an entry takes beside its key and its value, roughly: its place in a table that is half full, and two allocations.
+/// Approximate overhead of an entry in bytes: its slot in a half-full table, and two allocations.
 const ENTRY: usize = 160;
 
-/// Why a request was not carried out.
+/// A refused request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// The store would hold more than it may.
+    /// The store would exceed its limit.
     #[error("the store is full: it holds {held} bytes of at most {limit}")]
     Full {
         /// Bytes that it holds.
         held: usize,
-        /// The most.
+        /// The limit in bytes.
         limit: usize,
     },
-    /// There is nothing to add to.
+    /// The value to add to is not a number.
     #[error("the value to add to is no number")]
     NotANumber,
     /// An appended value would be longer than [`MAX_APPENDED`].
@@ -58,43 +58,43 @@ impl From<TryReserveError> for Refused {
     }
 }
 
-/// What is to be sent.
+/// Answers to send.
 #[derive(Debug, Default)]
 pub struct Replies {
-    /// To the client that asked.
+    /// Answer to the client of the request.
     pub own: Answer,
-    /// To each of these [`READY`].
+    /// Other clients, each of which receives [`READY`].
     pub woken: Vec<Connection>,
 }
 
-/// What a client waits for.
+/// A client's wait.
 #[derive(Debug)]
 struct Wait {
-    /// Its turn among all waits.
+    /// Position among all waits.
     turn: u64,
-    /// Keys that have not come yet.
+    /// Keys that do not exist yet.
     missing: BTreeSet<Vec<u8>>,
 }
 
-/// The keys, their values, and who waits for what.
+/// The keys with their values, and the waiting clients.
 #[derive(Debug)]
 pub struct Store {
     values: HashMap<Vec<u8>, Value>,
     queues: HashMap<Vec<u8>, VecDeque<Value>>,
     waiting: HashMap<Connection, Wait>,
-    /// The same by key, in turn.
+    /// The same waits by key, in order.
     waiters: HashMap<Vec<u8>, BTreeMap<u64, Connection>>,
-    /// How many waits have begun.
+    /// Number of waits begun so far.
     waits: u64,
-    /// Bytes of all that, without those of large values.
+    /// Bytes of all these, except those of large values.
     held: usize,
-    /// Bytes of large values that are in the store or in an answer.
+    /// Bytes of large values in the store or in pending answers.
     live: Arc<AtomicUsize>,
     limit: usize,
 }
 
 impl Store {
-    /// An empty store that holds at most so many bytes.
+    /// Creates an empty store that holds at most `limit` bytes.
     pub fn new(limit: usize) -> Self {
         Self {
             values: HashMap::new(),
@@ -108,25 +108,25 @@ impl Store {
         }
     }
 
-    /// Forgets everything, waits included. Large values in answers that are being sent still count.
+    /// Removes all keys, queues and waits. Large values in pending answers still count.
     pub fn clear(&mut self) {
         *self = Self { live: Arc::clone(&self.live), ..Self::new(self.limit) };
     }
 
-    /// Bytes that the store and the values of its answers take, roughly.
+    /// Returns the approximate bytes of the store and of the values in its answers.
     pub fn held(&self) -> usize {
         self.held + self.live.load(Ordering::Relaxed)
     }
 
-    /// Forgets a client.
+    /// Removes a client's wait.
     pub fn disconnect(&mut self, client: Connection) {
         self.stop_waiting(client);
     }
 
-    /// Carries out a request; what is to be sent is added to `replies`.
+    /// Handles a request, and adds the answers to `replies`.
     ///
     /// # Errors
-    /// [`Refused`], and nothing is changed.
+    /// [`Refused`]; the store is unchanged.
     pub fn handle(
         &mut self,
         client: Connection,
@@ -157,7 +157,8 @@ impl Store {
             }
             Request::Append(key, more) => self.append(key, more, replies)?,
             Request::MultiGet(keys) => {
-                // Known before it is built: a request of a few bytes may ask for many values.
+                // Checked before the answer is built: a request of a few bytes may ask for many
+                // values.
                 let size = keys.iter().map(|key| self.values.get(*key).map_or(8, Value::in_answer)).sum();
                 make_room(&mut replies.own, size)?;
                 keys.iter().for_each(|key| self.answer(key, &mut replies.own));
@@ -189,7 +190,8 @@ impl Store {
                 self.stop_waiting(client);
                 let count = Value::Small(come.to_string().into_bytes());
                 self.room_for(key.len() + count.len() + ENTRY + waiting_size(key))?;
-                // The count is a key like any other, as in torch's server: who gives up or goes has come all the same.
+                // The count is a key like any other, as in torch's server: a client that cancels or
+                // disconnects still counts.
                 self.put(key, count)?;
                 if come >= size {
                     self.wake(key, replies);
@@ -207,13 +209,13 @@ impl Store {
         if held + more > limit { Err(Refused::Full { held, limit }) } else { Ok(()) }
     }
 
-    /// A value for the store. It must have room before memory is asked for.
+    /// Copies a value, after checking the limit.
     fn copy(&self, value: &[u8]) -> Result<Value, Refused> {
         self.room_for(value.len())?;
         Ok(Value::copy(value, &self.live)?)
     }
 
-    /// Adds the value of a key to an answer, an empty one if there is none.
+    /// Adds the value of a key to an answer; an empty value if it is missing.
     fn answer(&self, key: &[u8], answer: &mut Answer) {
         match self.values.get(key) {
             Some(value) => answer.put_value(value),
@@ -231,7 +233,7 @@ impl Store {
         Ok(())
     }
 
-    /// Stores a value and wakes no client.
+    /// Stores a value without waking waiting clients.
     fn put(&mut self, key: &[u8], value: Value) -> Result<(), Refused> {
         self.room_for(key.len() + value.uncounted() + ENTRY)?;
         match self.values.get_mut(key) {
@@ -272,7 +274,7 @@ impl Store {
         if length + more.len() > MAX_APPENDED {
             return Err(Refused::ValueTooLarge(length + more.len()));
         }
-        // An answer that is being sent keeps the value as it was, so that there may be two.
+        // A pending answer keeps the old value, so both may exist at once.
         self.room_for(length + more.len())?;
         if let Some(value) = self.values.get_mut(key) {
             self.held -= value.uncounted();
@@ -280,7 +282,7 @@ impl Store {
             self.held += value.uncounted();
             appended?;
         }
-        // A client that waits although there is a value is in a barrier that counts here.
+        // A client that waits for an existing value is in a barrier that counts in this key.
         self.wake(key, replies);
         Ok(())
     }
@@ -293,7 +295,7 @@ impl Store {
         }
     }
 
-    /// One element serves one client: the first that waits for nothing else.
+    /// Wakes one client per element: the first whose other keys exist.
     fn wake_one(&mut self, key: &[u8], replies: &mut Replies) {
         while let Some((_, client)) = self.waiters.get_mut(key).and_then(BTreeMap::pop_first) {
             self.held -= waiting_size(key);
@@ -304,14 +306,14 @@ impl Store {
         self.forget_key_without_waiters(key);
     }
 
-    /// A queue of that name stays, as in torch's server.
+    /// Removes a key. A queue of the same name stays, as in torch's server.
     fn remove(&mut self, key: &[u8]) -> bool {
         let Some(value) = self.values.remove(key) else { return false };
         self.held -= key.len() + value.uncounted() + ENTRY;
         true
     }
 
-    /// The number at a key, 0 where there is none.
+    /// Returns the number at a key; 0 if it is missing.
     fn number(&self, key: &[u8]) -> Result<i64, Refused> {
         let value = self.values.get(key);
         value.map_or(Ok(0), |value| leading_number(value.as_slice()).ok_or(Refused::NotANumber))
@@ -353,7 +355,7 @@ impl Store {
         }
         if let Some(queue) = self.queues.get_mut(key) {
             if let Err(error) = queue.try_reserve(1) {
-                // No empty queue stays behind.
+                // An empty queue would count as an existing key.
                 if queue.is_empty() {
                     self.queues.remove(key);
                 }
@@ -400,7 +402,7 @@ impl Store {
         Ok(())
     }
 
-    /// A key that a client waits for is there; whether that was the last.
+    /// Notes that an awaited key exists. Returns whether it was the client's last one.
     fn arrived(&mut self, client: Connection, key: &[u8], replies: &mut Replies) -> bool {
         let Some(wait) = self.waiting.get_mut(&client) else { return false };
         wait.missing.remove(key);
@@ -428,12 +430,12 @@ impl Store {
     }
 }
 
-/// A key that is waited for is there once by client and once by key.
+/// Returns the size of a waiting key, which is stored by client and by key.
 fn waiting_size(key: &[u8]) -> usize {
     2 * (key.len() + ENTRY)
 }
 
-/// What `std::stoll` reads, which torch's server counts with.
+/// Parses the leading number like `std::stoll`, which torch's server uses.
 fn leading_number(value: &[u8]) -> Option<i64> {
     let blank = |byte: &u8| matches!(byte, b' ' | b'\t'..=b'\r');
     let text = &value[value.iter().take_while(|byte| blank(byte)).count()..];
@@ -442,7 +444,7 @@ fn leading_number(value: &[u8]) -> Option<i64> {
     std::str::from_utf8(&text[..sign + digits]).ok()?.parse().ok()
 }
 
-/// Makes room for so much more of an answer.
+/// Reserves room in an answer.
 fn make_room(answer: &mut Answer, size: usize) -> Result<(), Refused> {
     if size > MAX_ANSWER {
         return Err(Refused::AnswerTooLarge(size));

@@ -1,7 +1,7 @@
-//! Values, and the answers that carry them.
+//! Values, and the answers that contain them.
 //!
-//! A large value is kept once, however many answers carry it: a broadcast of 8 MiB to a thousand ranks that read slowly takes 8 MiB,
-//! and so does a request for the same key a thousand times.
+//! A large value exists once, however many answers contain it: broadcasting 8 MiB to a thousand
+//! slow readers takes 8 MiB, and so does reading one key a thousand times.
 //!
 //! In the book: `docs/clusters.md#who-may-join`.
 
@@ -12,31 +12,33 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::codec::MAX_KEYS;
 
-/// Size from which on a value is shared with the answers that carry it; smaller ones are copied.
+/// Minimum size of a value that answers share; smaller values are copied.
 const SHARED: usize = 1 << 10;
 
-/// Most bytes that an answer takes beside shared values: enough for any [`MultiGet`](super::codec::Request::MultiGet).
+/// Maximum of bytes of an answer, except shared values: enough for any
+/// [`MultiGet`](super::codec::Request::MultiGet).
 pub const MAX_ANSWER: usize = MAX_KEYS as usize * (SHARED + 8 + ENTRY);
 
-/// Bytes that the place of a shared value takes in an answer.
-const ENTRY: usize = size_of::<(usize, Arc<Large>)>();
+/// Size of a reference to a shared value in an answer.
+const ENTRY: usize = size_of::<(usize, Arc<SharedBytes>)>();
 
-/// The bytes of a large value. They count as held until the last answer that carries them is sent, and not only until the store drops
-/// the value: otherwise clients that do not read would make the process hold as much as they like.
+/// The bytes of a large value. They count as held until the last answer with them is sent, and not
+/// only until the store drops the value; otherwise clients that do not read could make the process
+/// hold any amount.
 #[derive(Debug)]
-pub struct Large {
+pub struct SharedBytes {
     bytes: Vec<u8>,
     live: Arc<AtomicUsize>,
 }
 
-impl Large {
+impl SharedBytes {
     fn new(bytes: Vec<u8>, live: &Arc<AtomicUsize>) -> Arc<Self> {
         live.fetch_add(bytes.len(), Ordering::Relaxed);
         Arc::new(Self { bytes, live: Arc::clone(live) })
     }
 }
 
-impl Drop for Large {
+impl Drop for SharedBytes {
     fn drop(&mut self) {
         self.live.fetch_sub(self.bytes.len(), Ordering::Relaxed);
     }
@@ -46,14 +48,18 @@ impl Drop for Large {
 #[derive(Debug)]
 pub(super) enum Value {
     Small(Vec<u8>),
-    Shared(Arc<Large>),
+    Shared(Arc<SharedBytes>),
 }
 
 impl Value {
     /// Copies bytes. `live` counts those of large values.
     pub(super) fn copy(bytes: &[u8], live: &Arc<AtomicUsize>) -> Result<Self, TryReserveError> {
         let bytes = copy(bytes)?;
-        Ok(if bytes.len() < SHARED { Self::Small(bytes) } else { Self::Shared(Large::new(bytes, live)) })
+        Ok(if bytes.len() < SHARED {
+            Self::Small(bytes)
+        } else {
+            Self::Shared(SharedBytes::new(bytes, live))
+        })
     }
 
     pub(super) fn as_slice(&self) -> &[u8] {
@@ -67,17 +73,17 @@ impl Value {
         self.as_slice().len()
     }
 
-    /// Bytes that `live` does not count.
+    /// Returns the bytes that `live` does not count.
     pub(super) fn uncounted(&self) -> usize {
         if let Self::Small(bytes) = self { bytes.len() } else { 0 }
     }
 
-    /// Bytes that an answer takes for it, beside those that are shared.
+    /// Returns the size of this value in an answer, without shared bytes.
     pub(super) fn in_answer(&self) -> usize {
         8 + if let Self::Small(bytes) = self { bytes.len() } else { ENTRY }
     }
 
-    /// Adds bytes to the end. Those of an answer that is being sent do not change.
+    /// Appends bytes. Pending answers keep the old value.
     pub(super) fn append(&mut self, more: &[u8], live: &Arc<AtomicUsize>) -> Result<(), TryReserveError> {
         let length = self.len() + more.len();
         if let Self::Small(bytes) = self
@@ -88,9 +94,9 @@ impl Value {
             return Ok(());
         }
         if let Self::Shared(large) = self
-            && let Some(Large { bytes, .. }) = Arc::get_mut(large)
+            && let Some(SharedBytes { bytes, .. }) = Arc::get_mut(large)
         {
-            // Twice the size, as a vector grows by itself, would be more than is counted.
+            // A vector would double its capacity, which is more than is counted.
             if bytes.capacity() < length {
                 bytes.try_reserve_exact(more.len().max(bytes.len() / 8))?;
             }
@@ -102,12 +108,12 @@ impl Value {
         bytes.try_reserve_exact(length)?;
         bytes.extend_from_slice(self.as_slice());
         bytes.extend_from_slice(more);
-        *self = Self::Shared(Large::new(bytes, live));
+        *self = Self::Shared(SharedBytes::new(bytes, live));
         Ok(())
     }
 }
 
-/// A copy, if there is memory for it.
+/// Copies bytes, if there is memory.
 pub(super) fn copy(bytes: &[u8]) -> Result<Vec<u8>, TryReserveError> {
     let mut copy = Vec::new();
     copy.try_reserve_exact(bytes.len())?;
@@ -115,60 +121,60 @@ pub(super) fn copy(bytes: &[u8]) -> Result<Vec<u8>, TryReserveError> {
     Ok(copy)
 }
 
-/// Bytes to a client: its own, and shared values between them.
+/// Bytes for one client: its own, with shared values in between.
 #[derive(Debug, Default)]
 pub struct Answer {
     bytes: Vec<u8>,
-    /// Each with how many of `bytes` come before it.
-    shared: VecDeque<(usize, Arc<Large>)>,
-    /// Bytes of all shared values.
+    /// Shared values with their positions in `bytes`.
+    shared: VecDeque<(usize, Arc<SharedBytes>)>,
+    /// Total length of the shared values.
     spliced: usize,
 }
 
 impl Answer {
-    /// How many bytes the client receives.
+    /// Returns the number of bytes that the client receives.
     pub fn len(&self) -> usize {
         self.bytes.len() + self.spliced
     }
 
-    /// Whether there is nothing to send.
+    /// Returns whether there is nothing to send.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty() && self.shared.is_empty()
     }
 
-    /// Whether there are shared values among its bytes.
+    /// Returns whether it contains shared values.
     pub fn has_shared(&self) -> bool {
         !self.shared.is_empty()
     }
 
-    /// Its bytes without shared values.
+    /// Returns its own bytes, without shared values.
     pub fn own(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Forgets what it holds and keeps the room.
+    /// Clears it, and keeps its capacity.
     pub fn clear(&mut self) {
         self.bytes.clear();
         self.shared.clear();
         self.spliced = 0;
     }
 
-    /// Bytes of memory that it takes, without shared values.
+    /// Returns its memory in bytes, without shared values.
     pub fn held(&self) -> usize {
         self.bytes.capacity() + self.shared.capacity() * ENTRY
     }
 
-    /// Makes room for so many bytes that are not shared.
+    /// Reserves room for `size` bytes of its own.
     pub(super) fn reserve(&mut self, size: usize) -> Result<(), TryReserveError> {
         self.bytes.try_reserve(size)
     }
 
-    /// Adds a byte.
+    /// Appends a byte.
     pub fn push(&mut self, byte: u8) {
         self.bytes.push(byte);
     }
 
-    /// Adds bytes.
+    /// Appends bytes.
     pub fn put(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
@@ -177,7 +183,7 @@ impl Answer {
         self.put(&(length as i64).to_le_bytes());
     }
 
-    /// Adds a value and its length before it.
+    /// Appends the length of a value and the value.
     pub(super) fn put_value(&mut self, value: &Value) {
         self.put_length(value.len());
         match value {
@@ -189,7 +195,7 @@ impl Answer {
         }
     }
 
-    /// All of its bytes, one after the other.
+    /// Returns all of its bytes in order.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut all = Vec::with_capacity(self.len());
         let mut at = 0;
@@ -203,21 +209,22 @@ impl Answer {
     }
 }
 
-/// An answer on its way.
+/// An answer that is partly sent.
 #[derive(Debug, Default)]
 pub struct Sending {
     answer: Answer,
-    /// Bytes of the answer's own that are sent.
+    /// Number of its own bytes that are sent.
     at: usize,
-    /// Bytes of its first shared value that are sent.
+    /// Number of bytes of the first shared value that are sent.
     within: usize,
 }
 
 impl Sending {
-    /// Begins to send. An answer that is mostly room is copied, and `answer` keeps the room.
+    /// Begins to send an answer, of which the first `sent` bytes are sent. If the bytes fill less
+    /// than half of the capacity they are copied, and `answer` keeps its buffer.
     ///
     /// # Errors
-    /// There is no memory for it.
+    /// There is no memory for the copy.
     pub fn begin(answer: &mut Answer, sent: usize) -> Result<Self, TryReserveError> {
         if answer.shared.is_empty() && answer.bytes.len() - sent < answer.bytes.capacity() / 2 {
             let bytes = copy(&answer.bytes[sent..])?;
@@ -228,12 +235,12 @@ impl Sending {
         Ok(sending)
     }
 
-    /// Bytes of memory that it takes, without shared values.
+    /// Returns its memory in bytes, without shared values.
     pub fn held(&self) -> usize {
         self.answer.held()
     }
 
-    /// Adds bytes to the end.
+    /// Appends bytes.
     ///
     /// # Errors
     /// There is no memory for them.
@@ -243,7 +250,7 @@ impl Sending {
         Ok(())
     }
 
-    /// Fills in what is to be sent next, and returns how many slices that is: 0 once all is sent.
+    /// Fills `slices` with the bytes to send next, and returns their number: 0 once all is sent.
     pub fn next<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
         let Answer { bytes, shared, .. } = &self.answer;
         let (mut at, mut within, mut count) = (self.at, self.within, 0);
@@ -265,7 +272,7 @@ impl Sending {
         count
     }
 
-    /// So many more bytes are sent. A shared value is dropped as soon as all of it is.
+    /// Notes that `more` bytes were sent. A shared value is dropped once all of it is.
     pub fn sent(&mut self, mut more: usize) {
         while let Some((before, large)) = self.answer.shared.front() {
             let own = (before - self.at).min(more);
@@ -289,7 +296,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answer_that_is_sent_in_any_pieces_is_the_answer() {
+    fn answer_sent_in_any_pieces_arrives_unchanged() {
         let live = Arc::default();
         let value = |byte: u8, size| Value::copy(&vec![byte; size], &live).unwrap();
         let mut answer = Answer::default();
@@ -323,13 +330,13 @@ mod tests {
                 sending.sent(sent);
             }
             assert_eq!(received, all, "{piece}");
-            // All of its values are dropped by now.
+            // All shared values are dropped by now.
             assert_eq!(live.load(Ordering::Relaxed), 0);
         }
     }
 
     #[test]
-    fn value_that_is_appended_to_changes_no_answer() {
+    fn appending_to_a_value_does_not_change_pending_answers() {
         let live = Arc::default();
         let mut value = Value::copy(&[1; SHARED - 1], &live).unwrap();
         assert_eq!((value.uncounted(), live.load(Ordering::Relaxed)), (SHARED - 1, 0));

@@ -1,24 +1,25 @@
-//! A build without the feature `tls`: sessions cannot be opened, and their types have no values.
+//! The types of a build without the feature `tls`: they have no values, and connecting fails.
 
 use std::convert::Infallible;
 use std::io;
 
-use crate::auth::{AuthError, Channel};
+use super::Failure;
+use crate::channel::Channel;
 
 const ABSENT: &str = "this program was built without the feature `tls`";
 
-/// A fault that TLS reports: there are none.
+/// An error of TLS; none exists in this build.
 pub(crate) type Problem = Infallible;
 
-/// Returns `None`: errors of a stream are never those of TLS.
+/// Returns `None`: no error of a stream is one of TLS.
 pub(crate) fn problem(_: &io::Error) -> Option<Problem> {
     None
 }
 
-/// The coordinator's end of a connection.
+/// The coordinator's end of a TLS connection.
 pub(crate) struct Accepted<S>(S);
 
-/// The coordinator's part; there is none.
+/// The acceptor of TLS connections; none can be created.
 #[derive(Clone)]
 pub(crate) enum Acceptor {}
 
@@ -27,21 +28,21 @@ impl Acceptor {
         Err(io::Error::other(ABSENT))
     }
 
-    pub(crate) async fn accept<S>(&self, _: S) -> Result<(Accepted<S>, Channel), AuthError> {
+    pub(crate) async fn accept<S>(&self, _: S) -> Result<(Accepted<S>, Channel), Failure> {
         match *self {}
     }
 }
 
 impl<S> Accepted<S> {
-    pub(crate) fn stranger(&mut self) -> &mut S {
+    pub(crate) fn unauthenticated(&mut self) -> &mut S {
         &mut self.0
     }
 
-    pub(crate) fn known(self) -> S {
+    pub(crate) fn authenticated(self) -> S {
         self.0
     }
 }
 
-pub(crate) async fn connect<S>(_: S) -> Result<(S, Channel), AuthError> {
-    Err(AuthError::Io(io::Error::other(ABSENT)))
+pub(crate) async fn connect<S>(_: S) -> Result<(S, Channel), Failure> {
+    Err(Failure::Io(io::Error::other(ABSENT)))
 }

@@ -1,10 +1,12 @@
 //! TLS 1.3 between agents and the coordinator, without certificates.
 //!
-//! The coordinator's host makes a key for as long as it lives and shows it as it is (a raw public key, RFC 7250). The agent accepts any
-//! key: the proofs of the token, exchanged inside, hold for this one connection and tell who is at the other end (see [`crate::auth`]).
+//! The server creates a key per process and presents it raw (RFC 7250). The agent accepts any key:
+//! the proofs of the token, exchanged inside TLS, are bound to this connection and authenticate
+//! both ends (see [`crate::auth`]).
 //!
-//! A side that is addressed in the way that it does not speak, plain or TLS, answers with the same seven bytes: a TLS alert. A TLS client
-//! understands it, and no frame starts like it. This much is there without the feature `tls`, too: such a build refuses TLS by name.
+//! A peer that expects plain text and receives TLS, or the reverse, answers with the same seven
+//! bytes: a TLS alert. TLS clients understand it, and no frame starts with these bytes. A build
+//! without the feature `tls` refuses TLS in this way, too.
 
 #[cfg(not(feature = "tls"))]
 mod absent;
@@ -19,27 +21,45 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 pub(crate) use self::absent::{Acceptor, Problem, connect, problem};
 #[cfg(feature = "tls")]
 pub(crate) use self::session::{Acceptor, Problem, connect, problem};
-use crate::auth::timed;
+use crate::channel::timed;
 
-/// The first byte of a TLS connection: a record of the handshake (RFC 8446, section 5.1). No command of the store and no frame starts so.
+/// First byte of a TLS connection: a handshake record (RFC 8446, section 5.1). No command of the
+/// store and no frame starts with it.
 pub(crate) const HANDSHAKE: u8 = 0x16;
 /// A fatal alert, `handshake_failure` (RFC 8446, section 6).
 const REFUSAL: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 40];
-/// Bytes that a stranger may send, all in all. Ours needs less than a third.
-const MOST: u64 = 4096;
+/// Maximum of bytes that an unauthenticated peer may send in total. An agent needs less than a
+/// third.
+const MAX_UNAUTHENTICATED: u64 = 4096;
 
-/// Whether these are the first bytes of an alert.
+/// A failed handshake of TLS.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The peer has answered in the way of one without TLS.
+    #[cfg(feature = "tls")]
+    Refused,
+    /// Any other failure; [`problem`] finds an error of TLS in it.
+    Io(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// Returns whether these bytes start an alert.
 pub(crate) fn is_refusal(first: &[u8; 4]) -> bool {
     first[..2] == REFUSAL[..2]
 }
 
-/// Tells the other end that it is not spoken to in its way, and waits until it has gone.
+/// Sends the alert, and waits until the peer has closed.
 pub(crate) async fn refuse(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
     let part = async {
         stream.write_all(&REFUSAL).await?;
         stream.shutdown().await?;
-        // What it has sent and nobody reads would reset the connection, and the alert be lost.
-        let mut rest = stream.take(MOST);
+        // Closing a socket with unread input sends a reset, which could overtake the alert.
+        let mut rest = stream.take(MAX_UNAUTHENTICATED);
         while rest.read(&mut [0; 256]).await? > 0 {}
         Ok(())
     };

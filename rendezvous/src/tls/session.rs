@@ -16,32 +16,32 @@ use rustls::{
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, Join, ReadHalf, Take, WriteHalf};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
-use super::MOST;
-use crate::auth::{AuthError, Channel, timed};
+use super::{Failure, MAX_UNAUTHENTICATED};
+use crate::channel::{Channel, timed};
 
-/// A fault that TLS reports.
+/// An error of TLS.
 pub(crate) type Problem = rustls::Error;
 
 /// RFC 9266, section 4.2.
 const BINDING: &[u8] = b"EXPORTER-Channel-Binding";
 
-/// Returns what TLS found wrong with a stream: it reaches the stream's user as an error of reading or writing.
+/// Returns the error of TLS within an error of reading or writing.
 pub(crate) fn problem(error: &io::Error) -> Option<Problem> {
     error.get_ref()?.downcast_ref::<rustls::Error>().cloned()
 }
 
-/// A stranger's bytes are counted.
+/// A stream whose input is limited until the peer is authenticated.
 type Counted<S> = Join<Take<ReadHalf<S>>, WriteHalf<S>>;
 
-/// The coordinator's end of a connection.
+/// The coordinator's end of a TLS connection.
 pub(crate) struct Accepted<S>(server::TlsStream<Counted<S>>);
 
-/// The coordinator's part, with its key.
+/// The acceptor of TLS connections, with the server's key.
 #[derive(Clone)]
 pub(crate) struct Acceptor(TlsAcceptor);
 
 impl Acceptor {
-    /// Makes a key.
+    /// Creates a key.
     pub(crate) fn new() -> io::Result<Self> {
         let pkcs8 = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
             .map_err(|_| io::Error::other("no key for TLS could be made"))?;
@@ -54,18 +54,18 @@ impl Acceptor {
             .map_err(io::Error::other)?
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(shown))));
-        // An agent that comes again shows the token again.
+        // No resumption: an agent that reconnects authenticates again.
         config.send_tls13_tickets = 0;
         Ok(Self(TlsAcceptor::from(Arc::new(config))))
     }
 
-    /// Who comes is a stranger still.
+    /// Performs the handshake of TLS. The peer is not authenticated by it.
     pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         &self,
         stream: S,
-    ) -> Result<(Accepted<S>, Channel), AuthError> {
+    ) -> Result<(Accepted<S>, Channel), Failure> {
         let (reader, writer) = tokio::io::split(stream);
-        let counted = tokio::io::join(reader.take(MOST), writer);
+        let counted = tokio::io::join(reader.take(MAX_UNAUTHENTICATED), writer);
         let stream = timed(self.0.accept(counted)).await?;
         let channel = binding(stream.get_ref().1)?;
         Ok((Accepted(stream), channel))
@@ -73,49 +73,49 @@ impl Acceptor {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Accepted<S> {
-    /// For the exchange of proofs.
-    pub(crate) fn stranger(&mut self) -> &mut (impl AsyncRead + AsyncWrite + Unpin + use<S>) {
+    /// Returns the stream for the exchange of proofs.
+    pub(crate) fn unauthenticated(&mut self) -> &mut (impl AsyncRead + AsyncWrite + Unpin + use<S>) {
         &mut self.0
     }
 
-    /// Once it has shown that it knows the token.
-    pub(crate) fn known(mut self) -> server::TlsStream<impl AsyncRead + AsyncWrite + Unpin + use<S>> {
+    /// Lifts the limit of the input, once the peer is authenticated.
+    pub(crate) fn authenticated(mut self) -> server::TlsStream<impl AsyncRead + AsyncWrite + Unpin + use<S>> {
         self.0.get_mut().0.reader_mut().set_limit(u64::MAX);
         self.0
     }
 }
 
-/// The agent's part. Nothing is known of the other end afterwards.
+/// Performs the agent's side of the TLS handshake. The peer is not authenticated by it.
 pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-) -> Result<(client::TlsStream<S>, Channel), AuthError> {
+) -> Result<(client::TlsStream<S>, Channel), Failure> {
     let provider = Arc::new(provider::default_provider());
     let verifier = Arc::new(AnyKey(provider.signature_verification_algorithms));
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])
-        .map_err(AuthError::Tls)?
+        .map_err(io::Error::other)?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_no_client_auth();
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
-    // It is neither sent nor looked at.
+    // Required by the interface; neither sent (no SNI) nor verified.
     let name = ServerName::from(std::net::IpAddr::from([0, 0, 0, 0]));
     let connecting = TlsConnector::from(Arc::new(config)).connect(name, stream);
-    let stream = timed(connecting).await.map_err(|error| match AuthError::from(error) {
-        AuthError::Tls(rustls::Error::AlertReceived(AlertDescription::HandshakeFailure)) => AuthError::NoTls,
-        error => error,
+    let stream = timed(connecting).await.map_err(|error| match problem(&error) {
+        Some(rustls::Error::AlertReceived(AlertDescription::HandshakeFailure)) => Failure::Refused,
+        _ => Failure::Io(error),
     })?;
     let channel = binding(stream.get_ref().1)?;
     Ok((stream, channel))
 }
 
-fn binding<D>(connection: &ConnectionCommon<D>) -> Result<Channel, AuthError> {
+fn binding<D>(connection: &ConnectionCommon<D>) -> io::Result<Channel> {
     let exported = connection.export_keying_material([0; 32], BINDING, Some(&[]));
-    Ok(Channel::Tls(exported.map_err(AuthError::Tls)?))
+    Ok(Channel::Tls(exported.map_err(io::Error::other)?))
 }
 
-/// Any raw public key will do, as long as the other end has its secret part.
+/// Accepts any raw public key, and verifies that the peer has the private one.
 #[derive(Debug)]
 struct AnyKey(WebPkiSupportedAlgorithms);
 
@@ -166,7 +166,7 @@ mod tests {
 
     use super::super::{HANDSHAKE, REFUSAL};
     use super::*;
-    use crate::auth::{Token, admit, greet};
+    use crate::auth::{AuthError, Token, admit, greet};
 
     const ROOM: usize = 1 << 16;
 
@@ -177,18 +177,19 @@ mod tests {
 
     async fn coordinator(stream: DuplexStream, token: Option<Token>) -> Result<(), AuthError> {
         let (mut accepted, channel) = Acceptor::new()?.accept(stream).await?;
-        admit(accepted.stranger(), token.as_ref(), &channel).await.map(drop)
+        admit(accepted.unauthenticated(), token.as_ref(), &channel).await.map(drop)
     }
 
-    /// Ends the agent's TLS, begins another one with the coordinator, and passes on all that is said inside.
+    /// Terminates the agent's TLS, opens another connection to the coordinator, and relays all
+    /// bytes.
     async fn man_in_the_middle(agent: DuplexStream, coordinator: DuplexStream) {
         let (accepted, _) = Acceptor::new().unwrap().accept(agent).await.unwrap();
         let (mut inward, _) = connect(coordinator).await.unwrap();
-        let _ = copy_bidirectional(&mut accepted.known(), &mut inward).await;
+        let _ = copy_bidirectional(&mut accepted.authenticated(), &mut inward).await;
     }
 
     #[tokio::test]
-    async fn the_token_holds_off_a_man_in_the_middle() {
+    async fn man_in_the_middle_fails_the_token_proof() {
         let token = || Some(Token::new("sixteen characters").unwrap());
         for token in [token(), None] {
             let ((ours, his), (hers, theirs)) = (duplex(ROOM), duplex(ROOM));
@@ -201,7 +202,7 @@ mod tests {
                 assert!(matches!(greeted, Err(AuthError::WrongTokenOverTls)), "{greeted:?}");
                 assert!(matches!(admitted, Err(AuthError::WrongTokenOverTls)), "{admitted:?}");
             } else {
-                // That is what the token is for.
+                // Without a token the attack succeeds.
                 greeted.and(admitted).unwrap();
             }
         }
@@ -215,59 +216,59 @@ mod tests {
             let (ours, theirs) = duplex(ROOM);
             let (connected, accepted) = tokio::join!(connect(ours), acceptor.accept(theirs));
             let (ours, theirs) =
-                (connected.unwrap().1, accepted.map_err(|error| error.to_string()).unwrap().1);
+                (connected.unwrap().1, accepted.map_err(|error| format!("{error:?}")).unwrap().1);
             assert!(ours == theirs && !bindings.contains(&ours));
             bindings.push(ours);
         }
     }
 
     #[tokio::test]
-    async fn an_agent_needs_few_of_the_bytes_that_a_stranger_has() {
+    async fn authentication_needs_a_third_of_the_byte_limit() {
         let token = || Some(Token::new("sixteen characters").unwrap());
         let ((ours, mut outer), (mut inner, theirs)) = (duplex(ROOM), duplex(ROOM));
         let wire = async { copy_bidirectional(&mut outer, &mut inner).await.unwrap() };
         let ends = async { tokio::join!(agent(ours, token()), coordinator(theirs, token())) };
         let ((sent, _), (greeted, admitted)) = tokio::join!(wire, ends);
         greeted.and(admitted).unwrap();
-        assert!(sent < MOST / 3, "{sent}");
+        assert!(sent < MAX_UNAUTHENTICATED / 3, "{sent}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_handshake_without_end_is_not_listened_to() {
+    async fn endless_handshake_is_cut_off() {
         let start = Instant::now();
-        let (mut stranger, theirs) = duplex(ROOM);
-        // A ClientHello of 65,000 bytes, of which 8,000 come, in two records.
+        let (mut unauthenticated, theirs) = duplex(ROOM);
+        // A ClientHello of 65,000 bytes, of which 8,000 arrive, in two records.
         let part = [
             &[HANDSHAKE, 3, 1, 0x0F, 0xA0, 1, 0, 0xFD, 0xE8][..],
             &[0; 3996],
             &[HANDSHAKE, 3, 1, 0x0F, 0xA0],
             &[0; 4000],
         ];
-        stranger.write_all(&part.concat()).await.unwrap();
+        unauthenticated.write_all(&part.concat()).await.unwrap();
         assert!(Acceptor::new().unwrap().accept(theirs).await.is_err());
         assert_eq!(start.elapsed(), std::time::Duration::ZERO, "it was waited for");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn half_a_handshake_is_not_waited_for() {
-        let (mut stranger, theirs) = duplex(ROOM);
-        stranger.write_all(&[HANDSHAKE, 3, 1, 0, 200, 1, 0, 0, 196, 3, 3]).await.unwrap();
+    async fn incomplete_handshake_times_out() {
+        let (mut unauthenticated, theirs) = duplex(ROOM);
+        unauthenticated.write_all(&[HANDSHAKE, 3, 1, 0, 200, 1, 0, 0, 196, 3, 3]).await.unwrap();
         let refused = Acceptor::new().unwrap().accept(theirs).await.err().unwrap();
         assert!(
-            matches!(&refused, AuthError::Io(error) if error.kind() == io::ErrorKind::TimedOut),
-            "{refused}"
+            matches!(&refused, Failure::Io(error) if error.kind() == io::ErrorKind::TimedOut),
+            "{refused:?}"
         );
     }
 
     #[tokio::test]
-    async fn what_is_no_tls_says_so() {
+    async fn peer_without_tls_is_named_in_the_error() {
         for (answer, expected) in [
             (&REFUSAL[..], "the endpoint has none"),
             (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no TLS with the endpoint"),
         ] {
             let (ours, mut theirs) = duplex(ROOM);
             theirs.write_all(answer).await.unwrap();
-            let error = connect(ours).await.err().unwrap().to_string();
+            let error = AuthError::from(connect(ours).await.err().unwrap()).to_string();
             assert!(error.contains(expected), "{error}");
         }
     }

@@ -99,7 +99,7 @@ fn run() -> Result<(), ice::Error> {
 fn step(worker: &Worker, last: Option<(u64, bool)>) -> Result<(), ice::Error> {
     for number in 1.. {
         match worker.link().boundary(false) {
-            Boundary::GoOn | Boundary::Save | Boundary::Stop { here: false, .. } => {}
+            Boundary::Continue | Boundary::Save | Boundary::Stop { here: false, .. } => {}
             Boundary::Stop { here: true, .. }
             | Boundary::Leave { .. }
             | Boundary::Regroup

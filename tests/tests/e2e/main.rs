@@ -5,7 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod arrows;
+mod architecture;
 mod board;
 mod chaos;
 mod dependencies;
@@ -18,7 +18,7 @@ mod kills;
 mod leaving;
 mod outside;
 mod python;
-#[path = "../../../rendezvous/src/machine/random.rs"]
+#[path = "../../../rendezvous/src/coordinator/random.rs"]
 #[expect(dead_code, reason = "the simulation uses the rest")]
 mod random;
 mod readme;

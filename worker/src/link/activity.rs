@@ -1,4 +1,4 @@
-//! What the rank is about, for its heartbeat.
+//! Current work of the rank, for its heartbeat.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
@@ -7,20 +7,20 @@ use ice_proto::link::Doing;
 
 use super::Inner;
 
-/// What the rank is about. Threads change it, so it is made of atomics; a heartbeat that catches a
-/// change half done is one second old at most.
+/// Current work of the rank. Several threads change it, so it consists of atomics. A heartbeat that
+/// reads between two stores is wrong for a second at most.
 pub(super) struct Activity {
     count: AtomicU64,
-    /// A [`Doing`], leaving `alone` and `waits` out.
+    /// A [`Doing`], without regard to `alone` and `waits`.
     mode: AtomicU8,
-    /// How many things of its own the rank is within.
+    /// Number of [`Alone`] guards.
     alone: AtomicU32,
-    /// How many things the rank waits for that others have a part in.
+    /// Number of [`Waiting`] guards.
     waits: AtomicU32,
 }
 
 impl Activity {
-    /// Of a process that starts.
+    /// Creates the activity of a starting process.
     pub(super) fn new() -> Self {
         let mode = AtomicU8::new(Doing::Alone as u8);
         Self { count: AtomicU64::new(0), mode, alone: AtomicU32::new(0), waits: AtomicU32::new(0) }
@@ -34,54 +34,54 @@ impl Activity {
         named(self.mode.load(Ordering::Relaxed))
     }
 
-    /// What the agent is to expect.
+    /// Returns the work that the agent should expect.
     pub(super) fn doing(&self) -> Doing {
         let alone = self.alone.load(Ordering::Relaxed) > 0;
         match self.mode() {
             Doing::Resting => Doing::Resting,
             mode if !alone && mode != Doing::Alone => mode,
-            // A closure of the program that waits for other ranks is not alone.
+            // A closure of the program that waits for other ranks does not work alone.
             _ if self.waits.load(Ordering::Relaxed) > 0 => Doing::Meeting,
             _ => Doing::Alone,
         }
     }
 
-    /// A process enters a round. It counts from zero, as all of the round do.
+    /// Enters a round. The counter starts at zero on all ranks of the round.
     pub(super) fn enter_round(&self) {
         self.count.store(0, Ordering::Relaxed);
         self.set(Doing::Alone);
     }
 
-    /// All ranks of the round begin their steps, and have got as much done as each other.
+    /// Begins the steps of a round. All ranks do so together, so their counters are equal.
     pub(super) fn begin(&self) {
         self.count.store(1, Ordering::Relaxed);
         self.set(Doing::Steps);
     }
 
-    /// A step is done.
+    /// Notes a completed step.
     pub(super) fn step(&self) {
         self.count.fetch_add(1, Ordering::Relaxed);
         self.set(Doing::Steps);
     }
 
-    /// Something is done within a step, or on the way to one.
-    pub(super) fn tick(&self) {
+    /// Notes progress within a step, or on the way to one.
+    pub(super) fn note_activity(&self) {
         if self.mode() != Doing::Resting {
             self.count.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// No step will follow; what is left takes as long as it takes.
+    /// Notes that no step will follow; the remaining work has no time limit.
     pub(super) fn end(&self) {
         self.set(Doing::Alone);
     }
 
-    /// Nothing is expected from now on. Returns what was.
-    pub(super) fn rest(&self) -> Doing {
+    /// Notes that no progress is expected. Returns the work before.
+    pub(super) fn mark_idle(&self) -> Doing {
         named(self.mode.swap(Doing::Resting as u8, Ordering::Relaxed))
     }
 
-    /// The rank is where it was before it rested.
+    /// Resumes the work from before [`Activity::mark_idle`].
     pub(super) fn resume(&self, mode: Doing) {
         self.set(mode);
         self.count.fetch_add(1, Ordering::Relaxed);
@@ -99,7 +99,7 @@ fn named(mode: u8) -> Doing {
         .unwrap_or(Doing::Resting)
 }
 
-/// Says that this rank does work of its own, until it is dropped.
+/// Marks this rank as working alone until dropped.
 pub struct Alone {
     inner: Option<Arc<Inner>>,
 }
@@ -122,7 +122,7 @@ impl Drop for Alone {
     }
 }
 
-/// Says that this rank waits for others, until it is dropped.
+/// Marks this rank as waiting for other ranks until dropped.
 pub(crate) struct Waiting {
     inner: Option<Arc<Inner>>,
 }
@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(activity.doing(), Doing::Meeting, "the group is formed");
         activity.waits.store(0, Ordering::Relaxed);
         activity.begin();
-        activity.tick();
+        activity.note_activity();
         assert_eq!((activity.doing(), activity.count()), (Doing::Steps, 2));
         activity.alone.store(1, Ordering::Relaxed);
         assert_eq!(activity.doing(), Doing::Alone);
@@ -170,8 +170,8 @@ mod tests {
     fn a_rank_that_rests_gets_nothing_done() {
         let activity = Activity::new();
         activity.begin();
-        let before = activity.rest();
-        activity.tick();
+        let before = activity.mark_idle();
+        activity.note_activity();
         activity.alone.store(1, Ordering::Relaxed);
         assert_eq!((activity.doing(), activity.count()), (Doing::Resting, 1), "also while it saves");
         activity.alone.store(0, Ordering::Relaxed);

@@ -1,4 +1,10 @@
-//! What the agent says, and what comes of it.
+//! Messages from the agent, and the end of a round.
+//!
+//! Two threads meet here. The link's thread receives the end of a round, sets `State::over`, wakes
+//! all waits on `changed`, and aborts the waits that a condition variable does not reach:
+//! connections of gloo and of the store, and NCCL's group. The rank's own thread then sees
+//! [`State::stop`] and sets `noticed`. If it does not within [`ABORT_TIMEOUT`], a third thread ends
+//! the process.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -13,22 +19,22 @@ use std::time::Duration;
 use ice_c10d::signals;
 use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
 use ice_proto::frame::Decoder;
-use ice_proto::link::{Down, Request, Up};
+use ice_proto::link::{BoundaryRequest, FromRank, ToRank};
 
 use super::Inner;
 use super::state::State;
-use crate::agree;
+use crate::consensus;
 
-/// How long a rank may take to find out by itself that its round is over.
-const BROKEN_PATIENCE: Duration = Duration::from_secs(5);
+/// Time in which a rank must notice that its round is over.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Inner {
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn heartbeat(&self) -> Up {
-        Up::Heartbeat {
+    pub(super) fn heartbeat(&self) -> FromRank {
+        FromRank::Heartbeat {
             step: self.step.load(Ordering::Relaxed),
             activity: self.activity.count(),
             doing: self.activity.doing(),
@@ -47,22 +53,22 @@ impl Inner {
                 Err(_) => break,
             }
             loop {
-                match decoder.next_message::<Down>() {
-                    Ok(Some(Down::Ask(request))) => _ = self.requests.send(request),
-                    Ok(Some(Down::RoundBroken { round, reason })) => {
+                match decoder.next_message::<ToRank>() {
+                    Ok(Some(ToRank::Ask(request))) => _ = self.requests.send(request),
+                    Ok(Some(ToRank::RoundBroken { round, reason })) => {
                         tracing::debug!(round, reason, "the round is over");
-                        self.broken(round);
+                        self.round_over(round);
                     }
-                    Ok(Some(Down::Round { variables })) => self.given(&variables),
-                    Ok(Some(Down::End { reason })) => {
+                    Ok(Some(ToRank::Round { variables })) => self.set_next_env(&variables),
+                    Ok(Some(ToRank::End { reason })) => {
                         tracing::debug!(reason, "the job is over");
                         let mut state = self.state();
                         state.ended = true;
                         let round = state.round.unwrap_or(0);
                         drop(state);
-                        self.broken(round);
+                        self.round_over(round);
                     }
-                    Ok(Some(Down::Terminate)) => signals::end_by_termination(),
+                    Ok(Some(ToRank::Terminate)) => signals::end_by_termination(),
                     Ok(None) => break,
                     Err(error) => {
                         tracing::error!(%error, "the link to the agent is unusable");
@@ -75,16 +81,16 @@ impl Inner {
             tracing::error!("the agent is gone: leaving");
             process::exit(1);
         }
-        // A process that outlives its rank is its own again.
+        // The signals of a process that continues after its rank has left are its own again.
         signals::restore();
     }
 
-    fn given(&self, variables: &BTreeMap<String, String>) {
+    fn set_next_env(&self, variables: &BTreeMap<String, String>) {
         match RankEnv::read(|name| variables.get(name).cloned()) {
             Ok(Some(env)) => {
                 let mut state = self.state();
                 state.error_file = variables.get(TORCHELASTIC_ERROR_FILE).map(PathBuf::from);
-                state.given = Some(env);
+                state.next_env = Some(env);
                 drop(state);
                 self.changed.notify_all();
             }
@@ -95,35 +101,37 @@ impl Inner {
         }
     }
 
-    /// A round is over.
-    fn broken(self: &Arc<Self>, round: u64) {
+    /// Notes the end of a round, and aborts the waits of this rank if it is in that round.
+    fn round_over(self: &Arc<Self>, round: u64) {
         let mut state = self.state();
         state.over = state.over.max(Some(round));
         let is_current = state.round.is_none_or(|current| current <= round);
         drop(state);
         self.changed.notify_all();
         if is_current {
-            self.part(round);
+            self.abort_round(round);
         }
     }
 
-    /// Ends what this rank waits for in a round that is over.
-    fn part(self: &Arc<Self>, round: u64) {
-        self.cut();
+    /// Aborts the waits of a round that is over, and starts the timeout.
+    fn abort_round(self: &Arc<Self>, round: u64) {
+        self.abort_waits();
         let inner = Arc::clone(self);
-        if let Err(error) = thread::Builder::new().name("ice-stop".into()).spawn(move || inner.enforce(round))
+        if let Err(error) =
+            thread::Builder::new().name("ice-stop".into()).spawn(move || inner.exit_if_stuck(round))
         {
             tracing::warn!(%error, "the agent will have to end this rank");
         }
     }
 
-    /// Wakes those who wait for other ranks, or for the store.
-    fn cut(&self) {
+    /// Aborts waits for other ranks and for the store. The handles are cloned first: aborting may
+    /// block, and must not hold the lock.
+    fn abort_waits(&self) {
         let state = self.state();
         let (connections, group) = (state.connections.clone(), state.group.clone());
-        let cuts = state.cuts.clone();
+        let cancel_hooks = state.cancel_hooks.clone();
         drop(state);
-        cuts.iter().for_each(|cut| cut());
+        cancel_hooks.iter().for_each(|cancel| cancel());
         if let Some(connections) = connections {
             connections.cut();
         }
@@ -132,33 +140,35 @@ impl Inner {
         }
     }
 
-    /// Ends a rank that waits for one that is gone and cannot be woken, and so would never learn of it; but not while it writes.
-    fn enforce(&self, round: u64) {
+    /// Ends the process if its rank does not notice the end of the round: it waits in a call that
+    /// cannot be aborted. Guarded writes are finished first.
+    fn exit_if_stuck(&self, round: u64) {
         let unnoticed = |state: &mut State| {
             !state.noticed && (state.ended || state.round.is_none_or(|current| current <= round))
         };
         let (mut state, _) = self
             .changed
-            .wait_timeout_while(self.state(), BROKEN_PATIENCE, unnoticed)
+            .wait_timeout_while(self.state(), ABORT_TIMEOUT, unnoticed)
             .unwrap_or_else(PoisonError::into_inner);
         if !unnoticed(&mut state) {
             return;
         }
         drop(state);
-        let state = self.changed.wait_while(self.state(), |state| state.holds > 0);
+        let state = self.changed.wait_while(self.state(), |state| state.exit_guards > 0);
         drop(state.unwrap_or_else(PoisonError::into_inner));
         process::exit(1);
     }
 
-    /// Tells all ranks what this one was asked for, once there is a round.
-    pub(super) fn publish(&self, wanted: mpsc::Receiver<Request>) {
+    /// Publishes the agent's requests to all ranks, once there is a round.
+    pub(super) fn publish(&self, wanted: mpsc::Receiver<BoundaryRequest>) {
         for request in wanted {
             let none = |state: &mut State| state.store.is_none() && !state.ended;
             let state = self.changed.wait_while(self.state(), none).unwrap_or_else(PoisonError::into_inner);
             let store = state.store.clone();
             drop(state);
-            // The work of this rank may hold the connection while it waits for something else.
-            let told = store.map(|store| store.reconnect().and_then(|store| agree::publish(&store, request)));
+            // The rank's own thread may hold the connection during a wait.
+            let told =
+                store.map(|store| store.reconnect().and_then(|store| consensus::publish(&store, request)));
             if let Some(Err(error)) = told {
                 tracing::warn!(%error, ?request, "the other ranks could not be told");
             }

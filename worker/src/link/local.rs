@@ -1,4 +1,5 @@
-//! Agreements of ranks that have no agent: under torchrun, or in a group that the program made itself.
+//! Agreements of ranks without an agent: under torchrun, or in a group that the program made
+//! itself.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -6,19 +7,19 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use ice_c10d::Store;
-use ice_proto::link::Request;
+use ice_proto::link::BoundaryRequest;
 
 use super::state::Boundary;
-use super::{LOOK_AGAIN, answer};
-use crate::agree::{self, Boundaries, Part, Turn};
+use super::{COLLECTIVES_POLL, answer};
+use crate::consensus::{self, Boundaries, BoundaryDecision, Participant};
 
-/// The rank's part in the agreements. Does nothing before [`Local::join`].
+/// The rank's side of the agreements. Does nothing before [`Local::join`].
 #[derive(Default)]
 pub(super) struct Local {
     is_joined: AtomicBool,
     boundaries: Mutex<Boundaries>,
     changed: Condvar,
-    /// Collectives since the last boundary. Ranks with an agent count theirs here, too.
+    /// Collectives since the last boundary. Ranks with an agent count theirs here as well.
     pub(super) collectives: AtomicU64,
 }
 
@@ -29,49 +30,52 @@ struct Member {
 }
 
 impl Local {
-    /// Starts the thread that answers the requests of other ranks, until the store is gone.
+    /// Starts the thread that answers requests of other ranks until the store is gone.
     pub(super) fn join(this: &Arc<Self>, store: &Store, rank: u32, world_size: usize) -> io::Result<()> {
         if world_size == 1 {
             return Ok(());
         }
-        let hearing = store.reconnect().map_err(io::Error::other)?;
-        let part = Member { local: Arc::clone(this), rank: rank.into() };
+        let request_store = store.reconnect().map_err(io::Error::other)?;
+        let participant = Member { local: Arc::clone(this), rank: rank.into() };
         this.is_joined.store(true, Ordering::SeqCst);
         let answer = move || {
-            if let Err(error) = agree::take_part(&part, &hearing, world_size) {
+            if let Err(error) = consensus::participate(&participant, &request_store, world_size) {
                 tracing::debug!(%error, "no more requests will come");
             }
             // A rank that waits at a boundary must not wait for an answer that cannot come.
-            part.local.is_joined.store(false, Ordering::SeqCst);
-            part.local.lock().close();
-            part.local.changed.notify_all();
+            participant.local.is_joined.store(false, Ordering::SeqCst);
+            participant.local.lock().close();
+            participant.local.changed.notify_all();
         };
         thread::Builder::new().name("ice-agree".into()).spawn(answer).map(drop)
     }
 
-    /// As [`super::Link::boundary`].
+    /// Arrives at a boundary, like [`super::Link::boundary`].
     pub(super) fn boundary(&self, asked: bool) -> Boundary {
         if !self.is_joined.load(Ordering::SeqCst) {
-            return Boundary::GoOn;
+            return Boundary::Continue;
         }
         let mut boundaries = self.lock();
         loop {
             let waits = asked && boundaries.is_free() && self.is_joined.load(Ordering::SeqCst);
-            let turn = if waits { Turn::Wait } else { boundaries.arrive() };
-            match turn {
-                Turn::Pass => {
+            let decision = if waits { BoundaryDecision::Wait } else { boundaries.arrive() };
+            match decision {
+                BoundaryDecision::Pass => {
                     self.collectives.store(0, Ordering::Relaxed);
-                    return Boundary::GoOn;
+                    return Boundary::Continue;
                 }
-                Turn::Do(Request::Leave { all, task }) => return Boundary::Leave { all, task },
+                BoundaryDecision::Do(BoundaryRequest::Leave { all, task }) => {
+                    return Boundary::Leave { all, task };
+                }
                 // Without an agent there are no other requests.
-                Turn::Do(_) => {}
-                Turn::Wait => boundaries = self.wait(boundaries),
+                BoundaryDecision::Do(_) => {}
+                BoundaryDecision::Wait => boundaries = self.wait(boundaries),
             }
         }
     }
 
-    /// Notes that this rank leaves the step before its end; the boundaries and collectives before that.
+    /// Notes that this rank leaves the step before its end. Returns the boundaries and collectives
+    /// before that.
     pub(super) fn leave_step(&self) -> (u64, u64) {
         let collectives = self.collectives.load(Ordering::Relaxed);
         (self.lock().leave_step(collectives), collectives)
@@ -93,7 +97,7 @@ impl Local {
         self.lock().begin();
     }
 
-    /// Notes that no boundary will come any more.
+    /// Notes that no further boundary will follow.
     pub(super) fn end(&self) {
         self.lock().end();
         self.changed.notify_all();
@@ -108,8 +112,8 @@ impl Local {
     }
 }
 
-impl Part for Member {
-    fn ask(&self, request: Request) -> u64 {
+impl Participant for Member {
+    fn ask(&self, request: BoundaryRequest) -> u64 {
         self.local.lock().ask(request)
     }
 
@@ -125,7 +129,7 @@ impl Part for Member {
             if let Some(has_left) = boundaries.has_left(step, collectives, own) {
                 return answer(has_left, self.rank);
             }
-            let changed = self.local.changed.wait_timeout(boundaries, LOOK_AGAIN);
+            let changed = self.local.changed.wait_timeout(boundaries, COLLECTIVES_POLL);
             boundaries = changed.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

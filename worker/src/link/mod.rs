@@ -18,10 +18,10 @@ use std::time::Duration;
 use ice_c10d::{Connections, ProcessGroup, Store, signals};
 use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
 use ice_proto::frame;
-use ice_proto::link::{Request, Up};
+use ice_proto::link::{BoundaryRequest, FromRank};
 
 use crate::Error;
-use crate::agree::{self, Boundaries, Part, Turn};
+use crate::consensus::{self, Boundaries, BoundaryDecision, Participant};
 
 pub use activity::Alone;
 use activity::{Activity, Waiting};
@@ -29,20 +29,22 @@ use local::Local;
 use state::State;
 pub use state::{Boundary, Stop};
 
-/// How often the rank says that it lives.
+/// Interval of heartbeats.
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// How often a thread that answers for its rank looks at the rank's collectives, which are counted without a lock.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
-/// An agent that reads nothing for so long is given up on; a message is then dropped rather than the step held up.
+/// Interval at which the answering thread polls the rank's collectives, which are counted without a
+/// lock.
+const COLLECTIVES_POLL: Duration = Duration::from_millis(5);
+/// Timeout of writes. A message to an agent that does not read is dropped, so that it does not
+/// block the step.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The connection to the agent. Without an agent that knows the link, everything here does nothing.
+/// The connection to the agent. Without an agent that knows the link, all methods do nothing.
 ///
-/// When the agent is gone (end of file), the rank leaves: nobody would stop it any more.
+/// At end of file the agent is gone, and the process exits, since no other process would stop it.
 #[derive(Clone, Default)]
 pub struct Link {
     inner: Option<Arc<Inner>>,
-    /// Agreements with the other ranks of a job that has no agent.
+    /// Agreements with other ranks of a job without an agent.
     local: Arc<Local>,
 }
 
@@ -54,34 +56,35 @@ struct Inner {
     leaving: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
-    /// What all ranks are to be told.
-    requests: mpsc::Sender<Request>,
+    /// Requests of the agent, to be published to all ranks.
+    requests: mpsc::Sender<BoundaryRequest>,
 }
 
-/// Keeps the process alive, after its round is over, until this is dropped.
-pub struct Hold {
+/// Keeps the process alive after the end of its round until dropped.
+pub struct ExitGuard {
     inner: Option<Arc<Inner>>,
 }
 
-impl Drop for Hold {
+impl Drop for ExitGuard {
     fn drop(&mut self) {
         if let Some(inner) = &self.inner {
-            inner.state().holds -= 1;
+            inner.state().exit_guards -= 1;
             inner.changed.notify_all();
         }
     }
 }
 
-/// The link of this process: a process is one rank, and its last words need the link wherever it fails.
+/// The link of this process, which is one rank. Global, since a failure anywhere is reported over
+/// it.
 static OPEN: OnceLock<Link> = OnceLock::new();
 
 impl Link {
-    /// The link that this process has opened, or one that does nothing.
+    /// Returns the link of this process, or one that does nothing.
     pub(crate) fn current() -> Self {
         OPEN.get().cloned().unwrap_or_default()
     }
 
-    /// Takes over the inherited descriptor and says hello.
+    /// Adopts the inherited descriptor, and says hello.
     pub(crate) fn open(fd: RawFd, rank: Option<u32>, round: Option<u64>) -> io::Result<Self> {
         let stream = UnixStream::from(ice_c10d::inherit::descriptor(fd)?);
         stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
@@ -98,20 +101,21 @@ impl Link {
             requests,
         });
         let link = Self { inner: Some(Arc::clone(&inner)), local: Arc::default() };
-        link.send(&Up::Hello { pid: process::id(), rank });
+        link.send(&FromRank::Hello { pid: process::id(), rank });
         let listening = Arc::clone(&inner);
         thread::Builder::new().name("ice-link".into()).spawn(move || listening.listen(reader))?;
-        // The listener must not wait for a store that is gone: it hears of that.
+        // A thread of its own: the listener must not wait for a store that is gone, since it
+        // receives the end of the round.
         let asking = Arc::clone(&inner);
         thread::Builder::new().name("ice-request".into()).spawn(move || asking.publish(wanted))?;
         let _ = OPEN.set(link.clone());
         let beating = link.clone();
-        thread::Builder::new().name("ice-heartbeat".into()).spawn(move || beating.beat())?;
+        thread::Builder::new().name("ice-heartbeat".into()).spawn(move || beating.heartbeat_loop())?;
         Ok(link)
     }
 
-    /// Leaves the signals that stop a job to the agent, which gets them as well, and asks it for a
-    /// stop when SIGTERM comes to this process alone.
+    /// Leaves the signals that stop a job to the agent, which receives them as well. Asks the agent
+    /// for a stop when this process alone receives SIGTERM.
     pub(crate) fn take_signals(&self) -> io::Result<()> {
         if self.inner.is_none() {
             return Ok(());
@@ -120,14 +124,15 @@ impl Link {
         let link = self.clone();
         let ask = move || {
             while terminations.wait().is_ok() {
-                link.send(&Up::Terminated);
+                link.send(&FromRank::Terminated);
             }
         };
         thread::Builder::new().name("ice-signals".into()).spawn(ask).map(drop)
     }
 
-    /// Sends a message. An agent that is gone is noticed by the listener, so a failure to write is no error here.
-    pub fn send(&self, message: &Up) {
+    /// Sends a message. A failed write is ignored, since the listener notices an agent that is
+    /// gone.
+    pub fn send(&self, message: &FromRank) {
         let Some(inner) = &self.inner else { return };
         let frame = match frame::encode(message) {
             Ok(frame) => frame,
@@ -139,12 +144,12 @@ impl Link {
         }
     }
 
-    /// Says that a checkpoint is whole on disk.
+    /// Tells the agent that a checkpoint is complete on disk.
     pub fn checkpoint_saved(&self, path: &Path, step: u64) {
-        self.send(&Up::CheckpointSaved { path: path.display().to_string(), step });
+        self.send(&FromRank::CheckpointSaved { path: path.display().to_string(), step });
     }
 
-    /// Notes that a step got done, and the optimizer steps applied so far. From now on the agent
+    /// Notes a completed step, and the number of applied optimizer steps. From now on the agent
     /// expects more steps, until the rank is [alone](Link::alone) or at the [end](Link::end).
     pub fn advance(&self, step: u64) {
         if let Some(inner) = &self.inner {
@@ -160,8 +165,8 @@ impl Link {
         }
     }
 
-    /// Notes that the rank is in no run: it will look by itself, at the beginning of the next one, whether the round is over, and is not to be
-    /// ended before.
+    /// Notes that the rank is between runs. It checks at the start of the next run whether the
+    /// round is over, and is not ended before.
     pub fn end_run(&self) {
         if let Some(inner) = &self.inner {
             inner.state().noticed = true;
@@ -169,7 +174,7 @@ impl Link {
         }
     }
 
-    /// Notes that all ranks of the round are at work from here on, and have got as much done as each other.
+    /// Notes that all ranks of the round begin to work, with equal counters.
     pub fn begin(&self) {
         if let Some(inner) = &self.inner {
             inner.state().boundaries.begin();
@@ -178,43 +183,44 @@ impl Link {
         self.local.begin();
     }
 
-    /// Notes how long a step took that was applied.
+    /// Notes the duration of an applied step.
     pub fn applied(&self, took: Duration) {
         if let Some(inner) = &self.inner {
             inner.applied_ms.fetch_add(took.as_millis() as u64, Ordering::Relaxed);
         }
     }
 
-    /// Notes that something got done within a step: where a job stands still, the rank that got less done is behind.
-    pub fn tick(&self) {
+    /// Notes progress within a step. If a job hangs, the rank with the least progress is blamed.
+    pub fn note_activity(&self) {
         if let Some(inner) = &self.inner {
-            inner.activity.tick();
+            inner.activity.note_activity();
         }
     }
 
-    /// Says that this rank does work of its own until the value is dropped: it saves, or evaluates
-    /// while the others wait for it. The agent takes no time that this takes for a hang.
+    /// Marks this rank as working alone until the value is dropped: it saves, or evaluates while
+    /// other ranks wait. The agent does not count this time as a hang.
     #[must_use]
     pub fn alone(&self) -> Alone {
         Alone::new(self.inner.as_ref())
     }
 
-    /// Says that this rank waits for others until the value is dropped.
+    /// Marks this rank as waiting for other ranks until the value is dropped.
     pub(crate) fn waiting(&self) -> Waiting {
         Waiting::new(self.inner.as_ref())
     }
 
-    /// Whether the rank is to end.
+    /// Returns why the rank is to stop, if it is. The caller must then stop by itself.
     pub fn stop(&self) -> Option<Stop> {
         self.wait_for_stop(Duration::ZERO)
     }
 
-    /// Whether the round is over. Unlike [`Link::stop`] it is no promise that the rank will end by itself.
+    /// Returns whether the round is over. Unlike [`Link::stop`], this does not promise that the
+    /// rank stops by itself.
     pub fn is_broken(&self) -> bool {
         self.inner.as_ref().is_some_and(|inner| inner.state().stop() == Some(Stop::Broken))
     }
 
-    /// As [`Link::stop`], giving a request that is under way this long to arrive.
+    /// Waits up to `timeout` for a request to stop; otherwise like [`Link::stop`].
     pub fn wait_for_stop(&self, timeout: Duration) -> Option<Stop> {
         let inner = self.inner.as_ref()?;
         let (mut state, _) = inner
@@ -227,101 +233,104 @@ impl Link {
     }
 
     /// Waits until the round is over.
-    pub(crate) fn wait_for_the_end(&self) {
+    pub(crate) fn wait_for_round_end(&self) {
         let Some(inner) = &self.inner else { return };
-        let goes_on = |state: &mut State| state.stop() != Some(Stop::Broken);
+        let is_live = |state: &mut State| state.stop() != Some(Stop::Broken);
         let mut state =
-            inner.changed.wait_while(inner.state(), goes_on).unwrap_or_else(PoisonError::into_inner);
+            inner.changed.wait_while(inner.state(), is_live).unwrap_or_else(PoisonError::into_inner);
         state.noticed = true;
     }
 
-    /// The round that the rank is in, or was in last.
+    /// Returns the round that the rank is in, or was in last.
     pub(crate) fn round(&self) -> u64 {
         self.inner.as_ref().and_then(|inner| inner.state().round).unwrap_or(0)
     }
 
-    /// Whether there is an agent that can be told.
+    /// Returns whether there is an agent.
     pub(crate) fn is_open(&self) -> bool {
         self.inner.is_some()
     }
 
-    /// Leaves the round, whose group is gone, and waits for the next one; `None` where the rank is to end.
+    /// Leaves the round, whose group is gone, and waits for the next one; `None` if the rank is to
+    /// exit.
     pub(crate) fn next_round(&self) -> Option<RankEnv> {
         let inner = self.inner.as_ref()?;
-        inner.activity.rest();
+        inner.activity.mark_idle();
         loop {
             let mut state = inner.state();
             state.noticed = true;
             let (round, group, store) = (state.round, state.group.take(), state.store.take());
             drop(state);
-            // Not under the lock: what is still under way is waited for, and must be cut.
+            // Dropped without the lock: dropping waits for running collectives, which the listener
+            // must be able to abort under the lock.
             drop((group, store));
             inner.state().connections = None;
-            self.send(&Up::Parked { round });
-            let waits = |state: &mut State| state.given.is_none() && !state.ended;
+            self.send(&FromRank::Parked { round });
+            let waits = |state: &mut State| state.next_env.is_none() && !state.ended;
             let mut state =
                 inner.changed.wait_while(inner.state(), waits).unwrap_or_else(PoisonError::into_inner);
-            let given = state.given.take().filter(|_| !state.ended)?;
-            state.round = Some(given.round);
-            // One that is over before it began is left at once.
+            let next_env = state.next_env.take().filter(|_| !state.ended)?;
+            state.round = Some(next_env.round);
+            // A round that is over before it began is skipped.
             if state.stop() != Some(Stop::Broken) {
-                return Some(given);
+                return Some(next_env);
             }
         }
     }
 
-    /// Where a rank that fails leaves its last words.
+    /// Returns the error file of this rank.
     pub(crate) fn error_file(&self) -> Option<PathBuf> {
-        let given = self.inner.as_ref().and_then(|inner| inner.state().error_file.clone());
-        given.or_else(|| std::env::var_os(TORCHELASTIC_ERROR_FILE).map(PathBuf::from))
+        let assigned = self.inner.as_ref().and_then(|inner| inner.state().error_file.clone());
+        assigned.or_else(|| std::env::var_os(TORCHELASTIC_ERROR_FILE).map(PathBuf::from))
     }
 
-    /// To be held while something is written that is of no use half done.
-    pub fn hold(&self) -> Hold {
+    /// Returns a guard to hold during a write that must not be interrupted.
+    pub fn exit_guard(&self) -> ExitGuard {
         if let Some(inner) = &self.inner {
-            inner.state().holds += 1;
+            inner.state().exit_guards += 1;
         }
-        Hold { inner: self.inner.clone() }
+        ExitGuard { inner: self.inner.clone() }
     }
 
-    /// The connections that are opened from now on are those of a round.
+    /// Begins a round. Connections that are opened from now on belong to it.
     pub(crate) fn begin_round(&self, env: &RankEnv) -> Connections {
         let connections = Connections::watch();
         if let Some(inner) = &self.inner {
             let mut state = inner.state();
             state.round = Some(env.round);
-            (state.boundaries, state.rests, state.noticed) = (Boundaries::default(), None, false);
+            (state.boundaries, state.work_before_pause, state.noticed) = (Boundaries::default(), None, false);
             (state.node, state.stopping) = (env.group_rank, false);
-            (state.connections, state.cuts) = (Some(connections.clone()), Vec::new());
+            (state.connections, state.cancel_hooks) = (Some(connections.clone()), Vec::new());
             drop(state);
             inner.activity.enter_round();
         }
         connections
     }
 
-    /// Has this called when the round that the rank is in is over; at once where it is.
-    pub(crate) fn cut_with_round(&self, cut: impl Fn() + Send + Sync + 'static) {
+    /// Registers a function to call when the round is over; calls it at once if it is.
+    pub(crate) fn on_round_end(&self, cancel: impl Fn() + Send + Sync + 'static) {
         let Some(inner) = &self.inner else { return };
         let mut state = inner.state();
         if state.stop() == Some(Stop::Broken) {
             drop(state);
-            return cut();
+            return cancel();
         }
-        state.cuts.push(Arc::new(cut));
+        state.cancel_hooks.push(Arc::new(cancel));
     }
 
-    /// Does this in a thread, and waits for it as long as the round lasts: of some waits within libtorch nothing can be cut, such as gloo's for a
-    /// connection from a rank that is gone. A thread that is left behind ends with the timeout of what it waits for.
+    /// Runs work in a thread, and waits for it until the round is over. Some waits within libtorch
+    /// cannot be aborted, such as gloo's for a connection from a lost rank. An abandoned thread
+    /// ends with the timeout of its wait.
     ///
     /// # Errors
-    /// Those of the work, and [`Error::RoundOver`].
+    /// Errors of the work, and [`Error::RoundOver`].
     pub(crate) fn within_round<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let (tell, told) = mpsc::channel();
         let over = tell.clone();
-        self.cut_with_round(move || _ = over.send(Err(Error::RoundOver)));
+        self.on_round_end(move || _ = over.send(Err(Error::RoundOver)));
         let done = move || _ = tell.send(work());
         thread::Builder::new()
             .name("ice-form".into())
@@ -331,19 +340,19 @@ impl Link {
         told.recv().unwrap_or(Err(Error::RoundOver))
     }
 
-    /// Takes part in what the ranks of a round agree on over its store.
+    /// Takes part in the agreements of the ranks of a round through its store.
     pub(crate) fn join_round(&self, store: &Store, group: &ProcessGroup, env: &RankEnv) -> io::Result<()> {
         let world_size = env.world_size as usize;
         let Some(inner) = &self.inner else { return self.join_group(store, env.rank, world_size) };
-        let hearing = store.reconnect().map_err(io::Error::other)?;
+        let request_store = store.reconnect().map_err(io::Error::other)?;
         let mut state = inner.state();
         (state.group, state.store) = (Some(group.clone()), Some(store.clone()));
         drop(state);
         inner.changed.notify_all();
         let (inner, local) = (Arc::clone(inner), Arc::clone(&self.local));
-        let part = InRound { inner, local, round: env.round, rank: env.rank.into() };
+        let participant = InRound { inner, local, round: env.round, rank: env.rank.into() };
         thread::Builder::new().name("ice-agree".into()).spawn(move || {
-            if let Err(error) = agree::take_part(&part, &hearing, world_size) {
+            if let Err(error) = consensus::participate(&participant, &request_store, world_size) {
                 tracing::debug!(%error, "no more requests will come");
             }
         })?;
@@ -355,11 +364,11 @@ impl Link {
         Local::join(&self.local, store, rank, world_size)
     }
 
-    /// Says what is to be done at this step boundary. Every rank calls it at the same places of its work. Waits while the job is paused, and
-    /// while the ranks have yet to agree on the boundary of a request.
+    /// Returns the action at this step boundary. Every rank calls this at the same points of its
+    /// work. Waits while the job is paused, and while the ranks agree on the boundary of a request.
     ///
-    /// `asked` says that this rank has published a request that was not acted on yet: the boundary then waits until the ranks agree on one,
-    /// so that the rank does not run past it.
+    /// `asked` says that this rank has published a request that was not performed yet. Then the
+    /// boundary waits until the ranks agree on one, so that the rank does not run past it.
     pub fn boundary(&self, asked: bool) -> Boundary {
         let Some(inner) = &self.inner else { return self.local.boundary(asked) };
         let mut state = inner.state();
@@ -368,32 +377,37 @@ impl Link {
                 state.noticed = true;
                 break Boundary::Broken;
             }
-            let turn =
-                if asked && state.boundaries.is_free() { Turn::Wait } else { state.boundaries.arrive() };
-            match turn {
-                Turn::Pass => break Boundary::GoOn,
-                Turn::Do(Request::Stop { node, save }) => {
+            let decision = if asked && state.boundaries.is_free() {
+                BoundaryDecision::Wait
+            } else {
+                state.boundaries.arrive()
+            };
+            match decision {
+                BoundaryDecision::Pass => break Boundary::Continue,
+                BoundaryDecision::Do(BoundaryRequest::Stop { node, save }) => {
                     let here = state.node == node;
                     if here {
                         (state.stopping, state.noticed) = (true, true);
                     }
                     break Boundary::Stop { here, save };
                 }
-                Turn::Do(Request::Regroup) => {
-                    // All ranks know.
+                BoundaryDecision::Do(BoundaryRequest::Regroup) => {
+                    // All ranks leave at this boundary, so none waits for a message.
                     (state.over, state.noticed) = (state.over.max(state.round), true);
                     break Boundary::Regroup;
                 }
-                Turn::Do(Request::Leave { all, task }) => break Boundary::Leave { all, task },
-                Turn::Do(_) => break Boundary::Save,
-                Turn::Wait => {
+                BoundaryDecision::Do(BoundaryRequest::Leave { all, task }) => {
+                    break Boundary::Leave { all, task };
+                }
+                BoundaryDecision::Do(_) => break Boundary::Save,
+                BoundaryDecision::Wait => {
                     if state.boundaries.is_paused() {
-                        // Also after a save in between.
-                        let before = inner.activity.rest();
-                        if state.rests.is_none() {
-                            state.rests = Some(before);
+                        // Idle again after a save during the pause.
+                        let before = inner.activity.mark_idle();
+                        if state.work_before_pause.is_none() {
+                            state.work_before_pause = Some(before);
                             drop(state);
-                            self.send(&Up::Paused);
+                            self.send(&FromRank::Paused);
                             state = inner.state();
                             continue;
                         }
@@ -403,32 +417,34 @@ impl Link {
             }
         };
         let mut before = None;
-        if found == Boundary::GoOn {
-            before = state.rests.take();
-            // Under the lock: the thread that answers for this rank reads both together.
+        if found == Boundary::Continue {
+            before = state.work_before_pause.take();
+            // Reset under the lock: the answering thread reads both together.
             self.local.collectives.store(0, Ordering::Relaxed);
         }
         drop(state);
         if let Some(before) = before {
             inner.activity.resume(before);
-            self.send(&Up::Resumed);
+            self.send(&FromRank::Resumed);
         }
         found
     }
 
-    /// Counts a collective that this rank takes part in from now on.
+    /// Counts a collective in which this rank takes part.
     pub fn collective(&self) {
         self.local.collectives.fetch_add(1, Ordering::Relaxed);
-        self.tick();
+        self.note_activity();
     }
 
-    /// Returns the number of collectives since the last step boundary. A backward pass that averages gradients counts as one.
+    /// Returns the number of collectives since the last step boundary. A backward pass that
+    /// averages gradients counts as one.
     pub fn collectives(&self) -> u64 {
         self.local.collectives.load(Ordering::Relaxed)
     }
 
-    /// Notes that this rank leaves the step before its end. Returns the request that asks all ranks whether they do so, too.
-    pub(crate) fn leave_step(&self) -> Request {
+    /// Notes that this rank leaves the step before its end. Returns the request that asks whether
+    /// all ranks do so.
+    pub(crate) fn leave_step(&self) -> BoundaryRequest {
         let (step, collectives) = match &self.inner {
             None => self.local.leave_step(),
             Some(inner) => {
@@ -436,14 +452,15 @@ impl Link {
                 (inner.state().boundaries.leave_step(collectives), collectives)
             }
         };
-        Request::Left { step, collectives }
+        BoundaryRequest::Left { step, collectives }
     }
 
-    /// Waits until all ranks have said whether they have left the step as well. Returns a rank that has not.
+    /// Waits for the answers of all ranks whether they have left the step. Returns a rank that has
+    /// not.
     ///
     /// # Errors
     /// [`Error::RoundOver`]: another rank is gone.
-    pub(crate) fn await_left(&self) -> Result<Option<u64>, Error> {
+    pub(crate) fn await_left_step(&self) -> Result<Option<u64>, Error> {
         let answer = match &self.inner {
             None => self.local.left_by_all(),
             Some(inner) => {
@@ -464,7 +481,7 @@ impl Link {
         answer.map(|answer| answer.checked_sub(1)).ok_or(Error::RoundOver)
     }
 
-    /// Notes that no boundary will come any more.
+    /// Notes that no further boundary will follow.
     pub fn end(&self) {
         if let Some(inner) = &self.inner {
             inner.state().boundaries.end();
@@ -474,19 +491,19 @@ impl Link {
         self.local.end();
     }
 
-    /// Says that the work is done; the agent may be gone from now on.
+    /// Tells the agent that the work is done. The agent may be gone from now on.
     pub(crate) fn finish(&self) {
         if let Some(inner) = &self.inner {
-            inner.activity.rest();
+            inner.activity.mark_idle();
             inner.leaving.store(true, Ordering::SeqCst);
             self.send(&inner.heartbeat());
         }
-        self.send(&Up::Done);
-        // There is no boundary left at which this process would stop.
+        self.send(&FromRank::Done);
+        // No boundary is left at which this process could stop, so SIGTERM ends it again.
         signals::restore_termination();
     }
 
-    fn beat(&self) {
+    fn heartbeat_loop(&self) {
         let Some(inner) = &self.inner else { return };
         while !inner.leaving.load(Ordering::SeqCst) {
             self.send(&inner.heartbeat());
@@ -495,7 +512,7 @@ impl Link {
     }
 }
 
-/// The part that this process has in the agreements of one round.
+/// This process's side of the agreements of one round.
 struct InRound {
     inner: Arc<Inner>,
     local: Arc<Local>,
@@ -503,15 +520,15 @@ struct InRound {
     rank: u64,
 }
 
-/// The answer of a rank to the question whether it has left a step.
+/// Returns a rank's answer to the question whether it has left a step.
 fn answer(has_left: bool, rank: u64) -> u64 {
     if has_left { 0 } else { rank + 1 }
 }
 
-impl Part for InRound {
-    fn ask(&self, request: Request) -> u64 {
+impl Participant for InRound {
+    fn ask(&self, request: BoundaryRequest) -> u64 {
         let mut state = self.inner.state();
-        if state.round == Some(self.round) { state.boundaries.ask(request) } else { agree::END }
+        if state.round == Some(self.round) { state.boundaries.ask(request) } else { consensus::NO_BOUNDARY }
     }
 
     fn settle(&self, target: u64) {
@@ -532,7 +549,7 @@ impl Part for InRound {
             if let Some(has_left) = known {
                 return answer(has_left, self.rank);
             }
-            let changed = self.inner.changed.wait_timeout(state, LOOK_AGAIN);
+            let changed = self.inner.changed.wait_timeout(state, COLLECTIVES_POLL);
             state = changed.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

@@ -1,4 +1,4 @@
-//! What is known of the round, and what is wanted of the rank.
+//! State of the round, and requests to the rank.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,67 +7,67 @@ use ice_c10d::{Connections, ProcessGroup, Store};
 use ice_proto::env::RankEnv;
 use ice_proto::link::Doing;
 
-use crate::agree::Boundaries;
+use crate::consensus::Boundaries;
 
-/// Ends what somebody may wait for.
-pub(super) type Cut = Arc<dyn Fn() + Send + Sync>;
+/// Aborts a wait.
+pub(super) type CancelHook = Arc<dyn Fn() + Send + Sync>;
 
-/// What the agent wants, and what the rank is about.
+/// State shared by the threads of the link and of the rank, behind one mutex.
 #[derive(Default)]
 pub(super) struct State {
     /// The round that the rank is in, or was in last.
     pub(super) round: Option<u64>,
-    /// The last round that is known to be over.
+    /// The last round known to be over.
     pub(super) over: Option<u64>,
-    /// The next one.
-    pub(super) given: Option<RankEnv>,
-    /// No more rounds will come.
+    /// Environment of the next round.
+    pub(super) next_env: Option<RankEnv>,
+    /// Whether no further round will start.
     pub(super) ended: bool,
     /// Whether the rank stops at this boundary.
     pub(super) stopping: bool,
-    /// Whether the rank's work has seen that.
+    /// Whether the rank's own thread has noticed that it is to stop.
     pub(super) noticed: bool,
-    /// Of the round, as far as they are there.
+    /// Connections of the round, as far as they are open.
     pub(super) connections: Option<Connections>,
-    /// What else of the round is to be cut.
-    pub(super) cuts: Vec<Cut>,
+    /// Further waits of the round to abort at its end.
+    pub(super) cancel_hooks: Vec<CancelHook>,
     pub(super) group: Option<ProcessGroup>,
     pub(super) store: Option<Store>,
-    /// Where the last words go.
+    /// Error file of the round.
     pub(super) error_file: Option<PathBuf>,
-    /// Writes under way that are not to be cut off.
-    pub(super) holds: usize,
+    /// Number of [`super::ExitGuard`]s: running writes that must be finished.
+    pub(super) exit_guards: usize,
     pub(super) boundaries: Boundaries,
-    /// Where the agent was told that this rank is paused: what it was about before.
-    pub(super) rests: Option<Doing>,
-    /// Rank of this node.
+    /// Work before the pause that was reported to the agent; `None` if the rank is not paused.
+    pub(super) work_before_pause: Option<Doing>,
+    /// Node rank of this node.
     pub(super) node: u32,
 }
 
-/// Why a rank is to end.
+/// Why a rank is to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// It has come to the step boundary at which the ranks of its node end.
+    /// The rank has reached the step boundary at which the ranks of its node end.
     Requested,
-    /// The round is over: another rank is gone, and no collective will succeed any more.
+    /// The round is over: another rank is gone, so no collective will succeed.
     Broken,
 }
 
-/// What is to be done at a step boundary, by all ranks of the job at the same one.
+/// The action at a step boundary, equal on all ranks of the job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Boundary {
-    /// Nothing: go on to the next step.
-    GoOn,
-    /// Save a checkpoint, and ask again.
+    /// Continue with the next step.
+    Continue,
+    /// Save a checkpoint, then ask again.
     Save,
-    /// Save a checkpoint where that is said, and end if this rank is one of those that are to.
+    /// Save a checkpoint if `save` is set, then end if `here` is set.
     Stop {
-        /// Whether this rank ends; others ask again, and will find the round broken.
+        /// Whether this rank ends. Other ranks ask again, and find the round broken.
         here: bool,
         /// Whether all ranks save.
         save: bool,
     },
-    /// The round ends here, for all ranks: nodes are to come or to go.
+    /// All ranks leave the round, since nodes are to join or leave.
     Regroup,
     /// The round is over: another rank is gone.
     Broken,
@@ -75,13 +75,13 @@ pub enum Boundary {
     Leave {
         /// Whether the whole run ends.
         all: bool,
-        /// Number of the task, as the rank that asked gave it.
+        /// Number of the task, from the rank that asked.
         task: u64,
     },
 }
 
 impl State {
-    /// Whether the rank is to end, and why.
+    /// Returns why the rank is to stop, if it is.
     pub(super) fn stop(&self) -> Option<Stop> {
         match self.stopping {
             _ if self.ended || (self.over.is_some() && self.over >= self.round) => Some(Stop::Broken),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ice_checkpoint::{Checkpoint, Manifest};
 use ice_worker::Worker;
-use ice_worker::copies::Parcel;
+use ice_worker::replica::ShardReplica;
 
 use super::load::Supply;
 use super::snapshot::{Buffers, Share, Snapshot};
@@ -34,8 +34,8 @@ pub(crate) fn pack(
     mut manifest: Manifest,
     graph: &HyperGraph,
     kept: &Kept,
-    old: Vec<Parcel>,
-) -> Result<Parcel> {
+    old: Vec<ShardReplica>,
+) -> Result<ShardReplica> {
     let share = Share { rank: label.owner, writers: label.of, split: true };
     let files = old.into_iter().flat_map(|parcel| parcel.parts);
     let is_data = |name: &str| name != ABOUT && !name.ends_with(HEADER);
@@ -49,14 +49,14 @@ pub(crate) fn pack(
         parts.push((file.name, data));
     }
     let step = manifest.counters.train_steps;
-    Ok(Parcel { number: label.number, owner: label.owner, of: label.of, step, parts })
+    Ok(ShardReplica { number: label.number, owner: label.owner, of: label.of, step, parts })
 }
 
 /// Reassembles the state on every rank: each rank loads what its own nodes need. `suppliers` names
 /// the rank that has each shard, and `parcels` are the shards of this rank. Returns the manifest,
 /// and the optimizer state that no node uses. Collective.
 pub(crate) fn unpack(
-    parcels: &[Arc<Parcel>],
+    parcels: &[Arc<ShardReplica>],
     suppliers: &[usize],
     graph: &HyperGraph,
     worker: &Worker,
@@ -97,7 +97,7 @@ pub(crate) fn unpack(
 
 /// Returns, for each file of a parcel, its name, the text of its header, and its length including
 /// the header.
-fn headers_of(parcel: &Parcel) -> Vec<(String, String, u64)> {
+fn headers_of(parcel: &ShardReplica) -> Vec<(String, String, u64)> {
     let file = |(name, header): &(String, Vec<u8>)| {
         let name = name.strip_suffix(HEADER)?;
         let len = header.len() + parcel.part(name)?.len();

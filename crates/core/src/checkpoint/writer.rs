@@ -194,7 +194,7 @@ impl Writer {
             snapshot,
             share,
         };
-        let hold = self.link.hold();
+        let hold = self.link.exit_guard();
         let write = move || {
             let _hold = hold;
             let outcome = job.run(&buffers);

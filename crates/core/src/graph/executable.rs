@@ -416,7 +416,7 @@ impl ExecutableGraph {
         if last {
             worker.link().collective();
         } else {
-            worker.link().tick();
+            worker.link().note_activity();
         }
         let own = begun.elapsed();
         // Times all nodes together: the autograd graph of libtorch does not know them.

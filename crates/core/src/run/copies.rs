@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use ice_checkpoint::{CHECKPOINTS, candidates};
-use ice_worker::copies::{Exchange, Parcel, Shelf, holders};
+use ice_worker::replica::{ReplicaStore, Replication, ShardReplica, assign_buddies};
 
 use super::Run;
 use super::parts::{Copy, Found, Live, Offer, find};
@@ -15,9 +15,9 @@ use crate::ranks::{broadcast, gather, gather_all};
 /// The replicas that this rank keeps and exchanges during a run.
 #[derive(Default)]
 pub(super) struct Copies {
-    shelf: Shelf,
+    shelf: ReplicaStore,
     /// Connections of the current round for replicas. `None` if the round makes no replicas.
-    exchange: RefCell<Option<Exchange>>,
+    exchange: RefCell<Option<Replication>>,
     /// Number of the next replica, the same on all ranks. 0 before the first round.
     next: Cell<u64>,
     /// Numbers of the last replica known to be complete on all ranks, and of the replica in
@@ -30,7 +30,7 @@ pub(super) struct Copies {
 
 /// Shards in memory from which the ranks are about to reassemble a state.
 pub(super) struct Parts {
-    parcels: Vec<Arc<Parcel>>,
+    parcels: Vec<Arc<ShardReplica>>,
     /// The rank that supplies each shard, by owner.
     suppliers: Vec<usize>,
     pub(super) are_copies: bool,
@@ -52,8 +52,8 @@ impl Run<'_> {
         let is_torn = self.graph.entries().iter().any(|entry| entry.node.borrow().is_torn());
         let in_use = copies.part.get().filter(|_| self.progress.has_state.get() && !is_torn);
         let live = in_use.map(|(owner, of)| Live { position: self.progress.position.get(), owner, of });
-        let parcels = copies.shelf.parcels();
-        let copy = |parcel: &Arc<Parcel>| Copy {
+        let parcels = copies.shelf.all();
+        let copy = |parcel: &Arc<ShardReplica>| Copy {
             number: parcel.number,
             step: parcel.step,
             owner: parcel.owner,
@@ -91,13 +91,13 @@ impl Run<'_> {
                 Some(Parts { parcels, suppliers, are_copies: false })
             }
             Found::Copied { number, suppliers, .. } => {
-                let parcels = copies.shelf.parcels().into_iter().filter(|parcel| parcel.number == number);
+                let parcels = copies.shelf.all().into_iter().filter(|parcel| parcel.number == number);
                 Some(Parts { parcels: parcels.collect(), suppliers, are_copies: true })
             }
         };
         if self.config.copy_shards_every.is_some() && self.worker.can_stay() && offers.len() > 1 {
             let nodes: Vec<_> = offers.iter().map(|offer| offer.node).collect();
-            let exchange = Exchange::open(&self.worker, &holders(&nodes), &copies.shelf)?;
+            let exchange = Replication::open(&self.worker, &assign_buddies(&nodes), &copies.shelf)?;
             copies.exchange.replace(Some(exchange));
         }
         Ok(parts)
@@ -138,7 +138,7 @@ impl Run<'_> {
         self.synced();
         let (number, whole) = (copies.next.get(), copies.whole.get());
         let (rank, ranks) = (self.worker.rank(), self.worker.world_size());
-        let old = copies.shelf.give_up(rank, whole);
+        let old = copies.shelf.release(rank, whole);
         let parcel = Arc::new(self.pack(number, rank, ranks, old)?);
         copies.next.set(number + 1);
         copies.under_way.set(Some(number));
@@ -161,7 +161,7 @@ impl Run<'_> {
         self.copies.exchange.replace(None);
     }
 
-    fn pack(&self, number: u64, owner: usize, of: usize, old: Vec<Parcel>) -> Result<Parcel> {
+    fn pack(&self, number: u64, owner: usize, of: usize, old: Vec<ShardReplica>) -> Result<ShardReplica> {
         pack(&Label { number, owner, of }, self.manifest(None), self.graph, &self.kept.borrow(), old)
     }
 

@@ -151,7 +151,7 @@ impl Run<'_> {
                 return Ok(asked);
             }
             match self.worker.link().boundary(asked > Leave::Nothing) {
-                Boundary::GoOn => return Ok(Leave::Nothing),
+                Boundary::Continue => return Ok(Leave::Nothing),
                 Boundary::Leave { all, task } => {
                     self.leaving.is_published.set(false);
                     // A request from an earlier task, or from an earlier run, is void.

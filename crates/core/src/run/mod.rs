@@ -338,7 +338,7 @@ impl<'a> Run<'a> {
     /// Obeys, at a step boundary, a request that all ranks have agreed on.
     fn obey(&self, boundary: Boundary) -> Result<()> {
         match boundary {
-            Boundary::GoOn | Boundary::Leave { .. } => Ok(()),
+            Boundary::Continue | Boundary::Leave { .. } => Ok(()),
             Boundary::Save => self.save_checkpoint(None, None),
             Boundary::Stop { here, save } => {
                 if save && self.counters.train_steps() > 0 {

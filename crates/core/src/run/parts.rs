@@ -107,7 +107,7 @@ fn newest_copy(offers: &[Offer]) -> Option<(Copy, Vec<usize>)> {
 
 #[cfg(test)]
 mod tests {
-    use ice_worker::copies::holders;
+    use ice_worker::replica::assign_buddies;
     use proptest::prelude::*;
 
     use super::*;
@@ -148,7 +148,7 @@ mod tests {
             order in Just((0..9_usize).collect::<Vec<_>>()).prop_shuffle(),
         ) {
             let n = nodes.len();
-            let holders = holders(&nodes);
+            let holders = assign_buddies(&nodes);
             let offers: Vec<_> = (0..n).map(|rank| {
                 let copies: Vec<_> =
                     (0..n).filter(|&owner| owner == rank || holders[owner] == rank).map(|owner| (5, owner)).collect();

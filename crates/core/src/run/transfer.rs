@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 
-use ice_worker::{Begun, Worker};
+use ice_worker::{PendingCollective, Worker};
 use tch::{Device, Kind, Tensor};
 
 use super::Run;
@@ -186,7 +186,7 @@ struct Transfer<'a> {
 
 /// A unit of transfer.
 struct Portion {
-    begun: Vec<Begun>,
+    begun: Vec<PendingCollective>,
     /// A part of a tensor in place, or of a buffer with several tensors.
     view: Tensor,
     packed: Option<Packed>,
@@ -323,7 +323,7 @@ impl<'a> Transfer<'a> {
     }
 }
 
-fn send_to(worker: &Worker, ranks: &[usize], view: &Tensor) -> Result<Vec<Begun>> {
+fn send_to(worker: &Worker, ranks: &[usize], view: &Tensor) -> Result<Vec<PendingCollective>> {
     ranks.iter().map(|rank| Ok(worker.begin_send(*rank, view)?)).collect()
 }
 

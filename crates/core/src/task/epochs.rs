@@ -1,7 +1,7 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use ice_worker::Progress;
+use ice_worker::TrainingProgress;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
@@ -403,7 +403,7 @@ impl<'a> Report<'a> {
         if !self.run.worker().is_main() || (elapsed < REPORT_EVERY && !last) {
             return;
         }
-        self.run.worker().progress(Progress {
+        self.run.worker().progress(TrainingProgress {
             task: self.task.tags.to_string(),
             epoch: self.epoch(),
             iteration: (iteration, self.iterations),

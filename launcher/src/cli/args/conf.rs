@@ -1,7 +1,7 @@
 use std::fs;
 use std::time::Duration;
 
-use ice_rendezvous::{EtcdConfig, EtcdTls, Place};
+use ice_rendezvous::{Backend, EtcdConfig, EtcdTls};
 
 use crate::cli::{UsageError, lists};
 
@@ -163,7 +163,7 @@ impl EtcdArgs {
     }
 
     /// Returns the place where the agents meet, with checked settings.
-    pub(crate) fn place(&self, port: u16) -> Result<Place, UsageError> {
+    pub(crate) fn place(&self, port: u16) -> Result<Backend, UsageError> {
         let wrong = |problem: &str| Err(UsageError::new("--rdzv-conf", problem.into()));
         let https = self.https || self.ca.is_some() || self.certificate.is_some();
         let identity = match (&self.certificate, &self.key) {
@@ -184,7 +184,7 @@ impl EtcdArgs {
             let port = if has_port { String::new() } else { format!(":{ETCD_PORT}") };
             format!("{scheme}://{address}{port}")
         };
-        Ok(Place::Etcd(EtcdConfig {
+        Ok(Backend::Etcd(EtcdConfig {
             endpoints: self.members.iter().map(member).collect(),
             prefix: self.prefix.clone().unwrap_or_else(|| ETCD_PREFIX.into()),
             user,
@@ -205,7 +205,7 @@ mod tests {
         args.apply(conf, &mut None, &mut notes).map_err(text)?;
         assert_eq!(notes, [""; 0]);
         match args.etcd.map(|etcd| etcd.place(7)) {
-            Some(Ok(Place::Etcd(config))) => Ok(config),
+            Some(Ok(Backend::Etcd(config))) => Ok(config),
             Some(Err(error)) => Err(error.to_string()),
             other => panic!("{other:?}"),
         }

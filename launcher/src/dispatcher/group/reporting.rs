@@ -26,8 +26,10 @@ impl Group<'_> {
     pub(in crate::dispatcher) async fn report(&mut self, ends: Vec<End>) -> Option<Failure> {
         let mut ends = ends.into_iter();
         let first = ends.next()?;
-        let (round, node, attempt) =
-            self.round.as_ref().map(|round| (round.number, round.you.group_rank, round.restart_count))?;
+        let (round, node, attempt) = self
+            .round
+            .as_ref()
+            .map(|round| (round.number, round.assignment.group_rank, round.restart_count))?;
         let others = ends.map(|end| self.other(&end)).collect();
         let rank = self.rank(first.local_rank);
         let member = self.ranks.get_mut(&first.local_rank)?;

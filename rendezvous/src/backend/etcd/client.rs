@@ -1,7 +1,7 @@
-//! Calls to etcd, at whichever of its members answers.
+//! Calls to etcd, sent to any member that answers.
 //!
-//! Every call may be sent more than once: after a connection was lost its answer may have been lost
-//! alone. Callers write so that a repeated call is harmless.
+//! A call may be executed more than once: if a connection is lost, the request may have arrived and
+//! only the answer be lost. Callers make sure that a repeated call is harmless.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,27 +16,28 @@ use super::endpoint::{self, Endpoint};
 use super::fault::{Fault, NOT_FOUND};
 use super::grpc::Connection;
 use super::messages::{
-    Answer, Authenticate, Done, Found, Get, LeaseGrant, LeaseKeepAlive, LeaseRevoke, Request, Token, Txn,
+    Answer, Authenticate, Get, GetResult, LeaseGrant, LeaseKeepAlive, LeaseRevoke, Request, Token, Txn,
+    TxnResult,
 };
 
-/// What all calls have in common.
+/// State that all clones share.
 struct Shared {
     endpoints: Vec<Endpoint>,
     tls: Option<Arc<ClientConfig>>,
-    /// Name and password.
+    /// User name and password.
     user: Option<(String, String)>,
-    /// How long a call may take.
+    /// Timeout of a call.
     answer: Duration,
-    /// The endpoint that the next call begins with.
+    /// Index of the endpoint that the next call tries first.
     next: AtomicUsize,
 }
 
-/// A user of etcd, with a connection of its own.
+/// A client of etcd. Each clone has a connection of its own.
 pub(super) struct Client {
     shared: Arc<Shared>,
-    /// To the endpoint of this number; none while a call is under way.
+    /// The connection and the index of its endpoint; `None` while a call is in progress.
     connection: Option<(usize, Connection)>,
-    /// Shown with each call, once the user has been authenticated.
+    /// Token of the authenticated user, sent with each call.
     token: Option<HeaderValue>,
 }
 
@@ -47,10 +48,10 @@ impl Clone for Client {
 }
 
 impl Client {
-    /// Connects with the first call.
+    /// Creates a client, which connects on the first call.
     ///
     /// # Errors
-    /// Which endpoint or certificate cannot be used, and why.
+    /// The invalid endpoint or certificate, and why it is invalid.
     pub(super) fn new(config: &EtcdConfig, answer: Duration) -> Result<Self, String> {
         let endpoints: Result<Vec<_>, _> = config.endpoints.iter().map(|url| Endpoint::parse(url)).collect();
         let (endpoints, next) = (endpoints?, AtomicUsize::new(0));
@@ -63,15 +64,15 @@ impl Client {
         &self.shared.endpoints
     }
 
-    pub(super) async fn get(&mut self, key: &str) -> Result<Found, Fault> {
+    pub(super) async fn get(&mut self, key: &str) -> Result<GetResult, Fault> {
         self.call(&Get { key: key.into() }).await
     }
 
-    pub(super) async fn txn(&mut self, txn: &Txn) -> Result<Done, Fault> {
+    pub(super) async fn txn(&mut self, txn: &Txn) -> Result<TxnResult, Fault> {
         self.call(txn).await
     }
 
-    /// Returns the new lease.
+    /// Creates a lease, and returns its number.
     pub(super) async fn lease_grant(&mut self, seconds: i64) -> Result<i64, Fault> {
         match self.call(&LeaseGrant { ttl: seconds }).await?.id {
             0 => Err(Fault::Foreign("it grants a lease without a number".into())),
@@ -83,9 +84,9 @@ impl Client {
         self.call(&LeaseRevoke { lease }).await
     }
 
-    /// Renews a lease. Returns whether it was still there.
+    /// Renews a lease. Returns whether it still existed.
     pub(super) async fn lease_keep_alive(&mut self, lease: i64) -> Result<bool, Fault> {
-        // A stream of renewals, of which this is the only one.
+        // The method is a stream of renewals; this call ends it after the first.
         match self.call(&LeaseKeepAlive { lease }).await {
             Ok(renewed) => Ok(renewed.ttl > 0),
             Err(Fault::Etcd { code: NOT_FOUND, .. }) => Ok(false),
@@ -93,7 +94,7 @@ impl Client {
         }
     }
 
-    /// Asks one endpoint after the other, and returns the first answer.
+    /// Tries one endpoint after the other, and returns the first answer.
     pub(super) async fn call<R: Request>(&mut self, request: &R) -> Result<R::Answer, Fault> {
         let message = request.write().finish();
         let limit = self.shared.answer;
@@ -108,8 +109,8 @@ impl Client {
         let mut last: Option<Fault> = None;
         for _ in 0..count {
             let index = shared.next.load(Ordering::Relaxed) % count;
-            // This call may be dropped while it waits for a silent endpoint: the next one then begins
-            // with another.
+            // If this call is dropped while it waits for a silent endpoint, the next call starts
+            // with another one.
             shared.next.store(index + 1, Ordering::Relaxed);
             let fault = match self.ask(index, method, message).await {
                 Ok(answer) => {
@@ -123,7 +124,7 @@ impl Client {
                 Err(fault) if count == 1 => fault,
                 Err(fault) => fault.at(&shared.endpoints[index].url),
             };
-            // A member that may come back is waited for, although another endpoint is a wrong one.
+            // Keeps a failure that a retry may fix, although another endpoint is wrong for good.
             last = Some(match last {
                 Some(before) if fault.is_final() && !before.is_final() => before,
                 _ => fault,
@@ -132,7 +133,8 @@ impl Client {
         Err(last.unwrap_or_else(|| Fault::Foreign("no endpoint was given".into())))
     }
 
-    /// Asks one endpoint, with a token if etcd wants one, and with a new one if that is old.
+    /// Sends a call to one endpoint, with a token if etcd requires one. Authenticates again if the
+    /// token has expired.
     async fn ask(&mut self, index: usize, method: &str, message: &[u8]) -> Result<Vec<u8>, Fault> {
         let shared = self.shared.clone();
         let Some((name, password)) = &shared.user else {
@@ -162,7 +164,7 @@ impl Client {
     ) -> Result<Vec<u8>, Fault> {
         if let Some((_, connection)) = self.connection.take().filter(|(kept, _)| *kept == index) {
             match self.send_over(index, connection, method, token, message).await {
-                // etcd may have restarted since, or an idle connection was closed on the way.
+                // etcd may have restarted since the last call, or an idle connection was closed.
                 Err(Fault::Unreachable(_)) => {}
                 answer => return answer,
             }
@@ -173,7 +175,7 @@ impl Client {
         self.send_over(index, connection, method, token, message).await
     }
 
-    /// Keeps the connection once etcd has answered.
+    /// Sends a call, and keeps the connection if etcd has answered.
     async fn send_over(
         &mut self,
         index: usize,

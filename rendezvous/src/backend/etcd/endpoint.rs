@@ -1,4 +1,4 @@
-//! Where etcd is, and what is needed to speak TLS with it.
+//! Endpoints of etcd, and the configuration of TLS for them.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use rustls::{ClientConfig, RootCertStore};
 
 use super::{EtcdConfig, EtcdTls};
 
-/// Where one member of etcd listens.
+/// The address of one member of etcd.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::backend) struct Endpoint {
-    /// `http://host:port` or `https://host:port`.
+    /// The address as a URL: `http://host:port` or `https://host:port`.
     pub(super) url: String,
     pub(super) host: String,
     pub(super) port: u16,
@@ -24,9 +24,9 @@ impl Endpoint {
     /// Reads `http://host:port` or `https://host:port`.
     ///
     /// # Errors
-    /// Why it is neither.
+    /// Why the text is not such a URL.
     pub(in crate::backend) fn parse(url: &str) -> Result<Self, String> {
-        // What stands before an @ may be a password.
+        // The text before an @ may be a password, so messages leave it out.
         let shown = url.rsplit_once('@').map_or(url, |(_, host)| host);
         let wrong =
             |why: &str| format!("`{shown}` {why}: give HOST:PORT, http://HOST:PORT or https://HOST:PORT");
@@ -52,10 +52,10 @@ impl Endpoint {
     }
 }
 
-/// Returns what rustls needs to know to speak with etcd; `None` if no endpoint has TLS.
+/// Returns the configuration of TLS; `None` if no endpoint uses it.
 ///
 /// # Errors
-/// Which of the certificates is missing or cannot be used, and why.
+/// The missing or invalid certificate, and why it is invalid.
 pub(in crate::backend) fn client_config(config: &EtcdConfig) -> Result<Option<Arc<ClientConfig>>, String> {
     if !config.endpoints.iter().any(|url| url.starts_with("https://")) {
         return Ok(None);

@@ -1,24 +1,24 @@
-//! How a call to etcd fails, and whether another attempt can help.
+//! Failures of calls to etcd, and whether another attempt can help.
 
 use std::io;
 
 use rustls::{AlertDescription, CertificateError, InvalidMessage};
 
-/// Why a call got no answer that is of use.
+/// A failed call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Fault {
-    /// etcd answered with an error of its own; `code` is gRPC's.
+    /// etcd answered with an error; `code` is gRPC's.
     #[error("{message}{}", remedy(*code, message))]
     Etcd { code: u32, message: String },
-    /// Nothing answered, or only a part of an answer came.
+    /// No answer came, or only a part of one.
     #[error("{0}")]
     Unreachable(String),
-    /// Something other than etcd answered, or the two ends do not agree on TLS.
+    /// The peer is not etcd, or the two ends do not agree on TLS.
     #[error("{0}")]
     Foreign(String),
 }
 
-/// gRPC's status codes, as far as they matter here.
+/// The status codes of gRPC that matter here.
 const INVALID_ARGUMENT: u32 = 3;
 const DEADLINE_EXCEEDED: u32 = 4;
 pub(super) const NOT_FOUND: u32 = 5;
@@ -29,7 +29,7 @@ const UNAVAILABLE: u32 = 14;
 const UNAUTHENTICATED: u32 = 16;
 
 impl Fault {
-    /// Whether another attempt cannot help: a wrong password, a wrong certificate, a wrong address.
+    /// Returns whether another attempt cannot help: a wrong password, certificate or address.
     pub(super) fn is_final(&self) -> bool {
         match self {
             Self::Etcd { code, .. } => {
@@ -47,8 +47,7 @@ impl Fault {
         }
     }
 
-    /// Whether another member of the cluster may have a better answer: this one has no leader, or is
-    /// not etcd at all.
+    /// Returns whether another member may answer: this one has no leader, or is not etcd.
     pub(super) fn is_of_one_member(&self) -> bool {
         match self {
             Self::Etcd { code, .. } => [DEADLINE_EXCEEDED, UNIMPLEMENTED, UNAVAILABLE].contains(code),
@@ -56,7 +55,8 @@ impl Fault {
         }
     }
 
-    /// Whether a new token may help: tokens expire, and a change of users or roles makes them old.
+    /// Returns whether a new token may help: tokens expire, and changes of users or roles
+    /// invalidate them.
     pub(super) fn is_old_token(&self) -> bool {
         match self {
             Self::Etcd { code: UNAUTHENTICATED, .. } => true,
@@ -66,7 +66,7 @@ impl Fault {
     }
 }
 
-/// What the user can do about an error of etcd's; empty if nothing is known.
+/// Returns the remedy for an error of etcd; empty if none is known.
 fn remedy(code: u32, message: &str) -> &'static str {
     match code {
         INVALID_ARGUMENT if message.contains("user name is empty") => {
@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_of_etcd_are_sorted_by_what_helps() {
+    fn errors_of_etcd_are_classified_by_remedy() {
         let etcd = |code, message: &str| Fault::Etcd { code, message: message.into() };
         let kinds = |fault: Fault| (fault.is_final(), fault.is_of_one_member(), fault.is_old_token());
         for (fault, expected) in [

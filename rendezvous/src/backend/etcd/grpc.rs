@@ -1,4 +1,4 @@
-//! One connection to one member of etcd: calls of gRPC over HTTP/2, plain or inside of TLS.
+//! A connection to one member of etcd: calls of gRPC over HTTP/2, plain or inside TLS.
 //!
 //! <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
 
@@ -19,16 +19,16 @@ use tokio_rustls::TlsConnector;
 
 use super::endpoint::Endpoint;
 use super::fault::Fault;
-use crate::{address, host};
+use crate::{address, server};
 
-/// The most that is read of an answer, in bytes. etcd takes requests of up to 1.5 MiB unless it was told
-/// otherwise, and an answer has at most two values.
-pub(super) const MOST: usize = 8 << 20;
-/// The most that the head of an answer may have, in bytes.
-const MOST_HEAD: u32 = 64 << 10;
-/// How much may be under way.
+/// Maximum length of an answer in bytes. etcd's default limit of a request is 1.5 MiB, and an
+/// answer has at most two values.
+pub(super) const MAX_ANSWER: usize = 8 << 20;
+/// Maximum length of an answer's headers in bytes.
+const MAX_HEADERS: u32 = 64 << 10;
+/// Flow control window of streams and of the connection, in bytes.
 const WINDOW: u32 = 1 << 20;
-/// A flag and a length stand before each message.
+/// Length of the flag and the length in front of each message.
 const PREFIX: usize = 5;
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -36,10 +36,10 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 pub(super) struct Connection {
     requests: SendRequest<Cursor<Vec<u8>>>,
-    /// Reads and writes.
+    /// Task that reads from and writes to the connection.
     driver: JoinHandle<()>,
-    seen: Seen,
-    /// `http://host:port` or `https://host:port`.
+    diagnostics: Diagnostics,
+    /// The endpoint as a URL.
     url: String,
 }
 
@@ -65,32 +65,32 @@ impl Connection {
                 Box::new(TlsConnector::from(config.clone()).connect(name, stream).await?)
             }
         };
-        let seen = Seen::default();
-        let stream = Watched { stream, seen: seen.clone() };
+        let diagnostics = Diagnostics::default();
+        let stream = ObservedStream { stream, diagnostics: diagnostics.clone() };
         let handshake = Builder::new()
             .enable_push(false)
             .initial_window_size(WINDOW)
             .initial_connection_window_size(WINDOW)
-            .max_header_list_size(MOST_HEAD)
+            .max_header_list_size(MAX_HEADERS)
             .handshake(stream);
-        let (requests, connection) = handshake.await.map_err(|error| seen.fault(error))?;
+        let (requests, connection) = handshake.await.map_err(|error| diagnostics.fault(error))?;
         let driver = tokio::spawn(async move {
-            // A call on it fails with the same error.
+            // Calls on this connection fail with the same error.
             let _ = connection.await;
         });
-        Ok(Self { requests, driver, seen, url: endpoint.url.clone() })
+        Ok(Self { requests, driver, diagnostics, url: endpoint.url.clone() })
     }
 
-    /// Sends a message to a method, and returns the first message of the answer. The connection is of no use
-    /// after an error that is not etcd's own.
+    /// Calls a method with a message, and returns the first message of the answer. The connection
+    /// is unusable after an error other than etcd's own.
     pub(super) async fn call(
         &mut self,
         method: &str,
         token: Option<&HeaderValue>,
         message: &[u8],
     ) -> Result<Vec<u8>, Fault> {
-        let seen = self.seen.clone();
-        let fault = |error: h2::Error| seen.fault(error);
+        let diagnostics = self.diagnostics.clone();
+        let fault = |error: h2::Error| diagnostics.fault(error);
         let length = u32::try_from(message.len())
             .map_err(|_| Fault::Foreign("a message of 4 GiB cannot be sent".into()))?;
         let mut body = Vec::with_capacity(PREFIX + message.len());
@@ -115,7 +115,7 @@ impl Connection {
         if head.status != StatusCode::OK || !is_grpc {
             return Err(not_grpc(head.status, body).await);
         }
-        // An error without a message may be in the head alone.
+        // An error without a message may have headers only.
         if let Some(status) = status(&head.headers) {
             return Err(status.err().unwrap_or_else(no_message));
         }
@@ -125,20 +125,20 @@ impl Connection {
     async fn receive(&self, mut body: RecvStream) -> Result<Vec<u8>, Fault> {
         let mut received = Vec::new();
         while let Some(piece) = body.data().await {
-            let piece = piece.map_err(|error| self.seen.fault(error))?;
-            if received.len() + piece.len() > MOST {
+            let piece = piece.map_err(|error| self.diagnostics.fault(error))?;
+            if received.len() + piece.len() > MAX_ANSWER {
                 return Err(too_long());
             }
             received.extend_from_slice(&piece);
-            // More is not read than was announced, and more than that is not waited for.
+            // Rejects an announced length over the limit before its bytes arrive.
             if let Some((prefix, _)) = received.split_first_chunk::<PREFIX>()
-                && length(prefix)? > MOST - PREFIX
+                && length(prefix)? > MAX_ANSWER - PREFIX
             {
                 return Err(too_long());
             }
             let _ = body.flow_control().release_capacity(piece.len());
         }
-        let trailers = body.trailers().await.map_err(|error| self.seen.fault(error))?;
+        let trailers = body.trailers().await.map_err(|error| self.diagnostics.fault(error))?;
         status(&trailers.unwrap_or_default())
             .unwrap_or_else(|| Err(Fault::Unreachable("its answer ended without a status".into())))?;
         let (prefix, rest) = received.split_first_chunk::<PREFIX>().ok_or_else(no_message)?;
@@ -149,7 +149,7 @@ impl Connection {
     }
 }
 
-/// The length of a message, by what stands before it.
+/// Reads the length of a message from its prefix.
 fn length(prefix: &[u8; PREFIX]) -> Result<usize, Fault> {
     let [flag, length @ ..] = *prefix;
     match flag {
@@ -158,7 +158,7 @@ fn length(prefix: &[u8; PREFIX]) -> Result<usize, Fault> {
     }
 }
 
-/// The outcome of a call, if these are the last fields of it.
+/// Returns the outcome of a call; `None` if these headers have no status.
 fn status(fields: &HeaderMap) -> Option<Result<(), Fault>> {
     let code = fields.get("grpc-status")?;
     let code = code.to_str().ok().and_then(|code| code.parse().ok());
@@ -171,7 +171,7 @@ fn status(fields: &HeaderMap) -> Option<Result<(), Fault>> {
     })
 }
 
-/// Resolves percent-encoding. A `%` without two digits after it stays as it is.
+/// Decodes percent-encoding. A `%` without two hexadecimal digits stays.
 fn decoded(text: &[u8]) -> Vec<u8> {
     let digit = |byte: u8| char::from(byte).to_digit(16);
     let escaped = |text: &[u8]| match *text {
@@ -187,9 +187,9 @@ fn decoded(text: &[u8]) -> Vec<u8> {
     decoded
 }
 
-/// What another server than one of gRPC answers.
+/// Classifies the answer of a server that does not speak gRPC.
 async fn not_grpc(status: StatusCode, mut body: RecvStream) -> Fault {
-    // Nothing of it is waited for but the first piece.
+    // Only the first piece of the body is read, for the message.
     let said = match body.data().await {
         Some(Ok(piece)) => quoted(&piece),
         _ => String::new(),
@@ -207,10 +207,10 @@ fn no_message() -> Fault {
 }
 
 fn too_long() -> Fault {
-    Fault::Foreign(format!("its answer is longer than {} MiB", MOST >> 20))
+    Fault::Foreign(format!("its answer is longer than {} MiB", MAX_ANSWER >> 20))
 }
 
-/// The beginning of foreign text, in one line.
+/// Returns the beginning of foreign text in one line, without control characters.
 fn shown(text: &[u8]) -> String {
     const LENGTH: usize = 200;
     let text = String::from_utf8_lossy(&text[..text.len().min(4 * LENGTH)]);
@@ -223,24 +223,25 @@ fn quoted(text: &[u8]) -> String {
     if text.is_empty() { text } else { format!(": `{text}`") }
 }
 
-/// What a connection was like below HTTP/2, which h2's errors do not tell.
+/// Observations below HTTP/2, which errors of h2 do not contain. Shared by the stream and the
+/// connection.
 #[derive(Clone, Default)]
-struct Seen(Arc<Mutex<Sight>>);
+struct Diagnostics(Arc<Mutex<Observed>>);
 
 #[derive(Default)]
-struct Sight {
-    /// The first bytes that came.
+struct Observed {
+    /// The first bytes received.
     first: Option<Vec<u8>>,
     fault: Option<Fault>,
 }
 
-impl Seen {
+impl Diagnostics {
     fn fault(&self, error: h2::Error) -> Fault {
-        let mut sight = host::locked(&self.0);
-        if let Some(fault) = sight.fault.take() {
+        let mut observed = server::locked(&self.0);
+        if let Some(fault) = observed.fault.take() {
             return fault;
         }
-        match sight.first.as_deref() {
+        match observed.first.as_deref() {
             None | Some([]) => {
                 let why = "it closed the connection without an answer; if it has TLS, give protocol=https \
                            and cacert with --rdzv-conf";
@@ -264,25 +265,25 @@ impl Seen {
     }
 }
 
-/// A stream that keeps in mind what its errors were and how it began.
-struct Watched {
+/// A stream that records its first bytes and its first error.
+struct ObservedStream {
     stream: Box<dyn Stream>,
-    seen: Seen,
+    diagnostics: Diagnostics,
 }
 
-impl Watched {
+impl ObservedStream {
     fn see<T>(&self, outcome: io::Result<T>) -> io::Result<T> {
         outcome.map_err(|error| {
             let kind = error.kind();
             let fault = Fault::from(error);
             let again = io::Error::new(kind, fault.to_string());
-            host::locked(&self.seen.0).fault.get_or_insert(fault);
+            server::locked(&self.diagnostics.0).fault.get_or_insert(fault);
             again
         })
     }
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for ObservedStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -290,17 +291,17 @@ impl AsyncRead for Watched {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let outcome = ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
-        let mut sight = host::locked(&self.seen.0);
-        if sight.first.is_none() {
+        let mut observed = server::locked(&self.diagnostics.0);
+        if observed.first.is_none() {
             let come = &buffer.filled()[before..];
-            sight.first = Some(come[..come.len().min(100)].into());
+            observed.first = Some(come[..come.len().min(100)].into());
         }
-        drop(sight);
+        drop(observed);
         Poll::Ready(self.see(outcome))
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for ObservedStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

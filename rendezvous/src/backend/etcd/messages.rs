@@ -1,23 +1,23 @@
-//! The requests and answers of etcd, as far as agents use them. The numbers are those of its `rpc.proto` and
-//! `kv.proto`, which have been the same since etcd 3.0.
+//! The requests and answers of etcd that agents use. Field numbers are those of its `rpc.proto` and
+//! `kv.proto`, which have not changed since etcd 3.0.
 
 use super::protobuf::{Fields, Malformed, Writer};
 
-/// A request, and the method that takes it.
+/// A request and its method.
 pub(super) trait Request {
-    /// The method's path.
+    /// Path of the method.
     const METHOD: &'static str;
     type Answer: Answer;
 
     fn write(&self) -> Writer;
 }
 
-/// A message that etcd answers with. Fields that are missing have their default.
+/// An answer of etcd. Missing fields have their default.
 pub(super) trait Answer: Default {
     fn read(bytes: &[u8]) -> Result<Self, Malformed>;
 }
 
-/// An answer of which nothing is of interest.
+/// An answer whose fields are ignored.
 impl Answer for () {
     fn read(_: &[u8]) -> Result<Self, Malformed> {
         Ok(())
@@ -54,7 +54,7 @@ impl Answer for Token {
     }
 }
 
-/// Asks for one key.
+/// Reads one key.
 #[derive(Debug, Clone)]
 pub(super) struct Get {
     pub(super) key: String,
@@ -62,7 +62,7 @@ pub(super) struct Get {
 
 impl Request for Get {
     const METHOD: &'static str = "/etcdserverpb.KV/Range";
-    type Answer = Found;
+    type Answer = GetResult;
 
     fn write(&self) -> Writer {
         Writer::default().bytes(1, self.key.as_bytes())
@@ -70,18 +70,18 @@ impl Request for Get {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Found {
+pub(super) struct GetResult {
     first: Option<KeyValue>,
 }
 
-impl Found {
-    /// The key that was asked for; `None` if etcd has none.
+impl GetResult {
+    /// Returns the key; `None` if etcd does not have it.
     pub(super) fn first(&self) -> Option<&KeyValue> {
         self.first.as_ref()
     }
 }
 
-impl Answer for Found {
+impl Answer for GetResult {
     fn read(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut found = Self::default();
         for field in Fields(bytes) {
@@ -119,12 +119,12 @@ impl KeyValue {
     }
 }
 
-/// A key that is written within a transaction.
+/// A write of a key within a transaction.
 #[derive(Debug, Clone)]
 pub(super) struct Put {
     pub(super) key: String,
     pub(super) value: Vec<u8>,
-    /// The lease that the key goes with; 0 for none.
+    /// Lease of the key; 0 for none.
     pub(super) lease: i64,
 }
 
@@ -134,7 +134,7 @@ impl Put {
     }
 }
 
-/// Whether a key was created or last written by a revision; revision 0 is that of a key that is missing.
+/// A comparison: a key was created or last written by this revision. A missing key has revision 0.
 #[derive(Debug, Clone)]
 pub(super) enum Compare {
     Created { key: String, by: i64 },
@@ -143,7 +143,7 @@ pub(super) enum Compare {
 
 impl Compare {
     fn write(&self) -> Writer {
-        // Of `CompareTarget`, and of the member of the union.
+        // The value of `CompareTarget`, and the field number within the union.
         let (target, key, field, revision) = match self {
             Self::Created { key, by } => (1, key, 5, by),
             Self::Written { key, by } => (2, key, 6, by),
@@ -152,7 +152,7 @@ impl Compare {
     }
 }
 
-/// Writes keys if all comparisons hold, and looks at keys otherwise.
+/// A transaction: writes keys if all comparisons hold, and reads keys otherwise.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Txn {
     pub(super) compare: Vec<Compare>,
@@ -162,7 +162,7 @@ pub(super) struct Txn {
 
 impl Request for Txn {
     const METHOD: &'static str = "/etcdserverpb.KV/Txn";
-    type Answer = Done;
+    type Answer = TxnResult;
 
     fn write(&self) -> Writer {
         let puts = self.success.iter().map(|put| Writer::default().message(2, put.write()));
@@ -175,20 +175,20 @@ impl Request for Txn {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Done {
+pub(super) struct TxnResult {
     pub(super) revision: i64,
     pub(super) succeeded: bool,
-    responses: Vec<Option<Found>>,
+    responses: Vec<Option<GetResult>>,
 }
 
-impl Done {
-    /// What the operation of this number found; `None` if it did not look for a key.
-    pub(super) fn found(&self, index: usize) -> Option<&Found> {
+impl TxnResult {
+    /// Returns the result of the operation at `index`; `None` if that did not read a key.
+    pub(super) fn found(&self, index: usize) -> Option<&GetResult> {
         self.responses.get(index)?.as_ref()
     }
 }
 
-impl Answer for Done {
+impl Answer for TxnResult {
     fn read(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut done = Self::default();
         for field in Fields(bytes) {
@@ -199,7 +199,7 @@ impl Answer for Done {
                     let mut found = None;
                     for field in Fields(value.bytes()?) {
                         if let (1, value) = field? {
-                            found = Some(Found::read(value.bytes()?)?);
+                            found = Some(GetResult::read(value.bytes()?)?);
                         }
                     }
                     done.responses.push(found);
@@ -211,7 +211,7 @@ impl Answer for Done {
     }
 }
 
-/// The revision in a `ResponseHeader`.
+/// Reads the revision of a `ResponseHeader`.
 fn revision(header: &[u8]) -> Result<i64, Malformed> {
     let mut revision = 0;
     for field in Fields(header) {
@@ -224,7 +224,7 @@ fn revision(header: &[u8]) -> Result<i64, Malformed> {
 
 #[derive(Debug)]
 pub(super) struct LeaseGrant {
-    /// In seconds.
+    /// Length in seconds.
     pub(super) ttl: i64,
 }
 
@@ -251,11 +251,11 @@ impl Request for LeaseKeepAlive {
     }
 }
 
-/// A lease that was granted or renewed.
+/// A granted or renewed lease.
 #[derive(Debug, Default)]
 pub(super) struct Lease {
     pub(super) id: i64,
-    /// In seconds; 0 if the lease that was to be renewed is over.
+    /// Length in seconds; 0 if the lease to be renewed had expired.
     pub(super) ttl: i64,
 }
 
@@ -292,34 +292,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_comparison_with_zero_names_its_revision() {
+    fn comparison_with_revision_zero_is_encoded() {
         let txn = Txn { compare: vec![Compare::Created { key: "a".into(), by: 0 }], ..Txn::default() };
         assert_eq!(txn.write().finish(), [10, 7, 16, 1, 26, 1, b'a', 40, 0]);
     }
 
     #[test]
-    fn answers_may_leave_out_defaults_and_have_more() {
-        assert!(Found::read(&[]).unwrap().first().is_none());
+    fn answers_without_defaults_or_with_unknown_fields_are_read() {
+        assert!(GetResult::read(&[]).unwrap().first().is_none());
         let unknown = || Writer::default().int(15, 1).bytes(14, b"more");
         let kv = unknown().int(2, 3).int(3, 5).bytes(5, b"value").int(6, -9);
         let found = || unknown().message(2, unknown()).message(2, Writer::default());
-        let first = Found::read(&found().message(2, Writer::default()).finish()).unwrap();
+        let first = GetResult::read(&found().message(2, Writer::default()).finish()).unwrap();
         assert_eq!(first.first().unwrap().value, b"");
-        let kv = Found::read(&unknown().message(2, kv).finish()).unwrap();
+        let kv = GetResult::read(&unknown().message(2, kv).finish()).unwrap();
         let kv = kv.first().unwrap();
         assert_eq!((kv.create_revision, kv.mod_revision, &*kv.value, kv.lease), (3, 5, &b"value"[..], -9));
         let header = unknown().int(3, 7);
         let responses = [Writer::default().message(2, unknown()), Writer::default().message(1, found())];
-        let done = Done::read(&unknown().message(1, header).messages(3, responses).finish()).unwrap();
+        let done = TxnResult::read(&unknown().message(1, header).messages(3, responses).finish()).unwrap();
         assert_eq!((done.revision, done.succeeded), (7, false));
         assert!(done.found(0).is_none() && done.found(1).is_some() && done.found(2).is_none());
     }
 
     #[test]
     fn answers_of_another_kind_are_errors() {
-        assert!(Found::read(&Writer::default().int(2, 1).finish()).is_err());
-        assert!(Found::read(&Writer::default().bytes(2, &[0xFF]).finish()).is_err());
-        assert!(Done::read(&Writer::default().bytes(2, b"true").finish()).is_err());
+        assert!(GetResult::read(&Writer::default().int(2, 1).finish()).is_err());
+        assert!(GetResult::read(&Writer::default().bytes(2, &[0xFF]).finish()).is_err());
+        assert!(TxnResult::read(&Writer::default().bytes(2, b"true").finish()).is_err());
         assert!(Lease::read(&Writer::default().bytes(3, b"1").finish()).is_err());
         assert!(Token::read(&Writer::default().int(2, 1).finish()).is_err());
     }

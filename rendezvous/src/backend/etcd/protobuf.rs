@@ -1,12 +1,12 @@
-//! Protocol buffers, as far as etcd's messages need them:
+//! The part of protocol buffers that etcd's messages need:
 //! <https://protobuf.dev/programming-guides/encoding/>.
 
-/// Why bytes are not a message.
+/// Bytes that are not a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("it ends too early, or a field has a type that there is not")]
 pub(super) struct Malformed;
 
-/// A message that is being written.
+/// An encoder of one message.
 #[derive(Debug, Default)]
 pub(super) struct Writer(Vec<u8>);
 
@@ -20,7 +20,7 @@ impl Writer {
         self.0
     }
 
-    /// Writes a number, even 0: as a part of a `oneof` that says which part it is.
+    /// Writes a number, including 0, which matters in a `oneof`.
     #[must_use]
     pub(super) fn int(mut self, field: u8, value: i64) -> Self {
         self.varint(u64::from(field << 3 | VARINT));
@@ -55,12 +55,12 @@ impl Writer {
     }
 }
 
-/// The value of a field.
+/// Value of a field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Value<'a> {
     Int(u64),
     Bytes(&'a [u8]),
-    /// Of a type that etcd's messages do not have so far.
+    /// A value of a type that etcd's messages do not use.
     Other,
 }
 
@@ -80,7 +80,7 @@ impl<'a> Value<'a> {
     }
 }
 
-/// The fields of a message, by number, in their order. A message ends with an error at the latest.
+/// Iterates over the fields of a message with their numbers. An error ends the iteration.
 #[derive(Debug)]
 pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_are_those_of_the_specification() {
+    fn encoding_matches_the_specification() {
         let writer = Writer::default().int(1, 150).bytes(2, b"testing").int(3, -1);
         let expected = [
             &[0x08, 0x96, 0x01, 0x12, 0x07][..],
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_message_is_an_error() {
+    fn malformed_message_is_an_error() {
         for bytes in [
             &[0x08][..],
             &[0x80],
@@ -175,7 +175,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(int: i64, bytes: Vec<u8>, field in 1u8..16) {
+        fn encoded_value_round_trips(int: i64, bytes: Vec<u8>, field in 1u8..16) {
             let inner = Writer::default().int(field, int).bytes(field, &bytes);
             let written = Writer::default().messages(field, [inner]).finish();
             let number = u64::from(field);
@@ -190,8 +190,8 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_end(bytes: Vec<u8>) {
-            // Every field has a byte at least, and an error is the last one.
+        fn decoding_of_any_bytes_terminates(bytes: Vec<u8>) {
+            // Every field has at least one byte, and an error is the last item.
             prop_assert!(Fields(&bytes).count() <= bytes.len());
         }
     }

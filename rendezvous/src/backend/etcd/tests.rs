@@ -14,7 +14,7 @@ fn addresses_are_split_and_leases_are_whole_seconds() {
     assert_eq!(lease_seconds(keep_alive(100, 3)), 2);
 }
 
-/// A real etcd, ended with the test.
+/// A real etcd, killed on drop.
 struct Server {
     child: Child,
     folder: PathBuf,
@@ -30,7 +30,8 @@ impl Drop for Server {
 }
 
 impl Server {
-    /// `None` where there is no etcd on this machine; with ICE_TEST_NODES that is an error.
+    /// Starts etcd. Returns `None` without etcd on this machine, which is an error with
+    /// ICE_TEST_NODES.
     fn start() -> Option<Self> {
         let ports = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
         let [clients, peers] =
@@ -65,7 +66,7 @@ impl Server {
             tls: None,
             port: 0,
         };
-        let mut client = Client::new(&config, Patience::ANSWER).unwrap();
+        let mut client = Client::new(&config, RetryPolicy::DEFAULT_ANSWER_TIMEOUT).unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if client.get("/").await.is_ok() {
@@ -77,13 +78,13 @@ impl Server {
     }
 }
 
-/// Writes a key, and returns the revision that did.
+/// Writes a key. Returns the revision.
 async fn put(client: &mut Client, key: &str, value: &str) -> Result<i64, Fault> {
     let put = Put { key: key.into(), value: value.into(), lease: 0 };
     Ok(client.txn(&Txn { success: vec![put], ..Txn::default() }).await?.revision)
 }
 
-/// Deletes a key.
+/// A request that deletes a key.
 struct Delete(&'static str);
 
 impl messages::Request for Delete {
@@ -96,60 +97,60 @@ impl messages::Request for Delete {
 }
 
 #[tokio::test]
-async fn a_record_is_written_by_the_leader_and_never_over_a_later_one() {
+async fn record_is_written_only_by_the_leader_and_never_over_a_later_one() {
     let Some(server) = Server::start() else { return };
     let mut client = server.client().await;
-    let kept = client.lease_grant(60).await.unwrap();
+    let record_lease = client.lease_grant(60).await.unwrap();
     let revision = put(&mut client, "leader", "here").await.unwrap();
     let (leader, state, ttl) = ("leader".to_owned(), "state".to_owned(), Duration::from_secs(60));
-    let mut office = Office {
+    let mut keeper = LeaseKeeper {
         client: client.clone(),
         leader,
         state,
         revision,
         written: 0,
-        lease: kept,
-        kept,
+        lease: record_lease,
+        record_lease,
         ttl,
-        answer: Patience::ANSWER,
+        answer_timeout: RetryPolicy::DEFAULT_ANSWER_TIMEOUT,
     };
-    assert!(office.write(b"one", false).await.unwrap());
-    // Its answer was lost, and it is written again.
-    let first = std::mem::take(&mut office.written);
-    assert!(office.write(b"one", false).await.unwrap());
-    assert_eq!(office.written, first);
-    assert!(office.write(b"two", false).await.unwrap());
-    // The first attempt comes once more, late.
-    let second = std::mem::take(&mut office.written);
-    assert!(!office.write(b"one", false).await.unwrap());
-    // Another has been elected.
-    office.written = second;
+    assert!(keeper.write(b"one", false).await.unwrap());
+    // The answer is lost, and the record is written again.
+    let first = std::mem::take(&mut keeper.written);
+    assert!(keeper.write(b"one", false).await.unwrap());
+    assert_eq!(keeper.written, first);
+    assert!(keeper.write(b"two", false).await.unwrap());
+    // The first attempt arrives once more, late.
+    let second = std::mem::take(&mut keeper.written);
+    assert!(!keeper.write(b"one", false).await.unwrap());
+    // Another leader has been elected.
+    keeper.written = second;
     client.call(&Delete("leader")).await.unwrap();
     put(&mut client, "leader", "elsewhere").await.unwrap();
-    assert!(!office.write(b"three", true).await.unwrap());
+    assert!(!keeper.write(b"three", true).await.unwrap());
     assert_eq!(client.get("state").await.unwrap().first().unwrap().value, b"two");
 }
 
 #[tokio::test]
-async fn a_leader_whose_answer_was_lost_finds_its_own_lease() {
+async fn leader_whose_answer_was_lost_finds_its_own_lease() {
     let Some(server) = Server::start() else { return };
     let mut client = server.client().await;
     let lease = client.lease_grant(60).await.unwrap();
     let first = client.txn(&election("leader", "here", lease)).await.unwrap();
     assert!(first.succeeded);
     let again = client.txn(&election("leader", "here", lease)).await.unwrap();
-    let kv = again.found(0).and_then(Found::first).unwrap();
+    let kv = again.found(0).and_then(GetResult::first).unwrap();
     assert!(!again.succeeded);
     assert_eq!((kv.lease, kv.create_revision), (lease, first.revision));
 }
 
 #[tokio::test]
-async fn a_lease_is_renewed_until_it_is_revoked() {
+async fn lease_is_renewed_until_it_is_revoked() {
     let Some(server) = Server::start() else { return };
     let mut client = server.client().await;
     let lease = client.lease_grant(60).await.unwrap();
     assert!(client.lease_keep_alive(lease).await.unwrap());
-    // A key of the lease goes with it.
+    // A key of the lease is deleted with it.
     assert!(client.txn(&election("leader", "here", lease)).await.unwrap().succeeded);
     client.lease_revoke(lease).await.unwrap();
     assert!(!client.lease_keep_alive(lease).await.unwrap());
@@ -160,7 +161,7 @@ async fn a_lease_is_renewed_until_it_is_revoked() {
 }
 
 #[tokio::test]
-async fn a_value_of_the_greatest_size_is_written_and_read() {
+async fn value_of_the_greatest_size_is_written_and_read() {
     let Some(server) = Server::start() else { return };
     let mut client = server.client().await;
     // etcd takes requests of 1.5 MiB.

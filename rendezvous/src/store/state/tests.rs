@@ -1,6 +1,6 @@
 use super::*;
 
-/// What goes to whom.
+/// The bytes sent to each client.
 type Sent = Vec<(Connection, Vec<u8>)>;
 
 fn handle(store: &mut Store, client: Connection, request: Request<'_>) -> Sent {
@@ -23,7 +23,7 @@ fn number(number: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_wait_is_answered_once_when_the_last_key_comes() {
+fn wait_is_answered_once_when_the_last_key_is_set() {
     let mut store = Store::new(MAX_HELD);
     assert_eq!(handle(&mut store, 1, Request::Wait(vec![b"a", b"b"])), []);
     assert_eq!(set(&mut store, "a", "1"), []);
@@ -33,7 +33,7 @@ fn a_wait_is_answered_once_when_the_last_key_comes() {
 }
 
 #[test]
-fn a_cancelled_or_lost_wait_is_not_answered() {
+fn cancelled_or_lost_wait_is_not_answered() {
     let mut store = Store::new(MAX_HELD);
     handle(&mut store, 1, Request::Wait(vec![b"a"]));
     handle(&mut store, 2, Request::Wait(vec![b"a"]));
@@ -64,7 +64,7 @@ fn compare_set_follows_torch() {
 }
 
 #[test]
-fn a_queue_wakes_one_waiter_per_element() {
+fn queue_wakes_one_waiter_per_element() {
     let mut store = Store::new(MAX_HELD);
     handle(&mut store, 1, Request::Wait(vec![b"q"]));
     handle(&mut store, 2, Request::Wait(vec![b"q"]));
@@ -77,14 +77,14 @@ fn a_queue_wakes_one_waiter_per_element() {
 }
 
 #[test]
-fn a_queue_serves_those_that_wait_in_turn() {
+fn queue_serves_waiters_in_order() {
     let mut store = Store::new(MAX_HELD);
     let push = |store: &mut Store| handle(store, 9, Request::QueuePush(b"q", b"v"));
     handle(&mut store, 3, Request::Wait(vec![b"q", b"x"]));
     handle(&mut store, 2, Request::Wait(vec![b"q"]));
     handle(&mut store, 1, Request::Wait(vec![b"q"]));
     assert_eq!(push(&mut store), [(2, vec![READY])]);
-    // Again, behind the other.
+    // Again, after the other.
     handle(&mut store, 2, Request::QueuePop(b"q"));
     handle(&mut store, 2, Request::Wait(vec![b"q"]));
     assert_eq!(push(&mut store), [(1, vec![READY])]);
@@ -113,7 +113,7 @@ fn add_refuses_what_torch_refuses() {
 }
 
 #[test]
-fn a_queue_stays_when_its_key_is_deleted() {
+fn queue_survives_deletion_of_its_key() {
     let mut store = Store::new(MAX_HELD);
     handle(&mut store, 1, Request::QueuePush(b"q", b"v"));
     assert_eq!(handle(&mut store, 1, Request::Delete(b"q")), [(1, number(0))]);
@@ -121,7 +121,7 @@ fn a_queue_stays_when_its_key_is_deleted() {
 }
 
 #[test]
-fn a_barrier_counts_in_a_key() {
+fn barrier_counts_in_a_key() {
     let mut store = Store::new(MAX_HELD);
     let barrier = |store: &mut Store, client| handle(store, client, Request::Barrier(b"b", 2));
     assert_eq!(barrier(&mut store, 1), []);
@@ -134,7 +134,7 @@ fn a_barrier_counts_in_a_key() {
 }
 
 #[test]
-fn who_gives_up_a_barrier_is_told_nothing_more() {
+fn client_that_cancels_a_barrier_gets_no_further_answer() {
     let mut store = Store::new(MAX_HELD);
     handle(&mut store, 1, Request::Barrier(b"b", 3));
     handle(&mut store, 2, Request::Barrier(b"b", 3));
@@ -146,7 +146,7 @@ fn who_gives_up_a_barrier_is_told_nothing_more() {
 }
 
 #[test]
-fn a_cleared_store_has_no_keys() {
+fn cleared_store_has_no_keys() {
     let mut store = Store::new(MAX_HELD);
     set(&mut store, "a", "1");
     store.clear();
@@ -155,7 +155,7 @@ fn a_cleared_store_has_no_keys() {
 }
 
 #[test]
-fn what_is_held_is_counted_and_given_back() {
+fn held_bytes_are_counted_and_released() {
     let mut store = Store::new(MAX_HELD);
     set(&mut store, "a", "1");
     set(&mut store, "a", "12345");
@@ -179,7 +179,7 @@ fn what_is_held_is_counted_and_given_back() {
 }
 
 #[test]
-fn a_full_store_says_so_and_keeps_what_it_has() {
+fn full_store_refuses_and_keeps_its_values() {
     let mut store = Store::new(128 << 10);
     let value = vec![0; 1 << 10];
     let mut replies = Replies::default();
@@ -201,18 +201,18 @@ fn a_full_store_says_so_and_keeps_what_it_has() {
 const LARGE: usize = 1 << 20;
 
 #[test]
-fn one_large_value_in_many_places_of_answers_is_held_once() {
+fn large_value_in_many_answers_is_held_once() {
     let mut store = Store::new(MAX_HELD);
     let value = vec![7; LARGE];
     handle(&mut store, 1, Request::Set(b"k", &value));
     let held = store.held();
     let mut replies = Replies::default();
-    // A request of some bytes for 300 MB.
+    // A request of a few bytes for 300 MB.
     store.handle(1, Request::MultiGet(vec![b"k"; 300]), &mut replies).unwrap();
     assert_eq!(replies.own.len(), 300 * (8 + LARGE));
     assert_eq!(store.held(), held);
     assert!(replies.own.held() < LARGE, "{}", replies.own.held());
-    // A value that a client has not taken yet counts although it is gone from the store.
+    // A value in a pending answer counts although the store has dropped it.
     handle(&mut store, 2, Request::Delete(b"k"));
     assert_eq!(store.held(), LARGE);
     store.clear();
@@ -242,7 +242,7 @@ fn clients_that_do_not_read_cannot_make_the_store_hold_more_than_its_limit() {
 
 #[test]
 fn largest_answers_are_known_before_they_are_built() {
-    // As many keys as a request may have, each of the largest size that is copied.
+    // The maximum of keys, each with the largest value that is copied.
     let mut store = Store::new(MAX_HELD);
     let value = vec![7; 1023];
     handle(&mut store, 1, Request::Set(b"k", &value));
@@ -251,7 +251,7 @@ fn largest_answers_are_known_before_they_are_built() {
     store.handle(1, Request::MultiGet(vec![b"k"; keys]), &mut replies).unwrap();
     assert!(replies.own.len() <= MAX_ANSWER && replies.own.held() <= MAX_ANSWER);
     replies.own = Answer::default();
-    // Keys are copied: so many of 8 KiB that the list would be too long.
+    // Keys are copied: enough keys of 8 KiB exceed the limit of the list.
     let name = vec![b'k'; 8 << 10];
     for number in 0..MAX_ANSWER / name.len() + 1 {
         let key = [&name[8..], &number.to_le_bytes()].concat();

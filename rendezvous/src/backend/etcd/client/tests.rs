@@ -1,4 +1,5 @@
-//! Servers that answer as etcd never should, members that come and go, and tokens that expire.
+//! Calls to servers that violate etcd's protocol, to members that fail and return, and with tokens
+//! that expire.
 
 use std::future::pending;
 use std::io::Cursor;
@@ -14,36 +15,36 @@ use super::super::protobuf::{Fields, Writer};
 use super::*;
 use crate::backend::EtcdTls;
 
-/// A request, as far as tests look at it.
+/// The parts of a request that tests compare.
 #[derive(Debug, Clone, PartialEq)]
 struct Heard {
     method: String,
     token: Option<String>,
     message: Vec<u8>,
-    /// The number of its connection, and its own number on it.
+    /// Index of its connection, and of the request on it.
     at: (usize, usize),
 }
 
-/// What a server does with a request.
+/// Reaction of a server to a request.
 enum Reaction {
     /// Answers a message.
     Message(Writer),
-    /// Answers a message in its own words: all that is within the body of HTTP.
+    /// Answers with these bytes as the body of HTTP.
     Body(Vec<u8>),
-    /// Answers an error, with the end of the answer, or in its head alone.
+    /// Answers an error, in trailers or in headers only.
     Error(u32, &'static str, bool),
-    /// Answers as another web server would.
+    /// Answers like another web server.
     Page(u16, &'static str, &'static str),
-    /// Sends pieces without end, as long as they are read.
+    /// Sends pieces as long as they are read.
     Endless(Vec<u8>),
-    /// Answers a message, and never says whether that was all.
+    /// Answers a message, and never ends the answer.
     Unfinished(Writer),
-    /// Ends the connection.
+    /// Closes the connection.
     Close,
     Silence,
 }
 
-/// A server for the test, ended with it.
+/// A server, stopped on drop.
 struct Server {
     url: String,
     heard: Arc<Mutex<Vec<Heard>>>,
@@ -74,14 +75,14 @@ impl Server {
         Self { url, heard, news, task }
     }
 
-    /// One that sends these bytes, whatever it reads, and ends the connection then.
+    /// Starts a server that sends these bytes whatever it reads, and then closes the connection.
     async fn with_bytes(bytes: &'static [u8]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let task = tokio::spawn(async move {
             loop {
                 let (mut stream, _) = listener.accept().await.unwrap();
-                // The client speaks first, and what is not read would reset the connection.
+                // The client sends first, and unread input would reset the connection.
                 let _ = stream.read(&mut [0; 4096]).await;
                 let _ = stream.write_all(bytes).await;
                 let _ = stream.shutdown().await;
@@ -112,7 +113,7 @@ async fn serve(
         let token = request.headers().get("token").map(|token| token.to_str().unwrap().to_owned());
         let method = request.uri().path().to_owned();
         let mut body = Vec::new();
-        // The connection must be driven while the body comes.
+        // The connection must be driven while the body is sent.
         loop {
             tokio::select! {
                 piece = request.body_mut().data() => match piece {
@@ -208,21 +209,21 @@ fn client(urls: &[&str]) -> Client {
     Client::new(&config(urls), Duration::from_secs(60)).unwrap()
 }
 
-/// An answer that holds a value.
+/// Returns an answer with a value.
 fn held() -> Writer {
     let kv = Writer::default().bytes(1, b"a").int(3, 5).bytes(5, b"value");
     Writer::default().message(1, Writer::default().int(3, 7)).message(2, kv)
 }
 
 #[track_caller]
-fn is_held(found: Result<Found, Fault>) {
+fn is_held(found: Result<GetResult, Fault>) {
     let found = found.unwrap_or_else(|fault| panic!("{fault}"));
     let kv = found.first().unwrap();
     assert_eq!((&*kv.value, kv.mod_revision), (&b"value"[..], 5));
 }
 
 #[tokio::test]
-async fn a_connection_is_kept_and_one_that_has_ended_is_replaced() {
+async fn connection_is_reused_until_it_ends() {
     let server = Server::start(|heard| match heard.at {
         (0, 2) => Reaction::Close,
         _ => Reaction::Message(held()),
@@ -250,9 +251,9 @@ async fn answers_without_end_are_cut_off() {
         let fault = client(&[&server.url]).get("a").await.unwrap_err();
         assert!(fault.is_final() && fault.to_string().contains(expected), "{fault}");
     }
-    // What is announced and too long is not waited for.
+    // A message that is announced as too long is rejected before it arrives.
     let server = Server::start(move |heard| match heard.at.1 {
-        0 => Reaction::Unfinished(Writer::default().bytes(1, &vec![0; super::super::grpc::MOST])),
+        0 => Reaction::Unfinished(Writer::default().bytes(1, &vec![0; super::super::grpc::MAX_ANSWER])),
         _ => Reaction::Silence,
     })
     .await;
@@ -261,7 +262,7 @@ async fn answers_without_end_are_cut_off() {
 }
 
 #[tokio::test]
-async fn what_is_not_etcd_is_named() {
+async fn peer_other_than_etcd_is_named_in_the_error() {
     const HTML: &str = "<html>\n<body>Log  in\u{1b}[2J</body></html>";
     const KIND: &str = "text/html";
     type Make = fn() -> Reaction;
@@ -315,7 +316,7 @@ async fn errors_of_etcd_are_told_in_its_words() {
             Some(Ok((1, value))) if value.int() == Ok(1) => {
                 Reaction::Error(5, "etcdserver: requested lease not found", true)
             }
-            // A lease that is over has no time left.
+            // An expired lease has no time left.
             _ => Reaction::Message(Writer::default().int(2, 2)),
         },
         _ => Reaction::Message(Writer::default()),
@@ -331,12 +332,12 @@ async fn errors_of_etcd_are_told_in_its_words() {
     }
     let fault = client.lease_grant(5).await.unwrap_err().to_string();
     assert!(fault.contains("a lease without a number"), "{fault}");
-    // Errors of etcd's own leave the connection as it is.
+    // Errors of etcd itself keep the connection.
     assert!(server.heard().iter().all(|heard| heard.at.0 == 0));
 }
 
 #[tokio::test]
-async fn the_first_member_that_answers_is_asked_and_stayed_with() {
+async fn first_member_that_answers_is_used_from_then_on() {
     let refused = {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         format!("http://{}", listener.local_addr().unwrap())
@@ -350,7 +351,7 @@ async fn the_first_member_that_answers_is_asked_and_stayed_with() {
     }
     let counts = [&lonely, &proxy, &whole].map(|server| server.heard().len());
     assert_eq!(counts, [1, 1, 2]);
-    // A member that may come back is waited for, although another endpoint is a wrong one.
+    // A failure that a retry may fix wins over a wrong endpoint.
     for order in [[&refused, &proxy.url], [&proxy.url, &refused]] {
         let fault = client(&order.map(String::as_str)).get("a").await.unwrap_err();
         assert!(!fault.is_final() && fault.to_string().starts_with(&refused), "{fault}");
@@ -358,18 +359,18 @@ async fn the_first_member_that_answers_is_asked_and_stayed_with() {
 }
 
 #[tokio::test]
-async fn a_silent_member_is_left_for_the_next() {
+async fn silent_member_is_skipped_for_the_next() {
     let silent = Server::start(|_| Reaction::Silence).await;
     let whole = Server::start(|_| Reaction::Message(held())).await;
     let mut first = client(&[&silent.url, &whole.url]);
     let mut other = first.clone();
-    // The caller's own limit ends the call.
+    // The caller's own timeout ends the call.
     tokio::select! {
         found = first.get("a") => panic!("{found:?}"),
         () = silent.news.notified() => {}
     }
     is_held(first.get("a").await);
-    // What was learnt counts for all that share it.
+    // The chosen member is shared by all clones.
     is_held(other.get("a").await);
     assert_eq!((silent.heard().len(), whole.heard().len()), (1, 2));
     let limit = Duration::from_millis(1);
@@ -378,7 +379,7 @@ async fn a_silent_member_is_left_for_the_next() {
 }
 
 #[tokio::test]
-async fn a_token_that_has_expired_is_replaced() {
+async fn expired_token_is_replaced() {
     let issued = AtomicUsize::new(0);
     let server = Server::start(move |heard| {
         if heard.method.ends_with("Authenticate") {
@@ -387,7 +388,7 @@ async fn a_token_that_has_expired_is_replaced() {
         }
         match (heard.token.as_deref(), heard.at.1) {
             (Some("token.1"), ..4) | (Some("token.3"), _) => Reaction::Message(held()),
-            // Users and roles have changed meanwhile.
+            // Users and roles have changed.
             (Some("token.2"), _) => Reaction::Error(3, "etcdserver: revision of auth store is old", true),
             _ => Reaction::Error(16, "etcdserver: invalid auth token", true),
         }
@@ -399,7 +400,7 @@ async fn a_token_that_has_expired_is_replaced() {
     for _ in 0..3 {
         is_held(client.get("a").await);
     }
-    // The second token does not help: that is said, and the next call tries again.
+    // If the second token fails too the call fails, and the next call tries again.
     let fault = client.get("a").await.unwrap_err();
     assert!(fault.to_string().contains("revision of auth store is old"), "{fault}");
     is_held(client.get("a").await);
@@ -410,7 +411,7 @@ async fn a_token_that_has_expired_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_token_that_cannot_be_sent_is_an_error() {
+async fn token_that_is_not_a_header_value_is_an_error() {
     let server = Server::start(|_| Reaction::Message(Writer::default().bytes(2, b"a\r\nb"))).await;
     let mut config = config(&[&server.url]);
     config.user = Some(("me".into(), "secret".into()));
