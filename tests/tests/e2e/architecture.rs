@@ -1,6 +1,8 @@
 //! Dependencies between crates and modules, and names that are confined to some of them
 //! (ARCHITECTURE.md).
 
+mod modules;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
