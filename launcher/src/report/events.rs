@@ -84,7 +84,7 @@ impl Events {
 
     pub(crate) fn add(&self, happened: &Happened) {
         let Some((files, file)) = &self.out else { return };
-        let time = jiff::Timestamp::now().to_string();
+        let time = timestamp();
         let line = Line { version: VERSION, time, run_id: &self.run_id, happened };
         match serde_json::to_vec(&line) {
             Ok(mut bytes) => {
@@ -94,4 +94,9 @@ impl Events {
             Err(error) => tracing::warn!(%error, "an event was not written"),
         }
     }
+}
+
+/// Returns the current time in UTC, in the form of RFC 3339.
+pub(super) fn timestamp() -> String {
+    tz::UtcDateTime::now().map(|now| now.to_string()).unwrap_or_default()
 }

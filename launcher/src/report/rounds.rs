@@ -6,6 +6,8 @@ use std::time::Duration;
 use ice_proto::rendezvous::Round;
 use serde::Serialize;
 
+use super::events::timestamp;
+
 /// A round, as seen by this node. Times are in seconds; `docs/events.md` documents the fields.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct RoundRecord {
@@ -55,7 +57,7 @@ impl Rounds {
         let formed_after = self.broken.map(|broken| now.saturating_sub(broken).as_secs_f64());
         let record = RoundRecord {
             round: round.number,
-            time: jiff::Timestamp::now().to_string(),
+            time: timestamp(),
             nodes: round.nodes,
             node: round.assignment.group_rank,
             world_size: round.world_size,

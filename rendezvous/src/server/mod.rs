@@ -22,6 +22,7 @@ use ice_proto::text::printable;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
+use tz::{DateTime, TimeZone};
 
 use crate::Error;
 use crate::auth::Token;
@@ -263,7 +264,11 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// `<MMDDHHmm>_<random>` in local time.
 fn run_stamp() -> String {
-    format!("{}_{:08x}", jiff::ZonedDateTime::now().strftime("%m%d%H%M"), random() as u32)
+    let zone = TimeZone::local().unwrap_or_else(|_| TimeZone::utc());
+    let now = DateTime::now(zone.as_ref());
+    let time = now
+        .map(|now| format!("{:02}{:02}{:02}{:02}", now.month(), now.month_day(), now.hour(), now.minute()));
+    format!("{}_{:08x}", time.unwrap_or_default(), random() as u32)
 }
 
 /// Returns a unique number. It is not a secret.
