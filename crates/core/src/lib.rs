@@ -20,8 +20,8 @@
 //! - `docs/use.md`: [`Eager`]
 //! - `docs/elasticity.md`: [`ElasticBatch`], and the fate of a step when a rank is lost
 
-mod board;
 mod checkpoint;
+mod collectives;
 mod counters;
 pub mod data;
 mod error;
@@ -30,19 +30,18 @@ pub mod meter;
 mod node;
 pub mod optim;
 mod precision;
-mod ranks;
 mod run;
 mod task;
+mod tensorboard;
 
-pub use board::HParam;
 pub use checkpoint::{Best, Better, Checkpoint, CheckpointOptions, InitFrom, Manifest, Part, ResumeFrom};
 pub use counters::Counters;
 pub use error::{Error, Result};
 pub use graph::{Eager, HyperGraph, Outputs, Tags};
 pub use ice_worker::Worker;
 pub use node::{
-    Context, DatasetNode, LossNode, LrReduction, Measure, MetricNode, ModuleNode, Node, NodeState, Probe,
-    Round, Share, SharedNode, StreamNode, TorchScript, Value,
+    BatchShare, Context, DatasetNode, LossNode, LrReduction, Measure, MetricNode, ModuleNode, Node,
+    NodeState, Probe, Round, SharedNode, StreamNode, TorchScript, Value,
 };
 pub use precision::{Autocast, GradScaler};
 pub use run::{ElasticBatch, LrRule, Run, RunConfig, Runs};
@@ -50,3 +49,4 @@ pub use task::{
     Call, CallWith, EarlyStop, LoadCheckpoint, ReduceLROnPlateau, Repeat, SaveBest, SaveCheckpoint, Task,
     TaskItem, TrainLength,
 };
+pub use tensorboard::HParam;

@@ -102,7 +102,12 @@ fn check<N: Node + 'static>(data: impl Fn(usize) -> N) {
 fn a_run_resumed_anywhere_with_any_number_of_workers_ends_with_the_same_bits() {
     check(|workers| DatasetNode::new(Noisy).shuffle(true).batch_size(4).workers(workers));
     check(|workers| {
-        DatasetNode::new(Noisy).shuffle(true).in_total(5).drop_last(true).iterations(6).workers(workers)
+        DatasetNode::new(Noisy)
+            .shuffle(true)
+            .global_batch_size(5)
+            .drop_last(true)
+            .batches_per_epoch(6)
+            .workers(workers)
     });
 }
 
@@ -117,7 +122,9 @@ fn points(sized: bool) -> impl BatchStream<Batch = Tensor> {
 #[test]
 fn a_run_over_a_stream_resumed_anywhere_ends_with_the_same_bits() {
     check(|workers| StreamNode::new(points(true)).shuffle(6).batch_size(4).workers(workers));
-    check(|workers| StreamNode::new(points(false)).shuffle(3).in_total(5).iterations(6).workers(workers));
+    check(|workers| {
+        StreamNode::new(points(false)).shuffle(3).global_batch_size(5).batches_per_epoch(6).workers(workers)
+    });
 }
 
 #[test]

@@ -35,7 +35,7 @@ fn net(path: &nn::Path) -> nn::Sequential {
 
 fn graph(sharded: bool) -> HyperGraph {
     let mut graph = HyperGraph::new();
-    graph.add("x", DatasetNode::new(Line(24)).shuffle(true).in_total(12), "*").unwrap();
+    graph.add("x", DatasetNode::new(Line(24)).shuffle(true).global_batch_size(12), "*").unwrap();
     let node = Net::new(net, |net, x| Ok(x.tensor("x")?.apply(net)))
         .optimizer_for("second.weight", AdamW::new(0.01).schedule(Schedule::cosine(8, 0.1)))
         .optimizer_for("weight", AdamW::new(0.02).amsgrad(true))

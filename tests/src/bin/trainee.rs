@@ -156,10 +156,10 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
     let curve = DatasetNode::new(Curve).shuffle(true).workers(2);
     let curve = match options.per_rank {
         Some(samples) => curve.batch_size(samples),
-        None => curve.in_total(8),
+        None => curve.global_batch_size(8),
     };
     graph.add("curve", curve, "train")?;
-    graph.add("curve", DatasetNode::new(Curve).in_total(10), "val")?;
+    graph.add("curve", DatasetNode::new(Curve).global_batch_size(10), "val")?;
     graph.add("seen", Seen::new(&options.seen, options.life, run), "train")?;
     let net = ModuleNode::new(
         |path: &nn::Path| {

@@ -11,9 +11,9 @@ use regex::Regex;
 use safetensors::Dtype;
 use tch::{Kind, Tensor};
 
-use super::fit::Report;
+use super::compat::Report;
 use super::load::{Loading, Target, owner};
-use super::{Selection, key_prefix, kinds};
+use super::{Selection, dtype, key_prefix};
 use crate::graph::Entry;
 use crate::{Error, HyperGraph, NodeState, Result};
 
@@ -171,12 +171,12 @@ impl InitFrom {
                     }
                     continue;
                 };
-                let shape = part.map_or_else(|| kinds::shape(tensor), |part| part.of.clone());
+                let shape = part.map_or_else(|| dtype::shape(tensor), |part| part.of.clone());
                 if let Some(difference) = difference(key, tensor.kind(), &shape, saved) {
                     fit.different.of(&entry.uid).different.push(difference);
                     continue;
                 }
-                if kinds::kind(saved.dtype) != Ok(tensor.kind()) {
+                if dtype::kind(saved.dtype) != Ok(tensor.kind()) {
                     let types = format!("{:?} to {:?}", saved.dtype, tensor.kind());
                     *fit.converted.entry(types).or_default() += 1;
                 }
@@ -294,7 +294,7 @@ impl Fit {
 /// there is one.
 fn difference(key: &str, kind: Kind, shape: &[u64], saved: &Saved) -> Option<String> {
     let is_float = |kind: Kind| matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double);
-    let fits = match kinds::kind(saved.dtype) {
+    let fits = match dtype::kind(saved.dtype) {
         Ok(own) => own == kind || is_float(own) && is_float(kind),
         Err(_) => false,
     };

@@ -10,8 +10,8 @@ use safetensors::Dtype;
 use serde_json::Value as Json;
 use tch::{Device, Kind, Tensor};
 
-use super::fit::Report;
-use super::{key_prefix, kinds};
+use super::compat::Report;
+use super::{dtype, key_prefix};
 use crate::graph::Entry as NodeEntry;
 use crate::{Error, HyperGraph, NodeState, Result, Tags};
 
@@ -62,9 +62,9 @@ pub(crate) type Supplies<'a> = BTreeMap<String, Supply<'a>>;
 
 /// Optimizer state that no node has a use for at present, by key. Rank 0 keeps it for the next
 /// checkpoints.
-pub(crate) type Kept = BTreeMap<String, KeptTensor>;
+pub(crate) type UnclaimedState = BTreeMap<String, UnclaimedTensor>;
 
-pub(crate) struct KeptTensor {
+pub(crate) struct UnclaimedTensor {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<u64>,
     pub(crate) bytes: Vec<u8>,
@@ -95,7 +95,7 @@ pub(super) struct Loading {
     pub(super) targets: BTreeMap<(Section, String), Target>,
     /// The states of the nodes, whose tensors are the targets.
     states: Vec<(Rc<NodeEntry>, NodeState)>,
-    keep: BTreeMap<String, KeptTensor>,
+    keep: BTreeMap<String, UnclaimedTensor>,
 }
 
 /// Loads the state of the selected nodes on every rank. Rank 0 reads for all, unless the checkpoint
@@ -109,7 +109,7 @@ pub(crate) fn load(
     fit: Strictness,
     left_out: &mut Vec<String>,
     worker: &Worker,
-) -> Result<Kept> {
+) -> Result<UnclaimedState> {
     let (mut loading, report) = Loading::prepare(checkpoint, graph, selection, fit, left_out)?;
     if !report.is_none() {
         if fit != Strictness::Any {
@@ -160,7 +160,7 @@ impl Loading {
                         && key.rsplit_once('.').is_some_and(|(own, _)| parameter(own))
                     {
                         let bytes = Vec::with_capacity(saved.bytes() as usize);
-                        let kept = KeptTensor { dtype: saved.dtype, shape: saved.shape.clone(), bytes };
+                        let kept = UnclaimedTensor { dtype: saved.dtype, shape: saved.shape.clone(), bytes };
                         loading.keep.insert(full.clone(), kept);
                     } else {
                         misfit.unexpected.push(key.into());
@@ -294,7 +294,7 @@ impl Loading {
         let Some(common) = Overlap::of((piece.start, piece.len), own) else { return Ok(()) };
         let saved = &checkpoint.catalog().section(piece.section)[piece.key];
         let fail = |problem| ice_checkpoint::Error::checkpoint(checkpoint.path(), problem);
-        let data = data.f_view_dtype(kinds::kind(saved.dtype).map_err(fail)?)?;
+        let data = data.f_view_dtype(dtype::kind(saved.dtype).map_err(fail)?)?;
         let from = data.f_narrow(0, common.in_first as i64, common.len as i64)?;
         let mut to = target.elements.f_narrow(0, common.in_second as i64, common.len as i64)?;
         tch::no_grad(|| to.f_copy_(&from))?;

@@ -10,9 +10,9 @@ use ice_worker::Worker;
 use ice_worker::replica::ShardReplica;
 
 use super::load::Supply;
-use super::snapshot::{Buffers, Share, Snapshot};
-use super::{Kept, Selection, Strictness, load};
-use crate::ranks::{broadcast, gather_all};
+use super::snapshot::{Buffers, Snapshot, WriterShare};
+use super::{Selection, Strictness, UnclaimedState, load};
+use crate::collectives::{broadcast, gather_all};
 use crate::{Error, HyperGraph, Result};
 
 /// Name of the manifest within a parcel.
@@ -33,10 +33,10 @@ pub(crate) fn pack(
     label: &Label,
     mut manifest: Manifest,
     graph: &HyperGraph,
-    kept: &Kept,
+    kept: &UnclaimedState,
     old: Vec<ShardReplica>,
 ) -> Result<ShardReplica> {
-    let share = Share { rank: label.owner, writers: label.of, split: true };
+    let share = WriterShare { rank: label.owner, writers: label.of, split: true };
     let files = old.into_iter().flat_map(|parcel| parcel.parts);
     let is_data = |name: &str| name != ABOUT && !name.ends_with(HEADER);
     let mut buffers = Buffers::of(files.filter(|(name, _)| is_data(name)).map(|(_, bytes)| bytes).collect());
@@ -60,7 +60,7 @@ pub(crate) fn unpack(
     suppliers: &[usize],
     graph: &HyperGraph,
     worker: &Worker,
-) -> Result<(Manifest, Kept)> {
+) -> Result<(Manifest, UnclaimedState)> {
     let own = |owner: &usize| suppliers[*owner] == worker.rank();
     let own: Vec<_> = (0..suppliers.len()).filter(own).collect();
     let own: Vec<_> =

@@ -3,14 +3,14 @@
 //!
 //! In the keys, a node tagged `train` is `train/<name>`, and a node tagged `*` is just its name.
 
+mod broadcast;
+mod compat;
+mod dtype;
 mod exchange;
-mod fit;
 mod init;
-mod kinds;
 mod load;
 mod memory;
 mod options;
-mod share;
 mod snapshot;
 mod writer;
 
@@ -18,9 +18,9 @@ pub use ice_checkpoint::{Best, Better, Checkpoint, Manifest, Part, ResumeFrom};
 pub use init::InitFrom;
 pub use options::CheckpointOptions;
 
-pub(crate) use load::{Kept, Selection, Strictness, is_misfit, load};
+pub(crate) use broadcast::broadcast;
+pub(crate) use load::{Selection, Strictness, UnclaimedState, is_misfit, load};
 pub(crate) use memory::{Label, pack, unpack};
-pub(crate) use share::share;
 pub(crate) use writer::{Keep, Request, Writer};
 
 #[cfg(test)]

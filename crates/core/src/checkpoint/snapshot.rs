@@ -7,7 +7,7 @@ use ice_checkpoint::{Entry, Layout, MODEL, MODEL_INDEX, Section};
 use serde_json::Value as Json;
 use tch::Tensor;
 
-use super::{Kept, Selection, key_prefix, kinds};
+use super::{Selection, UnclaimedState, dtype, key_prefix};
 use crate::HyperGraph;
 
 /// Size of a memory page. Touching one byte of each page makes the system provide it.
@@ -15,7 +15,7 @@ const PAGE: usize = 4096;
 
 /// The division of a save among ranks.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Share {
+pub(super) struct WriterShare {
     pub(super) rank: usize,
     /// Number of ranks that write: 1 if rank 0 writes alone.
     pub(super) writers: usize,
@@ -101,7 +101,12 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(graph: &HyperGraph, selection: &Selection, kept: &'a Kept, share: Share) -> Result<Self, String> {
+    fn new(
+        graph: &HyperGraph,
+        selection: &Selection,
+        kept: &'a UnclaimedState,
+        share: WriterShare,
+    ) -> Result<Self, String> {
         let mut sections = Section::ALL.map(|section| (section, Vec::new()));
         let mut nodes = BTreeMap::new();
         for entry in selection.of(graph) {
@@ -111,9 +116,9 @@ impl<'a> Plan<'a> {
                 ((state.model, state.model_parts), (state.optimizer, state.optimizer_parts));
             for ((_, into), (tensors, mut parts)) in sections.iter_mut().zip([model, optimizer]) {
                 for (key, tensor) in tensors {
-                    let dtype = kinds::dtype(tensor.kind())
+                    let dtype = dtype::dtype(tensor.kind())
                         .map_err(|problem| format!("`{prefix}{key}`: {problem}"))?;
-                    let shape = kinds::shape(&tensor);
+                    let shape = dtype::shape(&tensor);
                     let part = parts.remove(&key);
                     into.push((
                         Entry { key: format!("{prefix}{key}"), dtype, shape, part },
@@ -150,7 +155,7 @@ impl<'a> Plan<'a> {
         &mut self,
         section: Section,
         tensors: Vec<(Entry, Source<'a>)>,
-        share: Share,
+        share: WriterShare,
     ) -> Result<(), String> {
         let split = share.split && share.writers > 1;
         // Only rank 0 has the optimizer state that was kept from an older checkpoint.
@@ -210,8 +215,8 @@ impl Snapshot {
     pub(super) fn take(
         graph: &HyperGraph,
         selection: &Selection,
-        kept: &Kept,
-        share: Share,
+        kept: &UnclaimedState,
+        share: WriterShare,
         buffers: &mut Buffers,
     ) -> Result<Self, String> {
         let plan = Plan::new(graph, selection, kept, share)?;
@@ -233,8 +238,8 @@ impl Snapshot {
     }
 
     /// Returns the bytes that [`Snapshot::take`] will need, by file.
-    pub(super) fn lengths(graph: &HyperGraph, share: Share) -> Result<Vec<usize>, String> {
-        let kept = Kept::new();
+    pub(super) fn lengths(graph: &HyperGraph, share: WriterShare) -> Result<Vec<usize>, String> {
+        let kept = UnclaimedState::new();
         let plan = Plan::new(graph, &Selection::All, &kept, share)?;
         Ok(Plan::layouts(plan.files)?.iter().map(|(file, _)| file.layout.data_len()).collect())
     }

@@ -13,7 +13,7 @@ use serde_json::Value as Json;
 use tch::{Device, Kind, Tensor};
 
 use super::exchange::Exchange;
-use super::{Checkpoint, Keep, Kept, Manifest, Request, Selection, Strictness, Writer, load};
+use super::{Checkpoint, Keep, Manifest, Request, Selection, Strictness, UnclaimedState, Writer, load};
 use crate::{Context, Error, HyperGraph, Node, NodeState, Outputs, Part, Result, Value};
 
 /// Messages between ranks that are threads.
@@ -163,7 +163,7 @@ fn save(folder: &Path, job: &Job, ranks: usize, split: bool) -> Vec<Result<()>> 
         let graph = graph(job, rank, ranks, true);
         let mut writer = Writer::of_several(rank, ranks, split, exchange, || false);
         writer
-            .save(request(folder, 1), &graph, &Selection::All, &Kept::new(), None)
+            .save(request(folder, 1), &graph, &Selection::All, &UnclaimedState::new(), None)
             .and_then(|()| writer.finish())
     };
     thread::scope(|scope| {
@@ -297,7 +297,9 @@ fn nobody_waits_for_a_rank_that_is_gone() {
             scope.spawn(move || {
                 let mut writer = Writer::of_several(rank, 3, false, exchange, over);
                 let graph = graph(&job(), rank, 3, true);
-                writer.save(request(folder, 1), &graph, &Selection::All, &Kept::new(), None).unwrap();
+                writer
+                    .save(request(folder, 1), &graph, &Selection::All, &UnclaimedState::new(), None)
+                    .unwrap();
                 assert!(matches!(writer.finish(), Err(Error::Stopped)), "rank {rank}");
             });
         }
@@ -351,7 +353,7 @@ fn plain(model: &[&str], optimizer: &[&str], value: f64) -> HyperGraph {
     graph
 }
 
-fn write(folder: &Path, graph: &HyperGraph, kept: &Kept) {
+fn write(folder: &Path, graph: &HyperGraph, kept: &UnclaimedState) {
     let mut writer = Writer::of_several(0, 1, false, Arc::new(Meeting::default()), || false);
     writer.save(request(folder, 1), graph, &Selection::All, kept, None).unwrap();
     writer.finish().unwrap();
@@ -365,7 +367,7 @@ fn first(graph: &HyperGraph) -> f64 {
 fn what_does_not_fit_is_listed_or_passed_over() {
     let out = tempfile::tempdir().unwrap();
     let folder = out.path().join("x");
-    write(&folder, &plain(&["a", "b", "c"], &["a.exp_avg", "z.exp_avg"], 1.0), &Kept::new());
+    write(&folder, &plain(&["a", "b", "c"], &["a.exp_avg", "z.exp_avg"], 1.0), &UnclaimedState::new());
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let worker = Worker::alone(Device::Cpu);
 
@@ -389,7 +391,7 @@ fn what_does_not_fit_is_listed_or_passed_over() {
 fn state_of_an_optimizer_that_is_not_in_use_is_kept() {
     let out = tempfile::tempdir().unwrap();
     let [old, new] = ["old", "new"].map(|name| out.path().join(name));
-    write(&old, &plain(&["a", "b"], &["a.exp_avg", "b.exp_avg"], 1.0), &Kept::new());
+    write(&old, &plain(&["a", "b"], &["a.exp_avg", "b.exp_avg"], 1.0), &UnclaimedState::new());
     let worker = Worker::alone(Device::Cpu);
     let half = plain(&["a", "b"], &["b.exp_avg"], 2.0);
     let kept = load(

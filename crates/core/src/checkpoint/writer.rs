@@ -17,8 +17,8 @@ use ice_checkpoint::{FileInfo, MODEL_INDEX, Manifest, Staging, forget_contents, 
 use ice_worker::{Link, Worker};
 
 use super::exchange::{Exchange, IsOver, wait};
-use super::snapshot::{Buffers, Share, Snapshot};
-use super::{Kept, Selection};
+use super::snapshot::{Buffers, Snapshot, WriterShare};
+use super::{Selection, UnclaimedState};
 use crate::{CheckpointOptions, Error, HyperGraph, Result};
 
 /// Writes checkpoints in a thread, one at a time.
@@ -66,7 +66,7 @@ pub(crate) enum Keep {
 struct Job {
     request: Request,
     snapshot: Snapshot,
-    share: Share,
+    share: WriterShare,
     attempt: String,
     exchange: Option<Arc<dyn Exchange>>,
     is_over: Arc<IsOver>,
@@ -158,7 +158,7 @@ impl Writer {
         mut request: Request,
         graph: &HyperGraph,
         selection: &Selection,
-        kept: &Kept,
+        kept: &UnclaimedState,
         store: Option<&ice_c10d::Store>,
     ) -> Result<()> {
         self.finish()?;
@@ -222,10 +222,10 @@ impl Writer {
         }
     }
 
-    fn share(&self, graph: &HyperGraph, selection: &Selection) -> Share {
+    fn share(&self, graph: &HyperGraph, selection: &Selection) -> WriterShare {
         let sharded = || selection.of(graph).any(|entry| entry.node.borrow().is_sharded());
         let several = self.world_size > 1 && (self.split || sharded());
-        Share { rank: self.rank, writers: if several { self.world_size } else { 1 }, split: self.split }
+        WriterShare { rank: self.rank, writers: if several { self.world_size } else { 1 }, split: self.split }
     }
 
     fn take_memory(&mut self) -> Buffers {

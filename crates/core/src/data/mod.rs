@@ -9,30 +9,30 @@
 //! In the book: `docs/data.md`.
 
 mod batch;
-mod feed;
+mod batch_loader;
 mod items;
-mod lane;
 mod pass;
 pub mod readers;
 mod sampler;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod worker_pool;
 
 use std::sync::Arc;
 
 use tch::Device;
 
 pub use batch::Batch;
-pub(crate) use feed::{Ahead, BatchSize, Feed, Seat};
+pub(crate) use batch_loader::{BatchLoader, BatchSize, PrefetchOptions, RankSlot};
 pub use items::{CacheCounts, Cached, Collated, FromFn, Items, Map, MapRandom, Record, Stack, items};
 pub use pass::{Pass, SampleRng};
 pub use readers::{Labelled, Mnist, Split};
-pub use sampler::{Place, Sampler};
+pub use sampler::{Sampler, SamplerCursor};
 pub use stream::{
     BatchStream, CollatedStream, FromShards, ShardIter, Stream, StreamMap, StreamMapRandom, stream,
 };
-pub(crate) use stream::{StreamFeed, StreamOrder};
+pub(crate) use stream::{StreamLoader, StreamOrder};
 
 use crate::Result;
 

@@ -4,7 +4,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
 use super::pass::below;
-use crate::Share;
+use crate::BatchShare;
 
 /// The order of a dataset, and the position in it: one permutation per pass and one cursor of
 /// consumed samples, the same on all ranks.
@@ -19,7 +19,7 @@ use crate::Share;
 ///
 /// ```
 /// use ice_core::data::Sampler;
-/// let mut sampler = Sampler::new(10, 4, None, false).iterations(2);
+/// let mut sampler = Sampler::new(10, 4, None, false).batches_per_epoch(2);
 /// let mut epoch = || {
 ///     let mut seen = Vec::new();
 ///     while sampler.remaining() > 0 {
@@ -39,7 +39,7 @@ pub struct Sampler {
     seed: Option<u64>,
     drop_last: bool,
     iterations: Option<u64>,
-    place: Place,
+    place: SamplerCursor,
     order: Arc<[u32]>,
     /// The pass that `order` belongs to.
     ordered: u64,
@@ -47,7 +47,7 @@ pub struct Sampler {
 
 /// Position of all ranks together in a dataset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Place {
+pub struct SamplerCursor {
     /// Number of the pass over all samples, from 0.
     pub pass: u64,
     /// Number of consumed samples of the pass.
@@ -71,7 +71,7 @@ impl Sampler {
             seed,
             drop_last,
             iterations: None,
-            place: Place::default(),
+            place: SamplerCursor::default(),
             order: permutation(samples, seed, 0),
             ordered: 0,
         }
@@ -79,7 +79,7 @@ impl Sampler {
 
     /// Sets the number of iterations of an epoch. Has no effect if a pass has no batch.
     #[must_use]
-    pub fn iterations(mut self, iterations: u64) -> Self {
+    pub fn batches_per_epoch(mut self, iterations: u64) -> Self {
         self.iterations = Some(iterations);
         self
     }
@@ -90,7 +90,7 @@ impl Sampler {
     }
 
     /// Returns the position.
-    pub fn place(&self) -> Place {
+    pub fn place(&self) -> SamplerCursor {
         self.place
     }
 
@@ -103,8 +103,8 @@ impl Sampler {
     }
 
     /// Moves to a position.
-    pub fn seek(&mut self, place: Place) {
-        let Place { mut pass, mut cursor, iteration } = place;
+    pub fn seek(&mut self, place: SamplerCursor) {
+        let SamplerCursor { mut pass, mut cursor, iteration } = place;
         if self.begins_again(cursor) {
             (pass, cursor) = (pass + 1, 0);
         }
@@ -112,41 +112,47 @@ impl Sampler {
             self.order = permutation(self.samples, self.seed, pass);
         }
         self.ordered = pass;
-        self.place = Place { pass, cursor: cursor.min(self.samples), iteration };
+        self.place = SamplerCursor { pass, cursor: cursor.min(self.samples), iteration };
     }
 
     /// Consumes the batch.
     pub fn advance(&mut self) {
-        let Place { pass, cursor, iteration } = self.place;
-        self.seek(Place { pass, cursor: cursor + self.global_batch, iteration: iteration + 1 });
+        let SamplerCursor { pass, cursor, iteration } = self.place;
+        self.seek(SamplerCursor { pass, cursor: cursor + self.global_batch, iteration: iteration + 1 });
     }
 
     /// Moves to the start of the next epoch.
     pub fn next_epoch(&mut self) {
-        let Place { pass, cursor, .. } = self.place;
+        let SamplerCursor { pass, cursor, .. } = self.place;
         match self.iterations {
-            Some(_) => self.seek(Place { pass, cursor, iteration: 0 }),
-            None => self.seek(Place { pass: pass + 1, cursor: 0, iteration: 0 }),
+            Some(_) => self.seek(SamplerCursor { pass, cursor, iteration: 0 }),
+            None => self.seek(SamplerCursor { pass: pass + 1, cursor: 0, iteration: 0 }),
         }
     }
 
     /// Returns the samples of a rank in the batch at the cursor, and their share of it. A rank
     /// without a share gets one sample that does not count.
-    pub fn batch(&self, rank: u64, world_size: u64) -> (Vec<i64>, Share) {
-        self.part(0, 1, rank, world_size)
+    pub fn batch(&self, rank: u64, world_size: u64) -> (Vec<i64>, BatchShare) {
+        self.micro_batch(0, 1, rank, world_size)
     }
 
-    /// Returns the number of parts of the batch at the cursor: at most `most`, each with at least
+    /// Returns the number of micro_batches of the batch at the cursor: at most `most`, each with at least
     /// one sample.
-    pub(crate) fn parts(&self, most: u64) -> u64 {
+    pub(crate) fn micro_batches(&self, most: u64) -> u64 {
         most.min(self.global_batch.min(self.samples - self.place.cursor)).max(1)
     }
 
-    /// Like [`Sampler::batch`], for one part of the batch. The parts are as equal as possible.
-    pub(crate) fn part(&self, part: u64, most: u64, rank: u64, world_size: u64) -> (Vec<i64>, Share) {
+    /// Like [`Sampler::batch`], for one micro_batch of the batch. The micro_batches are as equal as possible.
+    pub(crate) fn micro_batch(
+        &self,
+        micro_batch: u64,
+        most: u64,
+        rank: u64,
+        world_size: u64,
+    ) -> (Vec<i64>, BatchShare) {
         let batch = self.global_batch.min(self.samples - self.place.cursor);
-        let (of_part, part) = share_of(batch, part, self.parts(most));
-        let (cursor, total) = (self.place.cursor + of_part.start, part.here);
+        let (of_part, micro_batch) = share_of(batch, micro_batch, self.micro_batches(most));
+        let (cursor, total) = (self.place.cursor + of_part.start, micro_batch.here);
         let (range, share) = share_of(total, rank, world_size);
         let indices = range
             .filter_map(|at| self.order.get((cursor + at) as usize))
@@ -180,14 +186,14 @@ impl Sampler {
     }
 }
 
-/// Returns the range of a rank's samples within a global batch: parts as equal as possible, in
+/// Returns the range of a rank's samples within a global batch: micro_batches as equal as possible, in
 /// order of rank. A rank without a share gets the first sample, which does not count there.
-pub(super) fn share_of(total: u64, rank: u64, world_size: u64) -> (std::ops::Range<u64>, Share) {
+pub(super) fn share_of(total: u64, rank: u64, world_size: u64) -> (std::ops::Range<u64>, BatchShare) {
     let (each, extra) = (total / world_size, total % world_size);
     let here = each + u64::from(rank < extra);
     let start = rank * each + rank.min(extra);
     let range = if here == 0 { 0..1 } else { start..start + here };
-    (range, Share { here, total })
+    (range, BatchShare { here, total })
 }
 
 /// Shuffles by a ChaCha8 stream keyed by the seed and the pass, so that the order is the same on
@@ -283,9 +289,9 @@ mod tests {
                 let (whole, share) = sampler.batch(0, 1);
                 let mut seen: Vec<i64> = Vec::new();
                 let mut total = 0;
-                for part in 0..sampler.parts(most) {
+                for micro_batch in 0..sampler.micro_batches(most) {
                     for rank in 0..world_size {
-                        let (indices, share) = sampler.part(part, most, rank, world_size);
+                        let (indices, share) = sampler.micro_batch(micro_batch, most, rank, world_size);
                         prop_assert!(share.total > 0);
                         seen.extend(&indices[..share.here as usize]);
                         total += share.here;
@@ -304,7 +310,7 @@ mod tests {
             let new = || Sampler::new(samples, global, Some(seed), drop_last);
             prop_assume!(new().remaining() > 0);
             let mut passes = new();
-            let mut epochs = new().iterations(iterations);
+            let mut epochs = new().batches_per_epoch(iterations);
             for step in 0..60 {
                 if passes.remaining() == 0 {
                     passes.next_epoch();
@@ -313,7 +319,7 @@ mod tests {
                 prop_assert_eq!(epochs.batch(0, 1), passes.batch(0, 1));
                 passes.advance();
                 epochs.advance();
-                let mut resumed = new().iterations(iterations);
+                let mut resumed = new().batches_per_epoch(iterations);
                 resumed.seek(epochs.place());
                 prop_assert_eq!(resumed.batch(0, 2), epochs.batch(0, 2));
                 if epochs.remaining() == 0 {

@@ -9,10 +9,10 @@ use ice_c10d::optim::scale;
 use ice_worker::Worker;
 use tch::{Kind, Tensor};
 
+use crate::collectives::gather;
 use crate::graph::Outputs;
 use crate::graph::hyper::Entry;
 use crate::precision::Precision;
-use crate::ranks::gather;
 use crate::run::{Leave, Timers};
 use crate::{Error, Measure, Node, Result, Value};
 

@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 
 use crate::graph::{ExecutableGraph, StepPlace};
 use crate::run::Leave;
-use crate::{Error, Result, Share, Value};
+use crate::{BatchShare, Error, Result, Value};
 
 /// The outputs of the nodes in one iteration, computed on first access.
 ///
@@ -25,7 +25,7 @@ pub struct Outputs<'a> {
     datasets: Cell<u32>,
     /// Position of the first dataset that has run, and the distribution of its samples over the
     /// ranks.
-    first_share: Cell<Option<(usize, Share)>>,
+    first_share: Cell<Option<(usize, BatchShare)>>,
 }
 
 /// The output of a node, and the datasets behind it.
@@ -34,14 +34,14 @@ struct Made {
     /// Datasets that the output depends on, as a bit set.
     sources: u64,
     /// For a dataset: its bit, and the distribution of its samples over the ranks.
-    share: Option<(u64, Share)>,
+    share: Option<(u64, BatchShare)>,
 }
 
 /// A node that is running, and what is known about its output so far.
 struct Running {
     index: usize,
     sources: u64,
-    share: Option<(u64, Share)>,
+    share: Option<(u64, BatchShare)>,
 }
 
 impl<'a> Outputs<'a> {
@@ -186,18 +186,18 @@ impl<'a> Outputs<'a> {
     /// # Errors
     /// [`Error::Graph`] if several datasets are distributed in different ways, which happens in the
     /// last batches of an epoch. The message names them.
-    pub fn share(&self) -> Result<Share> {
+    pub fn share(&self) -> Result<BatchShare> {
         Ok(self.dataset_of_running()?.map_or(self.without_dataset(), |(_, share)| share))
     }
 
     /// Returns the distribution for a node that depends on no dataset.
-    fn without_dataset(&self) -> Share {
-        Share { here: 1, total: self.worker.world_size() as u64 }
+    fn without_dataset(&self) -> BatchShare {
+        BatchShare { here: 1, total: self.worker.world_size() as u64 }
     }
 
     /// Like [`Outputs::share`], with the position of a dataset that has this distribution. `None`
     /// without a dataset.
-    fn dataset_of_running(&self) -> Result<Option<(usize, Share)>> {
+    fn dataset_of_running(&self) -> Result<Option<(usize, BatchShare)>> {
         let sources = self.running.borrow().last().map_or(u64::MAX, |running| running.sources);
         if let (1, Some(first)) = (self.datasets.get(), self.first_share.get())
             && sources != 0
@@ -227,12 +227,12 @@ impl<'a> Outputs<'a> {
     ///
     /// # Errors
     /// [`Error::Graph`] if that node is not a dataset, and the errors of [`Outputs::get`].
-    pub fn share_of(&self, name: &str) -> Result<Share> {
+    pub fn share_of(&self, name: &str) -> Result<BatchShare> {
         Ok(self.dataset(name)?.1)
     }
 
     /// Returns the position of the dataset `name`, and the distribution of its samples.
-    fn dataset(&self, name: &str) -> Result<(usize, Share)> {
+    fn dataset(&self, name: &str) -> Result<(usize, BatchShare)> {
         self.value(name)?;
         let made = |index: usize| Some((index, self.values.borrow()[index].as_ref()?.share?.1));
         let dataset = self.graph.position(name).and_then(made);
@@ -241,14 +241,14 @@ impl<'a> Outputs<'a> {
 
     /// Returns the distribution of the samples that a node counts: those of the dataset
     /// `samples_of`, or of the datasets that the node depends on.
-    pub(crate) fn share_for(&self, samples_of: Option<&str>) -> Result<Share> {
+    pub(crate) fn share_for(&self, samples_of: Option<&str>) -> Result<BatchShare> {
         samples_of.map_or_else(|| self.share(), |name| self.share_of(name))
     }
 
     /// Like [`Outputs::share_for`], with the factor of a loss over these samples. The passes of a
     /// step are weighted by the samples of the first dataset. The factor corrects a loss over
     /// another dataset, so that each of its samples has the same weight in the step, too.
-    pub(crate) fn share_of_loss(&self, samples_of: Option<&str>) -> Result<(Share, f64)> {
+    pub(crate) fn share_of_loss(&self, samples_of: Option<&str>) -> Result<(BatchShare, f64)> {
         let dataset =
             samples_of.map_or_else(|| self.dataset_of_running(), |name| self.dataset(name).map(Some))?;
         let Some((own, share)) = dataset else { return Ok((self.without_dataset(), 1.0)) };
@@ -263,7 +263,7 @@ impl<'a> Outputs<'a> {
     }
 
     /// Sets the distribution of the samples of the running node, which is a dataset.
-    pub(crate) fn set_share(&self, share: Share) -> Result<()> {
+    pub(crate) fn set_share(&self, share: BatchShare) -> Result<()> {
         let number = self.datasets.get();
         let bit = 1_u64.checked_shl(number);
         let bit = bit.ok_or_else(|| Error::Graph("a task has more than 64 datasets".into()))?;

@@ -3,7 +3,7 @@ use serde_json::Value as Json;
 
 use super::sums::parse;
 use super::{Average, Meter};
-use crate::ranks::gather;
+use crate::collectives::gather;
 use crate::{Measure, Result};
 
 /// Several named values from one function, each with its own meter. The value of the dict is that

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::data::{Ahead, BatchSize, Dataset, Feed, Place, Sampler, Seat};
+use crate::data::{BatchLoader, BatchSize, Dataset, PrefetchOptions, RankSlot, Sampler, SamplerCursor};
 use crate::node::is_between_passes;
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
@@ -33,12 +33,12 @@ pub struct DatasetNode<D: Dataset> {
     shuffle: bool,
     batch_size: BatchSize,
     drop_last: bool,
-    iterations: Option<u64>,
-    ahead: Ahead,
+    batches_per_epoch: Option<u64>,
+    ahead: PrefetchOptions,
     seed: u64,
-    feed: Option<Feed<D>>,
+    feed: Option<BatchLoader<D>>,
     /// Position at the start of the step, or of the epoch.
-    mark: Place,
+    mark: SamplerCursor,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,11 +60,11 @@ impl<D: Dataset> DatasetNode<D> {
             shuffle: false,
             batch_size: BatchSize::PerRank(1),
             drop_last: false,
-            iterations: None,
-            ahead: Ahead::default(),
+            batches_per_epoch: None,
+            ahead: PrefetchOptions::default(),
             seed: 0,
             feed: None,
-            mark: Place::default(),
+            mark: SamplerCursor::default(),
         }
     }
 
@@ -85,9 +85,16 @@ impl<D: Dataset> DatasetNode<D> {
     /// Sets the number of samples of all ranks together per iteration, divided as evenly as
     /// possible. Replaces [`DatasetNode::batch_size`].
     #[must_use]
-    pub fn in_total(mut self, batch_size: usize) -> Self {
+    pub fn global_batch_size(mut self, batch_size: usize) -> Self {
         self.batch_size = BatchSize::InTotal(batch_size);
         self
+    }
+
+    /// Renamed to [`Self::global_batch_size`].
+    #[deprecated(since = "0.2.0", note = "renamed to `global_batch_size`")]
+    #[must_use]
+    pub fn in_total(self, batch_size: usize) -> Self {
+        self.global_batch_size(batch_size)
     }
 
     /// Sets whether to leave out the last samples of a pass if they do not fill a batch on every
@@ -98,13 +105,20 @@ impl<D: Dataset> DatasetNode<D> {
         self
     }
 
-    /// Sets the number of iterations of an epoch, independent of the number of samples. Passes over
+    /// Sets the number of batches of an epoch, independent of the number of samples. Passes over
     /// the samples continue across the ends of epochs: each sample is still seen once before any is
     /// seen again, and the batches are those of a run without this option.
     #[must_use]
-    pub fn iterations(mut self, iterations: u64) -> Self {
-        self.iterations = Some(iterations);
+    pub fn batches_per_epoch(mut self, batches: u64) -> Self {
+        self.batches_per_epoch = Some(batches);
         self
+    }
+
+    /// Renamed to [`Self::batches_per_epoch`].
+    #[deprecated(since = "0.2.0", note = "renamed to `batches_per_epoch`")]
+    #[must_use]
+    pub fn iterations(self, batches: u64) -> Self {
+        self.batches_per_epoch(batches)
     }
 
     /// Sets the number of threads that make batches. Default: 0, the thread of the step makes them.
@@ -138,7 +152,7 @@ impl<D: Dataset> DatasetNode<D> {
     }
 
     /// Creates the feed of a rank, at the start of the data.
-    fn make_feed(&self, seat: Seat, batch_ranks: u64) -> Result<Feed<D>>
+    fn make_feed(&self, seat: RankSlot, batch_ranks: u64) -> Result<BatchLoader<D>>
     where
         D: 'static,
     {
@@ -152,17 +166,17 @@ impl<D: Dataset> DatasetNode<D> {
                 seat.world_size
             )));
         }
-        if let Some(iterations) = self.iterations {
+        if let Some(iterations) = self.batches_per_epoch {
             if iterations == 0 {
-                return Err(Error::Usage("an epoch of 0 iterations: give at least 1".into()));
+                return Err(Error::Usage("an epoch of 0 batches: give at least 1".into()));
             }
-            sampler = sampler.iterations(iterations);
+            sampler = sampler.batches_per_epoch(iterations);
         }
-        let parts = self.batch_size.parts(batch_ranks, seat.world_size);
-        Feed::new(Arc::clone(&self.dataset), sampler, self.seed, self.ahead, seat, parts)
+        let micro_batches = self.batch_size.micro_batches(batch_ranks, seat.world_size);
+        BatchLoader::new(Arc::clone(&self.dataset), sampler, self.seed, self.ahead, seat, micro_batches)
     }
 
-    fn feed(&mut self) -> Result<&mut Feed<D>> {
+    fn feed(&mut self) -> Result<&mut BatchLoader<D>> {
         self.feed.as_mut().ok_or_else(|| Error::Graph("the dataset was not set up".into()))
     }
 }
@@ -177,13 +191,13 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
             )));
         }
         self.seed = context.seed;
-        let alone = Seat { rank: 0, world_size: 1, device: context.worker.device() };
+        let alone = RankSlot { rank: 0, world_size: 1, device: context.worker.device() };
         self.feed = Some(self.make_feed(alone, 1)?);
         Ok(())
     }
 
     fn enter_round(&mut self, round: &Round) -> Result<()> {
-        let mut feed = self.make_feed(Seat::of(&round.worker), round.batch_ranks as u64)?;
+        let mut feed = self.make_feed(RankSlot::of(&round.worker), round.batch_ranks as u64)?;
         feed.seek(self.feed()?.sampler().place());
         self.feed = Some(feed);
         Ok(())
@@ -206,7 +220,7 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
     }
 
     fn parts_left(&self) -> u64 {
-        self.feed.as_ref().map_or(1, Feed::parts_left)
+        self.feed.as_ref().map_or(1, BatchLoader::parts_left)
     }
 
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
@@ -238,7 +252,7 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
 
     fn state(&self) -> NodeState {
         let position = self.feed.as_ref().map(|feed| {
-            let Place { pass, cursor, iteration } = feed.sampler().place();
+            let SamplerCursor { pass, cursor, iteration } = feed.sampler().place();
             Position { samples: feed.sampler().samples(), shuffled: self.shuffle, pass, cursor, iteration }
         });
         NodeState { values: serde_json::to_value(position).unwrap_or(Json::Null), ..NodeState::default() }
@@ -275,7 +289,7 @@ impl<D: Dataset + 'static> Node for DatasetNode<D> {
         let position =
             Position::deserialize(&saved.values).map_err(|error| Error::Resume(error.to_string()))?;
         let Position { pass, cursor, iteration, .. } = position;
-        self.feed()?.seek(Place { pass, cursor, iteration });
+        self.feed()?.seek(SamplerCursor { pass, cursor, iteration });
         Ok(())
     }
 }

@@ -85,7 +85,7 @@ pub struct Round {
 
 /// Distribution of the samples of one iteration over the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Share {
+pub struct BatchShare {
     /// Samples of this rank. 0 if fewer samples are left than there are ranks. The rank then
     /// computes on one sample that does not count, so that it takes part in the collectives.
     pub here: u64,
@@ -93,7 +93,7 @@ pub struct Share {
     pub total: u64,
 }
 
-impl Share {
+impl BatchShare {
     /// Whether a mean over these samples has the same weight on this rank as a mean over the
     /// others.
     pub(crate) fn is_spread_like(&self, other: &Self) -> bool {
@@ -397,7 +397,7 @@ pub trait Node: Any {
     /// Whether the unfinished step has changed the state in a way that [`Node::roll_back`] cannot
     /// undo. The state is then unusable. Only a node with a collective update needs to implement
     /// this.
-    fn is_torn(&self) -> bool {
+    fn is_partially_updated(&self) -> bool {
         false
     }
 

@@ -3,7 +3,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::data::{Ahead, BatchSize, BatchStream, Place, Seat, StreamFeed, StreamOrder};
+use crate::data::{
+    BatchSize, BatchStream, PrefetchOptions, RankSlot, SamplerCursor, StreamLoader, StreamOrder,
+};
 use crate::node::is_between_passes;
 use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 
@@ -15,18 +17,18 @@ use crate::{Context, Error, Node, NodeState, Outputs, Result, Round, Value};
 /// without loading them: with tar shards, it reads the headers of their members.
 ///
 /// An epoch is a pass over a stream that knows its size. A stream without a size has epochs only
-/// with [`StreamNode::iterations`]; otherwise it needs tasks with a number of steps.
+/// with [`StreamNode::batches_per_epoch`]; otherwise it needs tasks with a number of steps.
 pub struct StreamNode<S: BatchStream> {
     stream: Arc<S>,
     buffer: Option<usize>,
     batch_size: BatchSize,
     drop_last: bool,
-    iterations: Option<u64>,
-    ahead: Ahead,
+    batches_per_epoch: Option<u64>,
+    ahead: PrefetchOptions,
     seed: u64,
-    feed: Option<StreamFeed<S>>,
+    feed: Option<StreamLoader<S>>,
     /// Position at the start of the step, or of the epoch.
-    mark: Place,
+    mark: SamplerCursor,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -55,11 +57,11 @@ impl<S: BatchStream> StreamNode<S> {
             buffer: None,
             batch_size: BatchSize::PerRank(1),
             drop_last: false,
-            iterations: None,
-            ahead: Ahead::default(),
+            batches_per_epoch: None,
+            ahead: PrefetchOptions::default(),
             seed: 0,
             feed: None,
-            mark: Place::default(),
+            mark: SamplerCursor::default(),
         }
     }
 
@@ -81,9 +83,16 @@ impl<S: BatchStream> StreamNode<S> {
     /// Sets the number of samples of all ranks together per iteration, divided as evenly as
     /// possible. Replaces [`StreamNode::batch_size`].
     #[must_use]
-    pub fn in_total(mut self, batch_size: usize) -> Self {
+    pub fn global_batch_size(mut self, batch_size: usize) -> Self {
         self.batch_size = BatchSize::InTotal(batch_size);
         self
+    }
+
+    /// Renamed to [`Self::global_batch_size`].
+    #[deprecated(since = "0.2.0", note = "renamed to `global_batch_size`")]
+    #[must_use]
+    pub fn in_total(self, batch_size: usize) -> Self {
+        self.global_batch_size(batch_size)
     }
 
     /// Sets whether to leave out the last samples of a pass if they do not fill a batch on every
@@ -94,12 +103,19 @@ impl<S: BatchStream> StreamNode<S> {
         self
     }
 
-    /// Sets the number of iterations of an epoch. Passes over the stream continue across the ends
+    /// Sets the number of batches of an epoch. Passes over the stream continue across the ends
     /// of epochs.
     #[must_use]
-    pub fn iterations(mut self, iterations: u64) -> Self {
-        self.iterations = Some(iterations);
+    pub fn batches_per_epoch(mut self, batches: u64) -> Self {
+        self.batches_per_epoch = Some(batches);
         self
+    }
+
+    /// Renamed to [`Self::batches_per_epoch`].
+    #[deprecated(since = "0.2.0", note = "renamed to `batches_per_epoch`")]
+    #[must_use]
+    pub fn iterations(self, batches: u64) -> Self {
+        self.batches_per_epoch(batches)
     }
 
     /// Sets the number of threads that make batches. See
@@ -122,7 +138,7 @@ impl<S: BatchStream> StreamNode<S> {
     }
 
     /// Creates the feed of a rank, at the start of the stream.
-    fn make_feed(&self, seat: Seat, batch_ranks: u64) -> Result<StreamFeed<S>>
+    fn make_feed(&self, seat: RankSlot, batch_ranks: u64) -> Result<StreamLoader<S>>
     where
         S: 'static,
     {
@@ -132,7 +148,7 @@ impl<S: BatchStream> StreamNode<S> {
             drop_last: self.drop_last,
         };
         let stream = Arc::clone(&self.stream);
-        let feed = StreamFeed::new(stream, order, self.iterations, self.seed, self.ahead, seat)?;
+        let feed = StreamLoader::new(stream, order, self.batches_per_epoch, self.seed, self.ahead, seat)?;
         if feed.remaining() == Some(0) {
             return Err(Error::Usage(format!(
                 "{} samples do not fill one batch of {} on {} ranks",
@@ -144,7 +160,7 @@ impl<S: BatchStream> StreamNode<S> {
         Ok(feed)
     }
 
-    fn feed(&mut self) -> Result<&mut StreamFeed<S>> {
+    fn feed(&mut self) -> Result<&mut StreamLoader<S>> {
         self.feed.as_mut().ok_or_else(|| Error::Graph("the stream was not set up".into()))
     }
 }
@@ -166,17 +182,17 @@ impl<S: BatchStream> StreamNode<S> {
 
 impl<S: BatchStream + 'static> Node for StreamNode<S> {
     fn set_up(&mut self, context: &Context) -> Result<()> {
-        if self.iterations == Some(0) {
-            return Err(Error::Usage("an epoch of 0 iterations: give at least 1".into()));
+        if self.batches_per_epoch == Some(0) {
+            return Err(Error::Usage("an epoch of 0 batches: give at least 1".into()));
         }
         self.seed = context.seed;
-        let alone = Seat { rank: 0, world_size: 1, device: context.worker.device() };
+        let alone = RankSlot { rank: 0, world_size: 1, device: context.worker.device() };
         self.feed = Some(self.make_feed(alone, 1)?);
         Ok(())
     }
 
     fn enter_round(&mut self, round: &Round) -> Result<()> {
-        let mut feed = self.make_feed(Seat::of(&round.worker), round.batch_ranks as u64)?;
+        let mut feed = self.make_feed(RankSlot::of(&round.worker), round.batch_ranks as u64)?;
         feed.seek(self.feed()?.place());
         self.feed = Some(feed);
         Ok(())
@@ -188,7 +204,7 @@ impl<S: BatchStream + 'static> Node for StreamNode<S> {
     }
 
     fn epoch_start(&mut self) {
-        self.mark = self.feed.as_ref().map(StreamFeed::place).unwrap_or_default();
+        self.mark = self.feed.as_ref().map(StreamLoader::place).unwrap_or_default();
     }
 
     fn roll_back(&mut self) {
@@ -205,7 +221,7 @@ impl<S: BatchStream + 'static> Node for StreamNode<S> {
     }
 
     fn remaining(&self) -> Option<u64> {
-        self.feed.as_ref().and_then(StreamFeed::remaining)
+        self.feed.as_ref().and_then(StreamLoader::remaining)
     }
 
     fn samples_ahead(&self, iterations: u64) -> Option<u64> {
@@ -227,7 +243,7 @@ impl<S: BatchStream + 'static> Node for StreamNode<S> {
 
     fn state(&self) -> NodeState {
         let position = self.feed.as_ref().map(|feed| {
-            let Place { pass, cursor, iteration } = feed.place();
+            let SamplerCursor { pass, cursor, iteration } = feed.place();
             Position { of: self.order(), pass, cursor, iteration }
         });
         NodeState { values: serde_json::to_value(position).unwrap_or(Json::Null), ..NodeState::default() }
@@ -243,7 +259,7 @@ impl<S: BatchStream + 'static> Node for StreamNode<S> {
 
     fn load_state(&mut self, saved: &NodeState) -> Result<()> {
         let Position { pass, cursor, iteration, .. } = self.position(&saved.values)?;
-        self.feed()?.seek(Place { pass, cursor, iteration });
+        self.feed()?.seek(SamplerCursor { pass, cursor, iteration });
         Ok(())
     }
 }

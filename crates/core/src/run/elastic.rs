@@ -4,7 +4,7 @@ use ice_checkpoint::{CHECKPOINTS, candidates};
 
 use super::Run;
 use crate::Result;
-use crate::ranks::broadcast;
+use crate::collectives::broadcast;
 
 /// How a changed number of ranks affects batches that are given per rank, when nodes join or leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -13,8 +13,8 @@ use std::cell::Cell;
 use ice_worker::Boundary;
 
 use super::Run;
+use crate::collectives::gather;
 use crate::graph::Entries;
-use crate::ranks::gather;
 use crate::{Error, Result};
 
 /// Position of the run's number within the number of a task: the lower bits count the progress.

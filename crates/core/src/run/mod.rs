@@ -1,18 +1,18 @@
 //! A run: a graph, its tasks, and the rank that executes them.
 
-mod copies;
 mod elastic;
 mod leave;
-mod pace;
-mod parts;
+mod metrics_log;
+mod recovery_plan;
 mod regroup;
+mod replicas;
 mod resume;
 mod runs;
 mod save;
-mod show;
 mod sources;
+mod state_transfer;
+mod straggler;
 mod timers;
-mod transfer;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -24,20 +24,20 @@ use std::time::{Duration, Instant};
 use ice_checkpoint::folder_of_run;
 use ice_worker::{Boundary, Stop, Worker};
 
-use self::copies::Copies;
 pub use self::elastic::{ElasticBatch, LrRule};
 pub(crate) use self::leave::Leave;
 use self::leave::Leaving;
-use self::pace::Pace;
 use self::regroup::{Beginning, Progress};
+use self::replicas::Copies;
 pub use self::runs::Runs;
+use self::straggler::Pace;
 use self::timers::AllTimers;
 pub(crate) use self::timers::Timers;
-use crate::board::Board;
-use crate::checkpoint::{Kept, Writer};
+use crate::checkpoint::{UnclaimedState, Writer};
 use crate::graph::{ExecutableGraph, Step, StepPlace};
 use crate::optim::Elapsed;
 use crate::task::TrainLength;
+use crate::tensorboard::Board;
 use crate::{
     CheckpointOptions, Context, Counters, Error, HyperGraph, InitFrom, Measure, Result, ResumeFrom, TaskItem,
 };
@@ -101,7 +101,7 @@ impl Default for RunConfig {
 
 /// Position of a run among the runs of its program.
 #[derive(Debug, Clone, Copy, Default)]
-struct Place {
+struct RunPosition {
     /// Number of runs before this one.
     number: u64,
     /// Whether this process has completed the previous run. The checkpoint to resume from is then
@@ -126,12 +126,12 @@ pub struct Run<'a> {
     tasks: &'a dyn TaskItem,
     worker: Rc<Worker>,
     config: RunConfig,
-    place: Place,
+    place: RunPosition,
     folder: Rc<Path>,
     counters: Counters,
     measures: RefCell<BTreeMap<String, f64>>,
     writer: RefCell<Writer>,
-    kept: RefCell<Kept>,
+    unclaimed: RefCell<UnclaimedState>,
     board: RefCell<Board>,
     timers: AllTimers,
     /// Total length of all training tasks, for schedules.
@@ -165,7 +165,7 @@ impl<'a> Run<'a> {
         tasks: &'a dyn TaskItem,
         worker: Rc<Worker>,
         config: RunConfig,
-        place: Place,
+        place: RunPosition,
     ) -> Result<End> {
         let run = Self {
             graph,
@@ -180,7 +180,7 @@ impl<'a> Run<'a> {
             config,
             counters: Counters::default(),
             measures: RefCell::default(),
-            kept: RefCell::default(),
+            unclaimed: RefCell::default(),
             progress: Progress::default(),
             leaving: Leaving::default(),
             copies: Copies::default(),

@@ -19,9 +19,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::Run;
+use crate::collectives::{broadcast, gather};
 use crate::graph::Entries;
 use crate::node::Round;
-use crate::ranks::{broadcast, gather};
 use crate::{Counters, Error, NodeState, Result};
 
 /// A rank's progress.
@@ -40,7 +40,7 @@ pub(super) struct Progress {
     /// Number of ranks of the previous round.
     pub(super) ranks: Cell<Option<usize>>,
     /// The state to return to if an evaluation is disturbed.
-    pub(super) mark: RefCell<Option<Mark>>,
+    pub(super) mark: RefCell<Option<EvalRestorePoint>>,
     /// Number of steps that the round repeats, including the first one, until its first step is
     /// applied. `None` afterwards.
     pub(super) first_step: Cell<Option<u64>>,
@@ -48,7 +48,7 @@ pub(super) struct Progress {
 
 /// The start of an epoch of an evaluation. Its iterations need no other rank, so ranks may be
 /// anywhere within it. To restart it is cheap.
-pub(super) struct Mark {
+pub(super) struct EvalRestorePoint {
     entries: Entries,
     tasks: Json,
     counters: Counters,
@@ -67,7 +67,7 @@ pub(super) enum Beginning {
 
 /// A rank's report of its progress to the other ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Standing {
+struct RankProgress {
     has_state: bool,
     position: u64,
     syncs: u64,
@@ -76,7 +76,7 @@ struct Standing {
     is_over: bool,
 }
 
-impl Standing {
+impl RankProgress {
     /// Returns the key for comparing states. Ranks with equal keys are in the same state.
     fn place(&self) -> (bool, u64) {
         (self.has_state, self.position)
@@ -114,7 +114,7 @@ impl Run<'_> {
     /// Notes that an epoch of an evaluation of these nodes begins.
     pub(crate) fn mark(&self, entries: &Entries) {
         if self.worker.can_stay() {
-            let mark = Mark {
+            let mark = EvalRestorePoint {
                 entries: Rc::clone(entries),
                 tasks: self.tasks.state(),
                 counters: self.counters.clone(),
@@ -269,7 +269,7 @@ impl Run<'_> {
     }
 
     /// Gathers the progress reports of all ranks.
-    fn standings(&self) -> Result<Vec<Standing>> {
+    fn standings(&self) -> Result<Vec<RankProgress>> {
         let progress = &self.progress;
         let own = [
             progress.has_state.get().into(),
@@ -278,7 +278,7 @@ impl Run<'_> {
             progress.base_ranks.get() as i64,
             self.is_over_early().into(),
         ];
-        let standing = |word: Vec<i64>| Standing {
+        let standing = |word: Vec<i64>| RankProgress {
             has_state: word[0] != 0,
             position: word[1] as u64,
             syncs: word[2] as u64,
@@ -289,7 +289,13 @@ impl Run<'_> {
     }
 
     /// Brings the state of the rank that is furthest to the ranks that lack it.
-    fn catch_up(&self, source: usize, lacking: &[usize], own: &Standing, newest: &Standing) -> Result<()> {
+    fn catch_up(
+        &self,
+        source: usize,
+        lacking: &[usize],
+        own: &RankProgress,
+        newest: &RankProgress,
+    ) -> Result<()> {
         let lacks = own.place() != newest.place();
         let has_measures = own.has_measures_of(newest);
         // Another rank has completed the step that interrupted this rank: this rank's measurements

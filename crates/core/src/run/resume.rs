@@ -1,11 +1,11 @@
 //! Resuming a run from a checkpoint.
 
 use super::first_folder;
-use crate::checkpoint::{Checkpoint, Manifest, Selection, Strictness, is_misfit, load, share};
+use crate::checkpoint::{Checkpoint, Manifest, Selection, Strictness, broadcast, is_misfit, load};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
 
 /// Result of the search for the checkpoint to resume from.
-enum Found {
+enum FoundCheckpoint {
     Nothing,
     Loaded,
     /// The checkpoint belongs to the later run with this number.
@@ -29,12 +29,12 @@ impl Run<'_> {
             true => Some(Checkpoint::find(resume_from, &self.config.out_dir, self.worker.run_id())?),
             false => None,
         };
-        let Some(checkpoint) = share(found, &self.worker)? else { return Ok(()) };
+        let Some(checkpoint) = broadcast(found, &self.worker)? else { return Ok(()) };
         let selection = tags.map_or(Selection::All, |tags| Selection::Tags(tags.clone()));
         let fit = if strict { Strictness::Strict } else { Strictness::Any };
         let mut left_out = Vec::new();
         let kept = load(&checkpoint, None, self.graph, &selection, fit, &mut left_out, &self.worker)?;
-        self.kept.borrow_mut().extend(kept);
+        self.unclaimed.borrow_mut().extend(kept);
         self.name_left_out(&checkpoint, &left_out);
         Ok(())
     }
@@ -44,9 +44,9 @@ impl Run<'_> {
     /// loads nothing and returns the number of that run.
     pub(super) fn begin(&self, has_begun: bool) -> Result<Option<u64>> {
         match self.resume()? {
-            Found::Loaded => return Ok(None),
-            Found::OfLaterRun(due) => return Ok(Some(due)),
-            Found::Nothing => {}
+            FoundCheckpoint::Loaded => return Ok(None),
+            FoundCheckpoint::OfLaterRun(due) => return Ok(Some(due)),
+            FoundCheckpoint::Nothing => {}
         }
         if has_begun {
             return Err(Error::Resume(
@@ -57,7 +57,7 @@ impl Run<'_> {
         }
         let Some(init) = &self.config.init_from else { return Ok(None) };
         let found = if self.is_main() { Some(init.find(self.graph)?) } else { None };
-        let Some(found) = share(found, &self.worker)? else { return Ok(None) };
+        let Some(found) = broadcast(found, &self.worker)? else { return Ok(None) };
         init.load(&found, self.graph, &self.worker)?;
         Ok(None)
     }
@@ -83,25 +83,25 @@ impl Run<'_> {
         }
     }
 
-    fn resume(&self) -> Result<Found> {
+    fn resume(&self) -> Result<FoundCheckpoint> {
         let found = if self.is_main() { self.find_checkpoint()? } else { None };
-        let Some(checkpoint) = share(found, &self.worker)? else { return Ok(Found::Nothing) };
+        let Some(checkpoint) = broadcast(found, &self.worker)? else { return Ok(FoundCheckpoint::Nothing) };
         let due = checkpoint.manifest().run;
         if due > self.place.number {
             if self.is_main() {
                 let (path, run) = (checkpoint.path().display(), self.place.number + 1);
                 println!("run {run} is done: {path} is of run {}", due + 1);
             }
-            return Ok(Found::OfLaterRun(due));
+            return Ok(FoundCheckpoint::OfLaterRun(due));
         }
         match self.resume_from(&checkpoint) {
             Err(error) if self.config.checkpoints.begin_if_misfit && is_misfit(&error) => {
                 if self.is_main() {
                     tracing::warn!("starting from the beginning: {error}");
                 }
-                Ok(Found::Nothing)
+                Ok(FoundCheckpoint::Nothing)
             }
-            outcome => outcome.map(|()| Found::Loaded),
+            outcome => outcome.map(|()| FoundCheckpoint::Loaded),
         }
     }
 
@@ -127,7 +127,7 @@ impl Run<'_> {
         };
         load_tasks(true, &mut left_out)?;
         let kept = load(checkpoint, None, self.graph, &Selection::All, fit, &mut left_out, &self.worker)?;
-        self.kept.borrow_mut().extend(kept);
+        self.unclaimed.borrow_mut().extend(kept);
         // The dry run has already listed the parts that do not fit.
         load_tasks(false, &mut Vec::new())?;
         self.take_up(manifest);

@@ -11,8 +11,8 @@ use std::rc::Rc;
 
 use ice_worker::Worker;
 
-use super::{End, Place};
-use crate::ranks::gather;
+use super::{End, RunPosition};
+use crate::collectives::gather;
 use crate::{Error, HyperGraph, Result, Run, RunConfig, TaskItem};
 
 /// The runs of a program, one after the other, as executed by this rank.
@@ -67,7 +67,7 @@ impl Runs {
         if self.is_stopped() || number < self.due.get() {
             return Ok(());
         }
-        let place = Place { number, has_done_the_last: self.has_done_the_last.get() };
+        let place = RunPosition { number, has_done_the_last: self.has_done_the_last.get() };
         let end = Run::perform(graph, tasks, Rc::clone(&self.worker), config, place)?;
         self.has_done_the_last.set(matches!(end, End::Done));
         match end {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use ice_checkpoint::{BEST, CHECKPOINTS, candidates, probe, remove_abandoned, remove_leftovers};
 
 use crate::checkpoint::{Best, Better, Keep, Manifest, Request, Selection};
-use crate::ranks::decide;
+use crate::collectives::decide;
 use crate::{Result, Run, Tags};
 
 impl Run<'_> {
@@ -105,7 +105,7 @@ impl Run<'_> {
     fn save(&self, request: Request, tags: Option<&Tags>) -> Result<()> {
         let selection = tags.map_or(Selection::All, |tags| Selection::Tags(tags.clone()));
         let mut writer = self.writer.borrow_mut();
-        writer.save(request, self.graph, &selection, &self.kept.borrow(), self.worker.store().as_ref())
+        writer.save(request, self.graph, &selection, &self.unclaimed.borrow(), self.worker.store().as_ref())
     }
 
     fn checkpoint_name(&self) -> String {

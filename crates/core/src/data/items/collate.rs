@@ -2,7 +2,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::Items;
 use crate::data::batch::to_device;
-use crate::data::lane::guard;
+use crate::data::worker_pool::guard;
 use crate::data::{Batch, Dataset, Labelled, Pass};
 use crate::{Error, Result};
 

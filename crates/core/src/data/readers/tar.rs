@@ -97,7 +97,7 @@ impl TarShards {
 }
 
 impl Stream for TarShards {
-    type Found = TarFound;
+    type LocatedSample = TarFound;
     type Item = TarSample;
 
     fn shards(&self) -> usize {

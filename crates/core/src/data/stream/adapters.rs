@@ -3,7 +3,7 @@ use tch::Device;
 use super::{BatchStream, ShardIter, Stream};
 use crate::Result;
 use crate::data::batch::to_device;
-use crate::data::lane::guard;
+use crate::data::worker_pool::guard;
 use crate::data::{Batch, Pass, SampleRng};
 
 /// Creates a stream of samples from a function that opens shards. Each sample is loaded as soon as
@@ -39,7 +39,7 @@ where
     I: Iterator<Item = Result<T>> + Send + 'static,
     F: Fn(usize) -> Result<I> + Send + Sync,
 {
-    type Found = T;
+    type LocatedSample = T;
     type Item = T;
 
     fn shards(&self) -> usize {
@@ -74,18 +74,18 @@ macro_rules! adapter {
         }
 
         impl<S: Stream, T: Send + 'static, F: Fn($($argument),+) -> Result<T> + Send + Sync> Stream for $name<S, F> {
-            type Found = S::Found;
+            type LocatedSample = S::LocatedSample;
             type Item = T;
 
             fn shards(&self) -> usize {
                 self.stream.shards()
             }
 
-            fn open(&self, shard: usize) -> Result<ShardIter<S::Found>> {
+            fn open(&self, shard: usize) -> Result<ShardIter<S::LocatedSample>> {
                 self.stream.open(shard)
             }
 
-            fn load(&self, found: S::Found, $rng: &mut SampleRng) -> Result<T> {
+            fn load(&self, found: S::LocatedSample, $rng: &mut SampleRng) -> Result<T> {
                 let ($f, $item) = (&self.f, self.stream.load(found, $rng)?);
                 $call
             }
@@ -126,18 +126,18 @@ where
     B: Batch,
     F: Fn(Vec<S::Item>) -> Result<B> + Send + Sync,
 {
-    type Found = S::Found;
+    type LocatedSample = S::LocatedSample;
     type Batch = B;
 
     fn shards(&self) -> usize {
         self.stream.shards()
     }
 
-    fn open(&self, shard: usize) -> Result<ShardIter<S::Found>> {
+    fn open(&self, shard: usize) -> Result<ShardIter<S::LocatedSample>> {
         self.stream.open(shard)
     }
 
-    fn batch_in(&self, pass: &Pass, samples: Vec<(u64, S::Found)>, device: Device) -> Result<B> {
+    fn batch_in(&self, pass: &Pass, samples: Vec<(u64, S::LocatedSample)>, device: Device) -> Result<B> {
         let mut items = Vec::with_capacity(samples.len());
         for (position, found) in samples {
             pass.check()?;

@@ -1,13 +1,13 @@
 //! Samples that can only be read in order.
 
 mod adapters;
-mod feed;
+mod batch_loader;
 mod walk;
 
 use tch::Device;
 
 pub use adapters::{CollatedStream, FromShards, StreamMap, StreamMapRandom, stream};
-pub(crate) use feed::{StreamFeed, StreamOrder};
+pub(crate) use batch_loader::{StreamLoader, StreamOrder};
 
 use super::items::Stack;
 use super::{Batch, Pass, SampleRng};
@@ -48,7 +48,7 @@ pub type ShardIter<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
 /// ```
 pub trait Stream: Send + Sync {
     /// A sample that was found.
-    type Found: Send + 'static;
+    type LocatedSample: Send + 'static;
     /// A sample that was loaded.
     type Item: Send + 'static;
 
@@ -59,13 +59,13 @@ pub trait Stream: Send + Sync {
     ///
     /// # Errors
     /// The reason that the shard cannot be opened.
-    fn open(&self, shard: usize) -> Result<ShardIter<Self::Found>>;
+    fn open(&self, shard: usize) -> Result<ShardIter<Self::LocatedSample>>;
 
     /// Loads a sample. The random numbers belong to this sample and pass.
     ///
     /// # Errors
     /// The reason that the sample cannot be read.
-    fn load(&self, found: Self::Found, rng: &mut SampleRng) -> Result<Self::Item>;
+    fn load(&self, found: Self::LocatedSample, rng: &mut SampleRng) -> Result<Self::Item>;
 
     /// Returns the number of samples of all shards together, if it is known. A stream that does not
     /// know it needs tasks with a number of steps, or
@@ -119,7 +119,7 @@ pub trait Stream: Send + Sync {
 /// A [`Stream`] made into batches, for a [`StreamNode`](crate::StreamNode).
 pub trait BatchStream: Send + Sync {
     /// A sample that was found.
-    type Found: Send + 'static;
+    type LocatedSample: Send + 'static;
     /// Type of a batch, as seen by the nodes that use it.
     type Batch: Batch;
 
@@ -130,13 +130,18 @@ pub trait BatchStream: Send + Sync {
     ///
     /// # Errors
     /// The reason that the shard cannot be opened.
-    fn open(&self, shard: usize) -> Result<ShardIter<Self::Found>>;
+    fn open(&self, shard: usize) -> Result<ShardIter<Self::LocatedSample>>;
 
     /// Loads the samples, each with its position in the pass, into a batch on the device.
     ///
     /// # Errors
     /// The reason that a sample cannot be read.
-    fn batch_in(&self, pass: &Pass, samples: Vec<(u64, Self::Found)>, device: Device) -> Result<Self::Batch>;
+    fn batch_in(
+        &self,
+        pass: &Pass,
+        samples: Vec<(u64, Self::LocatedSample)>,
+        device: Device,
+    ) -> Result<Self::Batch>;
 
     /// Returns the number of samples of all shards together, if it is known.
     fn samples(&self) -> Option<u64>;

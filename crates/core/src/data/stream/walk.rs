@@ -7,8 +7,8 @@ use rand_chacha::ChaCha8Rng;
 use super::{BatchStream, ShardIter};
 use crate::data::pass::{below, generator};
 use crate::data::sampler::shuffle;
-use crate::data::{Pass, Place};
-use crate::{Error, Result, Share};
+use crate::data::{Pass, SamplerCursor};
+use crate::{BatchShare, Error, Result};
 
 /// Order and batch size in which a stream is read.
 #[derive(Debug, Clone, Copy)]
@@ -25,8 +25,8 @@ struct Walk<S: BatchStream> {
     number: u64,
     cursor: u64,
     shards: std::vec::IntoIter<usize>,
-    open: Option<ShardIter<S::Found>>,
-    buffer: Vec<S::Found>,
+    open: Option<ShardIter<S::LocatedSample>>,
+    buffer: Vec<S::LocatedSample>,
     capacity: usize,
     rng: Option<ChaCha8Rng>,
 }
@@ -43,7 +43,7 @@ impl<S: BatchStream> Walk<S> {
     }
 
     /// Returns the next sample, or `None` at the end of the pass.
-    fn next(&mut self, stream: &S) -> Result<Option<S::Found>> {
+    fn next(&mut self, stream: &S) -> Result<Option<S::LocatedSample>> {
         while self.buffer.len() < self.capacity {
             match self.find(stream)? {
                 Some(found) => self.buffer.push(found),
@@ -58,7 +58,7 @@ impl<S: BatchStream> Walk<S> {
         Ok(Some(self.buffer.swap_remove(at)))
     }
 
-    fn find(&mut self, stream: &S) -> Result<Option<S::Found>> {
+    fn find(&mut self, stream: &S) -> Result<Option<S::LocatedSample>> {
         loop {
             if let Some(open) = &mut self.open {
                 if let Some(found) = open.next() {
@@ -79,9 +79,9 @@ pub(super) struct Plan<T> {
     pub(super) pass: u64,
     /// The samples with their positions in the pass.
     pub(super) samples: Vec<(u64, T)>,
-    pub(super) share: Share,
+    pub(super) share: BatchShare,
     /// Position of the next batch.
-    pub(super) next: Place,
+    pub(super) next: SamplerCursor,
 }
 
 /// Finds the batches of a rank, one after the other.
@@ -102,7 +102,11 @@ impl<S: BatchStream> Reader<S> {
     /// next pass begins.
     ///
     /// To move to a position, the reader finds all samples of the pass before it again.
-    pub(super) fn read(&mut self, from: Option<Place>, stop: &Pass) -> Result<Plan<S::Found>> {
+    pub(super) fn read(
+        &mut self,
+        from: Option<SamplerCursor>,
+        stop: &Pass,
+    ) -> Result<Plan<S::LocatedSample>> {
         let walk = match (from, self.walk.take()) {
             (Some(from), _) => self.walk_to(from, stop)?,
             (None, Some(walk)) => walk,
@@ -114,7 +118,7 @@ impl<S: BatchStream> Reader<S> {
         Ok(plan)
     }
 
-    fn walk_to(&self, place: Place, stop: &Pass) -> Result<Walk<S>> {
+    fn walk_to(&self, place: SamplerCursor, stop: &Pass) -> Result<Walk<S>> {
         let mut walk = Walk::new(&*self.stream, self.order, place.pass);
         while walk.cursor < place.cursor {
             stop.check()?;
@@ -125,7 +129,7 @@ impl<S: BatchStream> Reader<S> {
         Ok(walk)
     }
 
-    fn batch(&self, mut walk: Walk<S>, stop: &Pass) -> Result<(Walk<S>, Plan<S::Found>)> {
+    fn batch(&self, mut walk: Walk<S>, stop: &Pass) -> Result<(Walk<S>, Plan<S::LocatedSample>)> {
         let StreamOrder { global_batch, drop_last, .. } = self.order;
         loop {
             let start = walk.cursor;
@@ -152,7 +156,7 @@ impl<S: BatchStream> Reader<S> {
             }
             let (range, share) = crate::data::sampler::share_of(total, self.rank, self.world_size);
             let samples = found.drain(range.start as usize..range.end as usize).collect();
-            let next = Place { pass: walk.number, cursor: walk.cursor, iteration: 0 };
+            let next = SamplerCursor { pass: walk.number, cursor: walk.cursor, iteration: 0 };
             return Ok((walk, Plan { pass: next.pass, samples, share, next }));
         }
     }

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use super::seat;
-use crate::data::{Ahead, Dataset, Feed, Items, Labelled, Pass, Sampler, items};
+use crate::data::{BatchLoader, Dataset, Items, Labelled, Pass, PrefetchOptions, Sampler, items};
 use crate::{Error, Result};
 
 fn faulty(index: usize) -> Result<i64> {
@@ -18,9 +18,10 @@ fn faulty(index: usize) -> Result<i64> {
 fn errors_and_panics_name_the_sample_with_any_number_of_workers() {
     for workers in [0, 1, 4] {
         let dataset = items(12, faulty).map(|number| Ok(number * 2)).stack();
-        let ahead = Ahead { workers, prefetch: None };
+        let ahead = PrefetchOptions { workers, prefetch: None };
         let mut feed =
-            Feed::new(Arc::new(dataset), Sampler::new(12, 4, None, false), 0, ahead, seat(0, 1), 1).unwrap();
+            BatchLoader::new(Arc::new(dataset), Sampler::new(12, 4, None, false), 0, ahead, seat(0, 1), 1)
+                .unwrap();
         let mut next = || {
             let made = feed.next().map(|(batch, _)| Vec::<i64>::try_from(batch).unwrap());
             feed.advance();

@@ -1,9 +1,9 @@
 //! Feeds of several ranks at once, which a single process never has in production.
 
-mod feed;
+mod batch_loader;
 mod items;
-mod lane;
 mod stream;
+mod worker_pool;
 
 use std::sync::mpsc;
 use std::thread;
@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use tch::Device;
 
-use super::Seat;
+use super::RankSlot;
 
 /// Far longer than any operation here takes: a test that exceeds it hangs.
 const LONG: Duration = Duration::from_secs(30);
 
-fn seat(rank: u64, world_size: u64) -> Seat {
-    Seat { rank, world_size, device: Device::Cpu }
+fn seat(rank: u64, world_size: u64) -> RankSlot {
+    RankSlot { rank, world_size, device: Device::Cpu }
 }
 
 /// Fails if `f` hangs.

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use proptest::prelude::*;
 
 use super::{seat, within_time};
-use crate::data::{Ahead, BatchStream, Place, Stream, StreamFeed, StreamOrder, stream};
-use crate::{Error, Result, Share};
+use crate::data::{BatchStream, PrefetchOptions, SamplerCursor, Stream, StreamLoader, StreamOrder, stream};
+use crate::{BatchShare, Error, Result};
 
 const SHARDS: [usize; 5] = [7, 0, 11, 1, 4];
 const ALL: usize = 23;
@@ -34,14 +34,18 @@ struct Setting {
 type Step = Vec<(i64, f64)>;
 
 /// The ranks of a job.
-struct Job<S: BatchStream>(Vec<StreamFeed<S>>);
+struct Job<S: BatchStream>(Vec<StreamLoader<S>>);
 
-fn job(setting: Setting, ahead: Ahead, world_size: u64) -> Job<impl BatchStream<Batch = Step> + 'static> {
+fn job(
+    setting: Setting,
+    ahead: PrefetchOptions,
+    world_size: u64,
+) -> Job<impl BatchStream<Batch = Step> + 'static> {
     let Setting { sized, shuffled, global, drop_last, iterations } = setting;
     let order = StreamOrder { shuffled: shuffled.map(|buffer| (3, buffer)), global_batch: global, drop_last };
     let feed = |rank| {
         let stream = Arc::new(numbers(sized));
-        StreamFeed::new(stream, order, iterations, 3, ahead, seat(rank, world_size)).unwrap()
+        StreamLoader::new(stream, order, iterations, 3, ahead, seat(rank, world_size)).unwrap()
     };
     Job((0..world_size).map(feed).collect())
 }
@@ -53,7 +57,7 @@ impl<S: BatchStream<Batch = Step> + 'static> Job<S> {
             if feed.remaining() == Some(0) {
                 feed.next_epoch();
             }
-            let (batch, Share { here, .. }) = feed.next().unwrap();
+            let (batch, BatchShare { here, .. }) = feed.next().unwrap();
             assert_eq!(batch.len() as u64, here.max(1));
             samples.extend(&batch[..here as usize]);
             feed.advance();
@@ -65,13 +69,13 @@ impl<S: BatchStream<Batch = Step> + 'static> Job<S> {
         (0..count).map(|_| self.step()).collect()
     }
 
-    fn place(&self) -> Place {
+    fn place(&self) -> SamplerCursor {
         assert!(self.0.iter().all(|feed| feed.place() == self.0[0].place()));
         self.0[0].place()
     }
 }
 
-const INLINE: Ahead = Ahead { workers: 0, prefetch: None };
+const INLINE: PrefetchOptions = PrefetchOptions { workers: 0, prefetch: None };
 
 fn settings() -> impl Strategy<Value = Setting> {
     let shuffled = proptest::option::of(0_usize..30);
@@ -96,7 +100,7 @@ proptest! {
         let expected = job(setting, INLINE, 1).steps(40);
         let other = Setting { sized: !setting.sized, ..setting };
         prop_assert_eq!(&job(other, INLINE, 1).steps(40), &expected);
-        prop_assert_eq!(job(setting, Ahead { workers, prefetch }, world_size).steps(40), expected);
+        prop_assert_eq!(job(setting, PrefetchOptions { workers, prefetch }, world_size).steps(40), expected);
     }
 
     #[test]
@@ -122,7 +126,7 @@ proptest! {
     fn a_stream_resumed_anywhere_goes_on_with_the_next_batch(
         setting in settings(), stop in 0_usize..30, worlds in (1_u64..4, 1_u64..4), workers in (0_usize..4, 0_usize..4),
     ) {
-        let ahead = |workers| Ahead { workers, prefetch: None };
+        let ahead = |workers| PrefetchOptions { workers, prefetch: None };
         let mut whole = job(setting, ahead(workers.0), worlds.0);
         whole.steps(stop);
         let mut resumed = job(setting, ahead(workers.1), worlds.1);
@@ -149,8 +153,8 @@ fn each_pass_has_an_order_of_shards_and_samples_of_its_own() {
     let of_buffer = |pass| {
         let one = stream(1, |_| Ok((0..20_i64).map(Ok))).of_samples(20).collate(Ok);
         let order = StreamOrder { shuffled: Some((3, 5)), global_batch: 20, drop_last: false };
-        let mut feed = StreamFeed::new(Arc::new(one), order, None, 0, INLINE, seat(0, 1)).unwrap();
-        feed.seek(Place { pass, cursor: 0, iteration: 0 });
+        let mut feed = StreamLoader::new(Arc::new(one), order, None, 0, INLINE, seat(0, 1)).unwrap();
+        feed.seek(SamplerCursor { pass, cursor: 0, iteration: 0 });
         feed.next().unwrap().0
     };
     assert_ne!(of_buffer(0), of_buffer(1));
@@ -169,8 +173,8 @@ fn an_epoch_is_a_pass_of_a_sized_stream_and_has_no_end_otherwise() {
 
 fn failure(stream: impl BatchStream<Batch = Vec<i64>> + 'static, workers: usize, global: u64) -> String {
     let order = StreamOrder { shuffled: None, global_batch: global, drop_last: true };
-    let ahead = Ahead { workers, prefetch: None };
-    let mut feed = StreamFeed::new(Arc::new(stream), order, Some(99), 0, ahead, seat(0, 1)).unwrap();
+    let ahead = PrefetchOptions { workers, prefetch: None };
+    let mut feed = StreamLoader::new(Arc::new(stream), order, Some(99), 0, ahead, seat(0, 1)).unwrap();
     for _ in 0..50 {
         match feed.next() {
             Ok(_) => feed.advance(),
@@ -220,11 +224,11 @@ fn a_rank_loads_its_own_samples_only() {
             Ok(at)
         });
         let order = StreamOrder { shuffled: Some((1, 8)), global_batch: 6, drop_last: false };
-        let ahead = Ahead { workers, prefetch: None };
+        let ahead = PrefetchOptions { workers, prefetch: None };
         let stream = Arc::new(samples.collate(|items: Vec<i32>| Ok(items)));
-        let mut feed = StreamFeed::new(stream, order, None, 0, ahead, seat(1, 3)).unwrap();
+        let mut feed = StreamLoader::new(stream, order, None, 0, ahead, seat(1, 3)).unwrap();
         // Starts in the middle: moving to a position loads nothing.
-        feed.seek(Place { pass: 2, cursor: 12, iteration: 2 });
+        feed.seek(SamplerCursor { pass: 2, cursor: 12, iteration: 2 });
         while feed.remaining() != Some(0) {
             feed.next().unwrap();
             feed.advance();
@@ -243,15 +247,15 @@ fn a_feed_dropped_while_it_looks_for_a_place_ends() {
             Ok((0_i64..).map(Ok))
         });
         let order = StreamOrder { shuffled: None, global_batch: 1, drop_last: false };
-        let ahead = Ahead { workers: 2, prefetch: None };
+        let ahead = PrefetchOptions { workers: 2, prefetch: None };
         let stream = Arc::new(endless.collate(Ok));
-        let feed = StreamFeed::new(Arc::clone(&stream), order, None, 0, ahead, seat(0, 1)).unwrap();
+        let feed = StreamLoader::new(Arc::clone(&stream), order, None, 0, ahead, seat(0, 1)).unwrap();
         // The step waits in its own thread, and ends with the feed although the position is never
         // found.
         let stop = feed.stop();
         let step = std::thread::spawn(move || {
             let mut feed = feed;
-            feed.seek(Place { pass: 0, cursor: u64::MAX, iteration: 0 });
+            feed.seek(SamplerCursor { pass: 0, cursor: u64::MAX, iteration: 0 });
             assert!(matches!(feed.next(), Err(Error::Stopped)));
         });
         begins.recv().unwrap();

@@ -36,7 +36,7 @@ pub(super) struct Groups {
     /// Number of this rank's shard of the state, and number of shards, once the state exists.
     division: Option<(usize, usize)>,
     /// Whether the unfinished step has applied gradients to shards.
-    torn: bool,
+    partially_updated: bool,
 }
 
 impl Groups {
@@ -92,7 +92,7 @@ impl Groups {
     pub(super) fn begin(&mut self, sharded_over: Option<&Rc<Worker>>) -> Result<()> {
         let division = sharded_over.map_or((0, 1), |worker| (worker.rank(), worker.world_size()));
         // Partially updated state is loaded again in the new round.
-        self.torn = false;
+        self.partially_updated = false;
         if self.division.replace(division) == Some(division) {
             return Ok(());
         }
@@ -111,7 +111,7 @@ impl Groups {
 
     /// Applies the gradients.
     pub(super) fn step(&mut self) -> Result<()> {
-        self.torn = self.groups.iter().any(|group| group.sharding.is_some());
+        self.partially_updated = self.groups.iter().any(|group| group.sharding.is_some());
         for Group { optimizer, parameters, sharding, .. } in &mut self.groups {
             let gradients: Vec<_> = parameters.iter().map(Tensor::grad).collect();
             match sharding {
@@ -130,11 +130,11 @@ impl Groups {
 
     /// Notes that the step in which gradients were applied counts.
     pub(super) fn step_counts(&mut self) {
-        self.torn = false;
+        self.partially_updated = false;
     }
 
-    pub(super) fn are_torn(&self) -> bool {
-        self.torn
+    pub(super) fn are_partially_updated(&self) -> bool {
+        self.partially_updated
     }
 
     /// Returns the state as `<parameter>.<slot>`, and describes the tensors that are shards.
@@ -250,7 +250,7 @@ mod tests {
         let store = Store::tcp("127.0.0.1", port, Duration::from_secs(60)).unwrap();
         let group = ProcessGroup::gloo(&store, 0, 1, &GlooOptions::default()).unwrap();
         let worker = Rc::new(Worker::of_group(group, store, Device::Cpu));
-        for (sharded_over, torn) in [(None, false), (Some(&worker), true)] {
+        for (sharded_over, partially_updated) in [(None, false), (Some(&worker), true)] {
             let mut groups = Groups::default();
             groups.add("", Sgd::new(0.5));
             let parameter = Tensor::ones([3], (Kind::Float, Device::Cpu)).set_requires_grad(true);
@@ -258,13 +258,13 @@ mod tests {
             groups.begin(sharded_over).unwrap();
             parameter.sum(Kind::Float).backward();
             groups.step().unwrap();
-            assert_eq!(groups.are_torn(), torn);
+            assert_eq!(groups.are_partially_updated(), partially_updated);
             groups.step_counts();
-            assert!(!groups.are_torn());
+            assert!(!groups.are_partially_updated());
             groups.step().unwrap();
             // A new round loads the shards.
             groups.begin(sharded_over).unwrap();
-            assert!(!groups.are_torn());
+            assert!(!groups.are_partially_updated());
         }
     }
 }

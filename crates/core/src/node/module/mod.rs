@@ -478,8 +478,8 @@ impl<M: 'static, T: 'static> Node for ModuleNode<M, T> {
         self.sharded
     }
 
-    fn is_torn(&self) -> bool {
-        self.groups.are_torn()
+    fn is_partially_updated(&self) -> bool {
+        self.groups.are_partially_updated()
     }
 
     fn check_values(&self, values: &Json) -> Result<()> {

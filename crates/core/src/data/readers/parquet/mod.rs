@@ -15,7 +15,7 @@ use ::parquet::schema::types::Type;
 pub use row::{Cell, Row};
 
 use super::file::{Fingerprint, fail};
-use crate::data::lane::{guard, lock};
+use crate::data::worker_pool::{guard, lock};
 use crate::data::{Items, SampleRng, ShardIter, Stream};
 use crate::{Error, Result};
 
@@ -216,7 +216,7 @@ impl Items for Parquet {
 
 impl Stream for Parquet {
     /// Number of a row group, and number of a row in it.
-    type Found = (usize, usize);
+    type LocatedSample = (usize, usize);
     type Item = Row;
 
     fn shards(&self) -> usize {

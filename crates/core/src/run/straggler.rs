@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use crate::ranks::gather;
+use crate::collectives::gather;
 use crate::{Result, Run};
 
 /// A rank is a straggler if it takes this many times as long as the median of the others.

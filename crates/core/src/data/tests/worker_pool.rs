@@ -2,7 +2,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Barrier, Mutex};
 
 use super::within_time;
-use crate::data::lane::{INTRA_OP, Lane, lock};
+use crate::data::worker_pool::{INTRA_OP, OrderedWorkerPool, lock};
 use crate::{Error, Result};
 
 #[test]
@@ -19,7 +19,7 @@ fn la_1_results_come_in_the_order_of_the_jobs_even_where_they_are_done_in_anothe
             }
             Ok(job)
         };
-        let mut lane = Lane::new(2, Ok, work).unwrap();
+        let mut lane = OrderedWorkerPool::new(2, Ok, work).unwrap();
         (0..10).for_each(|job| lane.submit(job));
         assert_eq!((0..10).map(|_| lane.take().unwrap()).collect::<Vec<_>>(), Vec::from_iter(0..10));
     });
@@ -40,7 +40,7 @@ fn la_2_first_halves_run_in_order_and_second_halves_side_by_side() {
         };
         // The barrier opens only when four jobs run at once.
         let together = Barrier::new(4);
-        let mut lane = Lane::new(4, in_order(), move |job| {
+        let mut lane = OrderedWorkerPool::new(4, in_order(), move |job| {
             together.wait();
             Ok(job)
         })
@@ -48,7 +48,7 @@ fn la_2_first_halves_run_in_order_and_second_halves_side_by_side() {
         (0..400).for_each(|job| lane.submit(job));
         (0..400).for_each(|job| assert_eq!(lane.take().unwrap(), job));
         // Threads overtake each other wherever the lane permits it.
-        let mut lane = Lane::new(4, in_order(), Ok).unwrap();
+        let mut lane = OrderedWorkerPool::new(4, in_order(), Ok).unwrap();
         (0..20_000).for_each(|job| lane.submit(job));
         (0..20_000).for_each(|job| assert_eq!(lane.take().unwrap(), job));
     });
@@ -67,7 +67,7 @@ fn la_4_an_error_or_a_panic_is_the_result_of_its_own_job() {
             6 => panic!("second"),
             _ => Ok(job),
         };
-        let mut lane = Lane::new(workers, first, second).unwrap();
+        let mut lane = OrderedWorkerPool::new(workers, first, second).unwrap();
         (0..9).for_each(|job| lane.submit(job));
         let results: Vec<String> = (0..9)
             .map(|_| lane.take().map_or_else(|error| error.to_string(), |job| job.to_string()))
@@ -86,7 +86,7 @@ fn la_5_no_thread_is_left_when_a_lane_is_dropped() {
             let (by_first, by_second) = (Arc::clone(&held), Arc::clone(&held));
             let first = move |job: u32| Ok((job, Arc::clone(&by_first)));
             let second = move |(job, _): (u32, Arc<()>)| Ok((job, Arc::clone(&by_second)));
-            let mut lane = Lane::new(workers, first, second).unwrap();
+            let mut lane = OrderedWorkerPool::new(workers, first, second).unwrap();
             (0..20).for_each(|job| lane.submit(job));
             lane.take().unwrap();
             drop(lane);
@@ -98,7 +98,7 @@ fn la_5_no_thread_is_left_when_a_lane_is_dropped() {
 #[test]
 fn a_cleared_lane_starts_anew() {
     for workers in [0, 1, 4] {
-        let mut lane = Lane::new(workers, Ok, |job: u32| -> Result<u32> { Ok(job) }).unwrap();
+        let mut lane = OrderedWorkerPool::new(workers, Ok, |job: u32| -> Result<u32> { Ok(job) }).unwrap();
         (0..20).for_each(|job| lane.submit(job));
         assert_eq!(lane.take().unwrap(), 0);
         lane.clear();
@@ -110,7 +110,7 @@ fn a_cleared_lane_starts_anew() {
 #[test]
 fn workers_compute_on_one_core_each_and_leave_the_number_of_the_step_alone() {
     let before = tch::get_num_threads();
-    let mut lane = Lane::new(3, Ok, |_: ()| Ok(tch::get_num_threads())).unwrap();
+    let mut lane = OrderedWorkerPool::new(3, Ok, |_: ()| Ok(tch::get_num_threads())).unwrap();
     (0..30).for_each(|_| lane.submit(()));
     assert!((0..30).all(|_| lane.take().unwrap() == 1));
     assert_eq!(tch::get_num_threads(), before);

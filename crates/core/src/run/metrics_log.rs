@@ -3,8 +3,8 @@
 use std::rc::Rc;
 
 use super::Timers;
-use crate::board::{Board, Histogram};
 use crate::graph::ExecutableGraph;
+use crate::tensorboard::{Board, Histogram};
 use crate::{Measure, Result, Run, Tags};
 
 impl Run<'_> {

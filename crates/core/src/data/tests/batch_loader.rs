@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use tch::Device;
 
 use super::{LONG, seat, within_time};
-use crate::data::{Ahead, BatchSize, Dataset, Feed, Pass, Sampler};
-use crate::{Error, Result, Share};
+use crate::data::{BatchLoader, BatchSize, Dataset, Pass, PrefetchOptions, Sampler};
+use crate::{BatchShare, Error, Result};
 
 /// A batch is the indices of its samples, each with a random number.
 struct Numbers(usize);
@@ -33,28 +33,35 @@ struct Setting {
     global: u64,
     drop_last: bool,
     iterations: Option<u64>,
-    ahead: Ahead,
+    ahead: PrefetchOptions,
 }
 
 impl Setting {
-    fn feeds(self, world_size: u64) -> Vec<Feed<Numbers>> {
+    fn feeds(self, world_size: u64) -> Vec<BatchLoader<Numbers>> {
         let feed = |rank| {
             let mut sampler = Sampler::new(self.samples as u64, self.global, Some(5), self.drop_last);
             if let Some(iterations) = self.iterations {
-                sampler = sampler.iterations(iterations);
+                sampler = sampler.batches_per_epoch(iterations);
             }
-            Feed::new(Arc::new(Numbers(self.samples)), sampler, 5, self.ahead, seat(rank, world_size), 1)
-                .unwrap()
+            BatchLoader::new(
+                Arc::new(Numbers(self.samples)),
+                sampler,
+                5,
+                self.ahead,
+                seat(rank, world_size),
+                1,
+            )
+            .unwrap()
         };
         (0..world_size).map(feed).collect()
     }
 }
 
 /// Executes a step: returns the next samples of all ranks, those of rank 0 first.
-fn step(feeds: &mut [Feed<Numbers>]) -> Vec<(i64, u64)> {
+fn step(feeds: &mut [BatchLoader<Numbers>]) -> Vec<(i64, u64)> {
     let mut samples = Vec::new();
     for feed in feeds.iter_mut() {
-        let (batch, Share { here, .. }) = feed.next().unwrap();
+        let (batch, BatchShare { here, .. }) = feed.next().unwrap();
         assert_eq!(batch.len() as u64, here.max(1));
         samples.extend(&batch[..here as usize]);
         feed.advance();
@@ -63,7 +70,7 @@ fn step(feeds: &mut [Feed<Numbers>]) -> Vec<(i64, u64)> {
 }
 
 /// Executes the steps of `epochs` epochs.
-fn epochs(feeds: &mut [Feed<Numbers>], epochs: usize) -> Vec<Vec<(i64, u64)>> {
+fn epochs(feeds: &mut [BatchLoader<Numbers>], epochs: usize) -> Vec<Vec<(i64, u64)>> {
     let mut steps = Vec::new();
     for _ in 0..epochs {
         while feeds[0].sampler().remaining() > 0 {
@@ -74,7 +81,7 @@ fn epochs(feeds: &mut [Feed<Numbers>], epochs: usize) -> Vec<Vec<(i64, u64)>> {
     steps
 }
 
-const INLINE: Ahead = Ahead { workers: 0, prefetch: None };
+const INLINE: PrefetchOptions = PrefetchOptions { workers: 0, prefetch: None };
 
 #[test]
 fn batches_and_their_random_numbers_depend_on_neither_workers_nor_prefetch_nor_ranks() {
@@ -85,7 +92,7 @@ fn batches_and_their_random_numbers_depend_on_neither_workers_nor_prefetch_nor_r
             [(0, None), (1, None), (1, Some(0)), (4, None), (4, Some(1)), (4, Some(50))]
         {
             for world_size in [1, 2, 3] {
-                let seen = epochs(&mut setting(Ahead { workers, prefetch }).feeds(world_size), 3);
+                let seen = epochs(&mut setting(PrefetchOptions { workers, prefetch }).feeds(world_size), 3);
                 assert_eq!(seen, expected, "{workers} workers, {prefetch:?} ahead, {world_size} ranks");
             }
         }
@@ -111,10 +118,10 @@ proptest! {
         prefetch in proptest::option::of(0_usize..6), iterations in proptest::option::of(1_u64..9),
     ) {
         let setting = |workers| {
-            let ahead = Ahead { workers, prefetch };
+            let ahead = PrefetchOptions { workers, prefetch };
             Setting { samples: 23, global: 4, drop_last: false, iterations, ahead }
         };
-        let next_of = |feeds: &mut [Feed<Numbers>]| {
+        let next_of = |feeds: &mut [BatchLoader<Numbers>]| {
             if feeds[0].sampler().remaining() == 0 {
                 feeds.iter_mut().for_each(|feed| feed.next_epoch());
             }
@@ -142,7 +149,7 @@ fn a_step_that_is_made_again_gets_the_same_batch() {
         global: 4,
         drop_last: false,
         iterations: None,
-        ahead: Ahead { workers: 2, prefetch: Some(3) },
+        ahead: PrefetchOptions { workers: 2, prefetch: Some(3) },
     };
     let feed = &mut setting.feeds(1)[0];
     let first = feed.next().unwrap();
@@ -173,7 +180,7 @@ fn a_batch_size_in_total_is_divided_unevenly() {
     let mut shares = Vec::new();
     for _ in 0..3 {
         for feed in &mut feeds {
-            let Share { here, total } = feed.next().unwrap().1;
+            let BatchShare { here, total } = feed.next().unwrap().1;
             shares.push((here, total));
             feed.advance();
         }
@@ -214,8 +221,9 @@ fn la_3_as_many_batches_as_asked_for_are_made_ahead_and_never_more() {
     for (workers, prefetch, bound) in [(1, Some(0), 0), (1, Some(3), 3), (4, Some(2), 2), (3, None, 6)] {
         let counted = Arc::new(Counted::default());
         let sampler = Sampler::new(100, 1, None, false);
-        let ahead = Ahead { workers, prefetch };
-        let mut feed = Feed::new(Arc::new(Arc::clone(&counted)), sampler, 0, ahead, seat(0, 1), 1).unwrap();
+        let ahead = PrefetchOptions { workers, prefetch };
+        let mut feed =
+            BatchLoader::new(Arc::new(Arc::clone(&counted)), sampler, 0, ahead, seat(0, 1), 1).unwrap();
         for step in 1..=100 {
             counted.wanted.store(step, Ordering::SeqCst);
             feed.next().unwrap();
@@ -263,10 +271,16 @@ fn la_5_a_feed_dropped_while_its_workers_are_busy_ends_them() {
     within_time(|| {
         let (begun, begins) = mpsc::channel();
         let dataset = Arc::new(Endless(Mutex::new(begun)));
-        let ahead = Ahead { workers: 3, prefetch: Some(8) };
-        let mut feed =
-            Feed::new(Arc::clone(&dataset), Sampler::new(100, 1, None, false), 0, ahead, seat(0, 1), 1)
-                .unwrap();
+        let ahead = PrefetchOptions { workers: 3, prefetch: Some(8) };
+        let mut feed = BatchLoader::new(
+            Arc::clone(&dataset),
+            Sampler::new(100, 1, None, false),
+            0,
+            ahead,
+            seat(0, 1),
+            1,
+        )
+        .unwrap();
         feed.next().unwrap();
         (0..3).for_each(|_| begins.recv().unwrap());
         drop(feed);
@@ -296,9 +310,10 @@ impl Dataset for Faulty {
 #[test]
 fn la_4_errors_and_panics_reach_the_step_that_wanted_the_batch() {
     for workers in [0, 1, 4] {
-        let ahead = Ahead { workers, prefetch: Some(5) };
+        let ahead = PrefetchOptions { workers, prefetch: Some(5) };
         let mut feed =
-            Feed::new(Arc::new(Faulty), Sampler::new(12, 1, None, false), 0, ahead, seat(0, 1), 1).unwrap();
+            BatchLoader::new(Arc::new(Faulty), Sampler::new(12, 1, None, false), 0, ahead, seat(0, 1), 1)
+                .unwrap();
         for index in 0..12 {
             match (index, feed.next()) {
                 (7, Err(error)) => assert_eq!(error.to_string(), "batch of samples 7: a hole"),

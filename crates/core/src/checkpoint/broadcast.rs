@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use ice_checkpoint::{Catalog, Checkpoint, Manifest};
 use ice_worker::Worker;
 
-use crate::ranks::broadcast_bytes;
+use crate::collectives::broadcast_bytes;
 use crate::{Error, Result};
 
 /// Sends the checkpoint that rank 0 has found, with its manifest and catalog, to all ranks. The
 /// tensors follow when it is loaded. Collective.
-pub(crate) fn share(found: Option<Checkpoint>, worker: &Worker) -> Result<Option<Checkpoint>> {
+pub(crate) fn broadcast(found: Option<Checkpoint>, worker: &Worker) -> Result<Option<Checkpoint>> {
     if worker.world_size() == 1 {
         return Ok(found);
     }

@@ -30,7 +30,7 @@ type Ordered<J, P> = Box<dyn FnMut(J) -> Result<P> + Send>;
 type Parallel<P, B> = Box<dyn Fn(P) -> Result<B> + Send + Sync>;
 
 /// A queue of jobs `J`, which become plans `P` in order, and results `B` in parallel.
-pub(super) struct Lane<J, P, B>(Mode<J, P, B>);
+pub(super) struct OrderedWorkerPool<J, P, B>(Mode<J, P, B>);
 
 enum Mode<J, P, B> {
     Inline {
@@ -58,7 +58,7 @@ struct Queue<J, B> {
     closed: bool,
 }
 
-impl<J: Send + 'static, P: 'static, B: Send + 'static> Lane<J, P, B> {
+impl<J: Send + 'static, P: 'static, B: Send + 'static> OrderedWorkerPool<J, P, B> {
     /// Creates a lane with this many threads. Without threads, a job runs when its result is taken.
     pub(super) fn new(
         workers: usize,

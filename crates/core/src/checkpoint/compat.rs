@@ -6,7 +6,7 @@ use std::fmt;
 use ice_checkpoint::{Part, Saved};
 use tch::Tensor;
 
-use super::kinds;
+use super::dtype;
 
 /// Differences between a node and a checkpoint, by key.
 #[derive(Debug, Default)]
@@ -34,8 +34,8 @@ impl Misfit {
             self.missing.push(key.into());
             return false;
         };
-        let shape = part.map_or_else(|| kinds::shape(own), |part| part.of.clone());
-        let kind = kinds::kind(saved.dtype);
+        let shape = part.map_or_else(|| dtype::shape(own), |part| part.of.clone());
+        let kind = dtype::kind(saved.dtype);
         if kind.as_ref() == Ok(&own.kind()) && shape == saved.shape {
             return true;
         }

@@ -6,18 +6,18 @@ use std::sync::Arc;
 use tch::Device;
 
 use super::batch::{pin, to_device};
-use super::lane::{Lane, StopOnDrop, guard};
-use super::{Dataset, Pass, Place, Sampler};
-use crate::{Error, Result, Share};
+use super::worker_pool::{OrderedWorkerPool, StopOnDrop, guard};
+use super::{Dataset, Pass, Sampler, SamplerCursor};
+use crate::{BatchShare, Error, Result};
 
 /// The threads that make batches, and how many batches they make ahead.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Ahead {
+pub(crate) struct PrefetchOptions {
     pub(crate) workers: usize,
     pub(crate) prefetch: Option<usize>,
 }
 
-impl Ahead {
+impl PrefetchOptions {
     /// Returns the most batches that are made ahead.
     pub(super) fn batches(self) -> usize {
         match self.workers {
@@ -51,9 +51,9 @@ impl BatchSize {
 }
 
 impl BatchSize {
-    /// Returns the number of parts of an iteration. If fewer ranks share a batch than it was made
+    /// Returns the number of micro_batches of an iteration. If fewer ranks share a batch than it was made
     /// for, no rank thereby has more samples at a time than its given batch.
-    pub(crate) fn parts(self, batch_ranks: u64, world_size: u64) -> u64 {
+    pub(crate) fn micro_batches(self, batch_ranks: u64, world_size: u64) -> u64 {
         match self {
             Self::PerRank(_) => batch_ranks.div_ceil(world_size).max(1),
             Self::InTotal(_) => 1,
@@ -63,13 +63,13 @@ impl BatchSize {
 
 /// The rank that is fed, the number of ranks, and the device.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Seat {
+pub(crate) struct RankSlot {
     pub(crate) rank: u64,
     pub(crate) world_size: u64,
     pub(crate) device: Device,
 }
 
-impl Seat {
+impl RankSlot {
     pub(crate) fn of(worker: &ice_worker::Worker) -> Self {
         Self { rank: worker.rank() as u64, world_size: worker.world_size() as u64, device: worker.device() }
     }
@@ -80,21 +80,21 @@ impl Seat {
 /// A checkpoint stores the sampler's position, which counts only consumed samples. Batches ahead
 /// are planned from there. They are discarded if the position turns out to differ from the planned
 /// one: after a resume, or when an epoch ends early.
-pub(crate) struct Feed<D: Dataset> {
+pub(crate) struct BatchLoader<D: Dataset> {
     sampler: Sampler,
     /// Position of the next batch to plan.
     planner: Sampler,
     /// Positions of the batches in progress.
-    planned: VecDeque<(Place, u64)>,
-    /// Number of parts of an iteration, and number of the next part.
-    parts: u64,
-    part: u64,
-    /// Number of the part that is planned next.
-    planner_part: u64,
-    ahead: Ahead,
-    seat: Seat,
+    planned: VecDeque<(SamplerCursor, u64)>,
+    /// Number of micro_batches of an iteration, and number of the next micro_batch.
+    micro_batches: u64,
+    micro_batch: u64,
+    /// Number of the micro_batch that is planned next.
+    planner_micro_batch: u64,
+    ahead: PrefetchOptions,
+    seat: RankSlot,
     _stop: StopOnDrop,
-    lane: Lane<Job, Job, D::Batch>,
+    lane: OrderedWorkerPool<Job, Job, D::Batch>,
 }
 
 /// The samples of a batch.
@@ -103,14 +103,14 @@ struct Job {
     indices: Vec<i64>,
 }
 
-impl<D: Dataset + 'static> Feed<D> {
+impl<D: Dataset + 'static> BatchLoader<D> {
     pub(crate) fn new(
         dataset: Arc<D>,
         sampler: Sampler,
         seed: u64,
-        ahead: Ahead,
-        seat: Seat,
-        parts: u64,
+        ahead: PrefetchOptions,
+        seat: RankSlot,
+        micro_batches: u64,
     ) -> Result<Self> {
         let stop = StopOnDrop::default();
         let flag = Arc::clone(&stop.0);
@@ -124,14 +124,14 @@ impl<D: Dataset + 'static> Feed<D> {
             })?;
             if make_on == seat.device { Ok(batch) } else { pin(batch, seat.device) }
         };
-        let lane = Lane::new(ahead.workers, Ok, make)?;
+        let lane = OrderedWorkerPool::new(ahead.workers, Ok, make)?;
         Ok(Self {
             planner: sampler.clone(),
             sampler,
             planned: VecDeque::new(),
-            parts,
-            part: 0,
-            planner_part: 0,
+            micro_batches,
+            micro_batch: 0,
+            planner_micro_batch: 0,
             ahead,
             seat,
             _stop: stop,
@@ -144,59 +144,59 @@ impl<D: Dataset + 'static> Feed<D> {
     }
 
     /// Moves to a position.
-    pub(crate) fn seek(&mut self, place: Place) {
+    pub(crate) fn seek(&mut self, place: SamplerCursor) {
         self.sampler.seek(place);
-        self.part = 0;
+        self.micro_batch = 0;
     }
 
     /// Moves to the start of the next epoch.
     pub(crate) fn next_epoch(&mut self) {
         self.sampler.next_epoch();
-        self.part = 0;
+        self.micro_batch = 0;
     }
 
     /// Consumes the batch.
     pub(crate) fn advance(&mut self) {
-        self.part = next_part(&mut self.sampler, self.part, self.parts);
+        self.micro_batch = next_micro_batch(&mut self.sampler, self.micro_batch, self.micro_batches);
     }
 
     /// Returns the number of batches of the iteration that are not yet consumed.
     pub(crate) fn parts_left(&self) -> u64 {
-        self.sampler.parts(self.parts) - self.part
+        self.sampler.micro_batches(self.micro_batches) - self.micro_batch
     }
 
     /// Returns the batch of this rank at the position of the sampler.
-    pub(crate) fn next(&mut self) -> Result<(D::Batch, Share)> {
-        let Seat { rank, world_size, device } = self.seat;
+    pub(crate) fn next(&mut self) -> Result<(D::Batch, BatchShare)> {
+        let RankSlot { rank, world_size, device } = self.seat;
         if self.sampler.remaining() == 0 {
             return Err(Error::Graph("a batch was asked for after the last one of the epoch".into()));
         }
-        if self.planned.front() != Some(&(self.sampler.place(), self.part)) {
+        if self.planned.front() != Some(&(self.sampler.place(), self.micro_batch)) {
             self.lane.clear();
             self.planned.clear();
-            (self.planner, self.planner_part) = (self.sampler.clone(), self.part);
+            (self.planner, self.planner_micro_batch) = (self.sampler.clone(), self.micro_batch);
         }
         while self.planned.len() <= self.ahead.batches()
             && (self.planned.is_empty() || self.planner.remaining() > 0)
         {
-            let (place, part) = (self.planner.place(), self.planner_part);
-            let (indices, _) = self.planner.part(part, self.parts, rank, world_size);
+            let (place, micro_batch) = (self.planner.place(), self.planner_micro_batch);
+            let (indices, _) = self.planner.micro_batch(micro_batch, self.micro_batches, rank, world_size);
             self.lane.submit(Job { pass: place.pass, indices });
-            self.planned.push_back((place, part));
-            self.planner_part = next_part(&mut self.planner, part, self.parts);
+            self.planned.push_back((place, micro_batch));
+            self.planner_micro_batch = next_micro_batch(&mut self.planner, micro_batch, self.micro_batches);
         }
         self.planned.pop_front();
-        let (_, share) = self.sampler.part(self.part, self.parts, rank, world_size);
+        let (_, share) = self.sampler.micro_batch(self.micro_batch, self.micro_batches, rank, world_size);
         let batch = self.lane.take()?;
         Ok((to_device(batch, device)?, share))
     }
 }
 
-/// Moves to the part after `part`. After the last part, that is the first part of the next
+/// Moves to the micro_batch after `micro_batch`. After the last micro_batch, that is the first micro_batch of the next
 /// iteration.
-fn next_part(sampler: &mut Sampler, part: u64, parts: u64) -> u64 {
-    if part + 1 < sampler.parts(parts) {
-        return part + 1;
+fn next_micro_batch(sampler: &mut Sampler, micro_batch: u64, micro_batches: u64) -> u64 {
+    if micro_batch + 1 < sampler.micro_batches(micro_batches) {
+        return micro_batch + 1;
     }
     sampler.advance();
     0

@@ -50,7 +50,7 @@ impl Run<'_> {
         only_models: bool,
         stages: bool,
     ) -> Result<()> {
-        let Some(way) = Way::of(self.worker.rank(), self.worker.device(), source, lacking) else {
+        let Some(way) = TransferPlan::of(self.worker.rank(), self.worker.device(), source, lacking) else {
             return Ok(());
         };
         let mut transfer = Transfer::new(&self.worker, way, stages);
@@ -72,11 +72,11 @@ enum Role {
     Lacks,
     /// The rank already has the tensors and ignores what it receives. An aborted broadcast leaves
     /// garbage in the receive buffer, so the rank must not receive into its own tensors.
-    Beside,
+    Observer,
 }
 
 /// The path of tensors to this rank, and the ranks that it forwards them to.
-enum Way {
+enum TransferPlan {
     /// A broadcast by NCCL to all ranks at once. Sends would first need a connection between each
     /// pair of ranks.
     Broadcast { source: usize, role: Role },
@@ -85,7 +85,7 @@ enum Way {
     Tree { from: Option<usize>, to: Vec<usize> },
 }
 
-impl Way {
+impl TransferPlan {
     /// Returns this rank's part in the transfer, or `None` if it has no part.
     fn of(own: usize, device: Device, source: usize, lacking: &[usize]) -> Option<Self> {
         if lacking.is_empty() {
@@ -95,7 +95,7 @@ impl Way {
             let role = match own == source {
                 true => Role::Source,
                 false if lacking.contains(&own) => Role::Lacks,
-                false => Role::Beside,
+                false => Role::Observer,
             };
             return Some(Self::Broadcast { source, role });
         }
@@ -167,7 +167,7 @@ fn neighbours(place: usize, count: usize) -> (Option<usize>, Vec<usize>) {
 /// A transfer of tensors in progress.
 struct Transfer<'a> {
     worker: &'a Worker,
-    way: Way,
+    way: TransferPlan,
     /// Small tensors that will be packed into the next portion.
     small: Vec<Tensor>,
     bytes: usize,
@@ -199,7 +199,7 @@ struct Packed {
 }
 
 impl<'a> Transfer<'a> {
-    fn new(worker: &'a Worker, way: Way, stages: bool) -> Self {
+    fn new(worker: &'a Worker, way: TransferPlan, stages: bool) -> Self {
         Self {
             worker,
             way,
@@ -272,9 +272,9 @@ impl<'a> Transfer<'a> {
     fn begin(&mut self, view: Tensor, packed: Option<Packed>) -> Result<()> {
         self.settle(self.way.sizes().at_once - 1)?;
         let begun = match &self.way {
-            Way::Broadcast { source, .. } => vec![self.worker.begin_broadcast(*source, &view)?],
-            Way::Tree { from: Some(from), .. } => vec![self.worker.begin_receive(*from, &view)?],
-            Way::Tree { from: None, to } => send_to(self.worker, to, &view)?,
+            TransferPlan::Broadcast { source, .. } => vec![self.worker.begin_broadcast(*source, &view)?],
+            TransferPlan::Tree { from: Some(from), .. } => vec![self.worker.begin_receive(*from, &view)?],
+            TransferPlan::Tree { from: None, to } => send_to(self.worker, to, &view)?,
         };
         self.under_way.push_back(Portion { begun, view, packed });
         Ok(())
@@ -393,7 +393,7 @@ mod tests {
             let worker = Worker::of_group(group, store, Device::Cpu);
             let make = |len| Tensor::full([len], rank as f64, (Kind::Float, Device::Cpu));
             let tensors = [make(10), make(BROADCAST.largest as i64 / 3), make(0), make(1000)];
-            let way = Way::of(rank, Device::Cuda(0), 1, &[0, 3]).unwrap();
+            let way = TransferPlan::of(rank, Device::Cuda(0), 1, &[0, 3]).unwrap();
             let mut transfer = Transfer::new(&worker, way, rank == 3);
             tensors.iter().try_for_each(|tensor| transfer.send(tensor)).unwrap();
             transfer.finish().unwrap();

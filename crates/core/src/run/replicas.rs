@@ -7,10 +7,10 @@ use ice_checkpoint::{CHECKPOINTS, candidates};
 use ice_worker::replica::{ReplicaStore, Replication, ShardReplica, assign_buddies};
 
 use super::Run;
-use super::parts::{Copy, Found, Live, Offer, find};
+use super::recovery_plan::{LiveShard, RankInventory, RecoverySource, ReplicaId, find};
 use crate::Result;
 use crate::checkpoint::{Label, pack, unpack};
-use crate::ranks::{broadcast, gather, gather_all};
+use crate::collectives::{broadcast, gather, gather_all};
 
 /// The replicas that this rank keeps and exchanges during a run.
 #[derive(Default)]
@@ -49,17 +49,18 @@ impl Run<'_> {
     /// of every rank is still usable or the run needs a checkpoint.
     pub(super) fn find_parts(&self) -> Result<Option<Parts>> {
         let copies = &self.copies;
-        let is_torn = self.graph.entries().iter().any(|entry| entry.node.borrow().is_torn());
-        let in_use = copies.part.get().filter(|_| self.progress.has_state.get() && !is_torn);
-        let live = in_use.map(|(owner, of)| Live { position: self.progress.position.get(), owner, of });
+        let is_partially_updated =
+            self.graph.entries().iter().any(|entry| entry.node.borrow().is_partially_updated());
+        let in_use = copies.part.get().filter(|_| self.progress.has_state.get() && !is_partially_updated);
+        let live = in_use.map(|(owner, of)| LiveShard { position: self.progress.position.get(), owner, of });
         let parcels = copies.shelf.all();
-        let copy = |parcel: &Arc<ShardReplica>| Copy {
+        let copy = |parcel: &Arc<ShardReplica>| ReplicaId {
             number: parcel.number,
             step: parcel.step,
             owner: parcel.owner,
             of: parcel.of,
         };
-        let own = Offer {
+        let own = RankInventory {
             node: self.worker.node(),
             live,
             copies: parcels.iter().map(copy).collect(),
@@ -67,11 +68,11 @@ impl Run<'_> {
         };
         let offers = gather_all(&own, &self.worker)?;
         let (mut found, whole) = find(&offers);
-        if let Found::Copied { step, .. } = found {
+        if let RecoverySource::Copied { step, .. } = found {
             let newest = self.is_main().then(|| self.newest_saved_step());
             // A node that left may have saved a checkpoint that is newer than the replica.
             if broadcast(newest, 0, &self.worker)? > step {
-                found = Found::Lost;
+                found = RecoverySource::Lost;
             }
         }
         tracing::debug!(?found, ?whole, "the parts of the state");
@@ -80,17 +81,17 @@ impl Run<'_> {
         copies.under_way.set(None);
         copies.part.set(Some((self.worker.rank(), self.worker.world_size())));
         copies.shelf.keep(whole);
-        if found != Found::AsItWas {
+        if found != RecoverySource::AsItWas {
             self.progress.has_state.set(false);
         }
         let parts = match found {
-            Found::Nothing | Found::AsItWas | Found::Lost => None,
-            Found::Live(suppliers) => {
+            RecoverySource::Nothing | RecoverySource::AsItWas | RecoverySource::Lost => None,
+            RecoverySource::LiveShard(suppliers) => {
                 let packed = live.map(|live| self.pack(0, live.owner, live.of, Vec::new())).transpose()?;
                 let parcels = packed.into_iter().map(Arc::new).collect();
                 Some(Parts { parcels, suppliers, are_copies: false })
             }
-            Found::Copied { number, suppliers, .. } => {
+            RecoverySource::Copied { number, suppliers, .. } => {
                 let parcels = copies.shelf.all().into_iter().filter(|parcel| parcel.number == number);
                 Some(Parts { parcels: parcels.collect(), suppliers, are_copies: true })
             }
@@ -106,7 +107,7 @@ impl Run<'_> {
     /// Reassembles the state from shards in memory, and continues from it. Collective.
     pub(super) fn put_together(&self, parts: &Parts) -> Result<()> {
         let (manifest, kept) = unpack(&parts.parcels, &parts.suppliers, self.graph, &self.worker)?;
-        self.kept.borrow_mut().extend(kept);
+        self.unclaimed.borrow_mut().extend(kept);
         self.tasks.load_state(&manifest.tasks, false)?;
         self.take_up(&manifest);
         Ok(())
@@ -162,7 +163,7 @@ impl Run<'_> {
     }
 
     fn pack(&self, number: u64, owner: usize, of: usize, old: Vec<ShardReplica>) -> Result<ShardReplica> {
-        pack(&Label { number, owner, of }, self.manifest(None), self.graph, &self.kept.borrow(), old)
+        pack(&Label { number, owner, of }, self.manifest(None), self.graph, &self.unclaimed.borrow(), old)
     }
 
     /// Returns the training step of the newest checkpoint of the run, or 0 if there is none.

@@ -6,44 +6,44 @@ use super::BatchStream;
 pub(crate) use super::walk::StreamOrder;
 use super::walk::{Plan, Reader};
 use crate::data::batch::{pin, to_device};
-use crate::data::lane::{Lane, StopOnDrop};
-use crate::data::{Ahead, Pass, Place, Seat};
-use crate::{Error, Result, Share};
+use crate::data::worker_pool::{OrderedWorkerPool, StopOnDrop};
+use crate::data::{Pass, PrefetchOptions, RankSlot, SamplerCursor};
+use crate::{BatchShare, Error, Result};
 
 /// Feeds one rank from a [`BatchStream`]: its position, and the batches that are made ahead.
 ///
 /// One thread at a time finds samples, in order. Several threads load them in parallel.
-pub(crate) struct StreamFeed<S: BatchStream> {
+pub(crate) struct StreamLoader<S: BatchStream> {
     samples: Option<u64>,
     order: StreamOrder,
     iterations: Option<u64>,
-    place: Place,
+    place: SamplerCursor,
     /// Position of the oldest batch in progress, or else of the next batch to submit.
     expected: Option<(u64, u64)>,
     /// Position after the batch that was taken last.
-    next: Option<Place>,
+    next: Option<SamplerCursor>,
     pending: usize,
-    ahead: Ahead,
-    seat: Seat,
+    ahead: PrefetchOptions,
+    seat: RankSlot,
     _stop: StopOnDrop,
-    lane: Lane<Option<Place>, Plan<S::Found>, Made<S::Batch>>,
+    lane: OrderedWorkerPool<Option<SamplerCursor>, Plan<S::LocatedSample>, Made<S::Batch>>,
 }
 
 /// A batch, and the position of the next one.
 struct Made<B> {
     batch: B,
-    share: Share,
-    next: Place,
+    share: BatchShare,
+    next: SamplerCursor,
 }
 
-impl<S: BatchStream + 'static> StreamFeed<S> {
+impl<S: BatchStream + 'static> StreamLoader<S> {
     pub(crate) fn new(
         stream: Arc<S>,
         order: StreamOrder,
         iterations: Option<u64>,
         seed: u64,
-        ahead: Ahead,
-        seat: Seat,
+        ahead: PrefetchOptions,
+        seat: RankSlot,
     ) -> Result<Self> {
         let samples = stream.samples();
         let stop = StopOnDrop::default();
@@ -52,18 +52,18 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
         let flag = Pass::new(seed, 0).until(&stop.0);
         let find = move |from| reader.read(from, &flag);
         let flag = Arc::clone(&stop.0);
-        let load = move |plan: Plan<S::Found>| {
+        let load = move |plan: Plan<S::LocatedSample>| {
             let pass = Pass::new(seed, plan.pass).until(&flag);
             let batch = stream.batch_in(&pass, plan.samples, make_on)?;
             let batch = if make_on == seat.device { batch } else { pin(batch, seat.device)? };
             Ok(Made { batch, share: plan.share, next: plan.next })
         };
-        let lane = Lane::new(ahead.workers, find, load)?;
+        let lane = OrderedWorkerPool::new(ahead.workers, find, load)?;
         Ok(Self {
             samples,
             order,
             iterations,
-            place: Place::default(),
+            place: SamplerCursor::default(),
             expected: None,
             next: None,
             pending: 0,
@@ -79,11 +79,11 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
         Arc::clone(&self._stop.0)
     }
 
-    pub(crate) fn place(&self) -> Place {
+    pub(crate) fn place(&self) -> SamplerCursor {
         self.place
     }
 
-    pub(crate) fn seek(&mut self, place: Place) {
+    pub(crate) fn seek(&mut self, place: SamplerCursor) {
         self.place = place;
         self.next = None;
     }
@@ -108,21 +108,21 @@ impl<S: BatchStream + 'static> StreamFeed<S> {
 
     /// Consumes the batch that was taken last.
     pub(crate) fn advance(&mut self) {
-        if let Some(Place { pass, cursor, .. }) = self.next.take() {
-            self.place = Place { pass, cursor, iteration: self.place.iteration + 1 };
+        if let Some(SamplerCursor { pass, cursor, .. }) = self.next.take() {
+            self.place = SamplerCursor { pass, cursor, iteration: self.place.iteration + 1 };
         }
     }
 
     pub(crate) fn next_epoch(&mut self) {
-        let Place { pass, cursor, .. } = self.place;
+        let SamplerCursor { pass, cursor, .. } = self.place;
         self.place = match (self.iterations, self.samples) {
-            (None, Some(_)) => Place { pass: pass + 1, cursor: 0, iteration: 0 },
-            _ => Place { pass, cursor, iteration: 0 },
+            (None, Some(_)) => SamplerCursor { pass: pass + 1, cursor: 0, iteration: 0 },
+            _ => SamplerCursor { pass, cursor, iteration: 0 },
         };
     }
 
     /// Returns the batch of this rank at its position.
-    pub(crate) fn next(&mut self) -> Result<(S::Batch, Share)> {
+    pub(crate) fn next(&mut self) -> Result<(S::Batch, BatchShare)> {
         let remaining = self.remaining();
         if remaining == Some(0) {
             return Err(Error::Graph("a batch was asked for after the last one of the epoch".into()));
