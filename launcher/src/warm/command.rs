@@ -13,7 +13,7 @@ const FLAGS: &[u8] = b"uIEsSBOPqvbd";
 /// Bytes of a `#!` line that are looked at, as many as the kernel's.
 const SHEBANG: u64 = 256;
 
-/// What the interpreter runs.
+/// Program that the interpreter runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Script,

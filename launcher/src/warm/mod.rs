@@ -56,7 +56,7 @@ struct State {
     /// The thread variables of the template.
     variables: Vec<(&'static str, String)>,
     started: u32,
-    /// What was said last.
+    /// Last message to the user, which is not repeated.
     said: String,
 }
 

@@ -39,7 +39,7 @@ pub(super) struct Template {
     ending: watch::Sender<Ending>,
 }
 
-/// What a template is started with.
+/// Settings of a template at its start.
 pub(super) struct Setup<'a> {
     pub(super) tree: &'a Arc<ProcessTree>,
     pub(super) executable: &'a Path,

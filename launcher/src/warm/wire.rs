@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Descriptors of a rank: three streams and the link.
 const DESCRIPTORS: usize = 4;
 
-/// What the template answers.
+/// Answer of the template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Answer {
     Importing(String),
@@ -83,7 +83,7 @@ fn answer(control: &mut UnixStream) -> io::Result<Answer> {
     }
 }
 
-/// What a forked process becomes.
+/// Identity and streams that a forked process takes on.
 pub(super) struct Message<'a> {
     /// The launcher's process.
     pub(super) launcher: u32,
