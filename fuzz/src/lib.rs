@@ -5,10 +5,10 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use ice_proto::auth::{Answer, Challenge, Greeting};
-use ice_proto::replica;
 use ice_proto::frame::{self, Decoder};
-use ice_proto::link::{ToRank, FromRank};
+use ice_proto::link::{FromRank, ToRank};
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
+use ice_proto::replica;
 use ice_rendezvous::coordinator::{Action, Coordinator, Event, Settings, check_round};
 use ice_rendezvous::store::codec::{self, Scan};
 use ice_rendezvous::store::state::{Replies, Store};

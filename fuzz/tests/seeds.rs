@@ -5,11 +5,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use ice_proto::auth::{Answer, Challenge, Greeting};
-use ice_proto::replica;
 use ice_proto::frame;
 use ice_proto::rendezvous::{
     Achieved, Hello, KeepAlive, NodeAssignment, NodeProgress, RestartPolicy, Round, ToAgent, ToCoordinator,
 };
+use ice_proto::replica;
 use ice_rendezvous::store::codec::{Request, encode};
 
 fn write(target: &str, number: usize, bytes: &[u8]) {
@@ -132,7 +132,12 @@ fn make() {
         hello(0, (2, 2), Some(0)),
         hello(0, (1, 3), None),
         ToCoordinator::Join,
-        ToCoordinator::Failed { round: 0, reason: reason(), uptime: Duration::from_secs(9), fatal_reason: None },
+        ToCoordinator::Failed {
+            round: 0,
+            reason: reason(),
+            uptime: Duration::from_secs(9),
+            fatal_reason: None,
+        },
         ToCoordinator::Failed {
             round: 0,
             reason: reason(),
@@ -164,7 +169,8 @@ fn make() {
         write("frames", number, &[&[number as u8 * 9], &frame[..]].concat());
     }
     let part = replica::ReplicaPart { name: "model".into(), bytes: 9, crc32c: 7 };
-    let parcel = replica::ReplicaHeader { number: 3, whole: Some(2), owner: 1, of: 4, step: 70, parts: vec![part] };
+    let parcel =
+        replica::ReplicaHeader { number: 3, whole: Some(2), owner: 1, of: 4, step: 70, parts: vec![part] };
     let of_copies = [
         frame::encode(&replica::OwnerHello { token: [4; 32], owner: 1 }).unwrap(),
         frame::encode(&parcel).unwrap(),
