@@ -136,7 +136,8 @@ fn forked_rank_starts_processes_in_each_way_of_multiprocessing() {
 #[test]
 fn restarts_and_all_ranks_are_forked_and_an_edited_script_runs() {
     let folder = folder();
-    let text = format!("{TELL}\nprint(open(os.environ['GATE']).read().strip())\nraise SystemExit(1)\n");
+    // `print` writes a line and its end one after the other, and two ranks share the pipe.
+    let text = format!("{TELL}\nopen(os.environ['GATE']).read()\nraise SystemExit(1)\n");
     fs::write(folder.path().join("edited.py"), text).unwrap();
     let mut command = launched(folder.path(), &["--devices=cpu:0-1", "--max-restarts=1", "--preload=marker"]);
     let gate = Gate::new(&mut command);
@@ -144,7 +145,8 @@ fn restarts_and_all_ranks_are_forked_and_an_edited_script_runs() {
     let mut job = Job::start(command);
     job.expect_line("forked");
     job.expect_line("forked");
-    let new = format!("{TELL}\nprint('new ' + os.environ['TORCHELASTIC_RESTART_COUNT'])\n");
+    let new =
+        format!("{TELL}\nsys.stdout.write('new ' + os.environ['TORCHELASTIC_RESTART_COUNT'] + '\\n')\n");
     fs::write(folder.path().join("edited.py"), new).unwrap();
     gate.open();
     let finished = job.finish();
@@ -183,7 +185,8 @@ fn module_that_reads_stdin_or_prints_is_shared() {
     let module =
         format!("{MARKER}import sys\nREAD = sys.stdin.read()\nprint('imported')\nos.environ['SET'] = 'x'\n");
     fs::write(folder.path().join("marker.py"), module).unwrap();
-    let program = "import marker, os\nprint([marker.READ, os.environ['SET'], marker.PID == os.getpid()])\n";
+    let program = "import marker, os, sys\nseen = [marker.READ, os.environ['SET'], marker.PID == os.getpid()]\n\
+        sys.stdout.write('%s\\n' % seen)\n";
     fs::write(folder.path().join("program.py"), program).unwrap();
     let mut command = launched(folder.path(), &["--devices=cpu:0-1", "--preload=marker"]);
     command.arg("program.py");
@@ -236,8 +239,8 @@ fn template_that_is_killed_or_stale_is_replaced() {
 #[test]
 fn forked_rank_draws_its_own_random_numbers_and_keys() {
     let folder = folder();
-    let program = "import random, os\nfrom multiprocessing import current_process\n\
-        print(random.random(), current_process().authkey.hex())\n";
+    let program = "import random, sys\nfrom multiprocessing import current_process\n\
+        sys.stdout.write('%s %s\\n' % (random.random(), current_process().authkey.hex()))\n";
     fs::write(folder.path().join("program.py"), program).unwrap();
     let mut command =
         launched(folder.path(), &["--devices=cpu:0-1", "--preload=random,multiprocessing.util"]);

@@ -13,9 +13,9 @@ use clap::builder::FalseyValueParser;
 #[derive(Args, Debug, Clone, PartialEq)]
 #[command(mut_args(without_empty_variable))]
 pub struct LaunchArgs {
-    /// Devices, one rank each: cuda, cuda:0-3, cpu:0-1
+    /// Devices, one rank each: cuda:0-3, cpu:0-1
     ///
-    /// Or auto, cpu, cuda:*, cuda:1,3, cuda:0-2,7 [default: auto]
+    /// Or auto, cpu, cuda, cuda:*, cuda:1,3, cuda:0-2,7 [default: auto]
     #[arg(long, help_heading = "Ranks", value_name = "DEVICES")]
     pub devices: Option<String>,
     /// Backend of the collectives: auto, gloo or nccl
