@@ -129,7 +129,13 @@ fn forked_rank_starts_processes_in_each_way_of_multiprocessing() {
     for program in [&["children.py"][..], &["-m", "package.children"]] {
         let [started, forked] = both(folder.path(), program);
         assert_eq!(started.expect(0, &[]).stdout.len(), 4, "{started:#?}");
-        assert_eq!((started.stdout, started.stderr), (forked.stdout, forked.stderr), "{program:?}");
+        assert_eq!(started.stdout, forked.stdout, "{forked:#?}");
+        // The helpers of multiprocessing end after the rank. The launcher names those that take long.
+        for job in [started, forked] {
+            let others: Vec<_> =
+                job.stderr.lines().filter(|line| !line.contains("sent SIGTERM to")).collect();
+            assert!(others.is_empty(), "{program:?}: {others:?}");
+        }
     }
 }
 
