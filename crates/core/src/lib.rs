@@ -24,6 +24,7 @@ mod checkpoint;
 mod collectives;
 mod counters;
 pub mod data;
+mod dtype;
 mod error;
 mod graph;
 pub mod meter;

@@ -139,14 +139,12 @@ impl Warm {
         } else {
             let now: Vec<_> = threads.iter().map(|(name, value)| format!("{name}={value}")).collect();
             self.state.borrow_mut().variables = threads.to_vec();
-            Trouble::Refused(format!("the template was started without {}", now.join(" ")))
+            Trouble(format!("the template was started without {}", now.join(" ")))
         };
         drop(template);
         let spares = std::mem::take(&mut self.state.borrow_mut().spares);
         spares.into_iter().for_each(Waiting::discard);
-        match trouble {
-            Trouble::Failed(why) | Trouble::Refused(why) => self.say(&why),
-        }
+        self.say(&trouble.0);
         self.renew(start.program, start.executable);
         None
     }
@@ -213,7 +211,7 @@ impl Warm {
 
     fn fork(&self, template: &mut Template, start: &Start<'_>) -> Result<Rank, Trouble> {
         let command = command_of(start.program, start.local_rank).filter(PythonCommand::is_source);
-        let command = command.ok_or_else(|| Trouble::Refused("the program is no Python source".into()))?;
+        let command = command.ok_or_else(|| Trouble("the program is no Python source".into()))?;
         let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
         let own = (io::stdin(), io::stdout(), io::stderr());
         let own = [own.0.as_fd(), own.1.as_fd(), own.2.as_fd()];
@@ -259,7 +257,7 @@ impl Warm {
                     parked.push(spare.pid());
                     spares.push(spare);
                 }
-                Err(Trouble::Failed(why) | Trouble::Refused(why)) => trouble = Some(why),
+                Err(Trouble(why)) => trouble = Some(why),
             }
         }
         drop(state);

@@ -118,8 +118,8 @@ impl Template {
         wire::bound(&gate)?;
         match wire::ask_to_fork(&mut self.control, theirs.as_fd())? {
             Answer::Forked(pid) => Ok(Waiting { rank: Rank::adopt(tree, pid)?, gate }),
-            Answer::Refused(why) => Err(Trouble::Refused(why)),
-            _ => Err(Trouble::Failed("the template answers something else".into())),
+            Answer::Refused(why) => Err(Trouble(why)),
+            _ => Err(Trouble("the template answers something else".into())),
         }
     }
 }
@@ -153,8 +153,8 @@ impl Waiting {
         let answer = prepared.and_then(|()| message.send(&mut self.gate));
         let trouble = match answer {
             Ok(Answer::Ready) => return Ok(self.rank),
-            Ok(Answer::Refused(why)) => Trouble::Refused(why),
-            Ok(_) => Trouble::Failed("a forked process answers something else".into()),
+            Ok(Answer::Refused(why)) => Trouble(why),
+            Ok(_) => Trouble("a forked process answers something else".into()),
             Err(error) => error.into(),
         };
         self.rank.discard();
@@ -178,15 +178,11 @@ impl Drop for Template {
 }
 
 /// Why no rank was forked.
-pub(super) enum Trouble {
-    /// The template is of no use: another one may be.
-    Refused(String),
-    Failed(String),
-}
+pub(super) struct Trouble(pub(super) String);
 
 impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
-        Self::Failed(match error.kind() {
+        Self(match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "the template does not answer".into(),
             io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
                 "the template has ended".into()

@@ -1,4 +1,4 @@
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, LazyCell, RefCell};
 use std::num::NonZeroU64;
 use std::path::Path;
 use std::rc::Rc;
@@ -291,19 +291,21 @@ impl ExecutableGraph {
     fn apply_step(&self, worker: &Worker, check: bool) -> Result<Option<Step>> {
         let Passes { passes, samples, first, mut loss, own } = self.passes_of_step(worker, true)?;
         worker.confirm()?;
-        // Gradients are fetched one by one, so only steps that look at them do so.
-        let gradients =
-            || -> Vec<_> { self.entries.iter().flat_map(|entry| entry.node.borrow().gradients()).collect() };
+        // Gradients are fetched one by one, so only steps that look at them do so, and once.
+        let gradients = LazyCell::new(|| -> Vec<_> {
+            self.entries.iter().flat_map(|entry| entry.node.borrow().gradients()).collect()
+        });
         if samples != first {
             let factor = first as f64 / samples as f64;
-            scale(&gradients(), factor)?;
+            scale(&gradients, factor)?;
             loss *= factor;
         }
         let counts = match &self.precision.scaler {
-            Some(scaler) => scaler.borrow().unscale(&gradients())?,
-            None if check && !are_finite(&gradients())? => return Ok(None),
+            Some(scaler) => scaler.borrow().unscale(&gradients)?,
+            None if check && !are_finite(&gradients)? => return Ok(None),
             None => true,
         };
+        drop(gradients);
         if counts {
             self.each("update", |node| node.update())?;
         }

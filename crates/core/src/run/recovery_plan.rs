@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(find(&[a.clone(), ahead]), (copied, Some(3)), "one has done a step more");
         let torn = offer(0, None, &[(3, 1), (4, 1)], 2);
         let copied = RecoverySource::Copied { number: 3, step: 30, suppliers: vec![0, 1] };
-        assert_eq!(find(&[a, torn]), (copied, Some(3)), "nobody has rank 0's part of copy 4");
+        assert_eq!(find(&[a, torn]), (copied, Some(3)), "no rank has rank 0's part of copy 4");
         let alone = offer(0, Some((7, 1, 2)), &[(4, 1)], 2);
         assert_eq!(find(&[alone, new]), (RecoverySource::Lost, None));
     }

@@ -1,10 +1,10 @@
 use std::collections::{BTreeMap, HashMap};
 
+use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, Result, dtype};
 
 /// A sample that can be stored on disk, as a list of tensors.
 ///
@@ -121,19 +121,6 @@ macro_rules! tuples {
 
 tuples! { (A 0 B 1) (A 0 B 1 C 2) (A 0 B 1 C 2 D 3) }
 
-const KINDS: [(Kind, Dtype); 10] = [
-    (Kind::Uint8, Dtype::U8),
-    (Kind::Int8, Dtype::I8),
-    (Kind::Int16, Dtype::I16),
-    (Kind::Int, Dtype::I32),
-    (Kind::Int64, Dtype::I64),
-    (Kind::Half, Dtype::F16),
-    (Kind::BFloat16, Dtype::BF16),
-    (Kind::Float, Dtype::F32),
-    (Kind::Double, Dtype::F64),
-    (Kind::Bool, Dtype::BOOL),
-];
-
 /// Encodes the parts as a safetensors file, with the key of the sample.
 pub(super) fn encode(item: &impl Record, key: &str) -> Result<Vec<u8>> {
     let mut parts = Vec::new();
@@ -142,8 +129,7 @@ pub(super) fn encode(item: &impl Record, key: &str) -> Result<Vec<u8>> {
     let mut host = Vec::new();
     for part in &parts {
         let kind = part.kind();
-        let dtype = KINDS.iter().find(|(known, _)| *known == kind).map(|(_, dtype)| *dtype);
-        let dtype = dtype.ok_or_else(|| fail(format!("it has a tensor of {kind:?}")))?;
+        let dtype = dtype::of_kind(kind).ok_or_else(|| fail(format!("it has a tensor of {kind:?}")))?;
         let part = part.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
         let mut bytes = vec![0; part.numel() * kind.elt_size_in_bytes()];
         part.f_copy_data_u8(&mut bytes, part.numel())?;
@@ -172,8 +158,8 @@ pub(super) fn decode<T: Record>(bytes: &[u8], key: &str) -> Result<T, String> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
     let mut parts = Vec::new();
     for (name, view) in file.tensors() {
-        let kind = KINDS.iter().find(|(_, known)| *known == view.dtype()).map(|(kind, _)| *kind);
-        let kind = kind.ok_or_else(|| format!("part {name} is of {:?}", view.dtype()))?;
+        let kind =
+            dtype::kind_of(view.dtype()).ok_or_else(|| format!("part {name} is of {:?}", view.dtype()))?;
         let shape: Vec<i64> = view.shape().iter().map(|&dimension| dimension as i64).collect();
         let tensor =
             Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|error| error.to_string())?;
