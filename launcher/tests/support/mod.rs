@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -50,7 +51,9 @@ pub(crate) struct Job {
     mark: String,
     stdout: Receiver<String>,
     stderr: Option<ChildStderr>,
-    reader: Option<JoinHandle<String>>,
+    reader: Option<JoinHandle<()>>,
+    /// Text that `reader` has read.
+    said: Arc<Mutex<Vec<u8>>>,
     seen: Vec<String>,
 }
 
@@ -80,7 +83,7 @@ impl Job {
         let out = BufReader::new(child.stdout.take().unwrap());
         thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| lines.send(line)));
         let stderr = child.stderr.take();
-        Self { child, mark, stdout, stderr, reader: None, seen: Vec::new() }
+        Self { child, mark, stdout, stderr, reader: None, said: Arc::default(), seen: Vec::new() }
     }
 
     /// Waits until standard error, which is not read yet, contains this text. Returns the text that
@@ -101,12 +104,19 @@ impl Job {
 
     pub(crate) fn read_stderr(&mut self) {
         if let Some(mut stderr) = self.stderr.take() {
+            let said = self.said.clone();
             self.reader = Some(thread::spawn(move || {
-                let mut text = Vec::new();
-                let _ = stderr.read_to_end(&mut text);
-                String::from_utf8_lossy(&text).into_owned()
+                let mut bytes = [0; 4096];
+                while let Ok(len @ 1..) = stderr.read(&mut bytes) {
+                    said.lock().unwrap().extend_from_slice(&bytes[..len]);
+                }
             }));
         }
+    }
+
+    /// Returns what was read of standard error so far.
+    fn said(&self) -> String {
+        String::from_utf8_lossy(&self.said.lock().unwrap()).into_owned()
     }
 
     /// Closes the reading end of standard error.
@@ -122,10 +132,12 @@ impl Job {
             let line = self.stdout.recv_timeout(deadline.saturating_duration_since(Instant::now()));
             let line = match line {
                 Ok(line) => line,
-                Err(RecvTimeoutError::Timeout) => panic!("no line `{start}` came: {:?}", self.seen),
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("no line `{start}` came: {:?} {}", self.seen, self.said())
+                }
                 Err(RecvTimeoutError::Disconnected) => {
-                    let stderr = self.reader.take().map(|reader| reader.join().unwrap());
-                    panic!("it ended without a line `{start}`: {:?} {stderr:?}", self.seen)
+                    self.reader.take().map(|reader| reader.join().unwrap());
+                    panic!("it ended without a line `{start}`: {:?} {}", self.seen, self.said())
                 }
             };
             self.seen.push(line.clone());
@@ -185,7 +197,8 @@ impl Job {
     #[track_caller]
     fn wait_within(&self, limit: Duration) {
         let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).unwrap();
-        assert!(leftovers::wait_for_end(&pidfd, limit), "it does not end: {:?}", self.seen);
+        let ended = leftovers::wait_for_end(&pidfd, limit);
+        assert!(ended, "it does not end: {:?} {}", self.seen, self.said());
     }
 
     /// Waits until standard error is full.
@@ -217,11 +230,12 @@ impl Job {
         let left = leftovers::wait_until_none(&self.mark, Duration::from_secs(5));
         assert!(left.is_empty(), "left behind: {left:#?}");
         self.seen.extend(self.stdout.iter());
+        self.reader.take().map(|reader| reader.join().unwrap());
         Finished {
             code: status.code(),
             signal: status.signal(),
             stdout: std::mem::take(&mut self.seen),
-            stderr: self.reader.take().map(|reader| reader.join().unwrap()).unwrap_or_default(),
+            stderr: self.said(),
         }
     }
 }

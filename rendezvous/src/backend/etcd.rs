@@ -79,6 +79,9 @@ pub(super) struct Etcd<'a> {
     config: &'a EtcdConfig,
     common: &'a RendezvousConfig,
     client: Client,
+    /// Lease of a campaign that has not ended in a leader. The leader key may exist with it, and
+    /// then names a port on which this agent no longer listens.
+    unused_lease: Option<i64>,
 }
 
 impl<'a> Etcd<'a> {
@@ -87,7 +90,7 @@ impl<'a> Etcd<'a> {
         let client = Client::new(config, common.answer_timeout).map_err(|problem| Error::Refused {
             problem: format!("etcd at {}: {problem}", config.endpoints.join(", ")),
         })?;
-        Ok(Self { config, common, client })
+        Ok(Self { config, common, client, unused_lease: None })
     }
 
     /// Finds the coordinator or becomes its host, then connects and says hello.
@@ -134,7 +137,21 @@ impl<'a> Etcd<'a> {
         format!("{}/{}/{name}", self.config.prefix.trim_end_matches('/'), self.common.run_id)
     }
 
+    /// Deletes the leader key of a campaign that failed after its election. Otherwise all agents
+    /// would wait until its lease expires, after 15 s by default.
+    async fn revoke_unused_lease(&mut self) -> Result<(), Error> {
+        let Some(lease) = self.unused_lease else { return Ok(()) };
+        match self.client.lease_revoke(lease).await {
+            Err(fault) if !fault.is_final() && !fault.is_missing() => {
+                return Err(failure(self.config, &fault));
+            }
+            _ => self.unused_lease = None,
+        }
+        Ok(())
+    }
+
     async fn leader(&mut self) -> Result<Option<(String, u16)>, Error> {
+        self.revoke_unused_lease().await?;
         let found = self.client.get(&self.key("leader")).await;
         let found = found.map_err(|fault| failure(self.config, &fault))?;
         let Some(kv) = found.first() else { return Ok(None) };
@@ -160,6 +177,7 @@ impl<'a> Etcd<'a> {
         let (leader, state) = (self.key("leader"), self.key("state"));
         let started = Instant::now();
         let lease = self.client.lease_grant(ttl).await.map_err(etcd)?;
+        self.unused_lease = Some(lease);
         let value = SocketAddr::new(address, listening.port).to_string();
         let answer = self.client.txn(&election(&leader, &value, lease)).await.map_err(etcd)?;
         let revision = if answer.succeeded {
@@ -167,10 +185,7 @@ impl<'a> Etcd<'a> {
         } else {
             // The response to an earlier attempt may have been lost after etcd executed it.
             let found = answer.found(0).and_then(GetResult::first);
-            let Some(ours) = found.filter(|kv| kv.lease == lease) else {
-                let _ = self.client.lease_revoke(lease).await;
-                return Ok(None);
-            };
+            let Some(ours) = found.filter(|kv| kv.lease == lease) else { return Ok(None) };
             ours.create_revision
         };
         let record = self.client.get(&state).await.map_err(etcd)?;
@@ -203,6 +218,7 @@ impl<'a> Etcd<'a> {
         };
         let task = tokio::spawn(keeper.run(records, started + ttl));
         let host = Server::serve(listening, config, Some(Failover { record, log }))?;
+        self.unused_lease = None;
         Ok(Some(Leadership {
             host,
             client: self.client.clone(),

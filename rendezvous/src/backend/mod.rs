@@ -267,21 +267,23 @@ mod tests {
     use super::*;
     use crate::address;
 
-    #[tokio::test]
-    async fn unreachable_coordinator_is_retried_for_the_join_timeout() {
-        let limit = Duration::from_secs(600);
-        let config = RendezvousConfig {
+    /// Returns the configuration of a job `job` without a token.
+    pub(super) fn config() -> RendezvousConfig {
+        RendezvousConfig {
             run_id: "job".into(),
             multi_node: true,
             local: None,
-            join_timeout: limit,
+            join_timeout: Duration::from_secs(600),
             last_call: Duration::ZERO,
             answer_timeout: RetryPolicy::DEFAULT_ANSWER_TIMEOUT,
             keep_alive: KeepAlive::default(),
             token: None,
-        };
-        let hello = Hello {
-            run_id: "job".into(),
+        }
+    }
+
+    pub(super) fn hello(config: &RendezvousConfig) -> Hello {
+        Hello {
+            run_id: config.run_id.clone(),
             node_rank: Some(1),
             nnodes: (2, 2),
             local_world_size: 1,
@@ -295,7 +297,13 @@ mod tests {
             addresses: Vec::new(),
             host: "host".into(),
             pid: 7,
-        };
+        }
+    }
+
+    #[tokio::test]
+    async fn unreachable_coordinator_is_retried_for_the_join_timeout() {
+        let config = config();
+        let (limit, hello) = (config.join_timeout, hello(&config));
         // Linux refuses to connect to a multicast address at once, with another error than a
         // refused connection.
         let endpoint = Endpoint { host: "224.0.0.1".into(), port: 9, served_by: ServedBy::Other };

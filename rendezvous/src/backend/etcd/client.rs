@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::EtcdConfig;
 use super::endpoint::{self, Endpoint};
-use super::fault::{Fault, NOT_FOUND};
+use super::fault::Fault;
 use super::grpc::Connection;
 use super::messages::{
     Answer, Authenticate, Get, GetResult, LeaseGrant, LeaseKeepAlive, LeaseRevoke, Request, Token, Txn,
@@ -89,7 +89,7 @@ impl Client {
         // The method is a stream of renewals; this call ends it after the first.
         match self.call(&LeaseKeepAlive { lease }).await {
             Ok(renewed) => Ok(renewed.ttl > 0),
-            Err(Fault::Etcd { code: NOT_FOUND, .. }) => Ok(false),
+            Err(fault) if fault.is_missing() => Ok(false),
             Err(fault) => Err(fault),
         }
     }

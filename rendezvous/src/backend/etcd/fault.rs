@@ -21,7 +21,7 @@ pub(super) enum Fault {
 /// The status codes of gRPC that matter here.
 const INVALID_ARGUMENT: u32 = 3;
 const DEADLINE_EXCEEDED: u32 = 4;
-pub(super) const NOT_FOUND: u32 = 5;
+const NOT_FOUND: u32 = 5;
 const PERMISSION_DENIED: u32 = 7;
 const FAILED_PRECONDITION: u32 = 9;
 const UNIMPLEMENTED: u32 = 12;
@@ -45,6 +45,11 @@ impl Fault {
             Self::Unreachable(_) => false,
             Self::Foreign(_) => true,
         }
+    }
+
+    /// Returns whether etcd has no lease of this number.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(self, Self::Etcd { code: NOT_FOUND, .. })
     }
 
     /// Returns whether another member may answer: this one has no leader, or is not etcd.
