@@ -141,9 +141,9 @@ impl HangWatch {
             HangTimeout::After(timeout) => timeout,
         };
         let plain = self.ranks.values().any(|pulse| !matches!(pulse, Pulse::Steps { .. }));
-        plain.then(|| {
-            (timeout / 10).clamp(Duration::from_millis(20), Duration::from_secs(10)).max(self.period)
-        })
+        // A file tells when it was touched, so that a hang is found at most a tenth too late.
+        let longest = Duration::from_secs(if self.wants_cpu_times() { 10 } else { 60 });
+        plain.then(|| (timeout / 10).clamp(Duration::from_millis(20), longest).max(self.period))
     }
 
     /// Whether the CPU times of ranks count. CPU time is a weak sign of progress, so the user has
