@@ -7,6 +7,7 @@
 //! of the pass, and the indices. Rank 0 prints `pass <number>`.
 
 use std::cell::Cell;
+use std::env;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -39,6 +40,16 @@ struct Options {
     /// again.
     #[arg(long)]
     dies: Option<usize>,
+    /// Kills that rank within this node of the sixth step instead: `seen` runs before the forward
+    /// pass of the module, `loss` after it.
+    #[arg(long, requires = "dies")]
+    dies_in: Option<String>,
+    /// Computes the statistics of batch normalization over all ranks.
+    #[arg(long)]
+    sync_batch_norm: bool,
+    /// Trains this TorchScript module, whose input has four features, instead.
+    #[arg(long, value_name = "FILE")]
+    script: Option<PathBuf>,
     /// Runs of the program, one after the other. Those after the first write to
     /// `rank<N>.run<M>.txt`.
     #[arg(long, default_value_t = 1)]
@@ -74,8 +85,29 @@ impl Dataset for Curve {
     }
 }
 
+/// Rank that is killed within a node, and the name of the node.
+#[derive(Clone)]
+struct Death(Option<(usize, String)>);
+
+impl Death {
+    fn check(&self, node: &str, x: &Outputs) {
+        let Some((rank, place)) = &self.0 else { return };
+        // The variables of the process, whichever rank it becomes later.
+        let is = |name: &str, value: usize| env::var(name).is_ok_and(|text| text == value.to_string());
+        if place == node
+            && x.is_training()
+            && x.train_steps() == 5
+            && is("RANK", *rank)
+            && is("TORCHELASTIC_RESTART_COUNT", 0)
+        {
+            process::abort();
+        }
+    }
+}
+
 /// Records the samples that were trained on, and counts passes across kills.
 struct Seen {
+    death: Death,
     folder: PathBuf,
     /// Suffix after the number of the rank in the name of a file.
     suffix: String,
@@ -88,9 +120,10 @@ struct Seen {
 }
 
 impl Seen {
-    fn new(folder: &Path, life: u64, run: u64) -> Self {
+    fn new(folder: &Path, life: u64, run: u64, death: Death) -> Self {
         let suffix = if run == 1 { String::new() } else { format!(".run{run}") };
-        Self { folder: folder.to_owned(), suffix, life, out: None, passes: 0, mark: 0, indices: Vec::new() }
+        let folder = folder.to_owned();
+        Self { death, folder, suffix, life, out: None, passes: 0, mark: 0, indices: Vec::new() }
     }
 }
 
@@ -122,6 +155,7 @@ impl Node for Seen {
     fn forward(&mut self, x: &Outputs) -> Result<Value> {
         let (indices, _) = &*x.get::<(Tensor, Tensor)>("curve")?;
         self.indices = Vec::try_from(indices)?;
+        self.death.check("seen", x);
         Ok(Value::new(()))
     }
 
@@ -160,36 +194,43 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
     };
     graph.add("curve", curve, "train")?;
     graph.add("curve", DatasetNode::new(Curve).global_batch_size(10), "val")?;
-    graph.add("seen", Seen::new(&options.seen, options.life, run), "train")?;
-    let net = ModuleNode::new(
-        |path: &nn::Path| {
-            let first = nn::linear(path / "first", 4, 32, Default::default());
-            let norm = nn::batch_norm1d(path / "norm", 32, Default::default());
-            (first, norm, nn::linear(path / "last", 32, 4, Default::default()))
-        },
-        |(first, norm, last), x| {
-            let (_, points) = &*x.get::<(Tensor, Tensor)>("curve")?;
-            let hidden = points.apply(first).apply_t(norm, x.is_training()).tanh();
-            Ok(hidden.dropout(0.2, x.is_training()).apply(last))
-        },
-    );
-    let net = net
-        .optimizer_for(
-            "first",
-            AdamW::new(0.02)
-                .schedule(Schedule::cosine(60, 0.1))
-                .value_of(Field::Beta1, Schedule::linear(0.85, 0.95, 60)),
-        )
-        .optimizer_for("norm", RmsProp::new(0.01).schedule(Schedule::exponential(0.9).by_epoch()))
-        .optimizer(Sgd::new(0.05).momentum(0.9).schedule(Schedule::step(9, 0.8)))
-        .clip_grad_norm(1.0)
-        .shard_optimizer(options.shard_optimizer);
-    graph.add("net", net, "*")?;
-    let error = |x: &Outputs| -> Result<Tensor> {
+    let death = Death(options.dies.zip(options.dies_in.clone()));
+    graph.add("seen", Seen::new(&options.seen, options.life, run, death.clone()), "train")?;
+    let points = |x: &Outputs| -> Result<Tensor> {
         let (_, points) = &*x.get::<(Tensor, Tensor)>("curve")?;
-        Ok((x.tensor("net")? - points).square())
+        Ok(points.shallow_clone())
     };
-    graph.add("loss", LossNode::new(move |x| Ok(error(x)?.mean(Kind::Float))), "*")?;
+    match &options.script {
+        Some(file) => {
+            let net = ModuleNode::torch_script(file, move |net, x| net.forward(x, &[points(x)?]));
+            graph.add("net", trained(net, options), "*")?;
+        }
+        None => {
+            let net = ModuleNode::new(
+                |path: &nn::Path| {
+                    let first = nn::linear(path / "first", 4, 32, Default::default());
+                    let norm = nn::batch_norm1d(path / "norm", 32, Default::default());
+                    (first, norm, nn::linear(path / "last", 32, 4, Default::default()))
+                },
+                move |(first, norm, last), x| {
+                    let hidden = points(x)?.apply(first).apply_t(norm, x.is_training()).tanh();
+                    Ok(hidden.dropout(0.2, x.is_training()).apply(last))
+                },
+            );
+            graph.add("net", trained(net, options), "*")?;
+        }
+    }
+    let error = move |x: &Outputs| -> Result<Tensor> {
+        let net = x.tensor("net")?;
+        let points = points(x)?.narrow(1, 0, net.size()[1]);
+        Ok((net - points).square())
+    };
+    let loss = LossNode::new(move |x| {
+        let loss = error(x)?.mean(Kind::Float);
+        death.check("loss", x);
+        Ok(loss)
+    });
+    graph.add("loss", loss, "*")?;
     graph.add("error", MetricNode::average(move |x| Ok(error(x)?.mean_dim(1, false, Kind::Float))), "*")?;
     let moving = MetricNode::moving_average(FIVE, move |x| Ok(error(x)?.mean_dim(1, false, Kind::Float)));
     graph.add("moving", moving, "train")?;
@@ -202,7 +243,10 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
         .then(inner)
         .then(ReduceLROnPlateau::new("*/error", Better::Lower).patience(0).rel_threshold(0.3).factor(0.9))
         .then(SaveBest::new("*/error", Better::Lower).max_keep(2))
-        .call(end(options.end_after, options.dies.filter(|_| run == options.runs)));
+        .call(end(
+            options.end_after,
+            options.dies.filter(|_| run == options.runs && options.dies_in.is_none()),
+        ));
     let last = Task::train("train").steps(7).simulate_epoch();
     let tasks = Repeat::once().then(outer).then(last).then(SaveCheckpoint::new());
     let tasks = match &options.tagged {
@@ -216,6 +260,21 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
         Ok(())
     });
     graph.run(tasks, &options.run)
+}
+
+/// Adds the optimizers to the module.
+fn trained<M: 'static>(net: ModuleNode<M, Tensor>, options: &Options) -> ModuleNode<M, Tensor> {
+    net.optimizer_for(
+        "first",
+        AdamW::new(0.02)
+            .schedule(Schedule::cosine(60, 0.1))
+            .value_of(Field::Beta1, Schedule::linear(0.85, 0.95, 60)),
+    )
+    .optimizer_for("norm", RmsProp::new(0.01).schedule(Schedule::exponential(0.9).by_epoch()))
+    .optimizer(Sgd::new(0.05).momentum(0.9).schedule(Schedule::step(9, 0.8)))
+    .clip_grad_norm(1.0)
+    .shard_optimizer(options.shard_optimizer)
+    .sync_batch_norm(options.sync_batch_norm)
 }
 
 /// Returns a closure that counts its calls by itself, so that restarted ranks disagree with the

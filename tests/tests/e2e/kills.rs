@@ -146,6 +146,32 @@ fn stops_leave_no_trace_and_lose_no_step() {
     assert_same_end(&stopped, &undisturbed);
 }
 
+/// The other rank fails in an exchange of statistics within the forward pass, or in one of
+/// gradients, after the module has changed its buffers.
+#[test]
+fn rank_killed_within_a_step_leaves_no_trace_with_sync_batch_norm_and_with_torch_script() {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates/core/tests/reference/script/net.pt");
+    for (options, lost, node) in
+        [(&["--sync-batch-norm"][..], "1", "seen"), (&["--script", script], "0", "loss")]
+    {
+        let training = |more: &[&str]| {
+            let launcher =
+                Program::ice_launch(["--devices", "cpu:0-1", "--max-restarts", "1", "--run-id", "lost"]);
+            let traces = Traces::new();
+            let program = traces.trainee(launcher, 1).args(["--repeats", "1"]).args(options).args(more);
+            let outcome = program.run(TRAINING);
+            outcome.expect_code(0);
+            (traces, outcome)
+        };
+        let (undisturbed, _) = training(&[]);
+        let (traces, outcome) = training(&["--dies", lost, "--dies-in", node]);
+        for words in ["continuing after step 5", "from the memory of rank"] {
+            assert!(outcome.stdout.contains(words), "{words}: {}", outcome.transcript());
+        }
+        traces.assert_same_end(&undisturbed, &["counters", "tasks", "measures"], &outcome.transcript());
+    }
+}
+
 #[test]
 fn every_sample_is_seen_once_an_epoch_whatever_the_number_of_ranks() {
     let mut random = random(SEED);
