@@ -146,6 +146,15 @@ place() {
     mv -fT "$1.new" "$1"
 }
 
+# pip_tool NAME==VERSION: installs a tool of PyPI below .deps, unless this version is there
+pip_tool() {
+    local name=${1%%==*}
+    ! "$DEPS/tools/$name/bin/$name" --version 2>/dev/null | grep -q " ${1##*==}\$" || return 0
+    need python3 pip
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --upgrade \
+        --target "$DEPS/tools/$name" "$1" || die "pip could not install $1" "read pip's message above"
+}
+
 # for_others: from here on cargo builds what others run, into a folder of its own: without paths of this machine, dated by the commit
 for_others() {
     SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git -C "$ROOT" log -1 --format=%ct 2>/dev/null || echo 0)}
