@@ -43,3 +43,12 @@ pub enum Error {
     #[error(transparent)]
     Tensor(#[from] TchError),
 }
+
+impl From<ice_link::Error> for Error {
+    fn from(error: ice_link::Error) -> Self {
+        match error {
+            ice_link::Error::RoundOver => Self::RoundOver,
+            ice_link::Error::Thread(source) => Self::Link { source },
+        }
+    }
+}

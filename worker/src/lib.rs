@@ -7,17 +7,16 @@
 //!
 //! In the book: `docs/elasticity.md`, and `docs/placement.md` for devices.
 
-mod consensus;
 mod device;
 mod error;
 mod group;
-mod link;
 mod rank;
 pub mod replica;
 mod round;
+mod store;
 
 pub use error::Error;
+pub use ice_link::{Alone, Boundary, ExitGuard, Link, Stop};
 pub use ice_proto::backend::{DistBackend, RankDevice};
 pub use ice_proto::link::TrainingProgress;
-pub use link::{Alone, Boundary, ExitGuard, Link, Stop};
 pub use rank::{PendingCollective, Worker};

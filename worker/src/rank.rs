@@ -11,8 +11,9 @@ use ice_proto::error_file::{self, ErrorRecord};
 use ice_proto::link::{BoundaryRequest, FromRank, TrainingProgress};
 use tch::{Device, Tensor};
 
-use crate::round::{Membership, report_lost_round};
-use crate::{Error, Link, consensus, device, group};
+use crate::round::Membership;
+use crate::store::LinkStore;
+use crate::{Error, Link, device, group};
 
 /// A process of a job, bound to its device and a member of the process group of a round, or a
 /// process without a launcher.
@@ -142,7 +143,9 @@ impl Worker {
         let mut worker = Self::alone(device);
         let member = worker.round.get_mut();
         (member.env.rank, member.env.world_size) = (group.rank() as u32, group.world_size() as u32);
-        if let Err(error) = worker.link.join_group(&store, group.rank() as u32, group.world_size()) {
+        if let Err(error) =
+            worker.link.join_group(&LinkStore(store.clone()), group.rank() as u32, group.world_size())
+        {
             tracing::warn!(%error, "this rank takes no part in the agreements of the group");
         }
         (member.group, member.store) = (Some(group), Some(store));
@@ -178,7 +181,7 @@ impl Worker {
             Ok(Some(member)) => Some(member),
             Ok(None) => next()?,
             Err(error @ (Error::Collective { .. } | Error::RoundOver)) if self.can_stay() => {
-                report_lost_round(&error.to_string(), &self.link);
+                self.link.report_lost_round(&error.to_string());
                 next()?
             }
             Err(error) => return Err(error),
@@ -202,7 +205,7 @@ impl Worker {
     /// have dropped all other handles of the group. Waits until the agents know that the round is
     /// over.
     pub fn leave_round(&self, why: &str) {
-        report_lost_round(why, &self.link);
+        self.link.report_lost_round(why);
         self.drop_group();
     }
 
@@ -410,7 +413,7 @@ impl Worker {
     /// [`Error::Collective`] if the store of the round is gone.
     pub fn ask_to_leave(&self, all: bool, task: u64) -> Result<(), Error> {
         let Some(store) = self.store() else { return Ok(()) };
-        consensus::publish(&store, BoundaryRequest::Leave { all, task })
+        ice_link::publish(&LinkStore(store), BoundaryRequest::Leave { all, task })
             .map_err(collective("the request to leave"))
     }
 
@@ -422,9 +425,9 @@ impl Worker {
     pub fn leave_step(&self) -> Result<Option<u64>, Error> {
         let Some(store) = self.store().filter(|_| self.world_size() > 1) else { return Ok(None) };
         let request = self.link.leave_step();
-        consensus::publish(&store, request).map_err(collective("the request to leave"))?;
+        ice_link::publish(&LinkStore(store), request).map_err(collective("the request to leave"))?;
         let _waiting = self.link.waiting();
-        self.link.await_left_step()
+        Ok(self.link.await_left_step()?)
     }
 
     /// Waits until every rank has called this.

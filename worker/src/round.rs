@@ -1,17 +1,13 @@
 //! A rank's membership of a round: its rank there, and the process group.
 
-use std::time::Duration;
+use std::sync::Arc;
 
 use ice_c10d::{ProcessGroup, Store};
 use ice_proto::env::RankEnv;
-use ice_proto::link::FromRank;
 use tch::Device;
 
-use crate::{Error, Link, Stop, group};
-
-/// Time to wait for the end of the round after a failed collective: the agent of the lost rank
-/// knows more of the cause than the ranks that waited for it.
-const ROUND_OVER_GRACE: Duration = Duration::from_secs(1);
+use crate::store::{LinkGroup, LinkStore};
+use crate::{Error, Link, group};
 
 /// A rank's membership of a round.
 pub(crate) struct Membership {
@@ -30,7 +26,8 @@ impl Membership {
         let formed = group::join(&env, device, link);
         connections.are_complete();
         let (group, store) = formed?;
-        link.join_round(&store, &group, &env).map_err(|source| Error::Link { source })?;
+        let held = Arc::new(LinkGroup(group.clone()));
+        link.join_round(&LinkStore(store.clone()), held, &env).map_err(|source| Error::Link { source })?;
         Ok(Self { env, group: Some(group), store: Some(store) })
     }
 
@@ -39,26 +36,19 @@ impl Membership {
         bind: impl Fn(&RankEnv) -> Result<Device, Error>,
         link: &Link,
     ) -> Result<Option<Self>, Error> {
-        while let Some(env) = link.next_round() {
+        while let Some(next) = link.next_round() {
+            let env = next.env;
             let device = bind(&env)?;
             match Self::form(env, device, link) {
                 Ok(member) => return Ok(Some(member)),
                 // Other ranks of the round were lost before it began.
                 Err(error @ (Error::Collective { .. } | Error::RoundOver)) => {
-                    report_lost_round(&error.to_string(), link)
+                    link.report_lost_round(&error.to_string())
                 }
                 Err(error) => return Err(error),
             }
         }
         Ok(None)
-    }
-}
-
-/// Waits for the end of the round. If no end arrives in time, this rank reports the round as lost.
-pub(crate) fn report_lost_round(problem: &str, link: &Link) {
-    if link.wait_for_stop(ROUND_OVER_GRACE) != Some(Stop::Broken) {
-        link.send(&FromRank::RoundLost { round: link.round(), reason: problem.into() });
-        link.wait_for_round_end();
     }
 }
 
@@ -68,6 +58,7 @@ mod tests {
     use std::os::fd::IntoRawFd;
     use std::os::unix::net::UnixStream;
     use std::thread;
+    use std::time::Duration;
 
     use ice_c10d::{GlooOptions, testing};
     use ice_proto::frame;

@@ -25,14 +25,11 @@ mod batch_norm;
 mod error;
 mod ffi;
 mod group;
-pub mod inherit;
 pub mod memory;
 pub mod nccl;
 pub mod optim;
 mod reducer;
 mod script;
-pub mod signals;
-mod sockets;
 mod store;
 #[doc(hidden)]
 pub mod testing;
@@ -43,7 +40,6 @@ pub use error::{Error, ErrorKind, Result};
 pub use group::{GlooOptions, ProcessGroup, ReduceOp};
 pub use reducer::{Reducer, ReducerOptions, run_backward};
 pub use script::ScriptModule;
-pub use sockets::Connections;
 pub use store::Store;
 pub use work::Work;
 

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use ice_c10d::Store;
 use ice_proto::link::BoundaryRequest;
 
 use super::state::Boundary;
 use super::{COLLECTIVES_POLL, answer};
+use crate::Store;
 use crate::consensus::{self, Boundaries, BoundaryDecision, Participant};
 
 /// The rank's side of the agreements. Does nothing before [`Local::join`].
@@ -31,7 +31,7 @@ struct Member {
 
 impl Local {
     /// Starts the thread that answers requests of other ranks until the store is gone.
-    pub(super) fn join(this: &Arc<Self>, store: &Store, rank: u32, world_size: usize) -> io::Result<()> {
+    pub(super) fn join(this: &Arc<Self>, store: &impl Store, rank: u32, world_size: usize) -> io::Result<()> {
         if world_size == 1 {
             return Ok(());
         }

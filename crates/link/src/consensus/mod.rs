@@ -13,9 +13,10 @@ mod simulation;
 
 use std::time::Duration;
 
-use ice_c10d::{ErrorKind, Store};
 use ice_proto::frame::{self, Decoder};
 use ice_proto::link::BoundaryRequest;
+
+use crate::Store;
 
 pub(crate) use boundaries::{Boundaries, BoundaryDecision, NO_BOUNDARY};
 
@@ -39,19 +40,22 @@ pub(crate) trait Participant {
     fn settle_left(&self, step: u64, collectives: u64, answer: u64);
 }
 
-/// Publishes a request to all ranks.
-pub(crate) fn publish(store: &Store, request: BoundaryRequest) -> Result<(), ice_c10d::Error> {
+/// Publishes a request to all ranks of the round.
+///
+/// # Errors
+/// The store is gone.
+pub fn publish<S: Store>(store: &S, request: BoundaryRequest) -> Result<(), S::Error> {
     let Ok(bytes) = frame::encode(&request) else { return Ok(()) };
     let number = store.add("requests", 1)?;
     store.set(&format!("request/{number}"), &bytes)
 }
 
 /// Takes part in all agreements of the round until its store is gone.
-pub(crate) fn participate(
+pub(crate) fn participate<S: Store>(
     participant: &impl Participant,
-    store: &Store,
+    store: &S,
     world_size: usize,
-) -> Result<(), ice_c10d::Error> {
+) -> Result<(), S::Error> {
     for number in 1.. {
         let key = |what: &dyn std::fmt::Display| format!("request/{number}/{what}");
         let request = wait(store, &format!("request/{number}"))?;
@@ -79,7 +83,7 @@ pub(crate) fn participate(
 
 /// Raises the number at a key to at least `to`. Most ranks have the same answer, and find it
 /// stored.
-fn fetch_max(store: &Store, key: &str, to: u64) -> Result<(), ice_c10d::Error> {
+fn fetch_max<S: Store>(store: &S, key: &str, to: u64) -> Result<(), S::Error> {
     let (mut known, desired) = (String::new(), to.to_string());
     loop {
         let there = store.compare_set(key, &known, &desired)?;
@@ -101,14 +105,9 @@ fn number_in(bytes: &[u8]) -> u64 {
 }
 
 /// Waits for a key without a limit, and returns its value.
-fn wait(store: &Store, key: &str) -> Result<Vec<u8>, ice_c10d::Error> {
-    loop {
-        match store.wait(&[key], RENEWAL) {
-            Err(error) if error.kind() == ErrorKind::Timeout => {}
-            Err(error) => return Err(error),
-            Ok(()) => return store.get(key),
-        }
-    }
+fn wait<S: Store>(store: &S, key: &str) -> Result<Vec<u8>, S::Error> {
+    while !store.wait(key, RENEWAL)? {}
+    store.get(key)
 }
 
 #[cfg(test)]
@@ -116,9 +115,8 @@ mod tests {
     use std::sync::mpsc;
     use std::thread;
 
-    use ice_c10d::testing::serve_store;
-
     use super::*;
+    use crate::store::MemoryStore;
 
     /// A rank with prepared answers, which sends the targets that it receives.
     struct Fake(mpsc::Sender<u64>, std::sync::Mutex<Vec<u64>>);
@@ -144,8 +142,8 @@ mod tests {
 
     #[test]
     fn the_last_of_the_answers_is_the_target_for_all() {
-        let (server, port) = serve_store().unwrap();
-        let connect = || Store::tcp("127.0.0.1", port, Duration::from_secs(60)).unwrap();
+        let memory = MemoryStore::default();
+        let connect = || memory.reconnect().unwrap();
         let answers = [[7, 1, NO_BOUNDARY], [8, 2, 5], [19, 1, 5], [8, 3, 4]];
         let (settled, targets) = mpsc::channel();
         let ranks = answers.map(|answers| {
@@ -161,9 +159,9 @@ mod tests {
             assert_eq!(all, [expected; 4]);
         }
         // The ranks wait for the next request as long as the store exists.
-        drop(server);
+        memory.close();
         for rank in ranks {
-            assert_eq!(rank.join().unwrap().unwrap_err().kind(), ErrorKind::Network);
+            assert!(rank.join().unwrap().is_err());
         }
     }
 }

@@ -16,14 +16,13 @@ use std::sync::{Arc, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use ice_c10d::signals;
 use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
 use ice_proto::frame::Decoder;
 use ice_proto::link::{BoundaryRequest, FromRank, ToRank};
 
 use super::Inner;
-use super::state::State;
-use crate::consensus;
+use super::state::{NextRound, State};
+use crate::process::signals;
 
 /// Time in which a rank must notice that its round is over.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -59,7 +58,7 @@ impl Inner {
                         tracing::debug!(round, reason, "the round is over");
                         self.round_over(round);
                     }
-                    Ok(Some(ToRank::Round { variables })) => self.set_next_env(&variables),
+                    Ok(Some(ToRank::Round { variables })) => self.set_next_round(variables),
                     Ok(Some(ToRank::End { reason })) => {
                         tracing::debug!(reason, "the job is over");
                         let mut state = self.state();
@@ -85,12 +84,12 @@ impl Inner {
         signals::restore();
     }
 
-    fn set_next_env(&self, variables: &BTreeMap<String, String>) {
+    fn set_next_round(&self, variables: BTreeMap<String, String>) {
         match RankEnv::read(|name| variables.get(name).cloned()) {
             Ok(Some(env)) => {
                 let mut state = self.state();
                 state.error_file = variables.get(TORCHELASTIC_ERROR_FILE).map(PathBuf::from);
-                state.next_env = Some(env);
+                state.next_round = Some(NextRound { env, variables });
                 drop(state);
                 self.changed.notify_all();
             }
@@ -166,10 +165,7 @@ impl Inner {
             let state = self.changed.wait_while(self.state(), none).unwrap_or_else(PoisonError::into_inner);
             let store = state.store.clone();
             drop(state);
-            // The rank's own thread may hold the connection during a wait.
-            let told =
-                store.map(|store| store.reconnect().and_then(|store| consensus::publish(&store, request)));
-            if let Some(Err(error)) = told {
+            if let Some(Err(error)) = store.map(|store| store.publish(request)) {
                 tracing::warn!(%error, ?request, "the other ranks could not be told");
             }
         }

@@ -15,25 +15,28 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use ice_c10d::{Connections, ProcessGroup, Store, signals};
 use ice_proto::env::{RankEnv, TORCHELASTIC_ERROR_FILE};
 use ice_proto::frame;
 use ice_proto::link::{BoundaryRequest, FromRank};
 
-use crate::Error;
 use crate::consensus::{self, Boundaries, BoundaryDecision, Participant};
+use crate::process::{Connections, inherit, signals};
+use crate::{Error, Store};
 
-pub use activity::Alone;
-use activity::{Activity, Waiting};
+use activity::Activity;
+pub use activity::{Alone, Waiting};
 use local::Local;
-use state::State;
-pub use state::{Boundary, Stop};
+pub use state::{Boundary, Group, NextRound, Stop};
+use state::{Requests, State};
 
 /// Interval of heartbeats.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Interval at which the answering thread polls the rank's collectives, which are counted without a
 /// lock.
 const COLLECTIVES_POLL: Duration = Duration::from_millis(5);
+/// Time to wait for the end of the round after a failed collective: the agent of the lost rank
+/// knows more of the cause than the ranks that waited for it.
+const ROUND_OVER_GRACE: Duration = Duration::from_secs(1);
 /// Timeout of writes. A message to an agent that does not read is dropped, so that it does not
 /// block the step.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -80,13 +83,17 @@ static OPEN: OnceLock<Link> = OnceLock::new();
 
 impl Link {
     /// Returns the link of this process, or one that does nothing.
-    pub(crate) fn current() -> Self {
+    pub fn current() -> Self {
         OPEN.get().cloned().unwrap_or_default()
     }
 
-    /// Adopts the inherited descriptor, and says hello.
-    pub(crate) fn open(fd: RawFd, rank: Option<u32>, round: Option<u64>) -> io::Result<Self> {
-        let stream = UnixStream::from(ice_c10d::inherit::descriptor(fd)?);
+    /// Adopts the inherited descriptor, and says hello. `rank` and `round` are those that the
+    /// process was started for; `None` for a spare.
+    ///
+    /// # Errors
+    /// The descriptor is not open or was adopted before, or a thread cannot be started.
+    pub fn open(fd: RawFd, rank: Option<u32>, round: Option<u64>) -> io::Result<Self> {
+        let stream = UnixStream::from(inherit::descriptor(fd)?);
         stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
         let reader = stream.try_clone()?;
         let (requests, wanted) = mpsc::channel();
@@ -116,7 +123,10 @@ impl Link {
 
     /// Leaves the signals that stop a job to the agent, which receives them as well. Asks the agent
     /// for a stop when this process alone receives SIGTERM.
-    pub(crate) fn take_signals(&self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// No pipe or thread can be made for the handler.
+    pub fn take_signals(&self) -> io::Result<()> {
         if self.inner.is_none() {
             return Ok(());
         }
@@ -205,7 +215,8 @@ impl Link {
     }
 
     /// Marks this rank as waiting for other ranks until the value is dropped.
-    pub(crate) fn waiting(&self) -> Waiting {
+    #[must_use]
+    pub fn waiting(&self) -> Waiting {
         Waiting::new(self.inner.as_ref())
     }
 
@@ -232,8 +243,17 @@ impl Link {
         stop
     }
 
+    /// Waits for the end of the round after a failed collective. If no end arrives in time, this
+    /// rank reports the round as lost, for the reason `problem`.
+    pub fn report_lost_round(&self, problem: &str) {
+        if self.wait_for_stop(ROUND_OVER_GRACE) != Some(Stop::Broken) {
+            self.send(&FromRank::RoundLost { round: self.round(), reason: problem.into() });
+            self.wait_for_round_end();
+        }
+    }
+
     /// Waits until the round is over.
-    pub(crate) fn wait_for_round_end(&self) {
+    pub fn wait_for_round_end(&self) {
         let Some(inner) = &self.inner else { return };
         let is_live = |state: &mut State| state.stop() != Some(Stop::Broken);
         let mut state =
@@ -242,18 +262,18 @@ impl Link {
     }
 
     /// Returns the round that the rank is in, or was in last.
-    pub(crate) fn round(&self) -> u64 {
+    pub fn round(&self) -> u64 {
         self.inner.as_ref().and_then(|inner| inner.state().round).unwrap_or(0)
     }
 
     /// Returns whether there is an agent.
-    pub(crate) fn is_open(&self) -> bool {
+    pub fn is_open(&self) -> bool {
         self.inner.is_some()
     }
 
     /// Leaves the round, whose group is gone, and waits for the next one; `None` if the rank is to
     /// exit.
-    pub(crate) fn next_round(&self) -> Option<RankEnv> {
+    pub fn next_round(&self) -> Option<NextRound> {
         let inner = self.inner.as_ref()?;
         inner.activity.mark_idle();
         loop {
@@ -266,20 +286,20 @@ impl Link {
             drop((group, store));
             inner.state().connections = None;
             self.send(&FromRank::Parked { round });
-            let waits = |state: &mut State| state.next_env.is_none() && !state.ended;
+            let waits = |state: &mut State| state.next_round.is_none() && !state.ended;
             let mut state =
                 inner.changed.wait_while(inner.state(), waits).unwrap_or_else(PoisonError::into_inner);
-            let next_env = state.next_env.take().filter(|_| !state.ended)?;
-            state.round = Some(next_env.round);
+            let next_round = state.next_round.take().filter(|_| !state.ended)?;
+            state.round = Some(next_round.env.round);
             // A round that is over before it began is skipped.
             if state.stop() != Some(Stop::Broken) {
-                return Some(next_env);
+                return Some(next_round);
             }
         }
     }
 
     /// Returns the error file of this rank.
-    pub(crate) fn error_file(&self) -> Option<PathBuf> {
+    pub fn error_file(&self) -> Option<PathBuf> {
         let assigned = self.inner.as_ref().and_then(|inner| inner.state().error_file.clone());
         assigned.or_else(|| std::env::var_os(TORCHELASTIC_ERROR_FILE).map(PathBuf::from))
     }
@@ -293,7 +313,7 @@ impl Link {
     }
 
     /// Begins a round. Connections that are opened from now on belong to it.
-    pub(crate) fn begin_round(&self, env: &RankEnv) -> Connections {
+    pub fn begin_round(&self, env: &RankEnv) -> Connections {
         let connections = Connections::watch();
         if let Some(inner) = &self.inner {
             let mut state = inner.state();
@@ -308,7 +328,7 @@ impl Link {
     }
 
     /// Registers a function to call when the round is over; calls it at once if it is.
-    pub(crate) fn on_round_end(&self, cancel: impl Fn() + Send + Sync + 'static) {
+    pub fn on_round_end(&self, cancel: impl Fn() + Send + Sync + 'static) {
         let Some(inner) = &self.inner else { return };
         let mut state = inner.state();
         if state.stop() == Some(Stop::Broken) {
@@ -323,30 +343,32 @@ impl Link {
     /// ends with the timeout of its wait.
     ///
     /// # Errors
-    /// Errors of the work, and [`Error::RoundOver`].
-    pub(crate) fn within_round<T: Send + 'static>(
+    /// Errors of the work, and [`Error`].
+    pub fn within_round<T: Send + 'static, E: From<Error> + Send + 'static>(
         &self,
-        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-    ) -> Result<T, Error> {
+        work: impl FnOnce() -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E> {
         let (tell, told) = mpsc::channel();
         let over = tell.clone();
-        self.on_round_end(move || _ = over.send(Err(Error::RoundOver)));
+        self.on_round_end(move || _ = over.send(Err(Error::RoundOver.into())));
         let done = move || _ = tell.send(work());
-        thread::Builder::new()
-            .name("ice-form".into())
-            .spawn(done)
-            .map_err(|source| Error::Link { source })?;
+        thread::Builder::new().name("ice-form".into()).spawn(done).map_err(Error::Thread)?;
         let _waiting = self.waiting();
-        told.recv().unwrap_or(Err(Error::RoundOver))
+        told.recv().unwrap_or_else(|_| Err(Error::RoundOver.into()))
     }
 
-    /// Takes part in the agreements of the ranks of a round through its store.
-    pub(crate) fn join_round(&self, store: &Store, group: &ProcessGroup, env: &RankEnv) -> io::Result<()> {
+    /// Takes part in the agreements of the ranks of a round through its store. The link keeps the
+    /// group until the rank leaves the round.
+    ///
+    /// # Errors
+    /// The store is gone, or no thread can be started.
+    pub fn join_round<S: Store>(&self, store: &S, group: Arc<dyn Group>, env: &RankEnv) -> io::Result<()> {
         let world_size = env.world_size as usize;
         let Some(inner) = &self.inner else { return self.join_group(store, env.rank, world_size) };
         let request_store = store.reconnect().map_err(io::Error::other)?;
+        let requests: Arc<dyn Requests> = Arc::new(store.clone());
         let mut state = inner.state();
-        (state.group, state.store) = (Some(group.clone()), Some(store.clone()));
+        (state.group, state.store) = (Some(group), Some(requests));
         drop(state);
         inner.changed.notify_all();
         let (inner, local) = (Arc::clone(inner), Arc::clone(&self.local));
@@ -360,7 +382,10 @@ impl Link {
     }
 
     /// Takes part in the agreements of a group without an agent.
-    pub(crate) fn join_group(&self, store: &Store, rank: u32, world_size: usize) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The store is gone, or no thread can be started.
+    pub fn join_group(&self, store: &impl Store, rank: u32, world_size: usize) -> io::Result<()> {
         Local::join(&self.local, store, rank, world_size)
     }
 
@@ -444,7 +469,7 @@ impl Link {
 
     /// Notes that this rank leaves the step before its end. Returns the request that asks whether
     /// all ranks do so.
-    pub(crate) fn leave_step(&self) -> BoundaryRequest {
+    pub fn leave_step(&self) -> BoundaryRequest {
         let (step, collectives) = match &self.inner {
             None => self.local.leave_step(),
             Some(inner) => {
@@ -460,7 +485,7 @@ impl Link {
     ///
     /// # Errors
     /// [`Error::RoundOver`]: another rank is gone.
-    pub(crate) fn await_left_step(&self) -> Result<Option<u64>, Error> {
+    pub fn await_left_step(&self) -> Result<Option<u64>, Error> {
         let answer = match &self.inner {
             None => self.local.left_by_all(),
             Some(inner) => {
@@ -492,7 +517,7 @@ impl Link {
     }
 
     /// Tells the agent that the work is done. The agent may be gone from now on.
-    pub(crate) fn finish(&self) {
+    pub fn finish(&self) {
         if let Some(inner) = &self.inner {
             inner.activity.mark_idle();
             inner.leaving.store(true, Ordering::SeqCst);

@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use ice_c10d::signals;
+use ice_link::process::signals;
 use libc::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, c_int};
 
 static OWN: AtomicU32 = AtomicU32::new(0);

@@ -123,7 +123,7 @@ impl Drop for Alone {
 }
 
 /// Marks this rank as waiting for other ranks until dropped.
-pub(crate) struct Waiting {
+pub struct Waiting {
     inner: Option<Arc<Inner>>,
 }
 

@@ -1,7 +1,7 @@
 //! Simulation of many ranks, with requests at any time and delayed messages. `AGREE_SEED=<n>`
 //! replays one run.
 
-#[path = "../../../rendezvous/src/coordinator/random.rs"]
+#[path = "../../../../rendezvous/src/coordinator/random.rs"]
 #[expect(dead_code, reason = "other tests use the rest")]
 mod random;
 

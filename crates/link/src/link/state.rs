@@ -1,16 +1,48 @@
 //! State of the round, and requests to the rank.
 
+use std::collections::BTreeMap;
+use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ice_c10d::{Connections, ProcessGroup, Store};
 use ice_proto::env::RankEnv;
-use ice_proto::link::Doing;
+use ice_proto::link::{BoundaryRequest, Doing};
 
-use crate::consensus::Boundaries;
+use crate::Store;
+use crate::consensus::{self, Boundaries};
+use crate::process::Connections;
 
 /// Aborts a wait.
 pub(super) type CancelHook = Arc<dyn Fn() + Send + Sync>;
+
+/// The process group of a round. The link drops it, outside of its lock, when the rank leaves the
+/// round.
+pub trait Group: Send + Sync {
+    /// Aborts collectives in progress. Called from another thread than the rank's own.
+    fn abort(&self);
+}
+
+/// The store of a round, as far as requests of the agent need it.
+pub(super) trait Requests: Send + Sync {
+    /// Publishes a request to all ranks, over a connection of its own: the rank's own thread may
+    /// occupy the other one during a wait.
+    fn publish(&self, request: BoundaryRequest) -> Result<(), Box<dyn Error>>;
+}
+
+impl<S: Store> Requests for S {
+    fn publish(&self, request: BoundaryRequest) -> Result<(), Box<dyn Error>> {
+        Ok(consensus::publish(&self.reconnect()?, request)?)
+    }
+}
+
+/// The next round of a rank that stays.
+#[derive(Debug)]
+pub struct NextRound {
+    /// The contract of the round.
+    pub env: RankEnv,
+    /// All variables of a rank that would be started now.
+    pub variables: BTreeMap<String, String>,
+}
 
 /// State shared by the threads of the link and of the rank, behind one mutex.
 #[derive(Default)]
@@ -19,8 +51,7 @@ pub(super) struct State {
     pub(super) round: Option<u64>,
     /// The last round known to be over.
     pub(super) over: Option<u64>,
-    /// Environment of the next round.
-    pub(super) next_env: Option<RankEnv>,
+    pub(super) next_round: Option<NextRound>,
     /// Whether no further round will start.
     pub(super) ended: bool,
     /// Whether the rank stops at this boundary.
@@ -31,8 +62,8 @@ pub(super) struct State {
     pub(super) connections: Option<Connections>,
     /// Further waits of the round to abort at its end.
     pub(super) cancel_hooks: Vec<CancelHook>,
-    pub(super) group: Option<ProcessGroup>,
-    pub(super) store: Option<Store>,
+    pub(super) group: Option<Arc<dyn Group>>,
+    pub(super) store: Option<Arc<dyn Requests>>,
     /// Error file of the round.
     pub(super) error_file: Option<PathBuf>,
     /// Number of [`super::ExitGuard`]s: running writes that must be finished.
@@ -71,7 +102,7 @@ pub enum Boundary {
     Regroup,
     /// The round is over: another rank is gone.
     Broken,
-    /// A rank [asked](crate::Worker::ask_to_leave) all ranks to leave a task, or to end the run.
+    /// A rank [asked](crate::publish) all ranks to leave a task, or to end the run.
     Leave {
         /// Whether the whole run ends.
         all: bool,
