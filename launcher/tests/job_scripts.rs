@@ -272,7 +272,7 @@ fn launcher_and_programs_accept_the_options_of_the_examples() {
         check_plan(file, cli);
     }
     // No file of the folder is left out.
-    let others = ["ddp.py", "storage.yaml", "train.service"];
+    let others = ["ddp.py", "elastic.py", "storage.yaml", "train.service"];
     let known: BTreeSet<_> = DESCRIBED.into_iter().chain(OTHERS).chain(others).map(str::to_owned).collect();
     assert_eq!(examples().into_iter().collect::<BTreeSet<_>>(), known);
 }

@@ -157,6 +157,8 @@ def keep_groups():
             kept.append(group)
         return update(group)
 
+    # The package ice_launch drops groups in an order that is safe, and empties the list.
+    keep.kept = kept
     c10d._update_default_pg = keep
 
 

@@ -22,7 +22,7 @@ const PHRASES: [&str; 8] = [
 const HEADS: [&str; 2] = ["what", "who"];
 
 /// Folders whose comments are checked.
-const FOLDERS: [&str; 12] = [
+const FOLDERS: [&str; 13] = [
     "launcher",
     "rendezvous",
     "worker",
@@ -34,6 +34,7 @@ const FOLDERS: [&str; 12] = [
     "crates/link",
     "crates/nn",
     "crates/proto",
+    "crates/python",
     "tests",
 ];
 

@@ -63,7 +63,9 @@ impl Packages {
 fn crates_without_libtorch_never_reach_it() {
     let packages = Packages::read();
     let torch = BTreeSet::from(["tch", "torch-sys", "ice-c10d"]);
-    for name in ["ice-proto", "ice-link", "ice-rendezvous", "ice-launch", "ice-checkpoint", "ice-ckpt"] {
+    let without =
+        ["ice-proto", "ice-link", "ice-python", "ice-rendezvous", "ice-launch", "ice-checkpoint", "ice-ckpt"];
+    for name in without {
         let reached = packages.reach(name);
         let wrong: Vec<_> = torch.intersection(&reached).collect();
         assert!(wrong.is_empty(), "{name} reaches {wrong:?}");
@@ -77,6 +79,7 @@ fn crates_depend_in_one_direction() {
     let forbidden = [
         ("ice-proto", &["ice-link", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"][..]),
         ("ice-link", &["ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
+        ("ice-python", &["ice-launch", "ice-worker", "ice-core", "ice"]),
         ("ice-rendezvous", &["ice-link", "ice-launch", "ice-worker", "ice-core", "ice"]),
         ("ice-launch", &["ice-link", "ice-worker", "ice-core", "ice"]),
         ("ice-checkpoint", &["ice-proto", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
@@ -118,8 +121,9 @@ fn needed(program: &Path) -> Vec<String> {
 }
 
 #[test]
-fn launcher_is_not_linked_to_libtorch() {
-    let torch = |name: &String| ["torch", "c10", "stdc++", "cuda"].iter().any(|part| name.contains(part));
+fn launcher_is_linked_to_neither_libtorch_nor_python() {
+    let parts = ["torch", "c10", "stdc++", "cuda", "python"];
+    let torch = |name: &String| parts.iter().any(|part| name.contains(part));
     let launcher = needed(built("ice-launch"));
     assert!(!launcher.iter().any(torch), "ice-launch needs {launcher:?}");
     assert!(needed(built("rank")).iter().any(torch), "the check sees libtorch where it is linked");

@@ -10,6 +10,7 @@ mod board;
 mod chaos;
 mod dependencies;
 mod elastic;
+mod elastic_python;
 mod failures;
 mod forms;
 mod gpt;

@@ -1,6 +1,8 @@
 //! The programs under test, built once per test process by the cargo that runs the tests.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -13,10 +15,52 @@ use super::root;
 /// tests.
 pub(crate) fn built(name: &str) -> &'static Path {
     static PROGRAMS: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
-    let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
-    let arguments = ["build", "--workspace", "--bins", "--examples"];
-    let programs = PROGRAMS.get_or_init(|| executables(&[&arguments, profile].concat()));
+    let executable = |message: &Value| {
+        let executable = message["executable"].as_str()?;
+        Some((message["target"]["name"].as_str()?.to_owned(), PathBuf::from(executable)))
+    };
+    let programs = PROGRAMS.get_or_init(|| workspace().iter().filter_map(executable).collect());
     programs.get(name).unwrap_or_else(|| panic!("no program `{name}` among {:?}", programs.keys()))
+}
+
+/// Returns a folder that holds the Python package `ice_launch`, for `PYTHONPATH`.
+pub(crate) fn python_package() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let files = workspace().iter().filter_map(|message| message["filenames"].as_array()).flatten();
+        let mut libraries = files.filter_map(Value::as_str).filter(|file| file.ends_with("ice_python.so"));
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python");
+        let package = folder.join("ice_launch");
+        let _ = fs::remove_dir_all(&package);
+        fs::create_dir_all(&package).unwrap();
+        symlink(libraries.next().unwrap(), package.join("_link.abi3.so")).unwrap();
+        for source in fs::read_dir(root().join("launcher/python/ice_launch")).unwrap() {
+            let source = source.unwrap();
+            if source.path().is_file() {
+                symlink(source.path(), package.join(source.file_name())).unwrap();
+            }
+        }
+        folder
+    })
+}
+
+/// Builds the workspace, and returns the messages of cargo. One command for everything, so that
+/// nothing is compiled a second time with other features.
+fn workspace() -> &'static [Value] {
+    static MESSAGES: OnceLock<Vec<Value>> = OnceLock::new();
+    MESSAGES.get_or_init(|| {
+        let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
+        let mut build = cargo();
+        build
+            .args(["build", "--workspace", "--lib", "--bins", "--examples"])
+            .args(profile)
+            .args(["--locked", "--message-format=json-render-diagnostics"])
+            .stderr(Stdio::inherit());
+        let output = build.output().unwrap();
+        assert!(output.status.success(), "{build:?} failed: {}", output.status);
+        let output = String::from_utf8(output.stdout).unwrap();
+        output.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    })
 }
 
 /// Returns cargo for this checkout, in the environment of a shell.
@@ -46,24 +90,4 @@ pub(crate) fn forget_package(command: &mut Command) {
             command.env_remove(name);
         }
     }
-}
-
-/// Runs a `cargo build` and returns the executables that it made or found up to date, by name.
-fn executables(arguments: &[&str]) -> BTreeMap<String, PathBuf> {
-    let mut build = cargo();
-    build
-        .args(arguments)
-        .args(["--locked", "--message-format=json-render-diagnostics"])
-        .stderr(Stdio::inherit());
-    let output = build.output().unwrap();
-    assert!(output.status.success(), "{build:?} failed: {}", output.status);
-    String::from_utf8(output.stdout)
-        .unwrap()
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(line).unwrap())
-        .filter_map(|message| {
-            let executable = message["executable"].as_str()?;
-            Some((message["target"]["name"].as_str()?.to_owned(), PathBuf::from(executable)))
-        })
-        .collect()
 }

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use built::forget_package;
-pub(crate) use built::{built, cargo};
+pub(crate) use built::{built, cargo, python_package};
 pub(crate) use job::{Finished, Job, Program};
 pub(crate) use saved::checkpoints;
 pub(crate) use traces::{SAMPLES, Traces, assert_epochs, last_pass, random};

@@ -1,0 +1,63 @@
+"""An elastic DDP script: if a rank is lost, the others continue after the last committed step.
+
+    ice-launch --devices cpu:0-1 --max-restarts 10 elastic.py --checkpoint checkpoint.pt
+
+It runs under torchrun and by itself, too.
+"""
+
+import argparse
+import os
+
+import ice_launch
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, TensorDataset
+
+parser = argparse.ArgumentParser(description="Fits a small network to a noisy sine")
+parser.add_argument("--checkpoint", required=True, help="file to save to, and to resume from if it exists")
+parser.add_argument("--epochs", type=int, default=10, help="passes over the samples")
+parser.add_argument("--batch-size", type=int, default=64, help="samples per rank and step")
+args = parser.parse_args()
+
+torch.manual_seed(0)
+x = torch.empty(4096, 1).uniform_(-3, 3)
+data = TensorDataset(x, torch.sin(x) + 0.1 * torch.randn(4096, 1))
+model = torch.nn.Sequential(torch.nn.Linear(1, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+sampler = ice_launch.ElasticSampler(data, args.batch_size)
+loader = DataLoader(data, batch_sampler=sampler)
+state = ice_launch.State(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0)
+if os.path.exists(args.checkpoint):
+    state.load_state_dict(torch.load(args.checkpoint, weights_only=True))
+
+
+def save(state):
+    """Writes a file next to the checkpoint and renames it: a killed process leaves no half file."""
+    if dist.get_rank() == 0:
+        torch.save(state.state_dict(), args.checkpoint + ".new")
+        os.replace(args.checkpoint + ".new", args.checkpoint)
+    dist.barrier()
+    return args.checkpoint
+
+
+@ice_launch.elastic(save=save)
+def train(state):
+    model = ice_launch.parallel(state.model)
+    if dist.get_rank() == 0:
+        print(f"step {state.commits} with {dist.get_world_size()} ranks", flush=True)
+    for state.epoch in range(state.epoch, args.epochs):
+        state.sampler.set_epoch(state.epoch)
+        for inputs, targets in loader:
+            state.optimizer.zero_grad()
+            loss = (model(inputs) - targets).square().mean()
+            loss.backward()
+            state.optimizer.step()
+            state.commit()
+        state.scheduler.step()
+        if dist.get_rank() == 0:
+            print(f"epoch {state.epoch + 1}: loss {loss.item():.4f}", flush=True)
+    save(state)
+
+
+train(state)
