@@ -2,6 +2,7 @@
 
 mod error_file;
 mod events;
+mod excerpt;
 mod failure;
 mod outline;
 mod progress;
@@ -12,6 +13,7 @@ mod traceback;
 
 pub(crate) use error_file::ErrorDocument;
 pub(crate) use events::{Events, Happened};
+pub(crate) use excerpt::Excerpt;
 pub(crate) use failure::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure};
 pub(crate) use outline::Outline;
 pub(crate) use progress::ProgressLines;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ice_proto::rendezvous::Round;
 use serde::Serialize;
 
+use super::Excerpt;
 use super::events::timestamp;
 
 /// A round, as seen by this node. Times are in seconds; `docs/events.md` documents the fields.
@@ -46,7 +47,11 @@ pub(crate) struct Rounds {
     broken: Option<Duration>,
     /// Time at which the first round started.
     first: Option<Duration>,
-    past: Vec<RoundRecord>,
+    past: Excerpt<RoundRecord>,
+    /// Number of recoveries, and the sum of their times in seconds.
+    recoveries: (u64, f64),
+    /// Number of repeated steps.
+    repeated: u64,
     /// Local rank and time in applied steps, by process.
     applied: BTreeMap<u64, (u32, Duration)>,
 }
@@ -111,11 +116,14 @@ impl Rounds {
         record.lasted = now.saturating_sub(started).as_secs_f64();
         record.detected_after = since.map(|since| now.saturating_sub(since).as_secs_f64());
         record.ended_by = Some(reason.to_owned());
-        self.past.push(record);
-        self.past.last()
+        if let Some(time) = record.recovered_after {
+            self.recoveries = (self.recoveries.0 + 1, self.recoveries.1 + time);
+        }
+        self.repeated += record.repeated_steps;
+        Some(self.past.push(record))
     }
 
-    pub(crate) fn past(&self) -> &[RoundRecord] {
+    pub(crate) fn past(&self) -> &Excerpt<RoundRecord> {
         &self.past
     }
 
@@ -134,11 +142,11 @@ impl Rounds {
     /// Returns a line for the user at the end of the job, if ranks have reported steps.
     pub(crate) fn summary(&self, now: Duration) -> Option<String> {
         let goodput = self.goodput(now)? * 100.0;
-        let recoveries: Vec<f64> = self.past.iter().filter_map(|record| record.recovered_after).collect();
-        let repeated: u64 = self.past.iter().map(|record| record.repeated_steps).sum();
+        let (recoveries, time) = self.recoveries;
+        let repeated = self.repeated;
         let steps = if repeated == 1 { "step" } else { "steps" };
-        let mean = recoveries.iter().sum::<f64>() / recoveries.len().max(1) as f64;
-        let recovered = match recoveries.len() {
+        let mean = time / recoveries.max(1) as f64;
+        let recovered = match recoveries {
             0 => String::new(),
             1 => format!("; 1 recovery in {mean:.2} s, {repeated} {steps} repeated"),
             n => format!("; {n} recoveries in {mean:.2} s on average, {repeated} {steps} repeated"),

@@ -5,7 +5,7 @@ use std::io;
 use ice_proto::exit::ExitCode;
 use serde::Serialize;
 
-use super::{Failure, RoundRecord};
+use super::{Excerpt, Failure, RoundRecord};
 
 /// Version of the format, which increases when a field changes its meaning or is removed.
 const VERSION: u32 = 1;
@@ -19,9 +19,13 @@ pub(crate) struct Summary {
     outcome: &'static str,
     exit_code: Option<u8>,
     /// The attempts that failed on this node, in order.
-    failures: Vec<Failure>,
+    failures: Excerpt<Failure>,
+    /// Number of failures that the list does not hold.
+    failures_left_out: u64,
     /// The rounds, as seen by this node, in order.
-    rounds: Vec<RoundRecord>,
+    rounds: Excerpt<RoundRecord>,
+    /// Number of rounds that the list does not hold.
+    rounds_left_out: u64,
     /// Share of the time in applied steps, from 0 to 1. Null for a program that reports no steps.
     goodput: Option<f64>,
     /// The first log or report that could not be written, and the error.
@@ -30,15 +34,15 @@ pub(crate) struct Summary {
 
 impl Summary {
     pub(crate) fn new(run_id: &str) -> Self {
-        let (failures, rounds) = (Vec::new(), Vec::new());
-        let (run_id, outcome) = (run_id.to_owned(), "running");
         Self {
             version: VERSION,
-            run_id,
-            outcome,
+            run_id: run_id.to_owned(),
+            outcome: "running",
             exit_code: None,
-            failures,
-            rounds,
+            failures: Excerpt::default(),
+            failures_left_out: 0,
+            rounds: Excerpt::default(),
+            rounds_left_out: 0,
             goodput: None,
             log_failure: None,
         }
@@ -46,10 +50,12 @@ impl Summary {
 
     pub(crate) fn add(&mut self, failure: Failure) {
         self.failures.push(failure);
+        self.failures_left_out = self.failures.left_out();
     }
 
-    pub(crate) fn set_rounds(&mut self, rounds: &[RoundRecord], goodput: Option<f64>) {
-        (self.rounds, self.goodput) = (rounds.to_vec(), goodput);
+    pub(crate) fn set_rounds(&mut self, rounds: &Excerpt<RoundRecord>, goodput: Option<f64>) {
+        (self.rounds, self.rounds_left_out) = (rounds.clone(), rounds.left_out());
+        self.goodput = goodput;
     }
 
     /// Returns `running`, or how the job ended.

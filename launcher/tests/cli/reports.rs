@@ -177,6 +177,23 @@ fn slow_disk_delays_report_and_no_restart() {
 }
 
 #[test]
+fn report_of_many_failures_has_the_first_and_the_newest_ones() {
+    let logs = tempdir().unwrap();
+    let mut options = vec!["--devices", "cpu", "--max-restarts", "120", "--restart-backoff", "0"];
+    options.extend(["--crash-loop-limit", "0", "--log-dir", logs.path().to_str().unwrap()]);
+    run(launch(&options, "exit 3")).expect(3, &["rank 0 failed: exit code 3"]);
+    let run = fs::read_dir(logs.path()).unwrap().next().unwrap().unwrap().path();
+    let report: Value = serde_json::from_slice(&fs::read(run.join("report.json")).unwrap()).unwrap();
+    let attempts: Vec<_> =
+        report["failures"].as_array().unwrap().iter().map(|failure| failure["attempt"].as_u64()).collect();
+    let expected: Vec<_> = [0].into_iter().chain(22..=120).map(Some).collect();
+    assert_eq!(attempts, expected);
+    assert_eq!((&report["failures_left_out"], &report["rounds_left_out"]), (&21.into(), &21.into()));
+    let rounds = fs::read_to_string(run.join("rounds.jsonl")).unwrap();
+    assert_eq!(rounds.lines().count(), 121, "the file has all of them");
+}
+
+#[test]
 fn a_job_of_defaults_says_nothing_to_a_pipe() {
     let outcome = run(launch(&TWO, "echo done"));
     assert_eq!(outcome.expect(0, &[]).stderr, "");
