@@ -44,6 +44,11 @@ class Model(nn.Module):
         return self.layers(inputs).square().mean() - dist.get_world_size() * self.seen[indices].sum()
 
 
+def say(*words):
+    """Prints a line in one write: unbuffered, `print` writes the end of the line by itself."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+
+
 def die(state, place):
     # Each kill ends a round.
     for step, rank, at, *agent in KILLS[int(os.environ.get("ICE_ROUND", 0)) :][:1]:
@@ -65,7 +70,7 @@ loader = DataLoader(Numbers(), batch_sampler=sampler)
 @ice_launch.elastic
 def train(state):
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    print(f"rank {rank} of {ranks} pid {os.getpid()} commits {state.commits}", flush=True)
+    say("rank", rank, "of", ranks, "pid", os.getpid(), "commits", state.commits)
     wrapped = ice_launch.parallel(state.model, bucket_cap_mb=1)
     for state.epoch in range(state.epoch, EPOCHS):
         state.sampler.set_epoch(state.epoch)
@@ -81,8 +86,8 @@ def train(state):
             state.commit()
     if rank == 0:
         parameters = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
-        print("seen", sorted(set(model.seen.tolist())), "forwards", int(model.forwards), "commits", state.commits)
-        print("bits", hashlib.sha256(parameters).hexdigest(), scheduler.last_epoch)
+        say("seen", sorted(set(model.seen.tolist())), "forwards", int(model.forwards), "commits", state.commits)
+        say("bits", hashlib.sha256(parameters).hexdigest(), scheduler.last_epoch)
 
 
 train(state)
