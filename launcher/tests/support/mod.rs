@@ -136,7 +136,9 @@ impl Job {
                     panic!("no line `{start}` came: {:?} {}", self.seen, self.said())
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    self.reader.take().map(|reader| reader.join().unwrap());
+                    if let Some(reader) = self.reader.take() {
+                        reader.join().unwrap();
+                    }
                     panic!("it ended without a line `{start}`: {:?} {}", self.seen, self.said())
                 }
             };
@@ -230,7 +232,9 @@ impl Job {
         let left = leftovers::wait_until_none(&self.mark, Duration::from_secs(5));
         assert!(left.is_empty(), "left behind: {left:#?}");
         self.seen.extend(self.stdout.iter());
-        self.reader.take().map(|reader| reader.join().unwrap());
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
         Finished {
             code: status.code(),
             signal: status.signal(),
