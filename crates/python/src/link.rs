@@ -235,8 +235,8 @@ impl Link {
     }
 
     /// Tells the agent that the process is about to exit.
-    fn finish(&self) {
-        self.link.finish();
+    fn announce_exit(&self) {
+        self.link.announce_exit();
     }
 }
 

@@ -161,7 +161,7 @@ def _perform(function: Callable[[], Any], state: State, save: Save | None) -> An
     if link is None:
         return _perform_once(function, state)
     _leave_signals_to_agent()
-    atexit.register(link.finish)
+    atexit.register(link.announce_exit)
     link.stay()
     link.begin_run()
     return _perform_rounds(function, state, link, _run)

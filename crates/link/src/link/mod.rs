@@ -29,8 +29,8 @@ use local::Local;
 pub use state::{Boundary, Group, NextRound, Stop};
 use state::{Requests, State};
 
-/// Interval of heartbeats.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Interval of heartbeats. Short in tests, so that they see several.
+const HEARTBEAT: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 1000 });
 /// Interval at which the answering thread polls the rank's collectives, which are counted without a
 /// lock.
 const COLLECTIVES_POLL: Duration = Duration::from_millis(5);
@@ -56,7 +56,10 @@ struct Inner {
     step: AtomicU64,
     activity: Activity,
     applied_ms: AtomicU64,
+    /// Whether the process is about to exit, so that the agent may be gone.
     leaving: AtomicBool,
+    /// Whether heartbeats have ended.
+    silent: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
     /// Requests of the agent, to be published to all ranks.
@@ -103,6 +106,7 @@ impl Link {
             activity: Activity::new(),
             applied_ms: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
             state: Mutex::new(State { round, ..State::default() }),
             changed: Condvar::new(),
             requests,
@@ -516,8 +520,19 @@ impl Link {
         self.local.end();
     }
 
-    /// Tells the agent that the work is done. The agent may be gone from now on.
+    /// Tells the agent that the work is done, and ends the heartbeats. The agent may be gone from
+    /// now on.
     pub fn finish(&self) {
+        if let Some(inner) = &self.inner {
+            inner.silent.store(true, Ordering::SeqCst);
+        }
+        self.announce_exit();
+    }
+
+    /// Tells the agent that the work is done, like [`Link::finish`]. Heartbeats continue while the
+    /// process lives: an interpreter may take longer to exit than the agent waits for a silent
+    /// rank.
+    pub fn announce_exit(&self) {
         if let Some(inner) = &self.inner {
             inner.activity.mark_idle();
             inner.leaving.store(true, Ordering::SeqCst);
@@ -530,7 +545,7 @@ impl Link {
 
     fn heartbeat_loop(&self) {
         let Some(inner) = &self.inner else { return };
-        while !inner.leaving.load(Ordering::SeqCst) {
+        while !inner.silent.load(Ordering::SeqCst) {
             self.send(&inner.heartbeat());
             thread::sleep(HEARTBEAT);
         }
@@ -586,5 +601,35 @@ impl Participant for InRound {
         }
         drop(state);
         self.inner.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::IntoRawFd;
+
+    use ice_proto::frame::Decoder;
+    use ice_proto::link::Doing;
+
+    use super::*;
+
+    #[test]
+    fn process_that_takes_long_to_exit_is_not_silent() {
+        let (mut agent, rank) = UnixStream::pair().unwrap();
+        let link = Link::open(rank.into_raw_fd(), Some(0), Some(0)).unwrap();
+        link.announce_exit();
+        let (mut decoder, mut buffer) = (Decoder::new(), [0; 4096]);
+        let (mut is_done, mut resting) = (false, 0);
+        while resting < 3 {
+            let read = agent.read(&mut buffer).unwrap();
+            decoder.feed(&buffer[..read]);
+            while let Some(message) = decoder.next_message::<FromRank>().unwrap() {
+                is_done |= message == FromRank::Done;
+                let rests = matches!(message, FromRank::Heartbeat { doing: Doing::Resting, .. });
+                resting += u32::from(is_done && rests);
+            }
+        }
+        link.finish();
     }
 }
