@@ -2,15 +2,18 @@
 
 import collections
 import io
+import os
 import random
 import sys
+import types
 
 import ice_launch
 
 assert "torch" not in sys.modules, "the package imports torch"
 
 import torch
-from ice_launch import _sampler, _tree
+import torch.distributed as dist
+from ice_launch import _group, _sampler, _tree
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -184,6 +187,41 @@ def checkpoints_hold_the_state():
     assert bits(other) == bits(state)
 
 
+def abandoned_group_does_not_count():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    class Link:
+        polls = 0
+
+        def begin_round(self, place):
+            self.polls = 0
+
+        def join(self, place):
+            pass
+
+        def is_over(self):
+            # The first time before the group is being formed.
+            self.polls += 1
+            return self.polls > 20
+
+    def place(ranks):
+        return types.SimpleNamespace(
+            store_host="127.0.0.1", store_port=server.port, prefix=f"round of {ranks}", rank=0, world_size=ranks
+        )
+
+    link = Link()
+    try:
+        _group.form(link, place(2))
+    except ice_launch.RoundOver as error:
+        assert "while its process group was being formed" in str(error)
+    else:
+        raise AssertionError("rank 1 is missing")
+    group = _group.form(link, place(1))
+    # The name is part of the keys by which ranks find each other.
+    assert dist.group.WORLD.group_name == "0", dist.group.WORLD.group_name
+    group.close()
+
+
 def states_name_what_is_wrong():
     state = make()
     raises(AttributeError, "state.epoch is not part of the state", lambda: setattr(state, "epoch", 1))
@@ -200,4 +238,8 @@ states_survive_the_way()
 step_in_progress_is_undone()
 checkpoints_hold_the_state()
 states_name_what_is_wrong()
-print("checked")
+abandoned_group_does_not_count()
+sys.stdout.write("checked\n")
+sys.stdout.flush()
+# The abandoned thread still waits for rank 1, since the test has no link that closes its connection.
+os._exit(0)

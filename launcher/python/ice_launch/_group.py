@@ -118,6 +118,9 @@ def form(link: Link, place: Round) -> Group:
 
     if link.is_over():
         raise RoundOver("the round was over before it began")
+    # Groups are numbered, and the number is part of their keys. An attempt that was abandoned has
+    # used one, which other ranks have not.
+    dist.distributed_c10d._world.group_count = 0
     thread = threading.Thread(target=build, name="ice-form", daemon=True)
     thread.start()
     while not done.wait(_POLL):
