@@ -46,8 +46,9 @@ def train(state):
     model = ice_launch.parallel(state.model)
     if dist.get_rank() == 0:
         print(f"step {state.commits} with {dist.get_world_size()} ranks", flush=True)
-    for state.epoch in range(state.epoch, args.epochs):
+    while state.epoch < args.epochs:
         state.sampler.set_epoch(state.epoch)
+        loss = None
         for inputs, targets in loader:
             state.optimizer.zero_grad()
             loss = (model(inputs) - targets).square().mean()
@@ -55,9 +56,13 @@ def train(state):
             state.optimizer.step()
             state.commit()
         state.scheduler.step()
-        if dist.get_rank() == 0:
-            print(f"epoch {state.epoch + 1}: loss {loss.item():.4f}", flush=True)
-    save(state)
+        state.epoch += 1
+        # No batch belongs to this commit: from here on, the epoch is not repeated.
+        state.commit(batches=0)
+        save(state)
+        # A rank that joins after the last step of an epoch has no loss of it.
+        if dist.get_rank() == 0 and loss is not None:
+            print(f"epoch {state.epoch}: loss {loss.item():.4f}", flush=True)
 
 
 train(state)

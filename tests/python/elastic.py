@@ -75,7 +75,6 @@ def train(state):
     for state.epoch in range(state.epoch, EPOCHS):
         state.sampler.set_epoch(state.epoch)
         for indices, inputs in loader:
-            state.optimizer.zero_grad()
             die(state, "forward")
             loss = wrapped(indices, inputs)
             die(state, "backward")
@@ -84,6 +83,8 @@ def train(state):
             state.optimizer.step()
             state.scheduler.step()
             state.commit()
+            # A round that ends in the commit leaves the gradients of its step.
+            state.optimizer.zero_grad()
     if rank == 0:
         parameters = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
         say("seen", sorted(set(model.seen.tolist())), "forwards", int(model.forwards), "commits", state.commits)

@@ -125,7 +125,7 @@ def make(**options):
         model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, losses=[], average=torch.zeros(2), **options
     )
     state._is_valid = True
-    state._undo.watch_buffers(state)
+    state._undo.watch_modules(state)
     state._remember()
     return state
 
@@ -171,6 +171,66 @@ def step_in_progress_is_undone():
     begin_step(state)
     state.optimizer.step()
     assert not state._interrupted()
+
+
+def what_a_step_leaves_behind_is_dropped():
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    state = ice_launch.State(model=model, optimizer=optimizer, scaler=scaler)
+    scaler.scale(model(torch.randn(4, 3)).sum()).backward()
+    scaler.unscale_(optimizer)
+    raises(RuntimeError, "already been called", lambda: scaler.unscale_(optimizer))
+    state._clear_step()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    scaler.scale(model(torch.randn(4, 3)).sum()).backward()
+    scaler.unscale_(optimizer)
+
+
+def parameters_that_changed_outside_of_a_step_are_noticed():
+    state = make()
+    steps(state, 1)
+    # Like the first half of sharpness-aware minimization, or a momentum encoder.
+    with torch.no_grad():
+        state.model.layer.weight.add_(0.1)
+    assert not state._interrupted()
+
+
+def buffers_that_were_replaced_are_put_back():
+    for copies in [None, True]:
+        state = make(copies=copies)
+        model = state.model
+        model.register_buffer("unsaved", torch.zeros(2), persistent=False)
+        state._undo.watch_modules(state)
+        steps(state, 1)
+        model.constant = 0.9 * model.constant
+        model.unsaved = model.unsaved + 1
+        state.commit(batches=0)
+        kept = model.constant
+        model.constant = 0.9 * model.constant
+        model.unsaved.add_(1)
+        assert state._interrupted()
+        assert model.constant is kept and model.constant.tolist() == torch.full((4,), 0.9).tolist()
+        assert model.unsaved.tolist() == [1, 1]
+
+
+def epoch_ends_with_the_commit_of_its_last_batch():
+    events = []
+    sampler = ice_launch.ElasticSampler(8, 2)
+    sampler._on_begin, sampler._on_end = lambda: events.append("begin"), lambda: events.append("end")
+    for _ in DataLoader(range(8), batch_sampler=sampler, num_workers=2):
+        assert "end" not in events
+        sampler._commit(None)
+    assert events == ["begin", "end"], events
+    # After other work than a step.
+    sampler._commit(0)
+    for _ in DataLoader(range(8), batch_sampler=ice_launch.ElasticSampler(8, 2)):
+        pass
+    sampler.set_epoch(3)
+    raises(RuntimeError, "has reached epoch 3", lambda: sampler.set_epoch(2))
+    for _ in sampler:
+        sampler._commit(None)
+    assert events == ["begin", "end"] * 2, events
 
 
 def checkpoints_hold_the_state():
@@ -236,6 +296,10 @@ sampler_names_what_is_wrong()
 prefetched_batches_are_drawn_again()
 states_survive_the_way()
 step_in_progress_is_undone()
+what_a_step_leaves_behind_is_dropped()
+parameters_that_changed_outside_of_a_step_are_noticed()
+buffers_that_were_replaced_are_put_back()
+epoch_ends_with_the_commit_of_its_last_batch()
 checkpoints_hold_the_state()
 states_name_what_is_wrong()
 abandoned_group_does_not_count()

@@ -111,6 +111,7 @@ pub(crate) fn connect() -> PyResult<Option<Link>> {
     let link = ice_link::Link::open(fd, rank, round)
         .and_then(|link| link.take_signals().map(|()| link))
         .map_err(|error| PyOSError::new_err(format!("cannot use the link to the agent: {error}")))?;
+    link.leave_stuck_to_agent();
     Ok(Some(Link { link, env, is_spare, guards: Mutex::default() }))
 }
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import _link
-from ._errors import RoundOver
+from ._errors import RoundOver, StateLost
 
 if TYPE_CHECKING:
     from ._state import State
@@ -35,6 +35,14 @@ class _Run:
         self.repeats: int | None = None
         # Whether the last exception came from a commit, after its step was counted.
         self.is_between_steps = False
+        # Number of the round.
+        self.round = 0
+        # Whether the steps of an epoch are done, and how many `alone` blocks are open.
+        self.is_between_epochs, self.alone_blocks = False, 0
+
+    def tell_alone(self) -> None:
+        if self.link is not None:
+            self.link.set_alone(self.is_between_epochs or self.alone_blocks > 0)
 
 
 _run: _Run | None = None
@@ -89,11 +97,16 @@ def elastic(function: Any = None, *, save: Save | None = None) -> Any:
 def alone() -> Iterator[None]:
     """Marks work of any length without other ranks, for example a download or an evaluation on rank
     0. The agent does not take the time for a hang."""
-    _set_alone(True)
+    _count_alone(1)
     try:
         yield
     finally:
-        _set_alone(False)
+        _count_alone(-1)
+
+
+def current_round() -> int:
+    """Returns the number of the round; 0 outside of an elastic function."""
+    return 0 if _run is None else _run.round
 
 
 def is_in_state(module: Any) -> bool:
@@ -103,17 +116,24 @@ def is_in_state(module: Any) -> bool:
 
 def begin_steps() -> None:
     """Notes that an iteration over the samples begins."""
-    _set_alone(False)
+    _set_between_epochs(False)
 
 
 def end_steps() -> None:
     """Notes that no step may follow for a while: after an epoch, programs evaluate and save."""
-    _set_alone(True)
+    _set_between_epochs(True)
 
 
-def _set_alone(is_alone: bool) -> None:
-    if _run is not None and _run.link is not None:
-        _run.link.set_alone(is_alone)
+def _set_between_epochs(is_between: bool) -> None:
+    if _run is not None:
+        _run.is_between_epochs = is_between
+        _run.tell_alone()
+
+
+def _count_alone(change: int) -> None:
+    if _run is not None:
+        _run.alone_blocks += change
+        _run.tell_alone()
 
 
 def committed(state: State) -> None:
@@ -196,14 +216,15 @@ def _perform_rounds(function: Callable[[], Any], state: State, link: _link.Link,
     while place is not None:
         os.environ.update(place.variables)
         group = None
-        run.is_between_steps = False
+        run.is_between_steps, run.round = False, place.number
+        run.is_between_epochs, run.alone_blocks = False, 0
         try:
             group = _group.form(link, place)
             repeats = _transfer.agree(state, was_interrupted)
             was_interrupted = False
             run.repeats = repeats
             state._set_seeds()
-            link.set_alone(False)
+            run.tell_alone()
             link.begin()
             result = function()
             # If a rank is lost in the very last step, its replacement needs the others: no rank
@@ -225,6 +246,7 @@ def _perform_rounds(function: Callable[[], Any], state: State, link: _link.Link,
             link.end_run()
             group.close()
             return result
+        state._clear_step()
         if was_interrupted:
             state._interrupted()
         if group is not None:
@@ -242,12 +264,13 @@ def _as_round_over(link: _link.Link, error: BaseException) -> RoundOver | None:
     """Returns why the round is over; `None` if the error is the program's own."""
     if isinstance(error, RoundOver):
         return error
-    if not isinstance(error, Exception):
+    if not isinstance(error, Exception) or isinstance(error, StateLost):
         return None
-    # Collectives raise RuntimeError and its subclasses. The notice of the end may come later.
+    # Collectives raise RuntimeError and its subclasses. The notice of the end may come later, and
+    # from a lost node much later. Connections of gloo name their source file.
     if link.is_over() or (isinstance(error, RuntimeError) and link.wait_for_end(_END_OF_ROUND)):
         return RoundOver(f"a collective failed: {error}")
-    if "gloo" in str(error):
+    if isinstance(error, RuntimeError) and "gloo/transport/" in str(error):
         return RoundOver(f"a collective failed: {error}")
     return None
 

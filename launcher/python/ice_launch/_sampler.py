@@ -65,11 +65,14 @@ class ElasticSampler(Sampler[list[int]]):
         """Begins an epoch, or continues it if it is the current one.
 
         Raises:
-            RuntimeError: batches of the last epoch were used and not committed.
+            RuntimeError: batches of the last epoch were used and not committed, or the state has
+                reached a later epoch.
         """
         if epoch == self.epoch:
             self._exhausted = False
             return
+        if epoch < self.epoch:
+            raise RuntimeError(f"the state has reached epoch {self.epoch}, so the loop over epochs cannot begin at {epoch}: begin at state.epoch")
         if self._exhausted and self._drawn:
             raise RuntimeError(
                 f"{len(self._drawn)} batches of epoch {self.epoch} were not committed: "
@@ -106,7 +109,13 @@ class ElasticSampler(Sampler[list[int]]):
             self._drawn.append(position)
             yield batch.tolist()
         self._exhausted = True
-        self._on_end()
+        self._end_if_complete()
+
+    def _end_if_complete(self) -> None:
+        """Notes the end of the steps of an epoch. Workers of a loader draw the last batch long before
+        its step."""
+        if self._exhausted and not self._drawn:
+            self._on_end()
 
     def _order(self) -> torch.Tensor:
         if not self.shuffle:
@@ -124,6 +133,8 @@ class ElasticSampler(Sampler[list[int]]):
             raise ValueError(f"commit(batches={batches}), but only {len(self._drawn)} batches were drawn since the last commit")
         for _ in range(batches):
             self.position = self._drawn.popleft()
+        if batches:
+            self._end_if_complete()
         return batches
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,7 +57,10 @@ class State:
         self._commits = 0
         # Whether another rank could continue from this state: a round has begun with it.
         self._is_valid = False
-        # Whether an optimizer has changed parameters since the last commit.
+        # Number of the round of the last commit: after a loss, ranks that were cut off may have
+        # committed a step that the others have repeated without them.
+        self._commit_round = 0
+        # Whether an optimizer has made a step since the last commit.
         self._is_changed = False
         self._optimizers: list[Optimizer] = self._all(Optimizer)
         self._samplers: list[ElasticSampler] = self._all(ElasticSampler)
@@ -90,7 +93,9 @@ class State:
 
         Args:
             batches: batches of the sampler that the step has used, for example 4 if gradients of 4
-                batches were accumulated. Default: 1, or 0 if none was drawn since the last commit.
+                batches were accumulated, and 0 for a commit after other work than a step. Default:
+                1, or 0 if none was drawn since the last commit. Worker processes of a loader draw
+                ahead.
 
         Raises:
             RoundOver: the round is over. The step counts. Let `elastic` catch it.
@@ -99,6 +104,7 @@ class State:
         for sampler in self._samplers:
             sampler._commit(batches)
         self._commits += 1
+        self._commit_round = _loop.current_round()
         self._remember()
         _loop.committed(self)
         self._set_seeds()
@@ -120,6 +126,7 @@ class State:
         """
         for name, value in self._objects.items():
             value.load_state_dict(_tree.copied(state["objects"][name]))
+        self._clear_step()
         for name in self._names:
             setattr(self, name, state["values"][name])
         self._commits, self._seed = state["commits"], state["seed"]
@@ -152,10 +159,19 @@ class State:
         self._is_changed = False
         self._undo.remember(self)
 
-    def _interrupted(self) -> bool:
-        """Undoes the step in progress. Returns whether this rank can still continue from here."""
+    def _clear_step(self) -> None:
+        """Drops what a step leaves behind outside of the state: gradients, which the next step would
+        add to if the program drops them after its commit, and the stage of a `GradScaler`."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
+        for value in self._objects.values():
+            if isinstance(value, nn.Module):
+                value.zero_grad(set_to_none=True)
+            elif isinstance(value, torch.amp.GradScaler):
+                value._per_optimizer_states.clear()
+
+    def _interrupted(self) -> bool:
+        """Undoes the step in progress. Returns whether this rank can still continue from here."""
         if not self._is_valid:
             return False
         self._is_valid = self._undo.undo(self)
@@ -165,18 +181,23 @@ class State:
 class _Undo:
     """What it takes to return to the last commit.
 
-    Parameters change in `optimizer.step()` only, and what follows it up to the commit is not undone
-    unless there are copies. Buffers, learning rates, schedulers, scalers and numbers may change at
-    any time, and are small.
+    Parameters usually change in `optimizer.step()` only, and what follows it up to the commit is not
+    undone unless there are copies. Parameters that have changed otherwise are noticed by their
+    versions. Buffers, learning rates, schedulers, scalers and numbers may change at any time, and
+    are small.
     """
 
     def __init__(self) -> None:
         self._objects: dict[str, Any] = {}
         self._values: dict[str, Any] = {}
         self._groups: list[list[dict[str, Any]]] = []
+        self._parameters: list[torch.Tensor] = []
+        self._parameter_versions: list[int] = []
+        # Dicts of the modules and names in them: a program may put another tensor there.
+        self._places: list[tuple[dict[str, Any], str]] = []
         # Buffers and their copies. Batch norm changes its statistics without a new version of their
         # tensors (PyTorch 2.13), so the version counts for large buffers only.
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor | None] = []
         self._small_buffers: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         self._large_buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._versions: list[int] = []
@@ -188,6 +209,10 @@ class _Undo:
         self._objects = {name: _tree.copied(state._objects[name].state_dict()) for name in state._small}
         self._values = {name: _tree.copied(getattr(state, name)) for name in state._names}
         self._groups = [[_without_parameters(group) for group in one.param_groups] for one in state._optimizers]
+        self._parameter_versions = [parameter._version for parameter in self._parameters]
+        if any(buffers[name] is not known for (buffers, name), known in zip(self._places, self._buffers)):
+            self._copy_buffers()
+            return
         buffers, copies = self._small_buffers
         if buffers:
             torch._foreach_copy_(copies, buffers)
@@ -196,30 +221,33 @@ class _Undo:
                 copy.copy_(buffer)
                 self._versions[at] = buffer._version
 
-    def watch_buffers(self, state: State) -> None:
-        """Notes the buffers of the modules, at the beginning of a round."""
-        self._buffers = _buffers(state)
-        small = [buffer for buffer in self._buffers if buffer.numel() <= _SMALL]
+    def watch_modules(self, state: State) -> None:
+        """Notes parameters and buffers of the modules, at the beginning of a round."""
+        modules = [part for module in state._all(nn.Module) for part in module.modules()]
+        self._parameters = [parameter for module in state._all(nn.Module) for parameter in module.parameters()]
+        self._places = [(module._buffers, name) for module in modules for name in module._buffers]
+        self._copy_buffers()
+
+    def _copy_buffers(self) -> None:
+        self._buffers = [buffers[name] for buffers, name in self._places]
+        known = [buffer for buffer in self._buffers if buffer is not None]
+        small = [buffer for buffer in known if buffer.numel() <= _SMALL]
         self._small_buffers = (small, [buffer.detach().clone() for buffer in small])
-        large = [buffer for buffer in self._buffers if buffer.numel() > _SMALL]
+        large = [buffer for buffer in known if buffer.numel() > _SMALL]
         self._large_buffers = [(buffer, buffer.detach().clone()) for buffer in large]
         self._versions = [buffer._version for buffer in large]
 
     def undo(self, state: State) -> bool:
         if self._whole is not None:
-            commits = state._commits
+            self._restore_buffers()
+            commits, number = state._commits, state._commit_round
             state.load_state_dict(self._whole)
+            state._commit_round = number
             return state._commits == commits
-        now = _buffers(state)
-        is_same = len(now) == len(self._buffers) and all(a is b for a, b in zip(now, self._buffers))
-        if state._is_changed or not is_same:
+        versions = [parameter._version for parameter in self._parameters]
+        if state._is_changed or versions != self._parameter_versions:
             return False
-        with torch.no_grad():
-            for buffer, copy in zip(*self._small_buffers):
-                buffer.copy_(copy)
-            for (buffer, copy), version in zip(self._large_buffers, self._versions):
-                if buffer._version != version:
-                    buffer.copy_(copy)
+        self._restore_buffers()
         for optimizer, groups in zip(state._optimizers, self._groups):
             for group, saved in zip(optimizer.param_groups, groups):
                 group.update(_tree.copied(saved))
@@ -228,10 +256,16 @@ class _Undo:
         state.__dict__.update(_tree.copied(self._values))
         return True
 
+    def _restore_buffers(self) -> None:
+        for (buffers, name), buffer in zip(self._places, self._buffers):
+            buffers[name] = buffer
+        with torch.no_grad():
+            for buffer, copy in zip(*self._small_buffers):
+                buffer.copy_(copy)
+            for (buffer, copy), version in zip(self._large_buffers, self._versions):
+                if buffer._version != version:
+                    buffer.copy_(copy)
+
 
 def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
     return {key: _tree.copied(value) for key, value in group.items() if key != "params"}
-
-
-def _buffers(state: State) -> list[torch.Tensor]:
-    return [buffer for module in state._all(nn.Module) for buffer in module.buffers()]

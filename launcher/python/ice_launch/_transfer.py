@@ -19,7 +19,7 @@ def agree(state: State, was_interrupted: bool) -> int:
     """Gives all ranks the newest committed state. Collective.
 
     In the first round that is the state of rank 0. Later it is that of the rank with the most
-    commits, which ranks in the middle of a step, and new ranks, adopt.
+    commits, and of the newest round among these, which all other ranks adopt.
 
     Args:
         state: the state of this rank, whose step in progress is undone.
@@ -33,29 +33,30 @@ def agree(state: State, was_interrupted: bool) -> int:
         StateLost: all ranks that had a state were interrupted where it cannot be undone.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = torch.tensor([state._is_valid, state._commits, was_interrupted])
+    own = torch.tensor([state._is_valid, state._commits, state._commit_round, was_interrupted], device="cpu")
     all_ranks = [torch.empty_like(own) for _ in range(ranks)]
     dist.all_gather(all_ranks, own)
     progress = [tuple(one.tolist()) for one in all_ranks]
-    valid = [(commits, -at) for at, (is_valid, commits, _) in enumerate(progress) if is_valid]
+    versions = [(commits, number) for _, commits, number, _ in progress]
+    valid = [at for at, one in enumerate(progress) if one[0]]
     if valid:
-        newest, at = max(valid)
-        source = -at
-        lacking = [at for at, (is_valid, commits, _) in enumerate(progress) if not is_valid or commits < newest]
-    elif any(interrupted for _, _, interrupted in progress):
+        source = max(valid, key=lambda at: (versions[at], -at))
+        lacking = [at for at in range(ranks) if at not in valid or versions[at] != versions[source]]
+    elif any(interrupted for *_, interrupted in progress):
         raise StateLost(
-            "every rank was interrupted after optimizer.step() and before state.commit(), so no state is left "
+            "every rank was interrupted between a change of its parameters and state.commit(), so no state is left "
             "to continue from: move the collective between the two after commit(), or use State(copies=True)"
         )
     else:
-        source, newest = 0, progress[0][1]
+        source = 0
         lacking = list(range(1, ranks))
     repeats = was_interrupted and rank not in lacking
     if rank == source and lacking:
         _send(state, lacking)
     elif rank in lacking:
         _receive(state, source)
-    state._undo.watch_buffers(state)
+    state._commit_round = versions[source][1]
+    state._undo.watch_modules(state)
     state._remember()
     state._is_valid = True
     return int(repeats)
@@ -64,7 +65,7 @@ def agree(state: State, was_interrupted: bool) -> int:
 def _send(state: State, to: list[int]) -> None:
     text, tensors = _tree.flatten(state.state_dict())
     encoded = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    parts = [torch.tensor([encoded.numel()]), encoded, *(_bytes(tensor.cpu()) for tensor in tensors if tensor.numel())]
+    parts = [torch.tensor([encoded.numel()], device="cpu"), encoded, *(_bytes(tensor.cpu()) for tensor in tensors if tensor.numel())]
     # Started together: gloo then waits once for all of them, and not once for each.
     works = [dist.isend(part, rank) for rank in to for part in parts]
     for work in works:
@@ -72,12 +73,12 @@ def _send(state: State, to: list[int]) -> None:
 
 
 def _receive(state: State, source: int) -> None:
-    length = torch.empty(1, dtype=torch.int64)
+    length = torch.empty(1, dtype=torch.int64, device="cpu")
     dist.recv(length, source)
-    encoded = torch.empty(int(length), dtype=torch.uint8)
+    encoded = torch.empty(int(length), dtype=torch.uint8, device="cpu")
     dist.recv(encoded, source)
     text = ctypes.string_at(encoded.data_ptr(), encoded.numel()).decode()
-    tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in _tree.shapes(text)]
+    tensors = [torch.empty(shape, dtype=dtype, device="cpu") for dtype, shape in _tree.shapes(text)]
     works = [dist.irecv(_bytes(tensor), source) for tensor in tensors if tensor.numel()]
     for work in works:
         work.wait()

@@ -4,7 +4,7 @@
 //! all waits on `changed`, and aborts the waits that a condition variable does not reach:
 //! connections of gloo and of the store, and NCCL's group. The rank's own thread then sees
 //! [`State::stop`] and sets `noticed`. If it does not within [`ABORT_TIMEOUT`], a third thread ends
-//! the process.
+//! the process, unless that is left to the agent.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -115,6 +115,9 @@ impl Inner {
     /// Aborts the waits of a round that is over, and starts the timeout.
     fn abort_round(self: &Arc<Self>, round: u64) {
         self.abort_waits();
+        if self.state().agent_ends_stuck {
+            return;
+        }
         let inner = Arc::clone(self);
         if let Err(error) =
             thread::Builder::new().name("ice-stop".into()).spawn(move || inner.exit_if_stuck(round))

@@ -308,6 +308,15 @@ impl Link {
         assigned.or_else(|| std::env::var_os(TORCHELASTIC_ERROR_FILE).map(PathBuf::from))
     }
 
+    /// Leaves it to the agent to end this process if it does not notice the end of its round. The
+    /// agent waits for its shutdown timeout, and so for a long step of a program that looks at the
+    /// link in collectives and between steps only. By default the process exits after 5 s.
+    pub fn leave_stuck_to_agent(&self) {
+        if let Some(inner) = &self.inner {
+            inner.state().agent_ends_stuck = true;
+        }
+    }
+
     /// Returns a guard to hold during a write that must not be interrupted.
     pub fn exit_guard(&self) -> ExitGuard {
         if let Some(inner) = &self.inner {

@@ -56,6 +56,8 @@ pub(super) struct State {
     pub(super) ended: bool,
     /// Whether the rank stops at this boundary.
     pub(super) stopping: bool,
+    /// Whether the agent alone ends a rank that does not notice the end of its round.
+    pub(super) agent_ends_stuck: bool,
     /// Whether the rank's own thread has noticed that it is to stop.
     pub(super) noticed: bool,
     /// Connections of the round, as far as they are open.
