@@ -139,8 +139,11 @@ fn a_rank_that_is_behind_is_found_and_the_job_restarted() {
 fn a_rank_that_is_suspended_is_found() {
     let folder = tempdir().unwrap();
     let log = folder.path().join("events");
+    // A temporary folder of logs is gone once the job has finished.
+    let logs = folder.path().join("logs");
     let options = ["--devices", "cpu:0-1", "--hang-timeout", "1", "--events", log.to_str().unwrap()];
-    let job = Program::ice_launch(options).arg(built("rank")).arg("step").start();
+    let job = Program::ice_launch(options).args(["--log-dir", logs.to_str().unwrap()]);
+    let job = job.arg(built("rank")).arg("step").start();
     job.wait_for_line(SOON, |line| line.contains("step 3"));
     let second = events(&log, "rank_started").into_iter().find(|event| event["rank"] == 1).unwrap();
     let pid = second["pid"].as_i64().and_then(|pid| Pid::from_raw(i32::try_from(pid).unwrap())).unwrap();
