@@ -19,7 +19,7 @@ class RoundOver(BaseException):
 class StateLost(RuntimeError):
     """No rank has a committed state to continue from, so the job has to be restarted.
 
-    Every rank that is left was interrupted after ``optimizer.step()`` and before ``commit()``, by a
-    collective between the two. Move that collective after ``commit()``, or pass ``copies=True`` to
+    Every rank that is left was interrupted after its parameters had changed and before
+    ``commit()``, by a collective between the two. Move that collective after ``commit()``, or pass ``copies=True`` to
     `State`.
     """
