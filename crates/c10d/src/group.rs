@@ -247,8 +247,8 @@ impl ProcessGroup {
 
     /// Aborts operations in progress on the device, if the backend supports it. On CUDA, no
     /// operation then waits for a lost peer. The group is unusable afterwards, and so are tensors
-    /// that took part in a collective. Gloo's collectives end with their connections, which `ice-link`
-    /// closes.
+    /// that took part in a collective. Gloo's collectives end with their connections, which
+    /// `ice-link` closes.
     pub fn abort(&self) {
         // SAFETY: the group is alive; c10d lets any thread abort.
         let outcome = check(|message| unsafe { ffi::ice_group_abort(self.shared.handle.pointer(), message) });
