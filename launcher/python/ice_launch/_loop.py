@@ -75,7 +75,7 @@ def elastic(function: Any = None, *, save: Save | None = None) -> Any:
 
     Raises:
         RuntimeError: it is called a second time in one process, or within an elastic function, or
-            the program has formed the default group itself.
+            under an agent, the program has formed the default group itself.
         StateLost: no rank has a state to continue from.
         TypeError: the first argument is not a `State`.
     """

@@ -240,9 +240,8 @@ class _Undo:
     def undo(self, state: State) -> bool:
         if self._whole is not None:
             self._restore_buffers()
-            commits, number = state._commits, state._commit_round
+            commits = state._commits
             state.load_state_dict(self._whole)
-            state._commit_round = number
             return state._commits == commits
         versions = [parameter._version for parameter in self._parameters]
         if state._is_changed or versions != self._parameter_versions:

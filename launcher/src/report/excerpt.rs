@@ -20,7 +20,7 @@ impl<T> Default for Excerpt<T> {
 
 impl<T> Excerpt<T> {
     /// Maximum number of items.
-    pub(crate) const MAX: usize = 100;
+    const MAX: usize = 100;
 
     /// Adds an item, and removes the second one if the list is full. Returns the added item.
     pub(crate) fn push(&mut self, item: T) -> &T {

@@ -195,7 +195,7 @@ impl<'a> Etcd<'a> {
             Some(Ok(record)) => Some(record),
             Some(Err(error)) => {
                 let problem = format!("the key {state} of etcd is of another release ({error}): remove it");
-                let _ = self.client.lease_revoke(lease).await;
+                let _ = self.revoke_unused_lease().await;
                 return Err(Error::Refused { problem });
             }
         };

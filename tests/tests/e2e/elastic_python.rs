@@ -13,13 +13,12 @@ fn script(launcher: Program, python: &Path, name: &str) -> Program {
     launcher.arg(python).arg(python_script(name))
 }
 
-/// Returns the rest of the line that begins with this word.
+/// Returns the rest of each line that begins with this word.
 fn said<'a>(output: &'a str, word: &str) -> Vec<&'a str> {
     output.lines().filter_map(|line| line.strip_prefix(word)).collect()
 }
 
-/// Returns the process ids of each rank in the order of its rounds, as far as its lines have this
-/// number of ranks.
+/// Returns the process ids of each rank, in the order of its rounds.
 fn processes(output: &str) -> BTreeMap<u32, Vec<u32>> {
     let mut all: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     for line in said(output, "rank ") {
