@@ -146,13 +146,14 @@ place() {
     mv -fT "$1.new" "$1"
 }
 
-# pip_tool NAME==VERSION: installs a tool of PyPI below .deps, unless this version is there
+# pip_tool NAME==VERSION...: installs tools of PyPI into .deps/tools/NAME, the first one's name, unless these versions are there
 pip_tool() {
-    local name=${1%%==*}
-    ! "$DEPS/tools/$name/bin/$name" --version 2>/dev/null | grep -q " ${1##*==}\$" || return 0
+    local folder=$DEPS/tools/${1%%==*} tool missing=()
+    for tool in "$@"; do [ -d "$folder/${tool/==/-}.dist-info" ] || missing+=("$tool"); done
+    [ ${#missing[@]} -gt 0 ] || return 0
     need python3 pip
-    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --upgrade \
-        --target "$DEPS/tools/$name" "$1" || die "pip could not install $1" "read pip's message above"
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --upgrade --target "$folder" "$@" ||
+        die "pip could not install $*" "read pip's message above"
 }
 
 # for_others: from here on cargo builds what others run, into a folder of its own: without paths of this machine, dated by the commit
