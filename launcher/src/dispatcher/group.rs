@@ -81,11 +81,6 @@ impl<'a> Group<'a> {
         let spares = Spares::new(if plan.preload.is_empty() { plan.spares } else { 0 });
         let memory = MemoryWatch::new();
         let (started, error) = (0, None);
-        let heartbeats = Heartbeats::make()
-            .inspect_err(|error| {
-                console.note(&format!("ICE_HEARTBEAT_FILE is not set: no temporary folder: {error}"))
-            })
-            .ok();
         Self {
             plan,
             tree,
@@ -103,12 +98,17 @@ impl<'a> Group<'a> {
             executable: Executable::open(&plan.program),
             warm,
             started,
-            heartbeats,
+            heartbeats: None,
             timer_file: None,
             summary,
             rounds: None,
             error,
         }
+    }
+
+    /// Gives the ranks files for heartbeats.
+    pub(super) fn set_heartbeats(&mut self, heartbeats: Option<Heartbeats>) {
+        self.heartbeats = heartbeats;
     }
 
     /// Sets the path of the pipe on which ranks request timers.

@@ -5,10 +5,13 @@ use tokio::task::JoinSet;
 
 use super::RankEvent;
 use crate::agent::Hang;
-use crate::supervise::write_stacks;
+use crate::supervise::{Stacks, write_stacks};
 
 /// Number of debuggers that run at the same time.
 const AT_ONCE: usize = 4;
+
+const IN_DESTRUCTOR: &str = "waits in the destructor of a gloo group, which a DistributedDataParallel object \
+    has outlived: delete that object before destroy_process_group()";
 
 /// Writes the stacks of all ranks, given as rank, process and file, and sends an event once they
 /// are written.
@@ -25,9 +28,11 @@ pub(super) async fn inspect(
             found.extend(work.join_next().await);
         }
         work.spawn(async move {
-            write_stacks(pid, path.as_deref())
-                .await
-                .unwrap_or_else(|error| format!("none of rank {rank}: {error}"))
+            match write_stacks(pid, path.as_deref()).await {
+                Ok(Stacks { kinds, ends_group: false }) => kinds,
+                Ok(Stacks { kinds, ends_group: true }) => format!("{kinds}; rank {rank} {IN_DESTRUCTOR}"),
+                Err(error) => format!("none of rank {rank}: {error}"),
+            }
         });
     }
     found.extend(work.join_all().await.into_iter().map(Ok));

@@ -6,6 +6,7 @@
 mod clock;
 mod finished;
 mod group;
+mod import_hint;
 mod inspect;
 mod leaving;
 mod link;
@@ -35,12 +36,13 @@ use tokio::sync::mpsc;
 use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
 use crate::report::{ErrorDocument, Events, Happened, ProgressLines, Rounds};
-use crate::supervise::{Caught, ProcessId, ProcessTree, Remains, Signals};
+use crate::supervise::{Caught, Heartbeats, ProcessId, ProcessTree, Remains, Signals};
 use crate::warm::Warm;
 use crate::{Error, LaunchPlan, preempt};
 use clock::Clock;
 use finished::Finished;
 use group::Group;
+use import_hint::ImportHint;
 use question::Answer;
 use ranks_store::StoreOffer;
 use timers::{FileTimers, requested};
@@ -68,7 +70,11 @@ pub(crate) enum RankEvent {
 /// Carries out a plan and returns the exit code of the launcher.
 pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
     let mut signals = Signals::new(&plan.signals, &plan.notice_signals()).map_err(Error::Runtime)?;
-    let (tree, notes) = ProcessTree::root();
+    let heartbeats = Heartbeats::make();
+    let (tree, mut notes) = ProcessTree::root(heartbeats.as_ref().ok().map(Heartbeats::folder));
+    if let Err(error) = &heartbeats {
+        notes.push(format!("ICE_HEARTBEAT_FILE is not set: no temporary folder: {error}"));
+    }
     let _reaper = tree.reap().map_err(Error::Runtime)?;
     let meeting = Arc::new(Rendezvous::open(plan.meeting.clone(), plan.place.clone()).await?);
     let (console, said) = Console::open().map_err(Error::Runtime)?;
@@ -129,7 +135,8 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         events,
         warm,
     )
-    .with_timers(timers);
+    .with_timers(timers)
+    .with_heartbeats(heartbeats.ok());
     let mut gave_up = false;
     let outcome = dispatcher.run(&mut signals, &mut gave_up).await;
     // After an error ranks may still run, and the dispatcher that supervised them is gone.
@@ -223,6 +230,7 @@ struct Dispatcher<'a> {
     left: Option<String>,
     /// Ranks of this node that have exited with code 0 while others run.
     finished: Finished,
+    import_hint: ImportHint,
     /// Whether the time for the line at the start of the job has come.
     is_introduced: bool,
     /// Reason why the job is over, according to the coordinator or the connection to it.
@@ -287,6 +295,7 @@ impl<'a> Dispatcher<'a> {
             saved: None,
             left: None,
             finished: Finished::default(),
+            import_hint: ImportHint::new(plan),
             is_introduced: false,
             over: None,
             looking: None,
@@ -297,6 +306,11 @@ impl<'a> Dispatcher<'a> {
     fn with_timers(mut self, timers: Option<FileTimers>) -> Self {
         self.group.set_timer_file(timers.as_ref().map(FileTimers::path));
         Self { timers, ..self }
+    }
+
+    fn with_heartbeats(mut self, heartbeats: Option<Heartbeats>) -> Self {
+        self.group.set_heartbeats(heartbeats);
+        self
     }
 
     async fn run(mut self, signals: &mut Signals, gave_up: &mut bool) -> Result<ExitCode, Error> {
@@ -524,6 +538,11 @@ impl<'a> Dispatcher<'a> {
             node: round.assignment.group_rank,
             world_size: round.world_size,
         });
+        if round.restart_count > 0
+            && let Some(hint) = self.import_hint.line()
+        {
+            self.console.note(hint);
+        }
         let nodes = round.nodes;
         let (host, port) = self.meeting.address();
         let began = round.clone();

@@ -27,7 +27,10 @@ impl Dispatcher<'_> {
                 self.timers.iter_mut().for_each(|timers| timers.gone(local_rank));
                 match exit.is_success() {
                     true => self.finished.add(rank, now),
-                    false => _ = self.trouble.get_or_insert(now),
+                    false => {
+                        self.trouble.get_or_insert(now);
+                        self.import_hint.look(self.group.living().into_values());
+                    }
                 }
                 self.paused.remove(&local_rank);
                 self.console.no_status();

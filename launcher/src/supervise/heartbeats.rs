@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 use tempfile::TempDir;
@@ -18,6 +18,11 @@ impl Heartbeats {
         let folder = tempfile::Builder::new().prefix("ice-launch-heartbeats-").tempdir()?;
         fs::File::open(folder.path())?.set_modified(UNIX_EPOCH)?;
         Ok(Self(folder))
+    }
+
+    /// Returns the path of the folder, which is absolute.
+    pub(crate) fn folder(&self) -> &Path {
+        self.0.path()
     }
 
     /// Returns the file of a process, by the number that the agent has given to the process.

@@ -2,8 +2,8 @@
 //!
 //! Ranks die with their agent by the kernel's death signal. Their descendants have no such signal,
 //! and a rank that changes its credentials loses it. The keeper is forked at the start, waits for
-//! the end of the agent, and kills every process that carries the job's mark until none is left. An
-//! agent that exits by itself dismisses its keeper.
+//! the end of the agent, kills every process that carries the job's mark until none is left, and
+//! removes the job's temporary folder. An agent that exits by itself dismisses its keeper.
 //!
 //! - **KP-1** The keeper is ready before the first rank starts.
 //! - **KP-2** The keeper is not the agent's child, and shares neither its session, its process
@@ -14,11 +14,13 @@
 
 #![expect(unsafe_code, reason = "fork, and code after it")]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::libc;
@@ -27,7 +29,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, getpid, setsid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags, RawDir, SeekFrom, openat, seek};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, SeekFrom, openat, seek, unlinkat};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::mark::{self, Mark};
@@ -46,8 +48,9 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    /// Forks the keeper, and waits until it is ready.
-    pub(super) fn start(mark: Mark) -> io::Result<Self> {
+    /// Forks the keeper, and waits until it is ready. It removes `folder` after the end of the job.
+    pub(super) fn start(mark: Mark, folder: Option<&Path>) -> io::Result<Self> {
+        let folder = folder.map(|folder| CString::new(folder.as_os_str().as_bytes())).transpose()?;
         let own = rustix::process::getpid();
         let agent = pidfd_open(own, PidfdFlags::empty())?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -68,7 +71,7 @@ impl Keeper {
                 detach(arguments);
                 let _ = rustix::io::write(&ready, &getpid().as_raw().to_ne_bytes());
                 if hold_only([&agent, &told, &proc]) {
-                    keep(mark);
+                    keep(mark, folder.as_deref());
                 }
             }
             exit();
@@ -164,7 +167,7 @@ fn exit() -> ! {
 }
 
 /// Waits for the end of the agent, and ends the processes that it has left.
-fn keep(mark: Mark) -> ! {
+fn keep(mark: Mark, folder: Option<&CStr>) -> ! {
     // SAFETY: `hold_only` has opened the three descriptors, and no code closes them.
     let [agent, control, proc] =
         [AGENT, CONTROL, PROC].map(|number| unsafe { BorrowedFd::borrow_raw(number) });
@@ -185,6 +188,9 @@ fn keep(mark: Mark) -> ! {
         }
         if !ends[0].revents().is_empty() {
             end_all(proc, mark);
+            if let Some(folder) = folder {
+                remove(folder);
+            }
             exit();
         }
     }
@@ -215,6 +221,18 @@ fn end_all(proc: BorrowedFd<'_>, mark: Mark) {
         waited += pause;
         pause = (pause * 2).min(PAUSE);
     }
+}
+
+/// Removes a folder and the files in it.
+fn remove(path: &CStr) {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(folder) = openat(CWD, path, flags, Mode::empty()) else { return };
+    let mut buffer = [MaybeUninit::<u8>::uninit(); 4096];
+    let mut entries = RawDir::new(&folder, &mut buffer);
+    while let Some(Ok(entry)) = entries.next() {
+        let _ = unlinkat(&folder, entry.file_name(), AtFlags::empty());
+    }
+    let _ = unlinkat(CWD, path, AtFlags::REMOVEDIR);
 }
 
 fn kill(proc: BorrowedFd<'_>, pid: i32, mark: Mark) {

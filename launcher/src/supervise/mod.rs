@@ -29,6 +29,6 @@ pub(crate) use memory::MemoryWatch;
 pub(crate) use proc::{cpu_times, descendants, handles};
 pub(crate) use process::{Rank, Start, Stdio, spawn};
 pub(crate) use signals::{Caught, Signals};
-pub(crate) use stacks::write_stacks;
+pub(crate) use stacks::{Stacks, write_stacks};
 pub(crate) use timer_pipe::{TimerPipe, TimerRequest};
 pub(crate) use tree::ProcessTree;

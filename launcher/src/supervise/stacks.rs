@@ -36,9 +36,21 @@ const NOISE: [&str; 9] = [
     "Download",
 ];
 
+/// Frame of the destructor of a gloo group. In PyTorch 2.13 it joins threads that may wait for the
+/// interpreter's lock, which this thread may hold.
+const DESTRUCTOR: &str = "c10d::ProcessGroupGloo::~ProcessGroupGloo";
+
+/// Information about a process that was written into a file.
+pub(crate) struct Stacks {
+    /// The kinds of information in one line.
+    pub(crate) kinds: String,
+    /// Whether a thread is in the destructor of a gloo group.
+    pub(crate) ends_group: bool,
+}
+
 /// Writes information about a process into a file: its threads from the kernel, and their stacks
-/// from py-spy or gdb if one of them is installed. Returns the kinds of information in one line.
-pub(crate) async fn write_stacks(pid: u32, path: Option<&Path>) -> io::Result<String> {
+/// from py-spy or gdb if one of them is installed.
+pub(crate) async fn write_stacks(pid: u32, path: Option<&Path>) -> io::Result<Stacks> {
     let Some(path) = path else { return Err(io::Error::other("no file for them can be written")) };
     // In another PID namespace the id would be another process's, which a debugger would stop.
     if let Some(why) = unusable() {
@@ -70,8 +82,8 @@ pub(crate) async fn write_stacks(pid: u32, path: Option<&Path>) -> io::Result<St
             Err(error) => _ = writeln!(text, "\n--- {name}: {error}"),
         }
     }
-    fs::write(path, text)?;
-    Ok(found.join(", "))
+    fs::write(path, &text)?;
+    Ok(Stacks { kinds: found.join(", "), ends_group: text.contains(DESTRUCTOR) })
 }
 
 /// Returns the Python that a process was started as. In a virtual environment, this name is a link,
@@ -150,7 +162,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("stacks.txt");
         let found = write_stacks(std::process::id(), Some(&path)).await.unwrap();
-        assert!(found.starts_with("threads"), "{found}");
+        assert!(found.kinds.starts_with("threads") && !found.ends_group, "{}", found.kinds);
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains("thread ") && text.contains("(running)"), "{text}");
     }

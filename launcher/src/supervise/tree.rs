@@ -9,6 +9,7 @@
 //! own session, so a descendant of a rank is never in the agent's session.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -57,10 +58,11 @@ impl Drop for Reaper {
 
 impl ProcessTree {
     /// Makes this process the one that adopts orphaned descendants, and starts its keeper. Must be
-    /// called before the first process is started.
+    /// called before the first process is started. If this process is killed, the keeper removes
+    /// `folder`, which has files only.
     ///
     /// Also returns notes for the user.
-    pub(crate) fn root() -> (Arc<Self>, Vec<String>) {
+    pub(crate) fn root(folder: Option<&Path>) -> (Arc<Self>, Vec<String>) {
         let mut notes = Vec::new();
         let blind = proc::unusable();
         if let Some(why) = &blind {
@@ -78,7 +80,7 @@ impl ProcessTree {
             tracing::debug!(%error, "processes cannot be marked");
             None
         });
-        let keeper = match mark.filter(|_| blind.is_none()).map(Keeper::start) {
+        let keeper = match mark.filter(|_| blind.is_none()).map(|mark| Keeper::start(mark, folder)) {
             Some(Ok(keeper)) => Some(keeper),
             Some(Err(error)) => {
                 notes.push(format!(

@@ -28,7 +28,7 @@ use crate::logs::{Console, Files};
 use crate::placement::{CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES};
 use crate::supervise::{ProcessId, ProcessTree, Rank, Start, Stdio, TEMPLATE, expected_thread_variables};
 use command::PythonCommand;
-use template::{Outcome, Setup, Template, Trouble, Waiting};
+use template::{Failure, Outcome, Setup, Template, Trouble, Waiting};
 use wire::Message;
 
 /// Templates that a job starts at most: after that something ends each of them.
@@ -36,7 +36,9 @@ const MOST_TEMPLATES: u32 = 10;
 
 /// The template of this node, and what it is made from.
 pub(crate) struct Warm {
+    /// Words of `--preload`.
     modules: Vec<String>,
+    program: Program,
     /// How many spares are kept.
     wanted: usize,
     /// CPUs of the rank that is bound to the fewest, if ranks are bound.
@@ -56,6 +58,8 @@ struct State {
     /// The thread variables of the template.
     variables: Vec<(&'static str, String)>,
     started: u32,
+    /// Modules that `auto` leaves out, as words for the template.
+    left_out: Vec<String>,
     /// Last message to the user, which is not repeated.
     said: String,
 }
@@ -77,6 +81,7 @@ impl Warm {
         let contract = names::ALL.iter().map(|(name, _)| *name).filter(|name| !is_fixed(name));
         let warm = Self {
             modules: plan.preload.clone(),
+            program: plan.program.clone(),
             wanted: plan.spares as usize,
             cpus: plan.cpus.as_ref().and_then(|cpus| cpus.iter().map(BTreeSet::len).min()),
             rank_variables: contract.chain([CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES]).collect(),
@@ -88,23 +93,27 @@ impl Warm {
                 spares: Vec::new(),
                 variables: expected_thread_variables(plan),
                 started: 0,
+                left_out: Vec::new(),
                 said: String::new(),
             }),
         };
         if !warm.modules.is_empty() {
-            warm.renew(&plan.program, &plan.program.path);
+            warm.renew(&plan.program.path);
         }
         warm
     }
 
     /// Waits until the template can fork, or is known not to.
     pub(crate) async fn ready(&self) {
-        let phase = std::mem::replace(&mut self.state.borrow_mut().phase, Phase::Off);
-        let phase = match phase {
-            Phase::Starting(template, outcome) => self.judge(template, outcome.await.unwrap_or_else(ended)),
-            phase => phase,
-        };
-        self.state.borrow_mut().phase = phase;
+        loop {
+            let phase = std::mem::replace(&mut self.state.borrow_mut().phase, Phase::Off);
+            match phase {
+                Phase::Starting(template, outcome) => {
+                    self.judge(template, outcome.await.unwrap_or_else(ended));
+                }
+                phase => return self.state.borrow_mut().phase = phase,
+            }
+        }
     }
 
     /// Its process, which is no rank's.
@@ -145,7 +154,7 @@ impl Warm {
         let spares = std::mem::take(&mut self.state.borrow_mut().spares);
         spares.into_iter().for_each(Waiting::discard);
         self.say(&trouble.0);
-        self.renew(start.program, start.executable);
+        self.renew(start.executable);
         None
     }
 
@@ -156,9 +165,7 @@ impl Warm {
             Phase::Starting(template, mut outcome) => match outcome.try_recv() {
                 Ok(outcome) => {
                     drop(state);
-                    let phase = self.judge(template, outcome);
-                    self.state.borrow_mut().phase = phase;
-                    return;
+                    return self.judge(template, outcome);
                 }
                 Err(_) => Phase::Starting(template, outcome),
             },
@@ -166,28 +173,33 @@ impl Warm {
         };
     }
 
-    fn judge(&self, template: Template, outcome: Outcome) -> Phase {
+    /// Notes how the start of a template has ended. Starts another one if a module is to be left out.
+    fn judge(&self, template: Template, outcome: Outcome) {
         match outcome {
-            Ok(()) => Phase::Ready(template),
-            Err(why) => {
-                self.say(&why);
-                Phase::Off
+            Ok(()) => self.state.borrow_mut().phase = Phase::Ready(template),
+            Err(Failure::Other(why)) => self.say(&why),
+            Err(Failure::Misfit { module, why }) => {
+                let executable = template.executable.clone();
+                drop(template);
+                self.console.note(&format!("--preload auto leaves a module to the ranks: {why}"));
+                self.state.borrow_mut().left_out.push(format!("-{module}"));
+                self.renew(&executable);
             }
         }
     }
 
     /// Starts a template, with which this round's ranks, or those of the next one, are started.
-    fn renew(&self, program: &Program, executable: &Path) {
-        let Some(command) = command_of(program, 0) else {
+    fn renew(&self, executable: &Path) {
+        let Some(command) = command_of(&self.program, 0) else {
             return self.say("the program is not run by Python");
         };
-        let variables = {
+        let (variables, left_out) = {
             let mut state = self.state.borrow_mut();
             if state.started == MOST_TEMPLATES {
                 return;
             }
             state.started += 1;
-            state.variables.clone()
+            (state.variables.clone(), state.left_out.clone())
         };
         if let Some(why) = self.cpus.and_then(|cpus| unbindable(cpus, &variables)) {
             return self.say(&why);
@@ -196,7 +208,7 @@ impl Warm {
             tree: &self.tree,
             executable: command.interpreter.as_deref().unwrap_or(executable),
             command: &command,
-            modules: &self.modules,
+            modules: &[&self.modules[..], &left_out].concat(),
             variables,
             rank_variables: &self.rank_variables,
             output: (&self.console, &self.files),
@@ -278,7 +290,7 @@ impl Warm {
 }
 
 fn ended<E>(_: E) -> Outcome {
-    Err("the template has ended".into())
+    Err(Failure::Other("the template has ended".into()))
 }
 
 /// Variables by which OpenMP divides the CPUs that it finds when it is loaded.
@@ -299,6 +311,11 @@ fn unbindable(cpus: usize, variables: &[(&'static str, String)]) -> Option<Strin
     let names = [names::OMP_NUM_THREADS, names::MKL_NUM_THREADS];
     let name = names.into_iter().find(|name| !is_fixed(name))?;
     Some(format!("{name} is not a number up to {cpus}, the CPUs to which --numa-binding binds a rank"))
+}
+
+/// Whether ranks of this program can be forked.
+pub(crate) fn is_python(program: &Program) -> bool {
+    command_of(program, 0).is_some()
 }
 
 /// The command line of a rank.

@@ -3,7 +3,7 @@ try:
     import ctypes
     libc = ctypes.CDLL(None, use_errno=True)
 except (ImportError, OSError) as error:
-    fail('this Python has no ctypes: %s' % one_line(error))
+    failed('this Python has no ctypes: %s' % one_line(error))
 
 PR_SET_PDEATHSIG, PR_SET_MM, PR_SET_MM_MAP = 1, 35, 14
 SIGKILL = 9

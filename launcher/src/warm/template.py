@@ -1,6 +1,6 @@
 # The template process: it imports the modules of `--preload` and forks ranks.
 #
-# `boot.py`, the text of `python -c`, reads this file and `rank.py` from the control socket. `serve`
+# `boot.py`, the text of `python -c`, reads this file, `imports.py` and `rank.py` from the control socket. `serve`
 # returns in forked ranks only. A rank runs the user's program from the frame of `boot.py`, so that a
 # single frame precedes the program's own.
 #
@@ -39,12 +39,13 @@ def serve(boot):
     folder = program_folder(program)
     if folder is not None:
         sys.path[0] = folder
-    modules = [name for word in sys.argv[3:] for name in (TORCH if word == 'torch' else [word])]
-    preload(modules)
+    # Objects of the template are shared with its ranks, so a collection in a rank must not write to
+    # them. One during the imports would take time, and leave holes that ranks write new objects into.
+    gc.disable()
+    preload(list(wanted(sys.argv[3:])))
     note_sources()
-    # Objects of the template are shared with its ranks: a collection in a rank must not write to them.
-    gc.collect()
     gc.freeze()
+    gc.enable()
     say('ready')
     while True:
         gate = next_request()
@@ -69,9 +70,18 @@ def say(text):
         os._exit(1)
 
 
-def fail(problem):
+def failed(problem):
     say('failed ' + problem)
     os._exit(1)
+
+
+def misfit(name):
+    """What reports that ranks have to import this module by themselves."""
+    def report(problem):
+        say('misfit %s %s' % (name.partition('.')[0], problem))
+        os._exit(1)
+
+    return report
 
 
 def next_request():
@@ -89,13 +99,30 @@ def descriptors(ancillary):
     return found
 
 
+def wanted(words):
+    """The modules that words of `--preload` stand for, each with the names that are taken from it, and
+    with whether ranks can do without it. A word that begins with `-` leaves a module out of `auto`."""
+    left_out = {word[1:] for word in words if word[0] == '-'}
+    for word in words:
+        if word == 'torch':
+            yield from ((name, [], False) for name in TORCH)
+        elif word == 'auto':
+            found = [one for one in found_imports() if one[0].partition('.')[0] not in left_out]
+            if any(name.partition('.')[0] == 'torch' for name, _ in found):
+                yield from ((name, [], True) for name in TORCH)
+            yield from ((name, taken, True) for name, taken in found)
+        elif word[0] != '-':
+            yield word, [], False
+
+
 def preload(modules):
     """Imports the modules, and fails if a rank would see that they were imported early."""
     reads = watch_rank_variables()
-    for name in modules:
+    for name, taken, is_optional in modules:
+        fail = misfit(name) if is_optional else failed
         say('importing ' + name)
         try:
-            __import__(name)
+            __import__(name, None, None, taken)
         except ModuleNotFoundError as error:
             # PyTorch before 2.0.
             if name == 'torch._dynamo' and error.name == name:

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,11 +30,13 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 const PREFIX: &str = "[preload]: ";
 
 const BOOT: &str = include_str!("boot.py");
-const TEXT: &str = concat!(include_str!("template.py"), include_str!("rank.py"));
+const TEXT: &str = concat!(include_str!("template.py"), include_str!("imports.py"), include_str!("rank.py"));
 
 /// A template. Dropping it kills it; ranks that it has forked are not affected.
 pub(super) struct Template {
     pub(super) pid: u32,
+    /// File of the interpreter.
+    pub(super) executable: PathBuf,
     control: UnixStream,
     ending: watch::Sender<Ending>,
 }
@@ -54,7 +56,17 @@ pub(super) struct Setup<'a> {
 }
 
 /// Whether the modules have been imported, or why not.
-pub(super) type Outcome = Result<(), String>;
+pub(super) type Outcome = Result<(), Failure>;
+
+/// Why a template has not become ready.
+pub(super) enum Failure {
+    /// One module cannot be shared, and another template can do without it.
+    Misfit {
+        module: String,
+        why: String,
+    },
+    Other(String),
+}
 
 impl Template {
     /// Starts a template, and the task that waits until it is ready.
@@ -108,7 +120,7 @@ impl Template {
         let (told, outcome) = oneshot::channel();
         let reader = tokio::net::UnixStream::from_std(control.try_clone()?)?;
         tokio::spawn(async move { told.send(ready(reader).await) });
-        Ok((Self { pid, control, ending }, outcome))
+        Ok((Self { pid, executable: executable.to_owned(), control, ending }, outcome))
     }
 
     /// Forks a process that waits at a gate.
@@ -205,16 +217,18 @@ async fn ready(mut control: tokio::net::UnixStream) -> Outcome {
             match Answer::parse(&text) {
                 Some(Answer::Importing(module)) => importing = Some(module),
                 Some(Answer::Ready) => return Ok(()),
-                Some(Answer::Failed(why)) => return Err(why),
+                Some(Answer::Failed(why)) => return Err(Failure::Other(why)),
+                Some(Answer::Misfit(module, why)) => return Err(Failure::Misfit { module, why }),
                 _ => {}
             }
         }
         match timeout_at(deadline, control.read(&mut buffer)).await {
             Ok(Ok(read @ 1..)) => received.extend_from_slice(&buffer[..read]),
-            Ok(_) => return Err(format!("the template ended {}", at(&importing))),
+            Ok(_) => return Err(Failure::Other(format!("the template ended {}", at(&importing)))),
             Err(_) => {
                 let seconds = IMPORT_TIMEOUT.as_secs();
-                return Err(format!("the template was not ready after {seconds} s, {}", at(&importing)));
+                let why = format!("the template was not ready after {seconds} s, {}", at(&importing));
+                return Err(Failure::Other(why));
             }
         }
     }

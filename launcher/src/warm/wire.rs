@@ -2,7 +2,7 @@
 //!
 //! - To the template: one byte with a descriptor, the rank's end of its gate.
 //! - From the template: texts that end with NUL: `importing NAME`, `ready`, `failed WHY`,
-//!   `forked PID`, `refused WHY`.
+//!   `misfit NAME WHY`, `forked PID`, `refused WHY`.
 //! - To a rank, over its gate and once: a length, and texts that are separated by NUL, with the
 //!   descriptors of its streams and of its link.
 //! - From a rank, once: `ready` or `refused WHY`.
@@ -28,6 +28,8 @@ pub(super) enum Answer {
     Importing(String),
     Ready,
     Failed(String),
+    /// This module cannot be shared, and ranks can import it by themselves.
+    Misfit(String, String),
     Forked(u32),
     Refused(String),
 }
@@ -40,6 +42,7 @@ impl Answer {
             "importing" => Some(Self::Importing(rest.into())),
             "ready" => Some(Self::Ready),
             "failed" => Some(Self::Failed(rest.into())),
+            "misfit" => rest.split_once(' ').map(|(name, why)| Self::Misfit(name.into(), why.into())),
             "forked" => rest.parse().ok().map(Self::Forked),
             "refused" => Some(Self::Refused(rest.into())),
             _ => None,

@@ -104,6 +104,27 @@ fn nothing_is_left_when_the_launcher_is_killed_or_aborts() {
 }
 
 #[test]
+fn temporary_folder_of_a_killed_launcher_is_removed() {
+    let folder = tempdir().unwrap();
+    let mut command = launch(&TWO, &format!("touch \"$ICE_HEARTBEAT_FILE\"; echo up; {STAY}"));
+    command.env("TMPDIR", folder.path());
+    let mut job = Job::start(command);
+    (0..2).for_each(|_| _ = job.expect_line("up"));
+    let left = || -> Vec<_> {
+        let entries = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        entries.filter(|name| name.to_string_lossy().contains("heartbeats")).collect()
+    };
+    assert_eq!(left().len(), 1);
+    job.signal(Signal::KILL);
+    assert_eq!(job.finish().signal, Some(Signal::KILL.as_raw()));
+    let deadline = Instant::now() + SOON;
+    while !left().is_empty() {
+        assert!(Instant::now() < deadline, "{:?} is left", left());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn nothing_is_left_of_a_killed_launcher_of_an_ordinary_user() {
     let folder = tempdir().unwrap();
     let inner = launch(&["--devices", "cpu"], &format!("{EVERY_KIND} echo up; {STAY}"));

@@ -185,6 +185,69 @@ fn module_that_cannot_be_shared_makes_ranks_start_without_the_template() {
     refused("os.getenv('WORLD_SIZE', 1)", "`marker` reads WORLD_SIZE when it is imported");
 }
 
+/// A folder with a program, modules of its own, and installed packages. The program says of each
+/// package whether it was preloaded.
+fn with_packages(packages: &[(&str, &str)]) -> TempDir {
+    let folder = tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    for (name, text) in packages {
+        write(&format!("lib/site-packages/{name}.py"), &format!("{MARKER}{text}"));
+    }
+    write(
+        "train.py",
+        "import os, sys\nfrom own import tools\n\
+         try:\n    import second\nexcept ImportError:\n    second = None\n\
+         if len(sys.argv) > 5:\n    import third\n\
+         seen = [name for name in ('first', 'first.part', 'second', 'third', 'own.tools') if name in sys.modules]\n\
+         forked = [name for name in seen if sys.modules[name].PID != os.getpid()]\n\
+         sys.stdout.write('imported %s preloaded %s\\n' % (','.join(seen), ','.join(forked)))\n",
+    );
+    write("own/__init__.py", "");
+    write("own/tools.py", &format!("{MARKER}from .more import *\ndef later():\n    import third\n"));
+    write("own/more.py", "from first import part\n");
+    folder
+}
+
+#[test]
+fn installed_packages_that_the_program_imports_at_its_top_are_found() {
+    let packages = [("first/__init__", ""), ("first/part", ""), ("second", ""), ("third", "")];
+    let folder = with_packages(&packages);
+    let run = |program: &[&str]| {
+        let mut command = launched(folder.path(), &["--devices=cpu:0-1", "--preload=auto"]);
+        command.args(program).env("PYTHONPATH", folder.path().join("lib/site-packages"));
+        run(command)
+    };
+    let expected = ["imported first,first.part,second,own.tools preloaded first,first.part,second"; 2];
+    for program in [&["train.py"][..], &["-m", "train"]] {
+        let finished = run(program);
+        assert_eq!(finished.stdout, expected, "{finished:#?}");
+        assert_eq!(finished.expect(0, &[]).stderr, "");
+    }
+}
+
+#[test]
+fn package_that_cannot_be_shared_is_left_to_the_ranks() {
+    for (text, why) in [
+        ("os.environ.get('RANK')", "`second` reads RANK when it is imported, before it is a rank"),
+        (
+            "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()",
+            "importing `second` starts 1 threads, which a fork would lose",
+        ),
+    ] {
+        let folder = with_packages(&[("first/__init__", ""), ("first/part", ""), ("second", text)]);
+        let mut command = launched(folder.path(), &["--preload=auto"]);
+        command.arg("train.py").env("PYTHONPATH", folder.path().join("lib/site-packages"));
+        let finished = run(command);
+        let expected = ["imported first,first.part,second,own.tools preloaded first,first.part"];
+        assert_eq!(finished.stdout, expected, "{finished:#?}");
+        finished.expect(0, &[&format!("ice-launch: --preload auto leaves a module to the ranks: {why}")]);
+    }
+}
+
 #[test]
 fn module_that_reads_stdin_or_prints_is_shared() {
     let folder = folder();
@@ -365,7 +428,7 @@ fn python_of(peer: &str) -> Option<PathBuf> {
 }
 
 /// Trains in forked ranks, in each of the ways that a program may end.
-fn forked_ranks_train_and_end(peer: &str) {
+fn forked_ranks_train_and_end(peer: &str, preload: &str) {
     let Some(python) = python_of(peer) else { return };
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/python/gloo_ends.py");
     let run = |options: &[&str], last: &str| {
@@ -374,7 +437,7 @@ fn forked_ranks_train_and_end(peer: &str) {
         Job::start(command).finish_within(SOON * 6)
     };
     let started = run(&["--preload=none"], "0");
-    let forked = run(&["--preload=torch", "--crash-loop-limit=0", "--max-restarts=5"], "5");
+    let forked = run(&[preload, "--crash-loop-limit=0", "--max-restarts=5"], "5");
     let losses = |finished: &Finished| -> Vec<String> {
         finished.expect(0, &[]).stdout.iter().filter(|line| line.starts_with("loss")).cloned().collect()
     };
@@ -389,11 +452,31 @@ fn forked_ranks_train_and_end(peer: &str) {
 }
 
 #[test]
+fn restart_that_imports_pytorch_again_says_how_to_avoid_that() {
+    let Some(python) = python_of("peer") else { return };
+    let folder = tempdir().unwrap();
+    // Rank 0 fails once rank 1 has imported it.
+    let program = "import os, signal\n\
+        if os.environ['TORCHELASTIC_RESTART_COUNT'] == '1':\n    raise SystemExit\n\
+        if os.environ['RANK'] == '0':\n    open(os.environ['GATE']).read()\n    raise SystemExit(1)\n\
+        import torch\nopen(os.environ['GATE'], 'w').close()\nsignal.pause()\n";
+    fs::write(folder.path().join("program.py"), program).unwrap();
+    let mut command = launched(folder.path(), &["--devices=cpu:0-1", "--max-restarts=1"]);
+    let _gate = Gate::new(&mut command);
+    command.env("PYTHON_EXEC", python).arg("program.py");
+    let finished = run(command);
+    let hints =
+        finished.stderr.lines().filter(|line| line.contains("hint: the ranks import PyTorch")).count();
+    assert_eq!(hints, 1, "{finished:#?}");
+    finished.expect(0, &[]);
+}
+
+#[test]
 fn forked_ranks_train_like_started_ones_and_end() {
-    forked_ranks_train_and_end("peer");
+    forked_ranks_train_and_end("peer", "--preload=torch");
 }
 
 #[test]
 fn forked_ranks_of_the_newest_pytorch_train_like_started_ones_and_end() {
-    forked_ranks_train_and_end("newest");
+    forked_ranks_train_and_end("newest", "--preload=auto");
 }

@@ -126,6 +126,11 @@ impl<'a> Etcd<'a> {
             if matches!(last, Error::Bind { .. } | Error::Serve(_) | Error::Refused { .. })
                 || Instant::now() >= deadline
             {
+                // Other agents would wait for the expiry of these leases.
+                if let Some(leadership) = leadership {
+                    leadership.resign().await;
+                }
+                let _ = self.revoke_unused_lease().await;
                 return Err(last);
             }
             tracing::debug!(error = %last, "no coordinator yet");
@@ -195,7 +200,6 @@ impl<'a> Etcd<'a> {
             Some(Ok(record)) => Some(record),
             Some(Err(error)) => {
                 let problem = format!("the key {state} of etcd is of another release ({error}): remove it");
-                let _ = self.revoke_unused_lease().await;
                 return Err(Error::Refused { problem });
             }
         };

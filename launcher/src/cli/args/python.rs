@@ -6,10 +6,11 @@ use crate::cli::UsageError;
 #[derive(Args, Debug, Clone, Default, PartialEq)]
 #[command(next_help_heading = "Python")]
 pub struct PythonArgs {
-    /// Import these modules once and fork all ranks from that process: torch, none, or a list such
-    /// as torch,transformers
+    /// Import these modules once and fork all ranks from that process: auto, torch, none, or a list
+    /// such as torch,transformers
     ///
-    /// `torch` stands for what a DistributedDataParallel program imports. Restarts are forked from
+    /// `auto` stands for the installed packages that the program and its own modules import at their
+    /// top, `torch` for what a DistributedDataParallel program imports. Restarts are forked from
     /// the same process, so that they take a fraction of a second [default: none]
     #[arg(long, value_name = "MODULES", hide_short_help = true)]
     pub preload: Option<String>,
@@ -29,7 +30,8 @@ impl PythonArgs {
         let modules: Vec<_> = text.split(',').map(|name| name.trim().to_owned()).collect();
         match modules.iter().find(|name| !name.split('.').all(is_name) || *name == "none") {
             Some(wrong) => {
-                let problem = format!("`{wrong}` is not the name of a module: torch,numpy,a.module, or none");
+                let problem =
+                    format!("`{wrong}` is not the name of a module: torch,numpy,a.module, auto, or none");
                 Err(UsageError::new("--preload", problem))
             }
             None => Ok(modules),

@@ -208,21 +208,38 @@ async fn silencing_proxy(to: String, silenced: &'static [u8]) -> String {
     address
 }
 
-#[tokio::test]
-async fn campaign_that_fails_after_its_election_leaves_no_leader_key() {
-    let Some(server) = Server::start() else { return };
-    server.client().await;
-    // The request for the record of an earlier leader, which follows the election, is not answered.
+/// Looks for a coordinator through a proxy that does not answer the request for the record of an
+/// earlier leader, which follows the election. The lease of a leader key is longer than agents wait
+/// for a coordinator.
+async fn connect_past_a_silence(
+    server: &Server,
+    join_timeout: Duration,
+) -> Result<(Session, (String, u16), Option<Leadership>), Error> {
     let endpoint = silencing_proxy(server.endpoint.clone(), b"/job/state").await;
     let config =
         EtcdConfig { endpoints: vec![endpoint], prefix: String::new(), user: None, tls: None, port: 0 };
     let mut common = crate::backend::tests::config();
-    common.join_timeout = Duration::from_secs(50);
+    common.join_timeout = join_timeout;
     common.answer_timeout = Duration::from_secs(2);
-    // The lease of a leader key is longer than agents wait for a coordinator.
     common.keep_alive = KeepAlive { interval: Duration::from_secs(60), attempts: 3 };
     let hello = crate::backend::tests::hello(&common);
-    let (session, _, leadership) = Etcd::new(&config, &common).unwrap().connect(&hello).await.unwrap();
+    Etcd::new(&config, &common).unwrap().connect(&hello).await
+}
+
+#[tokio::test]
+async fn campaign_that_fails_after_its_election_leaves_no_leader_key() {
+    let Some(server) = Server::start() else { return };
+    server.client().await;
+    let connected = connect_past_a_silence(&server, Duration::from_secs(50)).await;
+    let (session, _, leadership) = connected.unwrap();
     drop(session);
     leadership.unwrap().resign().await;
+}
+
+#[tokio::test]
+async fn agent_that_gives_up_leaves_no_leader_key() {
+    let Some(server) = Server::start() else { return };
+    let mut client = server.client().await;
+    assert!(connect_past_a_silence(&server, Duration::from_millis(1)).await.is_err());
+    assert!(client.get("/job/leader").await.unwrap().first().is_none());
 }
