@@ -1,4 +1,6 @@
 """Trains three steps with Hugging Face's accelerate and prints the loss of each rank."""
+import sys
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -16,5 +18,5 @@ for step, (x, y) in enumerate(loader):
     accelerator.backward(loss)
     optimizer.step()
     optimizer.zero_grad()
-    print(f"rank {accelerator.process_index} of {accelerator.num_processes} step {step} loss {loss.item():.9f}", flush=True)
+    sys.stdout.write(f"rank {accelerator.process_index} of {accelerator.num_processes} step {step} loss {loss.item():.9f}\n")
 accelerator.end_training()

@@ -1,4 +1,5 @@
 """Trains three steps with FSDP2, saves and loads with torch.distributed.checkpoint, and prints losses."""
+import sys
 import tempfile
 
 import torch
@@ -22,7 +23,7 @@ def step(number):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"rank {rank} of {ranks} step {number} loss {loss.item():.9f}", flush=True)
+    sys.stdout.write(f"rank {rank} of {ranks} step {number} loss {loss.item():.9f}\n")
 
 
 folder = [tempfile.mkdtemp() if rank == 0 else None]

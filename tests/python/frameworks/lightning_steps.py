@@ -1,5 +1,6 @@
 """Trains three steps with Lightning's DDP strategy and prints the loss of each rank."""
 import os
+import sys
 
 import lightning
 import torch
@@ -15,7 +16,7 @@ class Module(lightning.LightningModule):
         x, y = batch
         loss = torch.nn.functional.mse_loss(self.layers(x), y)
         rank, ranks = self.global_rank, self.trainer.world_size
-        print(f"rank {rank} of {ranks} step {index} loss {loss.item():.9f}", flush=True)
+        sys.stdout.write(f"rank {rank} of {ranks} step {index} loss {loss.item():.9f}\n")
         return loss
 
     def configure_optimizers(self):

@@ -1,5 +1,6 @@
 """Reads batches through worker processes of each start method of multiprocessing and prints their sums."""
 import os
+import sys
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,4 +20,4 @@ if __name__ == "__main__":
     for step, method in enumerate(["fork", "spawn", "forkserver"]):
         loader = DataLoader(Squares(), batch_size=3, num_workers=2, multiprocessing_context=method)
         total = sum(batch.sum().item() for batch in loader)
-        print(f"rank {rank} of {ranks} step {step} loss {total:.9f}", flush=True)
+        sys.stdout.write(f"rank {rank} of {ranks} step {step} loss {total:.9f}\n")

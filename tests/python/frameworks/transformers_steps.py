@@ -1,4 +1,5 @@
 """Trains three steps of a small GPT-2 with the Trainer of transformers and prints the loss of each rank."""
+import sys
 import tempfile
 
 import torch
@@ -10,7 +11,7 @@ class Printing(Trainer):
         loss = super().compute_loss(model, inputs, *arguments, **options)
         value = (loss[0] if isinstance(loss, tuple) else loss).item()
         rank, ranks = self.args.process_index, self.args.world_size
-        print(f"rank {rank} of {ranks} step {self.state.global_step} loss {value:.9f}", flush=True)
+        sys.stdout.write(f"rank {rank} of {ranks} step {self.state.global_step} loss {value:.9f}\n")
         return loss
 
 
