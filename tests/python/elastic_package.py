@@ -1,10 +1,11 @@
 """Checks the package `ice_launch` within one process: its sampler, its states, and what it undoes."""
 
 import collections
+import datetime
 import io
-import os
 import random
 import sys
+import threading
 import types
 
 import ice_launch
@@ -13,7 +14,7 @@ assert "torch" not in sys.modules, "the package imports torch"
 
 import torch
 import torch.distributed as dist
-from ice_launch import _group, _sampler, _tree
+from ice_launch import _group, _loop, _sampler, _tree
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -82,6 +83,40 @@ def prefetched_batches_are_drawn_again():
             seen.append(batch.tolist())
             sampler._commit(None)
     assert seen == whole[:15], (seen, whole)
+
+
+def commits_count_what_the_program_has_received():
+    sampler = ice_launch.ElasticSampler(40, 2)
+    loader = DataLoader(range(40), batch_sampler=sampler, num_workers=2)
+    for _ in zip(range(5), loader):
+        raises(ValueError, "only 1 batches were drawn", lambda: sampler._commit(2))
+        assert sampler._commit(None) == 1
+        # After an evaluation, for example. The workers have drawn further batches.
+        assert len(sampler._drawn) > 1 and sampler._commit(None) == 0
+    assert sampler.position == 10
+    raises(ValueError, "call commit(batches=0)", lambda: sampler._commit(None))
+    assert sampler._commit(0) == 0 and sampler._commit(1) == 1
+    for _ in loader:
+        sampler._commit(None)
+    assert sampler.position == 40 and sampler._commit(None) == 0
+
+
+def each_sampler_has_its_number_of_batches():
+    state = ice_launch.State(a=ice_launch.ElasticSampler(40, 2), b=ice_launch.ElasticSampler(40, 2))
+    first, second = iter(state.a), iter(state.b)
+    next(first), next(first)
+    state.commit(batches=2)
+    assert (state.a.position, state.b.position) == (4, 0)
+    next(first), next(first), next(second)
+    raises(ValueError, 'b: commit(batches=2), but only 1', lambda: state.commit(batches=2))
+    state = ice_launch.State(a=ice_launch.ElasticSampler(40, 2), b=ice_launch.ElasticSampler(40, 2))
+    first, second = iter(state.a), iter(state.b)
+    next(first), next(first), next(second)
+    raises(ValueError, "names 'c', which is not a sampler", lambda: state.commit(batches={"c": 1}))
+    state.commit(batches={"a": 2, "b": 1})
+    next(second)
+    state.commit(batches={"b": 1})
+    assert (state.a.position, state.b.position) == (4, 4)
 
 
 def states_survive_the_way():
@@ -214,6 +249,31 @@ def buffers_that_were_replaced_are_put_back():
         assert model.unsaved.tolist() == [1, 1]
 
 
+def buffers_are_copied_once_at_the_beginning_of_a_round():
+    state = make()
+    steps(state, 1)
+    copied, clones = [], []
+    in_place, whole = torch._foreach_copy_, state._undo._copy_buffers
+    torch._foreach_copy_ = lambda *pair: copied.append(pair) or in_place(*pair)
+    state._undo._copy_buffers = lambda: clones.append(1) or whole()
+    state._undo.watch_modules(state)
+    state._remember()
+    assert (len(clones), len(copied)) == (1, 0), (clones, copied)
+    state._remember()
+    assert (len(clones), len(copied)) == (1, 1), (clones, copied)
+    torch._foreach_copy_ = in_place
+
+
+def lost_connection_is_not_waited_for_twice():
+    """`leave_round` waits for the notice of the end, so nothing may wait for it before."""
+    waits = []
+    link = types.SimpleNamespace(is_over=lambda: False, wait_for_end=lambda seconds: waits.append(seconds))
+    closed = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    assert isinstance(_loop._as_round_over(link, closed), ice_launch.RoundOver) and not waits
+    assert _loop._as_round_over(link, RuntimeError("shapes differ")) is None and len(waits) == 1
+    assert _loop._as_round_over(link, KeyError("x")) is None and len(waits) == 1
+
+
 def epoch_ends_with_the_commit_of_its_last_batch():
     events = []
     sampler = ice_launch.ElasticSampler(8, 2)
@@ -247,39 +307,89 @@ def checkpoints_hold_the_state():
     assert bits(other) == bits(state)
 
 
-def abandoned_group_does_not_count():
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+class Link:
+    """A link whose rounds end when `ends` says so."""
 
-    class Link:
-        polls = 0
+    def __init__(self, ends=lambda: False):
+        self.ends = ends
 
-        def begin_round(self, place):
-            self.polls = 0
+    def begin_round(self, place):
+        pass
 
-        def join(self, place):
-            pass
+    def join(self, place):
+        pass
 
-        def is_over(self):
-            # The first time before the group is being formed.
-            self.polls += 1
-            return self.polls > 20
+    def is_over(self):
+        return self.ends()
 
-    def place(ranks):
-        return types.SimpleNamespace(
-            store_host="127.0.0.1", store_port=server.port, prefix=f"round of {ranks}", rank=0, world_size=ranks
-        )
 
-    link = Link()
+SERVER = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def place(name, ranks=1):
+    return types.SimpleNamespace(
+        store_host="127.0.0.1", store_port=SERVER.port, prefix=name, rank=0, world_size=ranks
+    )
+
+
+def ends_while_formed(link, place):
     try:
-        _group.form(link, place(2))
+        _group.form(link, place)
     except ice_launch.RoundOver as error:
-        assert "while its process group was being formed" in str(error)
+        assert "while its process group was being formed" in str(error), error
     else:
-        raise AssertionError("rank 1 is missing")
-    group = _group.form(link, place(1))
+        raise AssertionError("the round has not ended")
+    assert not dist.is_initialized()
+
+
+def abandoned_group_does_not_count():
+    # Rank 1 is missing, so gloo waits for it. The first look is before the group is being formed.
+    looks = iter(range(1000))
+    ends_while_formed(Link(lambda: next(looks) > 20), place("abandoned", 2))
+    group = _group.form(Link(), place("next"))
     # The name is part of the keys by which ranks find each other.
     assert dist.group.WORLD.group_name == "0", dist.group.WORLD.group_name
+    world = dist.group.WORLD
+    # Rank 1 appears after all, and gloo returns in the thread that was abandoned.
+    store = dist.PrefixStore("cpu/", dist.PrefixStore("0/", dist.PrefixStore("abandoned", SERVER)))
+    late = dist.ProcessGroupGloo(store, 1, 2, datetime.timedelta(seconds=60))
+    for thread in threading.enumerate():
+        if thread.name == "ice-form":
+            thread.join()
+    assert dist.group.WORLD is world
+    dist.all_reduce(torch.ones(1))
     group.close()
+    assert not dist.is_initialized()
+    del late
+
+
+def round_that_ends_with_its_group_formed_leaves_none():
+    # The end comes when torch has just noted the group.
+    noted = threading.Event()
+    update = dist.distributed_c10d._update_default_pg
+
+    def slow_update(group):
+        update(group)
+        if threading.current_thread() is not threading.main_thread():
+            noted.wait()
+
+    dist.distributed_c10d._update_default_pg = slow_update
+    try:
+        group = _group.form(Link(lambda: dist.is_initialized() and (noted.set() or True)), place("first"))
+        group.close()
+        # Nobody closes this one.
+        _group.form(Link(), place("second"))
+        group = _group.form(Link(), place("third"))
+        dist.all_reduce(torch.ones(1))
+        group.close()
+    finally:
+        noted.set()
+        dist.distributed_c10d._update_default_pg = update
+    # What torch makes of a failed attempt is gone.
+    link = Link()
+    link.join = lambda place: (_ for _ in ()).throw(ConnectionError("reset"))
+    raises(ice_launch.RoundOver, "the store of the round is gone: reset", lambda: _group.form(link, place("fourth")))
+    assert not dist.is_initialized()
 
 
 def states_name_what_is_wrong():
@@ -294,16 +404,18 @@ def states_name_what_is_wrong():
 each_sample_counts_once_while_ranks_come_and_go()
 sampler_names_what_is_wrong()
 prefetched_batches_are_drawn_again()
+commits_count_what_the_program_has_received()
+each_sampler_has_its_number_of_batches()
 states_survive_the_way()
 step_in_progress_is_undone()
 what_a_step_leaves_behind_is_dropped()
 parameters_that_changed_outside_of_a_step_are_noticed()
 buffers_that_were_replaced_are_put_back()
+buffers_are_copied_once_at_the_beginning_of_a_round()
+lost_connection_is_not_waited_for_twice()
 epoch_ends_with_the_commit_of_its_last_batch()
 checkpoints_hold_the_state()
 states_name_what_is_wrong()
 abandoned_group_does_not_count()
+round_that_ends_with_its_group_formed_leaves_none()
 sys.stdout.write("checked\n")
-sys.stdout.flush()
-# The abandoned thread still waits for rank 1, since the test has no link that closes its connection.
-os._exit(0)

@@ -8,8 +8,10 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -19,6 +21,8 @@ from ._link import Link, Round
 # Seconds between two looks at the link while a group is being formed.
 _POLL = 0.005
 _STORE_TIMEOUT = timedelta(seconds=60)
+
+Result = TypeVar("Result")
 
 # Wrappers that hold the current group.
 _wrappers: list[weakref.ref[Any]] = []
@@ -89,53 +93,100 @@ class Group:
             sys.excepthook = self._excepthook
 
 
-def form(link: Link, place: Round) -> Group:
-    """Forms the gloo group of a round.
+class _Interruptible(type):
+    """Stands for gloo's class within `form`: the constructor runs in a thread.
 
-    A rank may wait for a connection from a lost one, and gloo cannot be interrupted there. The
-    group is therefore formed in a thread, which is abandoned if the round ends.
+    Only the constructor can wait for a lost rank without end. All that torch notes about a group
+    happens in the thread of `form`, so a constructor that returns after the end of its round has
+    nothing to change: its group is dropped by the thread that was abandoned.
+    """
+
+    gloo: type
+    link: Link
+
+    def __call__(cls, *arguments: Any, **options: Any) -> Any:
+        return _until_round_ends(cls.link, lambda: cls.gloo(*arguments, **options))
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.gloo)
+
+
+@contextmanager
+def _interruptible_gloo(link: Link) -> Iterator[None]:
+    gloo = dist.distributed_c10d.ProcessGroupGloo
+    dist.distributed_c10d.ProcessGroupGloo = _Interruptible("ProcessGroupGloo", (), {"gloo": gloo, "link": link})
+    try:
+        yield
+    finally:
+        dist.distributed_c10d.ProcessGroupGloo = gloo
+
+
+def _until_round_ends(link: Link, make: Callable[[], Result]) -> Result:
+    """Calls a function in a thread, which is abandoned if the round ends.
 
     Raises:
-        RoundOver: the round has ended meanwhile, or the group cannot be formed.
+        RoundOver: the round has ended meanwhile.
     """
-    group = Group()
-    link.begin_round(place)
+    made: list[Result] = []
     failure: list[BaseException] = []
     done = threading.Event()
 
-    def build() -> None:
+    def run() -> None:
         try:
-            store = dist.TCPStore(
-                place.store_host, place.store_port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT
-            )
-            dist.init_process_group(
-                "gloo", store=dist.PrefixStore(place.prefix, store), rank=place.rank, world_size=place.world_size
-            )
+            made.append(make())
         except BaseException as error:  # noqa: BLE001
             failure.append(error)
         finally:
             done.set()
 
+    threading.Thread(target=run, name="ice-form", daemon=True).start()
+    while not done.wait(_POLL):
+        if link.is_over():
+            raise RoundOver("the round ended while its process group was being formed")
+    if failure:
+        raise failure[0]
+    return made.pop()
+
+
+def form(link: Link, place: Round) -> Group:
+    """Forms the gloo group of a round.
+
+    A rank may wait for a connection from a lost one, and gloo cannot be interrupted there. The
+    connections are therefore made in a thread, which is abandoned if the round ends.
+
+    Raises:
+        RoundOver: the round has ended meanwhile, or the group cannot be formed.
+    """
+    if dist.is_initialized():
+        # Of a round that ended at a moment when nobody closed its group.
+        Group().close()
+    group = Group()
+    link.begin_round(place)
     if link.is_over():
         raise RoundOver("the round was over before it began")
     # Groups are numbered, and the number is part of their keys. An attempt that was abandoned has
     # used one, which other ranks have not.
     dist.distributed_c10d._world.group_count = 0
-    thread = threading.Thread(target=build, name="ice-form", daemon=True)
-    thread.start()
-    while not done.wait(_POLL):
-        if link.is_over():
-            # If gloo returns after all, the thread must not make its group the default group.
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-            raise RoundOver("the round ended while its process group was being formed")
-    if failure:
-        raise RoundOver(f"cannot form the process group: {failure[0]}")
-    group.formed()
     try:
+        store = _until_round_ends(
+            link,
+            lambda: dist.TCPStore(
+                place.store_host, place.store_port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT
+            ),
+        )
+        with _interruptible_gloo(link):
+            dist.init_process_group(
+                "gloo", store=dist.PrefixStore(place.prefix, store), rank=place.rank, world_size=place.world_size
+            )
+        group.formed()
         link.join(place)
-    except ConnectionError as error:
-        group.close()
-        raise RoundOver(f"the store of the round is gone: {error}") from None
+    except BaseException as error:
+        group.formed().close()
+        if isinstance(error, ConnectionError):
+            raise RoundOver(f"the store of the round is gone: {error}") from None
+        if isinstance(error, Exception):
+            raise RoundOver(f"cannot form the process group: {error}") from error
+        raise
     return group
 
 

@@ -266,11 +266,12 @@ def _as_round_over(link: _link.Link, error: BaseException) -> RoundOver | None:
         return error
     if not isinstance(error, Exception) or isinstance(error, StateLost):
         return None
-    # Collectives raise RuntimeError and its subclasses. The notice of the end may come later, and
-    # from a lost node much later. Connections of gloo name their source file.
-    if link.is_over() or (isinstance(error, RuntimeError) and link.wait_for_end(_END_OF_ROUND)):
+    # Connections of gloo name their source file. If the notice of the end is not there yet, which
+    # takes long if a node is lost, `leave_round` waits for it.
+    if link.is_over() or (isinstance(error, RuntimeError) and "gloo/transport/" in str(error)):
         return RoundOver(f"a collective failed: {error}")
-    if isinstance(error, RuntimeError) and "gloo/transport/" in str(error):
+    # Other errors of collectives are RuntimeErrors as well, and may be the program's own.
+    if isinstance(error, RuntimeError) and link.wait_for_end(_END_OF_ROUND):
         return RoundOver(f"a collective failed: {error}")
     return None
 

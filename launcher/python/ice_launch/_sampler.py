@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.data import Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 
 class ElasticSampler(Sampler[list[int]]):
@@ -55,6 +58,10 @@ class ElasticSampler(Sampler[list[int]]):
         self.position = 0
         # Positions after each batch that was drawn and not committed.
         self._drawn: deque[int] = deque()
+        # Batches of the iteration that were committed, and the loader's iterator if its workers draw
+        # ahead. It counts the batches that the program has received.
+        self._counted = 0
+        self._loader: weakref.ref[_MultiProcessingDataLoaderIter] | None = None
         # Whether the last iteration has drawn all batches of the epoch.
         self._exhausted = False
         # Set by the state: called before the first batch of an iteration, and after the last one.
@@ -93,11 +100,18 @@ class ElasticSampler(Sampler[list[int]]):
         Raises:
             RuntimeError: the epoch is complete, and ``set_epoch`` was not called.
         """
+        # A loader calls this from a method of its iterator, and does not pass the iterator on.
+        caller = sys._getframe(1).f_locals.get("self")
+        draws_ahead = isinstance(caller, _MultiProcessingDataLoaderIter)
+        return self._draw(weakref.ref(caller) if draws_ahead else None)
+
+    def _draw(self, loader: weakref.ref[_MultiProcessingDataLoaderIter] | None) -> Iterator[list[int]]:
         if self._exhausted and self.position >= self.samples:
             raise RuntimeError(f"epoch {self.epoch} is complete: call sampler.set_epoch(epoch) before each epoch")
         self._on_begin()
         self._drawn.clear()
         self._exhausted = False
+        self._counted, self._loader = 0, loader
         rank, ranks = _place()
         order, position = self._order(), self.position
         for _ in range(len(self)):
@@ -124,15 +138,31 @@ class ElasticSampler(Sampler[list[int]]):
         mixed = _mix(_mix(self.seed) ^ self.epoch)
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(mixed))
 
+    def _taken(self) -> int | None:
+        """Returns the number of batches that the program has received and not committed; `None` if
+        that is not known, because a loop over a loader with workers has ended early."""
+        if self._loader is None or not self._drawn:
+            return len(self._drawn)
+        loader = self._loader()
+        return None if loader is None else loader._num_yielded - self._counted
+
     def _commit(self, batches: int | None) -> int:
-        """Moves the position over this number of drawn batches; by default over one, if one was
-        drawn. Returns the number."""
+        """Moves the position over this number of batches; by default over one, if the program has
+        received one. Returns the number."""
+        taken = self._taken()
         if batches is None:
-            batches = min(1, len(self._drawn))
-        if batches > len(self._drawn):
-            raise ValueError(f"commit(batches={batches}), but only {len(self._drawn)} batches were drawn since the last commit")
+            if taken is None:
+                raise ValueError(
+                    "the loop over the loader has ended before the end of the epoch, and it is not known whether its "
+                    "last batch was used since the last commit: call commit(batches=0), or commit(batches=1) if it was"
+                )
+            batches = min(1, taken)
+        most = len(self._drawn) if taken is None else taken
+        if batches > most:
+            raise ValueError(f"commit(batches={batches}), but only {most} batches were drawn since the last commit")
         for _ in range(batches):
             self.position = self._drawn.popleft()
+        self._counted += batches
         if batches:
             self._end_if_complete()
         return batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,12 +64,12 @@ class State:
         # Whether an optimizer has made a step since the last commit.
         self._is_changed = False
         self._optimizers: list[Optimizer] = self._all(Optimizer)
-        self._samplers: list[ElasticSampler] = self._all(ElasticSampler)
+        self._samplers = {name: value for name, value in self._objects.items() if isinstance(value, ElasticSampler)}
         # Objects whose state is neither in parameters nor in buffers.
         self._small = [name for name, value in self._objects.items() if not isinstance(value, (nn.Module, Optimizer))]
         for optimizer in self._optimizers:
             optimizer.register_step_post_hook(self._note_step)
-        for sampler in self._samplers:
+        for sampler in self._samplers.values():
             sampler._on_begin, sampler._on_end = self._begin_epoch, _loop.end_steps
         self._copies = len(self._optimizers) > 1 if copies is None else copies
         self._undo = _Undo()
@@ -85,7 +86,7 @@ class State:
         """Number of committed steps since the beginning of the training."""
         return self._commits
 
-    def commit(self, batches: int | None = None) -> None:
+    def commit(self, batches: int | Mapping[str, int] | None = None) -> None:
         """Marks the end of a step, from which the training continues if a rank is lost.
 
         Call it on every rank at the same points, once ``optimizer.step()`` is done. It is also the
@@ -93,16 +94,17 @@ class State:
 
         Args:
             batches: batches of the sampler that the step has used, for example 4 if gradients of 4
-                batches were accumulated, and 0 for a commit after other work than a step. Default:
-                1, or 0 if none was drawn since the last commit. Worker processes of a loader draw
-                ahead.
+                batches were accumulated. Default: 1, or 0 if the program has received none since
+                the last commit. With several samplers, a number holds for each one that the step
+                has used, and a mapping has a number for each sampler by its name in the state, for
+                example ``{"images": 4, "texts": 2}``; those that it lacks were not used.
 
         Raises:
             RoundOver: the round is over. The step counts. Let `elastic` catch it.
-            ValueError: fewer batches were drawn than ``batches``.
+            ValueError: fewer batches were drawn than ``batches``, a name is not that of a sampler,
+                or the number of batches is not known.
         """
-        for sampler in self._samplers:
-            sampler._commit(batches)
+        self._commit_batches(batches)
         self._commits += 1
         self._commit_round = _loop.current_round()
         self._remember()
@@ -124,13 +126,34 @@ class State:
         Raises:
             KeyError: a name is missing.
         """
+        self._load(state)
+        self._remember()
+
+    def _load(self, state: dict[str, Any]) -> None:
         for name, value in self._objects.items():
             value.load_state_dict(_tree.copied(state["objects"][name]))
         self._clear_step()
         for name in self._names:
             setattr(self, name, state["values"][name])
         self._commits, self._seed = state["commits"], state["seed"]
-        self._remember()
+
+    def _commit_batches(self, batches: int | Mapping[str, int] | None) -> None:
+        if isinstance(batches, Mapping):
+            if unknown := batches.keys() - self._samplers.keys():
+                raise ValueError(f"commit(batches=...) names {unknown.pop()!r}, which is not a sampler of the state")
+            counts: dict[str, int | None] = {name: batches.get(name, 0) for name in self._samplers}
+        else:
+            counts = dict.fromkeys(self._samplers, batches)
+            if batches is not None and len(counts) > 1:
+                counts = {name: batches if sampler._taken() != 0 else 0 for name, sampler in self._samplers.items()}
+        for name, count in counts.items():
+            try:
+                self._samplers[name]._commit(count)
+            except ValueError as error:
+                if len(counts) == 1:
+                    raise
+                each = ", ".join(f'"{name}": n' for name in counts)
+                raise ValueError(f"{name}: {error}; or give each sampler its number: commit(batches={{{each}}})") from None
 
     def _all(self, kind: type) -> list[Any]:
         return [value for value in self._objects.values() if isinstance(value, kind)]
@@ -195,9 +218,10 @@ class _Undo:
         self._parameter_versions: list[int] = []
         # Dicts of the modules and names in them: a program may put another tensor there.
         self._places: list[tuple[dict[str, Any], str]] = []
-        # Buffers and their copies. Batch norm changes its statistics without a new version of their
-        # tensors (PyTorch 2.13), so the version counts for large buffers only.
-        self._buffers: list[torch.Tensor | None] = []
+        # Buffers and their copies; `None` before the first copy. Batch norm changes its statistics
+        # without a new version of their tensors (PyTorch 2.13), so the version counts for large
+        # buffers only.
+        self._buffers: list[torch.Tensor | None] | None = None
         self._small_buffers: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         self._large_buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._versions: list[int] = []
@@ -210,7 +234,9 @@ class _Undo:
         self._values = {name: _tree.copied(getattr(state, name)) for name in state._names}
         self._groups = [[_without_parameters(group) for group in one.param_groups] for one in state._optimizers]
         self._parameter_versions = [parameter._version for parameter in self._parameters]
-        if any(buffers[name] is not known for (buffers, name), known in zip(self._places, self._buffers)):
+        if self._buffers is None or any(
+            buffers[name] is not known for (buffers, name), known in zip(self._places, self._buffers)
+        ):
             self._copy_buffers()
             return
         buffers, copies = self._small_buffers
@@ -226,7 +252,8 @@ class _Undo:
         modules = [part for module in state._all(nn.Module) for part in module.modules()]
         self._parameters = [parameter for module in state._all(nn.Module) for parameter in module.parameters()]
         self._places = [(module._buffers, name) for module in modules for name in module._buffers]
-        self._copy_buffers()
+        # The next `remember` copies them.
+        self._buffers = None
 
     def _copy_buffers(self) -> None:
         self._buffers = [buffers[name] for buffers, name in self._places]
@@ -256,7 +283,7 @@ class _Undo:
         return True
 
     def _restore_buffers(self) -> None:
-        for (buffers, name), buffer in zip(self._places, self._buffers):
+        for (buffers, name), buffer in zip(self._places, self._buffers or []):
             buffers[name] = buffer
         with torch.no_grad():
             for buffer, copy in zip(*self._small_buffers):

@@ -83,7 +83,7 @@ def _receive(state: State, source: int) -> None:
     for work in works:
         work.wait()
     # Loaded once it is whole: the source may be lost, too.
-    state.load_state_dict(_tree.unflatten(text, tensors))
+    state._load(_tree.unflatten(text, tensors))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
