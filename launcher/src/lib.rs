@@ -4,7 +4,6 @@
 //!
 //! In the book: `docs/torchrun.md`, `docs/clusters.md`, `docs/elasticity.md`.
 
-mod agent;
 pub mod cli;
 mod cluster;
 mod dispatcher;

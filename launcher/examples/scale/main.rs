@@ -9,7 +9,6 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "an example that measures")]
 
-mod agent;
 mod goodput;
 mod measure;
 mod network;

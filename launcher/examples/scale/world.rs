@@ -10,9 +10,9 @@ use ice_proto::frame;
 use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, Round, ToAgent, ToCoordinator};
 use ice_rendezvous::coordinator::{Action, Coordinator, Event, Peer, Settings};
 
-use crate::agent::{self, Agent, Exit, Rules};
 use crate::network::{Costs, Link, Network};
 use crate::random::Random;
+use ice_agent::{Exit, GroupConfig, WorkerGroup};
 
 pub(crate) const RANKS_PER_NODE: u32 = 8;
 /// Number of connections that the kernel keeps until they are accepted, the same as the real
@@ -94,7 +94,7 @@ struct Connection {
 }
 
 struct Node {
-    agent: Agent,
+    agent: WorkerGroup,
     /// Random id that the agent has drawn.
     id: u64,
     peer: Option<Peer>,
@@ -183,15 +183,15 @@ impl World {
     }
 
     fn new_node(&mut self) -> Node {
-        let rules = Rules {
+        let rules = GroupConfig {
             may_restart: true,
             local_world_size: RANKS_PER_NODE,
             shutdown_timeout: Duration::from_secs(30),
             fatal_exit_codes: BTreeSet::new(),
-            looks_again: Some(Duration::from_secs(600)),
+            reconnect_timeout: Some(Duration::from_secs(600)),
             requeue_exit_code: 75,
         };
-        let (agent, id) = (Agent::new(rules), self.random.next());
+        let (agent, id) = (WorkerGroup::new(rules), self.random.next());
         Node { agent, id, peer: None, dead: false, view: None, knows: Duration::ZERO }
     }
 
@@ -218,7 +218,7 @@ impl World {
     /// Kills a rank. Its agent notices at once.
     pub(crate) fn kill_rank(&mut self, node: usize, local_rank: u32) {
         let exit = Exit::Signal(9);
-        self.tell(node, agent::Event::Exited { local_rank, exit, failed_at: None });
+        self.tell(node, ice_agent::Event::Exited { local_rank, exit, failed_at: None });
     }
 
     /// Makes a node silent without closing its connection.

@@ -4,24 +4,24 @@
 //! In the book: `docs/torchrun.md#options`.
 
 mod args;
+mod cluster_defaults;
 mod devices;
-mod fill;
 mod generate;
-mod lists;
-mod meeting;
 mod plan;
 mod program;
 mod python;
-mod streams;
+mod rendezvous;
+mod std_streams;
+mod value_parsers;
 
 pub use args::{Cli, CompletionShell, Generate, LaunchArgs, PythonArgs, RdzvArgs, TorchrunArgs, defaults};
 pub use generate::generate;
-pub(crate) use lists::signals;
-pub(crate) use plan::{FileTimer, HangTimeout, Rotation};
+pub(crate) use plan::{FileTimer, Rotation};
 pub use plan::{LaunchPlan, UsageError};
 pub use program::Program;
 pub(crate) use program::{Command, in_path};
-pub(crate) use streams::PerRank;
+pub(crate) use std_streams::PerRank;
+pub(crate) use value_parsers::signals;
 
 impl Cli {
     /// Returns the plan that the command line asks for.

@@ -2,6 +2,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ice_agent::HangTimeout;
 use ice_proto::backend::{DistBackend, RankDevice};
 use ice_proto::env::TORCHELASTIC_TIMER_FILE;
 use ice_proto::rendezvous::{MAX_NODES, MAX_ROLE_LEN, RestartPolicy};
@@ -13,7 +14,7 @@ use crate::preempt::Source;
 
 use crate::logs::check_template;
 
-use super::{LaunchArgs, PerRank, Program, devices, fill, lists, meeting};
+use super::{LaunchArgs, PerRank, Program, cluster_defaults, devices, rendezvous, value_parsers};
 
 /// torchrun's variable; with the value 1, ranks may set timers.
 pub(super) const ENABLE_FILE_TIMER: &str = "TORCHELASTIC_ENABLE_FILE_TIMER";
@@ -143,16 +144,6 @@ pub(crate) enum FileTimer {
     At(PathBuf),
 }
 
-/// Time without progress after which a job has failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum HangTimeout {
-    /// The default for ranks that report their steps or touch a heartbeat file; no timeout for
-    /// others.
-    Default,
-    Never,
-    After(Duration),
-}
-
 impl LaunchPlan {
     /// Takes missing values from the cluster that this process runs in, and checks all values.
     ///
@@ -162,7 +153,7 @@ impl LaunchPlan {
         let (mut args, mut notes) = (args.clone(), Vec::new());
         let rdzv = args.rdzv.clone();
         rdzv.translate(&mut args, &mut notes, &|name| std::env::var(name).ok())?;
-        fill::fill(&mut args, &mut notes, &|name| std::env::var(name).ok())?;
+        cluster_defaults::fill(&mut args, &mut notes, &|name| std::env::var(name).ok())?;
         let mut plan = Self::check(&args, program)?;
         plan.notes.splice(0..0, notes);
         Ok(plan)
@@ -197,7 +188,7 @@ impl LaunchPlan {
         check_names(&run_id, &args.role)?;
         check_numbers(args, nnodes)?;
         let named = |option| move |problem| UsageError::new(option, problem);
-        let seconds = |option, value| lists::seconds(value).map_err(named(option));
+        let seconds = |option, value| value_parsers::seconds(value).map_err(named(option));
         let shutdown_timeout = match args.shutdown_timeout {
             Some(value) => seconds("--shutdown-timeout", value)?,
             None => shutdown_timeout_of_torch()?,
@@ -220,13 +211,13 @@ impl LaunchPlan {
                 format!("with {other}: a spare does not know its rank when it starts"),
             ));
         }
-        let dynamic = meeting::is_dynamic(args, nnodes.1);
-        let unshared = std::env::var(meeting::UNSHARED_STORE).is_ok_and(|value| value == "1");
+        let dynamic = rendezvous::is_dynamic(args, nnodes.1);
+        let unshared = std::env::var(rendezvous::UNSHARED_STORE).is_ok_and(|value| value == "1");
         let mut notes = Vec::new();
         if unshared && !dynamic {
             notes.push(format!(
                 "{}=1 has no effect with --rdzv-backend static, as in torchrun: use --rdzv-backend c10d",
-                meeting::UNSHARED_STORE
+                rendezvous::UNSHARED_STORE
             ));
         }
         if args.crash_loop_limit.is_none() && args.max_restarts >= CRASH_LOOP_LIMIT {
@@ -237,7 +228,7 @@ impl LaunchPlan {
             ));
         }
         let (signals, unknown) =
-            lists::known_signals(&args.signals_to_handle).map_err(named("--signals-to-handle"))?;
+            value_parsers::known_signals(&args.signals_to_handle).map_err(named("--signals-to-handle"))?;
         if signals.is_empty() && !unknown.is_empty() {
             let problem = format!("`{}` names no signal that this system has", args.signals_to_handle);
             return Err(UsageError::new("--signals-to-handle", problem));
@@ -248,7 +239,7 @@ impl LaunchPlan {
             )
         }));
         let codes = args.fatal_exit_codes.as_deref().unwrap_or_default();
-        let fatal_exit_codes = lists::numbers(codes).map_err(named("--fatal-exit-codes"))?;
+        let fatal_exit_codes = value_parsers::numbers(codes).map_err(named("--fatal-exit-codes"))?;
         if fatal_exit_codes.contains(&0) {
             return Err(UsageError::new(
                 "--fatal-exit-codes",
@@ -267,11 +258,11 @@ impl LaunchPlan {
             cpus,
             nnodes,
             node_rank: args.node_rank,
-            place: meeting::place(args, nnodes.1)?,
+            place: rendezvous::place(args, nnodes.1)?,
             dynamic,
             rank_serves_store: unshared && dynamic,
-            meeting: meeting::config(args, &run_id, nnodes.1)?,
-            close_timeout: args.rendezvous.close_timeout.unwrap_or(meeting::CLOSE_TIMEOUT),
+            meeting: rendezvous::config(args, &run_id, nnodes.1)?,
+            close_timeout: args.rendezvous.close_timeout.unwrap_or(rendezvous::CLOSE_TIMEOUT),
             run_id,
             restarts,
             fatal_exit_codes,
@@ -364,17 +355,18 @@ fn logs(args: &LaunchArgs, ranks_here: usize) -> Result<LogPlan, UsageError> {
         exists(option, streams.highest())?;
         Ok(streams)
     };
-    let ranks = lists::numbers(&args.local_ranks_filter)
+    let ranks = value_parsers::numbers(&args.local_ranks_filter)
         .map_err(|problem| UsageError::new("--local-ranks-filter", problem))?;
     exists("--local-ranks-filter", ranks.last().copied())?;
-    let texts = |option, text: &str| lists::texts(text).map_err(|problem| UsageError::new(option, problem));
+    let texts =
+        |option, text: &str| value_parsers::texts(text).map_err(|problem| UsageError::new(option, problem));
     let of_variable = || std::env::var(PREFIX_VARIABLE).ok().filter(|template| !template.is_empty());
     let prefix = match &args.log_prefix {
         Some(template) => (template.clone(), "--log-prefix"),
         None => of_variable().map_or((PREFIX.into(), ""), |template| (template, PREFIX_VARIABLE)),
     };
     check_template(&prefix.0).map_err(|problem| UsageError::new(prefix.1, problem))?;
-    let size = args.log_max_size.as_deref().map(lists::bytes).transpose();
+    let size = args.log_max_size.as_deref().map(value_parsers::bytes).transpose();
     let size = size.map_err(|problem| UsageError::new("--log-max-size", problem))?;
     Ok(LogPlan {
         redirects: streams("--redirects", &args.redirects)?,
@@ -396,7 +388,7 @@ fn shutdown_timeout_of_torch() -> Result<Duration, UsageError> {
     let text = std::env::var(NAME).ok().filter(|text| !text.is_empty());
     let Some(text) = text else { return Ok(SHUTDOWN_TIMEOUT) };
     let seconds = text.trim().parse().map_err(|_| format!("`{text}` is not a number of seconds"));
-    seconds.and_then(lists::seconds).map_err(|problem| UsageError::new(NAME, problem))
+    seconds.and_then(value_parsers::seconds).map_err(|problem| UsageError::new(NAME, problem))
 }
 
 /// Returns where ranks request timers, according to torchrun's variables.

@@ -20,7 +20,6 @@ use tokio::sync::{mpsc, watch};
 use super::member::Member;
 use super::spares::{Spare, Spares};
 use super::{ProcessId, RankEvent, hostname};
-use crate::agent::{Ask, Exit};
 use crate::logs::{Console, Files, LogFile, LogFolder, Names, Pump, RankFiles, prefix};
 use crate::report::{ErrorDocument, Summary};
 use crate::supervise::{
@@ -28,6 +27,7 @@ use crate::supervise::{
 };
 use crate::warm::Warm;
 use crate::{Error, LaunchPlan};
+use ice_agent::{Exit, StopRequest};
 use output::Stream;
 
 pub(super) struct Group<'a> {
@@ -441,23 +441,23 @@ impl<'a> Group<'a> {
     }
 
     /// Asks all ranks to end, or to leave the round.
-    pub(super) fn ask(&mut self, ask: &Ask) {
+    pub(super) fn ask(&mut self, request: &StopRequest) {
         let (round, node) =
             self.round.as_ref().map_or((0, 0), |round| (round.number, round.assignment.group_rank));
-        let message = match ask {
-            Ask::Stop(_, save) if self.agrees() => {
+        let message = match request {
+            StopRequest::Stop(_, save) if self.agrees() => {
                 return self.request(BoundaryRequest::Stop { node, save: *save });
             }
             // Some rank is ended by a signal and can take part in no common checkpoint, so the
             // others end as well.
-            Ask::Stop(..) => ToRank::End { reason: "told to stop".into() },
-            Ask::End(reason) => ToRank::End { reason: reason.clone() },
-            Ask::Broken(reason) => ToRank::RoundBroken { round, reason: reason.clone() },
+            StopRequest::Stop(..) => ToRank::End { reason: "told to stop".into() },
+            StopRequest::End(reason) => ToRank::End { reason: reason.clone() },
+            StopRequest::Broken(reason) => ToRank::RoundBroken { round, reason: reason.clone() },
             // A request to one rank reaches the ranks of all nodes, so node 0 alone sends it.
-            Ask::Regroup if node > 0 => return,
-            Ask::Regroup => return self.request(BoundaryRequest::Regroup),
+            StopRequest::Regroup if node > 0 => return,
+            StopRequest::Regroup => return self.request(BoundaryRequest::Regroup),
         };
-        let signal = Signal::try_from(ask.signal()).unwrap_or(Signal::SIGTERM);
+        let signal = Signal::try_from(request.signal()).unwrap_or(Signal::SIGTERM);
         self.ranks.values_mut().for_each(|member| member.ask(&message, signal));
     }
 

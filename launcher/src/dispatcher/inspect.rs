@@ -4,8 +4,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::RankEvent;
-use crate::agent::Hang;
 use crate::supervise::{Stacks, write_stacks};
+use ice_agent::Hang;
 
 /// Number of debuggers that run at the same time.
 const AT_ONCE: usize = 4;

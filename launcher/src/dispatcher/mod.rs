@@ -6,19 +6,19 @@
 mod clock;
 mod finished;
 mod group;
+mod hang_check;
 mod import_hint;
 mod inspect;
 mod leaving;
 mod link;
 mod member;
-mod pausing;
-mod question;
+mod pause;
+mod prompt;
 mod rank_events;
 mod ranks_store;
-mod screen;
 mod spares;
+mod terminal;
 mod timers;
-mod watching;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -33,22 +33,22 @@ use ice_rendezvous::{Rendezvous, Session, address};
 use nix::sys::signal::{Signal, raise};
 use tokio::sync::mpsc;
 
-use crate::agent::{Action, Agent, Event, Exit, Hang, HangWatch, Rules};
 use crate::logs::{Console, Files};
-use crate::report::{ErrorDocument, Events, Happened, ProgressLines, Rounds};
+use crate::report::{ErrorDocument, Events, JobEvent, ProgressLines, Rounds};
 use crate::supervise::{Caught, Heartbeats, ProcessId, ProcessTree, Remains, Signals};
 use crate::warm::Warm;
 use crate::{Error, LaunchPlan, preempt};
 use clock::Clock;
 use finished::Finished;
 use group::Group;
+use ice_agent::{Action, Event, Exit, GroupConfig, Hang, HangWatch, WorkerGroup};
 use import_hint::ImportHint;
-use question::Answer;
+use prompt::Answer;
 use ranks_store::StoreOffer;
 use timers::{FileTimers, requested};
 
 /// Time in which pending output may still be written once the user wants the end.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// An event of a rank, or of a thread or task that works for the dispatcher.
 pub(crate) enum RankEvent {
@@ -158,7 +158,7 @@ pub(crate) async fn run(plan: LaunchPlan) -> Result<ExitCode, Error> {
         () = &mut all_written => {}
         // A signal ends the wait for a console that is not read.
         _ = signals.stop() => {
-            let _ = tokio::time::timeout(LAST_WORDS, all_written).await;
+            let _ = tokio::time::timeout(FLUSH_TIMEOUT, all_written).await;
         }
     }
     meeting.close(plan.close_timeout).await;
@@ -195,10 +195,10 @@ pub(crate) fn hostname() -> String {
 /// State of the event loop. Only this loop's task accesses the state; threads and tasks that work
 /// for the loop send a [`RankEvent`] through `sender`.
 struct Dispatcher<'a> {
-    agent: Agent,
+    worker_group: WorkerGroup,
     group: Group<'a>,
     console: Console,
-    log: Events,
+    event_log: Events,
     session: Option<Session>,
     /// Sender for threads and tasks that work for the loop.
     sender: mpsc::UnboundedSender<RankEvent>,
@@ -209,7 +209,7 @@ struct Dispatcher<'a> {
     timers: Option<FileTimers>,
     rounds: Rounds,
     /// Time of the first event that may end the round.
-    trouble: Option<Duration>,
+    first_failure_at: Option<Duration>,
     /// Time at which heartbeat files and CPU times are read next.
     sample_at: Duration,
     /// Whether the stacks of a hang are being written. No other hang is looked for meanwhile.
@@ -236,7 +236,7 @@ struct Dispatcher<'a> {
     /// Reason why the job is over, according to the coordinator or the connection to it.
     over: Option<String>,
     /// The search for a lost coordinator.
-    looking: Option<Looking>,
+    reconnect: Option<Reconnect>,
     /// Whether processes that do not end are left to the keeper.
     gave_up: bool,
 }
@@ -248,23 +248,24 @@ impl<'a> Dispatcher<'a> {
         session: Session,
         tree: &Arc<ProcessTree>,
         (console, files): (Console, Files),
-        log: Events,
+        event_log: Events,
         warm: Warm,
     ) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         preempt::watch(&plan.notices, &sender);
-        let rewrites = screen::rewrites_progress(plan);
-        let rules = Rules {
+        let rewrites = terminal::rewrites_progress(plan);
+        let config = GroupConfig {
             may_restart: plan.restarts.max_restarts > 0,
             local_world_size: plan.local_world_size(),
             shutdown_timeout: plan.shutdown_timeout,
             fatal_exit_codes: plan.fatal_exit_codes.clone(),
             requeue_exit_code: plan.requeue_exit_code,
-            looks_again: (meeting.coordinator_can_move() || (!meeting.is_host() && plan.outlives_nodes()))
-                .then(|| meeting.reconnect_timeout()),
+            reconnect_timeout: (meeting.coordinator_can_move()
+                || (!meeting.is_host() && plan.outlives_nodes()))
+            .then(|| meeting.reconnect_timeout()),
         };
         Self {
-            agent: Agent::new(rules),
+            worker_group: WorkerGroup::new(config),
             group: Group::new(
                 plan,
                 Arc::clone(tree),
@@ -274,7 +275,7 @@ impl<'a> Dispatcher<'a> {
                 warm,
             ),
             console,
-            log,
+            event_log,
             session: Some(session),
             sender,
             events,
@@ -282,7 +283,7 @@ impl<'a> Dispatcher<'a> {
             hangs: HangWatch::new(plan.hang_timeout, plan.monitor_interval),
             timers: None,
             rounds: Rounds::default(),
-            trouble: None,
+            first_failure_at: None,
             sample_at: Duration::ZERO,
             inspecting: false,
             paused: BTreeSet::new(),
@@ -298,7 +299,7 @@ impl<'a> Dispatcher<'a> {
             import_hint: ImportHint::new(plan),
             is_introduced: false,
             over: None,
-            looking: None,
+            reconnect: None,
             gave_up: false,
         }
     }
@@ -316,7 +317,7 @@ impl<'a> Dispatcher<'a> {
     async fn run(mut self, signals: &mut Signals, gave_up: &mut bool) -> Result<ExitCode, Error> {
         let command = self.plan.program.command();
         let (ranks, host) = (self.plan.devices.len(), hostname());
-        self.log.add(&Happened::AgentStarted { pid: std::process::id(), host, ranks, command });
+        self.event_log.add(&JobEvent::AgentStarted { pid: std::process::id(), host, ranks, command });
         loop {
             let deadline = self.deadline();
             let wake = self.clock.instant(deadline.unwrap_or_default());
@@ -355,16 +356,16 @@ impl<'a> Dispatcher<'a> {
                         Some(Event::CoordinatorLost(error.to_string()))
                     }
                 },
-                found = found(&mut self.looking) => {
-                    self.looking = None;
+                found = reconnected(&mut self.reconnect) => {
+                    self.reconnect = None;
                     Some(match found {
                         Ok(session) => {
                             self.session = Some(session);
-                            Event::Met
+                            Event::Reconnected
                         }
                         Err(error) => {
                             self.over = Some(error.to_string());
-                            Event::NotMet(error.to_string())
+                            Event::ReconnectFailed(error.to_string())
                         }
                     })
                 }
@@ -384,7 +385,7 @@ impl<'a> Dispatcher<'a> {
                 if let Some(session) = self.session {
                     session.finish().await;
                 }
-                self.log.add(&Happened::AgentEnded { exit_code: code.code() });
+                self.event_log.add(&JobEvent::AgentEnded { exit_code: code.code() });
                 *gave_up = self.gave_up;
                 return Ok(code);
             }
@@ -393,19 +394,19 @@ impl<'a> Dispatcher<'a> {
 
     /// Returns the next time at which the loop has to act without an event.
     fn deadline(&self) -> Option<Duration> {
-        let watching = self.agent.is_running() && !self.inspecting;
-        let silence = self.hangs.silence().filter(|_| self.agent.is_regrouping()).map(|(due, _)| due);
+        let watching = self.worker_group.is_running() && !self.inspecting;
+        let silence = self.hangs.silence().filter(|_| self.worker_group.is_regrouping()).map(|(due, _)| due);
         let hang = self.hangs.deadline().filter(|_| watching).or(silence);
         let sample = self.hangs.sampling().filter(|_| watching).map(|_| self.sample_at);
         let timer = self.timers.as_ref().and_then(FileTimers::deadline).filter(|_| watching);
-        let finished = self.finished.deadline().filter(|_| self.agent.is_running());
-        [self.agent.deadline(), hang, sample, timer, finished].into_iter().flatten().min()
+        let finished = self.finished.deadline().filter(|_| self.worker_group.is_running());
+        [self.worker_group.deadline(), hang, sample, timer, finished].into_iter().flatten().min()
     }
 
     fn caught(&mut self, caught: Caught) -> Option<Event> {
         match caught {
             Caught::Stop(signal) => {
-                self.log.add(&Happened::Signal { signal });
+                self.event_log.add(&JobEvent::Signal { signal });
                 if signal == Signal::SIGINT as i32 && self.asks() {
                     return None;
                 }
@@ -422,11 +423,11 @@ impl<'a> Dispatcher<'a> {
                 })
             }
             Caught::Notice(signal) => {
-                self.log.add(&Happened::Signal { signal: signal as i32 });
+                self.event_log.add(&JobEvent::Signal { signal: signal as i32 });
                 Some(self.noticed(signal.as_str().into()))
             }
             Caught::Forward(signal) => {
-                self.log.add(&Happened::Signal { signal });
+                self.event_log.add(&JobEvent::Signal { signal });
                 Some(Event::Forward(signal))
             }
             Caught::Suspend => {
@@ -458,7 +459,7 @@ impl<'a> Dispatcher<'a> {
     /// done.
     async fn handle(&mut self, event: Event) -> Result<Option<ExitCode>, Error> {
         tracing::debug!(?event, "event");
-        for action in self.agent.handle(self.clock.now(), event) {
+        for action in self.worker_group.handle(self.clock.now(), event) {
             tracing::debug!(?action, "action");
             match action {
                 Action::Send(message) => {
@@ -469,30 +470,30 @@ impl<'a> Dispatcher<'a> {
                         session.send(message);
                     }
                 }
-                Action::Meet => {
+                Action::Reconnect => {
                     let (run_stamp, last_node_rank) = (self.run_stamp.clone(), self.group.place());
                     let hello =
                         Hello { run_stamp, last_node_rank, ..hello(self.plan, &self.meeting, &self.offer) };
                     let meeting = Arc::clone(&self.meeting);
-                    self.looking = Some(Box::pin(async move { meeting.reconnect(hello).await }));
+                    self.reconnect = Some(Box::pin(async move { meeting.reconnect(hello).await }));
                 }
                 Action::Spawn(round) => self.spawn(round)?,
-                Action::Ask(ask) => {
+                Action::RequestStop(ask) => {
                     self.console.no_status();
-                    self.log.add(&Happened::Stopping { how: "asked" });
+                    self.event_log.add(&JobEvent::Stopping { how: "asked" });
                     self.group.ask(&ask);
                 }
                 Action::Terminate => {
-                    self.log.add(&Happened::Stopping { how: "terminated" });
+                    self.event_log.add(&JobEvent::Stopping { how: "terminated" });
                     self.group.terminate();
                 }
                 Action::TerminateRank(local_rank) => self.group.terminate_rank(local_rank),
                 Action::Kill => {
-                    self.log.add(&Happened::Stopping { how: "killed" });
+                    self.event_log.add(&JobEvent::Stopping { how: "killed" });
                     self.group.kill();
                 }
                 Action::KillUnparked => {
-                    self.log.add(&Happened::Stopping { how: "killed" });
+                    self.event_log.add(&JobEvent::Stopping { how: "killed" });
                     self.group.kill_unparked();
                 }
                 Action::GiveUp => self.gave_up = true,
@@ -504,7 +505,7 @@ impl<'a> Dispatcher<'a> {
                     if let Some(failure) = self.group.report(ends).await {
                         let cause = failure.root_cause;
                         let (rank, exit, message) = (cause.rank, cause.exit.exit, cause.message);
-                        self.log.add(&Happened::AttemptFailed {
+                        self.event_log.add(&JobEvent::AttemptFailed {
                             attempt: failure.attempt,
                             rank,
                             exit,
@@ -512,9 +513,9 @@ impl<'a> Dispatcher<'a> {
                         });
                     }
                 }
-                Action::Say(text) => {
+                Action::Notify(text) => {
                     self.console.note(&text);
-                    self.log.add(&Happened::Decision { text });
+                    self.event_log.add(&JobEvent::Decision { text });
                 }
                 Action::Exit(code) => {
                     self.leave(code);
@@ -531,7 +532,7 @@ impl<'a> Dispatcher<'a> {
     fn spawn(&mut self, round: Round) -> Result<(), Error> {
         // Processes that the last attempt left behind must not interfere with the next one.
         self.group.kill_others();
-        self.log.add(&Happened::RoundStarted {
+        self.event_log.add(&JobEvent::RoundStarted {
             round: round.number,
             attempt: round.restart_count,
             nodes: round.nodes,
@@ -547,7 +548,7 @@ impl<'a> Dispatcher<'a> {
         let (host, port) = self.meeting.address();
         let began = round.clone();
         let started = self.group.spawn(round, (&host, port))?;
-        (self.trouble, self.finished) = (None, Finished::default());
+        (self.first_failure_at, self.finished) = (None, Finished::default());
         self.rounds.start(self.clock.now(), &began, started.clone());
         (self.inspecting, self.sample_at) = (false, self.clock.now());
         self.hangs.start(self.plan.local_world_size(), nodes);
@@ -556,10 +557,10 @@ impl<'a> Dispatcher<'a> {
                 continue;
             }
             let rank = self.group.rank(local_rank);
-            self.log.add(&Happened::RankStarted { rank, local_rank, pid });
+            self.event_log.add(&JobEvent::RankStarted { rank, local_rank, pid });
         }
         for pid in self.group.park_spares() {
-            self.log.add(&Happened::SpareStarted { pid });
+            self.event_log.add(&JobEvent::SpareStarted { pid });
         }
         self.introduce();
         Ok(())
@@ -581,7 +582,7 @@ impl<'a> Dispatcher<'a> {
     fn end_round(&mut self, reason: &str) {
         // If this node leaves, other reasons are consequences of that.
         let reason = self.left.as_deref().unwrap_or(reason);
-        if let Some(record) = self.rounds.end(self.clock.now(), self.trouble.take(), reason) {
+        if let Some(record) = self.rounds.end(self.clock.now(), self.first_failure_at.take(), reason) {
             self.group.write_round(record);
         }
     }
@@ -589,7 +590,7 @@ impl<'a> Dispatcher<'a> {
     fn start_spares(&mut self) {
         let (host, port) = self.meeting.address();
         for pid in self.group.start_spares((&host, port)) {
-            self.log.add(&Happened::SpareStarted { pid });
+            self.event_log.add(&JobEvent::SpareStarted { pid });
         }
     }
 
@@ -616,13 +617,13 @@ impl<'a> Dispatcher<'a> {
 }
 
 /// A search for the coordinator.
-type Looking = Pin<Box<dyn Future<Output = Result<Session, ice_rendezvous::Error>>>>;
+type Reconnect = Pin<Box<dyn Future<Output = Result<Session, ice_rendezvous::Error>>>>;
 
 /// Waits for the end of the search, forever if there is none. Cancel-safe: the search stays in
-/// `looking`.
-async fn found(looking: &mut Option<Looking>) -> Result<Session, ice_rendezvous::Error> {
-    match looking {
-        Some(looking) => looking.await,
+/// `reconnect`.
+async fn reconnected(reconnect: &mut Option<Reconnect>) -> Result<Session, ice_rendezvous::Error> {
+    match reconnect {
+        Some(search) => search.await,
         None => std::future::pending().await,
     }
 }

@@ -5,12 +5,12 @@ use std::time::{Duration, SystemTime};
 use ice_proto::link::FromRank;
 
 use super::{Dispatcher, RankEvent};
-use crate::agent::Event;
-use crate::report::{ExitRecord, Happened};
+use crate::report::{ExitRecord, JobEvent};
 use crate::supervise::{ProcessId, Remains};
+use ice_agent::Event;
 
 /// Resolution of the modification times of files.
-const TICK: Duration = Duration::from_millis(10);
+const MTIME_RESOLUTION: Duration = Duration::from_millis(10);
 
 impl Dispatcher<'_> {
     pub(super) fn rank_event(&mut self, event: RankEvent) -> Option<Event> {
@@ -22,13 +22,13 @@ impl Dispatcher<'_> {
                     return None;
                 };
                 let (rank, exit) = (self.group.rank(local_rank), self.group.explained(local_rank, exit));
-                self.log.add(&Happened::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
+                self.event_log.add(&JobEvent::RankEnded { rank, local_rank, exit: ExitRecord::from(&exit) });
                 self.hangs.gone(local_rank);
                 self.timers.iter_mut().for_each(|timers| timers.gone(local_rank));
                 match exit.is_success() {
                     true => self.finished.add(rank, now),
                     false => {
-                        self.trouble.get_or_insert(now);
+                        self.first_failure_at.get_or_insert(now);
                         self.import_hint.look(self.group.living().into_values());
                     }
                 }
@@ -44,7 +44,7 @@ impl Dispatcher<'_> {
             // The hang was in a round that is over: another one has begun.
             RankEvent::Inspected(round, ..) if Some(round) != self.group.round() => None,
             RankEvent::Inspected(_, hang, found) => {
-                self.trouble.get_or_insert(hang.since);
+                self.first_failure_at.get_or_insert(hang.since);
                 if let Some((pid, signal)) = hang.ends_by {
                     self.end_by_timer(hang.local_rank, pid, signal);
                 }
@@ -71,7 +71,7 @@ impl Dispatcher<'_> {
         match message {
             FromRank::Paused => self.rank_paused(local_rank, true),
             FromRank::Resumed => self.rank_paused(local_rank, false),
-            FromRank::Stays => return Some(Event::Stays(local_rank)),
+            FromRank::Stays => return Some(Event::Survivor(local_rank)),
             // The agent's own SIGTERM arrived before the message over the link that confirms it.
             FromRank::Terminated if self.group.was_signalled(local_rank) => {}
             FromRank::Terminated => {
@@ -84,14 +84,14 @@ impl Dispatcher<'_> {
             }
             FromRank::FirstStep { round, step, repeated } => {
                 if self.rounds.first_step(now, round, step, repeated) {
-                    self.log.add(&Happened::FirstStep { round, step, repeated });
+                    self.event_log.add(&JobEvent::FirstStep { round, step, repeated });
                 }
                 self.start_spares();
                 return Some(Event::FirstStep { round });
             }
             FromRank::Progress(progress) => {
                 // A message that a rank sent just before it paused or ended is out of date.
-                let is_current = self.agent.is_running() && !self.is_paused();
+                let is_current = self.worker_group.is_running() && !self.is_paused();
                 if let Some(line) = self.progress.due(&progress, self.clock.instant(now).into_std())
                     && is_current
                 {
@@ -108,7 +108,7 @@ impl Dispatcher<'_> {
             FromRank::CheckpointSaved { path, step } => {
                 let rank = self.group.rank(local_rank);
                 self.saved = Some((path.clone(), step));
-                self.log.add(&Happened::CheckpointSaved { rank, path, step });
+                self.event_log.add(&JobEvent::CheckpointSaved { rank, path, step });
             }
             FromRank::Hello { .. }
             | FromRank::Error { .. }
@@ -137,7 +137,7 @@ impl Dispatcher<'_> {
 /// Converts the time of a file to the agent's clock. Files are stamped with a clock that is up to a
 /// tick behind, so a tick is added: otherwise a victim's failure could look older than its cause.
 fn on_clock(now: Duration, at: SystemTime) -> Duration {
-    match SystemTime::now().duration_since(at + TICK) {
+    match SystemTime::now().duration_since(at + MTIME_RESOLUTION) {
         Ok(ago) => now.saturating_sub(ago),
         Err(ahead) => now + ahead.duration(),
     }

@@ -15,10 +15,10 @@ use tokio::sync::{mpsc, watch};
 
 use super::member::Member;
 use super::{ProcessId, RankEvent};
-use crate::agent::Exit;
 use crate::cli::Program;
 use crate::logs::{RankFiles, pipe};
 use crate::supervise::{ProcessTree, Start, Stdio, spawn};
+use ice_agent::Exit;
 
 /// A spare, and the streams and the sign of life that pumps read once the spare is a rank.
 pub(super) struct Spare {

@@ -9,11 +9,11 @@ use nix::unistd::{Pid, getsid};
 use tempfile::TempDir;
 
 use super::Dispatcher;
-use crate::agent::{Expired, Hang, Timers};
 use crate::cli::FileTimer;
 use crate::logs::Console;
 use crate::supervise::{TimerPipe, TimerRequest};
 use crate::{Error, LaunchPlan};
+use ice_agent::{Expired, Hang, Timers};
 
 /// Number of requests that are read before a timer counts as expired. The limit is there for a
 /// process that sends requests without pause.

@@ -74,8 +74,8 @@ impl ErrorDocument {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::Exit;
     use crate::report::ExitRecord;
+    use ice_agent::Exit;
 
     fn failure(exit: &Exit, message: Option<&str>) -> RankFailure {
         RankFailure {

@@ -15,7 +15,7 @@ const VERSION: u32 = 1;
 /// An event.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-pub(crate) enum Happened {
+pub(crate) enum JobEvent {
     /// The agent has started.
     AgentStarted {
         pid: u32,
@@ -68,7 +68,7 @@ struct Line<'a> {
     time: String,
     run_id: &'a str,
     #[serde(flatten)]
-    happened: &'a Happened,
+    happened: &'a JobEvent,
 }
 
 /// The log of events, if the user wants one.
@@ -82,7 +82,7 @@ impl Events {
         Self { run_id: run_id.to_owned(), out }
     }
 
-    pub(crate) fn add(&self, happened: &Happened) {
+    pub(crate) fn add(&self, happened: &JobEvent) {
         let Some((files, file)) = &self.out else { return };
         let time = timestamp();
         let line = Line { version: VERSION, time, run_id: &self.run_id, happened };

@@ -3,8 +3,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::agent::{Cause, Exit, OutOfMemory};
 use crate::cli::Command;
+use ice_agent::{Cause, Exit, OutOfMemory};
 
 /// A failed attempt: details of the rank that failed first, and how the others ended.
 #[derive(Debug, Clone, Serialize)]

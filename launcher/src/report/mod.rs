@@ -12,7 +12,7 @@ mod summary;
 mod traceback;
 
 pub(crate) use error_file::ErrorDocument;
-pub(crate) use events::{Events, Happened};
+pub(crate) use events::{Events, JobEvent};
 pub(crate) use excerpt::Excerpt;
 pub(crate) use failure::{ExitRecord, Failure, OtherEnd, OtherRank, RankFailure};
 pub(crate) use outline::Outline;

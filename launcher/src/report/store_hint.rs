@@ -35,8 +35,8 @@ fn unanswered(line: &str) -> Option<(&str, u16)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::Exit;
     use crate::report::ExitRecord;
+    use ice_agent::Exit;
 
     #[test]
     fn store_that_no_rank_serves_is_hinted_at() {

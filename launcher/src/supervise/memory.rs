@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statvfs::statvfs;
 
 use super::limits::may_hold_files;
-use crate::agent::{Cause, Exit, OutOfMemory};
+use ice_agent::{Cause, Exit, OutOfMemory};
 
 /// A limit of a cgroup of version 1 from here on means no limit: the kernel shows the largest
 /// multiple of a page.

@@ -25,8 +25,8 @@ use super::drain::{Ending, Orders, Remains, drain, due};
 use super::proc::Process;
 use super::stuck::{Stuck, obstacles};
 use super::{ProcessId, ProcessTree, TEMPLATE, limits, mark};
-use crate::agent::Exit;
 use crate::cli::Program;
+use ice_agent::Exit;
 
 /// Destination of a stream of a rank.
 pub(crate) enum Stdio {

@@ -22,7 +22,7 @@ const PHRASES: [&str; 8] = [
 const HEADS: [&str; 2] = ["what", "who"];
 
 /// Folders whose comments are checked.
-const FOLDERS: [&str; 13] = [
+const FOLDERS: [&str; 14] = [
     "launcher",
     "rendezvous",
     "worker",
@@ -31,6 +31,7 @@ const FOLDERS: [&str; 13] = [
     "crates/ckpt",
     "crates/core",
     "crates/ice",
+    "crates/agent",
     "crates/link",
     "crates/nn",
     "crates/proto",

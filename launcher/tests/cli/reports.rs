@@ -61,7 +61,7 @@ fn events_and_report_tell_the_whole_story() {
 fn every_event_is_documented() {
     let source = include_str!("../../src/report/events.rs");
     let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/events.md")).unwrap();
-    let body = source.split("enum Happened {").nth(1).unwrap().split("\n}\n").next().unwrap();
+    let body = source.split("enum JobEvent {").nth(1).unwrap().split("\n}\n").next().unwrap();
     let variants = body.lines().filter(|line| line.starts_with("    ") && !line.starts_with("     "));
     let mut found = 0;
     for variant in variants

@@ -1,7 +1,7 @@
 //! Events outside of the coordinator: connections, agents, silence.
 
 use super::*;
-use crate::agent::Action;
+use ice_agent::Action;
 
 impl World {
     pub(super) fn happens(&mut self, what: What) {
@@ -21,7 +21,7 @@ impl World {
                 self.nodes[node].peer = Some(peer);
                 let hello = self.hello(node);
                 self.say(peer, ToCoordinator::Hello(hello));
-                self.tell(node, agent::Event::Met);
+                self.tell(node, ice_agent::Event::Reconnected);
                 self.at(self.now + interval, What::AgentAlive(peer));
             }
             What::Impatient(_) | What::Greeted(_) => {}
@@ -57,7 +57,7 @@ impl World {
             }
             What::Parked { node, round } => {
                 for local_rank in 0..RANKS_PER_NODE {
-                    self.tell(node, agent::Event::Parked { local_rank, round });
+                    self.tell(node, ice_agent::Event::Parked { local_rank, round });
                 }
             }
         }
@@ -126,10 +126,10 @@ impl World {
         if matches!(message, ToAgent::RoundBroken { .. }) {
             self.nodes[node].knows = self.now;
         }
-        self.tell(node, agent::Event::Coordinator(message));
+        self.tell(node, ice_agent::Event::Coordinator(message));
     }
 
-    pub(super) fn tell(&mut self, node: usize, event: agent::Event) {
+    pub(super) fn tell(&mut self, node: usize, event: ice_agent::Event) {
         for action in self.nodes[node].agent.handle(self.now, event) {
             match action {
                 Action::Send(message) => {
@@ -142,10 +142,10 @@ impl World {
                     self.started = (round.number, if last == round.number { count + 1 } else { 1 });
                     self.nodes[node].view = Some(round);
                     for local_rank in 0..RANKS_PER_NODE {
-                        self.tell(node, agent::Event::Stays(local_rank));
+                        self.tell(node, ice_agent::Event::Survivor(local_rank));
                     }
                 }
-                Action::Ask(_) => {
+                Action::RequestStop(_) => {
                     self.nodes[node].knows = self.now;
                     let round = self.nodes[node].view.as_ref().map_or(0, |view| view.number);
                     self.at(self.now, What::Parked { node, round });

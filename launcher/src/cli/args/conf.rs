@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use ice_rendezvous::{Backend, EtcdConfig, EtcdTls};
 
-use crate::cli::{UsageError, lists};
+use crate::cli::{UsageError, value_parsers};
 
 /// etcd's port for clients.
 const ETCD_PORT: u16 = 2379;
@@ -71,7 +71,7 @@ impl RendezvousArgs {
             }
             let seconds = || {
                 let seconds: f64 = value.parse().map_err(|_| wrong("expected seconds"))?;
-                lists::seconds(seconds).map(Some).map_err(|problem| wrong(&problem))
+                value_parsers::seconds(seconds).map(Some).map_err(|problem| wrong(&problem))
             };
             let more_than_zero = || match seconds()? {
                 Some(Duration::ZERO) => Err(wrong("must be more than 0")),

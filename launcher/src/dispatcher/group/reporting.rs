@@ -9,13 +9,13 @@ use std::time::Duration;
 use ice_proto::exit::ExitCode;
 
 use super::Group;
-use crate::agent::{End, Exit};
 use crate::dispatcher::member::Member;
 use crate::logs::LogFolder;
 use crate::report::{
     ErrorDocument, ExitRecord, Failure, OtherEnd, OtherRank, RankFailure, RoundRecord, Rounds, Summary,
     exception, store_hint,
 };
+use ice_agent::{End, Exit};
 
 /// Number of lines of stderr that a report shows, and that are searched for an exception.
 const SHOWN: usize = 20;

@@ -26,11 +26,7 @@ const KNOWN: &[(&str, &str, &[&str])] = &[
     ("core", "data::readers", &["token_files", "tokens"]),
     ("core", "graph", &["executable", "hyper", "outputs"]),
     ("ice", "", &["error", "run"]),
-    (
-        "launcher",
-        "",
-        &["agent", "cli", "dispatcher", "error", "logs", "preempt", "report", "supervise", "warm"],
-    ),
+    ("launcher", "", &["cli", "dispatcher", "error", "logs", "preempt", "report", "supervise", "warm"]),
     ("launcher", "cli", &["program", "python"]),
     ("launcher", "cli::args", &["launch", "rendezvous"]),
 ];

@@ -4,14 +4,14 @@ use std::time::Duration;
 use ice_proto::exit::ExitCode;
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
 
-use super::events::{Action, Ask, End, Event, Rules, SIGINT, SIGQUIT, SIGTERM};
+use super::events::{Action, End, Event, GroupConfig, SIGINT, SIGQUIT, SIGTERM, StopRequest};
 use super::exit::{Exit, signal_name};
 
 /// Shortest uptime that is reported for a round in which a step was applied.
 const PROGRESS: Duration = Duration::from_secs(60);
 /// Period in which a second signal counts as a repetition of the first. Schedulers signal a
 /// process, its group and its parent, so one request arrives several times.
-const ECHO: Duration = Duration::from_millis(250);
+const SIGNAL_DEBOUNCE: Duration = Duration::from_millis(250);
 /// Time within which a killed process ends, unless the kernel holds it (frozen, or in an
 /// uninterruptible system call).
 const HELD: Duration = Duration::from_secs(1);
@@ -20,7 +20,7 @@ const HELD: Duration = Duration::from_secs(1);
 ///
 /// `Joining` → `Running` when a round starts, `Running` → `Finished` when all ranks succeed. A
 /// failure, an ended round or a request to stop leads to `Stopping`. Once no rank has to be waited
-/// for and the next state is known, `Agent::settle` moves on to `Joining` or `Done`.
+/// for and the next state is known, `WorkerGroup::finish_drain` moves on to `Joining` or `Done`.
 #[derive(Debug, Clone)]
 enum Phase {
     /// Waiting for a round to start.
@@ -29,13 +29,13 @@ enum Phase {
     /// All ranks exited successfully. The agent waits for the other nodes.
     Finished,
     /// Ranks are ending. The argument says what follows after the last of them.
-    Stopping(Then),
+    Stopping(AfterDrain),
     Done,
 }
 
 /// Next state after [`Phase::Stopping`].
 #[derive(Debug, Clone)]
-enum Then {
+enum AfterDrain {
     /// Wait for the coordinator, which has not yet answered the report of the failure.
     Await,
     Rejoin,
@@ -43,26 +43,26 @@ enum Then {
 }
 
 /// The state machine. The module documentation lists its invariants.
-pub(crate) struct Agent {
-    rules: Rules,
+pub struct WorkerGroup {
+    config: GroupConfig,
     phase: Phase,
     /// Whether the agent has a connection to a coordinator.
-    met: bool,
+    connected: bool,
     /// Number of the last round that started.
     round: u64,
     /// The report of a failure in this round, kept until the next round starts (AG-7). A
     /// `RoundBroken` does not acknowledge the report: the round may have ended for another reason.
-    unanswered: Option<ToCoordinator>,
+    pending_failure: Option<ToCoordinator>,
     /// Number and reason of the last `RoundBroken` that was received.
-    heard: Option<(u64, String)>,
+    last_round_broken: Option<(u64, String)>,
     /// Local ranks whose processes run.
     alive: BTreeSet<u32>,
     /// Ranks that keep their process and its state when the round ends (survivors).
-    stays: BTreeSet<u32>,
+    survivors: BTreeSet<u32>,
     /// Survivors that have left the round and wait for the next one.
     parked: BTreeSet<u32>,
     /// Whether the ranks end the round by themselves, at a step that they agree on.
-    gentle: bool,
+    graceful: bool,
     /// Whether a training step was applied in this round.
     progressed: bool,
     /// Time at which the round started.
@@ -85,19 +85,20 @@ pub(crate) struct Agent {
     kill_at: Option<Duration>,
 }
 
-impl Agent {
-    pub(crate) fn new(rules: Rules) -> Self {
+impl WorkerGroup {
+    /// Creates the machine of an agent that has joined.
+    pub fn new(config: GroupConfig) -> Self {
         Self {
-            rules,
+            config,
             phase: Phase::Joining,
-            met: true,
+            connected: true,
             round: 0,
-            unanswered: None,
-            heard: None,
+            pending_failure: None,
+            last_round_broken: None,
             alive: BTreeSet::new(),
-            stays: BTreeSet::new(),
+            survivors: BTreeSet::new(),
             parked: BTreeSet::new(),
-            gentle: false,
+            graceful: false,
             progressed: false,
             started: Duration::ZERO,
             ends: Vec::new(),
@@ -112,28 +113,28 @@ impl Agent {
     }
 
     /// Returns the next time at which the machine needs a [`Event::Tick`].
-    pub(crate) fn deadline(&self) -> Option<Duration> {
+    pub fn deadline(&self) -> Option<Duration> {
         self.terminate_at.into_iter().chain(self.kill_at).min()
     }
 
     /// Whether the agent watches the ranks for hangs.
-    pub(crate) fn is_running(&self) -> bool {
+    pub fn is_running(&self) -> bool {
         matches!(self.phase, Phase::Running)
     }
 
     /// Whether the agent exits once its ranks have ended.
     fn is_leaving(&self) -> bool {
-        matches!(self.phase, Phase::Stopping(Then::Exit(_)))
+        matches!(self.phase, Phase::Stopping(AfterDrain::Exit(_)))
     }
 
     /// Whether ranks are leaving a round, to join the next one or to exit.
-    pub(crate) fn is_regrouping(&self) -> bool {
-        matches!(self.phase, Phase::Stopping(Then::Await | Then::Rejoin))
+    pub fn is_regrouping(&self) -> bool {
+        matches!(self.phase, Phase::Stopping(AfterDrain::Await | AfterDrain::Rejoin))
             && !self.alive.is_subset(&self.parked)
     }
 
     /// Applies an event at time `now` and returns the actions that follow, in order.
-    pub(crate) fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
+    pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         if matches!(self.phase, Phase::Done) {
             return Vec::new();
         }
@@ -141,23 +142,25 @@ impl Agent {
             Event::Coordinator(message) => self.coordinator(now, message),
             // This agent leaves the job anyway, so a lost coordinator only ends the wait of its
             // ranks for those of other nodes (AG-8).
-            Event::CoordinatorLost(reason) | Event::NotMet(reason) if self.is_leaving() => {
-                self.alone(&reason)
+            Event::CoordinatorLost(reason) | Event::ReconnectFailed(reason) if self.is_leaving() => {
+                self.leave_now(&reason)
             }
-            Event::CoordinatorLost(reason) if self.rules.looks_again.is_some() => self.lost(now, &reason),
-            Event::CoordinatorLost(reason) | Event::NotMet(reason) => {
-                let mut actions = vec![Action::Say(reason.clone())];
-                actions.extend(self.stop(now, Then::Exit(None), Ask::Broken(reason)));
+            Event::CoordinatorLost(reason) if self.config.reconnect_timeout.is_some() => {
+                self.lost(now, &reason)
+            }
+            Event::CoordinatorLost(reason) | Event::ReconnectFailed(reason) => {
+                let mut actions = vec![Action::Notify(reason.clone())];
+                actions.extend(self.stop(now, AfterDrain::Exit(None), StopRequest::Broken(reason)));
                 actions
             }
-            Event::Met => {
-                self.met = true;
+            Event::Reconnected => {
+                self.connected = true;
                 let join = matches!(self.phase, Phase::Joining).then_some(ToCoordinator::Join);
-                self.unanswered.clone().into_iter().chain(join).map(Action::Send).collect()
+                self.pending_failure.clone().into_iter().chain(join).map(Action::Send).collect()
             }
             Event::Exited { local_rank, exit, failed_at } => self.exited(now, local_rank, exit, failed_at),
-            Event::Stays(local_rank) => {
-                self.stays.insert(local_rank);
+            Event::Survivor(local_rank) => {
+                self.survivors.insert(local_rank);
                 Vec::new()
             }
             Event::Parked { local_rank, round } => {
@@ -180,12 +183,12 @@ impl Agent {
             Event::Abort(_) if self.is_held(now) => self.give_up(),
             Event::Abort(signal) => self.abort(now, signal),
             Event::Forward(signal) if self.alive.is_empty() => {
-                vec![Action::Say(format!("no rank runs that {} could be passed on to", name_of(signal)))]
+                vec![Action::Notify(format!("no rank runs that {} could be passed on to", name_of(signal)))]
             }
             Event::Forward(signal) => vec![Action::Forward(signal)],
             Event::Tick => self.tick(now),
         };
-        actions.extend(self.settle());
+        actions.extend(self.finish_drain());
         actions
     }
 
@@ -193,44 +196,48 @@ impl Agent {
         match (message, &self.phase) {
             (ToAgent::RoundStarted(round), Phase::Joining) => {
                 let survivors =
-                    std::mem::replace(&mut self.alive, (0..self.rules.local_world_size).collect());
-                self.stays.retain(|local_rank| survivors.contains(local_rank));
+                    std::mem::replace(&mut self.alive, (0..self.config.local_world_size).collect());
+                self.survivors.retain(|local_rank| survivors.contains(local_rank));
                 self.parked.clear();
-                (self.gentle, self.progressed) = (false, false);
+                (self.graceful, self.progressed) = (false, false);
                 self.started = now;
                 self.ends.clear();
-                (self.unanswered, self.heard) = (None, None);
+                (self.pending_failure, self.last_round_broken) = (None, None);
                 self.round = round.number;
                 self.phase = Phase::Running;
                 vec![Action::Spawn(round)]
             }
-            (ToAgent::RoundBroken { round, reason, graceful: gentle }, phase)
-                if !matches!(phase, Phase::Stopping(Then::Exit(_))) =>
+            (ToAgent::RoundBroken { round, reason, graceful }, phase)
+                if !matches!(phase, Phase::Stopping(AfterDrain::Exit(_))) =>
             {
-                let runs = matches!(phase, Phase::Running | Phase::Finished | Phase::Stopping(Then::Await))
-                    || (self.gentle && !gentle);
+                let runs =
+                    matches!(phase, Phase::Running | Phase::Finished | Phase::Stopping(AfterDrain::Await))
+                        || (self.graceful && !graceful);
                 // The coordinator may repeat a message on the next connection; its reason is
                 // printed once.
-                let heard = Some((round, reason.clone()));
-                let is_new = self.heard != heard;
-                let mut actions: Vec<_> = is_new.then(|| Action::Say(reason.clone())).into_iter().collect();
-                self.heard = heard;
+                let received = Some((round, reason.clone()));
+                let is_new = self.last_round_broken != received;
+                let mut actions: Vec<_> =
+                    is_new.then(|| Action::Notify(reason.clone())).into_iter().collect();
+                self.last_round_broken = received;
                 if runs && round == self.round {
-                    let gentle = gentle && self.alive.is_subset(&self.stays);
-                    let ask = if gentle { Ask::Regroup } else { Ask::Broken(reason) };
-                    actions.extend(self.stop(now, Then::Rejoin, ask));
+                    let graceful = graceful && self.alive.is_subset(&self.survivors);
+                    let request = if graceful { StopRequest::Regroup } else { StopRequest::Broken(reason) };
+                    actions.extend(self.stop(now, AfterDrain::Rejoin, request));
                 }
                 actions
             }
-            (ToAgent::RoundBroken { round, reason, .. }, _) if round == self.round => self.alone(&reason),
-            (ToAgent::Waiting { reason, .. }, Phase::Joining) => vec![Action::Say(reason)],
+            (ToAgent::RoundBroken { round, reason, .. }, _) if round == self.round => self.leave_now(&reason),
+            (ToAgent::Waiting { reason, .. }, Phase::Joining) => vec![Action::Notify(reason)],
             (ToAgent::Closed { success: true, .. }, Phase::Joining) => {
-                self.phase = Phase::Stopping(Then::Exit(Some(ExitCode::Success)));
+                self.phase = Phase::Stopping(AfterDrain::Exit(Some(ExitCode::Success)));
                 Vec::new()
             }
-            (ToAgent::Closed { success: true, .. }, Phase::Finished) => {
-                self.stop(now, Then::Exit(Some(ExitCode::Success)), Ask::Broken("all is done".into()))
-            }
+            (ToAgent::Closed { success: true, .. }, Phase::Finished) => self.stop(
+                now,
+                AfterDrain::Exit(Some(ExitCode::Success)),
+                StopRequest::Broken("all is done".into()),
+            ),
             (ToAgent::Closed { reason, no_restart, preempted, .. }, _) => {
                 self.over(now, &reason, no_restart, preempted)
             }
@@ -242,12 +249,12 @@ impl Agent {
     /// Ends the round and looks for a coordinator. The lost coordinator's decision about the round
     /// can no longer be received; the next round may be another coordinator's.
     fn lost(&mut self, now: Duration, reason: &str) -> Vec<Action> {
-        self.met = false;
-        let limit = self.rules.looks_again.unwrap_or_default();
+        self.connected = false;
+        let limit = self.config.reconnect_timeout.unwrap_or_default();
         let reason = format!("{reason}; looking for it again for up to {limit:?}");
-        let mut actions = vec![Action::Say(reason.clone()), Action::Meet];
+        let mut actions = vec![Action::Notify(reason.clone()), Action::Reconnect];
         if !matches!(self.phase, Phase::Joining) {
-            actions.extend(self.stop(now, Then::Rejoin, Ask::Broken(reason)));
+            actions.extend(self.stop(now, AfterDrain::Rejoin, StopRequest::Broken(reason)));
         }
         actions
     }
@@ -262,11 +269,11 @@ impl Agent {
         preempted: bool,
     ) -> Vec<Action> {
         if self.is_leaving() {
-            return self.alone(reason);
+            return self.leave_now(reason);
         }
         // If a rank failed here, the report of the failure says what ended the job.
         let what = (!self.failed()).then(|| format!("the job is over: {reason}"));
-        let could_stay = self.failed() && !self.rules.may_restart && !self.stays.is_empty();
+        let could_stay = self.failed() && !self.config.may_restart && !self.survivors.is_empty();
         let hint = || {
             "without --max-restarts a failure ends the job; with it, surviving ranks continue from memory"
                 .into()
@@ -275,10 +282,10 @@ impl Agent {
         let said = [what, why].into_iter().flatten().collect::<Vec<_>>().join("; ");
         let mut actions = Vec::new();
         if !said.is_empty() {
-            actions.push(Action::Say(said));
+            actions.push(Action::Notify(said));
         }
-        let code = preempted.then_some(ExitCode::Requeue(self.rules.requeue_exit_code));
-        actions.extend(self.stop(now, Then::Exit(code), Ask::Broken(reason.to_owned())));
+        let code = preempted.then_some(ExitCode::Requeue(self.config.requeue_exit_code));
+        actions.extend(self.stop(now, AfterDrain::Exit(code), StopRequest::Broken(reason.to_owned())));
         actions
     }
 
@@ -294,18 +301,18 @@ impl Agent {
         if !self.alive.remove(&local_rank) {
             return Vec::new();
         }
-        self.stays.remove(&local_rank);
+        self.survivors.remove(&local_rank);
         self.parked.remove(&local_rank);
         let success = exit.is_success();
-        let asked = matches!(self.phase, Phase::Stopping(_)) && !self.gentle;
+        let asked = matches!(self.phase, Phase::Stopping(_)) && !self.graceful;
         // A rank that was asked to end is the cause of the failure only if it had failed before.
         // `Duration::MAX` sorts all other such ends behind every failure.
         let at = failed_at.unwrap_or(if asked { Duration::MAX } else { now });
         let what = format!("local rank {local_rank}: {exit}");
-        let hopeless = self.hopeless(&exit);
+        let fatal_reason = self.fatal_reason(&exit);
         self.ends.push(End { local_rank, exit, asked, at });
-        if self.gentle && !success {
-            return self.fail(now, what, hopeless);
+        if self.graceful && !success {
+            return self.fail(now, what, fatal_reason);
         }
         if !self.is_running() {
             // The ranks of a node that leaves end together. Once one of them has succeeded, their
@@ -313,7 +320,7 @@ impl Agent {
             // cannot be completed.
             return match success {
                 true => self.leave.take().map(Action::Send).into_iter().collect(),
-                false => self.alone(&what),
+                false => self.leave_now(&what),
             };
         }
         if success {
@@ -323,7 +330,7 @@ impl Agent {
             self.phase = Phase::Finished;
             return vec![Action::Send(ToCoordinator::Finished { round: self.round })];
         }
-        self.fail(now, what, hopeless)
+        self.fail(now, what, fatal_reason)
     }
 
     fn hung(&mut self, now: Duration, local_rank: u32, reason: String) -> Vec<Action> {
@@ -333,7 +340,7 @@ impl Agent {
         }
         let what = format!("local rank {local_rank} hangs: {reason}");
         if self.is_regrouping() {
-            return vec![Action::Say(what), Action::TerminateRank(local_rank)];
+            return vec![Action::Notify(what), Action::TerminateRank(local_rank)];
         }
         if !self.is_running() {
             return Vec::new();
@@ -341,9 +348,9 @@ impl Agent {
         // The rank has not ended yet. Its hang is the cause of all ends that follow, so
         // `Duration::ZERO` puts it at the front of the report.
         self.ends.push(End { local_rank, exit: Exit::Hung(reason), asked: false, at: Duration::ZERO });
-        let mut actions = vec![Action::Say(what.clone())];
+        let mut actions = vec![Action::Notify(what.clone())];
         actions.extend(self.fail(now, what, None));
-        // A stopped or deadlocked rank does not react to `Ask`, so this rank receives SIGTERM at
+        // A stopped or deadlocked rank does not react to a request, so this rank receives SIGTERM at
         // once.
         actions.push(Action::TerminateRank(local_rank));
         actions
@@ -351,40 +358,42 @@ impl Agent {
 
     /// Sends the delayed `Leave` and asks the ranks to end by themselves, because other ranks that
     /// they were to end together with are gone.
-    fn alone(&mut self, reason: &str) -> Vec<Action> {
-        let leave =
-            self.leave.take().map(|leave| [Action::Send(leave), Action::Ask(Ask::End(reason.into()))]);
+    fn leave_now(&mut self, reason: &str) -> Vec<Action> {
+        let leave = self
+            .leave
+            .take()
+            .map(|leave| [Action::Send(leave), Action::RequestStop(StopRequest::End(reason.into()))]);
         leave.into_iter().flatten().collect()
     }
 
     /// Reports a rank's broken process group as this rank's failure. If no other part of the job
     /// knows that the round is over, this report ends it.
     fn round_lost(&mut self, now: Duration, local_rank: u32, round: u64, reason: &str) -> Vec<Action> {
-        if round != self.round || !self.alive.contains(&local_rank) || !(self.is_running() || self.gentle) {
+        if round != self.round || !self.alive.contains(&local_rank) || !(self.is_running() || self.graceful) {
             return Vec::new();
         }
         let what = format!("local rank {local_rank} has lost the others: {reason}");
-        let mut actions = vec![Action::Say(what.clone())];
+        let mut actions = vec![Action::Notify(what.clone())];
         actions.extend(self.fail(now, what, None));
         actions
     }
 
     /// Reports a failure to the coordinator and stops the ranks until the coordinator has decided.
-    fn fail(&mut self, now: Duration, reason: String, hopeless: Option<String>) -> Vec<Action> {
+    fn fail(&mut self, now: Duration, reason: String, fatal_reason: Option<String>) -> Vec<Action> {
         let uptime = now.saturating_sub(self.started);
         // The coordinator counts failures right after a start separately. An attempt that applied a
         // step is not such a failure, however short it was.
         let uptime = if self.progressed { uptime.max(PROGRESS) } else { uptime };
-        let ask = Ask::Broken(reason.clone());
-        let failed = ToCoordinator::Failed { round: self.round, reason, uptime, fatal_reason: hopeless };
-        self.unanswered = Some(failed.clone());
+        let request = StopRequest::Broken(reason.clone());
+        let failed = ToCoordinator::Failed { round: self.round, reason, uptime, fatal_reason };
+        self.pending_failure = Some(failed.clone());
         let mut actions = vec![Action::Send(failed)];
-        actions.extend(self.stop(now, Then::Await, ask));
+        actions.extend(self.stop(now, AfterDrain::Await, request));
         actions
     }
 
     /// Returns the reason why no restart can help, if there is one.
-    fn hopeless(&self, exit: &Exit) -> Option<String> {
+    fn fatal_reason(&self, exit: &Exit) -> Option<String> {
         match exit.status() {
             // A process that could not be started for lack of a resource (memory, processes) may
             // start after a restart.
@@ -392,7 +401,7 @@ impl Agent {
             Exit::NotStarted { .. } => Some("the program cannot be started".into()),
             Exit::Code(code) => u8::try_from(*code)
                 .ok()
-                .filter(|code| self.rules.fatal_exit_codes.contains(code))
+                .filter(|code| self.config.fatal_exit_codes.contains(code))
                 .map(|code| format!("exit code {code} is final (--fatal-exit-codes)")),
             _ => None,
         }
@@ -407,7 +416,7 @@ impl Agent {
         }
         if let Some(first) = self.signalled {
             return match ends_at_once(signal) {
-                true if now.saturating_sub(first) < ECHO => Vec::new(),
+                true if now.saturating_sub(first) < SIGNAL_DEBOUNCE => Vec::new(),
                 true => self.abort(now, signal),
                 false => self.asked_again(now, signal),
             };
@@ -417,17 +426,17 @@ impl Agent {
         if self.preempted {
             // The sender of a notice sends a signal later. The stop that the notice started
             // continues.
-            return vec![Action::Say(format!("{reason}, as was noticed before"))];
+            return vec![Action::Notify(format!("{reason}, as was noticed before"))];
         }
         let code = Exit::Signal(signal).code();
-        self.end_ranks(now, reason, code, Ask::Stop(signal, save), together)
+        self.end_ranks(now, reason, code, StopRequest::Stop(signal, save), together)
     }
 
     /// Answers a repeated SIGTERM without shortening the stop. Schedulers send SIGTERM as a notice
     /// and again at the end of the grace time, and job scripts pass their own on. A checkpoint that
     /// is being saved for the first signal must not be lost to the second.
     fn asked_again(&mut self, now: Duration, signal: i32) -> Vec<Action> {
-        if now.saturating_sub(self.answered) < ECHO {
+        if now.saturating_sub(self.answered) < SIGNAL_DEBOUNCE {
             return Vec::new();
         }
         self.answered = now;
@@ -438,7 +447,7 @@ impl Agent {
             }
             None => "the job is ending".into(),
         };
-        vec![Action::Say(format!("told to stop again by {}: {left}", name_of(signal)))]
+        vec![Action::Notify(format!("told to stop again by {}: {left}", name_of(signal)))]
     }
 
     /// Stops all ranks of this node, as if the agent had received the signal. SIGTERM went either
@@ -451,7 +460,7 @@ impl Agent {
         (self.signalled, self.answered) = (Some(now), now);
         let reason = format!("local rank {local_rank} was told to stop by {}", name_of(SIGTERM));
         let code = Exit::Signal(SIGTERM).code();
-        self.end_ranks(now, reason, code, Ask::Stop(SIGTERM, true), together)
+        self.end_ranks(now, reason, code, StopRequest::Stop(SIGTERM, true), together)
     }
 
     /// Whether ranks were killed long enough ago that they should have ended.
@@ -466,7 +475,7 @@ impl Agent {
         let left = std::mem::take(&mut self.alive).len();
         let ranks = if left == 1 { "1 rank that was" } else { &format!("{left} ranks that were") };
         vec![
-            Action::Say(format!("told to stop again: ending without {ranks} killed and did not end")),
+            Action::Notify(format!("told to stop again: ending without {ranks} killed and did not end")),
             Action::GiveUp,
         ]
     }
@@ -477,8 +486,8 @@ impl Agent {
         if self.signalled.is_some() || std::mem::replace(&mut self.preempted, true) {
             return Vec::new();
         }
-        let code = ExitCode::Requeue(self.rules.requeue_exit_code);
-        self.end_ranks(now, format!("preempted: {notice}"), code, Ask::Stop(SIGTERM, true), together)
+        let code = ExitCode::Requeue(self.config.requeue_exit_code);
+        self.end_ranks(now, format!("preempted: {notice}"), code, StopRequest::Stop(SIGTERM, true), together)
     }
 
     /// Ends the ranks of this node, and then the agent.
@@ -487,17 +496,17 @@ impl Agent {
         now: Duration,
         reason: String,
         code: ExitCode,
-        ask: Ask,
+        request: StopRequest,
         together: bool,
     ) -> Vec<Action> {
         self.leave = Some(ToCoordinator::Leave { reason: reason.clone(), preempted: self.preempted });
-        let mut actions = vec![Action::Say(reason)];
+        let mut actions = vec![Action::Notify(reason)];
         // Ranks that end together with those of other nodes need them until then, so the
         // coordinator receives `Leave` later.
         if !together || self.alive.is_empty() || !self.is_running() {
             actions.extend(self.leave.take().map(Action::Send));
         }
-        actions.extend(self.stop(now, Then::Exit(Some(code)), ask));
+        actions.extend(self.stop(now, AfterDrain::Exit(Some(code)), request));
         actions
     }
 
@@ -508,13 +517,17 @@ impl Agent {
             None => {
                 // `stop` sets phase and exit code. Its request to the ranks is dropped: they are
                 // killed.
-                self.stop(now, Then::Exit(Some(Exit::Signal(signal).code())), Ask::Stop(signal, false));
+                self.stop(
+                    now,
+                    AfterDrain::Exit(Some(Exit::Signal(signal).code())),
+                    StopRequest::Stop(signal, false),
+                );
                 let reason = format!("told to stop by {}", name_of(signal));
                 Some(ToCoordinator::Leave { reason, preempted: false })
             }
         };
         self.killed.get_or_insert(now);
-        let mut actions = vec![Action::Say("told to stop again: killing".into()), Action::Kill];
+        let mut actions = vec![Action::Notify("told to stop again: killing".into()), Action::Kill];
         actions.extend(leave.map(Action::Send));
         actions
     }
@@ -530,7 +543,7 @@ impl Agent {
             if self.is_leaving() {
                 self.killed.get_or_insert(now);
             }
-            actions.extend([Action::Say(what.into()), kill]);
+            actions.extend([Action::Notify(what.into()), kill]);
         } else if due(self.terminate_at) {
             self.terminate_at = None;
             actions.push(Action::Terminate);
@@ -541,67 +554,67 @@ impl Agent {
         actions
     }
 
-    /// Moves to `Stopping`, and returns the request to the ranks that `ask` leads to, if any.
+    /// Moves to `Stopping`, and returns the request to the ranks that `request` leads to, if any.
     ///
-    /// A second call while ranks already end usually repeats nothing. The exceptions are a gentle
-    /// end of a round that becomes an abrupt one, and the end of the job (`Then::Exit`), which
-    /// ranks that would wait for a next round must receive. A gentle end has no deadline: ranks
+    /// A second call while ranks already end usually repeats nothing. The exceptions are a graceful
+    /// end of a round that becomes an abrupt one, and the end of the job (`AfterDrain::Exit`), which
+    /// ranks that would wait for a next round must receive. A graceful end has no deadline: ranks
     /// take as long as their step does.
-    fn stop(&mut self, now: Duration, then: Then, ask: Ask) -> Vec<Action> {
+    fn stop(&mut self, now: Duration, then: AfterDrain, request: StopRequest) -> Vec<Action> {
         let already = matches!(self.phase, Phase::Stopping(_));
-        let was_gentle = std::mem::take(&mut self.gentle);
+        let was_graceful = std::mem::take(&mut self.graceful);
         let was_leaving = self.is_leaving();
-        let is_last = matches!(then, Then::Exit(_));
+        let is_last = matches!(then, AfterDrain::Exit(_));
         self.phase = Phase::Stopping(then);
         if self.alive.is_empty() {
             return Vec::new();
         }
-        let ask = match ask {
-            Ask::Regroup => {
+        let request = match request {
+            StopRequest::Regroup => {
                 // No deadline: ranks leave the round once their current step is done, however long
                 // it takes.
-                self.gentle = true;
-                return vec![Action::Ask(Ask::Regroup)];
+                self.graceful = true;
+                return vec![Action::RequestStop(StopRequest::Regroup)];
             }
             // Parked ranks wait for a round that will not come. All ranks therefore receive `End`
             // instead of a request to save.
-            Ask::Stop(..) if !self.parked.is_empty() => Ask::End("told to stop".into()),
-            Ask::Broken(reason) if is_last => Ask::End(reason),
-            _ if already && !was_gentle && !is_last => return Vec::new(),
-            ask => ask,
+            StopRequest::Stop(..) if !self.parked.is_empty() => StopRequest::End("told to stop".into()),
+            StopRequest::Broken(reason) if is_last => StopRequest::End(reason),
+            _ if already && !was_graceful && !is_last => return Vec::new(),
+            request => request,
         };
-        if already && (was_leaving || (is_last && self.stays.is_empty() && !was_gentle)) {
+        if already && (was_leaving || (is_last && self.survivors.is_empty() && !was_graceful)) {
             return Vec::new();
         }
-        let timeout = self.rules.shutdown_timeout;
+        let timeout = self.config.shutdown_timeout;
         self.terminate_at = Some(now + timeout * 2 / 3);
         self.kill_at = Some(now + timeout);
-        vec![Action::Ask(ask)]
+        vec![Action::RequestStop(request)]
     }
 
     /// Continues once the last rank has ended or, if the agent is not leaving, has left the round.
-    fn settle(&mut self) -> Vec<Action> {
+    fn finish_drain(&mut self) -> Vec<Action> {
         let is_ready = self.alive.is_empty() || (!self.is_leaving() && self.alive.is_subset(&self.parked));
         if !is_ready {
             return Vec::new();
         }
         (self.terminate_at, self.kill_at) = (None, None);
         let then = match &self.phase {
-            Phase::Stopping(then) if !matches!(then, Then::Await) => then.clone(),
+            Phase::Stopping(then) if !matches!(then, AfterDrain::Await) => then.clone(),
             _ => return Vec::new(),
         };
         let failed = self.failed();
         let ends = self.ends();
         let cause = if failed { ends.first().map(|end| end.exit.code()) } else { None };
         let (next, last) = match then {
-            Then::Exit(code) => {
+            AfterDrain::Exit(code) => {
                 // If no rank of this node failed, the failure was elsewhere and has no exit code to
                 // propagate.
                 let code = code.or(cause).unwrap_or(ExitCode::Failure);
                 (Phase::Done, Some(Action::Exit(code)))
             }
-            Then::Await | Then::Rejoin => {
-                (Phase::Joining, self.met.then_some(Action::Send(ToCoordinator::Join)))
+            AfterDrain::Await | AfterDrain::Rejoin => {
+                (Phase::Joining, self.connected.then_some(Action::Send(ToCoordinator::Join)))
             }
         };
         self.phase = next;
@@ -634,3 +647,6 @@ fn ends_at_once(signal: i32) -> bool {
 fn name_of(signal: i32) -> String {
     signal_name(signal).map_or_else(|| format!("signal {signal}"), ToOwned::to_owned)
 }
+
+#[cfg(test)]
+mod tests;

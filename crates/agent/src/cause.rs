@@ -6,11 +6,16 @@ use serde::Serialize;
 
 /// Cause of a process's end that its exit status does not tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Cause {
+pub enum Cause {
     /// The kernel killed the process, or one that belongs to it, for lack of memory.
     OutOfMemory(OutOfMemory),
     /// `/dev/shm` has no room for shared memory. Sizes in bytes.
-    SharedMemory { used: u64, size: u64 },
+    SharedMemory {
+        /// Bytes in use.
+        used: u64,
+        /// Bytes that fit.
+        size: u64,
+    },
     /// A write would have made a file longer than `ulimit -f` allows. The rank may have set its own
     /// limit, so the value is not known.
     FileSize,
@@ -20,16 +25,16 @@ pub(crate) enum Cause {
 
 /// A lack of memory. Sizes are in bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(crate) struct OutOfMemory {
+pub struct OutOfMemory {
     /// The cgroup whose limit was reached; `None` if the whole machine had no memory left.
-    pub(crate) cgroup: Option<String>,
+    pub cgroup: Option<String>,
     /// Limit of the cgroup.
-    pub(crate) limit: Option<u64>,
+    pub limit: Option<u64>,
     /// Highest memory usage of the cgroup.
-    pub(crate) peak: Option<u64>,
+    pub peak: Option<u64>,
     /// Whether the process itself was killed, rather than a process that it had started.
     #[serde(skip)]
-    pub(crate) itself: bool,
+    pub itself: bool,
 }
 
 impl fmt::Display for Cause {

@@ -10,19 +10,22 @@ const MOST: usize = 10_000;
 
 /// A timer that was not released in time.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Expired {
-    pub(crate) local_rank: u32,
-    pub(crate) pid: u32,
-    pub(crate) scope: String,
+pub struct Expired {
+    /// The rank that the process belongs to.
+    pub local_rank: u32,
+    /// The process that set it.
+    pub pid: u32,
+    /// Name of the timer within the process.
+    pub scope: String,
     /// Signal that ends the process. `None` leaves the process alone.
-    pub(crate) signal: Option<i32>,
+    pub signal: Option<i32>,
     /// Time by which the timer had to be released.
-    pub(crate) at: Duration,
+    pub at: Duration,
 }
 
 /// The timers of the ranks of a node, by process and scope.
 #[derive(Debug, Default)]
-pub(crate) struct Timers(BTreeMap<(u32, String), Timer>);
+pub struct Timers(BTreeMap<(u32, String), Timer>);
 
 #[derive(Debug)]
 struct Timer {
@@ -33,7 +36,7 @@ struct Timer {
 
 impl Timers {
     /// Sets or resets a timer. Returns whether there was room for it.
-    pub(crate) fn set(&mut self, timer: Expired) -> bool {
+    pub fn set(&mut self, timer: Expired) -> bool {
         let Expired { local_rank, pid, scope, signal, at } = timer;
         let key = (pid, scope);
         if self.0.len() >= MOST && !self.0.contains_key(&key) {
@@ -43,23 +46,24 @@ impl Timers {
         true
     }
 
-    pub(crate) fn release(&mut self, pid: u32, scope: String) {
+    /// Removes a timer that was released in time.
+    pub fn release(&mut self, pid: u32, scope: String) {
         self.0.remove(&(pid, scope));
     }
 
     /// Removes the timers of a rank that has ended, and with it all of its processes.
-    pub(crate) fn gone(&mut self, local_rank: u32) {
+    pub fn gone(&mut self, local_rank: u32) {
         self.0.retain(|_, timer| timer.local_rank != local_rank);
     }
 
     /// Returns the time at which the next timer expires.
-    pub(crate) fn deadline(&self) -> Option<Duration> {
+    pub fn deadline(&self) -> Option<Duration> {
         self.0.values().map(|timer| timer.at).min()
     }
 
     /// Returns an expired timer and removes all timers of its process. Of several expired timers,
     /// one with a signal has precedence, then the earliest.
-    pub(crate) fn expired(&mut self, now: Duration) -> Option<Expired> {
+    pub fn expired(&mut self, now: Duration) -> Option<Expired> {
         let due = self.0.iter().filter(|(_, timer)| timer.at <= now);
         let ((pid, scope), timer) = due.min_by_key(|(_, timer)| (timer.signal.is_none(), timer.at))?;
         let Timer { local_rank, at, signal } = *timer;

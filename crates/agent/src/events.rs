@@ -8,49 +8,63 @@ use ice_proto::rendezvous::{Round, ToAgent, ToCoordinator};
 
 use super::exit::Exit;
 
-pub(super) const SIGINT: i32 = 2;
-pub(super) const SIGQUIT: i32 = 3;
-pub(super) const SIGTERM: i32 = 15;
+pub(crate) const SIGINT: i32 = 2;
+pub(crate) const SIGQUIT: i32 = 3;
+pub(crate) const SIGTERM: i32 = 15;
 
 /// An input of the agent.
 #[derive(Debug, Clone)]
-pub(crate) enum Event {
+pub enum Event {
+    /// A message of the coordinator.
     Coordinator(ToAgent),
+    /// The connection to the coordinator is lost, for this reason.
     CoordinatorLost(String),
     /// The agent has a connection again, to the same coordinator or to another one.
-    Met,
+    Reconnected,
     /// The search for a coordinator ended without one.
-    NotMet(String),
-    /// A rank ended. `failed_at` is the time at which it failed according to its own report.
+    ReconnectFailed(String),
+    /// A rank ended.
     Exited {
+        /// The rank on this node.
         local_rank: u32,
+        /// How it ended.
         exit: Exit,
+        /// Time at which it failed, according to its own report.
         failed_at: Option<Duration>,
     },
     /// A rank will keep its process when its round ends, and take part in the next round.
-    Stays(u32),
+    Survivor(u32),
     /// A survivor has left this round and waits for the next one.
     Parked {
+        /// The rank on this node.
         local_rank: u32,
+        /// Number of the round that it has left.
         round: u64,
     },
     /// The first training step of a round is applied.
     FirstStep {
+        /// Number of the round.
         round: u64,
     },
     /// A rank's process group no longer works, although its round is not known to be over.
     RoundLost {
+        /// The rank on this node.
         local_rank: u32,
+        /// Number of its round.
         round: u64,
+        /// The failure.
         reason: String,
     },
     /// This rank hangs, or is the one that a hanging job waits for.
     Hung {
+        /// The rank on this node.
         local_rank: u32,
+        /// Why it counts as hanging.
         reason: String,
     },
     /// The user, a scheduler or a notice asks for the end of the job.
     Stop {
+        /// The signal that asked, or that stands for the notice.
         signal: i32,
         /// Whether ranks that are able to save a checkpoint do so first.
         save: bool,
@@ -63,6 +77,7 @@ pub(crate) enum Event {
     },
     /// A rank received SIGTERM and asks the agent what to do.
     RankTerminated {
+        /// The rank on this node.
         local_rank: u32,
         /// Like `together` of [`Event::Stop`].
         together: bool,
@@ -77,14 +92,15 @@ pub(crate) enum Event {
 
 /// An output of the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Action {
+pub enum Action {
+    /// Send a message to the coordinator.
     Send(ToCoordinator),
     /// Look for the coordinator again.
-    Meet,
+    Reconnect,
     /// Start the missing ranks of this node, and notify its survivors of the round.
     Spawn(Round),
     /// Ask all live ranks to end: over the link if they know it, by a signal otherwise.
-    Ask(Ask),
+    RequestStop(StopRequest),
     /// Send SIGTERM to the ranks that still have to end and have not received it yet.
     Terminate,
     /// Send SIGTERM to this rank.
@@ -100,13 +116,14 @@ pub(crate) enum Action {
     /// Print how the ranks ended, the first failure at the front.
     Report(Vec<End>),
     /// Print a decision and its reason.
-    Say(String),
+    Notify(String),
+    /// Exit with this code.
     Exit(ExitCode),
 }
 
 /// Why ranks are asked to end.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Ask {
+pub enum StopRequest {
     /// The user wants it, by this signal. The flag says whether ranks save a checkpoint first.
     Stop(i32, bool),
     /// The round is over: survivors leave it, other ranks exit.
@@ -117,8 +134,9 @@ pub(crate) enum Ask {
     End(String),
 }
 
-impl Ask {
-    pub(crate) fn signal(&self) -> i32 {
+impl StopRequest {
+    /// Returns the signal for ranks that do not know the link.
+    pub fn signal(&self) -> i32 {
         match self {
             Self::Stop(signal, _) => *signal,
             Self::Broken(_) | Self::Regroup | Self::End(_) => SIGTERM,
@@ -128,27 +146,32 @@ impl Ask {
 
 /// How a rank of the attempt ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct End {
-    pub(crate) local_rank: u32,
-    pub(crate) exit: Exit,
+pub struct End {
+    /// The rank on this node.
+    pub local_rank: u32,
+    /// Its exit.
+    pub exit: Exit,
     /// Whether the rank had been asked to end.
-    pub(crate) asked: bool,
+    pub asked: bool,
     /// Time of its failure or end. Zero for a hang, `Duration::MAX` if the rank ended only because
     /// it was asked to.
-    pub(crate) at: Duration,
+    pub at: Duration,
 }
 
 /// Settings that stay the same over the life of an agent.
 #[derive(Debug, Clone)]
-pub(crate) struct Rules {
-    pub(crate) local_world_size: u32,
-    pub(crate) may_restart: bool,
-    pub(crate) shutdown_timeout: Duration,
+pub struct GroupConfig {
+    /// Number of ranks of this node.
+    pub local_world_size: u32,
+    /// Whether `--max-restarts` is above 0.
+    pub may_restart: bool,
+    /// Time after which ranks that were asked to end are killed.
+    pub shutdown_timeout: Duration,
     /// Exit codes after which no restart can help.
-    pub(crate) fatal_exit_codes: BTreeSet<u8>,
+    pub fatal_exit_codes: BTreeSet<u8>,
     /// Time for which a lost coordinator is looked for: it may be on another agent then, or be
     /// reachable again. `None` if the agent does not look.
-    pub(crate) looks_again: Option<Duration>,
+    pub reconnect_timeout: Option<Duration>,
     /// Exit code of the agent of a preempted job.
-    pub(crate) requeue_exit_code: u8,
+    pub requeue_exit_code: u8,
 }

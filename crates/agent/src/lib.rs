@@ -1,5 +1,8 @@
 //! The worker group of this node as a pure state machine: events in, actions out. The machine has
-//! no clock, no processes and no sockets. Every call passes the time as an argument.
+//! no clock, no processes and no sockets. Every call passes the time as an argument. The crate
+//! also has the watch for hangs, the timers that ranks set, and how a rank ends.
+//!
+//! In the book: `docs/elasticity.md#rounds`.
 //!
 //! Invariants, which the tests cite:
 //!
@@ -23,14 +26,12 @@ mod cause;
 mod events;
 mod exit;
 mod hangs;
-mod machine;
-#[cfg(test)]
-mod tests;
 mod timers;
+mod worker_group;
 
-pub(crate) use cause::{Cause, OutOfMemory};
-pub(crate) use events::{Action, Ask, End, Event, Rules};
-pub(crate) use exit::Exit;
-pub(crate) use hangs::{Hang, HangWatch};
-pub(crate) use machine::Agent;
-pub(crate) use timers::{Expired, Timers};
+pub use cause::{Cause, OutOfMemory};
+pub use events::{Action, End, Event, GroupConfig, StopRequest};
+pub use exit::{Exit, signal_name};
+pub use hangs::{Hang, HangTimeout, HangWatch};
+pub use timers::{Expired, Timers};
+pub use worker_group::WorkerGroup;

@@ -4,9 +4,9 @@ use ice_proto::link::BoundaryRequest;
 use nix::sys::signal::Signal;
 
 use super::Dispatcher;
-use super::question::{self, Answer};
-use crate::agent::Event;
-use crate::report::Happened;
+use super::prompt::{self, Answer};
+use crate::report::JobEvent;
+use ice_agent::Event;
 
 impl Dispatcher<'_> {
     pub(super) fn is_paused(&self) -> bool {
@@ -15,10 +15,10 @@ impl Dispatcher<'_> {
 
     /// Pauses the job and asks the user what to do. Returns false if that is not possible.
     pub(super) fn asks(&mut self) -> bool {
-        if self.asking || !self.agent.is_running() || !self.group.agrees() || !question::is_possible() {
+        if self.asking || !self.worker_group.is_running() || !self.group.agrees() || !prompt::is_possible() {
             return false;
         }
-        if let Err(error) = question::ask(self.sender.clone()) {
+        if let Err(error) = prompt::ask(self.sender.clone()) {
             tracing::warn!(%error, "the user cannot be asked");
             return false;
         }
@@ -33,7 +33,7 @@ impl Dispatcher<'_> {
     }
 
     pub(super) fn request(&self, request: BoundaryRequest) {
-        self.log.add(&Happened::Requested { request });
+        self.event_log.add(&JobEvent::Requested { request });
         self.group.request(request);
     }
 
@@ -63,15 +63,15 @@ impl Dispatcher<'_> {
             self.paused.insert(local_rank);
             self.progress.pause();
             self.console.no_status();
-            self.log.add(&Happened::Paused { rank });
+            self.event_log.add(&JobEvent::Paused { rank });
         } else {
             self.paused.remove(&local_rank);
-            self.log.add(&Happened::Resumed { rank });
+            self.event_log.add(&JobEvent::Resumed { rank });
         }
         match (before, self.paused.len()) {
             (0, 1) if self.asking => self.prompt(),
             (0, 1) => self.console.note("paused; SIGUSR2 resumes"),
-            (1, 0) if self.agent.is_running() => self.console.note("resumed"),
+            (1, 0) if self.worker_group.is_running() => self.console.note("resumed"),
             _ => {}
         }
     }

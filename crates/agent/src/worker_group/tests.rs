@@ -40,21 +40,21 @@ fn exited(local_rank: u32, exit: Exit) -> Event {
     Event::Exited { local_rank, exit, failed_at: None }
 }
 
-fn rules() -> Rules {
+fn config() -> GroupConfig {
     let (local_world_size, shutdown_timeout) = (2, TIMEOUT);
-    Rules {
+    GroupConfig {
         may_restart: true,
         local_world_size,
         shutdown_timeout,
         fatal_exit_codes: BTreeSet::new(),
-        looks_again: None,
+        reconnect_timeout: None,
         requeue_exit_code: 75,
     }
 }
 
-fn agent() -> Agent {
+fn agent() -> WorkerGroup {
     let fatal_exit_codes = BTreeSet::from([64]);
-    Agent::new(Rules { fatal_exit_codes, ..rules() })
+    WorkerGroup::new(GroupConfig { fatal_exit_codes, ..config() })
 }
 
 /// Returns the ranks and exits of a report, in its order.
@@ -80,7 +80,7 @@ fn a_good_run_waits_for_the_others() {
 fn a_spare_that_was_not_needed_ends_well() {
     let mut agent = agent();
     let waiting = Event::Coordinator(ToAgent::Waiting { run_stamp: "s".into(), reason: "enough".into() });
-    assert_eq!(agent.handle(NOW, waiting), [Action::Say("enough".into())]);
+    assert_eq!(agent.handle(NOW, waiting), [Action::Notify("enough".into())]);
     assert_eq!(agent.handle(NOW, closed(true)), [Action::Exit(ExitCode::Success)]);
 }
 
@@ -91,7 +91,7 @@ fn a_failed_rank_stops_the_others_and_its_code_passes_through() {
     let actions = agent.handle(NOW + Duration::from_secs(7), exited(1, Exit::Code(3)));
     let [
         Action::Send(ToCoordinator::Failed { round: 0, reason, uptime, fatal_reason: None }),
-        Action::Ask(Ask::Broken(_)),
+        Action::RequestStop(StopRequest::Broken(_)),
     ] = &actions[..]
     else {
         panic!("{actions:?}")
@@ -129,22 +129,23 @@ fn why_there_is_no_restart_is_said() {
         let no_restart = Some(why.clone());
         let over = ToAgent::Closed { success: false, reason: "r".into(), no_restart, preempted: false };
         let said = agent.handle(NOW, Event::Coordinator(over));
-        assert_eq!(said, [Action::Say(format!("no restart: {why}"))]);
+        assert_eq!(said, [Action::Notify(format!("no restart: {why}"))]);
     }
 }
 
 #[test]
 fn who_could_have_gone_on_from_memory_is_told_how() {
     for (may_restart, stays) in [(false, true), (true, true), (false, false)] {
-        let mut agent = Agent::new(Rules { may_restart, ..rules() });
+        let mut agent = WorkerGroup::new(GroupConfig { may_restart, ..config() });
         agent.handle(NOW, started(0));
         if stays {
-            agent.handle(NOW, Event::Stays(0));
+            agent.handle(NOW, Event::Survivor(0));
         }
         agent.handle(NOW, exited(1, Exit::Signal(9)));
         let said = agent.handle(NOW, closed(false));
-        let is_told =
-            said.iter().any(|action| matches!(action, Action::Say(text) if text.contains("--max-restarts")));
+        let is_told = said
+            .iter()
+            .any(|action| matches!(action, Action::Notify(text) if text.contains("--max-restarts")));
         assert_eq!(is_told, !may_restart && stays, "{said:?}");
     }
 }
@@ -158,7 +159,12 @@ fn a_hang_is_the_cause_of_what_follows() {
     assert!(
         matches!(
             &actions[..],
-            [Action::Say(_), Action::Send(_), Action::Ask(Ask::Broken(_)), Action::TerminateRank(1)]
+            [
+                Action::Notify(_),
+                Action::Send(_),
+                Action::RequestStop(StopRequest::Broken(_)),
+                Action::TerminateRank(1)
+            ]
         ),
         "{actions:?}"
     );
@@ -175,11 +181,11 @@ fn broken(round: u64, graceful: bool) -> Event {
 }
 
 /// Returns an agent whose ranks keep their process when their round ends.
-fn staying() -> Agent {
+fn staying() -> WorkerGroup {
     let mut agent = agent();
     agent.handle(NOW, started(0));
     for local_rank in 0..2 {
-        assert_eq!(agent.handle(NOW, Event::Stays(local_rank)), []);
+        assert_eq!(agent.handle(NOW, Event::Survivor(local_rank)), []);
     }
     agent
 }
@@ -192,8 +198,11 @@ fn parked(local_rank: u32, round: u64) -> Event {
 fn a_rank_that_stays_is_waited_for_until_it_has_left_the_round() {
     let mut agent = staying();
     let actions = agent.handle(NOW, exited(0, Exit::Signal(9)));
-    assert!(matches!(actions[..], [Action::Send(_), Action::Ask(Ask::Broken(_))]), "{actions:?}");
-    assert_eq!(agent.handle(NOW, broken(0, false)), [Action::Say("r".into())]);
+    assert!(
+        matches!(actions[..], [Action::Send(_), Action::RequestStop(StopRequest::Broken(_))]),
+        "{actions:?}"
+    );
+    assert_eq!(agent.handle(NOW, broken(0, false)), [Action::Notify("r".into())]);
     assert_eq!(agent.handle(NOW, parked(1, 9)), [], "of another round");
     let actions = agent.handle(NOW, parked(1, 0));
     assert!(matches!(actions[..], [Action::Report(_), Action::Send(ToCoordinator::Join)]), "{actions:?}");
@@ -212,7 +221,11 @@ fn ranks_that_wait_for_a_round_are_told_when_there_is_none() {
     agent.handle(NOW, parked(1, 0));
     let actions = agent.handle(NOW, closed(false));
     assert!(
-        matches!(actions[..], [Action::Say(_), .., Action::Ask(Ask::End(_))] | [Action::Ask(Ask::End(_))]),
+        matches!(
+            actions[..],
+            [Action::Notify(_), .., Action::RequestStop(StopRequest::End(_))]
+                | [Action::RequestStop(StopRequest::End(_))]
+        ),
         "{actions:?}"
     );
     let actions = agent.handle(NOW, exited(1, Exit::Code(0)));
@@ -223,7 +236,7 @@ fn ranks_that_wait_for_a_round_are_told_when_there_is_none() {
 fn where_no_rank_is_gone_they_end_the_round_by_themselves_and_take_their_time() {
     let mut agent = staying();
     let actions = agent.handle(NOW, broken(0, true));
-    assert_eq!(actions, [Action::Say("r".into()), Action::Ask(Ask::Regroup)]);
+    assert_eq!(actions, [Action::Notify("r".into()), Action::RequestStop(StopRequest::Regroup)]);
     assert_eq!(agent.deadline(), None, "a step may be long");
     assert_eq!(agent.handle(NOW, parked(0, 0)), []);
     assert_eq!(agent.handle(NOW, parked(1, 0)), [Action::Send(ToCoordinator::Join)]);
@@ -233,7 +246,10 @@ fn where_no_rank_is_gone_they_end_the_round_by_themselves_and_take_their_time() 
     agent.handle(NOW, broken(0, true));
     let actions = agent.handle(NOW, exited(0, Exit::Signal(9)));
     assert!(
-        matches!(actions[..], [Action::Send(ToCoordinator::Failed { .. }), Action::Ask(Ask::Broken(_))]),
+        matches!(
+            actions[..],
+            [Action::Send(ToCoordinator::Failed { .. }), Action::RequestStop(StopRequest::Broken(_))]
+        ),
         "{actions:?}"
     );
     assert!(agent.deadline().is_some());
@@ -243,7 +259,10 @@ fn where_no_rank_is_gone_they_end_the_round_by_themselves_and_take_their_time() 
     agent.handle(NOW, broken(0, true));
     let again = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "lost".into(), graceful: false });
     let actions = agent.handle(NOW, again);
-    assert!(matches!(&actions[..], [Action::Say(_), Action::Ask(Ask::Broken(_))]), "{actions:?}");
+    assert!(
+        matches!(&actions[..], [Action::Notify(_), Action::RequestStop(StopRequest::Broken(_))]),
+        "{actions:?}"
+    );
 }
 
 #[test]
@@ -252,8 +271,11 @@ fn a_group_that_nobody_else_knows_to_be_lost_ends_the_round() {
     let lost = |round| Event::RoundLost { local_rank: 1, round, reason: "no route".into() };
     assert_eq!(agent.handle(NOW, lost(7)), []);
     let actions = agent.handle(NOW, lost(0));
-    let [Action::Say(_), Action::Send(ToCoordinator::Failed { reason, .. }), Action::Ask(Ask::Broken(_))] =
-        &actions[..]
+    let [
+        Action::Notify(_),
+        Action::Send(ToCoordinator::Failed { reason, .. }),
+        Action::RequestStop(StopRequest::Broken(_)),
+    ] = &actions[..]
     else {
         panic!("{actions:?}");
     };
@@ -284,7 +306,7 @@ fn a_restart_waits_for_the_last_rank() {
     agent.handle(NOW, started(0));
     agent.handle(NOW, exited(0, Exit::Signal(9)));
     let broken = Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into(), graceful: false });
-    assert_eq!(agent.handle(NOW, broken), [Action::Say("r".into())]);
+    assert_eq!(agent.handle(NOW, broken), [Action::Notify("r".into())]);
     let actions = agent.handle(NOW, exited(1, Exit::Signal(15)));
     assert!(matches!(actions[..], [Action::Report { .. }, Action::Send(ToCoordinator::Join)]), "{actions:?}");
     assert!(matches!(agent.handle(NOW, started(1))[..], [Action::Spawn(_)]));
@@ -299,19 +321,25 @@ fn ranks_that_end_together_are_waited_for_before_the_node_leaves() {
     let leaves = |actions: &[Action]| {
         actions.iter().any(|action| matches!(action, Action::Send(ToCoordinator::Leave { .. })))
     };
-    let asked = |actions: &[Action]| actions.contains(&Action::Ask(Ask::End("r".into())));
+    let asked = |actions: &[Action]| actions.contains(&Action::RequestStop(StopRequest::End("r".into())));
     let told = || {
         let mut agent = agent();
         agent.handle(NOW, started(0));
         let actions = agent.handle(NOW, Event::Stop { signal: 15, save: true, together: true, notice: None });
-        assert!(!leaves(&actions) && actions.contains(&Action::Ask(Ask::Stop(15, true))), "{actions:?}");
+        assert!(
+            !leaves(&actions) && actions.contains(&Action::RequestStop(StopRequest::Stop(15, true))),
+            "{actions:?}"
+        );
         agent
     };
     assert_eq!(told().handle(NOW, exited(0, Exit::Code(0))).len(), 1);
     assert!(leaves(&told().handle(NOW, exited(0, Exit::Code(0)))), "AG-8");
     // A failed rank makes the common checkpoint impossible, and so does another node's.
     let actions = told().handle(NOW, exited(0, Exit::Code(3)));
-    assert!(leaves(&actions) && matches!(actions[1], Action::Ask(Ask::End(_))), "AG-8: {actions:?}");
+    assert!(
+        leaves(&actions) && matches!(actions[1], Action::RequestStop(StopRequest::End(_))),
+        "AG-8: {actions:?}"
+    );
     let broken =
         || Event::Coordinator(ToAgent::RoundBroken { round: 0, reason: "r".into(), graceful: false });
     let actions = told().handle(NOW, broken());
@@ -329,8 +357,8 @@ fn terminate_to_one_rank_stops_all_of_its_node_after_a_checkpoint() {
     let asks = |local_rank| Event::RankTerminated { local_rank, together: true };
     let mut agent = agent();
     agent.handle(NOW, started(0));
-    let said = Action::Say("local rank 1 was told to stop by SIGTERM".into());
-    assert_eq!(agent.handle(NOW, asks(1)), [said, Action::Ask(Ask::Stop(15, true))]);
+    let said = Action::Notify("local rank 1 was told to stop by SIGTERM".into());
+    assert_eq!(agent.handle(NOW, asks(1)), [said, Action::RequestStop(StopRequest::Stop(15, true))]);
     // The other ranks of this node, and this agent, may have received SIGTERM, too.
     assert_eq!(agent.handle(NOW, asks(0)), []);
     assert_eq!(agent.handle(NOW, stop(15)), []);
@@ -350,7 +378,7 @@ fn ranks_that_do_not_end_are_asked_then_told_then_killed() {
     let mut agent = agent();
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW, stop(2));
-    assert!(actions.contains(&Action::Ask(Ask::Stop(2, true))), "{actions:?}");
+    assert!(actions.contains(&Action::RequestStop(StopRequest::Stop(2, true))), "{actions:?}");
     let told_at = agent.deadline().unwrap();
     assert!(told_at > NOW && told_at < NOW + TIMEOUT);
     assert_eq!(
@@ -372,7 +400,9 @@ fn interrupt_or_quit_after_any_signal_kills_at_once() {
     for (first, second) in [(2, 2), (15, 2), (1, 2), (2, 3), (15, 3), (3, 3)] {
         let mut agent = agent();
         agent.handle(NOW, started(0));
-        assert!(agent.handle(NOW, stop(first)).contains(&Action::Ask(Ask::Stop(first, true))));
+        assert!(
+            agent.handle(NOW, stop(first)).contains(&Action::RequestStop(StopRequest::Stop(first, true)))
+        );
         assert_eq!(agent.handle(NOW, stop(second)), [], "an echo");
         assert!(agent.handle(NOW * 2, stop(second)).contains(&Action::Kill), "{first} {second}");
         agent.handle(NOW * 2, exited(0, Exit::Signal(9)));
@@ -400,7 +430,7 @@ fn repeated_terminate_or_hangup_is_said_and_leaves_the_ranks_their_time() {
         let said = format!(
             "told to stop again by {name}: ranks have 23 s left (--shutdown-timeout), SIGINT kills them at once"
         );
-        assert_eq!(actions, [Action::Say(said)]);
+        assert_eq!(actions, [Action::Notify(said)]);
         for ms in [1, 100, 249] {
             assert_eq!(agent.handle(later + Duration::from_millis(ms), stop(again)), [], "not a flood");
         }
@@ -434,7 +464,7 @@ fn who_does_not_wait_for_a_pause_ends_the_ranks_at_once() {
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW, Event::Abort(2));
     assert!(
-        matches!(&actions[..], [Action::Say(_), Action::Kill, Action::Send(ToCoordinator::Leave { .. })]),
+        matches!(&actions[..], [Action::Notify(_), Action::Kill, Action::Send(ToCoordinator::Leave { .. })]),
         "{actions:?}"
     );
     agent.handle(NOW, exited(0, Exit::Signal(9)));
@@ -445,35 +475,39 @@ fn who_does_not_wait_for_a_pause_ends_the_ranks_at_once() {
 #[test]
 fn other_signals_are_passed_on_while_ranks_live() {
     let mut agent = agent();
-    assert!(matches!(agent.handle(NOW, Event::Forward(10))[..], [Action::Say(_)]));
+    assert!(matches!(agent.handle(NOW, Event::Forward(10))[..], [Action::Notify(_)]));
     agent.handle(NOW, started(0));
     assert_eq!(agent.handle(NOW, Event::Forward(10)), [Action::Forward(10)]);
 }
 
 #[test]
 fn another_coordinator_is_looked_for_and_joined_once_the_ranks_have_ended() {
-    let mut agent = Agent::new(Rules { looks_again: Some(Duration::from_secs(600)), ..rules() });
+    let mut agent =
+        WorkerGroup::new(GroupConfig { reconnect_timeout: Some(Duration::from_secs(600)), ..config() });
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW, Event::CoordinatorLost("lost".into()));
     assert!(
-        matches!(&actions[..], [Action::Say(_), Action::Meet, Action::Ask(Ask::Broken(_))]),
+        matches!(
+            &actions[..],
+            [Action::Notify(_), Action::Reconnect, Action::RequestStop(StopRequest::Broken(_))]
+        ),
         "{actions:?}"
     );
     agent.handle(NOW, exited(0, Exit::Signal(15)));
     assert_eq!(agent.handle(NOW, exited(1, Exit::Signal(15))), [], "AG-6");
-    assert_eq!(agent.handle(NOW, Event::Met), [Action::Send(ToCoordinator::Join)]);
+    assert_eq!(agent.handle(NOW, Event::Reconnected), [Action::Send(ToCoordinator::Join)]);
     assert!(matches!(agent.handle(NOW, started(1))[..], [Action::Spawn(_)]));
     // The coordinator is found before the ranks have ended, and then lost while no rank runs.
     agent.handle(NOW, Event::CoordinatorLost("lost".into()));
-    assert_eq!(agent.handle(NOW, Event::Met), []);
+    assert_eq!(agent.handle(NOW, Event::Reconnected), []);
     agent.handle(NOW, exited(0, Exit::Signal(15)));
     assert_eq!(agent.handle(NOW, exited(1, Exit::Signal(15))), [Action::Send(ToCoordinator::Join)]);
     assert!(matches!(
         agent.handle(NOW, Event::CoordinatorLost("l".into()))[..],
-        [Action::Say(_), Action::Meet]
+        [Action::Notify(_), Action::Reconnect]
     ));
-    let actions = agent.handle(NOW, Event::NotMet("nobody".into()));
-    assert_eq!(actions, [Action::Say("nobody".into()), Action::Exit(ExitCode::Failure)]);
+    let actions = agent.handle(NOW, Event::ReconnectFailed("nobody".into()));
+    assert_eq!(actions, [Action::Notify("nobody".into()), Action::Exit(ExitCode::Failure)]);
 }
 
 #[test]
@@ -481,7 +515,8 @@ fn a_failure_is_reported_until_the_next_round_starts() {
     let lost = || Event::CoordinatorLost("lost".into());
     let broken =
         |round| Event::Coordinator(ToAgent::RoundBroken { round, reason: "r".into(), graceful: false });
-    let mut agent = Agent::new(Rules { looks_again: Some(Duration::from_secs(600)), ..rules() });
+    let mut agent =
+        WorkerGroup::new(GroupConfig { reconnect_timeout: Some(Duration::from_secs(600)), ..config() });
     agent.handle(NOW, started(0));
     let actions = agent.handle(NOW * 3, exited(0, Exit::Code(3)));
     let report = actions[0].clone();
@@ -490,20 +525,20 @@ fn a_failure_is_reported_until_the_next_round_starts() {
     );
     // A coordinator is found while the other rank ends, and lost before it answers.
     agent.handle(NOW * 4, lost());
-    assert_eq!(agent.handle(NOW * 5, Event::Met), std::slice::from_ref(&report), "AG-7");
+    assert_eq!(agent.handle(NOW * 5, Event::Reconnected), std::slice::from_ref(&report), "AG-7");
     agent.handle(NOW, exited(1, Exit::Signal(15)));
     agent.handle(NOW, lost());
     let join = Action::Send(ToCoordinator::Join);
-    assert_eq!(agent.handle(NOW, Event::Met), [report.clone(), join.clone()], "AG-7");
-    assert_eq!(agent.handle(NOW, broken(0)), [Action::Say("r".into())]);
+    assert_eq!(agent.handle(NOW, Event::Reconnected), [report.clone(), join.clone()], "AG-7");
+    assert_eq!(agent.handle(NOW, broken(0)), [Action::Notify("r".into())]);
     agent.handle(NOW, lost());
     // The round may have ended for another reason, and the report may not have arrived.
-    assert_eq!(agent.handle(NOW, Event::Met), [report, join.clone()], "AG-7");
+    assert_eq!(agent.handle(NOW, Event::Reconnected), [report, join.clone()], "AG-7");
     assert_eq!(agent.handle(NOW, broken(0)), [], "it is said once");
     agent.handle(NOW, started(1));
     // A message about a round that is over does not end the running one.
-    assert_eq!(agent.handle(NOW, broken(0)), [Action::Say("r".into())]);
-    assert_eq!(agent.handle(NOW, broken(1))[1], Action::Ask(Ask::Broken("r".into())));
+    assert_eq!(agent.handle(NOW, broken(0)), [Action::Notify("r".into())]);
+    assert_eq!(agent.handle(NOW, broken(1))[1], Action::RequestStop(StopRequest::Broken("r".into())));
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -520,7 +555,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (0_u32..2).prop_map(|local_rank| Event::Hung { local_rank, reason: "h".into() }),
         1 => Just(Event::Forward(10)),
         1 => Just(Event::CoordinatorLost("l".into())),
-        1 => Just(Event::Met),
+        1 => Just(Event::Reconnected),
         1 => Just(Event::Tick),
     ]
 }
@@ -528,18 +563,18 @@ fn event() -> impl Strategy<Value = Event> {
 proptest! {
     #[test]
     fn invariants_hold_for_every_sequence(
-        events in proptest::collection::vec(event(), 0..80), looks_again in any::<bool>(),
+        events in proptest::collection::vec(event(), 0..80), reconnect_timeout in any::<bool>(),
     ) {
-        let mut agent = Agent::new(Rules { looks_again: looks_again.then_some(Duration::from_secs(600)), ..rules() });
-        let mut met = true;
+        let mut agent = WorkerGroup::new(GroupConfig { reconnect_timeout: reconnect_timeout.then_some(Duration::from_secs(600)), ..config() });
+        let mut connected = true;
         let mut alive = BTreeSet::new();
         let mut done = false;
         let (mut asked, mut left) = (false, false);
         for event in events.into_iter().chain([stop(15), exited(0, Exit::Code(0)), exited(1, Exit::Code(0))]) {
             let is_start = matches!(event, Event::Coordinator(ToAgent::RoundStarted(_)));
             match &event {
-                Event::CoordinatorLost(_) => met = false,
-                Event::Met => met = true,
+                Event::CoordinatorLost(_) => connected = false,
+                Event::Reconnected => connected = true,
                 _ => {}
             }
             if let Event::Exited { local_rank, .. } = &event {
@@ -548,7 +583,7 @@ proptest! {
             for action in agent.handle(NOW, event) {
                 prop_assert!(!done, "AG-3");
                 match action {
-                    Action::Ask(Ask::Stop(..)) => asked = true,
+                    Action::RequestStop(StopRequest::Stop(..)) => asked = true,
                     Action::Send(ToCoordinator::Leave { .. }) => left = true,
                     Action::Report(ends) => {
                         let ranks: BTreeSet<_> = ends.iter().map(|end| end.local_rank).collect();
@@ -559,7 +594,7 @@ proptest! {
                         prop_assert!(is_start && alive.is_empty(), "AG-1, AG-2");
                         alive = BTreeSet::from([0, 1]);
                     }
-                    Action::Send(ToCoordinator::Join) => prop_assert!(alive.is_empty() && met, "AG-1, AG-6"),
+                    Action::Send(ToCoordinator::Join) => prop_assert!(alive.is_empty() && connected, "AG-1, AG-6"),
                     Action::Exit(_) => {
                         prop_assert!(alive.is_empty(), "AG-1");
                         done = true;

@@ -13,8 +13,6 @@ use std::time::Duration;
 use ice_proto::link::Doing;
 use ice_proto::rendezvous::{Achieved, NodeProgress};
 
-use crate::cli::HangTimeout;
-
 /// Timeout for ranks that report their steps. The timeout is longer than the longest step,
 /// evaluation or write of a checkpoint that ranks wait for, and as long as NCCL's own timeout.
 const DEFAULT: Duration = Duration::from_secs(600);
@@ -25,6 +23,18 @@ const SHORTEST: Duration = Duration::from_secs(3);
 const IDLE: f64 = 0.02;
 /// Age of the last heartbeat from which on a rank is silent.
 const SILENT: Duration = Duration::from_millis(2500);
+
+/// Time without progress after which a job has failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HangTimeout {
+    /// The default for ranks that report their steps or touch a heartbeat file; no timeout for
+    /// others.
+    Default,
+    /// No rank hangs.
+    Never,
+    /// This time, for all ranks.
+    After(Duration),
+}
 
 /// Last known activity of a rank.
 #[derive(Debug, Clone, Copy)]
@@ -69,22 +79,24 @@ impl Pulse {
 
 /// A hang of the job.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Hang {
+pub struct Hang {
     /// The rank that the others wait for, as far as this node can tell.
-    pub(crate) local_rank: u32,
-    pub(crate) reason: String,
+    pub local_rank: u32,
+    /// The evidence, for the report.
+    pub reason: String,
     /// Time of the last activity: of all ranks, or of this rank if it is silent or neglects its
     /// file.
-    pub(crate) since: Duration,
+    pub since: Duration,
     /// Whether the rank sends no heartbeats either. Its stacks are then not written, because it may
     /// be stopped.
-    pub(crate) is_silent: bool,
+    pub is_silent: bool,
     /// Process id and signal to end that process by, before its rank is ended. Set if a timer
     /// expired.
-    pub(crate) ends_by: Option<(u32, i32)>,
+    pub ends_by: Option<(u32, i32)>,
 }
 
-pub(crate) struct HangWatch {
+/// Watches the ranks of a node for hangs.
+pub struct HangWatch {
     timeout: HangTimeout,
     ranks: BTreeMap<u32, Pulse>,
     period: Duration,
@@ -95,30 +107,26 @@ pub(crate) struct HangWatch {
 }
 
 impl HangWatch {
-    pub(crate) fn new(timeout: HangTimeout, monitor_interval: Duration) -> Self {
+    /// Creates the watch, which samples what ranks do not report every `monitor_interval`.
+    pub fn new(timeout: HangTimeout, monitor_interval: Duration) -> Self {
         let (ranks, told) = (BTreeMap::new(), NodeProgress::Working);
         Self { timeout, ranks, period: monitor_interval, several_nodes: false, told }
     }
 
     /// Starts the watch of a round with `ranks` ranks on this node.
-    pub(crate) fn start(&mut self, ranks: u32, nodes: u32) {
+    pub fn start(&mut self, ranks: u32, nodes: u32) {
         (self.several_nodes, self.told) = (nodes > 1, NodeProgress::Working);
         self.ranks = (0..ranks).map(|rank| (rank, Pulse::None)).collect();
     }
 
     /// Stops watching a rank that has ended.
-    pub(crate) fn gone(&mut self, local_rank: u32) {
+    pub fn gone(&mut self, local_rank: u32) {
         self.ranks.remove(&local_rank);
     }
 
-    pub(crate) fn heartbeat(
-        &mut self,
-        now: Duration,
-        local_rank: u32,
-        step: u64,
-        activity: u64,
-        doing: Doing,
-    ) {
+    /// Notes what a rank reports of itself: its step, a count that changes with each activity, and
+    /// what it does.
+    pub fn heartbeat(&mut self, now: Duration, local_rank: u32, step: u64, activity: u64, doing: Doing) {
         let Some(pulse) = self.ranks.get_mut(&local_rank) else { return };
         let changed = match *pulse {
             Pulse::Steps { activity: before, doing: what, changed, .. }
@@ -134,7 +142,7 @@ impl HangWatch {
     /// Returns the interval in which heartbeat files (and CPU times, if
     /// [`HangWatch::wants_cpu_times`]) are sampled. `None` if hangs are not watched, or all ranks
     /// report their steps.
-    pub(crate) fn sampling(&self) -> Option<Duration> {
+    pub fn sampling(&self) -> Option<Duration> {
         let timeout = match self.timeout {
             HangTimeout::Never => return None,
             HangTimeout::Default => DEFAULT,
@@ -148,13 +156,13 @@ impl HangWatch {
 
     /// Whether the CPU times of ranks count. CPU time is a weak sign of progress, so the user has
     /// to ask for it with an explicit timeout.
-    pub(crate) fn wants_cpu_times(&self) -> bool {
+    pub fn wants_cpu_times(&self) -> bool {
         matches!(self.timeout, HangTimeout::After(_))
     }
 
     /// Records that a rank touched its file at `touched`. From its first touch on, the file is what
     /// counts for a program that does not know the link.
-    pub(crate) fn touched(&mut self, now: Duration, local_rank: u32, touched: Duration) {
+    pub fn touched(&mut self, now: Duration, local_rank: u32, touched: Duration) {
         match self.ranks.get_mut(&local_rank) {
             None | Some(Pulse::Steps { .. }) => {}
             Some(Pulse::File { touched: before, .. }) if *before == touched => {}
@@ -163,7 +171,7 @@ impl HangWatch {
     }
 
     /// Records the CPU time that a rank and all of its descendants have used.
-    pub(crate) fn cpu_time(&mut self, now: Duration, local_rank: u32, used: Duration) {
+    pub fn cpu_time(&mut self, now: Duration, local_rank: u32, used: Duration) {
         match self.ranks.get_mut(&local_rank) {
             Some(pulse @ Pulse::None) => *pulse = Pulse::Cpu { used, sampled: now, changed: now },
             Some(Pulse::Cpu { used: before, sampled, changed }) => {
@@ -222,7 +230,7 @@ impl HangWatch {
 
     /// Returns the next time at which [`HangWatch::check`] or [`HangWatch::news`] may have a
     /// result.
-    pub(crate) fn deadline(&self) -> Option<Duration> {
+    pub fn deadline(&self) -> Option<Duration> {
         let dues = [self.silence(), self.neglect()].into_iter().flatten().map(|(due, _)| due);
         let waits = self.waits_at().filter(|_| self.told == NodeProgress::Working);
         dues.chain(self.standstill()).chain(waits).min()
@@ -267,14 +275,14 @@ impl HangWatch {
 
     /// Returns the progress of this node if it differs from the last one that the coordinator was
     /// notified of.
-    pub(crate) fn news(&mut self, now: Duration) -> Option<NodeProgress> {
+    pub fn news(&mut self, now: Duration) -> Option<NodeProgress> {
         let progress = self.progress(now);
         (std::mem::replace(&mut self.told, progress) != progress).then_some(progress)
     }
 
     /// Returns the rank that is behind, once the coordinator has found that no node works and that
     /// this node is behind. `None` if its ranks have made progress meanwhile.
-    pub(crate) fn confirmed(&self, now: Duration) -> Option<Hang> {
+    pub fn confirmed(&self, now: Duration) -> Option<Hang> {
         matches!(self.progress(now), NodeProgress::Waiting(_)).then(|| self.behind(now)).flatten()
     }
 
@@ -299,7 +307,7 @@ impl HangWatch {
 
     /// Returns the time at which a rank will have been silent for too long, and that rank. A
     /// process that runs sends heartbeats, whatever it is doing.
-    pub(crate) fn silence(&self) -> Option<(Duration, u32)> {
+    pub fn silence(&self) -> Option<(Duration, u32)> {
         let timeout = self.timeout_of_steps()?;
         let due = |(rank, pulse): (&u32, &Pulse)| match pulse {
             Pulse::Steps { heard, .. } => Some((*heard + timeout, *rank)),
@@ -319,7 +327,7 @@ impl HangWatch {
     }
 
     /// Returns a hang if a rank has been silent for too long.
-    pub(crate) fn check_silence(&self, now: Duration) -> Option<Hang> {
+    pub fn check_silence(&self, now: Duration) -> Option<Hang> {
         let (_, local_rank) = self.silence().filter(|(due, _)| *due <= now)?;
         let Some(Pulse::Steps { step, heard, .. }) = self.ranks.get(&local_rank) else { return None };
         let silent = now.saturating_sub(*heard).as_secs_f64();
@@ -331,7 +339,7 @@ impl HangWatch {
 
     /// Returns a hang if a rank neglects its file, all ranks at work stand still, or a rank is
     /// silent for too long.
-    pub(crate) fn check(&self, now: Duration) -> Option<Hang> {
+    pub fn check(&self, now: Duration) -> Option<Hang> {
         if let Some(hang) = self.check_neglect(now) {
             return Some(hang);
         }

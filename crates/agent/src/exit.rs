@@ -6,12 +6,16 @@ use super::cause::Cause;
 
 /// How a rank ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Exit {
+pub enum Exit {
+    /// It exited with this code.
     Code(i32),
+    /// This signal ended it.
     Signal(i32),
     /// The rank was never started.
     NotStarted {
+        /// The exit code of the launcher that follows.
         code: ExitCode,
+        /// Why it could not be started.
         reason: String,
     },
     /// The rank was ended because the job stood still.
@@ -22,12 +26,12 @@ pub(crate) enum Exit {
 
 impl Exit {
     /// Whether the rank exited with code 0.
-    pub(crate) fn is_success(&self) -> bool {
+    pub fn is_success(&self) -> bool {
         *self == Self::Code(0)
     }
 
     /// Returns the exit without the cause that the agent found.
-    pub(crate) fn status(&self) -> &Self {
+    pub fn status(&self) -> &Self {
         match self {
             Self::Explained(exit, _) => exit.status(),
             exit => exit,
@@ -35,7 +39,7 @@ impl Exit {
     }
 
     /// Returns the exit code of the launcher if this exit is the cause of the failure.
-    pub(crate) fn code(&self) -> ExitCode {
+    pub fn code(&self) -> ExitCode {
         match self {
             Self::Code(code) => u8::try_from(*code).map_or(ExitCode::Failure, ExitCode::Rank),
             Self::Signal(signal) => u8::try_from(*signal).map_or(ExitCode::Failure, ExitCode::Signal),
@@ -62,7 +66,7 @@ impl fmt::Display for Exit {
 }
 
 /// Returns the name of a signal that ends programs or is passed on, with Linux numbers.
-pub(crate) fn signal_name(signal: i32) -> Option<&'static str> {
+pub fn signal_name(signal: i32) -> Option<&'static str> {
     Some(match signal {
         1 => "SIGHUP",
         2 => "SIGINT",
