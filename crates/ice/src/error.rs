@@ -40,8 +40,9 @@ impl Error {
 
 /// Runs the body of a program's `main`, prints its error, and returns the exit code.
 ///
-/// The exit code is 2 if an option, or a file that an option names, is wrong. If the launched ranks
-/// failed, it is the exit code of their job.
+/// The exit code is 2 if an option, or a file that an option names, is wrong and the rank has done
+/// no step yet: the same command would fail again. After its first step, a rank that cannot read a
+/// file exits with 1. If the launched ranks failed, the exit code is that of their job.
 ///
 /// Diagnostics go to standard error, unless the program has a `tracing` subscriber. `ICE_LOG`
 /// selects them.
@@ -62,7 +63,12 @@ pub fn main(body: impl FnOnce() -> Result<(), Error>) -> process::ExitCode {
                     Worker::report_failure(&error.to_string(), &format!("{error:?}"));
                 }
             }
-            error.exit_code().into()
+            match error.exit_code() {
+                // Job managers do not start a job again after code 2. A file that cannot be read
+                // after hours of training may be readable then.
+                ExitCode::Usage if crate::run::has_begun() => ExitCode::Failure.into(),
+                code => code.into(),
+            }
         }
     }
 }

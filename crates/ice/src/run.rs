@@ -88,6 +88,11 @@ fn launch(options: &LaunchArgs) -> Result<ExitCode, Error> {
     Ok(outcome)
 }
 
+/// Whether this rank has completed a step of one of its runs.
+pub(crate) fn has_begun() -> bool {
+    RUNS.get().is_some_and(Runs::has_begun)
+}
+
 /// Leaves the job at the end of the program, after all runs.
 pub(crate) fn finish() -> Result<(), Error> {
     let Some(runs) = RUNS.take() else { return Ok(()) };

@@ -40,8 +40,8 @@ struct Options {
     /// again.
     #[arg(long)]
     dies: Option<usize>,
-    /// Kills that rank within this node of the sixth step instead: `seen` runs before the forward
-    /// pass of the module, `loss` after it.
+    /// Kills that rank within this node instead. In the sixth step, `seen` runs before the forward
+    /// pass of the module, `loss` after it. `noise` runs in the second iteration of an evaluation.
     #[arg(long, requires = "dies")]
     dies_in: Option<String>,
     /// Computes the statistics of batch normalization over all ranks.
@@ -57,6 +57,9 @@ struct Options {
     /// Saves the nodes of validation in this folder at the end of a run.
     #[arg(long)]
     tagged: Option<PathBuf>,
+    /// Loads this checkpoint at the end of a run.
+    #[arg(long)]
+    loads: Option<PathBuf>,
     #[command(flatten)]
     run: RunOptions,
 }
@@ -94,12 +97,9 @@ impl Death {
         let Some((rank, place)) = &self.0 else { return };
         // The variables of the process, whichever rank it becomes later.
         let is = |name: &str, value: usize| env::var(name).is_ok_and(|text| text == value.to_string());
-        if place == node
-            && x.is_training()
-            && x.train_steps() == 5
-            && is("RANK", *rank)
-            && is("TORCHELASTIC_RESTART_COUNT", 0)
-        {
+        let is_due =
+            if x.is_training() { x.train_steps() == 5 } else { place == "noise" && x.iteration() == 1 };
+        if place == node && is_due && is("RANK", *rank) && is("TORCHELASTIC_RESTART_COUNT", 0) {
             process::abort();
         }
     }
@@ -225,15 +225,21 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
         let points = points(x)?.narrow(1, 0, net.size()[1]);
         Ok((net - points).square())
     };
+    let dies = death.clone();
     let loss = LossNode::new(move |x| {
         let loss = error(x)?.mean(Kind::Float);
-        death.check("loss", x);
+        dies.check("loss", x);
         Ok(loss)
     });
     graph.add("loss", loss, "*")?;
     graph.add("error", MetricNode::average(move |x| Ok(error(x)?.mean_dim(1, false, Kind::Float))), "*")?;
     let moving = MetricNode::moving_average(FIVE, move |x| Ok(error(x)?.mean_dim(1, false, Kind::Float)));
     graph.add("moving", moving, "train")?;
+    let noise = MetricNode::average(move |x| {
+        death.check("noise", x);
+        Ok(error(x)?.mean_dim(1, false, Kind::Float).rand_like())
+    });
+    graph.add("noise", noise, "val")?;
 
     let inner = Repeat::new(2).then(Task::train("train").steps(3)).then(Task::eval("val"));
     let outer = Repeat::new(options.repeats)
@@ -251,6 +257,10 @@ fn train(options: &Options, run: u64) -> Result<(), ice::Error> {
     let tasks = Repeat::once().then(outer).then(last).then(SaveCheckpoint::new());
     let tasks = match &options.tagged {
         Some(folder) => tasks.then(SaveCheckpoint::new().to(folder).tags("val")),
+        None => tasks,
+    };
+    let tasks = match &options.loads {
+        Some(folder) => tasks.then(LoadCheckpoint::from(folder)),
         None => tasks,
     };
     let tasks = tasks.call(move |state| {

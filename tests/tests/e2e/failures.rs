@@ -213,6 +213,19 @@ fn a_failure_on_one_node_ends_the_other() {
     ]);
 }
 
+/// systemd's unit in the book does not start a job again after exit code 2.
+#[test]
+fn file_that_is_missing_is_usage_error_before_the_first_step_and_failure_later() {
+    let missing = "/nowhere/checkpoint";
+    for (option, code) in [("--resume-from", ExitCode::Usage), ("--loads", ExitCode::Failure)] {
+        let traces = Traces::new();
+        let launcher = Program::ice_launch(["--devices", "cpu:0"]);
+        let training = traces.trainee(launcher, 1).args(["--repeats", "1", option, missing]);
+        training.run(TRAINING).expect_code(code.code().into()).expect_in_stderr(&[missing]);
+        assert_eq!(traces.passes().is_empty(), option == "--resume-from");
+    }
+}
+
 /// A restarted rank counts its epochs from 0. The other ranks must not wait for it forever.
 #[test]
 fn run_ended_by_a_closure_of_one_rank_ends_on_all_at_the_same_step() {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use ice_proto::exit::ExitCode;
 use rustix::process::Signal;
 
-use crate::support::{Job, Program, SAMPLES, TRAINING, Traces, assert_epochs, random};
+use crate::support::{Finished, Job, Program, SAMPLES, TRAINING, Traces, assert_epochs, random};
 
 const SEED: &str = "ICE_KILL_SEED";
 /// Longest wait between a pass and the signal, in microseconds: about the duration of some steps, a
@@ -146,6 +146,28 @@ fn stops_leave_no_trace_and_lose_no_step() {
     assert_same_end(&stopped, &undisturbed);
 }
 
+fn short_training(options: &[&str]) -> (Traces, Finished) {
+    let launcher = Program::ice_launch(["--devices", "cpu:0-1", "--max-restarts", "1", "--run-id", "lost"]);
+    let traces = Traces::new();
+    let outcome = traces.trainee(launcher, 1).args(["--repeats", "1"]).args(options).run(TRAINING);
+    outcome.expect_code(0);
+    (traces, outcome)
+}
+
+/// The metric `noise` draws random numbers.
+#[test]
+fn rank_killed_within_an_evaluation_leaves_no_trace_in_measures() {
+    let measures = |options: &[&str]| -> Vec<String> {
+        let (_, outcome) = short_training(options);
+        let lines = outcome.stdout.lines().filter(|line| line.starts_with("val epoch"));
+        // A line ends with the time that the epoch took.
+        lines.map(|line| line.split("  (").next().unwrap_or_default().to_owned()).collect()
+    };
+    let undisturbed = measures(&[]);
+    assert!(undisturbed.len() == 3 && undisturbed[0].contains("noise 0."), "{undisturbed:?}");
+    assert_eq!(measures(&["--dies", "1", "--dies-in", "noise"]), undisturbed);
+}
+
 /// The other rank fails in an exchange of statistics within the forward pass, or in one of
 /// gradients, after the module has changed its buffers.
 #[test]
@@ -154,17 +176,8 @@ fn rank_killed_within_a_step_leaves_no_trace_with_sync_batch_norm_and_with_torch
     for (options, lost, node) in
         [(&["--sync-batch-norm"][..], "1", "seen"), (&["--script", script], "0", "loss")]
     {
-        let training = |more: &[&str]| {
-            let launcher =
-                Program::ice_launch(["--devices", "cpu:0-1", "--max-restarts", "1", "--run-id", "lost"]);
-            let traces = Traces::new();
-            let program = traces.trainee(launcher, 1).args(["--repeats", "1"]).args(options).args(more);
-            let outcome = program.run(TRAINING);
-            outcome.expect_code(0);
-            (traces, outcome)
-        };
-        let (undisturbed, _) = training(&[]);
-        let (traces, outcome) = training(&["--dies", lost, "--dies-in", node]);
+        let (undisturbed, _) = short_training(options);
+        let (traces, outcome) = short_training(&[options, &["--dies", lost, "--dies-in", node]].concat());
         for words in ["continuing after step 5", "from the memory of rank"] {
             assert!(outcome.stdout.contains(words), "{words}: {}", outcome.transcript());
         }

@@ -14,7 +14,7 @@ mod state_transfer;
 mod straggler;
 mod timers;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
@@ -127,6 +127,8 @@ pub struct Run<'a> {
     worker: Rc<Worker>,
     config: RunConfig,
     place: RunPosition,
+    /// Set once a step of this program is done, by this rank or by those whose state it adopted.
+    has_begun: &'a Cell<bool>,
     folder: Rc<Path>,
     counters: Counters,
     measures: RefCell<BTreeMap<String, f64>>,
@@ -166,11 +168,13 @@ impl<'a> Run<'a> {
         worker: Rc<Worker>,
         config: RunConfig,
         place: RunPosition,
+        has_begun: &'a Cell<bool>,
     ) -> Result<End> {
         let run = Self {
             graph,
             tasks,
             place,
+            has_begun,
             folder: folder_of_run(&first_folder(&config, &worker), place.number).into(),
             writer: RefCell::new(Writer::new(&worker, &config.checkpoints)),
             worker,
@@ -238,6 +242,7 @@ impl<'a> Run<'a> {
             Beginning::Later { due } => return Ok(End::Skipped { due }),
             beginning => matches!(beginning, Beginning::FromMemory),
         };
+        self.has_begun.set(self.has_begun.get() || from_memory);
         if !self.is_main() {
             // This rank may have been rank 0 in the previous round: its board must be closed.
             self.board.borrow_mut().finish(self.counters.train_steps(), None);
@@ -329,6 +334,12 @@ impl<'a> Run<'a> {
                 measures.keys().collect::<Vec<_>>()
             ))
         })
+    }
+
+    /// Counts a completed step of training, or an iteration of an evaluation.
+    pub(crate) fn count_step(&self, train: bool) {
+        self.counters.count_step(train);
+        self.has_begun.set(true);
     }
 
     pub(crate) fn total_epochs(&self, train: bool) -> u64 {

@@ -137,7 +137,7 @@ impl Run<'_> {
     /// Counts the training step in progress, which has been applied.
     pub(crate) fn step_counts(&self) {
         self.progress.in_step.replace(None);
-        self.counters.count_step(true);
+        self.count_step(true);
         self.passed();
         if let Some(repeated) = self.progress.first_step.take() {
             self.worker.first_step(self.counters.train_steps(), repeated);

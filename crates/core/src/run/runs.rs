@@ -38,13 +38,15 @@ pub struct Runs {
     due: Cell<u64>,
     has_done_the_last: Cell<bool>,
     is_stopped: Cell<bool>,
+    has_begun: Cell<bool>,
 }
 
 impl Runs {
     /// Creates the list of runs, with none completed.
     pub fn new(worker: Rc<Worker>) -> Self {
         let (next, due) = (Cell::default(), Cell::default());
-        Self { worker, next, due, has_done_the_last: Cell::default(), is_stopped: Cell::default() }
+        let (has_done_the_last, is_stopped) = (Cell::default(), Cell::default());
+        Self { worker, next, due, has_done_the_last, is_stopped, has_begun: Cell::default() }
     }
 
     /// Returns the rank that executes the runs.
@@ -55,6 +57,12 @@ impl Runs {
     /// Whether the job was asked to stop, so that no further run starts.
     pub fn is_stopped(&self) -> bool {
         self.is_stopped.get()
+    }
+
+    /// Whether this rank has completed a step of training or of evaluation, or has adopted the state
+    /// of ranks that have. A later error is then not one of the command line alone.
+    pub fn has_begun(&self) -> bool {
+        self.has_begun.get()
     }
 
     /// Executes the next run, like [`Run::execute`], or skips it if it is completed. Collective:
@@ -68,7 +76,7 @@ impl Runs {
             return Ok(());
         }
         let place = RunPosition { number, has_done_the_last: self.has_done_the_last.get() };
-        let end = Run::perform(graph, tasks, Rc::clone(&self.worker), config, place)?;
+        let end = Run::perform(graph, tasks, Rc::clone(&self.worker), config, place, &self.has_begun)?;
         self.has_done_the_last.set(matches!(end, End::Done));
         match end {
             End::Done => {}

@@ -195,7 +195,7 @@ impl Task {
         match self.train {
             true => run.step_counts(),
             false => {
-                run.counters().count_step(false);
+                run.count_step(false);
                 run.passed();
             }
         }
