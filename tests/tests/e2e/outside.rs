@@ -62,9 +62,16 @@ fn set_up_leaves_files_of_a_project_alone_and_shows_the_lines_that_they_lack() {
     let config = fs::read_to_string(folder.path().join(".cargo/config.toml")).unwrap();
     assert!(config.contains("LIBTORCH"), "{config}");
     assert!(folder.path().join(".deps/libtorch/lib/libtorch_cpu.so").is_file());
+    assert_eq!(fs::read_to_string(folder.path().join(".deps/.gitignore")).unwrap(), "*\n");
+    let versions = folder.path().join("Cargo.lock");
+    assert_eq!(fs::read(&versions).unwrap(), fs::read(root().join("Cargo.lock")).unwrap());
+    fs::write(&versions, "version = 4\n").unwrap();
+    let next = format!("next: cd {} && cargo run", folder.path().display());
+    assert!(stderr.contains(&next), "{stderr}");
     // A second run changes nothing.
     let again = String::from_utf8(run(script("ice-setup").arg(folder.path()), 0).stderr).unwrap();
     assert!(again.contains("already there") && !again.contains("wrote"), "{again}");
+    assert_eq!(fs::read_to_string(&versions).unwrap(), "version = 4\n");
 }
 
 /// Without readers, TLS and etcd: the other tests build all of them.

@@ -139,12 +139,7 @@ impl Items for ImageFolder {
 
     fn get(&self, index: usize, _: &mut SampleRng) -> Result<(Tensor, i64)> {
         let (path, class) = &self.files[index];
-        let len = fs::metadata(path).map_err(fail(path))?.len();
-        if len > MAX_FILE {
-            return Err(fail(path)(format!("{len} bytes are no image: more than {MAX_FILE}")));
-        }
-        let bytes = fs::read(path).map_err(fail(path))?;
-        Ok((decode(&bytes, self.size).map_err(fail(path))?, *class))
+        Ok((read_image(path, self.size)?, *class))
     }
 
     /// Returns a fingerprint of the names and the size. A file that is changed in place is not
@@ -158,6 +153,21 @@ impl Items for ImageFolder {
         fingerprint.add(format!("{:?}", self.size).as_bytes());
         fingerprint.finish()
     }
+}
+
+/// Reads an image file, like [`ImageFolder`], to a uint8 tensor `[3, height, width]`, scaled to
+/// `size` (height, width) if present.
+///
+/// # Errors
+/// [`Error::Data`] if the file cannot be read, or [`decode_image`] refuses its content.
+pub fn read_image(path: impl AsRef<Path>, size: Option<(u32, u32)>) -> Result<Tensor> {
+    let path = path.as_ref();
+    let len = fs::metadata(path).map_err(fail(path))?.len();
+    if len > MAX_FILE {
+        return Err(fail(path)(format!("{len} bytes are no image: more than {MAX_FILE}")));
+    }
+    let bytes = fs::read(path).map_err(fail(path))?;
+    decode(&bytes, size).map_err(fail(path))
 }
 
 /// Decodes an image to a uint8 tensor `[3, height, width]`, scaled to `size` (height, width) if
@@ -266,6 +276,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let open = || ImageFolder::open(folder.path()).map(|images| get(&images, 0));
         assert!(open().err().unwrap().to_string().contains("each class is one"));
+        let missing = read_image(folder.path().join("missing.png"), None).unwrap_err();
+        assert!(missing.to_string().contains("missing.png: No such file"), "{missing}");
         fs::create_dir(folder.path().join("a")).unwrap();
         assert!(open().err().unwrap().to_string().contains("/a: has no image"));
 

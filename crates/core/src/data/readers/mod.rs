@@ -22,7 +22,7 @@ mod tokens;
 pub use self::csv::{Csv, CsvRow};
 pub use self::idx::Idx;
 #[cfg(feature = "images")]
-pub use self::images::{ImageFolder, decode_image};
+pub use self::images::{ImageFolder, decode_image, read_image};
 pub use self::mnist::{Labelled, Mnist, Split};
 #[cfg(feature = "parquet")]
 pub use self::parquet::{Cell, Parquet, Row};
