@@ -11,7 +11,6 @@ pub mod address;
 mod auth;
 mod backend;
 mod channel;
-pub mod coordinator;
 mod error;
 mod keepalive;
 mod server;
@@ -23,6 +22,7 @@ pub use backend::{
     Backend, Endpoint, EtcdConfig, EtcdTls, Rendezvous, RendezvousConfig, RetryPolicy, ServedBy, Session,
 };
 pub use error::Error;
+pub use ice_coordinator as coordinator;
 pub use server::{Server, ServerConfig};
 
 /// Whether this build can use etcd: its feature `etcd`.

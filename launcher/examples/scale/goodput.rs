@@ -2,7 +2,7 @@
 //! drawn from an exponential distribution. All times are seconds.
 
 use crate::network::uniform;
-use crate::random::Random;
+use ice_testing::Random;
 
 /// A job with checkpoints and failures.
 #[derive(Debug, Clone, Copy)]

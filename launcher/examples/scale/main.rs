@@ -13,9 +13,6 @@ mod goodput;
 mod measure;
 mod network;
 mod play;
-#[path = "../../../rendezvous/src/coordinator/random.rs"]
-#[expect(dead_code, reason = "the tests of the machine use the rest")]
-mod random;
 mod report;
 mod training;
 mod world;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::random::Random;
+use ice_testing::Random;
 
 /// Bytes of the headers of Ethernet, IPv6 and TCP around a frame.
 const HEADERS: usize = 92;

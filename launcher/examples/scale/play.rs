@@ -5,8 +5,8 @@ use std::time::Duration;
 use ice_rendezvous::coordinator::check_round;
 
 use crate::network::uniform;
-use crate::random::Random;
 use crate::world::{Config, Trouble, World};
+use ice_testing::Random;
 
 const LIMIT: Duration = Duration::from_secs(600);
 /// Time without events, in which keep-alives are counted.

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use crate::goodput::{InPlace, Job, simulate, young};
-use crate::random::Random;
 use crate::report::{CLIENT_US, Size, table, time};
+use ice_testing::Random;
 
 /// Number of failures of a simulated job.
 const FAILURES: u32 = 20_000;

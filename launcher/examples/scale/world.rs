@@ -11,8 +11,8 @@ use ice_proto::rendezvous::{Hello, KeepAlive, RestartPolicy, Round, ToAgent, ToC
 use ice_rendezvous::coordinator::{Action, Coordinator, Event, Peer, Settings};
 
 use crate::network::{Costs, Link, Network};
-use crate::random::Random;
 use ice_agent::{Exit, GroupConfig, WorkerGroup};
+use ice_testing::Random;
 
 pub(crate) const RANKS_PER_NODE: u32 = 8;
 /// Number of connections that the kernel keeps until they are accepted, the same as the real

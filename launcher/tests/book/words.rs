@@ -22,7 +22,7 @@ const PHRASES: [&str; 8] = [
 const HEADS: [&str; 2] = ["what", "who"];
 
 /// Folders whose comments are checked.
-const FOLDERS: [&str; 14] = [
+const FOLDERS: [&str; 17] = [
     "launcher",
     "rendezvous",
     "worker",
@@ -32,6 +32,9 @@ const FOLDERS: [&str; 14] = [
     "crates/core",
     "crates/ice",
     "crates/agent",
+    "crates/coordinator",
+    "crates/store",
+    "crates/testing",
     "crates/link",
     "crates/nn",
     "crates/proto",

@@ -1,6 +1,6 @@
 use rustix::process::Signal;
 
-use crate::random::Random;
+use ice_testing::Random;
 
 /// A fault of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

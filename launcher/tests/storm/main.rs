@@ -7,9 +7,6 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod fault;
-#[path = "../../../rendezvous/src/coordinator/random.rs"]
-#[expect(dead_code, reason = "the simulation uses the rest")]
-mod random;
 #[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "other tests use the rest")]
 mod support;
@@ -25,7 +22,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{TempDir, tempdir};
 
 use fault::Fault;
-use random::Random;
+use ice_testing::Random;
 use support::{Finished, Freezer, Gate, Job, SOON, launch, lives, wait_for_state, wait_for_text};
 
 const FAULTS: u64 = 200;

@@ -1,12 +1,7 @@
-//! The key-value store of the ranks, in the wire format of c10d's TCPStore (torch 2.13,
-//! `torch/csrc/distributed/c10d/TCPStoreBackend.cpp`).
-//!
-//! [`codec`] decodes requests, and [`state`] answers them. Both are pure; [`Server`](crate::Server)
-//! moves the bytes.
+//! The key-value store of the ranks: the pure part, and a client for ranks.
 //!
 //! In the book: `docs/clusters.md#who-may-join`.
 
+pub use ice_store::{codec, state, values};
+
 pub mod client;
-pub mod codec;
-pub mod state;
-pub mod values;

@@ -66,6 +66,8 @@ fn crates_without_libtorch_never_reach_it() {
     let without = [
         "ice-proto",
         "ice-agent",
+        "ice-coordinator",
+        "ice-store",
         "ice-link",
         "ice-python",
         "ice-rendezvous",
@@ -86,9 +88,20 @@ fn crates_depend_in_one_direction() {
     let packages = Packages::read();
     let forbidden = [
         ("ice-agent", &["ice-rendezvous", "ice-link", "ice-launch", "tokio", "nix", "rustix", "libc"][..]),
+        ("ice-coordinator", &["ice-rendezvous", "ice-link", "ice-launch", "tokio", "nix", "rustix", "libc"]),
+        ("ice-store", &["ice-proto", "ice-rendezvous", "ice-link", "tokio", "nix", "rustix", "libc"]),
         (
             "ice-proto",
-            &["ice-agent", "ice-link", "ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"],
+            &[
+                "ice-agent",
+                "ice-coordinator",
+                "ice-link",
+                "ice-rendezvous",
+                "ice-launch",
+                "ice-worker",
+                "ice-core",
+                "ice",
+            ],
         ),
         ("ice-link", &["ice-rendezvous", "ice-launch", "ice-worker", "ice-core", "ice"]),
         ("ice-python", &["ice-launch", "ice-worker", "ice-core", "ice"]),
@@ -188,7 +201,7 @@ fn state_machines_are_pure() {
         "std::fs",
         "std::net",
     ];
-    for folder in ["crates/agent/src", "rendezvous/src/coordinator"] {
+    for folder in ["crates/agent/src", "crates/coordinator/src"] {
         let files = sources(&root().join(folder));
         assert!(!files.is_empty(), "{folder} holds no code");
         let found: Vec<_> = files.iter().flat_map(|file| lines_with(file, &impure)).collect();

@@ -11,8 +11,8 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::random::Random;
 use crate::support::{Job, Program, TRAINING, Traces, free_port, last_pass, random};
+use ice_testing::Random;
 
 /// Number of passes of a step, and of a repetition of the trainee's tasks.
 const PASSES: u64 = 2;

@@ -19,9 +19,6 @@ mod kills;
 mod leaving;
 mod outside;
 mod python;
-#[path = "../../../rendezvous/src/coordinator/random.rs"]
-#[expect(dead_code, reason = "the simulation uses the rest")]
-mod random;
 mod readme;
 #[path = "../../../launcher/tests/nodes/server.rs"]
 #[expect(dead_code, reason = "the launcher's tests use the rest")]

@@ -1,13 +1,9 @@
 //! Simulation of many ranks, with requests at any time and delayed messages. `AGREE_SEED=<n>`
 //! replays one run.
 
-#[path = "../../../../rendezvous/src/coordinator/random.rs"]
-#[expect(dead_code, reason = "other tests use the rest")]
-mod random;
-
 use ice_proto::link::BoundaryRequest;
+use ice_testing::Random;
 
-use self::random::Random;
 use super::boundaries::{Boundaries, BoundaryDecision, NO_BOUNDARY};
 
 /// The program, equal on all ranks.

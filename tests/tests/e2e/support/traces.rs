@@ -10,7 +10,7 @@ use serde_json::Value;
 use tempfile::{TempDir, tempdir};
 
 use super::{Program, built, checkpoints};
-use crate::random::Random;
+use ice_testing::Random;
 
 /// Number of samples, the same as in the trainee.
 pub(crate) const SAMPLES: usize = 46;

@@ -247,7 +247,7 @@ fn largest_answers_are_known_before_they_are_built() {
     let value = vec![7; 1023];
     handle(&mut store, 1, Request::Set(b"k", &value));
     let mut replies = Replies::default();
-    let keys = crate::store::codec::MAX_KEYS as usize;
+    let keys = crate::codec::MAX_KEYS as usize;
     store.handle(1, Request::MultiGet(vec![b"k"; keys]), &mut replies).unwrap();
     assert!(replies.own.len() <= MAX_ANSWER && replies.own.held() <= MAX_ANSWER);
     replies.own = Answer::default();

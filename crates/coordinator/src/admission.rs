@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, KeepAlive, MAX_NODES, MAX_ROLE_LEN};
 
-use super::nodes::{Nodes, host_label};
+use crate::nodes::{Nodes, host_label};
 
 /// Maximum of ranks per node; a larger number is a mistake of the user.
 const MAX_RANKS_PER_NODE: u32 = 1 << 14;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use ice_proto::rendezvous::{ToAgent, ToCoordinator};
 
 use super::cluster::{Cluster, SimEvent};
-use crate::coordinator::{Event, Peer};
+use crate::{Event, Peer};
 
 /// Maximum latency.
 const LATENCY: u64 = 300;

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, TryReserveError, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::codec::Request;
-use super::values::{Answer, MAX_ANSWER, Value, copy};
+use crate::codec::Request;
+use crate::values::{Answer, MAX_ANSWER, Value, copy};
 
 /// A client's connection.
 pub type Connection = u64;

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, KeepAlive, Round, ToAgent, ToCoordinator};
 
-use super::super::random::Random;
 use super::cluster::{Cluster, SimEvent};
 use super::etcd::{Answer, Request};
 use super::network::{End, Item};
 use super::sim_coordinator::{Election, SimCoordinator};
 use super::{Clock, Discovery};
-use crate::coordinator::Peer;
+use crate::Peer;
+use ice_testing::Random;
 
 /// Timeout of the search for a coordinator: the first one, one that may have moved, or one at an
 /// endpoint that was lost. All times are in milliseconds.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ice_proto::rendezvous::{Hello, NodeAssignment, RanksStore};
 
-use super::nodes::{Node, Peer};
+use crate::nodes::{Node, Peer};
 
 /// Selects up to `max_nodes` members of a round: members of the last round first, then nodes that
 /// were in an earlier one, each in order of arrival.

@@ -2,7 +2,7 @@
 //! another, by a correct clock.
 
 use super::cluster::{Cluster, SimEvent};
-use crate::coordinator::Record;
+use crate::Record;
 
 /// Length of the leader's lease.
 pub(super) const TTL: u64 = 15_000;

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use ice_proto::rendezvous::RestartPolicy;
 
-use super::super::random::Random;
 use super::Discovery;
 use super::agent::Agent;
 use super::checks::History;
 use super::etcd::{Answer, Etcd, Request};
 use super::network::{End, Network};
-use crate::coordinator::Peer;
+use crate::Peer;
+use ice_testing::Random;
 
 /// An event. Numbers of terms, searches, commands and silences are unique, so events of an earlier
 /// one are ignored.

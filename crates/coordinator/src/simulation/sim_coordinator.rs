@@ -9,7 +9,7 @@ use ice_proto::rendezvous::{Round, ToAgent, ToCoordinator};
 use super::cluster::{Cluster, SimEvent};
 use super::etcd::{Request, TTL};
 use super::network::{End, Item};
-use crate::coordinator::{Action, Coordinator, Event, Peer, Record, Settings};
+use crate::{Action, Coordinator, Event, Peer, Record, Settings};
 
 const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
 pub(super) const LAST_CALL: u64 = 30_000;

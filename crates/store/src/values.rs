@@ -10,13 +10,13 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::codec::MAX_KEYS;
+use crate::codec::MAX_KEYS;
 
 /// Minimum size of a value that answers share; smaller values are copied.
 const SHARED: usize = 1 << 10;
 
 /// Maximum of bytes of an answer, except shared values: enough for any
-/// [`MultiGet`](super::codec::Request::MultiGet).
+/// [`MultiGet`](crate::codec::Request::MultiGet).
 pub const MAX_ANSWER: usize = MAX_KEYS as usize * (SHARED + 8 + ENTRY);
 
 /// Size of a reference to a shared value in an answer.

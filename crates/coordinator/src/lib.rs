@@ -31,8 +31,6 @@
 mod admission;
 mod machine;
 mod nodes;
-#[cfg(test)]
-mod random;
 mod rank_assignment;
 mod record;
 mod restarts;

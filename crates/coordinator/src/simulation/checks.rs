@@ -9,7 +9,7 @@ use super::agent::State;
 use super::cluster::{Cluster, Job};
 use super::network::End;
 use super::sim_coordinator::SimCoordinator;
-use crate::coordinator::{Record, check_round};
+use crate::{Record, check_round};
 
 /// Time until nothing changes after the last fault, by slow clocks: lost connections are noticed,
 /// leases expire, agents restart and find the coordinator, ranks stop, and the last call ends.

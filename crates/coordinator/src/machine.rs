@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use ice_proto::rendezvous::{Hello, NodeAssignment, Round, ToAgent, ToCoordinator};
 
-use super::nodes::{Lobby, Node, Nodes, Peer, host_label};
-use super::record::{Outcome, RoundVerdict};
-use super::restarts::{Failure, Restarts};
-use super::{Record, admission, rank_assignment};
+use crate::nodes::{Lobby, Node, Nodes, Peer, host_label};
+use crate::record::{Outcome, RoundVerdict};
+use crate::restarts::{Failure, Restarts};
+use crate::{Record, admission, rank_assignment};
 use standstill::Standstill;
 use termination::Departure;
 

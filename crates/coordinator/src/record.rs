@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::restarts::Restarts;
+use crate::restarts::Restarts;
 
 /// The verdict on the last judged failure.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
