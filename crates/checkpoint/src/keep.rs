@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::find::Candidate;
-use crate::{Manifest, Result, candidates, staging};
+use crate::parameters::is_file_name;
+use crate::{BEST, CHECKPOINTS, Manifest, Result, Staging, candidates, staging};
 
 /// Removes all but the newest `keep` checkpoints in a folder, and returns the removed ones. Damaged
 /// checkpoints do not count and stay, for inspection. `protected` stays unless a newer checkpoint
@@ -33,6 +34,38 @@ pub fn keep_best(
     let ranked = ranked(&whole, measure);
     let surplus = ranked.iter().skip(keep.max(1)).map(|candidate| &candidate.path);
     remove(surplus, protected, whole.last())
+}
+
+/// Gives the folder of a run the best checkpoints of the run whose `checkpoint` it continues, up to
+/// that checkpoint. The other run keeps them, too: both folders share the files if the file system
+/// has links.
+///
+/// # Errors
+/// [`crate::Error::Io`] if a checkpoint cannot be added to the folder.
+pub fn adopt_best(checkpoint: &Path, folder: &Path) -> Result<()> {
+    let Some(holder) = fs::canonicalize(checkpoint).ok().and_then(|path| path.parent().map(PathBuf::from))
+    else {
+        return Ok(());
+    };
+    let is_of_run = holder.file_name().is_some_and(|name| name == CHECKPOINTS || name == BEST);
+    let Some(run) =
+        holder.parent().filter(|run| is_of_run && fs::canonicalize(folder).ok().as_deref() != Some(*run))
+    else {
+        return Ok(());
+    };
+    let steps = Manifest::read(checkpoint)?.counters.train_steps;
+    for candidate in candidates(&run.join(BEST)).into_iter().filter(is_whole) {
+        let (Ok(manifest), Some(name)) = (&candidate.manifest, candidate.path.file_name()) else { continue };
+        if manifest.counters.train_steps > steps || !manifest.files.keys().all(|name| is_file_name(name)) {
+            continue;
+        }
+        let staging = Staging::begin(&folder.join(BEST).join(name), "adopted")?;
+        for file in manifest.files.keys() {
+            staging.adopt(&candidate.path, file)?;
+        }
+        staging.commit(manifest)?;
+    }
+    Ok(())
 }
 
 /// Returns the candidates that compete by a measure, the best first.

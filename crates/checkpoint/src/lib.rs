@@ -34,7 +34,7 @@ pub use error::{Error, Result};
 pub use exact::Exact;
 pub use find::{Candidate, ResumeFrom, candidates, folder_of_run};
 pub use header::{Entry, Header, Layout, Part, Placed, Stored};
-pub use keep::{keep_best, keep_last};
+pub use keep::{adopt_best, keep_best, keep_last};
 pub use manifest::{Best, Better, Counts, FORMAT_VERSION, FileInfo, Manifest};
 pub use read::{Checkpoint, Piece};
 #[cfg(feature = "object-store")]

@@ -78,6 +78,16 @@ impl Staging {
         write_file(&self.beside.join(name), parts)
     }
 
+    /// Adds a file of another checkpoint: as a link, since files of checkpoints never change, or as
+    /// a copy if the file system has no links between these folders.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path of the file.
+    pub(crate) fn adopt(&self, checkpoint: &Path, name: &str) -> Result<()> {
+        let (file, own) = (checkpoint.join(name), self.beside.join(name));
+        fs::hard_link(&file, &own).or_else(|_| fs::copy(&file, &own).map(drop)).map_err(Error::io(&own))
+    }
+
     /// Returns the path at which a file of the checkpoint is written.
     #[cfg(feature = "object-store")]
     pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {

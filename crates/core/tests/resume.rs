@@ -231,6 +231,41 @@ fn the_newest_and_the_best_are_kept() {
 }
 
 #[test]
+fn best_checkpoint_is_that_of_the_whole_run_after_a_resume() {
+    let out = tempfile::tempdir().unwrap();
+    let [whole, first, second] = ["whole", "first", "second"].map(|name| out.path().join(name));
+    let train = |out: &Path, epochs: u64, resume_from: Option<ResumeFrom>| {
+        let _turn = ONE_RUN_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        // The loss falls, so that the first epoch stays the best.
+        let tasks = Repeat::new(epochs)
+            .then(Task::train("train"))
+            .then(SaveBest::new("train/loss", Better::Higher))
+            .then(SaveCheckpoint::new());
+        let config = RunConfig { out_dir: out.to_owned(), resume_from, ..RunConfig::default() };
+        Run::execute(&graph(22), &tasks, Rc::new(Worker::alone(Device::Cpu)), config).unwrap();
+        let best = names(&out.join("none_local/best"));
+        best.into_iter().filter(|name| name != "latest").collect::<Vec<_>>()
+    };
+    let best = train(&whole, 4, None);
+    assert_eq!(best, ["E1S6"]);
+    assert_eq!(train(&first, 2, None), best);
+    let from = ResumeFrom::Path(first.join("none_local/ckpts/latest"));
+    assert_eq!(train(&second, 4, Some(from)), best);
+    let model = |out: &Path| out.join("none_local/best/E1S6/model.safetensors");
+    assert_eq!(fs::read(model(&second)).unwrap(), fs::read(model(&whole)).unwrap());
+    assert!(model(&first).exists());
+    // A checkpoint after the one that is resumed from does not belong to the resumed run.
+    let of_best = first.join("none_local/best");
+    fs::rename(of_best.join("E1S6"), of_best.join("E2S12")).unwrap();
+    fs::copy(saved(&first, "E2S12").join("manifest.json"), of_best.join("E2S12/manifest.json")).unwrap();
+    let mut manifest = Manifest::read(&of_best.join("E2S12")).unwrap();
+    manifest.counters.train_steps = 13;
+    fs::write(of_best.join("E2S12/manifest.json"), manifest.to_bytes().unwrap()).unwrap();
+    let from = ResumeFrom::Path(saved(&first, "E2S12"));
+    assert_eq!(train(&out.path().join("third"), 3, Some(from)), ["E3S18"]);
+}
+
+#[test]
 fn damaged_checkpoints_do_not_count_among_those_to_keep() {
     let out = tempfile::tempdir().unwrap();
     Options { epochs: 3, ..Options::new(out.path()) }.run().unwrap();

@@ -1,5 +1,7 @@
 //! Resuming a run from a checkpoint.
 
+use ice_checkpoint::adopt_best;
+
 use super::first_folder;
 use crate::checkpoint::{Checkpoint, Manifest, Selection, Strictness, broadcast, is_misfit, load};
 use crate::{Error, Result, ResumeFrom, Run, Tags};
@@ -135,6 +137,12 @@ impl Run<'_> {
         self.writer.borrow_mut().resumed(checkpoint.path(), manifest);
         if self.is_main() {
             println!("resuming from {}", checkpoint.path().display());
+            // Without them, the first turn of the resumed run would always count as its best.
+            if self.tasks.saves()
+                && let Err(error) = adopt_best(checkpoint.path(), &self.folder)
+            {
+                tracing::warn!("the best checkpoints stay in the folder of the run before alone: {error}");
+            }
         }
         Ok(())
     }
