@@ -15,6 +15,7 @@ mod failures;
 mod forms;
 mod gpt;
 mod hostile;
+mod images;
 mod kills;
 mod leaving;
 mod outside;
