@@ -157,12 +157,20 @@ impl Job {
 
     /// Waits until `wanted` accepts the output so far.
     pub(crate) fn wait_for_output(&self, limit: Duration, wanted: impl Fn(&str) -> bool) {
-        let mut found = false;
+        let ended = self.wait_for_output_or_end(limit, wanted);
+        assert!(!ended, "{} has not printed what was expected\n{}", self.command, self.transcript());
+    }
+
+    /// Waits until `wanted` accepts the output so far. Returns true if the output ended before.
+    pub(crate) fn wait_for_output_or_end(&self, limit: Duration, wanted: impl Fn(&str) -> bool) -> bool {
+        let (mut found, mut ended) = (false, false);
         self.stdout.wait_until(limit, |text, open| {
             found = wanted(text);
-            found || !open
+            ended = !open;
+            found || ended
         });
-        assert!(found, "{} has not printed what was expected\n{}", self.command, self.transcript());
+        assert!(found || ended, "{} has not printed what was expected\n{}", self.command, self.transcript());
+        !found
     }
 
     /// Returns the output so far.
