@@ -1,12 +1,11 @@
 """An elastic DDP script: if a rank is lost, the others continue after the last committed step.
 
-    ice-launch --devices cpu:0-1 --max-restarts 10 elastic.py --checkpoint checkpoint.pt
+    ice-launch --devices cpu:0-1 --max-restarts 10 elastic.py --checkpoints checkpoints
 
 It runs under torchrun and by itself, too.
 """
 
 import argparse
-import os
 
 import ice_launch
 import torch
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, TensorDataset
 
 parser = argparse.ArgumentParser(description="Fits a small network to a noisy sine")
-parser.add_argument("--checkpoint", required=True, help="file to save to, and to resume from if it exists")
+parser.add_argument("--checkpoints", required=True, help="folder to save to, and to resume from if it has a checkpoint")
 parser.add_argument("--epochs", type=int, default=10, help="passes over the samples")
 parser.add_argument("--batch-size", type=int, default=64, help="samples per rank and step")
 args = parser.parse_args()
@@ -28,41 +27,29 @@ scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 sampler = ice_launch.ElasticSampler(data, args.batch_size)
 loader = DataLoader(data, batch_sampler=sampler)
 state = ice_launch.State(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0)
-if os.path.exists(args.checkpoint):
-    state.load_state_dict(torch.load(args.checkpoint, weights_only=True))
+ice_launch.load_checkpoint(state, args.checkpoints)
 
 
-def save(state):
-    """Writes a file next to the checkpoint and renames it: a killed process leaves no half file."""
-    if dist.get_rank() == 0:
-        torch.save(state.state_dict(), args.checkpoint + ".new")
-        os.replace(args.checkpoint + ".new", args.checkpoint)
-    dist.barrier()
-    return args.checkpoint
-
-
-@ice_launch.elastic(save=save)
+@ice_launch.elastic(save=args.checkpoints)
 def train(state):
     model = ice_launch.parallel(state.model)
     if dist.get_rank() == 0:
         print(f"step {state.commits} with {dist.get_world_size()} ranks", flush=True)
     while state.epoch < args.epochs:
         state.sampler.set_epoch(state.epoch)
-        loss = None
         for inputs, targets in loader:
             state.optimizer.zero_grad()
             loss = (model(inputs) - targets).square().mean()
             loss.backward()
             state.optimizer.step()
-            state.commit()
+            state.commit(loss=loss)
         state.scheduler.step()
         state.epoch += 1
-        # No batch belongs to this commit: from here on, the epoch is not repeated.
-        state.commit(batches=0)
-        save(state)
-        # A rank that joins after the last step of an epoch has no loss of it.
-        if dist.get_rank() == 0 and loss is not None:
-            print(f"epoch {state.epoch}: loss {loss.item():.4f}", flush=True)
+        # After this commit, the epoch is not repeated.
+        state.commit()
+        ice_launch.save_checkpoint(state, args.checkpoints, keep=3)
+    if dist.get_rank() == 0:
+        print(f"{state.epoch} epochs, {state.commits} commits", flush=True)
 
 
 train(state)

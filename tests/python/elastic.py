@@ -1,13 +1,16 @@
 """An elastic training whose ranks kill themselves at given places.
 
-usage: elastic.py [KILL]...     KILL: STEP:RANK:PLACE[:agent], with PLACE forward, backward or step
+usage: elastic.py [OPTION]... [KILL]...
 
-In the round of that number, rank RANK ends by SIGKILL in step STEP, before PLACE; with `:agent` its
-agent does. Rank 0 prints how often each sample was applied, and the bits of all
-parameters.
+A KILL is STEP:RANK:PLACE[:WHAT], with PLACE forward, backward or step. In the round of that number,
+rank RANK ends by SIGKILL in step STEP, before PLACE. With WHAT `agent` its agent does, with `stop`
+its agent is asked to stop, with `hang` the rank stands still, and with `nan` its loss is not finite.
+Rank 0 prints how often each sample was applied, and the bits of all parameters.
 """
 
+import argparse
 import hashlib
+import math
 import os
 import signal
 import sys
@@ -18,8 +21,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-SAMPLES, BATCH, EPOCHS = 60, 2, 2
-KILLS = [kill.split(":") for kill in sys.argv[1:]]
+parser = argparse.ArgumentParser()
+parser.add_argument("kills", nargs="*")
+parser.add_argument("--samples", type=int, default=60)
+parser.add_argument("--epochs", type=int, default=2)
+parser.add_argument("--checkpoints", help="folder to save to, and to resume from")
+parser.add_argument("--save-every", type=int, default=0, help="steps between two checkpoints, in addition to requests")
+parser.add_argument("--until", help="file that ends the training after the epoch in which it appears")
+parser.add_argument("--check-finite", action="store_true")
+parser.add_argument("--passes", action="store_true", help="rank 0 prints each step that it has committed")
+args = parser.parse_args()
+SAMPLES, BATCH, EPOCHS = args.samples, 2, args.epochs
+KILLS = [kill.split(":") for kill in args.kills]
 
 
 class Numbers(Dataset):
@@ -49,12 +62,22 @@ def say(*words):
     sys.stdout.write(" ".join(map(str, words)) + "\n")
 
 
-def die(state, place):
-    # Each kill ends a round.
-    for step, rank, at, *agent in KILLS[int(os.environ.get("ICE_ROUND", 0)) :][:1]:
-        if (state.commits + 1, dist.get_rank(), place) == (int(step), int(rank), at):
-            os.kill(os.getppid() if agent else os.getpid(), signal.SIGKILL)
-            signal.pause()
+def disturb(state, place):
+    """Does what the KILL of this round says. Returns a factor for the loss."""
+    for step, rank, at, *what in KILLS[int(os.environ.get("ICE_ROUND", 0)) :][:1]:
+        if (state.commits + 1, dist.get_rank(), place) != (int(step), int(rank), at):
+            continue
+        match what:
+            case ["stop"]:
+                os.kill(os.getppid(), signal.SIGINT)
+            case ["nan"]:
+                return math.nan
+            case ["hang"]:
+                signal.pause()
+            case _:
+                os.kill(os.getppid() if what else os.getpid(), signal.SIGKILL)
+                signal.pause()
+    return 1
 
 
 torch.manual_seed(1)
@@ -63,11 +86,15 @@ slow = [parameter for name, parameter in model.named_parameters() if name != "se
 optimizer = torch.optim.SGD([{"params": [model.seen], "lr": 1.0}, {"params": slow, "lr": 0.01, "momentum": 0.9}])
 scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10**6])
 sampler = ice_launch.ElasticSampler(SAMPLES, BATCH, seed=3)
-state = ice_launch.State(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0)
+state = ice_launch.State(
+    check_finite=args.check_finite, model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0
+)
 loader = DataLoader(Numbers(), batch_sampler=sampler)
+if args.checkpoints:
+    ice_launch.load_checkpoint(state, args.checkpoints)
 
 
-@ice_launch.elastic
+@ice_launch.elastic(save=args.checkpoints)
 def train(state):
     rank, ranks = dist.get_rank(), dist.get_world_size()
     say("rank", rank, "of", ranks, "pid", os.getpid(), "commits", state.commits)
@@ -75,18 +102,30 @@ def train(state):
     for state.epoch in range(state.epoch, EPOCHS):
         state.sampler.set_epoch(state.epoch)
         for indices, inputs in loader:
-            die(state, "forward")
+            disturb(state, "forward")
             loss = wrapped(indices, inputs)
-            die(state, "backward")
+            loss = loss * disturb(state, "backward")
             loss.backward()
-            die(state, "step")
+            disturb(state, "step")
             state.optimizer.step()
             state.scheduler.step()
-            state.commit()
+            state.commit(loss=loss)
             # A round that ends in the commit leaves the gradients of its step.
             state.optimizer.zero_grad()
+            if args.passes and rank == 0:
+                say("pass", state.commits)
+            if args.save_every and state.commits % args.save_every == 0:
+                ice_launch.save_checkpoint(state, args.checkpoints, keep=2)
+        applied = set(state.model.seen.tolist())
+        assert applied == {state.epoch + 1}, f"samples of epoch {state.epoch}: applied {applied} times"
+        if args.until:
+            ends = torch.tensor(int(os.path.exists(args.until)))
+            dist.all_reduce(ends)
+            if ends:
+                break
     if rank == 0:
         parameters = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
+        say("epochs", state.epoch + 1)
         say("seen", sorted(set(model.seen.tolist())), "forwards", int(model.forwards), "commits", state.commits)
         say("bits", hashlib.sha256(parameters).hexdigest(), scheduler.last_epoch)
 

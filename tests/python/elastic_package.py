@@ -3,8 +3,11 @@
 import collections
 import datetime
 import io
+import os
+import pathlib
 import random
 import sys
+import tempfile
 import threading
 import types
 
@@ -12,6 +15,7 @@ import ice_launch
 
 assert "torch" not in sys.modules, "the package imports torch"
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from ice_launch import _group, _loop, _sampler, _tree
@@ -307,6 +311,75 @@ def checkpoints_hold_the_state():
     assert bits(other) == bits(state)
 
 
+def checkpoints_on_disk_are_whole_or_absent():
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder, "checkpoints")
+        state = make(mask=torch.tensor([True, False]), half=torch.ones(3, dtype=torch.bfloat16), empty=torch.zeros(0, 2))
+        assert ice_launch.load_checkpoint(state, folder) is None
+        steps(state, 4)
+        path = ice_launch.save_checkpoint(state, folder)
+        assert path == folder / "step-00000004"
+        whole = bits(state)
+
+        def load(at=folder):
+            other = make(mask=torch.zeros(2, dtype=torch.bool), half=torch.zeros(3, dtype=torch.bfloat16), empty=torch.zeros(0, 2))
+            return ice_launch.load_checkpoint(other, at), bits(other)
+
+        assert load() == (path, whole) and load(path) == (path, whole)
+        # Other programs read the files.
+        model = safetensors.torch.load_file(path / "model.safetensors")
+        assert model.keys() == state.model.state_dict().keys()
+        assert all(torch.equal(model[key], value) for key, value in state.model.state_dict().items())
+        optimizer = safetensors.torch.load_file(path / "optimizer.safetensors")
+        assert torch.equal(optimizer["state.0.exp_avg"], state.optimizer.state_dict()["state"][0]["exp_avg"])
+        values = safetensors.torch.load_file(path / "_values.safetensors")
+        assert values["mask"].tolist() == [True, False] and values["half"].dtype == torch.bfloat16
+
+        # What a killed process leaves does not count, and the next save removes it.
+        (folder / ".step-00000005.1.partial").mkdir()
+        assert load() == (path, whole)
+        steps(state, 1)
+        newest = ice_launch.save_checkpoint(state, folder)
+        newest_whole = bits(state)
+        assert sorted(os.listdir(folder)) == ["step-00000004", "step-00000005"]
+        # The newest is the one that was saved last, after a training went back.
+        assert load() == (newest, newest_whole)
+        ice_launch.load_checkpoint(state, path)
+        ice_launch.save_checkpoint(state, folder)
+        assert load() == (path, whole)
+        # A damaged one is passed over.
+        content = bytearray((path / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (path / "model.safetensors").write_bytes(content)
+        assert load() == (newest, newest_whole)
+        (newest / "state.json").write_text("{")
+        raises(ValueError, "all checkpoints are damaged", load)
+        for _ in range(4):
+            steps(state, 1)
+            ice_launch.save_checkpoint(state, folder, keep=2)
+        assert sorted(os.listdir(folder)) == ["step-00000007", "step-00000008"]
+        raises(ValueError, "other objects than the state: missing [], unknown ['model'", lambda: ice_launch.load_checkpoint(ice_launch.State(x=1), folder))
+        raises(ValueError, "keep is 0", lambda: ice_launch.save_checkpoint(state, folder, keep=0))
+        complex_state = ice_launch.State(x=torch.zeros(1, dtype=torch.complex64))
+        raises(TypeError, "x is torch.complex64", lambda: ice_launch.save_checkpoint(complex_state, folder))
+        assert sorted(os.listdir(folder)) == ["step-00000007", "step-00000008"]
+        (folder / "file").write_text("")
+        raises(OSError, "", lambda: ice_launch.save_checkpoint(state, folder / "file"))
+
+
+def gradients_that_are_not_finite_are_not_applied():
+    state = make(check_finite=True)
+    steps(state, 2)
+    before = [parameter.tolist() for parameter in state.model.parameters()]
+    begin_step(state)
+    state.model.layer.weight.grad[0, 0] = float("inf")
+    raises(ice_launch.NotFinite, "in step 3 are not finite, and were not applied", state.optimizer.step)
+    assert before == [parameter.tolist() for parameter in state.model.parameters()]
+    state._interrupted()
+    state._clear_step()
+    steps(state, 1)
+
+
 class Link:
     """A link whose rounds end when `ends` says so."""
 
@@ -415,6 +488,8 @@ buffers_are_copied_once_at_the_beginning_of_a_round()
 lost_connection_is_not_waited_for_twice()
 epoch_ends_with_the_commit_of_its_last_batch()
 checkpoints_hold_the_state()
+checkpoints_on_disk_are_whole_or_absent()
+gradients_that_are_not_finite_are_not_applied()
 states_name_what_is_wrong()
 abandoned_group_does_not_count()
 round_that_ends_with_its_group_formed_leaves_none()

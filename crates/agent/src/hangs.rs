@@ -124,6 +124,16 @@ impl HangWatch {
         self.ranks.remove(&local_rank);
     }
 
+    /// Records that the stacks of the ranks were written. A debugger stops a rank for seconds, which
+    /// is not its silence.
+    pub fn inspected(&mut self, now: Duration) {
+        for pulse in self.ranks.values_mut() {
+            if let Pulse::Steps { heard, .. } = pulse {
+                *heard = now;
+            }
+        }
+    }
+
     /// Notes what a rank reports of itself: its step, a count that changes with each activity, and
     /// what it does.
     pub fn heartbeat(&mut self, now: Duration, local_rank: u32, step: u64, activity: u64, doing: Doing) {

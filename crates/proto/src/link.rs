@@ -99,11 +99,11 @@ pub enum Doing {
 pub struct TrainingProgress {
     /// Name of the running phase for the console: `train`, `val`.
     pub task: String,
-    /// Current epoch, from 1, and number of epochs.
+    /// Current epoch, from 1, and number of epochs. Each is 0 if it is unknown.
     pub epoch: (u64, u64),
-    /// Iterations completed in this epoch, and their number.
+    /// Iterations completed in this epoch, and their number, or 0 if it is unknown.
     pub iteration: (u64, u64),
-    /// Samples per second over all ranks, since the last report.
+    /// Samples per second over all ranks, since the last report; 0 if unknown.
     pub samples_per_second: f64,
     /// Last loss, if there is one.
     pub loss: Option<f64>,

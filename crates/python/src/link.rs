@@ -8,7 +8,7 @@ use std::time::Duration;
 use ice_link::process::Connections;
 use ice_link::{Alone, Boundary, Stop};
 use ice_proto::env::{EnvError, ICE_SPARE, RankEnv};
-use ice_proto::link::FromRank;
+use ice_proto::link::{FromRank, TrainingProgress};
 use pyo3::exceptions::{PyConnectionError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 
@@ -207,6 +207,24 @@ impl Link {
     /// Notes a committed step, with the number of steps so far.
     fn advance(&self, step: u64) {
         self.link.advance(step);
+    }
+
+    /// Notes progress within a step. If a job hangs, the rank with the least progress is named.
+    fn note_activity(&self) {
+        self.link.note_activity();
+    }
+
+    /// Notes the seconds of an applied step.
+    fn applied(&self, seconds: f64) {
+        self.link.applied(Duration::try_from_secs_f64(seconds).unwrap_or_default());
+    }
+
+    /// Reports the position in the training: the epoch from 1, or 0 without epochs; the steps done
+    /// in it, and their number, or 0 if it is not known.
+    fn progress(&self, epoch: u64, done: u64, total: u64, samples_per_second: f64, loss: Option<f64>) {
+        let (epoch, iteration) = ((epoch, 0), (done, total));
+        let progress = TrainingProgress { task: "train".into(), epoch, iteration, samples_per_second, loss };
+        self.link.send(&FromRank::Progress(progress));
     }
 
     /// Reports the first step of a round, and how many steps the round repeats.

@@ -32,22 +32,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._errors import RoundOver, StateLost
+    from ._checkpoint import load_checkpoint, save_checkpoint
+    from ._errors import NotFinite, RoundOver, StateLost
     from ._loop import alone, elastic
     from ._parallel import parallel
     from ._sampler import ElasticSampler
     from ._state import State
 
-__all__ = ["ElasticSampler", "RoundOver", "State", "StateLost", "alone", "elastic", "parallel"]
+__all__ = [
+    "ElasticSampler",
+    "NotFinite",
+    "RoundOver",
+    "State",
+    "StateLost",
+    "alone",
+    "elastic",
+    "load_checkpoint",
+    "parallel",
+    "save_checkpoint",
+]
 
 _MODULES = {
     "ElasticSampler": "_sampler",
+    "NotFinite": "_errors",
     "RoundOver": "_errors",
     "State": "_state",
     "StateLost": "_errors",
     "alone": "_loop",
     "elastic": "_loop",
+    "load_checkpoint": "_checkpoint",
     "parallel": "_parallel",
+    "save_checkpoint": "_checkpoint",
 }
 
 

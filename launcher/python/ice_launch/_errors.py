@@ -16,10 +16,17 @@ class RoundOver(BaseException):
         self.ended_by_others = ended_by_others
 
 
+class NotFinite(FloatingPointError):
+    """Gradients are infinite or NaN, and were not applied; see ``check_finite`` of `State`.
+
+    The message names the ranks whose own gradients they are. All ranks raise it in the same step.
+    """
+
+
 class StateLost(RuntimeError):
     """No rank has a committed state to continue from, so the job has to be restarted.
 
     Every rank that is left was interrupted after its parameters had changed and before
-    ``commit()``, by a collective between the two. Move that collective after ``commit()``, or pass ``copies=True`` to
-    `State`.
+    ``commit()``, by a collective between the two. Move that collective after ``commit()``, or pass
+    ``copies=True`` to `State`.
     """

@@ -33,6 +33,11 @@ def watch(wrapper: Any) -> None:
     _wrappers.append(weakref.ref(wrapper))
 
 
+def has_wrappers() -> bool:
+    """Returns whether gradients are averaged in this round."""
+    return any(reference() is not None for reference in _wrappers)
+
+
 def prepare() -> None:
     """Imports what must not be imported while a group exists.
 
@@ -72,7 +77,7 @@ class Group:
         the group while it holds the interpreter's lock, and the group's destructor may wait for a
         thread that needs this lock. A reference from Python releases the lock first.
         """
-        if any(reference() for reference in _wrappers):
+        if has_wrappers():
             gc.collect()
         outlives = False
         for reference in _wrappers:

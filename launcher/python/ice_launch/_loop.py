@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import _link
-from ._errors import RoundOver, StateLost
+from ._errors import NotFinite, RoundOver, StateLost
 
 if TYPE_CHECKING:
+    from ._progress import Progress
     from ._state import State
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -31,6 +32,7 @@ class _Run:
 
     def __init__(self, state: State, link: _link.Link | None, save: Save | None) -> None:
         self.state, self.link, self.save = state, link, save
+        self.progress: Progress | None = None
         # Steps that the round repeats, until its first step is committed.
         self.repeats: int | None = None
         # Whether the last exception came from a commit, after its step was counted.
@@ -39,6 +41,8 @@ class _Run:
         self.round = 0
         # Whether the steps of an epoch are done, and how many `alone` blocks are open.
         self.is_between_epochs, self.alone_blocks = False, 0
+        # The last checkpoint that was reported, with its number of commits.
+        self.saved: tuple[str, int] | None = None
 
     def tell_alone(self) -> None:
         if self.link is not None:
@@ -51,8 +55,8 @@ _run: _Run | None = None
 @overload
 def elastic(function: Function) -> Function: ...
 @overload
-def elastic(*, save: Save | None = None) -> Callable[[Function], Function]: ...
-def elastic(function: Any = None, *, save: Save | None = None) -> Any:
+def elastic(*, save: Save | str | os.PathLike[str] | None = None) -> Callable[[Function], Function]: ...
+def elastic(function: Any = None, *, save: Save | str | os.PathLike[str] | None = None) -> Any:
     """Makes a function elastic: if a rank is lost, or nodes join or leave, it is entered again.
 
     The first argument of the function is a `State`. All ranks enter with the same state, that of
@@ -66,8 +70,9 @@ def elastic(function: Any = None, *, save: Save | None = None) -> Any:
 
     Args:
         function: the function. It returns once its work is done.
-        save: called on every rank, with the state, when the job is to save a checkpoint: on
-            request, before it stops, and before it is preempted. It returns the path, or `None`.
+        save: folder for `save_checkpoint`, or a function that is called on every rank, with the
+            state, and returns the path of a checkpoint or `None`. It is used when the job is to
+            save a checkpoint: on request, before it stops, and before it is preempted.
 
     Returns:
         The function, which returns the result of its last call. It ends the process with exit code
@@ -77,10 +82,15 @@ def elastic(function: Any = None, *, save: Save | None = None) -> Any:
         RuntimeError: it is called a second time in one process, or within an elastic function, or
             under an agent, the program has formed the default group itself.
         StateLost: no rank has a state to continue from.
+        NotFinite: the state checks gradients, and they are not finite.
         TypeError: the first argument is not a `State`.
     """
     if function is None:
         return functools.partial(elastic, save=save)
+    if isinstance(save, (str, os.PathLike)):
+        from ._checkpoint import save_checkpoint
+
+        save = functools.partial(save_checkpoint, folder=save)
 
     @functools.wraps(function)
     def call(state: State, *arguments: Any, **options: Any) -> Any:
@@ -114,14 +124,36 @@ def is_in_state(module: Any) -> bool:
     return _run is not None and any(module is value for value in _run.state._objects.values())
 
 
+def note_activity() -> None:
+    """Notes that this rank has reached the next point of a step. All ranks pass the same points; if
+    the job hangs, the rank that has passed the fewest is named."""
+    if _run is not None and _run.link is not None:
+        _run.link.note_activity()
+
+
 def begin_steps() -> None:
     """Notes that an iteration over the samples begins."""
     _set_between_epochs(False)
+    if _run is not None and _run.progress is not None:
+        _run.progress.begin_step()
 
 
 def end_steps() -> None:
     """Notes that no step may follow for a while: after an epoch, programs evaluate and save."""
     _set_between_epochs(True)
+
+
+def saved(path: str | os.PathLike[str], commits: int) -> None:
+    """Reports a checkpoint that is whole on disk."""
+    checkpoint = (os.fspath(path), commits)
+    if _run is not None and _run.link is not None and _run.saved != checkpoint:
+        _run.saved = checkpoint
+        _run.link.checkpoint_saved(*checkpoint)
+
+
+def warn(text: str) -> None:
+    """Prints a line for people, in one write."""
+    sys.stderr.write(f"ice_launch: {text}\n")
 
 
 def _set_between_epochs(is_between: bool) -> None:
@@ -136,16 +168,23 @@ def _count_alone(change: int) -> None:
         _run.tell_alone()
 
 
-def committed(state: State) -> None:
+def committed(state: State, samples: int | None, loss: Any) -> None:
     """Passes the step boundary after a commit.
+
+    Args:
+        state: the state.
+        samples: samples of the step on all ranks; `None` if the commit followed other work.
+        loss: loss of this rank, for the progress line.
 
     Raises:
         RoundOver: the round is over.
         SystemExit: the job stops here.
     """
-    if _run is None or _run.link is None:
+    if _run is None or _run.link is None or _run.progress is None:
         return
-    link = _run.link
+    link, progress = _run.link, _run.progress
+    if samples is not None:
+        progress.end_step(state, samples, loss)
     link.advance(state.commits)
     if _run.repeats is not None:
         link.first_step(state.commits, _run.repeats)
@@ -153,12 +192,13 @@ def committed(state: State) -> None:
     while True:
         action, saves = link.boundary()
         if action == "continue":
+            progress.begin_step()
             return
         _run.is_between_steps = True
         if saves and _run.save is not None:
             path = _run.save(state)
             if path is not None:
-                link.checkpoint_saved(os.fspath(path), state.commits)
+                saved(path, state.commits)
         if action == "stop":
             raise SystemExit(0)
         if action == "leave":
@@ -207,6 +247,7 @@ def _perform_rounds(function: Callable[[], Any], state: State, link: _link.Link,
     import torch.distributed as dist
 
     from . import _group, _transfer
+    from ._progress import Progress
 
     if dist.is_initialized():
         raise RuntimeError("the default process group exists: leave init_process_group to the elastic function")
@@ -225,6 +266,7 @@ def _perform_rounds(function: Callable[[], Any], state: State, link: _link.Link,
             run.repeats = repeats
             state._set_seeds()
             run.tell_alone()
+            run.progress = Progress(link)
             link.begin()
             result = function()
             # If a rank is lost in the very last step, its replacement needs the others: no rank
@@ -264,7 +306,7 @@ def _as_round_over(link: _link.Link, error: BaseException) -> RoundOver | None:
     """Returns why the round is over; `None` if the error is the program's own."""
     if isinstance(error, RoundOver):
         return error
-    if not isinstance(error, Exception) or isinstance(error, StateLost):
+    if not isinstance(error, Exception) or isinstance(error, (NotFinite, StateLost)):
         return None
     # Connections of gloo name their source file. If the notice of the end is not there yet, which
     # takes long if a node is lost, `leave_round` waits for it.
@@ -283,4 +325,4 @@ def _leave_signals_to_agent() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     except ValueError:
         # Only the main thread may.
-        print("ice_launch: SIGINT stays as it is outside of the main thread", file=sys.stderr)
+        warn("SIGINT stays as it is outside of the main thread")

@@ -28,9 +28,33 @@ class _StableBuckets(DistributedDataParallel):
         self.reducer._push_all_rebuilt_params()
         self.reducer._rebuild_buckets()
 
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        # If the job hangs, the rank with the lowest count is named. A rank may wait for others in
+        # the forward pass, which synchronizes buffers, and in the backward pass.
+        is_step = self.training and torch.is_grad_enabled()
+        if is_step:
+            _loop.note_activity()
+        output = super().forward(*inputs, **options)
+        if is_step:
+            _loop.note_activity()
+            if (tensor := _first_with_gradient(output)) is not None:
+                tensor.register_hook(_note_backward)
+        return output
+
     def _build_params_for_reducer(self) -> tuple[list[torch.Tensor], list[bool]]:
         parameters, expect_sparse = super()._build_params_for_reducer()
         return list(reversed(parameters)), list(reversed(expect_sparse))
+
+
+def _note_backward(_: torch.Tensor) -> None:
+    _loop.note_activity()
+
+
+def _first_with_gradient(output: Any) -> torch.Tensor | None:
+    if isinstance(output, torch.Tensor):
+        return output if output.requires_grad else None
+    items = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return next((found for item in items if (found := _first_with_gradient(item)) is not None), None)
 
 
 def parallel(module: nn.Module, **options: Any) -> DistributedDataParallel:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import _loop, _tree
+from ._finite import FiniteCheck
 from ._sampler import ElasticSampler, _mix, _place
 
 # Number of elements up to which a buffer is copied at each commit, changed or not.
@@ -38,6 +39,10 @@ class State:
         copies: whether to copy all tensors of the state at each commit, so that a rank can also
             undo a step whose ``optimizer.step()`` it has done. That is needed if a collective
             follows ``optimizer.step()`` before the commit. Default: only with several optimizers.
+        check_finite: whether to check the gradients before each ``optimizer.step()``, which costs a
+            pass over them and a wait for the device. If any is infinite or NaN, all ranks raise
+            `NotFinite`, which names the ranks that it came from, and nothing is applied. Has no
+            effect on steps that a ``GradScaler`` leaves out.
         **values: the values, by name.
 
     Raises:
@@ -45,7 +50,9 @@ class State:
         ValueError: a name is that of a method of `State`.
     """
 
-    def __init__(self, *, seed: int | None = None, copies: bool | None = None, **values: Any) -> None:
+    def __init__(
+        self, *, seed: int | None = None, copies: bool | None = None, check_finite: bool = False, **values: Any
+    ) -> None:
         wrong = [name for name in values if name.startswith("_") or hasattr(State, name)]
         if wrong:
             raise ValueError(f"{wrong[0]!r} cannot be the name of a value: it begins with _ or is a method of State")
@@ -71,6 +78,7 @@ class State:
             optimizer.register_step_post_hook(self._note_step)
         for sampler in self._samplers.values():
             sampler._on_begin, sampler._on_end = self._begin_epoch, _loop.end_steps
+        self._finite = FiniteCheck(self) if check_finite else None
         self._copies = len(self._optimizers) > 1 if copies is None else copies
         self._undo = _Undo()
         _tree.flatten(self.state_dict())
@@ -86,7 +94,7 @@ class State:
         """Number of committed steps since the beginning of the training."""
         return self._commits
 
-    def commit(self, batches: int | Mapping[str, int] | None = None) -> None:
+    def commit(self, batches: int | Mapping[str, int] | None = None, *, loss: float | torch.Tensor | None = None) -> None:
         """Marks the end of a step, from which the training continues if a rank is lost.
 
         Call it on every rank at the same points, once ``optimizer.step()`` is done. It is also the
@@ -98,17 +106,20 @@ class State:
                 the last commit. With several samplers, a number holds for each one that the step
                 has used, and a mapping has a number for each sampler by its name in the state, for
                 example ``{"images": 4, "texts": 2}``; those that it lacks were not used.
+            loss: loss of the step for the launcher's progress line, which shows that of rank 0. A
+                tensor is read about twice a second, which waits for its device.
 
         Raises:
             RoundOver: the round is over. The step counts. Let `elastic` catch it.
             ValueError: fewer batches were drawn than ``batches``, a name is not that of a sampler,
                 or the number of batches is not known.
         """
-        self._commit_batches(batches)
+        samples = self._commit_batches(batches)
+        is_step = samples > 0 or self._is_changed
         self._commits += 1
         self._commit_round = _loop.current_round()
         self._remember()
-        _loop.committed(self)
+        _loop.committed(self, samples if is_step else None, loss)
         self._set_seeds()
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +148,8 @@ class State:
             setattr(self, name, state["values"][name])
         self._commits, self._seed = state["commits"], state["seed"]
 
-    def _commit_batches(self, batches: int | Mapping[str, int] | None) -> None:
+    def _commit_batches(self, batches: int | Mapping[str, int] | None) -> int:
+        """Returns the number of samples on all ranks."""
         if isinstance(batches, Mapping):
             if unknown := batches.keys() - self._samplers.keys():
                 raise ValueError(f"commit(batches=...) names {unknown.pop()!r}, which is not a sampler of the state")
@@ -146,7 +158,9 @@ class State:
             counts = dict.fromkeys(self._samplers, batches)
             if batches is not None and len(counts) > 1:
                 counts = {name: batches if sampler._taken() != 0 else 0 for name, sampler in self._samplers.items()}
+        samples = 0
         for name, count in counts.items():
+            before = self._samplers[name].position
             try:
                 self._samplers[name]._commit(count)
             except ValueError as error:
@@ -154,6 +168,8 @@ class State:
                     raise
                 each = ", ".join(f'"{name}": n' for name in counts)
                 raise ValueError(f"{name}: {error}; or give each sampler its number: commit(batches={{{each}}})") from None
+            samples += self._samplers[name].position - before
+        return samples
 
     def _all(self, kind: type) -> list[Any]:
         return [value for value in self._objects.values() if isinstance(value, kind)]
@@ -180,11 +196,15 @@ class State:
     def _remember(self) -> None:
         """Keeps what the current step may change before its `optimizer.step()`."""
         self._is_changed = False
+        if self._finite is not None:
+            self._finite.clear()
         self._undo.remember(self)
 
     def _clear_step(self) -> None:
         """Drops what a step leaves behind outside of the state: gradients, which the next step would
         add to if the program drops them after its commit, and the stage of a `GradScaler`."""
+        if self._finite is not None:
+            self._finite.clear()
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         for value in self._objects.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,21 +44,35 @@ def _flatten(value: Any, tensors: list[torch.Tensor], path: str) -> Tree:
 
 def shapes(text: str) -> list[tuple[torch.dtype, list[int]]]:
     """Returns dtype and shape of each tensor of a text from `flatten`, in its order."""
-    found: list[tuple[torch.dtype, list[int]]] = []
+    return [(getattr(torch, dtype), shape) for _, (dtype, shape) in _tensors(json.loads(text), "")]
 
-    def visit(tree: Tree) -> None:
-        if isinstance(tree, dict):
-            ((kind, content),) = tree.items()
-            if kind == "tensor":
-                found.append((getattr(torch, content[0]), content[1]))
-            else:
-                visit(content)
-        elif isinstance(tree, list):
-            for item in tree:
-                visit(item)
 
-    visit(json.loads(text))
-    return found
+def names(text: str) -> list[str]:
+    """Returns a name for each tensor of a text from `flatten`, in its order: its keys, with dots
+    between them. A name that is there already gets a number."""
+    found: dict[str, None] = {}
+    for name, _ in _tensors(json.loads(text), ""):
+        number, own = 1, name
+        while own in found:
+            number, own = number + 1, f"{name}#{number + 1}"
+        found[own] = None
+    return list(found)
+
+
+def _tensors(tree: Tree, path: str) -> Iterator[tuple[str, tuple[str, list[int]]]]:
+    """Yields the path of each tensor, and its dtype and shape."""
+    if isinstance(tree, list):
+        for at, item in enumerate(tree):
+            yield from _tensors(item, f"{path}.{at}" if path else str(at))
+    elif isinstance(tree, dict):
+        ((kind, content),) = tree.items()
+        if kind == "tensor":
+            yield path, tuple(content)
+        elif kind == "tuple":
+            yield from _tensors(content, path)
+        else:
+            for key, item in content:
+                yield from _tensors(item, f"{path}.{key}" if path else str(key))
 
 
 def unflatten(text: str, tensors: list[torch.Tensor]) -> Any:

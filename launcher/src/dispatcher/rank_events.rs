@@ -44,6 +44,7 @@ impl Dispatcher<'_> {
             // The hang was in a round that is over: another one has begun.
             RankEvent::Inspected(round, ..) if Some(round) != self.group.round() => None,
             RankEvent::Inspected(_, hang, found) => {
+                self.hangs.inspected(now);
                 self.first_failure_at.get_or_insert(hang.since);
                 if let Some((pid, signal)) = hang.ends_by {
                     self.end_by_timer(hang.local_rank, pid, signal);

@@ -69,14 +69,24 @@ impl Pace {
 }
 
 fn line(progress: &TrainingProgress, per_second: Option<f64>) -> String {
-    let ((epoch, epochs), (done, total)) = (progress.epoch, progress.iteration);
+    let epoch = match progress.epoch {
+        (0, _) => String::new(),
+        epoch => format!("  epoch {}", position(epoch)),
+    };
+    let step = position(progress.iteration);
     let loss = progress.loss.map(|loss| format!("  loss {loss:.4}")).unwrap_or_default();
     let rate = match progress.samples_per_second {
-        rate if rate >= 10_000.0 => format!("{:.1}k", rate / 1000.0),
-        rate => format!("{rate:.0}"),
+        0.0 => String::new(),
+        rate if rate >= 10_000.0 => format!("  {:.1}k samples/s", rate / 1000.0),
+        rate => format!("  {rate:.0} samples/s"),
     };
     let eta = per_second.map(|rate| eta(progress, rate)).unwrap_or_default();
-    format!("{}  epoch {epoch}/{epochs}  step {done}/{total}{loss}  {rate} samples/s{eta}", progress.task)
+    format!("{}{epoch}  step {step}{loss}{rate}{eta}", progress.task)
+}
+
+/// Returns a number and the total, if the total is known.
+fn position((number, total): (u64, u64)) -> String {
+    if total > 0 { format!("{number}/{total}") } else { number.to_string() }
 }
 
 /// Returns the time left for the epoch and for all epochs. Assumes that later epochs are as long
@@ -132,6 +142,10 @@ mod tests {
         let place = "train  epoch 1/3  step 240/469  loss 0.2134  12.3k samples/s";
         assert_eq!(line(&progress, None), place);
         assert_eq!(line(&progress, Some(2.0)), format!("{place}  ETA 1:55, all epochs 9:44"));
+        // A loop of the program's own, which knows its epoch and not their number.
+        assert_eq!(line(&at((2, 0), (3, 9)), Some(2.0)), "train  epoch 2  step 3/9  1 samples/s  ETA 0:03");
+        let unknown = TrainingProgress { samples_per_second: 0.0, ..at((0, 0), (7, 0)) };
+        assert_eq!(line(&unknown, Some(2.0)), "train  step 7");
     }
 
     #[test]

@@ -1,20 +1,25 @@
 //! PyTorch scripts that use the package `ice_launch` recover in place.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
+
+use ice_proto::exit::ExitCode;
+use serde_json::Value;
+use tempfile::tempdir;
 
 use crate::support::{
     Finished, Job, Program, TRAINING, free_port, newest_peer, peer, python_package, python_script,
 };
 
 /// Returns a launcher's program that runs the script of this name.
-fn script(launcher: Program, python: &Path, name: &str) -> Program {
+pub(crate) fn script(launcher: Program, python: &Path, name: &str) -> Program {
     let launcher = launcher.env("PYTHONPATH", python_package()).env("OMP_NUM_THREADS", "1");
     launcher.arg(python).arg(python_script(name))
 }
 
 /// Returns the rest of each line that begins with this word.
-fn said<'a>(output: &'a str, word: &str) -> Vec<&'a str> {
+pub(crate) fn said<'a>(output: &'a str, word: &str) -> Vec<&'a str> {
     output.lines().filter_map(|line| line.strip_prefix(word)).collect()
 }
 
@@ -28,7 +33,7 @@ fn processes(output: &str) -> BTreeMap<u32, Vec<u32>> {
     all
 }
 
-fn result(finished: &Finished) -> [Vec<&str>; 2] {
+pub(crate) fn result(finished: &Finished) -> [Vec<&str>; 2] {
     finished.expect_code(0);
     [said(&finished.stdout, "seen "), said(&finished.stdout, "bits ")]
 }
@@ -54,6 +59,40 @@ fn survivors_keep_their_processes_and_the_result_has_the_bits_of_an_undisturbed_
     assert_eq!(changes(0), [false, true, false], "{}", disturbed.transcript());
     assert_eq!(changes(1), [true, false, true], "{}", disturbed.transcript());
     assert_eq!(changes(2), [false; 3], "{}", disturbed.transcript());
+    // The job is stopped in the middle of a step, and begun again.
+    let folder = tempdir().unwrap();
+    let saving = || launcher().arg("--checkpoints").arg(folder.path());
+    let stopped = saving().arg("5:1:forward:stop").run(TRAINING);
+    stopped.expect_code(ExitCode::Signal(2).code().into());
+    let resumed = saving().run(TRAINING);
+    assert_eq!(result(&resumed), undisturbed);
+    let commits = said(&resumed.stdout, "rank 0 of 3 pid ")[0];
+    assert!(commits.ends_with("commits 5") || commits.ends_with("commits 6"), "{}", resumed.transcript());
+}
+
+#[test]
+fn hang_and_wrong_gradients_of_an_elastic_script_name_step_and_rank() {
+    let Some(python) = peer("elastic_python::hang_and_wrong_gradients") else { return };
+    let folder = tempdir().unwrap();
+    let launcher = Program::ice_launch(["--devices", "cpu:0-1", "--preload", "torch", "--max-restarts", "1"])
+        .args(["--hang-timeout", "3", "--progress-interval", "0.001", "--run-id", "job", "--log-dir"])
+        .arg(folder.path());
+    let job = script(launcher, &python, "elastic.py").arg("--check-finite");
+    let finished = job.args(["5:1:forward:hang", "9:1:backward:nan"]).run(TRAINING);
+    finished.expect_code(1);
+    finished.expect_in_stderr(&[
+        "rank 1: no rank got anything done for 3 s; it is at step 4 of 4: writing the stacks",
+        "the gradients of rank 1 in step 9 are not finite, and were not applied",
+    ]);
+    let progress = said(&finished.stderr, "train  epoch 1  step ");
+    assert!(
+        progress.iter().any(|line| line.starts_with("1/15  loss ") && line.contains(" samples/s")),
+        "{}",
+        finished.transcript()
+    );
+    let report = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path().join("report.json");
+    let report: Value = serde_json::from_slice(&fs::read(report).unwrap()).unwrap();
+    assert!(report["goodput"].as_f64().is_some_and(|share| share > 0.0), "{report}");
 }
 
 #[test]

@@ -201,6 +201,17 @@ fn a_rank_that_is_silent_hangs_whatever_it_was_doing() {
 }
 
 #[test]
+fn rank_that_a_debugger_has_stopped_is_not_silent() {
+    let mut watch = watch(HangTimeout::After(s(10)));
+    beat(&mut watch, 1, 0, (7, 0, Doing::Steps));
+    beat(&mut watch, 1, 1, (7, 1, Doing::Steps));
+    assert_eq!(watch.check(s(11)).map(|hang| hang.local_rank), Some(0));
+    watch.inspected(s(30));
+    assert_eq!(watch.check_silence(s(31)), None);
+    assert_eq!(watch.check_silence(s(40)).map(|hang| hang.local_rank), Some(0));
+}
+
+#[test]
 fn a_new_process_that_does_not_begin_is_behind_those_that_did_steps() {
     let mut watch = watch(HangTimeout::After(s(10)));
     beat(&mut watch, 1, 0, (7, 9, Doing::Meeting));

@@ -37,7 +37,7 @@ impl Inner {
             step: self.step.load(Ordering::Relaxed),
             activity: self.activity.count(),
             doing: self.activity.doing(),
-            applied_ms: self.applied_ms.load(Ordering::Relaxed),
+            applied_ms: self.applied_us.load(Ordering::Relaxed) / 1000,
         }
     }
 

@@ -55,7 +55,8 @@ struct Inner {
     stream: Mutex<UnixStream>,
     step: AtomicU64,
     activity: Activity,
-    applied_ms: AtomicU64,
+    /// Time of applied steps, in microseconds: many steps are shorter than a millisecond.
+    applied_us: AtomicU64,
     /// Whether the process is about to exit, so that the agent may be gone.
     leaving: AtomicBool,
     /// Whether heartbeats have ended.
@@ -104,7 +105,7 @@ impl Link {
             stream: Mutex::new(stream),
             step: AtomicU64::new(0),
             activity: Activity::new(),
-            applied_ms: AtomicU64::new(0),
+            applied_us: AtomicU64::new(0),
             leaving: AtomicBool::new(false),
             silent: AtomicBool::new(false),
             state: Mutex::new(State { round, ..State::default() }),
@@ -200,7 +201,7 @@ impl Link {
     /// Notes the duration of an applied step.
     pub fn applied(&self, took: Duration) {
         if let Some(inner) = &self.inner {
-            inner.applied_ms.fetch_add(took.as_millis() as u64, Ordering::Relaxed);
+            inner.applied_us.fetch_add(took.as_micros() as u64, Ordering::Relaxed);
         }
     }
 
