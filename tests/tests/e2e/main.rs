@@ -11,6 +11,7 @@ mod chaos;
 mod dependencies;
 mod elastic;
 mod elastic_python;
+mod elastic_python_chaos;
 mod failures;
 mod forms;
 mod gpt;
