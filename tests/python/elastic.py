@@ -2,9 +2,10 @@
 
 usage: elastic.py [OPTION]... [KILL]...
 
-A KILL is STEP:RANK:PLACE[:WHAT], with PLACE forward, backward or step. In the round of that number,
+A KILL is STEP:RANK:PLACE[:WHAT], with PLACE forward, backward or step, or 0:RANK:start. In the round of that number,
 rank RANK ends by SIGKILL in step STEP, before PLACE. With WHAT `agent` its agent does, with `stop`
-its agent is asked to stop, with `hang` the rank stands still, and with `nan` its loss is not finite.
+its agent is asked to stop, with `hang` the rank stands still, and with `nan` its loss is not finite. With PLACE start, the
+process of the rank stops before the elastic function.
 Rank 0 prints how often each sample was applied, and the bits of all parameters.
 """
 
@@ -64,7 +65,9 @@ def say(*words):
 
 def disturb(state, place):
     """Does what the KILL of this round says. Returns a factor for the loss."""
-    for step, rank, at, *what in KILLS[int(os.environ.get("ICE_ROUND", 0)) :][:1]:
+    # Agents that come late end a round without a KILL. One that is lost does not come back.
+    last = [kill for kill in KILLS[-1:] if kill[3:] == ["agent"]]
+    for step, rank, at, *what in KILLS[int(os.environ.get("ICE_ROUND", 0)) :][:1] or last:
         if (state.commits + 1, dist.get_rank(), place) != (int(step), int(rank), at):
             continue
         match what:
@@ -90,6 +93,8 @@ state = ice_launch.State(
     check_finite=args.check_finite, model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0
 )
 loader = DataLoader(Numbers(), batch_sampler=sampler)
+if KILLS[int(os.environ.get("ICE_ROUND", 0)) :][:1] == [["0", os.environ.get("RANK"), "start"]]:
+    os.kill(os.getpid(), signal.SIGSTOP)
 if args.checkpoints:
     ice_launch.load_checkpoint(state, args.checkpoints)
 

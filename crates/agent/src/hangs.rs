@@ -222,20 +222,26 @@ impl HangWatch {
     /// Whether the other ranks may rightly wait for this one without a limit. Once there were
     /// steps, a starting process has only the timeout of a step.
     fn is_waited_for(&self, pulse: &Pulse) -> bool {
-        let there_were_steps =
-            || self.ranks.values().any(|pulse| matches!(pulse, Pulse::Steps { step: 1.., .. }));
         match pulse {
-            Pulse::None | Pulse::Steps { step: 0, doing: Doing::Alone, .. } => !there_were_steps(),
+            Pulse::None | Pulse::Steps { step: 0, doing: Doing::Alone, .. } => !self.there_were_steps(),
             Pulse::Steps { doing, .. } => *doing == Doing::Alone,
             Pulse::File { .. } | Pulse::Cpu { .. } => false,
         }
     }
 
+    fn there_were_steps(&self) -> bool {
+        self.ranks.values().any(|pulse| matches!(pulse, Pulse::Steps { step: 1.., .. }))
+    }
+
     /// Whether this rank may be the one that the others wait for. A rank that has not begun its
-    /// first step, or has left the steps before the others, may be. A resting rank and one without
-    /// a heartbeat are not.
+    /// first step, or has left the steps before the others, may be, and so may a process without a
+    /// heartbeat among ranks that did steps: it has not come as far as its link. A resting rank is
+    /// not.
     fn may_be_behind(&self, pulse: &Pulse) -> bool {
-        !matches!(pulse, Pulse::None | Pulse::Steps { doing: Doing::Resting, .. })
+        match pulse {
+            Pulse::None => self.there_were_steps(),
+            pulse => !matches!(pulse, Pulse::Steps { doing: Doing::Resting, .. }),
+        }
     }
 
     /// Returns the next time at which [`HangWatch::check`] or [`HangWatch::news`] may have a
@@ -274,10 +280,10 @@ impl HangWatch {
             return NodeProgress::Working;
         }
         let achieved = |pulse: &Pulse| match *pulse {
-            Pulse::Steps { step, activity, .. } if self.may_be_behind(pulse) => {
-                Some(Achieved { step, activity })
-            }
-            _ => None,
+            _ if !self.may_be_behind(pulse) => None,
+            Pulse::None => Some(Achieved { step: 0, activity: 0 }),
+            Pulse::Steps { step, activity, .. } => Some(Achieved { step, activity }),
+            Pulse::File { .. } | Pulse::Cpu { .. } => None,
         };
         let least = self.ranks.values().filter_map(achieved).min();
         least.map_or(NodeProgress::Resting, NodeProgress::Waiting)
@@ -367,7 +373,7 @@ impl HangWatch {
         let (behind, pulse) = watched.iter().min_by_key(|(_, pulse)| match pulse {
             Pulse::Steps { step, activity, heard, .. } => (*step, *activity, *heard),
             Pulse::File { changed, .. } | Pulse::Cpu { changed, .. } => (0, 0, *changed),
-            Pulse::None => (u64::MAX, u64::MAX, Duration::MAX),
+            Pulse::None => (0, 0, Duration::ZERO),
         })?;
         let still = self.ranks.values().find_map(|pulse| self.timeout_of(pulse))?.as_secs_f64();
         let since = self.ranks.values().filter_map(Pulse::changed).max().unwrap_or(now);
@@ -384,6 +390,7 @@ impl HangWatch {
                 let most = most.max().unwrap_or(*step);
                 format!("no rank got anything done for {still} s; it is at step {step} of {most}{silent}")
             }
+            Pulse::None => format!("no rank got anything done for {still} s; it has not begun"),
             _ => format!("no rank used the CPU for {still} s"),
         };
         let is_silent = self.silence().is_some_and(|(due, rank)| due <= now && rank == **behind);

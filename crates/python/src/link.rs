@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ice_link::process::Connections;
-use ice_link::{Alone, Boundary, Stop};
+use ice_link::{Alone, Boundary, Stop, Waiting};
 use ice_proto::env::{EnvError, ICE_SPARE, RankEnv};
 use ice_proto::link::{FromRank, TrainingProgress};
 use pyo3::exceptions::{PyConnectionError, PyOSError, PyValueError};
@@ -83,6 +83,8 @@ struct Guards {
     connections: Option<Connections>,
     /// Set while the rank works alone.
     alone: Option<Alone>,
+    /// Set while a group is being formed: other ranks may be missing.
+    waiting: Option<Waiting>,
 }
 
 /// A group that has no handle here: its collectives end with its connections.
@@ -132,15 +134,17 @@ impl Link {
     /// when the round ends.
     fn begin_round(&self, round: &Round) {
         let connections = self.link.begin_round(&round.env);
-        self.guards().connections = Some(connections);
+        let waiting = self.link.waiting();
+        let mut guards = self.guards();
+        (guards.connections, guards.waiting) = (Some(connections), Some(waiting));
     }
 
     /// Joins a round whose process group is formed. Raises `ConnectionError` if the store of the
     /// round is gone.
     fn join(&self, python: Python<'_>, round: &Round) -> PyResult<()> {
-        if let Some(connections) = self.guards().connections.take() {
-            connections.are_complete();
-        }
+        let connections = self.guards().connections.take();
+        connections.iter().for_each(Connections::are_complete);
+        self.guards().waiting = None;
         let joined = python.detach(|| {
             let RankEnv { master_addr, master_port, .. } = &round.env;
             let store = RoundStore::connect(master_addr, *master_port, &round.prefix())

@@ -74,14 +74,16 @@ fn survivors_keep_their_processes_and_the_result_has_the_bits_of_an_undisturbed_
 fn hang_and_wrong_gradients_of_an_elastic_script_name_step_and_rank() {
     let Some(python) = peer("elastic_python::hang_and_wrong_gradients") else { return };
     let folder = tempdir().unwrap();
-    let launcher = Program::ice_launch(["--devices", "cpu:0-1", "--preload", "torch", "--max-restarts", "1"])
+    let launcher = Program::ice_launch(["--devices", "cpu:0-1", "--preload", "torch", "--max-restarts", "2"])
         .args(["--hang-timeout", "3", "--progress-interval", "0.001", "--run-id", "job", "--log-dir"])
         .arg(folder.path());
     let job = script(launcher, &python, "elastic.py").arg("--check-finite");
-    let finished = job.args(["5:1:forward:hang", "9:1:backward:nan"]).run(TRAINING);
+    let finished = job.args(["5:1:forward:hang", "0:1:start", "9:1:backward:nan"]).run(TRAINING);
     finished.expect_code(1);
     finished.expect_in_stderr(&[
         "rank 1: no rank got anything done for 3 s; it is at step 4 of 4: writing the stacks",
+        // A timeout that is given makes CPU time count until the rank opens its link.
+        "rank 1: no rank used the CPU for 3 s: writing the stacks",
         "the gradients of rank 1 in step 9 are not finite, and were not applied",
     ]);
     let progress = said(&finished.stderr, "train  epoch 1  step ");

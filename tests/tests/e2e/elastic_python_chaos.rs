@@ -51,7 +51,7 @@ impl Training {
         let launcher = Program::ice_launch(["--nnodes", self.nodes, "--rdzv-endpoint", &endpoint])
             .args(["--node-rank", node_rank, "--devices", "cpu:0-1", "--run-id", "chaos"])
             .args(["--max-restarts", "1000000", "--restart-backoff", "0", "--crash-loop-limit", "0"])
-            .args(["--hang-timeout", "3", "--rdzv-conf", "keep_alive_interval=1,last_call_timeout=1"])
+            .args(["--hang-timeout", "6", "--rdzv-conf", "keep_alive_interval=1,last_call_timeout=1"])
             .args(["--preload", "torch", "--log-dir"])
             .arg(self.path("logs"));
         let program = script(launcher, &self.python, "elastic.py").args(["--passes", "--samples", SAMPLES]);
