@@ -206,7 +206,7 @@ pub(crate) fn is_named_for(folder: &str, run_id: &str) -> bool {
 
 /// Returns the visible folders in a folder, without symbolic links. Returns none if the folder
 /// cannot be read.
-fn folders(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn folders(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     let visible = |entry: &fs::DirEntry| {
         !entry.file_name().as_encoded_bytes().starts_with(b".")

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::catalog::{Catalog, Saved, Section};
+use crate::find::folders;
 use crate::header::Header;
 use crate::keep::ranked;
 use crate::stream::{file_info, open_regular, read_bounded};
@@ -57,9 +58,13 @@ impl Checkpoint {
             false => Self::newest_of(&[path.to_owned(), path.join(CHECKPOINTS), path.join(BEST)], None),
         };
         let nothing = || {
+            let is_run = |folder: &PathBuf| folder.join(CHECKPOINTS).is_dir() || folder.join(BEST).is_dir();
+            let modified = |run: &PathBuf| run.metadata().and_then(|run| run.modified()).ok();
+            let newest = folders(path).into_iter().filter(is_run).max_by_key(modified);
             Error::NotFound(format!(
-                "{} has neither {MODEL_INDEX} nor {MODEL} nor a valid checkpoint: give the folder of a checkpoint or of a run, or a file",
-                path.display()
+                "{} has neither {MODEL_INDEX} nor {MODEL} nor a valid checkpoint: give the folder of a checkpoint or of a run, or a file{}",
+                path.display(),
+                newest.map_or_else(String::new, |run| format!("; its newest run is {}", run.display()))
             ))
         };
         Ok(found.ok_or_else(nothing)?.without_optimizers())

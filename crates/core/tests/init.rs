@@ -444,6 +444,7 @@ fn what_a_run_trained_is_used_without_its_data_and_losses() {
     assert!(text.contains("node `*/network`: missing `bias`, `weight`") && text.contains("rename"), "{text}");
     let text = eager.load(out.path()).unwrap_err().to_string();
     assert!(text.contains("nor a valid checkpoint"), "{text}");
+    assert!(text.ends_with(&format!("its newest run is {}", run.display())), "{text}");
 }
 
 /// Returns PyTorch's results of the TorchScript module, by name.
