@@ -450,7 +450,7 @@ def round_that_ends_with_its_group_formed_leaves_none():
     try:
         group = _group.form(Link(lambda: dist.is_initialized() and (noted.set() or True)), place("first"))
         group.close()
-        # Nobody closes this one.
+        # This one is not closed.
         _group.form(Link(), place("second"))
         group = _group.form(Link(), place("third"))
         dist.all_reduce(torch.ones(1))

@@ -163,7 +163,7 @@ def form(link: Link, place: Round) -> Group:
         RoundOver: the round has ended meanwhile, or the group cannot be formed.
     """
     if dist.is_initialized():
-        # Of a round that ended at a moment when nobody closed its group.
+        # Left by a round that ended before its group was closed.
         Group().close()
     group = Group()
     link.begin_round(place)
