@@ -66,7 +66,7 @@ impl fmt::Display for Exit {
 }
 
 /// Returns the name of a signal that ends programs or is passed on, with Linux numbers.
-pub fn signal_name(signal: i32) -> Option<&'static str> {
+pub(crate) fn signal_name(signal: i32) -> Option<&'static str> {
     Some(match signal {
         1 => "SIGHUP",
         2 => "SIGINT",

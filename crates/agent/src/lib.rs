@@ -31,7 +31,7 @@ mod worker_group;
 
 pub use cause::{Cause, OutOfMemory};
 pub use events::{Action, End, Event, GroupConfig, StopRequest};
-pub use exit::{Exit, signal_name};
+pub use exit::Exit;
 pub use hangs::{Hang, HangTimeout, HangWatch};
 pub use timers::{Expired, Timers};
 pub use worker_group::WorkerGroup;

@@ -1,6 +1,6 @@
 //! Parts of tests and simulations that several crates use.
 //!
-//! In the book: `docs/project.md`.
+//! In the book: `docs/design.md#decisions-are-made-by-machines-without-a-clock`.
 
 mod random;
 
